@@ -1,0 +1,41 @@
+"""Initial values: numpy, counter-based, keyed by (seed, canonical name).
+
+The same numbers on every backend and topology. Element i of a tensor is a function of (seed, name, i) alone,
+so a shard can be made where it lives.
+"""
+
+from __future__ import annotations
+
+from typing import Any, assert_never
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from trainspec.params import Normal, Ones, Param, UniformFanIn, Zeros
+from trainspec.rng import name_key, threefry2x32
+
+
+def initial_value(param: Param, *, seed: int, dtype: DTypeLike) -> NDArray[Any]:
+    """The start of one row of the table, in its shape and canonical layout, drawn in float64, then cast."""
+    match param.init:
+        case Zeros():
+            return np.zeros(param.shape, dtype)
+        case Ones():
+            return np.ones(param.shape, dtype)
+        case UniformFanIn(fan_in):
+            values = (2.0 * _uniform(param, seed)[0] - 1.0) / np.sqrt(fan_in)
+        case Normal(std):
+            # Box-Muller: two uniforms give one normal value; 1 - u keeps the logarithm finite.
+            first, second = _uniform(param, seed)
+            values = std * np.sqrt(-2.0 * np.log(1.0 - first)) * np.cos(2.0 * np.pi * second)
+        case other:
+            assert_never(other)
+    return values.reshape(param.shape).astype(dtype)
+
+
+def _uniform(param: Param, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two uniforms in [0, 1) per element, 32 and 32 bits of one counter's block."""
+    index = np.arange(param.size, dtype=np.uint64)
+    low, high = (index & np.uint64(0xFFFFFFFF)).astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
+    word0, word1 = threefry2x32(name_key(seed, "init", param.name), low, high)
+    return word0.astype(np.float64) / 2**32, word1.astype(np.float64) / 2**32
