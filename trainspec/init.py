@@ -6,13 +6,43 @@ so a shard can be made where it lives.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from trainspec.params import Normal, Ones, Param, UniformFanIn, Zeros
+from trainspec.hf import read_adapter, read_model, resolve_model
+from trainspec.methods import Full, LoRA, adapter_table
+from trainspec.model import ModelSpec
+from trainspec.params import Normal, Ones, Param, UniformFanIn, Zeros, param_table
+from trainspec.plan import STORED_DTYPE
+from trainspec.recipe import Recipe
 from trainspec.rng import name_key, threefry2x32
+
+
+def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, NDArray[Any]]]:
+    """Every weight of the run as training starts, in the order of `full_table`, in the run's stored type.
+
+    The model's rows come from its files or are drawn (`model.weights`); the method's from `method.adapter` or drawn.
+    """
+    dtype = STORED_DTYPE[recipe.precision.policy]
+    table = param_table(model)
+    if recipe.model.weights == "pretrained":
+        directory = resolve_model(recipe.model)[1]
+        assert directory is not None  # resolve_model refuses pretrained weights of a preset
+        yield from read_model(directory, model, table, dtype=dtype)
+    else:
+        yield from ((p, initial_value(p, seed=recipe.run.seed, dtype=dtype)) for p in table)
+    match recipe.method:
+        case Full():
+            return
+        case LoRA(adapter=None) as method:
+            for p in adapter_table(model, method):
+                yield p, initial_value(p, seed=recipe.run.seed, dtype=dtype)
+        case LoRA(adapter=str() as adapter) as method:
+            yield from read_adapter(Path(adapter), model, method, adapter_table(model, method), dtype=dtype)
 
 
 def initial_value(param: Param, *, seed: int, dtype: DTypeLike) -> NDArray[Any]:

@@ -59,14 +59,18 @@ def target_modules(model: ModelSpec, method: LoRA) -> tuple[str, ...]:
 
     Raises RecipeError, listing what would match, where a target matches nothing.
     """
-    linear = {p.module: p for p in param_table(model) if p.role in ("linear", "head") and p.name.endswith("weight")}
+    linear = {
+        p.module: p for p in param_table(model) if p.role in ("linear", "head") and p.name.endswith("weight")
+    }
     if isinstance(method.targets, str):
         if method.targets == "all-linear":
             return tuple(m for m, p in linear.items() if p.role == "linear")
         try:
             pattern = re.compile(method.targets)
         except re.error as error:
-            raise RecipeError(f"method.targets: {method.targets!r} is not a regular expression: {error}") from None
+            raise RecipeError(
+                f"method.targets: {method.targets!r} is not a regular expression: {error}"
+            ) from None
         matched = tuple(m for m in linear if pattern.fullmatch(m))
         if not matched:
             raise _matches_nothing(model, method.targets, linear)

@@ -74,7 +74,9 @@ def read_model_spec(directory: Path) -> ModelSpec:
     """The ModelSpec of a Hugging Face model directory. Raises ModelError where it can't be trained here."""
     path = directory / "config.json"
     if not directory.is_dir():
-        raise ModelError(f"model.from: no directory {directory}; give a Hugging Face model directory or a preset")
+        raise ModelError(
+            f"model.from: no directory {directory}; give a Hugging Face model directory or a preset"
+        )
     if not path.is_file():
         raise ModelError(f"{path}: missing; a Hugging Face model directory holds a config.json")
     try:
@@ -88,12 +90,16 @@ def model_spec_from_config(config: Mapping[str, Any], *, name: str, where: str) 
     """The ModelSpec of a parsed `config.json`; `where` names the source in errors."""
     architectures = config.get("architectures") or []
     if ARCHITECTURE not in architectures:
-        raise ModelError(f"{where}: architecture {architectures or 'not given'} is unsupported; supported: {ARCHITECTURE}")
+        raise ModelError(
+            f"{where}: architecture {architectures or 'not given'} is unsupported; supported: {ARCHITECTURE}"
+        )
     _refuse_unsupported(config, where)
     embed, heads = _need(config, "hidden_size", where), _need(config, "num_attention_heads", where)
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise ModelError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise ModelError(
+            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
     theta, scaling = _rope(config, where)
     return ModelSpec(
         name=name,

@@ -73,7 +73,11 @@ class Param:
 
 def param_table(model: ModelSpec) -> tuple[Param, ...]:
     """Every weight of a Llama-family model, in forward order. Norms and biases do not decay."""
-    table = [_matrix("model.embed_tokens", "embedding", model, (model.vocab, model.embed), ("vocab", "embed"), None)]
+    table = [
+        _matrix(
+            "model.embed_tokens", "embedding", model, (model.vocab, model.embed), ("vocab", "embed"), None
+        )
+    ]
     for i in range(model.layers):
         table += _layer(model, i)
     table.append(_norm("model.norm", model, None))

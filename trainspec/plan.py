@@ -12,6 +12,8 @@ Backend = Literal["jax", "torch"]
 Policy = Literal["fp64", "fp32", "bf16"]
 Count = Annotated[int, Field(ge=1)]
 
+# What a trained weight and the optimizer's moments are stored in (numpy names); see docs/numerics.md.
+STORED_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16": "float32"}
 MESH_AXES = ("pipe", "data", "fsdp", "tensor")
 
 
@@ -42,6 +44,10 @@ def check_supported(plan: Plan, policy: Policy, backend: Backend) -> None:
             raise PlanError(f"plan.{axis}={size}: {backend} trains on one device so far; use plan.{axis}=1")
     for field, only in (("shards", "nothing"), ("microbatches", 1)):
         if getattr(plan, field) != only:
-            raise PlanError(f"plan.{field}={getattr(plan, field)}: nothing to spread on one device; use plan.{field}={only}")
+            raise PlanError(
+                f"plan.{field}={getattr(plan, field)}: nothing to spread on one device; use plan.{field}={only}"
+            )
     if policy == "bf16":
-        raise PlanError(f"precision.policy=bf16: {backend} trains in fp32 and fp64 so far; use precision.policy=fp32")
+        raise PlanError(
+            f"precision.policy=bf16: {backend} trains in fp32 and fp64 so far; use precision.policy=fp32"
+        )

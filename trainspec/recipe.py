@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trainspec.errors import RecipeError, nearest
 from trainspec.methods import Full, LoRA, Method
 from trainspec.plan import Plan, Policy
+from trainspec.records import Task
 from trainspec.schedule import Schedule
 
 Positive = Annotated[int, Field(ge=1)]
@@ -35,20 +36,20 @@ class Data(Section):
     """Records, how they are rendered (`task`), and how they fill rows of `sequence_tokens`.
 
     `loss_on: completion` counts the response (and its end token) only; `all` counts the prompt as well.
-    `too_long` says what happens to a record that does not fit a row: it is skipped, or cut at the row's end;
-    either way it is counted and reported.
+    `too_long` says what happens to a record that does not fit a row: it is skipped, cut at the row's end, or
+    split over several rows; in each case it is counted and reported. `tokenizer` is a directory with a tokenizer.json, the model's own by
+    default.
     """
 
     train: str
     heldout: str | None = None
-    task: Literal["question_answering", "summarisation", "translation", "reading_comprehension", "text"] = (
-        "question_answering"
-    )
+    task: Task = "question_answering"
     sequence_tokens: Positive = 256
     packing: bool = False
     padding_side: Literal["right", "left"] = "right"
     loss_on: Literal["completion", "all"] = "completion"
-    too_long: Literal["skip", "cut"] = "skip"
+    too_long: Literal["skip", "cut", "split"] = "skip"
+    tokenizer: str | None = None
     cache: str = "build/cache"
 
 
@@ -107,11 +108,20 @@ class Checkpoint(Section):
 
 
 class Run(Section):
-    """How long to train, from which seed, and how often to measure the held-out loss."""
+    """How long to train, from which seed, and how often to measure the held-out loss.
+
+    The schedule spans `steps`; `stop_after_steps` ends a run earlier without changing it.
+    """
 
     steps: Positive = 200
+    stop_after_steps: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     eval_every_steps: Positive = 50
+
+    @property
+    def last_step(self) -> int:
+        """The number of updates that this run makes."""
+        return min(self.steps, self.stop_after_steps or self.steps)
 
 
 class Recipe(Section):
@@ -138,7 +148,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree = yaml.load(path.read_text(), Loader=_Loader)
     except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}; give the path of a recipe, such as configs/demo.yaml") from None
+        raise RecipeError(
+            f"{path}: {error.strerror}; give the path of a recipe, such as configs/demo.yaml"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -208,5 +220,3 @@ def _fields(place: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:
         for part in place:
             section = section.model_fields[part].annotation  # type: ignore[assignment]
     return [field.alias or name for name, field in section.model_fields.items()]
-
-

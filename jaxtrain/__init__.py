@@ -1,0 +1,1 @@
+"""The JAX backend: flax.nnx modules, optax, NamedSharding. Trains what trainspec says."""

@@ -1,0 +1,23 @@
+"""The loss is a sum and a count; the one division, by the global count, is in `step.py`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from trainspec.data import IGNORED
+
+
+def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Sum of the cross-entropies of logits [B, S, V] and how many tokens that is.
+
+    `labels` [B, S] stand at the inputs' positions: position s predicts label s + 1. Computed in float32, or
+    float64 where the logits are.
+    """
+    wide = logits[:, :-1].astype(jnp.promote_types(jnp.float32, logits.dtype))
+    targets = labels[:, 1:]
+    counted = targets != IGNORED
+    picked = jnp.take_along_axis(wide, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(wide, axis=-1) - picked
+    return jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(counted)

@@ -1,0 +1,72 @@
+"""Attaching a training method to the model: linear layers become LoRA layers in place."""
+
+from __future__ import annotations
+
+from typing import Any, assert_never
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxtrain.dropout import DropoutPoint, keep_mask
+from jaxtrain.model import Linear, Llama, abstract
+from jaxtrain.weights import native_module
+from trainspec.methods import Full, LoRA, Method, target_modules
+from trainspec.model import ModelSpec
+from trainspec.rng import name_key
+
+
+class DropoutKey(nnx.Variable):
+    """Two uint32 words per layer: constants of the module, never trained."""
+
+
+class LoRALinear(Linear):
+    """y = x W + b + (alpha / rank) (dropout(x) A) B, with A [in, rank] and B [rank, out] (arXiv 2106.09685)."""
+
+    def __init__(self, base: Linear, method: LoRA, keys: np.ndarray) -> None:
+        *stack, in_size, out_size = base.kernel.shape
+        self.kernel, self.bias = base.kernel, base.bias
+        self.lora_a = abstract((*stack, in_size, method.rank), base.kernel.dtype)
+        self.lora_b = abstract((*stack, method.rank, out_size), base.kernel.dtype)
+        self.dropout_key = DropoutKey(jax.ShapeDtypeStruct(keys.shape, jnp.uint32))
+        self.scale, self.rate = method.scale, method.dropout
+
+    def __call__(self, x: Array, point: DropoutPoint | None) -> Array:
+        dropped = x if point is None or self.rate == 0 else self._dropout(x, point)
+        return super().__call__(x, point) + self.scale * ((dropped @ self.lora_a[...]) @ self.lora_b[...])
+
+    def _dropout(self, x: Array, point: DropoutPoint) -> Array:
+        key, (_, S, F) = self.dropout_key[...], x.shape
+        keep = keep_mask(key, step=point.step, rows=point.rows, sequence_tokens=S, features=F, rate=self.rate)
+        return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+def attach(model: Llama, spec: ModelSpec, method: Method, *, seed: int) -> dict[str, np.ndarray]:
+    """Change `model` in place and return the method's constants by native name (LoRA's dropout keys).
+
+    A module that is adapted in some layers only has A and B in all of them, zero where it is not: both gradients
+    are then zero, so they stay zero. Differs from torchtrain, whose modules hold their constants themselves.
+    """
+    match method:
+        case Full():
+            return {}
+        case LoRA():
+            modules: dict[str, Any] = {
+                ".".join(map(str, path)): module for path, module in nnx.iter_modules(model)
+            }
+            constants: dict[str, np.ndarray] = {}
+            for target in target_modules(spec, method):
+                native, layer = native_module(target)
+                if f"{native}.dropout_key" not in constants:
+                    keys = np.zeros((spec.layers, 2) if layer is not None else (2,), np.uint32)
+                    constants[f"{native}.dropout_key"] = keys
+                    parent, _, leaf = native.rpartition(".")
+                    setattr(modules[parent], leaf, LoRALinear(modules[native], method, keys))
+                constants[f"{native}.dropout_key"][... if layer is None else layer] = name_key(
+                    seed, "dropout", target
+                )
+            return constants
+        case other:
+            assert_never(other)

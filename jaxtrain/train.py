@@ -1,0 +1,31 @@
+"""A run on this backend: set the process up, loop, let it go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxtrain import step
+from jaxtrain.parallel import finish, start
+from trainspec import loop
+from trainspec.recipe import Recipe
+
+
+def train(recipe: Recipe, *, out: Path, trace: Path | None = None, resume: bool = False) -> None:
+    """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`.
+
+    Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
+    """
+    start(recipe)
+    try:
+        loop.train(step, recipe, name="jaxtrain", out=out, trace=trace, resume=resume)
+    finally:
+        finish()
+
+
+def evaluate(recipe: Recipe, *, out: Path) -> float:
+    """Held-out loss per target token of the newest checkpoint in `out`, or else of the starting weights."""
+    start(recipe)
+    try:
+        return loop.evaluate(step, recipe, out=out)
+    finally:
+        finish()

@@ -1,0 +1,71 @@
+"""`parity check|diff`: the command line."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import assert_never, get_args
+
+from parity.check import check, diff
+from parity.sides import parse_side
+from parity.verdict import Verdict
+from trainspec.command import EXIT_DONE, EXIT_FAILED, add_recipe, run_command
+from trainspec.plan import Policy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0 (pass), 1 (fail) or 2 (the person's mistake)."""
+    return run_command(_run, _parser(), argv)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="parity", description="Prove that two runs did the same training.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("check", help="train a recipe on two sides and compare every update")
+    add_recipe(run)
+    run.add_argument("--left", default="jax", metavar="SIDE", help='such as "jax plan.data=2" (jax)')
+    run.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
+    run.add_argument(
+        "--precision", choices=get_args(Policy), default="fp64", help="fp64, the proof, by default"
+    )
+    run.add_argument("--steps", type=_count, default=10, metavar="N", help="how many updates to compare (10)")
+    run.add_argument("--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default")
+    compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")
+    compare.add_argument("left", type=Path, metavar="TRACE_A")
+    compare.add_argument("right", type=Path, metavar="TRACE_B")
+    compare.add_argument("--precision", choices=get_args(Policy), help="by default that of the coarser trace")
+    compare.add_argument(
+        "--out", type=Path, metavar="DIR", help="also write verdict.json and report.html here"
+    )
+    return parser
+
+
+def _run(args: Namespace) -> int:
+    match args.command:
+        case "check":
+            out = args.out or Path("runs") / f"parity-{args.recipe.stem}"
+            verdict = check(
+                args.recipe, left=parse_side(args.left), right=parse_side(args.right), precision=args.precision,
+                steps=args.steps, overrides=args.overrides, out=out,
+            )  # fmt: skip
+        case "diff":
+            out = args.out
+            verdict = diff(args.left, args.right, precision=args.precision, out=out)
+        case other:
+            assert_never(other)
+    return _tell(verdict, out)
+
+
+def _tell(verdict: Verdict, out: Path | None) -> int:
+    print("\n".join(verdict.lines(colour=sys.stdout.isatty())))
+    if out:
+        print(f"report: {out / 'report.html'}")
+    return EXIT_DONE if verdict.holds else EXIT_FAILED
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a number of updates; give 1 or more")
+    return int(text)

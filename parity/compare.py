@@ -1,0 +1,198 @@
+"""Walks two traces in causal order and judges every place: nothing is skipped, nothing passes unread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.pair import Pair, Sides
+from parity.phases import (
+    BATCH_TENSORS,
+    INITIAL,
+    PHASES,
+    ROW_TENSORS,
+    STEP_PHASES,
+    TENSOR_PHASES,
+    Phase,
+    Place,
+    in_order,
+)
+from parity.tolerance import Bound, Bounds, largest
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one place showed.
+
+    `error` and `bound` belong to the element that stands worst against its bound, as shares of the tensor's
+    largest entry. `used` is error / bound or, where earlier differences were handed on, the share of the phase's
+    own part of the bound that is used; infinite where it cannot be told. `error` and `bound` are None where the
+    arrays could not be compared, and `reason` says why. `undetermined` of the `elements` have a bound as large as
+    themselves: the comparison says nothing about them.
+    """
+
+    place: Place
+    error: float | None
+    bound: float | None
+    used: float
+    reason: str | None = None
+    undetermined: int = 0
+    elements: int = 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the place is within its bound."""
+        return self.used <= 1.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every finding in causal order, over `steps` updates that both sides made."""
+
+    steps: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every place is within its bound."""
+        return all(finding.holds for finding in self.findings)
+
+    @property
+    def first_divergence(self) -> Finding | None:
+        """The first place, in causal order, that is not."""
+        return next((finding for finding in self.findings if not finding.holds), None)
+
+    @property
+    def worst(self) -> dict[str, Finding]:
+        """Per phase, the finding that uses most of its bound (the earliest of equals)."""
+        by_phase = {phase.name: [f for f in self.findings if f.place.phase == phase.name] for phase in PHASES}
+        return {name: max(found, key=lambda f: f.used) for name, found in by_phase.items() if found}
+
+    def worst_tensors(self, count: int) -> list[Finding]:
+        """The `count` places that use most of their bounds, one per phase and tensor."""
+        chosen: dict[tuple[str, str], Finding] = {}
+        for finding in sorted(self.findings, key=lambda f: -f.used):
+            chosen.setdefault((finding.place.phase, finding.place.tensor), finding)
+        return list(chosen.values())[:count]
+
+    @property
+    def undetermined(self) -> float:
+        """The share of all update elements whose bound is as large as they are."""
+        updates = [f for f in self.findings if f.place.phase == "update"]
+        elements = sum(f.elements for f in updates)
+        return sum(f.undetermined for f in updates) / elements if elements else 0.0
+
+
+def compare(pair: Pair, bounds: Bounds) -> Comparison:
+    """Judge every place of both traces; a place that only one side has is a failure."""
+    findings = [_judge(place, _sides(place, pair), bounds) for place in places(pair)]
+    if pair.steps[0] != pair.steps[1]:
+        longer, shorter = ("left", "right") if pair.steps[0] > pair.steps[1] else ("right", "left")
+        reason = f"{longer} made {max(pair.steps)} updates, {shorter} {min(pair.steps)}"
+        findings.append(_failure(Place(pair.common_steps + 1, "batch", "every tensor"), reason))
+    return Comparison(pair.common_steps, (*findings, *_nothing_shown(pair, findings)))
+
+
+def places(pair: Pair) -> Iterator[Place]:
+    """Every place of the two runs in causal order: the starting weights, then step by step, phase by phase."""
+    for name in in_order(pair.names(0, "weight"), backward=False):
+        yield Place(0, INITIAL.name, name)
+    for step in range(1, pair.common_steps + 1):
+        for phase in STEP_PHASES:
+            for name in _tensors(pair, step, phase):
+                yield Place(step, phase.name, name)
+
+
+def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
+    """What is compared in a phase. A weight that has one of gradient, moments, update must have them all."""
+    match phase.kind:
+        case "batch":
+            return list(BATCH_TENSORS)
+        case "row":
+            return list(ROW_TENSORS[phase.name])
+        case "optional":
+            recorded = [any(k.startswith(f"{phase.name}/") for k in keys) for keys in pair.keys(step)]
+            return in_order(pair.names(step, phase.name), backward=phase.backward) if all(recorded) else []
+        case _:
+            trained = set().union(*(pair.names(step, each.name) for each in TENSOR_PHASES))
+            # Step 1 says what is trained: a tensor that is later gone from both sides is missing, too.
+            first = set().union(*(pair.names(1, each.name) for each in TENSOR_PHASES))
+            return in_order(trained | first, backward=phase.backward) or ["every tensor"]
+
+
+def _sides(place: Place, pair: Pair) -> Sides:
+    if place.phase in ROW_TENSORS:
+        left, right = pair.scalar(place.step, place.tensor)
+        return np.asarray(left), np.asarray(right)
+    return pair.read(place.step, "weight" if place.phase == INITIAL.name else place.phase, place.tensor)
+
+
+def _judge(place: Place, sides: Sides, bounds: Bounds) -> Finding:
+    left, right = sides
+    if left is None or right is None:
+        missing = "both sides" if left is right else "left" if left is None else "right"
+        return _failure(place, f"missing in {missing}")
+    if left.shape != right.shape:
+        return _failure(place, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
+    if bounds.float64_only and (
+        coarse := [f"{s.dtype} in {n}" for n, s in _named(left, right) if _is_coarse(s)]
+    ):
+        return _failure(place, f"{' and '.join(coarse)}: fp64 wants float64")
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:
+        return _failure(place, f"not finite in {' and '.join(broken)}")
+    return _measure(place, a, b, bounds.bound(place, a, b))
+
+
+def _measure(place: Place, left: Array, right: Array, allowed: Bound) -> Finding:
+    """The element that uses most of its bound, and how many elements the bound says nothing about."""
+    if not left.size:
+        return Finding(place, 0.0, 0.0, 0.0)
+    error, size = np.abs(left - right), np.maximum(np.abs(left), np.abs(right))
+    own, bound = (np.broadcast_to(b, error.shape) for b in (allowed.own, allowed.own + allowed.handed))
+    # A difference where none is allowed uses infinitely much of its bound, none there uses nothing.
+    added = np.maximum(error - allowed.handed, 0.0)
+    used = np.divide(added, own, out=np.where(added > 0, inf, 0.0), where=own > 0)
+    worst = np.unravel_index(np.argmax(used), used.shape)
+    scale = largest(left, right) or 1.0
+    differing = int(np.count_nonzero(error))
+    return Finding(
+        place,
+        error=float(error[worst]) / scale,
+        bound=float(f"{float(bound[worst]) / scale:.9g}"),
+        used=float(used[worst]),
+        reason=f"{differing} of {error.size} entries differ" if used[worst] == inf else None,
+        undetermined=int(np.count_nonzero((bound >= size) & (size > 0))),
+        elements=int(np.count_nonzero(size)),
+    )
+
+
+def _nothing_shown(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
+    """Two ways of agreeing that prove nothing: no update was made, or every one is rounding noise."""
+    moving = [step for step in range(1, pair.common_steps + 1) if max(pair.scalar(step, "lr")) > 0]
+    updates = [f for f in findings if f.place.phase == "update"]
+    place = Place(moving[0] if moving else 1, "update", "every tensor")
+    if moving and all(f.error == 0 and not f.elements for f in updates):
+        yield _failure(place, "nothing was trained: every update is zero on both sides")
+    elif 0 < sum(f.elements for f in updates) == sum(f.undetermined for f in updates):
+        yield _failure(place, "nothing is proven: every update is within the reach of rounding")
+
+
+def _named(left: Array, right: Array) -> tuple[tuple[str, Array], tuple[str, Array]]:
+    return ("left", left), ("right", right)
+
+
+def _is_coarse(array: Array) -> bool:
+    """A type of fewer bits than float64 that is not an integer's (bfloat16 has numpy's kind V)."""
+    return array.dtype.kind not in "iu" and array.dtype != np.float64
+
+
+def _failure(place: Place, reason: str) -> Finding:
+    return Finding(place, None, None, inf, reason)

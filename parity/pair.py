@@ -1,0 +1,113 @@
+"""Two traces side by side: every read a comparison makes goes through here, and each array is read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainspec.errors import TraceError
+from trainspec.trace import Trace
+
+Array = NDArray[Any]
+Sides = tuple[Array | None, Array | None]
+
+
+class Pair:
+    """Reads left and right together. Arrays of the current step and the one before it are kept in memory."""
+
+    def __init__(self, left: Trace, right: Trace) -> None:
+        self.traces = (left, right)
+        self._cache: dict[tuple[int, str], Sides] = {}
+        self._keys: dict[int, tuple[frozenset[str], frozenset[str]]] = {}
+        self._weights: dict[str, tuple[Array, Array]] = {}
+        self._weights_step = 1
+        self._sizes: dict[str, float] = {}
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """How many updates each side recorded."""
+        return len(self.traces[0].rows), len(self.traces[1].rows)
+
+    @property
+    def common_steps(self) -> int:
+        """How many updates both sides recorded."""
+        return min(self.steps)
+
+    def keys(self, step: int) -> tuple[frozenset[str], frozenset[str]]:
+        """The tensor keys of each side at `step`; step 0 stands for the starting weights."""
+        if step not in self._keys:
+            left, right = (
+                frozenset(trace.names(step) if step else trace.initial_names()) for trace in self.traces
+            )
+            self._keys[step] = left, right
+        return self._keys[step]
+
+    def names(self, step: int, group: str) -> set[str]:
+        """The names that either side has under `group/`."""
+        prefix = f"{group}/"
+        return {
+            key.removeprefix(prefix) for keys in self.keys(step) for key in keys if key.startswith(prefix)
+        }
+
+    def read(self, step: int, group: str, name: str) -> Sides:
+        """The two arrays of `group/name`, None where a side lacks it; step 0 reads the starting weights."""
+        place = (step, f"{group}/{name}")
+        if place not in self._cache:
+            self._forget(before=step - 1)
+            self._cache[place] = (self._read(0, *place), self._read(1, *place))
+        return self._cache[place]
+
+    def scalar(self, step: int, key: str) -> tuple[float, float]:
+        """A number from the step's row, of both sides."""
+        left, right = (_number(trace, step, key) for trace in self.traces)
+        return left, right
+
+    def weights(self, step: int) -> dict[str, tuple[Array, Array]]:
+        """Trainable weights of both sides before update `step` (float64), for the names that both have.
+
+        Steps must be asked for in ascending order: the weights are the starting ones plus the updates so far.
+        """
+        if not self._weights:
+            for name in sorted(self.names(1, "update")):
+                left, right = self.read(0, "weight", name)
+                if left is not None and right is not None and left.shape == right.shape:
+                    self._weights[name] = (left.astype(np.float64), right.astype(np.float64))
+        while self._weights_step < step:
+            for name, (left, right) in self._weights.items():
+                moves = self.read(self._weights_step, "update", name)
+                self._weights[name] = (_moved(left, moves[0]), _moved(right, moves[1]))
+            self._weights_step += 1
+        return self._weights
+
+    def starting_size(self, name: str) -> float:
+        """The Frobenius norm of a starting weight of the left side; 0 where it has no such weight."""
+        if name not in self._sizes:
+            weight = self.read(0, "weight", name)[0]
+            self._sizes[name] = 0.0 if weight is None else float(np.linalg.norm(weight.astype(np.float64)))
+        return self._sizes[name]
+
+    def _read(self, side: int, step: int, key: str) -> Array | None:
+        if key not in self.keys(step)[side]:
+            return None
+        trace = self.traces[side]
+        return trace.read(step, key) if step else trace.read_initial(key)
+
+    def _forget(self, *, before: int) -> None:
+        """Drop what no later place asks for, so that memory does not grow with the number of steps."""
+        for place in [place for place in self._cache if place[0] < before]:
+            del self._cache[place]
+
+
+def _number(trace: Trace, step: int, key: str) -> float:
+    value = trace.rows[step - 1][key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TraceError(
+            f"{trace.directory}: step {step}: {key} is {value!r}, not a number; write the trace again"
+        )
+    return value
+
+
+def _moved(weight: Array, update: Array | None) -> Array:
+    return weight if update is None or update.shape != weight.shape else weight + update.astype(np.float64)

@@ -1,0 +1,88 @@
+"""The places of a comparison in causal order: what a run does first comes first."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from trainspec.methods import PEFT_PREFIX
+
+Kind = Literal["initial", "batch", "row", "tensor", "optional"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of an update. `backward` phases are visited from the last layer to the first.
+
+    `kind` says where a trace keeps it: the starting weights, the batch, the step's row of scalars, tensors
+    that every trainable weight must have, or tensors that a run records on request only.
+    """
+
+    name: str
+    kind: Kind
+    title: str
+    backward: bool = False
+
+
+# Tokens before loss: the count is settled by the batch. The norm after the gradients that it is made of.
+INITIAL = Phase("initial", "initial", "starting weights")
+STEP_PHASES = (
+    Phase("batch", "batch", "batch"),
+    Phase("tokens", "row", "target tokens"),
+    Phase("activation", "optional", "activations"),
+    Phase("loss", "row", "loss"),
+    Phase("activation_gradient", "optional", "gradients of activations", backward=True),
+    Phase("gradient", "tensor", "gradients", backward=True),
+    Phase("grad_norm", "row", "gradient norm"),
+    Phase("lr", "row", "learning rate"),
+    Phase("moment1", "tensor", "first moments"),
+    Phase("moment2", "tensor", "second moments"),
+    Phase("update", "tensor", "updates"),
+)
+PHASES = (INITIAL, *STEP_PHASES)
+TENSOR_PHASES = tuple(phase for phase in STEP_PHASES if phase.kind == "tensor")
+BATCH_TENSORS = ("input_ids", "labels", "positions", "segments")
+# The scalars of a step's row that each phase compares.
+ROW_TENSORS = {
+    "tokens": ("tokens",),
+    "loss": ("loss_sum", "loss"),
+    "grad_norm": ("grad_norm",),
+    "lr": ("lr",),
+}
+
+# The order of modules within one decoder layer, as data flows; what is not listed comes last, by name.
+_WITHIN_LAYER = (
+    "input_layernorm", "q_proj", "k_proj", "v_proj", "query_key_value", "o_proj", "dense", "attention",
+    "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp",
+)  # fmt: skip
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run something is compared; `step` is 0 for the starting weights, else counts from 1."""
+
+    step: int
+    phase: str
+    tensor: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.phase}, {self.tensor}"
+
+
+def forward_key(name: str) -> tuple[int, int, int, str]:
+    """Sorts canonical names (or activation points) as data flows: embedding, layers in order, norm, head."""
+    plain = name.removeprefix(PEFT_PREFIX)
+    layer = _LAYER.search(plain)
+    if layer:
+        parts = plain[layer.end() :].split(".")
+        ranks = [_WITHIN_LAYER.index(part) for part in parts if part in _WITHIN_LAYER]
+        return 1, int(layer.group(1)), max(ranks, default=len(_WITHIN_LAYER)), plain
+    before = "embed" in plain or "wte" in plain
+    return (0 if before else 2), 0, int("head" in plain or "logits" in plain), plain
+
+
+def in_order(names: set[str], *, backward: bool) -> list[str]:
+    """`names` as the pass visits them: first to last layer, or the reverse."""
+    return sorted(names, key=forward_key, reverse=backward)

@@ -1,0 +1,246 @@
+"""The bounds for fp32 and bf16: what rounding does to each phase, given what the phase was handed.
+
+Every phase is judged on the difference it *adds*. The differences it was handed (of the weights, the gradients,
+the moments) are read from the traces, where an earlier place has already judged them, and carried through this
+phase's own arithmetic, element by element. With u the unit roundoff (2^-24 for fp32), a and b fitted below:
+
+gradient   tail(N) · sqrt(2) · u · k · max|g|  +  drift · max|g|
+           A contraction of n products rounds n times. In a sum of terms of random sign the partial sums grow
+           as sqrt(i), so the squared errors add up to u² n²/2 against a result of size sqrt(n): a relative
+           error of u sqrt(n/2) (Higham & Mary 2019, SIAM J. Sci. Comput. 41(5), without their safety factor),
+           and one more rounding to store it. Independent errors add in squares along the longest path, each
+           carried on with factor one: k² = sum of (1 + n/2) over the contractions of the forward and the
+           backward pass (`path_roundings`). Two sides: sqrt(2). The largest of N such errors, with one false
+           alarm in a million tensors: tail(N) = sqrt(2 ln(2N / 1e-6)).
+drift      How a gradient moves because the two sides' weights have come apart (`network_drift`): a module whose
+           weight differs by a share d moves what passes it by d, forward and backward, so 2 · sum(d). Linear:
+           weights drift apart by what each update adds, and nothing is amplified; valid while it is far below 1.
+moment1    p |Δm before| + a |Δg| + a |g| |Δnorm|/norm + 12u (p |m before| + a |g|)
+moment2    the same with g² (and 2 |Δnorm|/norm): six roundings a side, the clip factor follows the norm.
+update     r · min(|Δm|/s + |m| |Δs|/s², |m|/s of both) + 8u (|update| of both) + 2u (|weight| of both) + lr |Δw|
+           with s = sqrt(moment2): Adam's own derivative (an eps only makes it smaller), capped by what Adam can
+           move at all. The weight is rounded twice a side, the rest eight times; decay · lr ≤ lr.
+           Where s is rounding noise, the bound reaches the update itself: that element is undetermined.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.drift import network_drift, partner_drift
+from parity.pair import Pair
+from parity.phases import Place
+from parity.tolerance import EXACT_PHASES, SAME_DOUBLE, Bound, largest
+
+Array = NDArray[Any]
+
+# Unit roundoff of what is stored (activations, weights on their way) and of what sums and masters are kept in.
+UNITS = {"fp32": (2.0**-24, 2.0**-24), "bf16": (2.0**-8, 2.0**-24)}
+FALSE_ALARM = 1e-6
+# XLA flushes numbers below this to zero, torch keeps them.
+SMALLEST = float(np.finfo(np.float32).tiny)
+# Roundings of one layer that belong to no contraction: rotation 3, scaling 1, softmax 2, two residual sums 2,
+# SiLU and product 3, two norms 4; the backward pass has as many.
+POINTWISE = 15
+
+
+class RoundingBounds:
+    """Derived bounds of two runs in `precision`; reads what the phases were handed from `pair`.
+
+    A trace does not say what a low-rank product is multiplied by; without a recipe it is PEFT's default of
+    alpha / rank = 8 / 8.
+    """
+
+    float64_only = False
+
+    def __init__(self, pair: Pair, precision: Literal["fp32", "bf16"], *, lora_scale: float = 1.0) -> None:
+        self._pair = pair
+        self._stored, self._summed = UNITS[precision]
+        shapes = {name: _shape(pair, name) for name in pair.names(0, "weight")}
+        self._vocab = max((shape[0] for shape in shapes.values() if shape), default=1)
+        rows = pair.read(1, "batch", "input_ids")[0]
+        self._forward, self._whole = path_roundings(
+            shapes, rows.shape if rows is not None else (1, 1), stored=self._stored, summed=self._summed
+        )
+        self._drift = cache(lambda step: network_drift(pair, step, lora_scale=lora_scale))
+        self._moment_fit = cache(lambda phase, step: _fit_moment(pair, phase, step))
+        self._update_fit = cache(lambda step: _fit_update(pair, step))
+
+    def bound(self, place: Place, left: Array, right: Array) -> Bound:
+        """See the head of this file, phase by phase."""
+        match place.phase:
+            case phase if phase in EXACT_PHASES:
+                return Bound(self._conversion(place) * np.maximum(abs(left), abs(right)))
+            case "lr":
+                return Bound(np.asarray(SAME_DOUBLE * largest(left, right)))
+            case "loss":
+                return self._loss(place)
+            case "grad_norm":
+                return self._norm(place.step)
+            case "moment1" | "moment2":
+                return self._moment(place)
+            case "update":
+                return self._update(place, left, right)
+            case _:
+                return self._gradient(place, largest(left, right), left.size)
+
+    def _conversion(self, place: Place) -> float:
+        """Nothing, or one rounding where the sides store the starting weights in different types."""
+        if place.phase != "initial":
+            return 0.0
+        left, right = self._pair.read(0, "weight", place.tensor)
+        return 0.0 if left is not None and right is not None and left.dtype == right.dtype else self._stored
+
+    def _loss(self, place: Place) -> Bound:
+        """The forward path's rounding of logits, plus what the weights' distance moves: |gradient| · |Δw|.
+
+        A token's loss is a log-sum-exp of logits that spread over at least ln(vocab) where the model knows
+        anything: that, and the loss itself, is the size that the relative error of the logits applies to.
+        """
+        tokens = self._pair.scalar(place.step, "tokens")[0]
+        mean = max(abs(loss) for loss in self._pair.scalar(place.step, "loss"))
+        rounding = math.sqrt(2.0) * _tail(1) * math.sqrt(self._forward) * (mean + math.log(self._vocab))
+        moved = 0.0
+        for name, (left, right) in self._pair.weights(place.step).items():
+            gradient = self._pair.read(place.step, "gradient", name)[0]
+            if gradient is not None and gradient.shape == left.shape:
+                moved += float(np.sum(np.abs(gradient.astype(np.float64)) * np.abs(left - right)))
+        count = tokens if place.tensor == "loss_sum" else 1.0
+        return Bound(np.asarray(rounding * count), moved * count)
+
+    def _gradient(self, place: Place, scale: float, size: int) -> Bound:
+        rounding = math.sqrt(2.0) * _tail(size) * math.sqrt(self._whole)
+        moved = self._drift(place.step) + partner_drift(self._pair, place.step, place.tensor)
+        return Bound(np.asarray(rounding * scale + SMALLEST), moved * scale)
+
+    def _norm(self, step: int) -> Bound:
+        """What the gradients' own difference explains, and the rounding of one long sum of squares."""
+        squares, count = np.zeros(2), 0
+        for name in self._pair.names(step, "gradient"):
+            for side, gradient in enumerate(self._pair.read(step, "gradient", name)):
+                if gradient is not None:
+                    squares[side] += float(np.sum(np.square(gradient.astype(np.float64))))
+                    count = max(count, gradient.size)
+        norms = np.sqrt(squares)
+        own = 2 * self._summed * math.sqrt(1 + count / 2) * float(norms.max())
+        return Bound(np.asarray(own), float(abs(norms[0] - norms[1])))
+
+    def _moment(self, place: Place) -> Bound:
+        power = 1 if place.phase == "moment1" else 2
+        keep, take = self._moment_fit(place.phase, place.step)
+        gradient, before = _gradient_and_before(self._pair, place)
+        new = [np.abs(side) ** power for side in gradient]
+        moved = keep * abs(before[0] - before[1]) + take * abs(gradient[0] ** power - gradient[1] ** power)
+        norms = self._pair.scalar(place.step, "grad_norm")
+        clip = power * abs(norms[0] - norms[1]) / max(*norms, SMALLEST)
+        size = keep * np.maximum(*np.abs(before)) + take * np.maximum(*new)
+        return Bound(12 * self._summed * size + SMALLEST, moved + clip * take * np.maximum(*new))
+
+    def _update(self, place: Place, left: Array, right: Array) -> Bound:
+        rate = self._update_fit(place.step)
+        moment1 = _float64(self._pair.read(place.step, "moment1", place.tensor), left)
+        moment2 = _float64(self._pair.read(place.step, "moment2", place.tensor), left)
+        root = np.maximum(np.sqrt(np.abs(moment2)), math.sqrt(SMALLEST))
+        linear = abs(moment1[0] - moment1[1]) / root[0]
+        linear += np.abs(moment1[1]) * abs(root[0] - root[1]) / (root[0] * root[1])
+        moved = rate * np.minimum(linear, np.sum(np.abs(moment1) / root, axis=0))
+        weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(()), np.zeros(())))
+        rounded = 8 * self._summed * (abs(left) + abs(right))
+        rounded += 2 * self._summed * (abs(weights[0]) + abs(weights[1]))
+        lr = max(self._pair.scalar(place.step, "lr"))
+        return Bound(rounded + SMALLEST, moved + lr * abs(weights[0] - weights[1]))
+
+
+def path_roundings(
+    shapes: Mapping[str, tuple[int, ...]], rows: tuple[int, ...], *, stored: float, summed: float
+) -> tuple[float, float]:
+    """Squared relative error (u² k²) of the forward pass alone, and of forward and backward pass to a gradient.
+
+    Read from the shapes of the weights: a matrix [out, in] sums over `in` forward and over `out` backward, a
+    norm over its width; attention's scores sum over a head, its softmax and its values over the sequence; the
+    head's softmax over the vocabulary; a weight's own gradient over the tokens of the batch (`rows` is
+    [examples, sequence_tokens]). Matrices that work side by side are counted one after another: an over-estimate.
+    """
+    examples, sequence = rows
+    widths = [shape[0] for shape in shapes.values() if len(shape) == 1]
+    width, vocab = max(widths, default=1), max((shape[0] for shape in shapes.values() if shape), default=1)
+    layers = sum(name.endswith("q_proj.weight") for name in shapes)
+    matrices = [s for name, s in shapes.items() if len(s) == 2 and not name.endswith("embed_tokens.weight")]
+    forward = [shape[1] for shape in matrices] + widths + layers * [width, sequence, sequence] + [vocab]
+    backward = (
+        [shape[0] for shape in matrices] + widths + layers * [width, sequence, sequence, sequence, sequence]
+    )
+    backward += [vocab, examples * sequence]
+
+    def squared(lengths: list[int]) -> float:
+        return (len(lengths) + layers * POINTWISE) * stored**2 + sum(lengths) / 2 * summed**2
+
+    return squared(forward), squared(forward) + squared(backward)
+
+
+def _tail(size: int) -> float:
+    """The largest of `size` normal errors in standard deviations, but for one case in a million."""
+    return math.sqrt(2.0 * math.log(2.0 * max(size, 1) / FALSE_ALARM))
+
+
+def _fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
+    """(keep, take) of `moment = keep · moment before + take · gradient^power`, read off the left trace.
+
+    The betas and the clip factor as the run shows them, so that a trace can be judged without its recipe. They
+    scale the bound only: what the moments themselves are is compared between the sides.
+    """
+    power = 1 if phase == "moment1" else 2
+    normal, target = np.zeros((2, 2)), np.zeros(2)
+    for name in pair.names(step, phase):
+        moment = pair.read(step, phase, name)[0]
+        if moment is None:
+            continue
+        gradient, before = _gradient_and_before(pair, Place(step, phase, name))
+        columns = np.stack([before[0].ravel(), gradient[0].ravel() ** power])
+        normal += columns @ columns.T
+        target += columns @ moment.astype(np.float64).ravel()
+    size = np.sqrt(np.maximum(np.diag(normal), np.finfo(np.float64).tiny))
+    keep, take = np.abs(np.linalg.lstsq(normal / np.outer(size, size), target / size, rcond=None)[0] / size)
+    return min(1.0, float(keep)), min(1.0, float(take))
+
+
+def _fit_update(pair: Pair, step: int) -> float:
+    """r of `update = -r · moment1 / sqrt(moment2)`, read off the left trace, large gradients counting most."""
+    top = bottom = 0.0
+    for name in pair.names(step, "update"):
+        sides = [pair.read(step, group, name)[0] for group in ("update", "moment1", "moment2")]
+        if any(side is None or side.shape != sides[0].shape for side in sides if sides[0] is not None):
+            continue
+        update, moment1, moment2 = (side.astype(np.float64) for side in sides if side is not None)
+        top += float(np.sum(moment1 * np.sqrt(np.abs(moment2)) * update))
+        bottom += float(np.sum(moment1**2))
+    return abs(top) / bottom if bottom else 0.0
+
+
+def _gradient_and_before(pair: Pair, place: Place) -> tuple[Array, Array]:
+    """[2, ...] gradients of both sides at the place, and its moments one step earlier (zero before the first)."""
+    shape = next(side for side in pair.read(place.step, place.phase, place.tensor) if side is not None)
+    gradient = _float64(pair.read(place.step, "gradient", place.tensor), shape)
+    if place.step == 1:
+        return gradient, np.zeros_like(gradient)
+    return gradient, _float64(pair.read(place.step - 1, place.phase, place.tensor), shape)
+
+
+def _float64(sides: Iterable[Array | None], like: Array) -> Array:
+    """[2, ...] of both sides; one that is missing or of another shape fails at its own place and counts as zero."""
+    return np.stack(
+        [
+            np.zeros(like.shape) if side is None or side.shape != like.shape else side.astype(np.float64)
+            for side in sides
+        ]
+    )
+
+
+def _shape(pair: Pair, name: str) -> tuple[int, ...]:
+    return next(side.shape for side in pair.read(0, "weight", name) if side is not None)

@@ -1,0 +1,124 @@
+"""A side of a comparison: a backend and what is set differently for it, run as a program of its own.
+
+JAX and torch never share a process: each side is `python -m jaxtrain` or `python -m torchtrain`, on CPU (with as
+many fake devices or processes as its plan needs), and what is known of it afterwards is its trace.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+from trainspec.command import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
+from trainspec.errors import UserError, nearest
+from trainspec.plan import Backend, Policy
+from trainspec.trace import Trace
+
+PROGRAMS: dict[str, Backend] = {"jax": "jax", "jaxtrain": "jax", "torch": "torch", "torchtrain": "torch"}
+# A check compares updates: it saves no checkpoint and measures no held-out loss on its way.
+NEVER = 10**9
+# The proof is about arithmetic, not about a device: whatever this machine has, both sides run on its CPU.
+CPU_ONLY = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A backend and the `a.b=c` overrides that only this side gets."""
+
+    backend: Backend
+    overrides: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join((self.backend, *self.overrides))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a side left: its trace, and why it stopped itself, if it did (a non-finite loss)."""
+
+    trace: Trace | None
+    stopped: str | None = None
+
+
+def parse_side(text: str) -> Side:
+    """`jax plan.data=2 plan.tensor=2` -> Side. Raises UserError where it is not a backend and KEY=VALUE."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"side {text!r}: {error}; write it such as 'jax plan.data=2'") from None
+    if not words or words[0] not in PROGRAMS:
+        first = words[0] if words else ""
+        raise UserError(f"side {text!r}: the first word is the backend{nearest(first, ('jax', 'torch'))}")
+    for word in words[1:]:
+        if "=" not in word:
+            raise UserError(f"side {text!r}: {word!r} is not KEY=VALUE, such as plan.data=2")
+    return Side(PROGRAMS[words[0]], tuple(words[1:]))
+
+
+def run_side(
+    side: Side, *, name: str, recipe: Path, overrides: Sequence[str], precision: Policy,
+    steps: int, out: Path,
+) -> Ran:  # fmt: skip
+    """Train `steps` updates and read the trace. Everything goes under `out`/`name`; the log is log.txt there.
+
+    Raises UserError, with the side named, for what the backend calls a person's mistake, and where it crashed.
+    """
+    home = out / name
+    for old in (home / "run", home / "trace"):
+        shutil.rmtree(old, ignore_errors=True)
+    home.mkdir(parents=True, exist_ok=True)
+    settings = [*overrides, *side.overrides, *_check_settings(precision, steps)]
+    command = [sys.executable, "-m", f"{side.backend}train", "train", str(recipe)]
+    command += [word for setting in settings for word in ("--set", setting)]
+    command += ["--out", str(home / "run"), "--trace", str(home / "trace")]
+    code, last = _run(command, log=home / "log.txt")
+    where, speaker = f"{name} ({side})", f"{side.backend}train: "
+    if code == EXIT_DONE:
+        return Ran(Trace(home / "trace"))
+    if code == EXIT_FAILED and last.startswith(speaker):  # a traceback exits with 1, too
+        rows = home / "trace" / "trace.jsonl"
+        made_a_step = rows.is_file() and rows.stat().st_size > 0
+        return Ran(Trace(home / "trace") if made_a_step else None, stopped=last.removeprefix(speaker))
+    if code == EXIT_USER_ERROR:
+        raise UserError(f"{where}: {last.removeprefix(speaker)}")
+    raise UserError(f"{where}: crashed with exit code {code}: {last}; the whole log is {home / 'log.txt'}")
+
+
+def _check_settings(precision: Policy, steps: int) -> list[str]:
+    """What a check changes in a recipe: precision, how many updates, and nothing that the updates depend on."""
+    settings = [f"precision.policy={precision}", f"run.stop_after_steps={steps}"]
+    settings += [f"checkpoint.every_steps={NEVER}", f"run.eval_every_steps={NEVER}"]
+    match precision:
+        case "fp64" | "fp32":
+            return [*settings, f"precision.reduce={precision}"]
+        case "bf16":
+            return settings  # what bf16 sums in is the recipe's to say
+        case other:
+            assert_never(other)
+
+
+def _run(command: Sequence[str], *, log: Path) -> tuple[int, str]:
+    """Run to the end with everything it says in `log`, shown as well where a person is watching.
+
+    Returns the exit code and the last line that says something.
+    """
+    watched, last = sys.stderr.isatty(), ""
+    environment = os.environ | CPU_ONLY
+    with log.open("w") as file, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        file.write(f"$ {shlex.join(command)}\n")
+        for line in child.stdout:
+            file.write(line)
+            last = line.strip() or last
+            if watched:
+                sys.stderr.write(line)
+    return child.returncode, last

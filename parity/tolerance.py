@@ -1,0 +1,74 @@
+"""How far two traces may stand apart, place by place, and why.
+
+`Bounds` is the interface: anything that says, for a place and the two arrays found there, how large their
+difference may be. `ProofBounds` here is fp64's; `rounding.RoundingBounds` is fp32's and bf16's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.phases import Place
+
+Array = NDArray[Any]
+
+# Rounding moves a float64 run by about 1e-15 of a tensor's largest entry (measured on both backends: gradients
+# within 3e-15), the mildest known difference of algorithm by 1e-6: the bound stands half-way between the two.
+PROOF = 1e-9
+
+# The learning rate is computed once, in double precision, by the same Python: 4 units in the last place.
+SAME_DOUBLE = 1e-15
+
+# What must not differ at all: the data, the count of targets, and the weights that training starts from.
+EXACT_PHASES = ("initial", "batch", "tokens")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far apart two arrays may be: `handed` on by earlier, already judged differences, plus the phase's `own`.
+
+    Both are absolute and broadcast to the arrays' shape. The sum decides; how much of `own` is used up by what
+    goes beyond `handed` is the headroom.
+    """
+
+    own: Array
+    handed: Array | float = 0.0
+
+
+class Bounds(Protocol):
+    """Says how far apart `left` and `right` may be at `place`.
+
+    Both arrays are float64 copies of equal shape.
+    Places are asked in causal order, each once. `float64_only` says that a coarser type is itself a failure.
+    """
+
+    float64_only: bool
+
+    def bound(self, place: Place, left: Array, right: Array) -> Bound:
+        """The largest |left - right| that rounding explains, per element or for the whole tensor."""
+        ...
+
+
+class ProofBounds:
+    """fp64: 1e-9 of the tensor's largest entry for every loss, gradient, moment and update, at every step.
+
+    The bound does not grow with the step: at 1e-15 a step, drift stays below it for as long as a check runs.
+    """
+
+    float64_only = True
+
+    def bound(self, place: Place, left: Array, right: Array) -> Bound:
+        """Zero, the learning rate's, or `PROOF`, times the largest entry of either side."""
+        if place.phase in EXACT_PHASES:
+            return Bound(np.zeros(()))
+        factor = SAME_DOUBLE if place.phase == "lr" else PROOF
+        return Bound(np.asarray(factor * largest(left, right)))
+
+
+def largest(left: Array, right: Array) -> float:
+    """The largest magnitude in either array; 0 for empty ones."""
+    return float(max(np.abs(left).max(initial=0.0), np.abs(right).max(initial=0.0)))

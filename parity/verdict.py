@@ -1,0 +1,132 @@
+"""The verdict on a comparison: verdict.json for programs, a few lines for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+from parity.compare import Comparison, Finding
+from parity.phases import PHASES, Place
+from trainspec.plan import Policy
+
+GREEN, RED, DIM, PLAIN = "\x1b[1;32m", "\x1b[1;31m", "\x1b[2m", "\x1b[0m"
+TITLES = {phase.name: phase.title for phase in PHASES}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was compared and what came of it. `stopped` says of a side why it ended its training itself."""
+
+    precision: Policy
+    left: str
+    right: str
+    comparison: Comparison
+    stopped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Whether both sides did the same training, to the end."""
+        return self.comparison.holds and not self.stopped
+
+    @property
+    def word(self) -> Literal["pass", "fail"]:
+        """`pass` or `fail`."""
+        return "pass" if self.holds else "fail"
+
+    @property
+    def first_divergence(self) -> Finding | None:
+        """The first place out of bounds, or else the step at which a side stopped."""
+        if found := self.comparison.first_divergence:
+            return found
+        reasons = "; ".join(f"{name} stopped: {why}" for name, why in self.stopped.items())
+        place = Place(self.comparison.steps + 1, "loss", "loss")
+        return Finding(place, None, None, float("inf"), reasons) if reasons else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know beside the verdict."""
+        share, notes = self.comparison.undetermined, []
+        if share:
+            notes.append(
+                f"{share:.2%} of the update elements are rounding noise in {self.precision}: undetermined"
+            )
+        updates = [f for f in self.comparison.findings if f.place.phase == "update"]
+        if updates and self.holds and not any(f.elements for f in updates):
+            notes.append(
+                "no update was made, the learning rate is 0 at every compared step: compare more steps"
+            )
+        return notes
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of verdict.json. Numbers that do not exist (a missing tensor's error) are null."""
+        first = self.first_divergence
+        return {
+            "verdict": self.word,
+            "precision": self.precision,
+            "steps": self.comparison.steps,
+            "left": self.left,
+            "right": self.right,
+            "worst": {name: _entry(finding) for name, finding in self.comparison.worst.items()},
+            "first_divergence": _entry(first) | {"phase": first.place.phase} if first else None,
+        }
+
+    def write(self, out: Path) -> Path:
+        """Write verdict.json into `out`."""
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "verdict.json"
+        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+        return path
+
+    def lines(self, *, colour: bool) -> list[str]:
+        """A compact account for the terminal."""
+        shade = (GREEN if self.holds else RED, PLAIN, DIM) if colour else ("", "", "")
+        steps = f"{self.comparison.steps} step{'s' * (self.comparison.steps != 1)}"
+        head = f"{shade[0]}{self.word.upper()}{shade[1]}  {self.left}  vs  {self.right}  in {self.precision}, {steps}"
+        table = [
+            f"{shade[2]}{'worst of each phase':<25}{'error':>9}{'bound':>10}{'used':>9}  where{shade[1]}"
+        ]
+        for name, finding in self.comparison.worst.items():
+            mark = "  " if finding.holds else "✗ "
+            numbers = f"{number(finding.error):>9}{number(finding.bound):>10}{number(finding.used):>9}"
+            table.append(f"{mark}{TITLES[name]:<23}{numbers}  {where(finding)}")
+        first = self.first_divergence
+        end = [f"first divergence: {first.place}: {explained(first)}"] if first else []
+        return [head, *table, *end, *(f"note: {note}" for note in self.notes)]
+
+
+def number(value: float | None) -> str:
+    """A number short enough for a table; a dash where there is none."""
+    if value is None or not isfinite(value):
+        return "–"
+    return "0" if value == 0 else f"{value:.2g}" if 1e-3 <= value < 1e3 else f"{value:.1e}"
+
+
+def where(finding: Finding) -> str:
+    """Step and tensor of a finding."""
+    return f"step {finding.place.step}, {finding.place.tensor}"
+
+
+def explained(finding: Finding) -> str:
+    """Why a finding fails, in words."""
+    if finding.error is None or finding.reason:
+        return finding.reason or "not comparable"
+    return f"error {finding.error:.2e} is over the bound {finding.bound:.2e}"
+
+
+def _entry(finding: Finding) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "tensor": finding.place.tensor,
+        "step": finding.place.step,
+        "error": finding.error,
+        "bound": finding.bound,
+        "headroom": finding.used if isfinite(finding.used) else None,
+    }
+    if finding.reason:
+        entry["reason"] = finding.reason
+    if finding.place.phase == "update" and finding.elements:
+        entry["undetermined"] = finding.undetermined / finding.elements
+    return entry

@@ -1,0 +1,1 @@
+"""The PyTorch backend: Hugging Face models, PEFT, DeepSpeed. Trains what trainspec says."""

@@ -1,0 +1,5 @@
+import sys
+
+from torchtrain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,33 @@
+"""`torchtrain train|eval|export RECIPE`: the command line of this backend."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import assert_never
+
+from torchtrain.train import evaluate, train
+from trainspec.command import backend_parser, out_directory, run_command
+from trainspec.export import export
+from trainspec.recipe import load_recipe
+
+PROGRAM = "torchtrain"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 (training stopped itself) or 2 (the person's mistake)."""
+    return run_command(_run, backend_parser(PROGRAM), argv)
+
+
+def _run(args: Namespace) -> None:
+    recipe = load_recipe(args.recipe, args.overrides)
+    out = out_directory(args, PROGRAM)
+    match args.command:
+        case "train":
+            train(recipe, out=out, trace=args.trace, resume=args.resume)
+        case "eval":
+            print(f"held-out loss {evaluate(recipe, out=out):.6f}")
+        case "export":
+            print(f"wrote {export(recipe, out=out, merge=args.merge)}")
+        case other:
+            assert_never(other)

@@ -1,0 +1,66 @@
+"""LoRA's dropout masks: the rounds of trainspec/rng.py on torch tensors, bit for bit.
+
+torch has no full set of uint32 operations, so words are int32: additions wrap alike, a right shift is made
+logical with a mask, and an unsigned comparison is a signed one with the top bit flipped.
+"""
+
+# B examples, S sequence, F features
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainspec.rng import PARITY_CONSTANT, ROTATIONS, drop_threshold, fold
+
+
+@dataclass
+class DropoutPoint:
+    """Where a run is: the update (from 0) and the rows [B] of the global batch that are in the model now.
+
+    Differs from jaxtrain, where it is an argument of the forward: PEFT's layers own their call of dropout, so
+    one shared object is moved before each microbatch.
+    """
+
+    step: int = 0
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+
+
+def keep_mask(
+    key: tuple[int, int], *, step: int, rows: Tensor, sequence_tokens: int, features: int, rate: float
+) -> Tensor:
+    """True where an element of a LoRA input is kept; bool [B, S, F].
+
+    `key` belongs to (seed, module); `step` counts from 0; `rows` [B] are the examples' indices in the global
+    batch. An element's bits depend on (key, step, row, position, feature) alone, so a mask does not change with
+    the split into microbatches or with recomputation.
+    """
+    device = rows.device
+    feature_F = torch.arange(features, dtype=torch.int32, device=device)
+    position_S = torch.arange(sequence_tokens, dtype=torch.int32, device=device)
+    element_BS = rows.to(torch.int32)[:, None] * sequence_tokens + position_S
+    bits_BSF = _threefry_first_word(fold(key, step), feature_F, element_BS[:, :, None])
+    return bits_BSF.bitwise_xor_(_int32(1 << 31)) >= drop_threshold(rate) - (1 << 31)
+
+
+def _threefry_first_word(key: tuple[int, int], counter0: Tensor, counter1: Tensor) -> Tensor:
+    """The first of the two words of Threefry-2x32; counters are int32 and broadcast against each other."""
+    keys = (key[0], key[1], key[0] ^ key[1] ^ PARITY_CONSTANT)
+    x0, x1 = torch.broadcast_tensors(counter0 + _int32(keys[0]), counter1 + _int32(keys[1]))
+    x0, x1 = x0.contiguous(), x1.contiguous()
+    for block in range(5):
+        for rotation in ROTATIONS[block % 2]:
+            x0.add_(x1)
+            high = x1 << rotation
+            x1.bitwise_right_shift_(32 - rotation).bitwise_and_((1 << rotation) - 1)
+            x1.bitwise_or_(high).bitwise_xor_(x0)
+        x0.add_(_int32(keys[(block + 1) % 3]))
+        x1.add_(_int32(keys[(block + 2) % 3] + block + 1))
+    return x0
+
+
+def _int32(word: int) -> int:
+    """The int32 with the low 32 bits of `word`."""
+    return ((word + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)

@@ -1,0 +1,146 @@
+"""The portable checkpoint: trained weights, optimizer moments and the step, in canonical names.
+
+    OUT/checkpoints/step-000050/checkpoint.json         step, the recipe it belongs to, a SHA-256 per file
+    OUT/checkpoints/step-000050/weights.safetensors     <name>: trainable weights only
+    OUT/checkpoints/step-000050/moment1.safetensors     <name>; moment2 alike
+
+It knows nothing of backend or plan, so a run can go on elsewhere. It is written under a temporary name, flushed
+to the disk and then renamed: a kill leaves the whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from trainspec.errors import RecipeError, WeightsError
+from trainspec.hf import TensorFiles, read_rows
+from trainspec.methods import trainable_table
+from trainspec.model import ModelSpec
+from trainspec.plan import STORED_DTYPE
+from trainspec.recipe import Recipe
+
+PARTS = ("weights", "moment1", "moment2")
+# What may differ when a run goes on: where and how it runs, how long, and how often it reports.
+MAY_DIFFER = ("plan", "precision", "checkpoint", "run")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after `step` updates; trainable rows only."""
+
+    step: int
+    weights: dict[str, NDArray[Any]]
+    moment1: dict[str, NDArray[Any]]
+    moment2: dict[str, NDArray[Any]]
+
+
+def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe) -> Path:
+    """Write `checkpoint` under OUT and drop all but the newest `recipe.checkpoint.keep`."""
+    folder = out / "checkpoints"
+    path = folder / f"step-{checkpoint.step:06d}"
+    temporary = folder / f".{path.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    sums = {}
+    for part in PARTS:
+        file = temporary / f"{part}.safetensors"
+        save_file(getattr(checkpoint, part), file)
+        sums[file.name] = _sha256(file)
+        _flush(file)
+    head = {"step": checkpoint.step, "sha256": sums, "recipe": recipe.model_dump(mode="json", by_alias=True)}
+    (temporary / "checkpoint.json").write_text(json.dumps(head, indent=2) + "\n")
+    _flush(temporary / "checkpoint.json")
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    _flush(folder)
+    for old in _all(out)[: -recipe.checkpoint.keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def latest(out: Path) -> Path | None:
+    """The newest whole checkpoint under OUT."""
+    found = _all(out)
+    return found[-1] if found else None
+
+
+def start_from(out: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from. Refuses to start over in a directory that holds an earlier run's."""
+    found = latest(out)
+    if found and not resume:
+        raise RecipeError(
+            f"{out}: holds {found.name} of an earlier run; go on with --resume, or give another --out"
+        )
+    if resume and found is None:
+        raise RecipeError(f"{out}: --resume found no checkpoint there; leave --resume out to start")
+    return found
+
+
+def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
+    """Read and verify a checkpoint, in the run's precision.
+
+    Raises WeightsError for a damaged file and RecipeError where it belongs to a different recipe.
+    """
+    try:
+        head = json.loads((path / "checkpoint.json").read_text())
+        for name, expected in head["sha256"].items():
+            if _sha256(path / name) != expected:
+                raise WeightsError(
+                    f"{path / name}: damaged (its SHA-256 is not the recorded one); use an older checkpoint"
+                )
+        _check_same_recipe(path, head["recipe"], recipe)
+        step = int(head["step"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: incomplete checkpoint ({error}); use an older one") from None
+    table, dtype = trainable_table(model, recipe.method), STORED_DTYPE[recipe.precision.policy]
+    weights, moment1, moment2 = (
+        {
+            p.name: a
+            for p, a in read_rows(TensorFiles([path / f"{part}.safetensors"]), table, dtype=dtype, where=path)
+        }
+        for part in PARTS
+    )
+    return Checkpoint(step, weights, moment1, moment2)
+
+
+def _check_same_recipe(path: Path, theirs: dict[str, Any], recipe: Recipe) -> None:
+    mine = recipe.model_dump(mode="json", by_alias=True)
+    for section, fields in mine.items():
+        if section in MAY_DIFFER:
+            continue
+        for key, value in fields.items():
+            if theirs.get(section, {}).get(key) != value:
+                raise RecipeError(
+                    f"{path}: was made with {section}.{key}={theirs.get(section, {}).get(key)!r}, the recipe says {value!r}; "
+                    f"resume with the recipe it was made with"
+                )
+    if theirs["run"]["seed"] != recipe.run.seed:
+        raise RecipeError(
+            f"{path}: was made with run.seed={theirs['run']['seed']}, the recipe says {recipe.run.seed}"
+        )
+
+
+def _all(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

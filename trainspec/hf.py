@@ -1,0 +1,287 @@
+"""Hugging Face model directories and PEFT adapter directories: read and written tensor by tensor.
+
+Headers are checked against THE TABLE before the first tensor is read: a missing, unexpected or misshapen weight
+is one line, not a traceback from deep inside a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from trainspec.errors import ModelError, WeightsError
+from trainspec.methods import PEFT_PREFIX, LoRA, target_modules
+from trainspec.model import ModelSpec, preset, read_model_spec
+from trainspec.params import Param
+from trainspec.recipe import ModelSource
+
+MODEL_FILE, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Beside the weights, a Hugging Face directory is these; they travel with a merged model.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
+    """The model's spec and its directory: a local one, `hub:ORG/NAME`, or `preset:NAME` (no directory).
+
+    Only `hub:` reaches for the network.
+    """
+    kind, colon, name = source.from_.partition(":")
+    if colon and kind == "preset":
+        if source.weights == "pretrained":
+            raise ModelError(f"model.from: {source.from_} has no trained weights; set model.weights=random")
+        return preset(name), None
+    directory = _hub_directory(name) if colon and kind == "hub" else Path(source.from_)
+    return read_model_spec(directory), directory
+
+
+def _hub_directory(name: str) -> Path:
+    # Imported here so that nothing which talks to a network is loaded unless the person named a hub id.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.from: hub:{name}: {' '.join(str(error).split())}") from None
+
+
+class TensorFiles:
+    """The safetensors files of one directory: every header is read at birth, data one tensor at a time."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    view = file.get_slice(name)
+                    if view.get_dtype() not in FLOATS:
+                        raise WeightsError(
+                            f"{path}: {name} is stored as {view.get_dtype()}; use one of {', '.join(FLOATS)}"
+                        )
+                    self._file_of[name], self.shapes[name] = path, tuple(view.get_shape())
+
+    def read(self, name: str) -> NDArray[Any]:
+        """One tensor, in its stored type."""
+        with _opened(self._file_of[name]) as file:
+            return file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "numpy") as file:
+            yield file
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: missing; the directory is incomplete") from None
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
+
+
+def model_files(directory: Path) -> TensorFiles:
+    """The weights of a Hugging Face directory: one safetensors file, or shards with an index."""
+    index = directory / MODEL_INDEX
+    if not index.is_file():
+        if not (directory / MODEL_FILE).is_file():
+            raise WeightsError(
+                f"{directory}: neither {MODEL_FILE} nor {MODEL_INDEX}; weights are read from safetensors only "
+                f"(for random ones set model.weights=random)"
+            )
+        return TensorFiles([directory / MODEL_FILE])
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
+        raise WeightsError(f"{index}: not a safetensors index; copy or download it again") from None
+    return TensorFiles([directory / shard for shard in shards])
+
+
+def read_rows(
+    files: TensorFiles, table: Sequence[Param], *, dtype: DTypeLike, where: Path, ignored: Iterable[str] = ()
+) -> Iterator[tuple[Param, NDArray[Any]]]:
+    """Each row's array, cast to `dtype`, in the table's order; never more than one tensor in memory.
+
+    Raises WeightsError before the first read where a row is missing or misshapen or a tensor is unexpected;
+    names in `ignored` may be there.
+    """
+    rows = {p.name: p for p in table}
+    for name, param in rows.items():
+        if name not in files.shapes:
+            raise WeightsError(
+                f"{where}: {name} is missing; it should be there with shape {list(param.shape)}"
+            )
+        if files.shapes[name] != param.shape:
+            raise WeightsError(
+                f"{where}: {name} has shape {list(files.shapes[name])}, the configuration asks for {list(param.shape)}"
+            )
+    unexpected = sorted(set(files.shapes) - set(rows) - set(ignored))
+    if unexpected:
+        raise WeightsError(
+            f"{where}: {unexpected[0]} is unexpected ({len(unexpected)} in all); it belongs to no weight of this model"
+        )
+    return ((param, files.read(param.name).astype(dtype, copy=False)) for param in table)
+
+
+def read_model(
+    directory: Path, model: ModelSpec, table: Sequence[Param], *, dtype: DTypeLike
+) -> Iterator[tuple[Param, NDArray[Any]]]:
+    """The weights of a Hugging Face directory, row by row of `table`, as `dtype`."""
+    # Old checkpoints store RoPE's frequencies, and some store the tied head a second time: both are derived.
+    ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(model.layers)}
+    if model.tied_embeddings:
+        ignored.add("lm_head.weight")
+    return read_rows(model_files(directory), table, dtype=dtype, where=directory, ignored=ignored)
+
+
+def read_adapter(
+    directory: Path, model: ModelSpec, method: LoRA, table: Sequence[Param], *, dtype: DTypeLike
+) -> Iterator[tuple[Param, NDArray[Any]]]:
+    """A PEFT LoRA adapter, row by row of `table`, after checking that its settings are those of `method`."""
+    config = _adapter_config(directory)
+    if config.get("peft_type") != "LORA":
+        raise WeightsError(
+            f"{directory}: peft_type {config.get('peft_type')!r}; method.kind=lora starts from LORA only"
+        )
+    for key, plain in (("use_rslora", False), ("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False),
+                       ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", None)):  # fmt: skip
+        if (config.get(key) or plain) != plain:
+            raise WeightsError(f"{directory}: {key}={config[key]!r} is unsupported; only {plain!r} is")
+    for field, key, mine in (("rank", "r", method.rank), ("alpha", "lora_alpha", method.alpha)):
+        if config.get(key) != mine:
+            raise WeightsError(
+                f"{directory}: {key}={config.get(key)}, the recipe says {mine}; set method.{field}={config.get(key)}"
+            )
+    return read_rows(TensorFiles([directory / ADAPTER_FILE]), table, dtype=dtype, where=directory)
+
+
+def _adapter_config(directory: Path) -> dict[str, Any]:
+    path = directory / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"method.adapter: {path}: missing; give a PEFT adapter directory") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"method.adapter: {path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise WeightsError(f"method.adapter: {path}: not a JSON object")
+    return config
+
+
+@contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place once everything in it is written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        if target.exists():
+            retired = temporary.with_name(temporary.name + "-old")
+            target.rename(retired)
+            temporary.rename(target)
+            shutil.rmtree(retired)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_adapter(
+    directory: Path, weights: Mapping[str, NDArray[Any]], *, model: ModelSpec, method: LoRA, base: str
+) -> None:
+    """A PEFT adapter directory that `PeftModel.from_pretrained` loads. `base` is the model it belongs to."""
+    _refuse_non_finite(weights, directory)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": method.rank,
+        "lora_alpha": int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
+        "lora_dropout": method.dropout,
+        "target_modules": list(target_modules(model, method)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with replaced_directory(directory) as temporary:
+        (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(dict(weights), temporary / ADAPTER_FILE, metadata={"format": "pt"})
+
+
+def write_model(
+    directory: Path,
+    weights: Iterable[tuple[str, NDArray[Any]]],
+    *,
+    companions_from: Path | None,
+    config: Mapping[str, Any],
+    shard_bytes: int = 4 * 2**30,
+) -> None:
+    """A Hugging Face directory that `AutoModelForCausalLM` loads: shards of at most `shard_bytes`, with an index.
+
+    One shard is in memory at a time. Tokenizer and generation settings are copied from `companions_from`.
+    """
+    with replaced_directory(directory) as temporary:
+        for name in COMPANIONS:
+            if companions_from is not None and (companions_from / name).is_file():
+                shutil.copyfile(companions_from / name, temporary / name)
+        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        _write_shards(temporary, weights, shard_bytes)
+
+
+def _write_shards(directory: Path, weights: Iterable[tuple[str, NDArray[Any]]], shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    pending: dict[str, NDArray[Any]] = {}
+    total = 0
+
+    def flush() -> None:
+        _refuse_non_finite(pending, directory)
+        save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, array in weights:
+        if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > shard_bytes:
+            flush()
+        pending[name] = np.ascontiguousarray(array)
+        total += array.nbytes
+    flush()
+    if len(shards) == 1:
+        os.rename(directory / "shard-0", directory / MODEL_FILE)
+        return
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for i, name in enumerate(names):
+        os.rename(directory / f"shard-{i}", directory / name)
+    weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _refuse_non_finite(weights: Mapping[str, NDArray[Any]], where: Path) -> None:
+    for name, array in weights.items():
+        if not array.size or not np.isfinite(array.astype(np.float32, copy=False)).all():
+            raise WeightsError(
+                f"{where}: {name} is {'empty' if not array.size else 'not finite'}; nothing was written"
+            )
+
+
+def adapter_name_to_module(name: str) -> str:
+    """The dotted module that an adapter tensor belongs to."""
+    return name.removeprefix(PEFT_PREFIX).rsplit(".", 2)[0]

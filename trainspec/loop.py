@@ -1,0 +1,179 @@
+"""The training loop, once for both backends: build, loop over steps, measure, report, trace, save.
+
+A backend is its `step` module: any module with these functions will do, and the type checker holds both to them.
+No numerics here; what a step does is the backend's.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from numpy.typing import NDArray
+
+from trainspec import checkpoint
+from trainspec.checkpoint import Checkpoint
+from trainspec.data import Batch, Dataset, open_dataset
+from trainspec.hf import resolve_model
+from trainspec.model import ModelSpec
+from trainspec.recipe import Recipe
+from trainspec.report import Reporter, StepReport, describe
+from trainspec.schedule import learning_rate
+from trainspec.trace import StepTrace, TraceWriter
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Metrics(Protocol):
+    """What one update shows. `grad_norm` and `gradients` are taken before clipping."""
+
+    @property
+    def loss_sum(self) -> float:
+        """Sum of the token losses over the global batch."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens of the global batch."""
+        ...
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm over every trained tensor."""
+        ...
+
+    @property
+    def gradients(self) -> Arrays | None:
+        """By canonical name, where they were asked for."""
+        ...
+
+
+class HasStep(Protocol):
+    """A state of training."""
+
+    @property
+    def step(self) -> int:
+        """How many updates were made."""
+        ...
+
+
+S = TypeVar("S", bound=HasStep)
+
+
+class Backend(Protocol[S]):
+    """The functions of `jaxtrain.step` and `torchtrain.step`. Names of arrays are canonical."""
+
+    def init_state(self, recipe: Recipe, spec: ModelSpec) -> S:
+        """The run before its first update."""
+        ...
+
+    def train_step(
+        self, state: S, batch: Batch, *, lr: float, keep_gradients: bool = False
+    ) -> tuple[S, Metrics]:
+        """One update; consumes `state`. Raises NonFiniteLossError before the update."""
+        ...
+
+    def eval_step(self, state: S, batch: Batch) -> tuple[float, int]:
+        """Loss sum and target tokens, without dropout."""
+        ...
+
+    def weights_of(self, state: S, *, frozen: bool = False) -> Arrays:
+        """Trained weights; with `frozen` all of them."""
+        ...
+
+    def moments_of(self, state: S) -> tuple[Arrays, Arrays]:
+        """Adam's first and second moments."""
+        ...
+
+    def restore(self, state: S, checkpoint: Checkpoint) -> S:
+        """`state` as it was when `checkpoint` was taken."""
+        ...
+
+
+def train(
+    backend: Backend[S], recipe: Recipe, *, name: str, out: Path, trace: Path | None, resume: bool
+) -> None:
+    """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`.
+
+    Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
+    """
+    saved = checkpoint.start_from(out, resume=resume)
+    spec, _ = resolve_model(recipe.model)
+    dataset = open_dataset(recipe, "train")
+    heldout = open_dataset(recipe, "heldout") if recipe.data.heldout else None
+    state = backend.init_state(recipe, spec)
+    if saved:
+        state = backend.restore(state, checkpoint.load(saved, recipe=recipe, model=spec))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(recipe.to_yaml())
+    writer = TraceWriter(trace) if trace else None
+    if writer:
+        writer.initial(backend.weights_of(state, frozen=True))
+    last = recipe.run.last_step
+    with Reporter(out, backend=name, steps=last, resumed_at=state.step) as reporter:
+        reporter.say(describe(spec, recipe.method))
+        reporter.say(dataset.summary)
+        while state.step < last:
+            state, report = _update(backend, state, recipe, dataset, writer)
+            if heldout and _is_due(state.step, recipe.run.eval_every_steps, last):
+                report = report.with_heldout(heldout_loss(backend, state, heldout, recipe))
+            reporter.step(report)
+            if _is_due(state.step, recipe.checkpoint.every_steps, last):
+                moments = backend.moments_of(state)
+                checkpoint.save(
+                    out, Checkpoint(state.step, backend.weights_of(state), *moments), recipe=recipe
+                )
+
+
+def evaluate(backend: Backend[S], recipe: Recipe, *, out: Path) -> float:
+    """Held-out loss of the newest checkpoint in `out`, or of the starting weights where there is none."""
+    spec, _ = resolve_model(recipe.model)
+    heldout = open_dataset(recipe, "heldout")
+    state = backend.init_state(recipe, spec)
+    saved = checkpoint.latest(out)
+    if saved:
+        state = backend.restore(state, checkpoint.load(saved, recipe=recipe, model=spec))
+    return heldout_loss(backend, state, heldout, recipe)
+
+
+def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, recipe: Recipe) -> float:
+    """Mean cross-entropy per target token over every held-out row."""
+    rows = recipe.batch.global_examples // recipe.batch.accumulation
+    parts = [backend.eval_step(state, batch) for batch in heldout.in_order(rows)]
+    return sum(loss_sum for loss_sum, _ in parts) / sum(tokens for _, tokens in parts)
+
+
+def _update(
+    backend: Backend[S], state: S, recipe: Recipe, dataset: Dataset, writer: TraceWriter | None
+) -> tuple[S, StepReport]:
+    batch = dataset.batch(state.step, recipe.batch.global_examples)
+    lr = learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=state.step, steps=recipe.run.steps)
+    before = backend.weights_of(state) if writer else {}
+    began = time.perf_counter()
+    state, metrics = backend.train_step(state, batch, lr=lr, keep_gradients=writer is not None)
+    seconds = time.perf_counter() - began
+    if writer:
+        after, (moment1, moment2) = backend.weights_of(state), backend.moments_of(state)
+        writer.step(
+            StepTrace(
+                step=state.step,
+                batch=batch,
+                loss_sum=metrics.loss_sum,
+                tokens=metrics.tokens,
+                grad_norm=metrics.grad_norm,
+                lr=lr,
+                gradients=metrics.gradients or {},
+                updates={name: after[name] - before[name] for name in after},
+                moment1=moment1,
+                moment2=moment2,
+            )
+        )
+    loss = metrics.loss_sum / metrics.tokens
+    return state, StepReport(
+        state.step, loss, metrics.tokens, metrics.grad_norm, lr, metrics.tokens / seconds
+    )
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last

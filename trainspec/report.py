@@ -1,0 +1,102 @@
+"""What a person sees of a run: a progress bar, a line per step, metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from trainspec.methods import Method, trainable_table
+from trainspec.model import ModelSpec
+from trainspec.params import param_table
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One update, `step` counted from 1; `loss` is the mean over the batch's target tokens."""
+
+    step: int
+    loss: float
+    tokens: int
+    grad_norm: float
+    lr: float
+    tokens_per_second: float
+    heldout_loss: float | None = None
+
+    def with_heldout(self, loss: float) -> StepReport:
+        """The same with the held-out loss measured after the update."""
+        return replace(self, heldout_loss=loss)
+
+
+class Reporter:
+    """Shows and records a run. Used as a context manager; `resumed_at` is the last step already made."""
+
+    def __init__(self, out: Path, *, backend: str, steps: int, resumed_at: int = 0) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        metrics = out / "metrics.jsonl"
+        _drop_steps_after(metrics, resumed_at)
+        self._metrics = metrics.open("a")
+        self._events = SummaryWriter(str(out), purge_step=resumed_at + 1)
+        self._bar = tqdm(
+            total=steps,
+            initial=resumed_at,
+            desc=backend,
+            unit="step",
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._events.close()
+        self._metrics.close()
+
+    def say(self, line: str) -> None:
+        """One line above the bar."""
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def step(self, report: StepReport) -> None:
+        """Record one update everywhere."""
+        values = {k: v for k, v in asdict(report).items() if v is not None}
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            if name != "step":
+                self._events.add_scalar(name, value, report.step)
+        self._bar.update()
+        heldout = "" if report.heldout_loss is None else f"  held-out {report.heldout_loss:.4f}"
+        self.say(
+            f"step {report.step:>5}  loss {report.loss:.4f}  |g| {report.grad_norm:.3e}  lr {report.lr:.2e}"
+            f"  {report.tokens} tokens  {report.tokens_per_second:,.0f} tokens/s{heldout}"
+        )
+
+
+def describe(model: ModelSpec, method: Method) -> str:
+    """The model's size and what of it is trained, in one line."""
+    total = sum(p.size for p in param_table(model))
+    trained = sum(p.size for p in trainable_table(model, method))
+    extra = 0 if method.kind == "full" else trained
+    return (
+        f"{model.name}: {total:,} parameters; {method.kind} trains {trained:,} "
+        f"({100 * trained / (total + extra):.2f} %)"
+    )
+
+
+def _drop_steps_after(metrics: Path, step: int) -> None:
+    """A resumed run repeats the steps behind its checkpoint: their first lines go."""
+    if metrics.is_file():
+        # A killed run may have left half a line at the end: only whole ones count.
+        whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))

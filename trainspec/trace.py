@@ -1,0 +1,176 @@
+"""What a run leaves for comparison: plain, documented files that any program can write and read.
+
+    DIR/trace.jsonl            one object per step: step (from 1), loss_sum, tokens, loss, grad_norm, lr
+    DIR/initial.safetensors    weight/<name>, frozen weights included
+    DIR/step-000001.safetensors
+        batch/input_ids, batch/labels, batch/positions, batch/segments   [global_examples, sequence_tokens]
+        gradient/<name>        after reduction, before clipping
+        update/<name>          weight after minus weight before
+        moment1/<name>, moment2/<name>
+        activation/<point>, activation_gradient/<point>                  on request
+
+`<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from trainspec.data import Batch
+from trainspec.errors import TraceError
+
+Arrays = Mapping[str, NDArray[Any]]
+ROW_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Everything one update leaves. `step` counts from 1; `grad_norm` is taken before clipping."""
+
+    step: int
+    batch: Batch
+    loss_sum: float
+    tokens: int
+    grad_norm: float
+    lr: float
+    gradients: Arrays
+    updates: Arrays
+    moment1: Arrays
+    moment2: Arrays
+    activations: Arrays = field(default_factory=dict)
+    activation_gradients: Arrays = field(default_factory=dict)
+
+
+class TraceWriter:
+    """Writes a trace directory, a step at a time. What an earlier run left there is removed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in (
+            *directory.glob("step-*.safetensors"),
+            *directory.glob("*.jsonl"),
+            *directory.glob("initial.*"),
+        ):
+            old.unlink()
+        self._rows = directory / "trace.jsonl"
+        self._rows.touch()
+
+    def initial(self, weights: Arrays) -> None:
+        """Record every weight of the run as it starts."""
+        _save(self._directory / "initial.safetensors", {"weight": weights})
+
+    def step(self, trace: StepTrace) -> None:
+        """Record one update: first its tensors, then its row, so that a row always has its tensors."""
+        batch = trace.batch
+        rows = {
+            "input_ids": batch.input_ids,
+            "labels": batch.labels,
+            "positions": batch.positions,
+            "segments": batch.segments,
+        }
+        groups: dict[str, Arrays] = {
+            "batch": rows,
+            "gradient": trace.gradients,
+            "update": trace.updates,
+            "moment1": trace.moment1,
+            "moment2": trace.moment2,
+            "activation": trace.activations,
+            "activation_gradient": trace.activation_gradients,
+        }
+        _save(self._directory / _step_file(trace.step), groups)
+        values = (
+            trace.step,
+            trace.loss_sum,
+            trace.tokens,
+            trace.loss_sum / trace.tokens,
+            trace.grad_norm,
+            trace.lr,
+        )
+        with self._rows.open("a") as file:
+            file.write(json.dumps(dict(zip(ROW_KEYS, values, strict=True))) + "\n")
+
+
+class Trace:
+    """Reads a trace directory; tensors are read one at a time.
+
+    `rows` are the objects of trace.jsonl in step order. Raises TraceError where a file is missing, cut short or
+    not what the format says.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        path = directory / "trace.jsonl"
+        if not path.is_file():
+            raise TraceError(f"{path}: missing; give the directory that a run wrote with --trace")
+        self.rows = [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), 1)]
+        if not self.rows:
+            raise TraceError(f"{path}: no step in it; the run that wrote it made no update")
+        if [row["step"] for row in self.rows] != list(range(1, len(self.rows) + 1)):
+            raise TraceError(f"{path}: steps are not 1, 2, 3, ...; write the trace of a whole run")
+
+    def names(self, step: int) -> list[str]:
+        """Keys of the step's tensors, such as `gradient/model.norm.weight`, in a fixed order."""
+        return _keys(self.directory / _step_file(step))
+
+    def read(self, step: int, key: str) -> NDArray[Any]:
+        """One tensor of one step."""
+        return _read(self.directory / _step_file(step), key)
+
+    def initial_names(self) -> list[str]:
+        """Keys of the starting weights, such as `weight/model.norm.weight`."""
+        return _keys(self.directory / "initial.safetensors")
+
+    def read_initial(self, key: str) -> NDArray[Any]:
+        """One starting weight."""
+        return _read(self.directory / "initial.safetensors", key)
+
+
+def _step_file(step: int) -> str:
+    return f"step-{step:06d}.safetensors"
+
+
+def _save(path: Path, groups: Mapping[str, Arrays]) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file(
+        {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()},
+        temporary,
+    )
+    temporary.rename(path)
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        missing = [key for key in ROW_KEYS if key not in row]
+    except (json.JSONDecodeError, TypeError) as error:
+        raise TraceError(
+            f"{path} line {number}: not a JSON object: {error}; the file is cut short or damaged"
+        ) from None
+    if missing:
+        raise TraceError(f"{path} line {number}: no {', '.join(missing)}")
+    return row
+
+
+def _keys(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "numpy") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise TraceError(f"{path}: {error}; the trace is incomplete, write it again") from None
+
+
+def _read(path: Path, key: str) -> NDArray[Any]:
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise TraceError(f"{path}: {key}: {error}; the trace is incomplete, write it again") from None
