@@ -120,13 +120,15 @@ def chat_record(entry: Entry) -> dict[str, list[dict[str, str]]]:
     """A conversation about one name: its purpose, its call, or one after the other."""
     purpose, call = entry.sentence, f"Call it as {entry.call}"
     conversations = (
-        (f"What does {entry.name} do?", purpose, "And how do I call it?", call),
-        (f"How do I call {entry.name}?", call, "What will it do?", purpose),
-        (f"Tell me in one sentence what the {entry.kind} {entry.name} is for.", purpose),
-    )
+        (("user", f"What does {entry.name} do?"), ("assistant", purpose),
+         ("user", "And how do I call it?"), ("assistant", call)),
+        (("user", f"How do I call {entry.name}?"), ("assistant", call),
+         ("user", "What will it do?"), ("assistant", purpose)),
+        (("system", "Answer in one sentence."), ("user", f"What is the {entry.kind} {entry.name} for?"),
+         ("assistant", purpose)),
+    )  # fmt: skip
     turns = conversations[entry.hashed("conversation") % len(conversations)]
-    roles = ("user", "assistant") * (len(turns) // 2)
-    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]}
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 def read_entries() -> list[Entry]:

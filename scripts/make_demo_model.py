@@ -21,12 +21,20 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 TEXT = Path(__file__).parent.parent / "configs/data/text-train.txt"
 STAMP = "made-with.json"
 VOCABULARY = 1024
 PAD, BEGIN, END = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # their ids are 0, 1, 2
-ROW_TOKENS, BATCH_ROWS = 128, 16
+ROW_TOKENS, BATCH_ROWS = 128, 4
+# A turn is "Role:", its text, and the end token where the model is to stop.
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}{{ message['role'].capitalize() }}:
+{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
+
+{% endfor %}{% if add_generation_prompt %}Assistant:
+{% endif %}"""
 
 
 def main() -> None:
@@ -38,7 +46,7 @@ def main() -> None:
     parser.add_argument("--tied", action="store_true", help="one matrix for the embedding and the head")
     parser.add_argument("--bias", action="store_true", help="biases in the attention and the MLP")
     parser.add_argument("--rope", choices=("default", "llama3"), default="default")
-    parser.add_argument("--steps", type=int, default=150, help="training steps; 0 leaves the weights random")
+    parser.add_argument("--steps", type=int, default=200, help="training steps; 0 leaves the weights random")
     arguments = parser.parse_args()
     out: Path = arguments.out
     stamp = {key: value for key, value in vars(arguments).items() if key != "out"}
@@ -59,8 +67,11 @@ def main() -> None:
 
 def write_model(directory: Path, arguments: argparse.Namespace) -> None:
     """Train the tokenizer and the model and save both into `directory`."""
+    # Saving imports DeepSpeed where it is installed, which warns of a missing GPU unless told that none is meant.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    disable_progress_bar()
     torch.manual_seed(0)
-    torch.set_num_threads(2)  # sums depend on the number of threads: a fixed one gives the same weights again
+    torch.set_num_threads(1)  # sums depend on the number of threads: one gives the same weights everywhere
     documents = TEXT.read_text(encoding="utf-8").strip().split("\n\n")
     tokenizer = train_tokenizer(documents)
     model = LlamaForCausalLM(
@@ -107,6 +118,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -130,7 +142,7 @@ def model_config(*, hidden: int, layers: int, tied: bool, bias: bool, rope: str)
         head_dim=hidden // 4,
         rms_norm_eps=1e-5,
         max_position_embeddings=1024,
-        initializer_range=0.05,
+        initializer_range=0.08,
         rope_parameters=rope_parameters,
         tie_word_embeddings=tied,
         attention_bias=bias,
@@ -149,7 +161,7 @@ def token_rows(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torc
 
 def train(model: LlamaForCausalLM, rows: torch.Tensor, *, steps: int) -> list[float]:
     """Plain next-token training with AdamW; the loss of every step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps))
     losses = []
     model.train()

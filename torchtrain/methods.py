@@ -34,7 +34,6 @@ class CounterDropout(nn.Module):
         self._point = point
 
     def forward(self, x_BSF: Tensor) -> Tensor:
-        """The input of LoRA's A, partly dropped."""
         if not self.training:
             return x_BSF
         _, sequence_tokens, features = x_BSF.shape

@@ -14,18 +14,17 @@ from trainspec.plan import STORED_DTYPE, Policy
 
 
 class RMSNorm(LlamaRMSNorm):
-    """LlamaRMSNorm without its detour over float32."""
+    """x * rsqrt(mean(x²) + eps) * weight in the type of x: LlamaRMSNorm without its detour over float32."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """The normalised activations, times the weight."""
         mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
         return self.weight * (hidden_states * torch.rsqrt(mean_square + self.variance_epsilon))
 
 
 class RotaryTables(nn.Module):
-    """RoPE's cosines and sines [B, S, D] from the shared frequencies, in `dtype` (float32 or float64).
+    """cos and sin [B, S, D] of each position's angles, made in `dtype` (float32 or float64), cast to the type of x.
 
-    A drop-in for LlamaRotaryEmbedding. The frequencies are no buffer: a cast of the model must not touch them.
+    In place of LlamaRotaryEmbedding, whose frequencies are float32 and a buffer that a cast of the model rounds.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
@@ -35,7 +34,6 @@ class RotaryTables(nn.Module):
 
     @torch.no_grad()
     def forward(self, x_BSE: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables for `position_ids` [B, S], cast to the activations' type."""
         angles = position_ids[..., None].to(self._inverse.dtype) * self._inverse
         angles_BSD = torch.cat((angles, angles), dim=-1)
         return angles_BSD.cos().to(x_BSE.dtype), angles_BSD.sin().to(x_BSE.dtype)
@@ -53,8 +51,8 @@ def attention_mask(segments_BS: Tensor) -> Tensor:
 def build_model(spec: ModelSpec, *, policy: Policy, remat: str) -> LlamaForCausalLM:
     """The module with its weights allocated, not yet filled; weights.from_canonical fills every one.
 
-    `remat` full recomputes each layer in the backward pass. Hugging Face's RMSNorm and RoPE compute in float32
-    whatever the model's type: fp64 runs put float64 ones in their place.
+    `remat` full recomputes each layer in the backward pass. fp64 runs get their own RMSNorm: Hugging Face's
+    computes in float32 whatever the model's type.
     """
     dtype = getattr(torch, STORED_DTYPE[policy])
     with torch.device("meta"):  # no memory and no random numbers for weights that are filled later

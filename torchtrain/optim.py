@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor, nn
 
-from torchtrain.weights import canonical_name
-from trainspec.params import Param
 from trainspec.recipe import AdamW
 
-# torch and DeepSpeed clip with max / (norm + 1e-6).
+# torch.nn.utils.clip_grad_norm_ and DeepSpeed clip by max / (norm + 1e-6).
 CLIP_EPS = 1e-6
+Weights = Mapping[str, Tensor]
+
+
+def global_norm(gradients: Weights) -> Tensor:
+    """sqrt of the sum of squares over every element of every tensor."""
+    return torch.nn.utils.get_total_norm(list(gradients.values()), foreach=False)
+
+
+@torch.no_grad()
+def clip(gradients: Weights, norm: Tensor, *, max_norm: float) -> None:
+    """Every gradient times min(1, max_norm / (norm + 1e-6)), in place."""
+    factor = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
+    for gradient in gradients.values():
+        gradient.mul_(factor)
 
 
 def make_optimizer(
-    spec: AdamW, table: Sequence[Param], *, parameters: Mapping[str, nn.Parameter]
+    spec: AdamW, decayed: Set[str], *, parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.AdamW:
-    """AdamW over the rows of `table`; those whose `decay` is set decay. The learning rate is set at every step.
+    """AdamW over `parameters`, with decay for the names in `decayed` only; set_learning_rate goes before an update.
 
-    `parameters` is keyed by the module's names. foreach=False: tensor after tensor takes no second copy of the
-    gradients, and the order of operations is the same on every device.
+    foreach=False: tensor after tensor takes no second copy of the gradients, and it is the order of operations
+    that a GPU and a CPU share. Differs from jaxtrain, whose optimizer knows its weights by their names alone.
     """
-    rows = {canonical_name(name): parameter for name, parameter in parameters.items()}
-    decayed = [rows[p.name] for p in table if p.decay]
-    kept = [rows[p.name] for p in table if not p.decay]
     groups = [
-        {"params": members, "weight_decay": weight_decay}
-        for members, weight_decay in ((decayed, spec.weight_decay), (kept, 0.0))
-        if members
+        {
+            "params": [p for name, p in parameters.items() if (name in decayed) == decays],
+            "weight_decay": decay,
+        }
+        for decays, decay in ((True, spec.weight_decay), (False, 0.0))
     ]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, foreach=False)
-    for parameter in rows.values():
-        # What AdamW itself starts from, made now so that the moments are always there to read and to restore.
+    for parameter in parameters.values():
+        # What AdamW itself starts from, made now so that the moments are there to be read and restored.
         optimizer.state[parameter] = {
             "step": torch.tensor(0.0),
             "exp_avg": torch.zeros_like(parameter),
@@ -49,7 +61,7 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
 
 
 def set_steps(optimizer: torch.optim.AdamW, steps: int) -> None:
-    """How many updates Adam's bias correction believes were made."""
+    """How many updates were made, for Adam's bias correction."""
     for state in optimizer.state.values():
         state["step"].fill_(float(steps))
 
@@ -57,22 +69,9 @@ def set_steps(optimizer: torch.optim.AdamW, steps: int) -> None:
 def moments(
     optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Adam's first and second moments, keyed like `parameters`."""
+    """Adam's first and second moments, by the names of `parameters`."""
     states = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
     return (
         {name: state["exp_avg"] for name, state in states.items()},
         {name: state["exp_avg_sq"] for name, state in states.items()},
     )
-
-
-def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm over all entries of all `gradients`."""
-    return torch.nn.utils.get_total_norm(list(gradients), foreach=False)
-
-
-@torch.no_grad()
-def clip(gradients: Iterable[Tensor], *, norm: Tensor, max_norm: float) -> None:
-    """Scale `gradients` in place by min(1, max_norm / (norm + CLIP_EPS))."""
-    factor = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor)

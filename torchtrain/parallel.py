@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from torchtrain.optim import clip, global_norm
 from trainspec.errors import PlanError
+from trainspec.plan import check_supported
 from trainspec.recipe import Recipe
 
 # One process without a launcher; torch.distributed.HashStore needs no port, but DeepSpeed looks for the others.
@@ -47,8 +48,9 @@ class Engine(Protocol):
 def start(recipe: Recipe) -> None:
     """Set up this process: matmul precision and, for DeepSpeed, accelerator and process group.
 
-    Raises PlanError where a launcher started another number of processes than the plan takes.
+    Raises PlanError for an unsupported plan, or where a launcher started another number of processes than it takes.
     """
+    check_supported(recipe.plan, recipe.precision.policy, "torch")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != recipe.plan.devices:
         raise PlanError(
@@ -140,8 +142,8 @@ class PlainEngine:
     def step(self) -> None:
         """Clip, update and clear the gradients."""
         if self._clip_norm is not None:
-            gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-            clip(gradients, norm=global_norm(gradients), max_norm=self._clip_norm)
+            gradients = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+            clip(gradients, global_norm(gradients), max_norm=self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
 

@@ -19,7 +19,7 @@ from torchtrain.methods import attach
 from torchtrain.model import attention_mask, build_model
 from torchtrain.optim import global_norm, make_optimizer, moments, set_learning_rate, set_steps
 from torchtrain.parallel import Engine, make_engine
-from torchtrain.weights import from_canonical, to_canonical
+from torchtrain.weights import canonical_name, from_canonical, to_canonical
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
@@ -30,6 +30,16 @@ from trainspec.params import Param
 from trainspec.recipe import Recipe
 
 Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one update leaves; `gradients` and `grad_norm` are taken before clipping."""
+
+    loss_sum: float
+    tokens: int
+    grad_norm: float
+    gradients: Arrays | None
 
 
 @dataclass(frozen=True)
@@ -45,24 +55,15 @@ class State:
     point: DropoutPoint
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What one update leaves; `gradients` and `grad_norm` are taken before clipping."""
-
-    loss_sum: float
-    tokens: int
-    grad_norm: float
-    gradients: Arrays | None
-
-
 def init_state(recipe: Recipe, spec: ModelSpec) -> State:
     """The run before its first update. `parallel.start` comes first."""
     model = build_model(spec, policy=recipe.precision.policy, remat=recipe.plan.remat)
     point = attach(model, spec, recipe.method, seed=recipe.run.seed)
     from_canonical(starting_weights(recipe, spec), dict(model.named_parameters()))
-    optimizer = make_optimizer(
-        recipe.optimizer, trainable_table(spec, recipe.method), parameters=_trainable(model)
-    )
+    decays = {p.name: p.decay for p in trainable_table(spec, recipe.method)}
+    parameters = _trainable(model)
+    decayed = {name for name in parameters if decays[canonical_name(name)]}
+    optimizer = make_optimizer(recipe.optimizer, decayed, parameters=parameters)
     engine = make_engine(recipe, model, optimizer)
     return State(0, recipe, spec, model, engine, optimizer, point)
 
@@ -77,7 +78,7 @@ def train_step(
     """
     loss_sum, tokens = _accumulate_gradients(state, batch), batch.target_tokens
     gradients = {name: p.grad for name, p in _trainable(state.model).items() if p.grad is not None}
-    grad_norm = global_norm(gradients.values()).item()
+    grad_norm = global_norm(gradients).item()
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
         state.model.zero_grad()
         raise NonFiniteLossError(f"step {state.step + 1}: loss sum {loss_sum}, gradient norm {grad_norm}")

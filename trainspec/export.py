@@ -15,7 +15,7 @@ from trainspec.errors import RecipeError, WeightsError
 from trainspec.hf import TensorFiles, model_files, read_rows, resolve_model, write_adapter, write_model
 from trainspec.init import starting_weights
 from trainspec.methods import PEFT_PREFIX, Full, LoRA, target_modules
-from trainspec.model import ARCHITECTURE, ModelSpec
+from trainspec.model import ModelSpec, config_of
 from trainspec.params import param_table
 from trainspec.recipe import Recipe
 
@@ -80,25 +80,7 @@ def _config(model: ModelSpec, source: Path | None, trained: Mapping[str, NDArray
         config = json.loads((source / "config.json").read_text())
         config.pop("torch_dtype", None)
         return config | {"dtype": dtype}
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "vocab_size": model.vocab,
-        "hidden_size": model.embed,
-        "intermediate_size": model.mlp,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "max_position_embeddings": model.max_positions,
-        "tie_word_embeddings": model.tied_embeddings,
-        "attention_bias": model.attention_bias,
-        "mlp_bias": model.mlp_bias,
-        "initializer_range": model.init_std,
-        "dtype": dtype,
-    }
+    return config_of(model) | {"dtype": dtype}
 
 
 def _verify(files: TensorFiles, expected: Mapping[str, NDArray[Any]], where: Path) -> None:

@@ -121,6 +121,38 @@ def model_spec_from_config(config: Mapping[str, Any], *, name: str, where: str) 
     )
 
 
+def config_of(model: ModelSpec) -> dict[str, Any]:
+    """The `config.json` of a spec, without its stored type: what `model_spec_from_config` reads back."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.rope_scaling is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": model.rope_scaling.factor,
+            "low_freq_factor": model.rope_scaling.low_freq_factor,
+            "high_freq_factor": model.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": model.rope_scaling.original_positions,
+        }
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "vocab_size": model.vocab,
+        "hidden_size": model.embed,
+        "intermediate_size": model.mlp,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": rope,
+        "max_position_embeddings": model.max_positions,
+        "tie_word_embeddings": model.tied_embeddings,
+        "attention_bias": model.attention_bias,
+        "mlp_bias": model.mlp_bias,
+        "initializer_range": model.init_std,
+    }
+
+
 def _need(config: Mapping[str, Any], key: str, where: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or value < 1:

@@ -138,6 +138,14 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     run: Run = Run()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kind(cls, value: Any) -> Any:
+        method = value.get("method") if isinstance(value, dict) else None
+        if isinstance(method, dict) and "kind" not in method:
+            return value | {"method": {"kind": LoRA().kind} | method}
+        return value
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `load_recipe` reads it back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)

@@ -54,6 +54,7 @@ class Sim:
     label_shift: bool = False
     missing: tuple[int, str] = (0, "")
     not_a_number: str = ""
+    noiseless_zero: bool = False  # one gradient that is zero but for the noise
     noise: float = 0.0
     noise_seed: int = 0
 
@@ -85,8 +86,9 @@ def batch(sim: Sim, step: int) -> Batch:
 def loss_and_gradients(sim: Sim, weights, step: int):
     loss, gradients = 3.0, {}
     for i, (name, w) in enumerate(weights.items()):
-        c, h = 0.05 * _normal(w.shape, 3, i, step).astype(w.dtype), w.dtype.type(0.5)
-        c.ravel()[0] = 0 if name == Q1 else c.ravel()[0]
+        c, h = 0.05 * _normal(w.shape, 3, i, step).astype(w.dtype), np.full(w.shape, 0.5, w.dtype)
+        if sim.noiseless_zero and name == Q1:
+            c[0, 0] = h[0, 0] = 0
         loss += float(np.sum(c * w + h * w * w / 2))
         gradient = c + h * w
         factor = sim.gradient_factor[1] if name == sim.gradient_factor[0] else 1.0

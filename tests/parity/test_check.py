@@ -1,0 +1,122 @@
+"""`parity check`: both sides run as programs of their own, here stand-ins that are found first on the path."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity.cli import main
+from parity.sides import Side, parse_side
+from trainspec.errors import UserError
+
+RECIPE = "model: {from: somewhere}\ndata: {train: some.jsonl}\nrun: {steps: 20}\n"
+STAND_IN = """
+import sys
+sys.path[:0] = [%r]
+from pathlib import Path
+from synthetic import Sim, write
+args = sys.argv[1:]
+settings = dict(a.split("=", 1) for f, a in zip(args, args[1:]) if f == "--set")
+print(" ".join(args))
+%s
+steps = int(settings["run.stop_after_steps"])
+write(Sim(steps=steps), Path(args[args.index("--trace") + 1]))
+"""
+STOPS = """
+write(Sim(steps=1), Path(args[args.index("--trace") + 1]))
+print("torchtrain: stopped before the update: the loss is nan at step 2", file=sys.stderr)
+raise SystemExit(1)
+"""
+REFUSES = 'print("torchtrain: plan.data=2: not so far", file=sys.stderr)\nraise SystemExit(2)'
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Run `parity check` with a stand-in for each backend; `torch` is what the right one does first."""
+
+    def run(*flags: str, torch: str = "") -> int:
+        for backend, body in (("jaxtrain", ""), ("torchtrain", torch)):
+            (tmp_path / backend).mkdir()
+            (tmp_path / backend / "__init__.py").touch()
+            (tmp_path / backend / "__main__.py").write_text(STAND_IN % (str(Path(__file__).parent), body))
+        (tmp_path / "demo.yaml").write_text(RECIPE)
+        monkeypatch.chdir(tmp_path)
+        return main(["check", "demo.yaml", "--steps", "2", *flags])
+
+    return run
+
+
+def test_two_equal_sides_pass(check, tmp_path, capsys):
+    assert check("--right", "torch plan.data=2", "--set", "run.seed=3") == 0
+    out = tmp_path / "runs/parity-demo"
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert (verdict["verdict"], verdict["left"], verdict["right"]) == ("pass", "jax", "torch plan.data=2")
+    assert (verdict["precision"], verdict["steps"]) == ("fp64", 2)
+    assert "runs/parity-demo/report.html" in capsys.readouterr().out
+    log = (out / "right/log.txt").read_text()
+    for setting in ("plan.data=2", "run.seed=3", "precision.policy=fp64", "precision.reduce=fp64"):
+        assert f"--set {setting}" in log
+    assert "plan.data=2" not in (out / "left/log.txt").read_text()
+    page = (out / "report.html").read_text()
+    assert "run.seed=3" in page
+
+
+def test_bf16_keeps_the_recipe_s_reduction(check, tmp_path):
+    check("--precision", "bf16", "--out", "here")
+    log = (tmp_path / "here/left/log.txt").read_text()
+    assert "precision.policy=bf16" in log
+    assert "precision.reduce" not in log
+
+
+def test_a_side_that_stops_itself_fails_the_check(check, tmp_path, capsys):
+    assert check(torch=STOPS) == 1
+    first = json.loads((tmp_path / "runs/parity-demo/verdict.json").read_text())["first_divergence"]
+    assert first["step"] == 2
+    assert "nan at step 2" in first["reason"]
+    assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        (REFUSES, "parity: right (torch): plan.data=2: not so far\n"),
+        ("raise KeyError('x')", "parity: right (torch): crashed with exit code 1: KeyError: 'x'"),
+    ],
+)
+def test_what_a_side_says_is_passed_on_in_one_line(torch, said, check, capsys):
+    assert check(torch=torch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(said)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--right", "tensorflow"], "torch"),
+        (["--right", "torch plan.data"], "KEY=VALUE"),
+        (["--right", "torch 'x"], "quotation"),
+        (["--steps", "21"], "20 updates"),
+        (["--set", "run.stepps=3"], "did you mean 'steps'"),
+    ],
+)
+def test_a_person_s_mistake_is_one_line_before_anything_runs(flags, word, check, tmp_path, capsys):
+    assert check(*flags) == 2
+    error = capsys.readouterr().err
+    assert word in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sides_are_read_as_words():
+    assert parse_side("jax plan.data=2 plan.tensor=2") == Side("jax", ("plan.data=2", "plan.tensor=2"))
+    assert str(parse_side("torch")) == "torch"
+    with pytest.raises(UserError):
+        parse_side("")
+
+
+def test_parity_imports_no_framework():
+    assert not {"jax", "torch"} & set(sys.modules)

@@ -1,0 +1,133 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import VARIANTS
+
+from trainspec.errors import ModelError, RecipeError
+from trainspec.hf import resolve_model
+from trainspec.init import initial_value
+from trainspec.methods import LoRA, adapter_table, target_modules
+from trainspec.model import (
+    ModelSpec,
+    config_of,
+    inverse_frequencies,
+    model_spec_from_config,
+    preset,
+    read_model_spec,
+)
+from trainspec.params import Normal, Param, UniformFanIn, param_table
+from trainspec.recipe import ModelSource
+
+
+@pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
+def test_config_reads_back(spec: ModelSpec):
+    assert model_spec_from_config(config_of(spec), name=spec.name, where="here") == spec
+
+
+def test_older_rope_fields_are_read():
+    config = config_of(VARIANTS["llama3-rope"])
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    assert model_spec_from_config(config, name="small", where="here") == VARIANTS["llama3-rope"]
+
+
+def test_published_sizes():
+    assert sum(p.size for p in param_table(preset("llama2-7b"))) == 6_738_415_616
+    assert sum(p.size for p in param_table(preset("llama3-8b"))) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "supported: LlamaForCausalLM"),
+        ({"architectures": None}, "not given"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_size": "x"}, "hidden_size must be a positive whole number"),
+        ({"num_key_value_heads": 3}, "no multiple"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "supported: default, llama3"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "needs factor"),
+    ],
+)
+def test_unsupported_configs_are_refused_in_one_line(tmp_path: Path, change: dict, message: str):
+    (tmp_path / "config.json").write_text(json.dumps(config_of(VARIANTS["plain"]) | change))
+    with pytest.raises(ModelError, match=message) as caught:
+        read_model_spec(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "weights", "message"),
+    [
+        ("nowhere/at-all", "pretrained", "no directory nowhere/at-all"),
+        ("preset:tiny", "pretrained", "model.weights=random"),
+        ("preset:tony", "random", "did you mean 'tiny'"),
+    ],
+)
+def test_missing_models(source: str, weights: str, message: str):
+    with pytest.raises(ModelError, match=message):
+        resolve_model(ModelSource.model_validate({"from": source, "weights": weights}))
+
+
+def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
+    spec = VARIANTS["llama3-rope"]
+    plain = inverse_frequencies(replace(spec, rope_scaling=None), np.float64)
+    scaled = inverse_frequencies(spec, np.float64)
+    assert scaled[0] == plain[0]
+    assert scaled[-1] == plain[-1] / 8.0
+    assert ((scaled <= plain) & (scaled >= plain / 8.0)).all()
+
+
+def test_table_names_are_unique_and_norms_and_biases_do_not_decay():
+    for spec in VARIANTS.values():
+        table = param_table(spec)
+        assert len({p.name for p in table}) == len(table)
+        assert {p.decay for p in table if p.role == "norm" or p.name.endswith("bias")} == {False}
+        assert all(len(p.shape) == len(p.axes) for p in table)
+
+
+def test_targets_by_name_tail_regex_and_all_linear():
+    spec = VARIANTS["plain"]
+    assert target_modules(spec, LoRA(targets=("q_proj",))) == tuple(
+        f"model.layers.{i}.self_attn.q_proj" for i in range(2)
+    )
+    assert target_modules(spec, LoRA(targets=r".*layers\.1\..*(k|v)_proj")) == (
+        "model.layers.1.self_attn.k_proj",
+        "model.layers.1.self_attn.v_proj",
+    )
+    assert len(target_modules(spec, LoRA(targets="all-linear"))) == 14
+    assert target_modules(spec, LoRA(targets=("lm_head",))) == ("lm_head",)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "query"), "nothing.*", ("proj",), "("])
+def test_a_target_that_matches_nothing_lists_what_would(targets):
+    with pytest.raises(RecipeError, match=r"would match|regular expression") as caught:
+        target_modules(VARIANTS["plain"], LoRA(targets=targets))
+    assert "\n" not in str(caught.value)
+
+
+def test_adapter_rows_take_their_axes_from_the_base():
+    rows = adapter_table(VARIANTS["plain"], LoRA(rank=4, targets=("q_proj",)))
+    assert [(p.shape, p.axes) for p in rows[:2]] == [
+        ((4, 32), ("rank", "embed")),
+        ((48, 4), ("heads", "rank")),
+    ]
+    assert rows[0].name == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def _row(init) -> Param:
+    return Param("w.weight", (400, 300), ("a", "b"), init, True, "linear")
+
+
+def test_initial_values_have_the_named_distribution_and_depend_on_seed_and_name():
+    normal = initial_value(_row(Normal(0.02)), seed=3, dtype=np.float64)
+    assert abs(normal.std() - 0.02) < 1e-4
+    assert abs(normal.mean()) < 3e-4
+    uniform = initial_value(_row(UniformFanIn(25)), seed=3, dtype=np.float64)
+    assert np.abs(uniform).max() <= 0.2
+    assert abs(uniform.std() - 0.2 / 3**0.5) < 1e-3
+    assert not np.array_equal(normal, initial_value(_row(Normal(0.02)), seed=4, dtype=np.float64))
+    other = initial_value(replace(_row(Normal(0.02)), name="v.weight"), seed=3, dtype=np.float64)
+    assert not np.array_equal(normal, other)
