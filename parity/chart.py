@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 16, 34
+HUGE = 1e300  # beyond it (and for NaN) there is nothing to draw
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Axes:
 
 def loss_curves(left: Sequence[float], right: Sequence[float]) -> Markup:
     """Both curves over the steps; the right one is dashed, so that equal curves show both."""
-    values = [value for value in (*left, *right) if math.isfinite(value)]
+    values = [value for value in (*left, *right) if abs(value) < HUGE]
     if not values:
         return _svg("No step to draw", [])
     low, high = min(values), max(values)
@@ -87,7 +88,7 @@ def _frame(axes: Axes, ticks: Sequence[tuple[float, str]]) -> list[str]:
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, float]], kind: str) -> str:
-    path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in points if math.isfinite(y))
+    path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in points if abs(y) < HUGE)
     return f'<polyline class="curve {kind}" points="{path}"/>'
 
 

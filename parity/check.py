@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never
 
-from parity.compare import Comparison, compare
+from parity.compare import Comparison, compare, ending
 from parity.html import Report, write_report
 from parity.pair import Pair
 from parity.rounding import RoundingBounds
@@ -19,6 +19,8 @@ from trainspec.plan import Policy
 from trainspec.recipe import load_recipe
 from trainspec.trace import Trace
 
+DEFAULT_STEPS = 10
+
 
 def check(
     recipe_path: Path,
@@ -30,8 +32,12 @@ def check(
     overrides: Sequence[str],
     out: Path,
 ) -> Verdict:
-    """Train the recipe on both sides and judge their traces. Writes `out`/verdict.json and report.html."""
+    """Train the recipe on both sides and judge their traces. Writes `out`/verdict.json and report.html.
+
+    `steps` None compares the first ten updates, or all of a shorter run.
+    """
     recipe = load_recipe(recipe_path, overrides)
+    steps = steps or min(DEFAULT_STEPS, recipe.run.last_step)
     if steps > recipe.run.last_step:
         raise UserError(
             f"--steps {steps}: {recipe_path} makes {recipe.run.last_step} updates; compare at most those"
@@ -49,8 +55,7 @@ def check(
         for side, name in ((left, "left"), (right, "right"))
     ]
     scale = recipe.method.scale if isinstance(recipe.method, LoRA) else 1.0
-    stopped = {name: side.stopped for name, side in zip(("left", "right"), ran, strict=True) if side.stopped}
-    verdict = Verdict(precision, str(left), str(right), _compare(ran, precision, lora_scale=scale), stopped)
+    verdict = Verdict(precision, str(left), str(right), _compare(ran, precision, lora_scale=scale))
     _write(verdict, ran, out, recipe=str(recipe_path), settings=overrides)
     return verdict
 
@@ -70,7 +75,7 @@ def bounds_for(pair: Pair, precision: Policy, *, lora_scale: float) -> Bounds:
     """The bounds that a precision is held to."""
     match precision:
         case "fp64":
-            return ProofBounds()
+            return ProofBounds(pair)
         case "fp32" | "bf16":
             return RoundingBounds(pair, precision, lora_scale=lora_scale)
         case other:
@@ -79,10 +84,11 @@ def bounds_for(pair: Pair, precision: Policy, *, lora_scale: float) -> Bounds:
 
 def _compare(ran: Sequence[Ran], precision: Policy, *, lora_scale: float) -> Comparison:
     left, right = (side.trace for side in ran)
+    stopped = {name: side.stopped for name, side in zip(("left", "right"), ran, strict=True) if side.stopped}
     if left is None or right is None:  # a side stopped before its first update
-        return Comparison(0, ())
+        return Comparison(0, tuple(ending((0, 0), stopped)))
     pair = Pair(left, right)
-    return compare(pair, bounds_for(pair, precision, lora_scale=lora_scale))
+    return compare(pair, bounds_for(pair, precision, lora_scale=lora_scale), stopped=stopped)
 
 
 def _coarser(traces: Sequence[Trace]) -> Policy:

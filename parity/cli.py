@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never, get_args
 
-from parity.check import check, diff
+from parity.check import DEFAULT_STEPS, check, diff
 from parity.sides import parse_side
 from parity.verdict import Verdict
 from trainspec.command import EXIT_DONE, EXIT_FAILED, add_recipe, run_command
@@ -17,10 +17,11 @@ from trainspec.plan import Policy
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 (pass), 1 (fail) or 2 (the person's mistake)."""
-    return run_command(_run, _parser(), argv)
+    return run_command(_run, parser(), argv)
 
 
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
+    """What the command line takes."""
     parser = ArgumentParser(prog="parity", description="Prove that two runs did the same training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("check", help="train a recipe on two sides and compare every update")
@@ -30,7 +31,9 @@ def _parser() -> ArgumentParser:
     run.add_argument(
         "--precision", choices=get_args(Policy), default="fp64", help="fp64, the proof, by default"
     )
-    run.add_argument("--steps", type=_count, default=10, metavar="N", help="how many updates to compare (10)")
+    run.add_argument(
+        "--steps", type=_count, metavar="N", help=f"how many updates to compare ({DEFAULT_STEPS})"
+    )
     run.add_argument("--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default")
     compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")
     compare.add_argument("left", type=Path, metavar="TRACE_A")

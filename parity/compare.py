@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -90,14 +90,26 @@ class Comparison:
         return sum(f.undetermined for f in updates) / elements if elements else 0.0
 
 
-def compare(pair: Pair, bounds: Bounds) -> Comparison:
-    """Judge every place of both traces; a place that only one side has is a failure."""
+def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = None) -> Comparison:
+    """Judge every place of both traces; a place that only one side has is a failure.
+
+    `stopped` says, for a side that ended its training itself, why: that is a failure at the next step.
+    """
     findings = [_judge(place, _sides(place, pair), bounds) for place in places(pair)]
-    if pair.steps[0] != pair.steps[1]:
-        longer, shorter = ("left", "right") if pair.steps[0] > pair.steps[1] else ("right", "left")
-        reason = f"{longer} made {max(pair.steps)} updates, {shorter} {min(pair.steps)}"
-        findings.append(_failure(Place(pair.common_steps + 1, "batch", "every tensor"), reason))
-    return Comparison(pair.common_steps, (*findings, *_nothing_shown(pair, findings)))
+    findings += _nothing_shown(pair, findings)
+    return Comparison(pair.common_steps, (*findings, *ending(pair.steps, stopped or {})))
+
+
+def ending(steps: tuple[int, int], stopped: Mapping[str, str]) -> Iterator[Finding]:
+    """A failure at the step that one side or both did not make; none where both made all of theirs."""
+    after = min(steps) + 1
+    if stopped:
+        reason = "; ".join(f"{name} stopped: {why}" for name, why in stopped.items())
+        yield _failure(Place(after, "loss", "loss"), reason)
+    elif steps[0] != steps[1]:
+        yield _failure(
+            Place(after, "batch", "every tensor"), f"left made {steps[0]} updates, right {steps[1]}"
+        )
 
 
 def places(pair: Pair) -> Iterator[Place]:
@@ -156,9 +168,12 @@ def _measure(place: Place, left: Array, right: Array, allowed: Bound) -> Finding
     if not left.size:
         return Finding(place, 0.0, 0.0, 0.0)
     error, size = np.abs(left - right), np.maximum(np.abs(left), np.abs(right))
-    own, bound = (np.broadcast_to(b, error.shape) for b in (allowed.own, allowed.own + allowed.handed))
+    # A bound that cannot be told, because a neighbour is not finite, allows nothing.
+    handed = np.nan_to_num(allowed.handed, nan=0.0)
+    own = np.broadcast_to(np.nan_to_num(allowed.own, nan=0.0), error.shape)
+    bound = own + handed
     # A difference where none is allowed uses infinitely much of its bound, none there uses nothing.
-    added = np.maximum(error - allowed.handed, 0.0)
+    added = np.maximum(error - handed, 0.0)
     used = np.divide(added, own, out=np.where(added > 0, inf, 0.0), where=own > 0)
     worst = np.unravel_index(np.argmax(used), used.shape)
     scale = largest(left, right) or 1.0

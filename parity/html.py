@@ -44,7 +44,7 @@ def render(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         verdict=verdict,
-        first=verdict.first_divergence,
+        first=comparison.first_divergence,
         worst=comparison.worst.values(),
         tensors=comparison.worst_tensors(TABLE_ROWS),
         titles=TITLES,

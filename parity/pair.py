@@ -73,7 +73,7 @@ class Pair:
             for name in sorted(self.names(1, "update")):
                 left, right = self.read(0, "weight", name)
                 if left is not None and right is not None and left.shape == right.shape:
-                    self._weights[name] = (left.astype(np.float64), right.astype(np.float64))
+                    self._weights[name] = (as_float64(left), as_float64(right))
         while self._weights_step < step:
             for name, (left, right) in self._weights.items():
                 moves = self.read(self._weights_step, "update", name)
@@ -85,7 +85,7 @@ class Pair:
         """The Frobenius norm of a starting weight of the left side; 0 where it has no such weight."""
         if name not in self._sizes:
             weight = self.read(0, "weight", name)[0]
-            self._sizes[name] = 0.0 if weight is None else float(np.linalg.norm(weight.astype(np.float64)))
+            self._sizes[name] = 0.0 if weight is None else float(np.linalg.norm(as_float64(weight)))
         return self._sizes[name]
 
     def _read(self, side: int, step: int, key: str) -> Array | None:
@@ -100,6 +100,11 @@ class Pair:
             del self._cache[place]
 
 
+def as_float64(array: Array) -> Array:
+    """A float64 copy for the arithmetic of bounds. What is not finite fails at its own place and counts as zero."""
+    return np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def _number(trace: Trace, step: int, key: str) -> float:
     value = trace.rows[step - 1][key]
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -110,4 +115,4 @@ def _number(trace: Trace, step: int, key: str) -> float:
 
 
 def _moved(weight: Array, update: Array | None) -> Array:
-    return weight if update is None or update.shape != weight.shape else weight + update.astype(np.float64)
+    return weight if update is None or update.shape != weight.shape else weight + as_float64(update)

@@ -15,34 +15,41 @@ gradient   tail(N) · sqrt(2) · u · k · max|g|  +  drift · max|g|
 drift      How a gradient moves because the two sides' weights have come apart (`network_drift`): a module whose
            weight differs by a share d moves what passes it by d, forward and backward, so 2 · sum(d). Linear:
            weights drift apart by what each update adds, and nothing is amplified; valid while it is far below 1.
-moment1    p |Δm before| + a |Δg| + a |g| |Δnorm|/norm + 12u (p |m before| + a |g|)
-moment2    the same with g² (and 2 |Δnorm|/norm): six roundings a side, the clip factor follows the norm.
-update     r · min(|Δm|/s + |m| |Δs|/s², |m|/s of both) + 8u (|update| of both) + 2u (|weight| of both) + lr |Δw|
+moment1    p |Δm before| + a |Δg| + a |g| |Δnorm|/norm + 14u (p |m before| + a |g|)
+           The clip factor follows the norm. Seven roundings a side: clip factor 2, its product with g 1, 1 - beta
+           and its product 2, difference and sum 2.
+moment2    p |Δv before| + a |Δg²| + 2a g² |Δnorm|/norm + 20u (p v before + a g²)
+           Ten roundings a side: the clipped gradient's 3 twice, its square 1, 1 - beta and its product 2, the sum 1.
+update     r · min(|Δm|/s + |m| |Δs|/s², |m|/s of both) + 8u (|update| of both) + 3u (|weight| of both) + lr |Δw|
            with s = sqrt(moment2): Adam's own derivative (an eps only makes it smaller), capped by what Adam can
-           move at all. The weight is rounded twice a side, the rest eight times; decay · lr ≤ lr.
+           move at all. Eight roundings a side: both bias corrections and their quotients 4, root, eps, quotient and
+           lr 4; three more at the size of the weight (`tolerance.WEIGHT_ROUNDINGS`). decay · lr ≤ lr.
            Where s is rounding noise, the bound reaches the update itself: that element is undetermined.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.adam import fit_moment, fit_update, float64_sides, gradient_and_before
 from parity.drift import network_drift, partner_drift
-from parity.pair import Pair
+from parity.pair import Pair, as_float64
 from parity.phases import Place
-from parity.tolerance import EXACT_PHASES, SAME_DOUBLE, Bound, largest
+from parity.tolerance import EXACT_PHASES, SAME_DOUBLE, WEIGHT_ROUNDINGS, Bound, largest
 
 Array = NDArray[Any]
 
 # Unit roundoff of what is stored (activations, weights on their way) and of what sums and masters are kept in.
 UNITS = {"fp32": (2.0**-24, 2.0**-24), "bf16": (2.0**-8, 2.0**-24)}
 FALSE_ALARM = 1e-6
+# Of both sides together, as counted above.
+MOMENT_ROUNDINGS = {"moment1": 14, "moment2": 20}
 # XLA flushes numbers below this to zero, torch keeps them.
 SMALLEST = float(np.finfo(np.float32).tiny)
 # Roundings of one layer that belong to no contraction: rotation 3, scaling 1, softmax 2, two residual sums 2,
@@ -69,8 +76,8 @@ class RoundingBounds:
             shapes, rows.shape if rows is not None else (1, 1), stored=self._stored, summed=self._summed
         )
         self._drift = cache(lambda step: network_drift(pair, step, lora_scale=lora_scale))
-        self._moment_fit = cache(lambda phase, step: _fit_moment(pair, phase, step))
-        self._update_fit = cache(lambda step: _fit_update(pair, step))
+        self._moment_fit = cache(lambda phase, step: fit_moment(pair, phase, step))
+        self._update_fit = cache(lambda step: fit_update(pair, step))
 
     def bound(self, place: Place, left: Array, right: Array) -> Bound:
         """See the head of this file, phase by phase."""
@@ -110,7 +117,7 @@ class RoundingBounds:
         for name, (left, right) in self._pair.weights(place.step).items():
             gradient = self._pair.read(place.step, "gradient", name)[0]
             if gradient is not None and gradient.shape == left.shape:
-                moved += float(np.sum(np.abs(gradient.astype(np.float64)) * np.abs(left - right)))
+                moved += float(np.sum(np.abs(as_float64(gradient)) * np.abs(left - right)))
         count = tokens if place.tensor == "loss_sum" else 1.0
         return Bound(np.asarray(rounding * count), moved * count)
 
@@ -125,7 +132,7 @@ class RoundingBounds:
         for name in self._pair.names(step, "gradient"):
             for side, gradient in enumerate(self._pair.read(step, "gradient", name)):
                 if gradient is not None:
-                    squares[side] += float(np.sum(np.square(gradient.astype(np.float64))))
+                    squares[side] += float(np.sum(np.square(as_float64(gradient))))
                     count = max(count, gradient.size)
         norms = np.sqrt(squares)
         own = 2 * self._summed * math.sqrt(1 + count / 2) * float(norms.max())
@@ -134,25 +141,28 @@ class RoundingBounds:
     def _moment(self, place: Place) -> Bound:
         power = 1 if place.phase == "moment1" else 2
         keep, take = self._moment_fit(place.phase, place.step)
-        gradient, before = _gradient_and_before(self._pair, place)
+        gradient, before = gradient_and_before(self._pair, place)
         new = [np.abs(side) ** power for side in gradient]
         moved = keep * abs(before[0] - before[1]) + take * abs(gradient[0] ** power - gradient[1] ** power)
         norms = self._pair.scalar(place.step, "grad_norm")
         clip = power * abs(norms[0] - norms[1]) / max(*norms, SMALLEST)
         size = keep * np.maximum(*np.abs(before)) + take * np.maximum(*new)
-        return Bound(12 * self._summed * size + SMALLEST, moved + clip * take * np.maximum(*new))
+        return Bound(
+            MOMENT_ROUNDINGS[place.phase] * self._summed * size + SMALLEST,
+            moved + clip * take * np.maximum(*new),
+        )
 
     def _update(self, place: Place, left: Array, right: Array) -> Bound:
         rate = self._update_fit(place.step)
-        moment1 = _float64(self._pair.read(place.step, "moment1", place.tensor), left)
-        moment2 = _float64(self._pair.read(place.step, "moment2", place.tensor), left)
+        moment1 = float64_sides(self._pair.read(place.step, "moment1", place.tensor), left)
+        moment2 = float64_sides(self._pair.read(place.step, "moment2", place.tensor), left)
         root = np.maximum(np.sqrt(np.abs(moment2)), math.sqrt(SMALLEST))
         linear = abs(moment1[0] - moment1[1]) / root[0]
         linear += np.abs(moment1[1]) * abs(root[0] - root[1]) / (root[0] * root[1])
         moved = rate * np.minimum(linear, np.sum(np.abs(moment1) / root, axis=0))
         weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(()), np.zeros(())))
         rounded = 8 * self._summed * (abs(left) + abs(right))
-        rounded += 2 * self._summed * (abs(weights[0]) + abs(weights[1]))
+        rounded += WEIGHT_ROUNDINGS * self._summed * (abs(weights[0]) + abs(weights[1]))
         lr = max(self._pair.scalar(place.step, "lr"))
         return Bound(rounded + SMALLEST, moved + lr * abs(weights[0] - weights[1]))
 
@@ -187,59 +197,6 @@ def path_roundings(
 def _tail(size: int) -> float:
     """The largest of `size` normal errors in standard deviations, but for one case in a million."""
     return math.sqrt(2.0 * math.log(2.0 * max(size, 1) / FALSE_ALARM))
-
-
-def _fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
-    """(keep, take) of `moment = keep · moment before + take · gradient^power`, read off the left trace.
-
-    The betas and the clip factor as the run shows them, so that a trace can be judged without its recipe. They
-    scale the bound only: what the moments themselves are is compared between the sides.
-    """
-    power = 1 if phase == "moment1" else 2
-    normal, target = np.zeros((2, 2)), np.zeros(2)
-    for name in pair.names(step, phase):
-        moment = pair.read(step, phase, name)[0]
-        if moment is None:
-            continue
-        gradient, before = _gradient_and_before(pair, Place(step, phase, name))
-        columns = np.stack([before[0].ravel(), gradient[0].ravel() ** power])
-        normal += columns @ columns.T
-        target += columns @ moment.astype(np.float64).ravel()
-    size = np.sqrt(np.maximum(np.diag(normal), np.finfo(np.float64).tiny))
-    keep, take = np.abs(np.linalg.lstsq(normal / np.outer(size, size), target / size, rcond=None)[0] / size)
-    return min(1.0, float(keep)), min(1.0, float(take))
-
-
-def _fit_update(pair: Pair, step: int) -> float:
-    """r of `update = -r · moment1 / sqrt(moment2)`, read off the left trace, large gradients counting most."""
-    top = bottom = 0.0
-    for name in pair.names(step, "update"):
-        sides = [pair.read(step, group, name)[0] for group in ("update", "moment1", "moment2")]
-        if any(side is None or side.shape != sides[0].shape for side in sides if sides[0] is not None):
-            continue
-        update, moment1, moment2 = (side.astype(np.float64) for side in sides if side is not None)
-        top += float(np.sum(moment1 * np.sqrt(np.abs(moment2)) * update))
-        bottom += float(np.sum(moment1**2))
-    return abs(top) / bottom if bottom else 0.0
-
-
-def _gradient_and_before(pair: Pair, place: Place) -> tuple[Array, Array]:
-    """[2, ...] gradients of both sides at the place, and its moments one step earlier (zero before the first)."""
-    shape = next(side for side in pair.read(place.step, place.phase, place.tensor) if side is not None)
-    gradient = _float64(pair.read(place.step, "gradient", place.tensor), shape)
-    if place.step == 1:
-        return gradient, np.zeros_like(gradient)
-    return gradient, _float64(pair.read(place.step - 1, place.phase, place.tensor), shape)
-
-
-def _float64(sides: Iterable[Array | None], like: Array) -> Array:
-    """[2, ...] of both sides; one that is missing or of another shape fails at its own place and counts as zero."""
-    return np.stack(
-        [
-            np.zeros(like.shape) if side is None or side.shape != like.shape else side.astype(np.float64)
-            for side in sides
-        ]
-    )
 
 
 def _shape(pair: Pair, name: str) -> tuple[int, ...]:

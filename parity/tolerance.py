@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.pair import Pair
 from parity.phases import Place
 
 Array = NDArray[Any]
@@ -19,6 +20,11 @@ Array = NDArray[Any]
 # Rounding moves a float64 run by about 1e-15 of a tensor's largest entry (measured on both backends: gradients
 # within 3e-15), the mildest known difference of algorithm by 1e-6: the bound stands half-way between the two.
 PROOF = 1e-9
+
+# Half the distance from 1 to the next float64, and how often a side rounds at the size of the weight when it
+# updates it: the factor 1 - lr · decay, its product with the weight, the sum with Adam's step.
+UNIT64 = 2.0**-53
+WEIGHT_ROUNDINGS = 3
 
 # The learning rate is computed once, in double precision, by the same Python: 4 units in the last place.
 SAME_DOUBLE = 1e-15
@@ -57,16 +63,26 @@ class ProofBounds:
     """fp64: 1e-9 of the tensor's largest entry for every loss, gradient, moment and update, at every step.
 
     The bound does not grow with the step: at 1e-15 a step, drift stays below it for as long as a check runs.
+    An update is the difference of two stored weights, each side's rounded three times at the size of the weight
+    (1 - lr · decay, its product, the sum): where an update is tiny beside its weight (decay alone, the start of a
+    warm-up) these 6 u |weight| come on top.
     """
 
     float64_only = True
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
 
     def bound(self, place: Place, left: Array, right: Array) -> Bound:
         """Zero, the learning rate's, or `PROOF`, times the largest entry of either side."""
         if place.phase in EXACT_PHASES:
             return Bound(np.zeros(()))
         factor = SAME_DOUBLE if place.phase == "lr" else PROOF
-        return Bound(np.asarray(factor * largest(left, right)))
+        own = np.asarray(factor * largest(left, right))
+        if place.phase == "update":
+            weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(()), np.zeros(())))
+            own = own + 2 * WEIGHT_ROUNDINGS * UNIT64 * np.maximum(*np.abs(weights))
+        return Bound(own)
 
 
 def largest(left: Array, right: Array) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 from parity.compare import Comparison, Finding
-from parity.phases import PHASES, Place
+from parity.phases import PHASES
 from trainspec.plan import Policy
 
 GREEN, RED, DIM, PLAIN = "\x1b[1;32m", "\x1b[1;31m", "\x1b[2m", "\x1b[0m"
@@ -19,32 +18,22 @@ TITLES = {phase.name: phase.title for phase in PHASES}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared and what came of it. `stopped` says of a side why it ended its training itself."""
+    """What was compared and what came of it."""
 
     precision: Policy
     left: str
     right: str
     comparison: Comparison
-    stopped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
         """Whether both sides did the same training, to the end."""
-        return self.comparison.holds and not self.stopped
+        return self.comparison.holds
 
     @property
     def word(self) -> Literal["pass", "fail"]:
         """`pass` or `fail`."""
         return "pass" if self.holds else "fail"
-
-    @property
-    def first_divergence(self) -> Finding | None:
-        """The first place out of bounds, or else the step at which a side stopped."""
-        if found := self.comparison.first_divergence:
-            return found
-        reasons = "; ".join(f"{name} stopped: {why}" for name, why in self.stopped.items())
-        place = Place(self.comparison.steps + 1, "loss", "loss")
-        return Finding(place, None, None, float("inf"), reasons) if reasons else None
 
     @property
     def notes(self) -> list[str]:
@@ -63,7 +52,7 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """The content of verdict.json. Numbers that do not exist (a missing tensor's error) are null."""
-        first = self.first_divergence
+        first = self.comparison.first_divergence
         return {
             "verdict": self.word,
             "precision": self.precision,
@@ -78,7 +67,7 @@ class Verdict:
         """Write verdict.json into `out`."""
         out.mkdir(parents=True, exist_ok=True)
         path = out / "verdict.json"
-        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+        path.write_text(json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n")
         return path
 
     def lines(self, *, colour: bool) -> list[str]:
@@ -93,7 +82,7 @@ class Verdict:
             mark = "  " if finding.holds else "✗ "
             numbers = f"{number(finding.error):>9}{number(finding.bound):>10}{number(finding.used):>9}"
             table.append(f"{mark}{TITLES[name]:<23}{numbers}  {where(finding)}")
-        first = self.first_divergence
+        first = self.comparison.first_divergence
         end = [f"first divergence: {first.place}: {explained(first)}"] if first else []
         return [head, *table, *end, *(f"note: {note}" for note in self.notes)]
 
@@ -121,12 +110,17 @@ def _entry(finding: Finding) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "tensor": finding.place.tensor,
         "step": finding.place.step,
-        "error": finding.error,
-        "bound": finding.bound,
-        "headroom": finding.used if isfinite(finding.used) else None,
+        "error": _finite(finding.error),
+        "bound": _finite(finding.bound),
+        "headroom": _finite(finding.used),
     }
     if finding.reason:
         entry["reason"] = finding.reason
     if finding.place.phase == "update" and finding.elements:
         entry["undetermined"] = finding.undetermined / finding.elements
     return entry
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return value if value is not None and isfinite(value) else None

@@ -2,10 +2,10 @@
 
     python scripts/make_demo_model.py OUT [--tied] [--bias] [--rope llama3] [--layers N] [--hidden N] [--steps N]
 
-The sizes are chosen to catch mistakes that round ones hide: a head is not hidden/heads wide, key/value heads are
-fewer than query heads, no two weights of a layer but k and v have one shape, and the weights lie in several
-shards. It is trained for a few steps, so that fine-tuning starts from a model that has learnt something. An OUT
-that was made with the same arguments is left alone.
+The sizes are chosen to show mistakes that round ones hide: a head is not hidden/heads wide, key/value heads are
+fewer than query heads, the query matrix is not square, and the weights lie in several shards. It is trained for a
+few steps, so that fine-tuning starts from a model that has learnt something. An OUT that was made with the same
+arguments is left alone.
 """
 
 from __future__ import annotations

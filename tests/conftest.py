@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trainspec.hf import write_model
 from trainspec.init import initial_value
 from trainspec.model import PRESETS, Llama3Scaling, ModelSpec, config_of
-from trainspec.params import param_table
+from trainspec.params import Normal, param_table
 from trainspec.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -66,18 +66,12 @@ def write_checkpoint(
 ) -> Path:
     """A Hugging Face directory of `spec` with random weights (biases too) and a tokenizer."""
     # Biases start at zero by the table; here they get values, so that a forgotten one shows.
-    rows = (
-        replace(p, init=replace(PARAM_INIT, std=0.1)) if p.name.endswith("bias") else p
-        for p in param_table(spec)
-    )
+    rows = (replace(p, init=Normal(0.1)) if p.name.endswith("bias") else p for p in param_table(spec))
     weights = ((p.name, initial_value(p, seed=seed, dtype="float32")) for p in rows)
     config = config_of(spec) | {"dtype": "float32", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     write_model(directory, weights, companions_from=None, config=config, shard_bytes=shard_bytes)
     write_tokenizer(directory)
     return directory
-
-
-PARAM_INIT: Any = param_table(SMALL)[0].init
 
 
 @pytest.fixture(scope="session")
@@ -90,20 +84,14 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture
-def make_recipe(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Recipe]:
-    """A small recipe; arguments replace whole sections' fields, `method` the whole section."""
+def recipe_maker(model_dirs: dict[str, Path], cache: Path) -> Callable[..., Recipe]:
+    """Makes small recipes; arguments replace whole sections' fields, `method` the whole section."""
 
     def make(variant: str = "plain", **sections: dict[str, Any]) -> Recipe:
         tree: dict[str, Any] = {
             "model": {"from": str(model_dirs[variant])},
             "method": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]},
-            "data": {
-                "train": str(QA),
-                "heldout": str(QA),
-                "sequence_tokens": 160,
-                "cache": str(tmp_path / "cache"),
-            },
+            "data": {"train": str(QA), "sequence_tokens": 160, "cache": str(cache)},
             "batch": {"global_examples": 4, "accumulation": 1},
             "optimizer": {"lr": 1e-3},
             "schedule": {"kind": "constant"},
@@ -114,6 +102,12 @@ def make_recipe(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Re
         return Recipe.model_validate(tree)
 
     return make
+
+
+@pytest.fixture
+def make_recipe(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Recipe]:
+    """`recipe_maker` with a cache of the test's own."""
+    return recipe_maker(model_dirs, tmp_path / "cache")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from torchtrain.dropout import DropoutPoint, keep_mask
-from trainspec.methods import Full, LoRA, target_modules
+from trainspec.methods import Full, LoRA, Method, target_modules
 from trainspec.model import ModelSpec
 from trainspec.rng import name_key
 
 # PEFT's name for the only adapter of a model; weights.py knows it from the parameters' names.
-ADAPTER = "default"
+_ADAPTER = "default"
 
 
-class CounterDropout(nn.Module):
+class _CounterDropout(nn.Module):
     """x / (1 - rate) where the mask of (seed, module, step, row, position, feature) keeps x, else 0.
 
     A recomputed forward draws the same mask, as the point moves only between microbatches. Off in eval mode.
@@ -48,7 +48,7 @@ class CounterDropout(nn.Module):
         return torch.where(keep_BSF, x_BSF / (1.0 - self.rate), 0.0)
 
 
-def attach(model: LlamaForCausalLM, spec: ModelSpec, method: Full | LoRA, *, seed: int) -> DropoutPoint:
+def attach(model: LlamaForCausalLM, spec: ModelSpec, method: Method, *, seed: int) -> DropoutPoint:
     """Put `method` into `model` in place; everything it does not train stops requiring gradients.
 
     Returns the point that LoRA's dropout reads and the step moves.
@@ -77,10 +77,10 @@ def _attach_lora(
         task_type="CAUSAL_LM",
     )
     # In place, unlike get_peft_model: the model stays Hugging Face's, and adapters take its dtype.
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     if method.dropout == 0.0:
         return
     for module in modules:
         layer = model.get_submodule(module)
         assert isinstance(layer, LoraLayer)
-        layer.lora_dropout[ADAPTER] = CounterDropout(module, seed=seed, rate=method.dropout, point=point)
+        layer.lora_dropout[_ADAPTER] = _CounterDropout(module, seed=seed, rate=method.dropout, point=point)

@@ -21,7 +21,7 @@ class RMSNorm(LlamaRMSNorm):
         return self.weight * (hidden_states * torch.rsqrt(mean_square + self.variance_epsilon))
 
 
-class RotaryTables(nn.Module):
+class _RotaryTables(nn.Module):
     """cos and sin [B, S, D] of each position's angles, made in `dtype` (float32 or float64), cast to the type of x.
 
     In place of LlamaRotaryEmbedding, whose frequencies are float32 and a buffer that a cast of the model rounds.
@@ -61,7 +61,7 @@ def build_model(spec: ModelSpec, *, policy: Policy, remat: str) -> LlamaForCausa
         _use_float64_norms(model)
     model.to_empty(device=_device())
     model.tie_weights()
-    model.model.set_submodule("rotary_emb", RotaryTables(spec, dtype))
+    model.model.set_submodule("rotary_emb", _RotaryTables(spec, dtype))
     if remat == "full":
         # No torch random numbers are drawn in a layer: their state need not be kept for the recomputation.
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -81,7 +81,7 @@ def _use_float64_norms(model: LlamaForCausalLM) -> None:
 
 
 def _config(spec: ModelSpec) -> LlamaConfig:
-    # RoPE's settings are left out: RotaryTables takes them from the spec.
+    # RoPE's settings are left out: _RotaryTables takes them from the spec.
     return LlamaConfig(
         vocab_size=spec.vocab,
         hidden_size=spec.embed,

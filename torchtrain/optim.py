@@ -11,16 +11,15 @@ from trainspec.recipe import AdamW
 
 # torch.nn.utils.clip_grad_norm_ and DeepSpeed clip by max / (norm + 1e-6).
 CLIP_EPS = 1e-6
-Weights = Mapping[str, Tensor]
 
 
-def global_norm(gradients: Weights) -> Tensor:
+def global_norm(gradients: Mapping[str, Tensor]) -> Tensor:
     """sqrt of the sum of squares over every element of every tensor."""
     return torch.nn.utils.get_total_norm(list(gradients.values()), foreach=False)
 
 
 @torch.no_grad()
-def clip(gradients: Weights, norm: Tensor, *, max_norm: float) -> None:
+def clip(gradients: Mapping[str, Tensor], norm: Tensor, *, max_norm: float) -> None:
     """Every gradient times min(1, max_norm / (norm + 1e-6)), in place."""
     factor = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
     for gradient in gradients.values():

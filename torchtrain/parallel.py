@@ -18,7 +18,7 @@ from trainspec.errors import PlanError
 from trainspec.plan import check_supported
 from trainspec.recipe import Recipe
 
-# One process without a launcher; torch.distributed.HashStore needs no port, but DeepSpeed looks for the others.
+# What a launcher would set; without RANK DeepSpeed looks for MPI. Port 0 lets the system choose a free one.
 _ONE_PROCESS = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -71,7 +71,8 @@ def start(recipe: Recipe) -> None:
 def finish() -> None:
     """Undo `start`: leave the process group, if there is one."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        # DeepSpeed's, not torch's: it also drops the groups that DeepSpeed remembers.
+        _import_deepspeed().comm.destroy_process_group()
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
@@ -80,11 +81,10 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     Optimizer and learning rate are not in it: they are handed over as objects, alike for every engine.
     """
     batch, plan = recipe.batch, recipe.plan
+    ranks = plan.data * plan.fsdp
     return {
         "train_batch_size": batch.global_examples,
-        "train_micro_batch_size_per_gpu": batch.global_examples
-        // batch.accumulation
-        // (plan.data * plan.fsdp),
+        "train_micro_batch_size_per_gpu": batch.global_examples // batch.accumulation // ranks,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": recipe.optimizer.clip_norm or 0.0,  # 0 is DeepSpeed's word for no clipping
         "zero_optimization": {"stage": _ZERO_STAGE[plan.shards]},
@@ -95,11 +95,11 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
 def make_engine(recipe: Recipe, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> Engine:
     """DeepSpeed's engine; for fp64, which DeepSpeed has not, plain torch with the same arithmetic."""
     if _runs_on_deepspeed(recipe):
-        return DeepSpeedEngine(recipe, model, optimizer)
-    return PlainEngine(model, optimizer, clip_norm=recipe.optimizer.clip_norm)
+        return _DeepSpeedEngine(recipe, model, optimizer)
+    return _PlainEngine(model, optimizer, clip_norm=recipe.optimizer.clip_norm)
 
 
-class DeepSpeedEngine:
+class _DeepSpeedEngine:
     """DeepSpeed, told when the last microbatch comes and kept from dividing by their number."""
 
     def __init__(self, recipe: Recipe, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> None:
@@ -121,7 +121,7 @@ class DeepSpeedEngine:
         self._engine.step()
 
 
-class PlainEngine:
+class _PlainEngine:
     """The same update in plain torch, in the type of the weights."""
 
     def __init__(

@@ -24,12 +24,11 @@ from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
+from trainspec.loop import Arrays
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.recipe import Recipe
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,6 @@ def canonical_name(native: str) -> str:
     return native.replace(".base_layer.", ".")
 
 
-def to_canonical(native: Mapping[str, Tensor], table: Sequence[Param]) -> dict[str, NDArray[Any]]:
-    """Copies of the rows of `table`, as numpy arrays; `native` is keyed by the module's names."""
-    tensors = {canonical_name(name): tensor for name, tensor in native.items()}
-    return {p.name: tensors[p.name].detach().cpu().numpy().copy() for p in table}
-
-
 @torch.no_grad()
 def from_canonical(
     weights: Iterable[tuple[Param, NDArray[Any]]], native: Mapping[str, Tensor]
@@ -46,3 +40,9 @@ def from_canonical(
         tensors.pop(param.name).copy_(torch.from_numpy(array))
     assert not tensors, f"no value for {sorted(tensors)}"  # THE TABLE names every parameter of the module
     return native
+
+
+def to_canonical(native: Mapping[str, Tensor], table: Sequence[Param]) -> dict[str, NDArray[Any]]:
+    """Copies of the rows of `table`, as numpy arrays; `native` is keyed by the module's names."""
+    tensors = {canonical_name(name): tensor for name, tensor in native.items()}
+    return {p.name: tensors[p.name].detach().cpu().numpy().copy() for p in table}

@@ -22,6 +22,11 @@ GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    return run_command(_run, parser(), argv)
+
+
+def parser() -> ArgumentParser:
+    """What the command line takes."""
     parser = ArgumentParser(prog="trainspec", description="What a recipe means, before anything is trained.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="the resolved recipe, the model and what is trained")
@@ -31,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_argument("--split", choices=("train", "heldout"), default="train")
     data.add_argument("--rows", type=int, default=4, help="how many rows to show (4)")
     commands.add_parser("schema", help="the JSON schema of a recipe")
-    return run_command(_run, parser, argv)
+    return parser
 
 
 def _run(args: Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -65,6 +66,9 @@ def run_command(
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # whoever read our output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except NonFiniteLossError as error:
         print(f"{parser.prog}: stopped before the update: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -12,7 +12,7 @@ from parity.cli import main
 from parity.sides import Side, parse_side
 from trainspec.errors import UserError
 
-RECIPE = "model: {from: somewhere}\ndata: {train: some.jsonl}\nrun: {steps: 20}\n"
+RECIPE = "model: {from: somewhere}\ndata: {train: some.jsonl}\nrun: {steps: 2}\n"
 STAND_IN = """
 import sys
 sys.path[:0] = [%r]
@@ -44,7 +44,7 @@ def check(tmp_path, monkeypatch):
             (tmp_path / backend / "__main__.py").write_text(STAND_IN % (str(Path(__file__).parent), body))
         (tmp_path / "demo.yaml").write_text(RECIPE)
         monkeypatch.chdir(tmp_path)
-        return main(["check", "demo.yaml", "--steps", "2", *flags])
+        return main(["check", "demo.yaml", *flags])
 
     return run
 
@@ -99,7 +99,7 @@ def test_what_a_side_says_is_passed_on_in_one_line(torch, said, check, capsys):
         (["--right", "tensorflow"], "torch"),
         (["--right", "torch plan.data"], "KEY=VALUE"),
         (["--right", "torch 'x"], "quotation"),
-        (["--steps", "21"], "20 updates"),
+        (["--steps", "3"], "makes 2 updates"),
         (["--set", "run.stepps=3"], "did you mean 'steps'"),
     ],
 )

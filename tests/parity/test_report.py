@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity.chart import loss_curves, loss_difference
-from parity.compare import Comparison, Finding
+from parity.compare import Comparison, Finding, ending
 from parity.html import Report, render
 from parity.phases import Place, in_order
 from parity.verdict import Verdict
@@ -19,8 +19,8 @@ from parity.verdict import Verdict
 LOSSES = st.lists(st.floats(width=64), max_size=30)
 
 
-def report(*findings: Finding, **fields) -> str:
-    verdict = Verdict("fp64", "jax <b>", "torch", Comparison(3, findings), fields)
+def report(*findings: Finding) -> str:
+    verdict = Verdict("fp64", "jax <b>", "torch", Comparison(3, findings))
     return render(Report(verdict, [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], recipe="a&b.yaml"))
 
 
@@ -45,8 +45,8 @@ def test_a_failing_page_says_where_first():
 
 
 def test_a_side_that_stopped_is_said():
-    page = report(right="the loss is nan at step 4")
-    assert "right stopped: the loss is nan at step 4" in page
+    page = report(*ending((4, 3), {"right": "the loss is nan at step 4"}))
+    assert "Right stopped: the loss is nan at step 4" in page
 
 
 @given(left=LOSSES, right=LOSSES)

@@ -79,9 +79,9 @@ def test_packed_rows_restart_positions_and_number_segments(dataset):
 def test_left_padding_moves_tokens_and_keeps_positions(dataset):
     right, left = (dataset(RECORDS, padding_side=side).batch(0, 3) for side in ("right", "left"))
     for name in ("input_ids", "labels", "positions", "segments"):
-        for r, l, real in zip(getattr(right, name), getattr(left, name), right.segments, strict=True):
+        for first, last, real in zip(getattr(right, name), getattr(left, name), right.segments, strict=True):
             length = int((real > 0).sum())
-            assert (r[:length] == l[len(l) - length :]).all()
+            assert (first[:length] == last[len(last) - length :]).all()
     assert (left.positions[left.segments == 0] == 0).all()
 
 

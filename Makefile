@@ -1,0 +1,55 @@
+# A person's entry points; `make` alone lists them.
+PYTHON ?= python3.11
+BIN := .venv/bin
+MODEL := build/demo-model
+
+# Threads that spin while they wait take the core from those that work: on two busy cores
+# torch then took four times as long.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-full bench lint data clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.done ## make .venv with everything that training, checking and testing need
+
+demo: $(MODEL)/made-with.json ## train a small model on both backends and prove the two runs equal
+	rm -rf build/demo
+	$(BIN)/jaxtrain train configs/demo.yaml --out build/demo/jax
+	$(BIN)/torchtrain train configs/demo.yaml --out build/demo/torch
+	$(BIN)/parity check configs/demo.yaml --out build/demo/parity
+
+test: lint $(MODEL)/made-with.json ## lint, type-check and run the tests but the long ones
+	$(BIN)/pytest -m "not full" -n 2
+
+test-full: lint $(MODEL)/made-with.json ## the same with the long tests
+	$(BIN)/pytest -n 2
+
+bench: $(MODEL)/made-with.json ## time the train step of both backends, in turns
+	$(BIN)/python benchmarks/train_step.py
+
+lint: setup ## ruff and pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+data: setup ## make configs/data again from this Python's docstrings
+	$(BIN)/python scripts/make_demo_data.py
+
+clean: ## remove what was built and cached; runs/ and .venv stay
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/.done: pyproject.toml
+	@echo "Installing into .venv: takes a few minutes"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[jax,torch,dev]'
+	@touch $@
+
+$(MODEL)/made-with.json: scripts/make_demo_model.py configs/data/text-train.txt | .venv/.done
+	$(BIN)/python scripts/make_demo_model.py $(MODEL)
+	@touch $@

@@ -1,0 +1,90 @@
+"""Logits of many models in one process, from whoever `WHO` names.
+
+    python tests/logits.py jaxtrain|torchtrain|transformers CASES.json OUT.npz
+
+A case of a backend is {"recipe": FILE, "out": DIR}: the newest checkpoint under DIR. One of transformers is
+{"model": DIR, "adapter": DIR or null, "dtype": "float32" or "float64"}: loaded by transformers and PEFT alone.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+IDS = np.random.default_rng(5).integers(3, 300, (2, 24)).astype(np.int32)
+
+
+def of_backend(program: str, case: dict[str, Any]) -> np.ndarray:
+    from trainspec import checkpoint
+    from trainspec.data import Batch
+    from trainspec.hf import resolve_model
+    from trainspec.recipe import load_recipe
+
+    step, parallel = (importlib.import_module(f"{program}.{name}") for name in ("step", "parallel"))
+    recipe = load_recipe(Path(case["recipe"]))
+    spec, _ = resolve_model(recipe.model)
+    parallel.start(recipe)
+    try:
+        state = step.init_state(recipe, spec)
+        newest = checkpoint.latest(Path(case["out"]))
+        assert newest is not None
+        state = step.restore(state, checkpoint.load(newest, recipe=recipe, model=spec))
+        positions = np.broadcast_to(np.arange(IDS.shape[1], dtype=np.int32), IDS.shape)
+        batch = Batch(IDS, IDS, positions.copy(), np.ones_like(IDS), np.arange(len(IDS), dtype=np.int32))
+        return step.logits(state, batch)
+    finally:
+        parallel.finish()
+
+
+def of_transformers(case: dict[str, Any]) -> np.ndarray:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.models.llama import modeling_llama
+
+    dtype = getattr(torch, case["dtype"])
+    if dtype == torch.float64:
+        modeling_llama.LlamaRMSNorm.forward = _norm64
+        modeling_llama.LlamaRotaryEmbedding.forward = _rotary64
+    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype, attn_implementation="sdpa")
+    if case["adapter"]:
+        model = PeftModel.from_pretrained(model, case["adapter"], autocast_adapter_dtype=False)
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.from_numpy(IDS).long()).logits.numpy()
+
+
+# Hugging Face computes these two in float32 even in a float64 model; here they are written out in float64.
+def _norm64(self, x):
+    return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+
+def _rotary64(self, x, position_ids):
+    import torch
+
+    rope, size = self.config.rope_parameters, self.config.head_dim
+    wavelength = 2 * torch.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    if rope["rope_type"] == "llama3":
+        context, low, high = (
+            rope["original_max_position_embeddings"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+        )
+        share = ((context / wavelength - low) / (high - low)).clamp(0, 1)
+        wavelength = 1 / ((1 - share) / (rope["factor"] * wavelength) + share / wavelength)
+    angle = position_ids[..., None].double() * (2 * torch.pi / wavelength)
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    who, cases, target = sys.argv[1:]
+    found = {
+        str(i): of_transformers(case) if who == "transformers" else of_backend(who, case)
+        for i, case in enumerate(json.loads(Path(cases).read_text()))
+    }
+    np.savez(target, **found)

@@ -1,0 +1,224 @@
+"""The shape of the code: who imports whom, twins that look like twins, a README that is true, clean linters."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("trainspec", "jaxtrain", "torchtrain", "parity")
+JAX_WORLD = {"jax", "jaxlib", "flax", "optax", "orbax"}
+TORCH_WORLD = {"torch", "deepspeed", "peft", "transformers", "accelerate"}
+FORBIDDEN = {
+    "trainspec": {*JAX_WORLD, *TORCH_WORLD, "jaxtrain", "torchtrain", "parity"},
+    "parity": {*JAX_WORLD, *TORCH_WORLD, "jaxtrain", "torchtrain"},
+    "jaxtrain": {*TORCH_WORLD, "torchtrain", "parity"},
+    "torchtrain": {*JAX_WORLD, "jaxtrain", "parity"},
+}
+# Inside a backend a module imports from its own layer's left to the right only.
+LAYERS = (
+    ("cli",),
+    ("train",),
+    ("step",),
+    ("methods", "optim", "parallel", "loss"),
+    ("model", "weights"),
+    ("dropout",),
+)
+
+# Public names that one twin has and the other has not, each with its reason.
+ONE_SIDED = {
+    "jaxtrain/model.py": {
+        "Linear": "torch's come from Hugging Face",
+        "Embedding": "torch's come from Hugging Face",
+        "RMSNorm": "both have one, but Hugging Face's is subclassed, so the parameters differ",
+        "Attention": "torch's come from Hugging Face",
+        "SwiGLU": "torch's come from Hugging Face",
+        "Block": "torch's come from Hugging Face",
+        "Llama": "torch's come from Hugging Face",
+        "COMPUTE_DTYPE": "torch keeps its types in the module",
+        "wide": "Hugging Face's modules choose their own",
+        "abstract": "torch has the meta device",
+        "rotary_tables": "torch's are a module that takes Hugging Face's place",
+        "rotate": "torch's come from Hugging Face",
+        "attend": "torch's come from Hugging Face",
+    },
+    "torchtrain/model.py": {
+        "RMSNorm": "see jaxtrain/model.py",
+        "RotaryTables": "a module, to take Hugging Face's place",
+    },
+    "jaxtrain/weights.py": {
+        "native_module": "JAX stacks layers under names of its own",
+        "native_name": "JAX stacks layers under names of its own",
+        "LAYER": "JAX stacks layers under names of its own",
+        "LEAVES": "JAX stacks layers under names of its own",
+        "TRANSPOSED": "torch's layout is the canonical one",
+    },
+    "torchtrain/weights.py": {"canonical_name": "PEFT renames modules in memory"},
+    "jaxtrain/methods.py": {
+        "LoRALinear": "torch's is PEFT's",
+        "DropoutKey": "torch's is held by CounterDropout",
+    },
+    "torchtrain/methods.py": {
+        "CounterDropout": "PEFT's layers call a dropout module",
+        "ADAPTER": "PEFT names adapters",
+    },
+    "jaxtrain/optim.py": {
+        "Moments": "torch's optimizer holds its own",
+        "Rates": "torch computes them inside",
+        "rates": "torch computes them inside",
+        "Weights": "torch's module holds its own",
+    },
+    "torchtrain/optim.py": {
+        "moments": "read out of torch's optimizer",
+        "set_learning_rate": "torch's optimizer holds its rate",
+        "set_steps": "torch's optimizer counts its steps",
+    },
+    "torchtrain/parallel.py": {
+        "Engine": "an update is DeepSpeed's",
+        "DeepSpeedEngine": "an update is DeepSpeed's",
+        "PlainEngine": "DeepSpeed has no fp64",
+        "make_engine": "an update is DeepSpeed's",
+        "deepspeed_config": "an update is DeepSpeed's",
+    },
+    "jaxtrain/step.py": {"Program": "the compiled functions; torch runs eagerly"},
+    "torchtrain/step.py": {"Arrays": "a name for a type"},
+}
+# Twins whose parameters differ, each with its reason.
+OTHER_PARAMETERS = {
+    "loss.py:token_loss": "",
+}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).glob("**/*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=str(module), level=0, names=names):
+                yield module
+                yield from (f"{module}.{alias.name}" for alias in names)
+            case ast.ImportFrom():
+                raise AssertionError(f"{path}: relative import")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_import_rule(package: str):
+    for path in modules(package):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert not roots & FORBIDDEN[package], f"{path} imports {roots & FORBIDDEN[package]}"
+
+
+def test_the_neutral_half_runs_without_a_framework():
+    code = (
+        "import sys\n"
+        f"for name in {sorted(JAX_WORLD | TORCH_WORLD)!r}: sys.modules[name] = None\n"
+        "import trainspec.cli, trainspec.loop, trainspec.export, parity.cli\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("package", ["jaxtrain", "torchtrain"])
+def test_layers(package: str):
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in modules(package):
+        if path.stem.startswith("__"):
+            continue
+        assert path.stem in rank, f"{path}: give it a layer"
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == package and len(parts) > 1 and parts[1] in rank:
+                assert rank[parts[1]] >= rank[path.stem], f"{path} imports {name}, which lies above it"
+
+
+def public(path: Path) -> dict[str, tuple[str, ...]]:
+    """Public top-level names in order; functions with their parameter names."""
+    names: dict[str, tuple[str, ...]] = {}
+    for node in ast.parse(path.read_text()).body:
+        match node:
+            case ast.FunctionDef(name=name, args=args):
+                names[name] = tuple(a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs))
+            case ast.ClassDef(name=name):
+                names[name] = ()
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                names[name] = ()
+            case _:
+                continue
+    return {name: parameters for name, parameters in names.items() if not name.startswith("_")}
+
+
+def test_twins_have_the_same_files():
+    files = [
+        {p.relative_to(ROOT / package) for p in modules(package)} for package in ("jaxtrain", "torchtrain")
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("file", [p.name for p in modules("jaxtrain")])
+def test_twins_have_the_same_public_names(file: str):
+    left, right = public(ROOT / "jaxtrain" / file), public(ROOT / "torchtrain" / file)
+    mine, theirs = (ONE_SIDED.get(f"{package}/{file}", {}) for package in ("jaxtrain", "torchtrain"))
+    assert set(mine) <= set(left), f"no longer in jaxtrain/{file}: {set(mine) - set(left)}"
+    assert set(theirs) <= set(right), f"no longer in torchtrain/{file}: {set(theirs) - set(right)}"
+    left = {name: parameters for name, parameters in left.items() if name not in mine}
+    right = {name: parameters for name, parameters in right.items() if name not in theirs}
+    assert list(left) == list(right)
+    for name in left:
+        if f"{file}:{name}" not in OTHER_PARAMETERS:
+            assert left[name] == right[name], f"{file}: {name}"
+
+
+def test_readme_and_contributing_are_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_readme_names_make_targets_and_recipes_that_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in readme_commands():
+        words = command.split()
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, flags=re.M), command
+        for word in words:
+            if word.startswith(("configs/", "docs/", "scripts/")):
+                assert (ROOT / word).exists(), command
+
+
+def test_readme_program_lines_parse():
+    """Every `jaxtrain ...`, `torchtrain ...`, `parity ...` and `trainspec ...` line is one the parsers take."""
+    lines = [c for c in readme_commands() if c.split()[0] in PACKAGES]
+    assert lines
+    code = (
+        "import sys, shlex\n"
+        "from trainspec.command import backend_parser\n"
+        "import parity.cli, trainspec.cli\n"
+        "parsers = {'jaxtrain': backend_parser('jaxtrain'), 'torchtrain': backend_parser('torchtrain'),\n"
+        "           'parity': parity.cli.parser(), 'trainspec': trainspec.cli.parser()}\n"
+        "for line in sys.stdin:\n"
+        "    program, *argv = shlex.split(line, comments=True)\n"
+        "    parsers[program].parse_args(argv)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], input="\n".join(lines), text=True, check=True, cwd=ROOT)
+
+
+def test_no_pickle_and_no_remote_code():
+    for package in PACKAGES:
+        for path in modules(package):
+            text = path.read_text()
+            assert not re.search(
+                r"\bpickle\b(?!=)|torch\.load\b|trust_remote_code", text.replace("allow_pickle=False", "")
+            ), path

@@ -1,0 +1,132 @@
+"""The claim itself: the same recipe is the same training on both backends, and a real difference is caught.
+
+Each backend trains every case in one process; `parity diff`'s comparison judges the traces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import recipe_maker
+from many import run_many
+
+from parity.check import diff
+from trainspec.recipe import Recipe
+
+Make = Callable[..., Recipe]
+LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj", "v_proj", "down_proj"]}
+FULL = {"kind": "full"}
+FP64 = {"policy": "fp64", "reduce": "fp64"}
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    method: str
+    accumulation: int
+    packing: bool
+    variant: str = "plain"
+    padding_side: str = "right"
+    remat: str = "none"
+
+    def __str__(self) -> str:
+        rows = "packed" if self.packing else f"padded-{self.padding_side}"
+        return f"{self.method}-{self.variant}-accumulation{self.accumulation}-{rows}-remat-{self.remat}"
+
+
+CASES = [Case(m, a, p) for m, a, p in itertools.product(("lora", "full"), (1, 4), (False, True))] + [
+    Case("full", 2, True, "tied"),
+    Case("lora", 2, True, "bias", remat="full"),
+    Case("full", 2, False, "bias", padding_side="left"),
+    Case("lora", 2, True, "llama3-rope"),
+]
+FP32_CASES = [Case("lora", 2, True), Case("full", 2, False), Case("full", 2, True, "tied", remat="full")]
+
+
+def recipe_of(make: Make, case: Case, **precision) -> Recipe:
+    return make(
+        case.variant,
+        method=LORA if case.method == "lora" else FULL,
+        data={"packing": case.packing, "padding_side": case.padding_side},
+        batch={"global_examples": 4, "accumulation": case.accumulation},
+        optimizer={"lr": 3e-3, "weight_decay": 0.1, "clip_norm": 0.5},
+        schedule={"kind": "cosine", "warmup_steps": 3},
+        plan={"remat": case.remat},
+        run={"steps": STEPS},
+        precision=precision or FP64,
+    )
+
+
+def train_all(program: str, recipes: dict[str, Recipe], root: Path, *extra: str) -> None:
+    """Leaves a trace under root/program/NAME for every recipe."""
+    cases = []
+    for name, recipe in recipes.items():
+        file = root / f"{name}.yaml"
+        file.write_text(recipe.to_yaml())
+        home = root / program / name
+        cases.append(["train", str(file), "--out", str(home / "run"), "--trace", str(home / "trace"), *extra])
+    for name, result in zip(recipes, run_many(program, cases, root / program / "many"), strict=True):
+        assert result["code"] == 0, f"{program} {name}: {result['err'][-2000:]}"
+
+
+@pytest.fixture(scope="module")
+def module_recipes(model_dirs, tmp_path_factory) -> Make:
+    """`make_recipe` for fixtures that live as long as the module."""
+    return recipe_maker(model_dirs, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def proof_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("proof")
+    recipes = {str(case): recipe_of(module_recipes, case) for case in CASES}
+    for program in ("jaxtrain", "torchtrain"):
+        train_all(program, recipes, root)
+    return root
+
+
+def traces(root: Path, name: str) -> tuple[Path, Path]:
+    return root / "jaxtrain" / name / "trace", root / "torchtrain" / name / "trace"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fp64_proof(proof_runs: Path, case: Case, tmp_path: Path, record_property):
+    left, right = traces(proof_runs, str(case))
+    verdict = diff(left, right, precision="fp64", out=tmp_path)
+    found = json.loads((tmp_path / "verdict.json").read_text())
+    assert verdict.holds, found["first_divergence"]
+    assert found["steps"] == STEPS
+    for phase in ("gradient", "update", "moment1", "moment2"):
+        record_property(phase, found["worst"][phase]["error"])
+        assert found["worst"][phase]["error"] <= 1e-9
+
+
+@pytest.fixture(scope="module")
+def fp32_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fp32")
+    recipes = {
+        str(case): recipe_of(module_recipes, case, policy="fp32", reduce="fp32") for case in FP32_CASES
+    }
+    for program in ("jaxtrain", "torchtrain"):
+        train_all(program, recipes, root)
+    return root
+
+
+@pytest.mark.parametrize("case", FP32_CASES, ids=str)
+def test_fp32_under_deepspeed_is_within_its_bound(fp32_runs: Path, case: Case, tmp_path: Path):
+    left, right = traces(fp32_runs, str(case))
+    verdict = diff(left, right, precision="fp32", out=tmp_path)
+    assert verdict.holds, (tmp_path / "verdict.json").read_text()
+
+
+def test_the_fp32_bound_is_not_met_by_another_recipe(fp32_runs: Path, tmp_path: Path):
+    """Negative control: two different recipes on the same data, judged as if they were one."""
+    case = FP32_CASES[0]
+    left, _ = traces(fp32_runs, str(case))
+    other = next(c for c in FP32_CASES if c.method != case.method)
+    _, right = traces(fp32_runs, str(other))
+    assert not diff(left, right, precision="fp32", out=tmp_path).holds

@@ -1,0 +1,139 @@
+"""One update in float64: its gradient, its independence of the split, the clip, AdamW, and what stays put."""
+
+import numpy as np
+import numpy_llama
+import pytest
+from conftest import VARIANTS
+from test_torch_model import FP64, FULL, LORA, PACKED, prepare
+
+from torchtrain.step import moments_of, restore, train_step, weights_of
+from trainspec.checkpoint import Checkpoint
+from trainspec.errors import NonFiniteLossError
+from trainspec.methods import trainable_table
+
+METHODS = pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
+SPLIT_ROUNDING = 1e-12  # another order of a few hundred additions, each exact to 1e-16
+
+
+def one_update(recipe):
+    state, batch = prepare(recipe)
+    state, metrics = train_step(state, batch, lr=1e-2, keep_gradients=True)
+    return state, metrics
+
+
+def relative(mine, theirs):
+    return max(np.abs(mine[n] - theirs[n]).max() / max(np.abs(theirs[n]).max(), 1e-300) for n in theirs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_is_the_slope_of_the_numpy_loss(make_recipe, variant):
+    """Along a random unit direction: central differences of the oracle are good to h² and 1e-15 / h."""
+    recipe = make_recipe(variant, method=FULL, precision=FP64, data=PACKED)
+    state, batch = prepare(recipe)
+    weights, rng, h = weights_of(state), np.random.default_rng(0), 1e-4
+    direction = {name: rng.standard_normal(w.shape) for name, w in weights.items()}
+    length = np.sqrt(sum((d**2).sum() for d in direction.values()))
+    direction = {name: d / length for name, d in direction.items()}
+
+    def loss(at):
+        moved = {name: w + at * direction[name] for name, w in weights.items()}
+        return numpy_llama.loss_sum(moved, state.spec, batch) / batch.target_tokens
+
+    _, metrics = train_step(state, batch, lr=0.0, keep_gradients=True)
+    slope = sum((metrics.gradients[name] * d).sum() for name, d in direction.items())
+    assert metrics.loss_sum / metrics.tokens == pytest.approx(loss(0.0), rel=1e-13)
+    assert slope == pytest.approx((loss(h) - loss(-h)) / (2 * h), abs=1e-9)
+
+
+@METHODS
+@pytest.mark.parametrize("data", [PACKED, {"padding_side": "left"}], ids=["packed", "left-padded"])
+def test_the_split_into_microbatches_does_not_matter(make_recipe, method, data):
+    def run(accumulation):
+        batch = {"global_examples": 4, "accumulation": accumulation}
+        recipe = make_recipe(method=method, precision=FP64, data=data, batch=batch)
+        return one_update(recipe)
+
+    whole, metrics = run(1)
+    for accumulation in (2, 4):
+        split, split_metrics = run(accumulation)
+        assert relative(split_metrics.gradients, metrics.gradients) < SPLIT_ROUNDING
+        assert relative(moments_of(split)[1], moments_of(whole)[1]) < SPLIT_ROUNDING
+        assert split_metrics.loss_sum == pytest.approx(metrics.loss_sum, rel=1e-14)
+        assert split_metrics.tokens == metrics.tokens
+
+
+@METHODS
+def test_recomputation_changes_no_bit(make_recipe, method):
+    (plain, metrics), (remat, remat_metrics) = (
+        one_update(make_recipe(method=method, precision=FP64, plan={"remat": remat}))
+        for remat in ("none", "full")
+    )
+    assert remat.model.is_activation_checkpointing
+    for name, gradient in metrics.gradients.items():
+        np.testing.assert_array_equal(remat_metrics.gradients[name], gradient)
+    for name, weight in weights_of(plain).items():
+        np.testing.assert_array_equal(weights_of(remat)[name], weight)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05, 1e6])
+def test_update_is_adamw_written_out(make_recipe, clip_norm):
+    """Three updates against p -= lr * (m̂ / (sqrt(v̂) + eps) + decay * p) in numpy."""
+    recipe = make_recipe(
+        "bias", method=FULL, precision=FP64,
+        optimizer={"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.3, "clip_norm": clip_norm},
+    )  # fmt: skip
+    state, batch = prepare(recipe)
+    decay = {p.name: 0.3 * p.decay for p in trainable_table(state.spec, recipe.method)}
+    assert {0.0, 0.3} == set(decay.values())
+    m = v = dict.fromkeys(decay, 0.0)
+    for step, lr in enumerate((0.0, 1e-2, 5e-3), 1):
+        before = weights_of(state)
+        state, metrics = train_step(state, batch, lr=lr, keep_gradients=True)
+        norm = np.sqrt(sum((g**2).sum() for g in metrics.gradients.values()))
+        assert metrics.grad_norm == pytest.approx(norm, rel=1e-13)
+        factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+        for name, gradient in metrics.gradients.items():
+            m = m | {name: 0.8 * m[name] + 0.2 * factor * gradient}
+            v = v | {name: 0.95 * v[name] + 0.05 * (factor * gradient) ** 2}
+            root = np.sqrt(v[name] / (1 - 0.95**step)) + 1e-6
+            update = -lr * (m[name] / (1 - 0.8**step) / root + decay[name] * before[name])
+            mine = weights_of(state)[name] - before[name]
+            # A difference of weights is exact to one rounding of the weight.
+            np.testing.assert_allclose(mine, update, rtol=1e-10, atol=4e-16 * np.abs(before[name]).max())
+
+
+def test_frozen_weights_stay(make_recipe):
+    state, batch = prepare(make_recipe(method=LORA, precision=FP64))
+    trained = {p.name for p in trainable_table(state.spec, state.recipe.method)}
+    before = weights_of(state, frozen=True)
+    state, metrics = train_step(state, batch, lr=1e-2, keep_gradients=True)
+    after = weights_of(state, frozen=True)
+    assert set(metrics.gradients) == set(moments_of(state)[0]) == trained
+    assert {name for name in before if not np.array_equal(before[name], after[name])} <= trained
+    assert sum(len(group["params"]) for group in state.optimizer.param_groups) == len(trained)
+    assert all(p.grad is None for p in state.model.parameters())
+
+
+def test_dropout_moves_with_the_step_and_is_off_in_evaluation(make_recipe):
+    def gradients(dropout, step):
+        state, batch = prepare(make_recipe(method=LORA | {"dropout": dropout}, precision=FP64))
+        nothing = {name: np.zeros_like(w) for name, w in weights_of(state).items()}
+        state = restore(state, Checkpoint(step, weights_of(state), nothing, nothing))
+        return train_step(state, batch, lr=0.0, keep_gradients=True)[1].gradients
+
+    assert relative(gradients(0.2, 0), gradients(0.2, 0)) == 0
+    assert relative(gradients(0.2, 1), gradients(0.2, 0)) > 1e-2
+    assert relative(gradients(0.2, 0), gradients(0.0, 0)) > 1e-2
+    assert relative(gradients(0.0, 1), gradients(0.0, 0)) == 0
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(make_recipe):
+    state, batch = prepare(make_recipe(method=FULL, precision=FP64))
+    state.model.model.norm.weight.data[0] = np.nan
+    before = weights_of(state)
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        train_step(state, batch, lr=1e-2)
+    for name, weight in weights_of(state).items():
+        np.testing.assert_array_equal(weight, before[name])
+    assert not any(array.any() for moment in moments_of(state) for array in moment.values())
+    assert all(p.grad is None for p in state.model.parameters())

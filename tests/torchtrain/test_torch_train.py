@@ -1,0 +1,115 @@
+"""Whole runs: resume, the program as a person starts it, and adapters that PEFT loads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from peft import PeftModel
+from test_torch_model import FP64, FULL, LORA, PACKED
+from test_torch_parallel import prepared
+from transformers import AutoModelForCausalLM
+
+from torchtrain.cli import main
+from torchtrain.step import logits, restore
+from torchtrain.train import evaluate, train
+from trainspec import checkpoint
+from trainspec.export import export
+
+MEASURED = {"heldout": str(ROOT / "configs/data/qa-heldout.jsonl")}
+FP32 = {"policy": "fp32", "reduce": "fp32"}
+
+
+def end_of(out, recipe, spec):
+    return checkpoint.load(checkpoint.latest(out), recipe=recipe, model=spec)
+
+
+def metrics_of(out: Path):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+
+
+@pytest.mark.parametrize("precision", [FP32, FP64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
+def test_a_resumed_run_is_the_same_run(make_recipe, tmp_path, method, precision):
+    def recipe(**run):
+        return make_recipe(
+            method=method,
+            precision=precision,
+            data=MEASURED,
+            batch={"accumulation": 2},
+            schedule={"kind": "cosine", "warmup_steps": 1},
+            checkpoint={"every_steps": 3},
+            run={"steps": 5, "eval_every_steps": 2} | run,
+        )
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(recipe(), out=whole)
+    train(recipe(stop_after_steps=3), out=parts)
+    train(recipe(), out=parts, resume=True)
+    left, right = (
+        sorted((path / "checkpoints/step-000005").glob("*.safetensors")) for path in (whole, parts)
+    )
+    assert len(left) == len(right) == 3
+    for one, other in zip(left, right, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+    wanted = [row for row in metrics_of(whole)]
+    found = metrics_of(parts)
+    found[2].pop("heldout_loss")  # step 3 was the last of the first part, so it measured
+    assert found == wanted
+
+
+def test_the_program_as_a_person_starts_it(make_recipe, tmp_path):
+    recipe = make_recipe(method=LORA, data=MEASURED, batch={"accumulation": 2}, run={"steps": 2})
+    file, out = tmp_path / "small.yaml", tmp_path / "run"
+    file.write_text(recipe.to_yaml())
+    shared = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+    command = [sys.executable, "-m", "torchtrain", "train", file, "--out", out, "--trace", tmp_path / "trace"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    model, data, *steps = done.stdout.splitlines()
+    assert "lora trains" in model
+    assert "records" in data
+    assert [line.split()[:2] for line in steps] == [["step", "1"], ["step", "2"]]
+    assert "held-out" in steps[-1]
+    assert len(list((tmp_path / "trace").glob("step-*.safetensors"))) == 2
+    if Path("/dev/shm").is_dir():
+        assert not {name for name in set(os.listdir("/dev/shm")) - shared if "deepspeed" in name}
+
+
+def test_exit_codes(make_recipe, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "small.yaml"
+    file.write_text(make_recipe(method=FULL, precision=FP64, run={"steps": 4}).to_yaml())
+    assert main(["train", str(file), "--out", str(tmp_path / "a"), "--set", "plan.tensor=2"]) == 2
+    assert main(["train", str(file), "--out", str(tmp_path / "b"), "--set", "optimizer.lr=1e200"]) == 1
+    assert "stopped before the update" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(file), "--out", str(tmp_path / "c")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_evaluation_measures_the_newest_checkpoint(make_recipe, tmp_path):
+    recipe = make_recipe(
+        method=FULL, data=MEASURED, optimizer={"lr": 1e-2}, run={"steps": 2, "eval_every_steps": 1}
+    )
+    start = evaluate(recipe, out=tmp_path / "nothing")
+    train(recipe, out=tmp_path / "run")
+    assert metrics_of(tmp_path / "run")[-1]["heldout_loss"] == evaluate(recipe, out=tmp_path / "run") != start
+
+
+def test_peft_loads_the_exported_adapter(make_recipe, tmp_path):
+    recipe = make_recipe("bias", method=LORA, data=PACKED, optimizer={"lr": 1e-2})
+    train(recipe, out=tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.from_)
+    model = PeftModel.from_pretrained(base, str(export(recipe, out=tmp_path, merge=False)))
+    with prepared(recipe) as (state, batch):
+        state = restore(state, end_of(tmp_path, recipe, state.spec))
+        rows = batch.segments[:, :1] == batch.segments  # first documents: no mask needed
+        ids = state.model.get_input_embeddings().weight.new_tensor(batch.input_ids).long()
+        theirs, mine = model(input_ids=ids).logits.detach().numpy(), logits(state, batch)
+    assert np.abs(mine - theirs)[rows].max() < 1e-5 * np.abs(theirs).max()
