@@ -24,10 +24,17 @@ demo: $(MODEL)/made-with.json ## train a small model on both backends and prove 
 	$(BIN)/parity check configs/demo.yaml --out build/demo/parity
 
 test: lint $(MODEL)/made-with.json ## lint, type-check and run the tests but the long ones
-	$(BIN)/pytest -m "not full" -n 2
+	$(call run-tests,-m "not full")
 
 test-full: lint $(MODEL)/made-with.json ## the same with the long tests
-	$(BIN)/pytest -n 2
+	$(call run-tests,)
+
+# JAX and torch never share a process: what imports a backend runs on its own.
+define run-tests
+$(BIN)/pytest -n 2 $(1) tests --ignore tests/backends --ignore tests/torchtrain
+TWINTRAIN_BACKEND=jax $(BIN)/pytest -n 2 $(1) tests/backends
+TWINTRAIN_BACKEND=torch $(BIN)/pytest -n 2 $(1) tests/backends tests/torchtrain
+endef
 
 bench: $(MODEL)/made-with.json ## time the train step of both backends, in turns
 	$(BIN)/python benchmarks/train_step.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import jax
@@ -52,7 +53,7 @@ class State:
 
 def init_state(recipe: Recipe, spec: ModelSpec) -> State:
     """The run before its first update."""
-    program = Program(recipe, spec)
+    program = _program(recipe, spec)
     weights = from_canonical(starting_weights(recipe, spec), layers=spec.layers)
     trained = {native_name(p)[0] for p in trainable_table(spec, recipe.method)}
     trainable = {name: weights.pop(name) for name in sorted(trained)}
@@ -74,8 +75,8 @@ def train_step(
     loss_sum, tokens, norm, gradients = program.gradients(
         state.trainable, state.frozen, stacked, jnp.int32(state.step)
     )
-    if not math.isfinite(loss_sum):
-        raise NonFiniteLossError(f"the loss of step {state.step + 1} is {float(loss_sum)}")
+    if not math.isfinite(loss_sum) or not math.isfinite(norm):
+        raise NonFiniteLossError(f"step {state.step + 1}: loss sum {loss_sum}, gradient norm {norm}")
     kept = to_canonical(gradients, program.trainable_rows) if keep_gradients else None
     trainable, moments = program.update(state.trainable, state.moments, gradients, norm, scalars)
     metrics = Metrics(float(loss_sum), int(tokens), float(norm), kept)
@@ -115,6 +116,12 @@ def restore(state: State, checkpoint: Checkpoint) -> State:
 
     moments = Moments(native(checkpoint.moment1), native(checkpoint.moment2))
     return replace(state, step=checkpoint.step, trainable=native(checkpoint.weights), moments=moments)
+
+
+@lru_cache(maxsize=1)
+def _program(recipe: Recipe, spec: ModelSpec) -> Program:
+    """The recipe's program; one that starts again in the same process is not compiled again."""
+    return Program(recipe, spec)
 
 
 def _arrays(batch: Batch) -> Weights:

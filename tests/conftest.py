@@ -1,77 +1,23 @@
-"""Small real inputs, made once per session with numpy and the tokenizers library: no framework needed."""
+"""Fixtures that every test may use."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from small import ROOT, VARIANTS, recipe_maker, write_checkpoint
 
-from trainspec.hf import write_model
-from trainspec.init import initial_value
-from trainspec.model import PRESETS, Llama3Scaling, ModelSpec, config_of
-from trainspec.params import Normal, param_table
 from trainspec.recipe import Recipe
 
-ROOT = Path(__file__).parent.parent
-TEXT = ROOT / "configs/data/text-train.txt"
-QA = ROOT / "configs/data/qa-train.jsonl"
-
-# Grouped kv heads, and head_dim is not embed / heads.
-SMALL = replace(
-    PRESETS["tiny"],
-    name="small",
-    vocab=320,
-    embed=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=12,
-    mlp=48,
-    init_std=0.15,
-)
-VARIANTS: dict[str, ModelSpec] = {
-    "plain": SMALL,
-    "tied": replace(SMALL, tied_embeddings=True),
-    "bias": replace(SMALL, attention_bias=True, mlp_bias=True),
-    "llama3-rope": replace(SMALL, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64), max_positions=512),
-}
-
-
-def write_tokenizer(directory: Path) -> None:
-    """A byte-level BPE of 320 tokens, trained on the shipped text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(TEXT)], trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(special | {"tokenizer_class": "PreTrainedTokenizerFast"})
-    )
-
-
-def write_checkpoint(
-    directory: Path, spec: ModelSpec, *, seed: int = 1, shard_bytes: int = 4 * 2**30
-) -> Path:
-    """A Hugging Face directory of `spec` with random weights (biases too) and a tokenizer."""
-    # Biases start at zero by the table; here they get values, so that a forgotten one shows.
-    rows = (replace(p, init=Normal(0.1)) if p.name.endswith("bias") else p for p in param_table(spec))
-    weights = ((p.name, initial_value(p, seed=seed, dtype="float32")) for p in rows)
-    config = config_of(spec) | {"dtype": "float32", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    write_model(directory, weights, companions_from=None, config=config, shard_bytes=shard_bytes)
-    write_tokenizer(directory)
-    return directory
+# Test processes share two cores, so waiting threads must not spin. Read when torch is loaded, and inherited.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Most of a JAX test is compilation: take the compiler's short way, and compile an equal program once.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build/jax-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 @pytest.fixture(scope="session")
@@ -84,34 +30,7 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def recipe_maker(model_dirs: dict[str, Path], cache: Path) -> Callable[..., Recipe]:
-    """Makes small recipes; arguments replace whole sections' fields, `method` the whole section."""
-
-    def make(variant: str = "plain", **sections: dict[str, Any]) -> Recipe:
-        tree: dict[str, Any] = {
-            "model": {"from": str(model_dirs[variant])},
-            "method": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]},
-            "data": {"train": str(QA), "sequence_tokens": 160, "cache": str(cache)},
-            "batch": {"global_examples": 4, "accumulation": 1},
-            "optimizer": {"lr": 1e-3},
-            "schedule": {"kind": "constant"},
-            "run": {"steps": 3, "eval_every_steps": 1000},
-        }
-        for section, fields in sections.items():
-            tree[section] = fields if section == "method" else tree.get(section, {}) | fields
-        return Recipe.model_validate(tree)
-
-    return make
-
-
 @pytest.fixture
 def make_recipe(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Recipe]:
     """`recipe_maker` with a cache of the test's own."""
     return recipe_maker(model_dirs, tmp_path / "cache")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quiet_threads() -> None:
-    """Two test processes share two cores: waiting threads must not spin. Inherited by every child process."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -50,7 +50,6 @@ ONE_SIDED = {
     },
     "torchtrain/model.py": {
         "RMSNorm": "see jaxtrain/model.py",
-        "RotaryTables": "a module, to take Hugging Face's place",
     },
     "jaxtrain/weights.py": {
         "native_module": "JAX stacks layers under names of its own",
@@ -63,10 +62,6 @@ ONE_SIDED = {
     "jaxtrain/methods.py": {
         "LoRALinear": "torch's is PEFT's",
         "DropoutKey": "torch's is held by CounterDropout",
-    },
-    "torchtrain/methods.py": {
-        "CounterDropout": "PEFT's layers call a dropout module",
-        "ADAPTER": "PEFT names adapters",
     },
     "jaxtrain/optim.py": {
         "Moments": "torch's optimizer holds its own",
@@ -81,17 +76,15 @@ ONE_SIDED = {
     },
     "torchtrain/parallel.py": {
         "Engine": "an update is DeepSpeed's",
-        "DeepSpeedEngine": "an update is DeepSpeed's",
-        "PlainEngine": "DeepSpeed has no fp64",
         "make_engine": "an update is DeepSpeed's",
         "deepspeed_config": "an update is DeepSpeed's",
     },
     "jaxtrain/step.py": {"Program": "the compiled functions; torch runs eagerly"},
-    "torchtrain/step.py": {"Arrays": "a name for a type"},
 }
 # Twins whose parameters differ, each with its reason.
 OTHER_PARAMETERS = {
-    "loss.py:token_loss": "",
+    "optim.py:make_optimizer": "torch's optimizer holds the parameters it updates",
+    "weights.py:from_canonical": "torch's arrays are allocated with the module and filled in place",
 }
 
 

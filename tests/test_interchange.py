@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import recipe_maker
 from many import ROOT, run_many
+from small import recipe_maker
 
 from trainspec.export import export
 from trainspec.recipe import Recipe

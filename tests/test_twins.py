@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import recipe_maker
 from many import run_many
+from small import recipe_maker
 
 from parity.check import diff
 from trainspec.recipe import Recipe
@@ -52,7 +52,12 @@ def recipe_of(make: Make, case: Case, **precision) -> Recipe:
     return make(
         case.variant,
         method=LORA if case.method == "lora" else FULL,
-        data={"packing": case.packing, "padding_side": case.padding_side},
+        # 320 tokens hold two or three records, so a packed row is one.
+        data={
+            "packing": case.packing,
+            "padding_side": case.padding_side,
+            "sequence_tokens": 320 if case.packing else 160,
+        },
         batch={"global_examples": 4, "accumulation": case.accumulation},
         optimizer={"lr": 3e-3, "weight_decay": 0.1, "clip_norm": 0.5},
         schedule={"kind": "cosine", "warmup_steps": 3},

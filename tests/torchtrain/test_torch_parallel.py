@@ -7,15 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_torch_model import FULL, LORA, PACKED, prepare
 from transformers import AutoModelForCausalLM
 
 from torchtrain import optim
 from torchtrain.parallel import deepspeed_config, finish, make_engine, start
-from torchtrain.step import moments_of, train_step, weights_of
+from torchtrain.step import init_state, moments_of, train_step, weights_of
+from trainspec.data import open_dataset
 from trainspec.errors import PlanError
+from trainspec.hf import resolve_model
 from trainspec.recipe import Precision, Recipe
 
+FULL = {"kind": "full"}
+LORA = {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.2, "targets": "all-linear"}
+PACKED = {"packing": True, "sequence_tokens": 320}
 FP32_EPS = float(np.finfo(np.float32).eps)
 
 
@@ -23,7 +27,8 @@ FP32_EPS = float(np.finfo(np.float32).eps)
 def prepared(recipe: Recipe) -> Iterator[tuple]:
     start(recipe)
     try:
-        yield prepare(recipe)
+        state = init_state(recipe, resolve_model(recipe.model)[0])
+        yield state, open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
     finally:
         finish()
 
@@ -122,3 +127,17 @@ def test_first_updates_are_those_of_hugging_face_and_torch(make_recipe):
                 update = model.get_parameter(name).detach().numpy() - theirs_before[name]
                 mine = weights_of(state)[name] - before[name]
                 assert np.abs(mine - update)[clear].max() < 1e-2 * lr, name
+
+
+def test_nothing_frozen_is_in_the_optimizer_or_has_a_gradient(make_recipe):
+    with prepared(make_recipe(method=LORA)) as (state, batch):
+        trained = sum(p.requires_grad for p in state.model.parameters())
+        state, metrics = train_step(state, batch, lr=1e-3, keep_gradients=True)
+        assert sum(len(group["params"]) for group in state.optimizer.param_groups) == trained
+        assert len(metrics.gradients) == trained == 28
+        assert all(p.grad is None for p in state.model.parameters() if not p.requires_grad)
+
+
+def test_remat_is_on_in_the_module(make_recipe):
+    with prepared(make_recipe(plan={"remat": "full"})) as (state, _):
+        assert state.model.is_activation_checkpointing

@@ -9,8 +9,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import SMALL, VARIANTS, write_checkpoint
 from safetensors.numpy import load_file, save_file
+from small import SMALL, VARIANTS, write_checkpoint
 
 from trainspec import checkpoint
 from trainspec.checkpoint import Checkpoint

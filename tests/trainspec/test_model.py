@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VARIANTS
+from small import VARIANTS
 
 from trainspec.errors import ModelError, RecipeError
 from trainspec.hf import resolve_model

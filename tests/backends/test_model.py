@@ -5,11 +5,10 @@ from dataclasses import replace
 import numpy as np
 import numpy_llama
 import pytest
-from conftest import VARIANTS
+from backend import logits, spec_of, start_state, train_step, weights_of
+from small import VARIANTS
 
-from torchtrain.step import init_state, logits, train_step, weights_of
 from trainspec.data import open_dataset
-from trainspec.hf import resolve_model
 from trainspec.init import starting_weights
 
 FP64 = {"policy": "fp64", "reduce": "fp64"}
@@ -22,16 +21,15 @@ FP64_ROUNDING = 1e-12
 
 
 def prepare(recipe):
-    state = init_state(recipe, resolve_model(recipe.model)[0])
-    return state, open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    return start_state(recipe), open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
 
 
-def worst_logit(state, batch, weights, *, spec=None, lora_scale=0.0):
+def worst_logit(state, batch, weights, *, spec, lora_scale=0.0):
     mine = logits(state, batch)
     worst = 0.0
     for example, where in numpy_llama.documents(batch):
         ids = batch.input_ids[example, where]
-        theirs = numpy_llama.document_logits(weights, spec or state.spec, ids, lora_scale=lora_scale)
+        theirs = numpy_llama.document_logits(weights, spec, ids, lora_scale=lora_scale)
         worst = max(worst, np.abs(mine[example, where] - theirs).max() / np.abs(theirs).max())
     return worst
 
@@ -42,7 +40,7 @@ def test_packed_logits_are_those_of_each_document_alone(make_recipe, variant):
     state, batch = prepare(recipe)
     assert (batch.segments.max(axis=1) > 1).any()
     assert logits(state, batch).dtype == np.float64
-    assert worst_logit(state, batch, weights_of(state)) < FP64_ROUNDING
+    assert worst_logit(state, batch, weights_of(state), spec=spec_of(recipe)) < FP64_ROUNDING
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -50,7 +48,7 @@ def test_padded_logits_are_those_of_each_document_alone(make_recipe, side):
     recipe = make_recipe(method=FULL, precision=FP64, data={"padding_side": side})
     state, batch = prepare(recipe)
     assert (batch.segments == 0).any()
-    assert worst_logit(state, batch, weights_of(state)) < FP64_ROUNDING
+    assert worst_logit(state, batch, weights_of(state), spec=spec_of(recipe)) < FP64_ROUNDING
 
 
 def test_trained_adapters_act_as_merged_ones(make_recipe):
@@ -59,15 +57,18 @@ def test_trained_adapters_act_as_merged_ones(make_recipe):
     for _ in range(2):
         state, _ = train_step(state, batch, lr=1e-2)
     weights, scale = weights_of(state, frozen=True), recipe.method.scale
-    assert worst_logit(state, batch, weights, lora_scale=scale) < FP64_ROUNDING
-    assert worst_logit(state, batch, weights, lora_scale=1.01 * scale) > 1e-6  # negative control
+    assert worst_logit(state, batch, weights, spec=spec_of(recipe), lora_scale=scale) < FP64_ROUNDING
+    assert (
+        worst_logit(state, batch, weights, spec=spec_of(recipe), lora_scale=1.01 * scale) > 1e-6
+    )  # negative control
 
 
 @pytest.mark.parametrize("change", [{"norm_eps": 1.01e-5}, {"rope_theta": 1.0001e4}, {"kv_heads": 1}])
 def test_the_oracle_notices(make_recipe, change):
     """Negative control: a small change of the model is far outside the bound."""
-    state, batch = prepare(make_recipe(method=FULL, precision=FP64))
-    spec = replace(state.spec, **change)
+    recipe = make_recipe(method=FULL, precision=FP64)
+    state, batch = prepare(recipe)
+    spec = replace(spec_of(recipe), **change)
     assert worst_logit(state, batch, weights_of(state), spec=spec) > 1e3 * FP64_ROUNDING
 
 
@@ -76,9 +77,8 @@ def test_the_oracle_notices(make_recipe, change):
 def test_weights_come_back_as_they_went_in(make_recipe, variant, method):
     recipe = make_recipe(variant, method=method, precision=FP64)
     state, _ = prepare(recipe)
-    there = {p.name: array for p, array in starting_weights(recipe, state.spec)}
+    there = {p.name: array for p, array in starting_weights(recipe, spec_of(recipe))}
     back = weights_of(state, frozen=True)
     assert list(back) == list(there)
     for name, array in there.items():
         np.testing.assert_array_equal(back[name], array)
-    assert len(there) == sum(1 for _ in state.model.parameters())

@@ -3,10 +3,10 @@
 import numpy as np
 import numpy_llama
 import pytest
-from conftest import VARIANTS
-from test_torch_model import FP64, FULL, LORA, PACKED, prepare
+from backend import moments_of, restore, spec_of, train_step, weights_of
+from small import VARIANTS
+from test_model import FP64, FULL, LORA, PACKED, prepare
 
-from torchtrain.step import moments_of, restore, train_step, weights_of
 from trainspec.checkpoint import Checkpoint
 from trainspec.errors import NonFiniteLossError
 from trainspec.methods import trainable_table
@@ -37,7 +37,7 @@ def test_gradient_is_the_slope_of_the_numpy_loss(make_recipe, variant):
 
     def loss(at):
         moved = {name: w + at * direction[name] for name, w in weights.items()}
-        return numpy_llama.loss_sum(moved, state.spec, batch) / batch.target_tokens
+        return numpy_llama.loss_sum(moved, spec_of(recipe), batch) / batch.target_tokens
 
     _, metrics = train_step(state, batch, lr=0.0, keep_gradients=True)
     slope = sum((metrics.gradients[name] * d).sum() for name, d in direction.items())
@@ -63,16 +63,13 @@ def test_the_split_into_microbatches_does_not_matter(make_recipe, method, data):
 
 
 @METHODS
-def test_recomputation_changes_no_bit(make_recipe, method):
+def test_recomputation_does_not_matter(make_recipe, method):
     (plain, metrics), (remat, remat_metrics) = (
         one_update(make_recipe(method=method, precision=FP64, plan={"remat": remat}))
         for remat in ("none", "full")
     )
-    assert remat.model.is_activation_checkpointing
-    for name, gradient in metrics.gradients.items():
-        np.testing.assert_array_equal(remat_metrics.gradients[name], gradient)
-    for name, weight in weights_of(plain).items():
-        np.testing.assert_array_equal(weights_of(remat)[name], weight)
+    assert relative(remat_metrics.gradients, metrics.gradients) < SPLIT_ROUNDING
+    assert relative(moments_of(remat)[1], moments_of(plain)[1]) < SPLIT_ROUNDING
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.05, 1e6])
@@ -83,7 +80,7 @@ def test_update_is_adamw_written_out(make_recipe, clip_norm):
         optimizer={"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.3, "clip_norm": clip_norm},
     )  # fmt: skip
     state, batch = prepare(recipe)
-    decay = {p.name: 0.3 * p.decay for p in trainable_table(state.spec, recipe.method)}
+    decay = {p.name: 0.3 * p.decay for p in trainable_table(spec_of(recipe), recipe.method)}
     assert {0.0, 0.3} == set(decay.values())
     m = v = dict.fromkeys(decay, 0.0)
     for step, lr in enumerate((0.0, 1e-2, 5e-3), 1):
@@ -103,15 +100,14 @@ def test_update_is_adamw_written_out(make_recipe, clip_norm):
 
 
 def test_frozen_weights_stay(make_recipe):
-    state, batch = prepare(make_recipe(method=LORA, precision=FP64))
-    trained = {p.name for p in trainable_table(state.spec, state.recipe.method)}
+    recipe = make_recipe(method=LORA, precision=FP64)
+    state, batch = prepare(recipe)
+    trained = {p.name for p in trainable_table(spec_of(recipe), recipe.method)}
     before = weights_of(state, frozen=True)
     state, metrics = train_step(state, batch, lr=1e-2, keep_gradients=True)
     after = weights_of(state, frozen=True)
     assert set(metrics.gradients) == set(moments_of(state)[0]) == trained
     assert {name for name in before if not np.array_equal(before[name], after[name])} <= trained
-    assert sum(len(group["params"]) for group in state.optimizer.param_groups) == len(trained)
-    assert all(p.grad is None for p in state.model.parameters())
 
 
 def test_dropout_moves_with_the_step_and_is_off_in_evaluation(make_recipe):
@@ -129,11 +125,12 @@ def test_dropout_moves_with_the_step_and_is_off_in_evaluation(make_recipe):
 
 def test_a_loss_that_is_no_number_stops_before_the_update(make_recipe):
     state, batch = prepare(make_recipe(method=FULL, precision=FP64))
-    state.model.model.norm.weight.data[0] = np.nan
+    weights, (moment1, moment2) = weights_of(state), moments_of(state)
+    weights["model.norm.weight"][0] = np.nan
+    state = restore(state, Checkpoint(0, weights, moment1, moment2))
     before = weights_of(state)
     with pytest.raises(NonFiniteLossError, match="step 1"):
         train_step(state, batch, lr=1e-2)
     for name, weight in weights_of(state).items():
         np.testing.assert_array_equal(weight, before[name])
     assert not any(array.any() for moment in moments_of(state) for array in moment.values())
-    assert all(p.grad is None for p in state.model.parameters())

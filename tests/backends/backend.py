@@ -1,0 +1,49 @@
+"""The backend under test, named by TWINTRAIN_BACKEND: the twins have the same functions, so they pass the same tests.
+
+JAX and torch never share a process: `make test` runs this directory once for each.
+"""
+
+import importlib
+import os
+
+import numpy as np
+
+from trainspec.hf import resolve_model
+from trainspec.recipe import Recipe
+
+NAME = os.environ.get("TWINTRAIN_BACKEND", "jax")
+PROGRAM = f"{NAME}train"
+_cli, _dropout, _parallel, _step, _train = (
+    importlib.import_module(f"{PROGRAM}.{name}") for name in ("cli", "dropout", "parallel", "step", "train")
+)
+main = _cli.main
+finish = _parallel.finish
+eval_step, logits, moments_of, restore, train_step, weights_of = (
+    getattr(_step, name)
+    for name in ("eval_step", "logits", "moments_of", "restore", "train_step", "weights_of")
+)
+evaluate, train = _train.evaluate, _train.train
+
+
+def spec_of(recipe: Recipe):
+    return resolve_model(recipe.model)[0]
+
+
+def start_state(recipe: Recipe):
+    """The run before its first update, in a process that is set up for it; conftest lets it go."""
+    _parallel.start(recipe)
+    return _step.init_state(recipe, spec_of(recipe))
+
+
+def keep_mask(key: tuple[int, int], *, step: int, rows: list[int], **shape) -> np.ndarray:
+    """The backend's dropout mask of numbers, as numpy."""
+    if NAME == "torch":
+        import torch
+
+        return _dropout.keep_mask(key, step=step, rows=torch.tensor(rows), **shape).numpy()
+    import jax.numpy as jnp
+
+    words = jnp.asarray(key, jnp.uint32)
+    return np.asarray(
+        _dropout.keep_mask(words, step=jnp.uint32(step), rows=jnp.asarray(rows, jnp.int32), **shape)
+    )
