@@ -31,9 +31,9 @@ test-full: lint $(MODEL)/made-with.json ## the same with the long tests
 
 # JAX and torch never share a process: what imports a backend runs on its own.
 define run-tests
-$(BIN)/pytest -n 2 $(1) tests --ignore tests/backends --ignore tests/torchtrain
-TWINTRAIN_BACKEND=jax $(BIN)/pytest -n 2 $(1) tests/backends
-TWINTRAIN_BACKEND=torch $(BIN)/pytest -n 2 $(1) tests/backends tests/torchtrain
+$(BIN)/pytest -n 2 --dist loadfile $(1) tests --ignore tests/backends --ignore tests/torchtrain
+TWINTRAIN_BACKEND=jax $(BIN)/pytest -n 2 --dist loadfile $(1) tests/backends
+TWINTRAIN_BACKEND=torch $(BIN)/pytest -n 2 --dist loadfile $(1) tests/backends tests/torchtrain
 endef
 
 bench: $(MODEL)/made-with.json ## time the train step of both backends, in turns

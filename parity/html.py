@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from parity.chart import loss_curves, loss_difference
 from parity.verdict import TITLES, Verdict, explained, number
@@ -36,7 +36,9 @@ def write_report(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page as text; everything that comes from a trace or a recipe is escaped."""
-    environment = Environment(loader=PackageLoader("parity", "."), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
     environment.filters |= {"number": number, "decades": _decades}
     verdict, comparison = report.verdict, report.verdict.comparison
     losses = [f for f in comparison.findings if f.place.phase == "loss" and f.place.tensor == "loss"]

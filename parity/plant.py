@@ -1,0 +1,124 @@
+"""Run a backend with a mistake planted in it, so that a check can be shown to catch it.
+
+    python -m parity.plant CASES.json RESULTS.json
+
+A mistake is an edit of a module's source text while it is loaded: nothing of it stands in the product, and one whose
+text is no longer there is an error. Many cases run in one process: the backend's own modules are loaded anew for each,
+its framework once.
+
+CASES is a list of {"program": "jaxtrain", "argv": [...], "edits": [{"module": ..., "old": ..., "new": ...}]};
+RESULTS a list of {"code": ..., "out": ..., "err": ...}, one for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+OWN = ("trainspec", "jaxtrain", "torchtrain")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """In the source of `module`, `old` (which stands there exactly once) becomes `new`."""
+
+    module: str
+    old: str
+    new: str
+
+
+class PlantError(Exception):
+    """An edit does not fit the source it is for."""
+
+
+def edited(source: str, edits: Sequence[Edit]) -> str:
+    """`source` with every edit made. Raises PlantError where one's text is not there exactly once."""
+    for edit in edits:
+        if source.count(edit.old) != 1:
+            raise PlantError(
+                f"{edit.module}: {edit.old!r} stands there {source.count(edit.old)} times, not once"
+            )
+        source = source.replace(edit.old, edit.new)
+    return source
+
+
+class _EditedLoader(SourceFileLoader):
+    def __init__(self, fullname: str, path: str, edits: Sequence[Edit]) -> None:
+        super().__init__(fullname, path)
+        self._edits = edits
+
+    def get_code(self, fullname: str) -> CodeType:
+        source = edited(self.get_data(self.path).decode(), self._edits)
+        return compile(source, self.path, "exec", dont_inherit=True)
+
+
+class _EditedFinder(MetaPathFinder):
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        self._edits = edits
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        mine = [edit for edit in self._edits if edit.module == fullname]
+        spec = PathFinder.find_spec(fullname, path, target) if mine else None
+        if spec is None or spec.origin is None:
+            return None
+        spec.loader = _EditedLoader(fullname, spec.origin, mine)
+        return spec
+
+
+@contextlib.contextmanager
+def planted(edits: Sequence[Edit]) -> Any:
+    """Own modules that are imported inside are new, with `edits` made; they are forgotten behind it."""
+    _forget()
+    finder = _EditedFinder(edits)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        _forget()
+
+
+def _forget() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
+        del sys.modules[name]
+
+
+def run_case(program: str, argv: Sequence[str], edits: Sequence[Edit]) -> dict[str, Any]:
+    """The exit code of one command line and what it printed. A crash is code 70 with its traceback."""
+    out, err = io.StringIO(), io.StringIO()
+    with planted(edits), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = importlib.import_module(f"{program}.cli").main(list(argv))
+        except SystemExit as stop:
+            code = stop.code
+        except Exception:
+            traceback.print_exc()
+            code = 70
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def main() -> None:
+    """Run every case of the file named first; write the results to the file named second."""
+    cases, results = map(Path, sys.argv[1:])
+    found = [
+        run_case(case["program"], case["argv"], [Edit(**edit) for edit in case["edits"]])
+        for case in json.loads(cases.read_text())
+    ]
+    results.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
