@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from jaxtrain.train import evaluate, train
-from trainspec.command import backend_parser, out_directory, run_command
+from trainspec.command import backend_parser, out_directory, run_command, trace_request
 from trainspec.export import export
 from trainspec.recipe import load_recipe
 
@@ -23,7 +23,7 @@ def _run(args: Namespace) -> None:
     out = out_directory(args, PROGRAM)
     match args.command:
         case "train":
-            train(recipe, out=out, trace=args.trace, resume=args.resume)
+            train(recipe, out=out, trace=trace_request(args), resume=args.resume)
         case "eval":
             print(f"held-out loss {evaluate(recipe, out=out):.6f}")
         case "export":

@@ -14,9 +14,11 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxtrain.activations import Probes, Tap
 from jaxtrain.dropout import DropoutPoint
 from trainspec.model import ModelSpec, inverse_frequencies
 from trainspec.plan import Policy
+from trainspec.trace import LAYER_POINTS
 
 COMPUTE_DTYPE: dict[Policy, DTypeLike] = {"fp64": jnp.float64, "fp32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -142,10 +144,12 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(spec, stack=stack, dtype=dtype)
 
     def __call__(
-        self, x_BSE: Array, cos: Array, sin: Array, mask_BSS: Array, point: DropoutPoint | None
+        self, x_BSE: Array, cos: Array, sin: Array, mask_BSS: Array, point: DropoutPoint | None, tap: Tap
     ) -> Array:
-        x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), cos, sin, mask_BSS, point)
-        return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE), point)
+        mixed = self.self_attn(self.input_layernorm(x_BSE), cos, sin, mask_BSS, point)
+        x_BSE = x_BSE + tap("attention", mixed)
+        inner = self.mlp(self.post_attention_layernorm(x_BSE), point)
+        return tap("block", x_BSE + tap("mlp", inner))
 
 
 class Llama(nnx.Module):
@@ -164,20 +168,35 @@ class Llama(nnx.Module):
         self.lm_head = head
 
     def __call__(
-        self, input_ids: Array, *, positions: Array, segments: Array, point: DropoutPoint | None = None
-    ) -> Array:
-        x_BSE = self.embed_tokens(input_ids)
+        self,
+        input_ids: Array,
+        *,
+        positions: Array,
+        segments: Array,
+        point: DropoutPoint | None = None,
+        probes: Probes | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Logits, and the activations [.., B, S, ..] at the points that `probes` has (layers in front)."""
+        probes = probes or {}
+        tap = Tap(probes)
+        x_BSE = tap("embedding", self.embed_tokens(input_ids))
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
         mask_BSS = attention_mask(segments)
         definition, stacked = nnx.split(self.layers)
 
-        def block(x_BSE: Array, weights: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(definition, weights)(x_BSE, cos, sin, mask_BSS, point), None
+        def block(x_BSE: Array, layer: tuple[nnx.State, Probes]) -> tuple[Array, dict[str, Array]]:
+            weights, layer_probes = layer
+            inner_tap = Tap(layer_probes)
+            x_BSE = nnx.merge(definition, weights)(x_BSE, cos, sin, mask_BSS, point, inner_tap)
+            return x_BSE, inner_tap.seen
 
         if self.remat == "full":
             block = jax.checkpoint(block, prevent_cse=False)
-        x_BSE = self.norm(lax.scan(block, x_BSE, stacked)[0])
-        return self.embed_tokens.attend(x_BSE) if self.lm_head is None else self.lm_head(x_BSE, point)
+        layer_probes = {name: probe for name, probe in probes.items() if name in LAYER_POINTS}
+        x_BSE, seen = lax.scan(block, x_BSE, (stacked, layer_probes))
+        x_BSE = tap("norm", self.norm(x_BSE))
+        logits = self.embed_tokens.attend(x_BSE) if self.lm_head is None else self.lm_head(x_BSE, point)
+        return tap("logits", logits), seen | tap.seen
 
 
 def attention_mask(segments_BS: Array) -> Array:

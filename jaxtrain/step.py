@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array, lax
 from numpy.typing import NDArray
 
+from jaxtrain.activations import by_point, zero_probes
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.loss import token_loss
 from jaxtrain.methods import attach
@@ -28,16 +29,33 @@ from trainspec.init import starting_weights
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
+from trainspec.trace import Keep
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What one update showed. `grad_norm` is before clipping; `gradients` is there where it was asked for."""
+    """What one update leaves; `gradients` and `grad_norm` are taken before clipping.
+
+    `gradients`, `activations` and `activation_gradients` are there where they were asked for.
+    """
 
     loss_sum: float
     tokens: int
     grad_norm: float
-    gradients: dict[str, NDArray[Any]] | None
+    gradients: dict[str, NDArray[Any]] | None = None
+    activations: dict[str, NDArray[Any]] | None = None
+    activation_gradients: dict[str, NDArray[Any]] | None = None
+
+
+class Found(NamedTuple):
+    """What a forward and a backward pass over the global batch give; activations have microbatches in front."""
+
+    loss_sum: Array
+    tokens: Array
+    norm: Array
+    gradients: Weights
+    activations: Weights
+    activation_gradients: Weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class State:
 
 def init_state(recipe: Recipe, spec: ModelSpec) -> State:
     """The run before its first update."""
-    program = _program(recipe, spec)
+    program = _program(recipe, spec)  # pyright: ignore[reportArgumentType] (a frozen model is hashable)
     weights = from_canonical(starting_weights(recipe, spec), layers=spec.layers)
     trained = {native_name(p)[0] for p in trainable_table(spec, recipe.method)}
     trainable = {name: weights.pop(name) for name in sorted(trained)}
@@ -61,26 +79,37 @@ def init_state(recipe: Recipe, spec: ModelSpec) -> State:
     return State(0, trainable, frozen, cast(Moments, program.optimizer.init(trainable)), program)
 
 
-def train_step(
-    state: State, batch: Batch, *, lr: float, keep_gradients: bool = False
-) -> tuple[State, Metrics]:
-    """One update from one global batch, split into `batch.accumulation` microbatches. Consumes `state`.
+def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[State, Metrics]:
+    """One update on a global batch; consumes `state`.
 
-    Raises NonFiniteLossError before the update: `state` is then still good.
+    The gradient is that of the batch's summed loss divided by its number of target tokens, whatever the split
+    into microbatches. Raises NonFiniteLossError before the update, with the weights as they were.
     """
     program = state.program
     parts = batch.split(program.recipe.batch.accumulation)
     stacked = {f: jnp.stack([getattr(part, f) for part in parts]) for f in Batch.__dataclass_fields__}
     scalars = rates(program.recipe.optimizer, lr=lr, step=state.step)
-    loss_sum, tokens, norm, gradients = program.gradients(
-        state.trainable, state.frozen, stacked, jnp.int32(state.step)
+    found = program.gradients(
+        state.trainable, state.frozen, stacked, jnp.int32(state.step), listen=keep == "activations"
     )
-    if not math.isfinite(loss_sum) or not math.isfinite(norm):
-        raise NonFiniteLossError(f"step {state.step + 1}: loss sum {loss_sum}, gradient norm {norm}")
-    kept = to_canonical(gradients, program.trainable_rows) if keep_gradients else None
-    trainable, moments = program.update(state.trainable, state.moments, gradients, norm, scalars)
-    metrics = Metrics(float(loss_sum), int(tokens), float(norm), kept)
+    if not math.isfinite(found.loss_sum) or not math.isfinite(found.norm):
+        raise NonFiniteLossError(
+            f"step {state.step + 1}: loss sum {found.loss_sum}, gradient norm {found.norm}"
+        )
+    metrics = _metrics(program, found, keep)
+    trainable, moments = program.update(state.trainable, state.moments, found.gradients, found.norm, scalars)
     return replace(state, step=state.step + 1, trainable=trainable, moments=moments), metrics
+
+
+def _metrics(program: Program, found: Found, keep: Keep) -> Metrics:
+    metrics = Metrics(float(found.loss_sum), int(found.tokens), float(found.norm))
+    if keep == "nothing":
+        return metrics
+    metrics = replace(metrics, gradients=to_canonical(found.gradients, program.trainable_rows))
+    if keep == "gradients":
+        return metrics
+    activations, gradients = by_point(found.activations), by_point(found.activation_gradients)
+    return replace(metrics, activations=activations, activation_gradients=gradients)
 
 
 def eval_step(state: State, batch: Batch) -> tuple[float, int]:
@@ -139,46 +168,52 @@ class Program:
         self._definition, self._template = nnx.split(model)
         decayed = frozenset(native_name(p)[0] for p in self.trainable_rows if p.decay)
         self.optimizer = make_optimizer(recipe.optimizer, decayed)
-        self.gradients = jax.jit(self._gradients)
+        self.gradients = jax.jit(self._gradients, static_argnames="listen")
         self.update = jax.jit(self._update, donate_argnums=(0, 1))
-        self.evaluate = jax.jit(
-            lambda weights, batch: token_loss(self._forward(weights, batch, None), batch["labels"])
-        )
-        self.logits = jax.jit(lambda weights, batch: self._forward(weights, batch, None))
+        self.evaluate = jax.jit(lambda w, batch: token_loss(self._forward(w, batch)[0], batch["labels"]))
+        self.logits = jax.jit(lambda w, batch: self._forward(w, batch)[0])
 
-    def _forward(self, weights: Weights, batch: Weights, point: DropoutPoint | None) -> Array:
+    def _forward(
+        self,
+        weights: Weights,
+        batch: Weights,
+        point: DropoutPoint | None = None,
+        probes: Weights | None = None,
+    ) -> tuple[Array, Weights]:
+        """Logits [B, S, vocab], and the activations at `probes`."""
         template = nnx.to_flat_state(self._template)
         values = [(path, leaf.replace(weights[".".join(map(str, path))])) for path, leaf in template]
         model = nnx.merge(self._definition, nnx.from_flat_state(values))
-        return model(
-            batch["input_ids"], positions=batch["positions"], segments=batch["segments"], point=point
-        )
+        inputs = {name: batch[name] for name in ("positions", "segments")}
+        return model(batch["input_ids"], **inputs, point=point, probes=probes)
 
     def _gradients(
-        self, trainable: Weights, frozen: Weights, stacked: Weights, step: Array
-    ) -> tuple[Array, Array, Array, Weights]:
-        """Loss sum, token count, norm and gradient of the global batch; `stacked` has microbatches in front."""
+        self, trainable: Weights, frozen: Weights, stacked: Weights, step: Array, *, listen: bool
+    ) -> Found:
+        """Everything up to the norm, over the global batch; `stacked` has the microbatches in front."""
+        dtype = next(iter(trainable.values())).dtype
+        _, B, S = stacked["input_ids"].shape
+        probes = zero_probes(self.spec, (B, S), dtype) if listen else {}
 
-        def loss(trainable: Weights, batch: Weights) -> tuple[Array, Array]:
-            return token_loss(
-                self._forward(trainable | frozen, batch, DropoutPoint(step, batch["rows"])), batch["labels"]
-            )
+        def loss(trainable: Weights, probes: Weights, batch: Weights) -> tuple[Array, tuple[Array, Weights]]:
+            point = DropoutPoint(step, batch["rows"])
+            logits, seen = self._forward(trainable | frozen, batch, point, probes)
+            loss_sum, tokens = token_loss(logits, batch["labels"])
+            return loss_sum, (tokens, seen)
 
         def add(
             totals: tuple[Array, Array, Weights], batch: Weights
-        ) -> tuple[tuple[Array, Array, Weights], None]:
-            (loss_sum, tokens), gradients = jax.value_and_grad(loss, has_aux=True)(trainable, batch)
-            return (
-                totals[0] + loss_sum,
-                totals[1] + tokens,
-                jax.tree.map(jnp.add, totals[2], gradients),
-            ), None
+        ) -> tuple[tuple[Array, Array, Weights], tuple[Weights, Weights]]:
+            (loss_sum, (tokens, seen)), (gradients, by_probe) = jax.value_and_grad(
+                loss, argnums=(0, 1), has_aux=True
+            )(trainable, probes, batch)
+            sums = jax.tree.map(jnp.add, totals[2], gradients)
+            return (totals[0] + loss_sum, totals[1] + tokens, sums), (seen, by_probe)
 
-        some = next(iter(trainable.values()))
-        nothing = (jnp.zeros((), some.dtype), jnp.zeros((), int), jax.tree.map(jnp.zeros_like, trainable))
-        (loss_sum, tokens, sums), _ = lax.scan(add, nothing, stacked)
-        gradients = jax.tree.map(lambda g: g / tokens, sums)
-        return loss_sum, tokens, global_norm(gradients), gradients
+        nothing = (jnp.zeros((), dtype), jnp.zeros((), int), jax.tree.map(jnp.zeros_like, trainable))
+        (loss_sum, tokens, sums), (seen, by_probe) = lax.scan(add, nothing, stacked)
+        gradients, by_probe = jax.tree.map(lambda g: g / tokens, (sums, by_probe))
+        return Found(loss_sum, tokens, global_norm(gradients), gradients, seen, by_probe)
 
     def _update(
         self, trainable: Weights, moments: Moments, gradients: Weights, norm: Array, scalars: Rates

@@ -28,11 +28,20 @@ LAYERS = (
     ("step",),
     ("methods", "optim", "parallel", "loss"),
     ("model", "weights"),
-    ("dropout",),
+    ("dropout", "activations"),
 )
 
 # Public names that one twin has and the other has not, each with its reason.
 ONE_SIDED = {
+    "jaxtrain/activations.py": {
+        "Probes": "JAX adds zeros and takes the gradient by them",
+        "Tap": "JAX adds zeros and takes the gradient by them",
+        "zero_probes": "JAX adds zeros and takes the gradient by them",
+    },
+    "torchtrain/activations.py": {
+        "Recording": "torch has hooks",
+        "recorded": "torch has hooks",
+    },
     "jaxtrain/model.py": {
         "Linear": "torch's come from Hugging Face",
         "Embedding": "torch's come from Hugging Face",
@@ -79,10 +88,14 @@ ONE_SIDED = {
         "make_engine": "an update is DeepSpeed's",
         "deepspeed_config": "an update is DeepSpeed's",
     },
-    "jaxtrain/step.py": {"Program": "the compiled functions; torch runs eagerly"},
+    "jaxtrain/step.py": {
+        "Program": "the compiled functions; torch runs eagerly",
+        "Found": "what a compiled function gives back",
+    },
 }
 # Twins whose parameters differ, each with its reason.
 OTHER_PARAMETERS = {
+    "activations.py:by_point": "JAX has layers and microbatches in front, torch a recording for each microbatch",
     "optim.py:make_optimizer": "torch's optimizer holds the parameters it updates",
     "weights.py:from_canonical": "torch's arrays are allocated with the module and filled in place",
 }

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from torchtrain.activations import Recording, by_point, recorded
 from torchtrain.dropout import DropoutPoint
 from torchtrain.loss import token_loss
 from torchtrain.methods import attach
@@ -29,16 +31,22 @@ from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.recipe import Recipe
+from trainspec.trace import Keep
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What one update leaves; `gradients` and `grad_norm` are taken before clipping."""
+    """What one update leaves; `gradients` and `grad_norm` are taken before clipping.
+
+    `gradients`, `activations` and `activation_gradients` are there where they were asked for.
+    """
 
     loss_sum: float
     tokens: int
     grad_norm: float
-    gradients: Arrays | None
+    gradients: dict[str, NDArray[Any]] | None = None
+    activations: dict[str, NDArray[Any]] | None = None
+    activation_gradients: dict[str, NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,35 +75,46 @@ def init_state(recipe: Recipe, spec: ModelSpec) -> State:
     return State(0, recipe, spec, model, engine, optimizer, point)
 
 
-def train_step(
-    state: State, batch: Batch, *, lr: float, keep_gradients: bool = False
-) -> tuple[State, Metrics]:
+def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[State, Metrics]:
     """One update on a global batch; consumes `state`.
 
     The gradient is that of the batch's summed loss divided by its number of target tokens, whatever the split
     into microbatches. Raises NonFiniteLossError before the update, with the weights as they were.
     """
-    loss_sum, tokens = _accumulate_gradients(state, batch), batch.target_tokens
+    recordings: list[Recording] = []
+    loss_sum = _accumulate_gradients(state, batch, recordings if keep == "activations" else None)
     gradients = {name: p.grad for name, p in _trainable(state.model).items() if p.grad is not None}
     grad_norm = global_norm(gradients).item()
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
         state.model.zero_grad()
         raise NonFiniteLossError(f"step {state.step + 1}: loss sum {loss_sum}, gradient norm {grad_norm}")
-    kept = to_canonical(gradients, _table(state)) if keep_gradients else None
+    metrics = Metrics(loss_sum, batch.target_tokens, grad_norm)
+    if keep != "nothing":
+        metrics = replace(metrics, gradients=to_canonical(gradients, _table(state)))
+    if recordings:
+        activations, activation_gradients = by_point(recordings)
+        metrics = replace(metrics, activations=activations, activation_gradients=activation_gradients)
     set_learning_rate(state.optimizer, lr)
     state.engine.step()
-    return replace(state, step=state.step + 1), Metrics(loss_sum, tokens, grad_norm, kept)
+    return replace(state, step=state.step + 1), metrics
 
 
-def _accumulate_gradients(state: State, batch: Batch) -> float:
-    """Leave the batch's gradients in the parameters; returns the summed loss."""
+def _accumulate_gradients(state: State, batch: Batch, recordings: list[Recording] | None) -> float:
+    """Leave the batch's gradients in the parameters; returns the summed loss.
+
+    Where there is a list of `recordings`, it gets one for every microbatch.
+    """
     state.model.train()
     parts = batch.split(state.recipe.batch.accumulation)
     loss_sum = torch.zeros((), dtype=torch.float64, device=state.model.device)
     for index, part in enumerate(parts):
         state.point.step, state.point.rows = state.step, _tensor(state, part.rows)
-        part_loss, _ = token_loss(state.engine.forward(**_inputs(state, part)), _tensor(state, part.labels))
-        state.engine.backward(part_loss / batch.target_tokens, is_last=index == len(parts) - 1)
+        with nullcontext() if recordings is None else recorded(state.model) as recording:
+            logits_BSV = state.engine.forward(**_inputs(state, part))
+            part_loss, _ = token_loss(logits_BSV, _tensor(state, part.labels))
+            state.engine.backward(part_loss / batch.target_tokens, is_last=index == len(parts) - 1)
+        if recordings is not None and recording is not None:
+            recordings.append(recording)
         loss_sum += part_loss.detach()
     return loss_sum.item()
 

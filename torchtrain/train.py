@@ -8,10 +8,11 @@ from torchtrain import step
 from torchtrain.parallel import finish, start
 from trainspec import loop
 from trainspec.recipe import Recipe
+from trainspec.trace import TraceRequest
 
 
-def train(recipe: Recipe, *, out: Path, trace: Path | None = None, resume: bool = False) -> None:
-    """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`.
+def train(recipe: Recipe, *, out: Path, trace: TraceRequest | None = None, resume: bool = False) -> None:
+    """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`'s directory.
 
     Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
     """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from trainspec.errors import NonFiniteLossError, UserError
+from trainspec.trace import TraceRequest
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 
@@ -42,6 +44,12 @@ def backend_parser(program: str) -> ArgumentParser:
                 "--trace", type=Path, metavar="DIR", help="record every gradient and update for parity"
             )
             command.add_argument(
+                "--activations",
+                type=_step_or_all,
+                metavar="STEP",
+                help="with --trace: activations and their gradients too, at this step or at `all`",
+            )
+            command.add_argument(
                 "--resume", action="store_true", help="go on from the newest checkpoint under --out"
             )
         if name == "export":
@@ -54,6 +62,21 @@ def backend_parser(program: str) -> ArgumentParser:
 def out_directory(args: Namespace, program: str) -> Path:
     """Where the run's files go: `--out`, or `runs/RECIPE-PROGRAM`."""
     return args.out or Path("runs") / f"{args.recipe.stem}-{program}"
+
+
+def trace_request(args: Namespace) -> TraceRequest | None:
+    """What `--trace` and `--activations` ask for."""
+    if args.trace is None and args.activations is not None:
+        raise UserError("--activations: give --trace DIR as well, to say where")
+    return TraceRequest(args.trace, args.activations) if args.trace else None
+
+
+def _step_or_all(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no step; give 1 or more, or all")
+    return int(text)
 
 
 def run_command(

@@ -20,7 +20,7 @@ from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
 from trainspec.report import Reporter, StepReport, describe
 from trainspec.schedule import learning_rate
-from trainspec.trace import StepTrace, TraceWriter
+from trainspec.trace import Keep, StepTrace, TraceRequest, TraceWriter
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -48,6 +48,16 @@ class Metrics(Protocol):
         """By canonical name, where they were asked for."""
         ...
 
+    @property
+    def activations(self) -> Arrays | None:
+        """By point, [global_examples, sequence_tokens, ...], where they were asked for."""
+        ...
+
+    @property
+    def activation_gradients(self) -> Arrays | None:
+        """Of the batch's mean token loss, by point, where they were asked for."""
+        ...
+
 
 class HasStep(Protocol):
     """A state of training."""
@@ -68,9 +78,7 @@ class Backend(Protocol[S]):
         """The run before its first update."""
         ...
 
-    def train_step(
-        self, state: S, batch: Batch, *, lr: float, keep_gradients: bool = False
-    ) -> tuple[S, Metrics]:
+    def train_step(self, state: S, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[S, Metrics]:
         """One update; consumes `state`. Raises NonFiniteLossError before the update."""
         ...
 
@@ -92,9 +100,9 @@ class Backend(Protocol[S]):
 
 
 def train(
-    backend: Backend[S], recipe: Recipe, *, name: str, out: Path, trace: Path | None, resume: bool
+    backend: Backend[S], recipe: Recipe, *, name: str, out: Path, trace: TraceRequest | None, resume: bool
 ) -> None:
-    """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`.
+    """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`'s directory.
 
     Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
     """
@@ -107,7 +115,7 @@ def train(
         state = backend.restore(state, checkpoint.load(saved, recipe=recipe, model=spec))
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(recipe.to_yaml())
-    writer = TraceWriter(trace) if trace else None
+    writer = TraceWriter(trace.directory) if trace else None
     if writer:
         writer.initial(backend.weights_of(state, frozen=True))
     last = recipe.run.last_step
@@ -115,7 +123,7 @@ def train(
         reporter.say(describe(spec, recipe.method))
         reporter.say(dataset.summary)
         while state.step < last:
-            state, report = _update(backend, state, recipe, dataset, writer)
+            state, report = _update(backend, state, recipe, dataset, trace, writer)
             if heldout and _is_due(state.step, recipe.run.eval_every_steps, last):
                 report = report.with_heldout(heldout_loss(backend, state, heldout, recipe))
             reporter.step(report)
@@ -145,13 +153,19 @@ def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, recipe: Recipe
 
 
 def _update(
-    backend: Backend[S], state: S, recipe: Recipe, dataset: Dataset, writer: TraceWriter | None
+    backend: Backend[S],
+    state: S,
+    recipe: Recipe,
+    dataset: Dataset,
+    trace: TraceRequest | None,
+    writer: TraceWriter | None,
 ) -> tuple[S, StepReport]:
     batch = dataset.batch(state.step, recipe.batch.global_examples)
     lr = learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=state.step, steps=recipe.run.steps)
     before = backend.weights_of(state) if writer else {}
     began = time.perf_counter()
-    state, metrics = backend.train_step(state, batch, lr=lr, keep_gradients=writer is not None)
+    keep = trace.keep(state.step + 1) if trace else "nothing"
+    state, metrics = backend.train_step(state, batch, lr=lr, keep=keep)
     seconds = time.perf_counter() - began
     if writer:
         after, (moment1, moment2) = backend.weights_of(state), backend.moments_of(state)
@@ -167,6 +181,8 @@ def _update(
                 updates={name: after[name] - before[name] for name in after},
                 moment1=moment1,
                 moment2=moment2,
+                activations=metrics.activations or {},
+                activation_gradients=metrics.activation_gradients or {},
             )
         )
     loss = metrics.loss_sum / metrics.tokens

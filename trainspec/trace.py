@@ -7,7 +7,7 @@
         gradient/<name>        after reduction, before clipping
         update/<name>          weight after minus weight before
         moment1/<name>, moment2/<name>
-        activation/<point>, activation_gradient/<point>                  on request
+        activation/<point>, activation_gradient/<point>                  on request, [global_examples, sequence_tokens, ...]
 
 `<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision.
 """
@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,11 @@ from trainspec.data import Batch
 from trainspec.errors import TraceError
 
 Arrays = Mapping[str, NDArray[Any]]
+# What an update is asked to keep for its trace; activations come with the gradients.
+Keep = Literal["nothing", "gradients", "activations"]
+# Where a model can be listened to; those of a layer are called `layers.{i}.attention` and so on. `attention` and `mlp`
+# are what is added to the residual stream, `block` is the stream behind both, `norm` is the final one.
+LAYER_POINTS = ("attention", "mlp", "block")
 ROW_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
 
 
@@ -47,6 +52,24 @@ class StepTrace:
     moment2: Arrays
     activations: Arrays = field(default_factory=dict)
     activation_gradients: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """Where a trace is wanted, and at which steps (from 1) with activations: none, one, or `all`."""
+
+    directory: Path
+    activations_at: int | Literal["all"] | None = None
+
+    def keep(self, step: int) -> Keep:
+        """What update `step` has to keep."""
+        return "activations" if self.activations_at in ("all", step) else "gradients"
+
+
+def activation_points(layers: int) -> tuple[str, ...]:
+    """The names of all points, in forward order."""
+    inner = (f"layers.{i}.{point}" for i in range(layers) for point in LAYER_POINTS)
+    return ("embedding", *inner, "norm", "logits")
 
 
 class TraceWriter:

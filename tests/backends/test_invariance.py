@@ -31,9 +31,7 @@ def run(tmp_path_factory):
         )
 
     def once(method: str, batch: Batch, accumulation: int):
-        _, metrics = train_step(
-            start_state(prepared(method, accumulation)), batch, lr=0.0, keep_gradients=True
-        )
+        _, metrics = train_step(start_state(prepared(method, accumulation)), batch, lr=0.0, keep="gradients")
         return metrics.gradients, metrics.loss_sum, metrics.tokens
 
     return once

@@ -17,7 +17,7 @@ SPLIT_ROUNDING = 1e-12  # another order of a few hundred additions, each exact t
 
 def one_update(recipe):
     state, batch = prepare(recipe)
-    state, metrics = train_step(state, batch, lr=1e-2, keep_gradients=True)
+    state, metrics = train_step(state, batch, lr=1e-2, keep="gradients")
     return state, metrics
 
 
@@ -39,7 +39,7 @@ def test_gradient_is_the_slope_of_the_numpy_loss(make_recipe, variant):
         moved = {name: w + at * direction[name] for name, w in weights.items()}
         return numpy_llama.loss_sum(moved, spec_of(recipe), batch) / batch.target_tokens
 
-    _, metrics = train_step(state, batch, lr=0.0, keep_gradients=True)
+    _, metrics = train_step(state, batch, lr=0.0, keep="gradients")
     slope = sum((metrics.gradients[name] * d).sum() for name, d in direction.items())
     assert metrics.loss_sum / metrics.tokens == pytest.approx(loss(0.0), rel=1e-13)
     assert slope == pytest.approx((loss(h) - loss(-h)) / (2 * h), abs=1e-9)
@@ -85,7 +85,7 @@ def test_update_is_adamw_written_out(make_recipe, clip_norm):
     m = v = dict.fromkeys(decay, 0.0)
     for step, lr in enumerate((0.0, 1e-2, 5e-3), 1):
         before = weights_of(state)
-        state, metrics = train_step(state, batch, lr=lr, keep_gradients=True)
+        state, metrics = train_step(state, batch, lr=lr, keep="gradients")
         norm = np.sqrt(sum((g**2).sum() for g in metrics.gradients.values()))
         assert metrics.grad_norm == pytest.approx(norm, rel=1e-13)
         factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
@@ -104,7 +104,7 @@ def test_frozen_weights_stay(make_recipe):
     state, batch = prepare(recipe)
     trained = {p.name for p in trainable_table(spec_of(recipe), recipe.method)}
     before = weights_of(state, frozen=True)
-    state, metrics = train_step(state, batch, lr=1e-2, keep_gradients=True)
+    state, metrics = train_step(state, batch, lr=1e-2, keep="gradients")
     after = weights_of(state, frozen=True)
     assert set(metrics.gradients) == set(moments_of(state)[0]) == trained
     assert {name for name in before if not np.array_equal(before[name], after[name])} <= trained
@@ -115,7 +115,7 @@ def test_dropout_moves_with_the_step_and_is_off_in_evaluation(make_recipe):
         state, batch = prepare(make_recipe(method=LORA | {"dropout": dropout}, precision=FP64))
         nothing = {name: np.zeros_like(w) for name, w in weights_of(state).items()}
         state = restore(state, Checkpoint(step, weights_of(state), nothing, nothing))
-        return train_step(state, batch, lr=0.0, keep_gradients=True)[1].gradients
+        return train_step(state, batch, lr=0.0, keep="gradients")[1].gradients
 
     assert relative(gradients(0.2, 0), gradients(0.2, 0)) == 0
     assert relative(gradients(0.2, 1), gradients(0.2, 0)) > 1e-2

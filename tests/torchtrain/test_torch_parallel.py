@@ -106,7 +106,7 @@ def test_first_updates_are_those_of_hugging_face_and_torch(make_recipe):
         ids, labels = torch.from_numpy(batch.input_ids).long(), torch.from_numpy(batch.labels).long()
         for lr in (1e-3, 1e-3):
             before = weights_of(state)
-            state, metrics = train_step(state, batch, lr=lr, keep_gradients=True)
+            state, metrics = train_step(state, batch, lr=lr, keep="gradients")
             theirs_before = {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
             logits = model(input_ids=ids, attention_mask=torch.from_numpy(batch.segments)).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -132,7 +132,7 @@ def test_first_updates_are_those_of_hugging_face_and_torch(make_recipe):
 def test_nothing_frozen_is_in_the_optimizer_or_has_a_gradient(make_recipe):
     with prepared(make_recipe(method=LORA)) as (state, batch):
         trained = sum(p.requires_grad for p in state.model.parameters())
-        state, metrics = train_step(state, batch, lr=1e-3, keep_gradients=True)
+        state, metrics = train_step(state, batch, lr=1e-3, keep="gradients")
         assert sum(len(group["params"]) for group in state.optimizer.param_groups) == trained
         assert len(metrics.gradients) == trained == 28
         assert all(p.grad is None for p in state.model.parameters() if not p.requires_grad)
