@@ -14,7 +14,7 @@ PROGRAM = "jaxtrain"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run one command; the exit code is 0, 1 (training stopped itself) or 2 (the person's mistake)."""
     return run_command(_run, backend_parser(PROGRAM), argv)
 
 
@@ -25,6 +25,9 @@ def _run(args: Namespace) -> None:
         case "train":
             train(recipe, out=out, trace=trace_request(args), resume=args.resume)
         case "eval":
-            print(f"held-out loss {evaluate(recipe, out=out):.6f}")
+            loss, whose = evaluate(recipe, out=out)
+            print(f"held-out loss {loss:.6f} of {whose}")
         case "export":
             print(f"wrote {export(recipe, out=out, merge=args.merge)}")
+        case other:
+            raise AssertionError(f"the parser let {other!r} through")

@@ -10,7 +10,7 @@ from parity.compare import Comparison, compare, ending
 from parity.html import Report, write_report
 from parity.pair import Pair
 from parity.rounding import RoundingBounds
-from parity.sides import Ran, Side, run_side
+from parity.sides import Ran, Side, resolved_recipe, run_side
 from parity.tolerance import Bounds, ProofBounds
 from parity.verdict import Verdict
 from trainspec.errors import UserError
@@ -56,7 +56,8 @@ def check(
     ]
     scale = recipe.method.scale if isinstance(recipe.method, LoRA) else 1.0
     verdict = Verdict(precision, str(left), str(right), _compare(ran, precision, lora_scale=scale))
-    _write(verdict, ran, out, recipe=str(recipe_path), settings=overrides)
+    recipes = [resolved_recipe(out, name) for name in ("left", "right")]
+    _write(verdict, ran, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
     return verdict
 
 
@@ -67,7 +68,7 @@ def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None)
     precision = precision or _coarser(traces)
     verdict = Verdict(precision, str(left), str(right), _compare(ran, precision, lora_scale=1.0))
     if out:
-        _write(verdict, ran, out, recipe=None, settings=())
+        _write(verdict, ran, out, recipe=None, settings=(), recipes=())
     return verdict
 
 
@@ -109,10 +110,15 @@ def _coarser(traces: Sequence[Trace]) -> Policy:
 
 
 def _write(
-    verdict: Verdict, ran: Sequence[Ran], out: Path, *, recipe: str | None, settings: Sequence[str]
+    verdict: Verdict,
+    ran: Sequence[Ran],
+    out: Path,
+    *,
+    recipe: str | None,
+    settings: Sequence[str],
+    recipes: Sequence[str],
 ) -> None:
     losses = [[row["loss"] for row in side.trace.rows] if side.trace else [] for side in ran]
     verdict.write(out)
-    write_report(
-        out / "report.html", Report(verdict, losses[0], losses[1], recipe=recipe, settings=tuple(settings))
-    )
+    report = Report(verdict, *losses, recipe=recipe, settings=tuple(settings), recipes=tuple(recipes))
+    write_report(out / "report.html", report)

@@ -1,18 +1,23 @@
-"""`parity check|diff`: the command line."""
+"""`parity check|diff|matrix`: the command line."""
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never, get_args
 
 from parity.check import DEFAULT_STEPS, check, diff
+from parity.matrix import Row, run_matrix, select
 from parity.sides import parse_side
+from parity.status import write_json, write_status
 from parity.verdict import Verdict
 from trainspec.command import EXIT_DONE, EXIT_FAILED, add_recipe, run_command
 from trainspec.plan import Policy
+
+STATUS_PAGE = Path("docs/parity-status.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +47,19 @@ def parser() -> ArgumentParser:
     compare.add_argument(
         "--out", type=Path, metavar="DIR", help="also write verdict.json and report.html here"
     )
+    matrix = commands.add_parser("matrix", help="models, methods, plans and precisions, proven or refused")
+    matrix.add_argument("--only", metavar="TEXT", help="cells whose name has TEXT in it, such as /lora/")
+    matrix.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/parity-matrix"),
+        metavar="DIR",
+        help="for traces and matrix.json",
+    )
+    matrix.add_argument(
+        "--status", type=Path, metavar="FILE",
+        help=f"the page to write; {STATUS_PAGE} by default, with --only DIR/{STATUS_PAGE.name}",
+    )  # fmt: skip
     return parser
 
 
@@ -56,9 +74,30 @@ def _run(args: Namespace) -> int:
         case "diff":
             out = args.out
             verdict = diff(args.left, args.right, precision=args.precision, out=out)
+        case "matrix":
+            return _matrix(args)
         case other:
             assert_never(other)
     return _tell(verdict, out)
+
+
+def _matrix(args: Namespace) -> int:
+    rows = run_matrix(select(args.only), out=args.out)
+    page = args.status or (args.out / STATUS_PAGE.name if args.only else STATUS_PAGE)
+    write_json(args.out / "matrix.json", rows)
+    write_status(page, rows)
+    return _tell_rows(rows, page)
+
+
+def _tell_rows(rows: Sequence[Row], page: Path) -> int:
+    failed = [row for row in rows if row.verdict == "fail"]
+    for row in failed:
+        place = f"{row.shown.place}: " if row.shown else ""
+        print(f"FAIL  {row.cell}: {place}{row.reason}")
+    counts = Counter(row.verdict for row in rows)
+    print(", ".join(f"{counts[word]} {word}" for word in ("pass", "fail", "unsupported")))
+    print(f"page: {page}")
+    return EXIT_FAILED if failed else EXIT_DONE
 
 
 def _tell(verdict: Verdict, out: Path | None) -> int:

@@ -126,7 +126,7 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
     """What is compared in a phase. A weight that has one of gradient, moments, update must have them all."""
     match phase.kind:
         case "batch":
-            return list(BATCH_TENSORS)
+            return _batch_tensors(pair.names(step, phase.name))
         case "row":
             return list(ROW_TENSORS[phase.name])
         case "optional":
@@ -137,6 +137,12 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
             # Step 1 says what is trained: a tensor that is later gone from both sides is missing, too.
             first = set().union(*(pair.names(1, each.name) for each in TENSOR_PHASES))
             return in_order(trained | first, backward=phase.backward) or ["every tensor"]
+
+
+def _batch_tensors(found: set[str]) -> list[str]:
+    """Rows of tokens must be whole; a program that trains on something else has arrays of its own."""
+    rows = BATCH_TENSORS if not found or found & set(BATCH_TENSORS) else ()
+    return [*rows, *sorted(found - set(rows))]
 
 
 def _sides(place: Place, pair: Pair) -> Sides:

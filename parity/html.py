@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,22 +13,30 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from parity.chart import loss_curves, loss_difference
+from parity.compare import Finding
+from parity.heat import heat_maps, legend
 from parity.verdict import TITLES, Verdict, explained, number
 
 # What decides numbers. Their versions are read from package metadata: nothing of them is imported here.
 PACKAGES = ("twintrain", "numpy", "jax", "flax", "optax", "torch", "transformers", "peft", "deepspeed")
 TABLE_ROWS = 10
+# What is shown before and after the first divergence, in causal order.
+BEFORE, AFTER = 3, 6
 
 
 @dataclass(frozen=True)
 class Report:
-    """A verdict with what only the page shows: loss per step of each side, and the recipe with its settings."""
+    """A verdict with what only the page shows: loss per step of each side, and the recipe with its settings.
+
+    `recipes` are those that left and right trained, as YAML with every default written out; none for two traces.
+    """
 
     verdict: Verdict
     left_losses: Sequence[float]
     right_losses: Sequence[float]
     recipe: str | None = None
     settings: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -48,14 +58,31 @@ def render(report: Report) -> str:
         verdict=verdict,
         first=comparison.first_divergence,
         worst=comparison.worst.values(),
+        around=_around(comparison.findings),
         tensors=comparison.worst_tensors(TABLE_ROWS),
+        resolved=_side_by_side(*report.recipes) if report.recipes else [],
+        maps=heat_maps(comparison.findings),
+        legend=legend(),
         titles=TITLES,
         explained=explained,
         curves=loss_curves(report.left_losses, report.right_losses),
         difference=loss_difference(points),
         places=len(comparison.findings),
-        versions=_versions(),
+        versions=versions(),
     )
+
+
+def _around(findings: Sequence[Finding]) -> Sequence[Finding]:
+    """The first divergence between its neighbours; nothing where there is none."""
+    at = next((i for i, finding in enumerate(findings) if not finding.holds), None)
+    return [] if at is None else findings[max(0, at - BEFORE) : at + 1 + AFTER]
+
+
+def _side_by_side(left: str, right: str) -> list[tuple[str, str]]:
+    """(`both`, `left` or `right`, line of YAML): where the two sides' recipes differ, left's line comes first."""
+    sides = {" ": "both", "-": "left", "+": "right"}
+    lines = difflib.ndiff(left.splitlines(), right.splitlines())
+    return [(sides[line[0]], line[2:]) for line in lines if line[0] in sides]
 
 
 def _decades(used: float) -> float:
@@ -63,9 +90,9 @@ def _decades(used: float) -> float:
     return 0.0 if used <= 1e-8 else min(100.0, 100.0 * (1.0 + math.log10(used) / 8.0))
 
 
-def _versions() -> list[tuple[str, str]]:
-    """(package, version) of what is installed."""
-    found = []
+def versions() -> list[tuple[str, str]]:
+    """(package, version) of what is installed and decides numbers."""
+    found = [("python", platform.python_version())]
     for package in PACKAGES:
         try:
             found.append((package, version(package)))

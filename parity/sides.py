@@ -93,6 +93,11 @@ def run_side(
     raise UserError(f"{where}: crashed with exit code {code}: {last}; the whole log is {home / 'log.txt'}")
 
 
+def resolved_recipe(out: Path, name: str) -> str:
+    """The recipe that a side trained, every default written out, as it left it under `out`/`name`."""
+    return (out / name / "run" / "recipe.yaml").read_text()
+
+
 def _check_settings(precision: Policy, steps: int) -> list[str]:
     """What a check changes in a recipe: precision, how many updates, and nothing that the updates depend on."""
     settings = [f"precision.policy={precision}", f"run.stop_after_steps={steps}"]

@@ -221,6 +221,12 @@ def test_readme_program_lines_parse():
     subprocess.run([sys.executable, "-c", code], input="\n".join(lines), text=True, check=True, cwd=ROOT)
 
 
+def test_the_support_matrix_names_tests_that_exist():
+    named = set(re.findall(r"`(tests/[^`]+)`", (ROOT / "docs/support-matrix.md").read_text()))
+    assert named
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
 def test_no_pickle_and_no_remote_code():
     for package in PACKAGES:
         for path in modules(package):

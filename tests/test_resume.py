@@ -17,6 +17,9 @@ from small import ROOT, recipe_maker
 from trainspec import checkpoint
 
 PROGRAMS = ("jaxtrain", "torchtrain")
+# Many, so that a kill behind the first checkpoint comes long before the end.
+STEPS = 60
+LAST = f"step-{STEPS:06d}"
 PARTS = ("weights", "moment1", "moment2")
 
 
@@ -27,7 +30,7 @@ def recipe_file(model_dirs, tmp_path: Path) -> Path:
         precision={"policy": "fp64", "reduce": "fp64"},
         schedule={"kind": "linear", "warmup_steps": 2},
         checkpoint={"every_steps": 2, "keep": 2},
-        run={"steps": 8},
+        run={"steps": STEPS},
     )
     file = tmp_path / "r.yaml"
     file.write_text(recipe.to_yaml())
@@ -35,8 +38,8 @@ def recipe_file(model_dirs, tmp_path: Path) -> Path:
 
 
 def ends(out: Path) -> dict[str, dict[str, np.ndarray]]:
-    assert checkpoint.latest(out) == out / "checkpoints/step-000008"
-    return {part: load_file(out / f"checkpoints/step-000008/{part}.safetensors") for part in PARTS}
+    assert checkpoint.latest(out) == out / "checkpoints" / LAST
+    return {part: load_file(out / "checkpoints" / LAST / f"{part}.safetensors") for part in PARTS}
 
 
 def run(program: str, scratch: Path, *argvs: list[str]) -> None:
@@ -48,35 +51,26 @@ def run(program: str, scratch: Path, *argvs: list[str]) -> None:
 def test_a_run_that_was_killed_goes_on_bit_by_bit(program: str, recipe_file: Path, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(program, tmp_path / "a", ["train", str(recipe_file), "--out", str(whole)])
-    command = [
-        sys.executable,
-        "-m",
-        program,
-        "train",
-        str(recipe_file),
-        "--out",
-        str(killed),
-        "--set",
-        "run.steps=8",
-    ]
+    command = [sys.executable, "-m", program, "train", str(recipe_file), "--out", str(killed)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         while checkpoint.latest(killed) is None and child.poll() is None:
             time.sleep(0.002)
         child.send_signal(signal.SIGKILL)
     saved = checkpoint.latest(killed)
     assert saved is not None
+    assert saved.name != LAST, "it ended before it was killed: give it more steps"
     run(program, tmp_path / "b", ["train", str(recipe_file), "--out", str(killed), "--resume"])
     left, right = ends(whole), ends(killed)
     for part in PARTS:
         assert all(np.array_equal(array, right[part][name]) for name, array in left[part].items()), part
     assert [line.split(",")[0] for line in (killed / "metrics.jsonl").read_text().splitlines()] == [
-        f'{{"step": {i}' for i in range(1, 9)
+        f'{{"step": {i}' for i in range(1, STEPS + 1)
     ]
 
 
 def test_a_run_goes_on_on_the_other_backend(recipe_file: Path, tmp_path: Path):
     recipe, homes = str(recipe_file), {name: tmp_path / name for name in ("jax", "there", "back")}
-    first = ["--set", "run.stop_after_steps=4"]
+    first = ["--set", "run.stop_after_steps=20"]
     run(
         "jaxtrain",
         tmp_path / "a",

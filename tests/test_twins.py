@@ -33,10 +33,12 @@ class Case:
     variant: str = "plain"
     padding_side: str = "right"
     remat: str = "none"
+    targets: str | tuple[str, ...] = ("q_proj", "v_proj", "down_proj")
 
     def __str__(self) -> str:
         rows = "packed" if self.packing else f"padded-{self.padding_side}"
-        return f"{self.method}-{self.variant}-accumulation{self.accumulation}-{rows}-remat-{self.remat}"
+        some = "" if self.targets == Case.targets else "-head" if "lm_head" in self.targets else "-layer1"
+        return f"{self.method}{some}-{self.variant}-accumulation{self.accumulation}-{rows}-remat-{self.remat}"
 
 
 CASES = [Case(m, a, p) for m, a, p in itertools.product(("lora", "full"), (1, 4), (False, True))] + [
@@ -44,6 +46,8 @@ CASES = [Case(m, a, p) for m, a, p in itertools.product(("lora", "full"), (1, 4)
     Case("lora", 2, True, "bias", remat="full"),
     Case("full", 2, False, "bias", padding_side="left"),
     Case("lora", 2, True, "llama3-rope"),
+    Case("lora", 2, True, targets=("lm_head", "o_proj")),
+    Case("lora", 2, True, targets=r"model\.layers\.1\..*(q|up)_proj"),
 ]
 FP32_CASES = [Case("lora", 2, True), Case("full", 2, False), Case("full", 2, True, "tied", remat="full")]
 
@@ -51,7 +55,7 @@ FP32_CASES = [Case("lora", 2, True), Case("full", 2, False), Case("full", 2, Tru
 def recipe_of(make: Make, case: Case, **precision) -> Recipe:
     return make(
         case.variant,
-        method=LORA if case.method == "lora" else FULL,
+        method=LORA | {"targets": case.targets} if case.method == "lora" else FULL,
         # 320 tokens hold two or three records, so a packed row is one.
         data={
             "packing": case.packing,
@@ -128,10 +132,45 @@ def test_fp32_under_deepspeed_is_within_its_bound(fp32_runs: Path, case: Case, t
     assert verdict.holds, (tmp_path / "verdict.json").read_text()
 
 
-def test_the_fp32_bound_is_not_met_by_another_recipe(fp32_runs: Path, tmp_path: Path):
-    """Negative control: two different recipes on the same data, judged as if they were one."""
+# What a float32 check must still see, planted in the torch side, and where it must show first.
+PLANTED = {
+    "method.alpha=8.1": "loss",
+    "optimizer.betas=[0.9,0.99]": "moment2",
+    "optimizer.weight_decay=0.2": "update",
+}
+
+
+@pytest.fixture(scope="module")
+def planted_runs(fp32_runs: Path, module_recipes: Make) -> Path:
+    """Torch traces of the first float32 case with one setting changed."""
     case = FP32_CASES[0]
-    left, _ = traces(fp32_runs, str(case))
-    other = next(c for c in FP32_CASES if c.method != case.method)
-    _, right = traces(fp32_runs, str(other))
+    recipe = {setting: recipe_of(module_recipes, case, policy="fp32", reduce="fp32") for setting in PLANTED}
+    cases = []
+    for setting, planted in recipe.items():
+        file, home = fp32_runs / "planted.yaml", fp32_runs / "planted" / setting
+        file.write_text(planted.to_yaml())
+        argv = [
+            "train",
+            str(file),
+            "--set",
+            setting,
+            "--out",
+            str(home / "run"),
+            "--trace",
+            str(home / "trace"),
+        ]
+        cases.append(argv)
+    for argv, result in zip(cases, run_many("torchtrain", cases, fp32_runs / "planted-many"), strict=True):
+        assert result["code"] == 0, f"{argv}: {result}"
+    return fp32_runs
+
+
+@pytest.mark.parametrize("setting", PLANTED)
+def test_the_fp32_bound_catches_a_small_difference(planted_runs: Path, setting: str, tmp_path: Path):
+    """Negative control: the bound that equal recipes keep is broken by a setting that differs a little."""
+    left, _ = traces(planted_runs, str(FP32_CASES[0]))
+    right = planted_runs / "planted" / setting / "trace"
     assert not diff(left, right, precision="fp32", out=tmp_path).holds
+    first = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
+    assert first["error"] > first["bound"] > 0
+    assert first["phase"] == PLANTED[setting]

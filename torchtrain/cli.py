@@ -1,10 +1,9 @@
-"""`torchtrain train|eval|export RECIPE`: the command line of this backend."""
+"""torchtrain train | eval | export RECIPE: the same commands and flags as jaxtrain."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import assert_never
 
 from torchtrain.train import evaluate, train
 from trainspec.command import backend_parser, out_directory, run_command, trace_request
@@ -26,8 +25,9 @@ def _run(args: Namespace) -> None:
         case "train":
             train(recipe, out=out, trace=trace_request(args), resume=args.resume)
         case "eval":
-            print(f"held-out loss {evaluate(recipe, out=out):.6f}")
+            loss, whose = evaluate(recipe, out=out)
+            print(f"held-out loss {loss:.6f} of {whose}")
         case "export":
             print(f"wrote {export(recipe, out=out, merge=args.merge)}")
         case other:
-            assert_never(other)
+            raise AssertionError(f"the parser let {other!r} through")

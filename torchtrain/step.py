@@ -26,27 +26,12 @@ from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
-from trainspec.loop import Arrays
+from trainspec.loop import Arrays, Metrics
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.recipe import Recipe
 from trainspec.trace import Keep
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What one update leaves; `gradients` and `grad_norm` are taken before clipping.
-
-    `gradients`, `activations` and `activation_gradients` are there where they were asked for.
-    """
-
-    loss_sum: float
-    tokens: int
-    grad_norm: float
-    gradients: dict[str, NDArray[Any]] | None = None
-    activations: dict[str, NDArray[Any]] | None = None
-    activation_gradients: dict[str, NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True)

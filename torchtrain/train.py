@@ -23,8 +23,8 @@ def train(recipe: Recipe, *, out: Path, trace: TraceRequest | None = None, resum
         finish()
 
 
-def evaluate(recipe: Recipe, *, out: Path) -> float:
-    """Held-out loss per target token of the newest checkpoint in `out`, or else of the starting weights."""
+def evaluate(recipe: Recipe, *, out: Path) -> tuple[float, str]:
+    """Held-out loss per target token, and whose: the newest checkpoint's in `out`, or else the starting weights'."""
     start(recipe)
     try:
         return loop.evaluate(step, recipe, out=out)

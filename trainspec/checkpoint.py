@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from trainspec.model import ModelSpec
 from trainspec.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
 
+STEP_FOLDER = re.compile(r"step-(\d+)")
 PARTS = ("weights", "moment1", "moment2")
 # What may differ when a run goes on: where and how it runs, how long, and how often it reports.
 MAY_DIFFER = ("plan", "precision", "checkpoint", "run")
@@ -92,14 +94,14 @@ def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
     """
     try:
         head = json.loads((path / "checkpoint.json").read_text())
-        for name, expected in head["sha256"].items():
-            if _sha256(path / name) != expected:
+        for name in (f"{part}.safetensors" for part in PARTS):
+            if _sha256(path / name) != head["sha256"][name]:
                 raise WeightsError(
                     f"{path / name}: damaged (its SHA-256 is not the recorded one); use an older checkpoint"
                 )
         _check_same_recipe(path, head["recipe"], recipe)
         step = int(head["step"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: incomplete checkpoint ({error}); use an older one") from None
     table, dtype = trainable_table(model, recipe.method), STORED_DTYPE[recipe.precision.policy]
     weights, moment1, moment2 = (
@@ -130,7 +132,11 @@ def _check_same_recipe(path: Path, theirs: dict[str, Any], recipe: Recipe) -> No
 
 
 def _all(out: Path) -> list[Path]:
-    return sorted((out / "checkpoints").glob("step-*"))
+    """Whole checkpoints under OUT, oldest first."""
+    numbered = [
+        (STEP_FOLDER.fullmatch(p.name), p) for p in (out / "checkpoints").glob("step-*") if p.is_dir()
+    ]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
 def _sha256(path: Path) -> str:

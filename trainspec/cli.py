@@ -35,7 +35,10 @@ def parser() -> ArgumentParser:
     add_recipe(data)
     data.add_argument("--split", choices=("train", "heldout"), default="train")
     data.add_argument("--rows", type=int, default=4, help="how many rows to show (4)")
-    commands.add_parser("schema", help="the JSON schema of a recipe")
+    schema = commands.add_parser("schema", help="the JSON schema of a recipe")
+    schema.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="not needed: every recipe has the same schema"
+    )
     return parser
 
 

@@ -13,6 +13,7 @@ from trainspec.errors import NonFiniteLossError, UserError
 from trainspec.trace import TraceRequest
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
+EXIT_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 def add_recipe(parser: ArgumentParser) -> None:
@@ -68,6 +69,8 @@ def trace_request(args: Namespace) -> TraceRequest | None:
     """What `--trace` and `--activations` ask for."""
     if args.trace is None and args.activations is not None:
         raise UserError("--activations: give --trace DIR as well, to say where")
+    if args.trace and args.resume:
+        raise UserError("--trace with --resume: a trace starts at step 1; leave one of them out")
     return TraceRequest(args.trace, args.activations) if args.trace else None
 
 
@@ -87,11 +90,20 @@ def run_command(
     try:
         return main(args) or EXIT_DONE
     except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; what was saved stays, go on with --resume", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except OSError as error:
+        print(
+            f"{parser.prog}: {error.filename or 'a file'}: {error.strerror}; nothing else was changed",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     except NonFiniteLossError as error:
         print(f"{parser.prog}: stopped before the update: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -129,15 +129,14 @@ def open_dataset(recipe: Recipe, split: Literal["train", "heldout"]) -> Dataset:
     if path is None:
         raise DataError("data.heldout: not given; it names the records to measure on")
     codec = read_codec(tokenizer)
-    if codec.tokenizer.get_vocab_size(with_added_tokens=True) > model.vocab:
-        raise DataError(
-            f"{tokenizer}: the tokenizer has {codec.tokenizer.get_vocab_size()} tokens, {model.name} only {model.vocab}"
-        )
     if recipe.data.sequence_tokens > model.max_positions:
         raise DataError(
             f"data.sequence_tokens={recipe.data.sequence_tokens}: {model.name} has {model.max_positions} positions"
         )
     store = tokenise(Path(path), codec, task=recipe.data.task, cache=Path(recipe.data.cache))
+    largest = int(store.tokens.max(initial=0))
+    if largest >= model.vocab:
+        raise DataError(f"{path}: {tokenizer} gives it token {largest}, {model.name} has only {model.vocab}")
     return Dataset(store, codec, recipe.data, seed=recipe.run.seed, where=path)
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trainspec.errors import ModelError, WeightsError
-from trainspec.methods import PEFT_PREFIX, LoRA, target_modules
+from trainspec.methods import LoRA, target_modules
 from trainspec.model import ModelSpec, preset, read_model_spec
 from trainspec.params import Param
 from trainspec.recipe import ModelSource
@@ -29,6 +29,20 @@ from trainspec.recipe import ModelSource
 MODEL_FILE, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
+# PEFT's settings under which its LoRA is y = W x + (alpha / r) B A dropout(x), and nothing else is changed.
+PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "use_rslora": (False,),
+    "use_dora": (False,),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": (None,),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+}
 # Beside the weights, a Hugging Face directory is these; they travel with a merged model.
 COMPANIONS = (
     "config.json",
@@ -109,9 +123,9 @@ def model_files(directory: Path) -> TensorFiles:
         return TensorFiles([directory / MODEL_FILE])
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return TensorFiles([directory / shard for shard in shards])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
         raise WeightsError(f"{index}: not a safetensors index; copy or download it again") from None
-    return TensorFiles([directory / shard for shard in shards])
 
 
 def read_rows(
@@ -160,14 +174,18 @@ def read_adapter(
         raise WeightsError(
             f"{directory}: peft_type {config.get('peft_type')!r}; method.kind=lora starts from LORA only"
         )
-    for key, plain in (("use_rslora", False), ("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False),
-                       ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", None)):  # fmt: skip
-        if (config.get(key) or plain) != plain:
-            raise WeightsError(f"{directory}: {key}={config[key]!r} is unsupported; only {plain!r} is")
-    for field, key, mine in (("rank", "r", method.rank), ("alpha", "lora_alpha", method.alpha)):
-        if config.get(key) != mine:
+    for key, plain in PLAIN_LORA.items():
+        if (config.get(key) or plain[0]) not in plain:
             raise WeightsError(
-                f"{directory}: {key}={config.get(key)}, the recipe says {mine}; set method.{field}={config.get(key)}"
+                f"{directory}: {key}={config[key]!r} is unsupported; it would be another method"
+            )
+    for field, key, mine in (("rank", "r", method.rank), ("alpha", "lora_alpha", method.alpha)):
+        theirs = config.get(key)
+        if theirs is None:
+            raise WeightsError(f"{directory / ADAPTER_CONFIG}: no {key}; it is not a LoRA configuration")
+        if theirs != mine:
+            raise WeightsError(
+                f"{directory}: {key}={theirs}, the recipe says {mine}; set method.{field}={theirs}"
             )
     return read_rows(TensorFiles([directory / ADAPTER_FILE]), table, dtype=dtype, where=directory)
 
@@ -176,9 +194,9 @@ def _adapter_config(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise WeightsError(f"method.adapter: {path}: missing; give a PEFT adapter directory") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WeightsError(f"method.adapter: {path}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise WeightsError(f"method.adapter: {path}: not a JSON object")
@@ -280,8 +298,3 @@ def _refuse_non_finite(weights: Mapping[str, NDArray[Any]], where: Path) -> None
             raise WeightsError(
                 f"{where}: {name} is {'empty' if not array.size else 'not finite'}; nothing was written"
             )
-
-
-def adapter_name_to_module(name: str) -> str:
-    """The dotted module that an adapter tensor belongs to."""
-    return name.removeprefix(PEFT_PREFIX).rsplit(".", 2)[0]

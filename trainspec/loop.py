@@ -7,6 +7,7 @@ No numerics here; what a step does is the backend's.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,38 +26,20 @@ from trainspec.trace import Keep, StepTrace, TraceRequest, TraceWriter
 Arrays = dict[str, NDArray[Any]]
 
 
-class Metrics(Protocol):
-    """What one update shows. `grad_norm` and `gradients` are taken before clipping."""
+@dataclass(frozen=True)
+class Metrics:
+    """What one update leaves. `grad_norm`, `gradients` and the activations' gradients are taken before clipping.
 
-    @property
-    def loss_sum(self) -> float:
-        """Sum of the token losses over the global batch."""
-        ...
+    `gradients` (by canonical name), `activations` and `activation_gradients` (by point, [global_examples,
+    sequence_tokens, ...]) are there where they were asked for. A gradient is that of the batch's mean token loss.
+    """
 
-    @property
-    def tokens(self) -> int:
-        """Target tokens of the global batch."""
-        ...
-
-    @property
-    def grad_norm(self) -> float:
-        """Norm over every trained tensor."""
-        ...
-
-    @property
-    def gradients(self) -> Arrays | None:
-        """By canonical name, where they were asked for."""
-        ...
-
-    @property
-    def activations(self) -> Arrays | None:
-        """By point, [global_examples, sequence_tokens, ...], where they were asked for."""
-        ...
-
-    @property
-    def activation_gradients(self) -> Arrays | None:
-        """Of the batch's mean token loss, by point, where they were asked for."""
-        ...
+    loss_sum: float
+    tokens: int
+    grad_norm: float
+    gradients: Arrays | None = None
+    activations: Arrays | None = None
+    activation_gradients: Arrays | None = None
 
 
 class HasStep(Protocol):
@@ -134,15 +117,16 @@ def train(
                 )
 
 
-def evaluate(backend: Backend[S], recipe: Recipe, *, out: Path) -> float:
-    """Held-out loss of the newest checkpoint in `out`, or of the starting weights where there is none."""
+def evaluate(backend: Backend[S], recipe: Recipe, *, out: Path) -> tuple[float, str]:
+    """Held-out loss per target token, and whose: the newest checkpoint's in `out`, or else the starting weights'."""
     spec, _ = resolve_model(recipe.model)
     heldout = open_dataset(recipe, "heldout")
     state = backend.init_state(recipe, spec)
     saved = checkpoint.latest(out)
     if saved:
         state = backend.restore(state, checkpoint.load(saved, recipe=recipe, model=spec))
-    return heldout_loss(backend, state, heldout, recipe)
+    whose = f"{out} at step {state.step}" if saved else f"the starting weights (no checkpoint under {out})"
+    return heldout_loss(backend, state, heldout, recipe), whose
 
 
 def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, recipe: Recipe) -> float:

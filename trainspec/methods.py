@@ -59,6 +59,10 @@ def target_modules(model: ModelSpec, method: LoRA) -> tuple[str, ...]:
 
     Raises RecipeError, listing what would match, where a target matches nothing.
     """
+    if not method.targets:
+        raise RecipeError(
+            "method.targets: empty, so nothing would be trained; name modules such as [q_proj, v_proj]"
+        )
     linear = {
         p.module: p for p in param_table(model) if p.role in ("linear", "head") and p.name.endswith("weight")
     }
@@ -72,6 +76,11 @@ def target_modules(model: ModelSpec, method: LoRA) -> tuple[str, ...]:
                 f"method.targets: {method.targets!r} is not a regular expression: {error}"
             ) from None
         matched = tuple(m for m in linear if pattern.fullmatch(m))
+        if not matched and any(_is_tail(method.targets, m) for m in linear):
+            raise RecipeError(
+                f"method.targets: {method.targets!r} is read as a regular expression for a whole name and matches "
+                f"none; for a list of names write [{method.targets}]"
+            )
         if not matched:
             raise _matches_nothing(model, method.targets, linear)
         return matched

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from trainspec.errors import ModelError, nearest
 
 ARCHITECTURE = "LlamaForCausalLM"
+_Size = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -86,38 +87,108 @@ def read_model_spec(directory: Path) -> ModelSpec:
     return model_spec_from_config(config, name=directory.name, where=str(path))
 
 
-def model_spec_from_config(config: Mapping[str, Any], *, name: str, where: str) -> ModelSpec:
-    """The ModelSpec of a parsed `config.json`; `where` names the source in errors."""
-    architectures = config.get("architectures") or []
-    if ARCHITECTURE not in architectures:
+class _Rope(BaseModel):
+    """Rotary settings; `rope_type` was called `type` before."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    rope_type: Literal["default", "llama3"] = Field(
+        "default", validation_alias=AliasChoices("rope_type", "type")
+    )
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
+    factor: Annotated[float, Field(gt=0)] | None = None
+    low_freq_factor: Annotated[float, Field(gt=0)] | None = None
+    high_freq_factor: Annotated[float, Field(gt=0)] | None = None
+    original_max_position_embeddings: _Size | None = None
+
+    def scaling(self, where: str) -> Llama3Scaling | None:
+        """Llama 3's stretch, where the type says so. Raises ModelError where a field of it is missing."""
+        if self.rope_type == "default":
+            return None
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        factor, low, high, positions = (self.model_dump()[name] for name in names)
+        for name in names:
+            if self.model_dump()[name] is None:
+                raise ModelError(f"{where}: rope_type llama3 needs {name}")
+        if high <= low:
+            raise ModelError(f"{where}: high_freq_factor {high} must be more than low_freq_factor {low}")
+        return Llama3Scaling(factor, low, high, positions)
+
+
+class _Config(BaseModel):
+    """The fields of a Llama's `config.json` that decide its arithmetic, checked; the others are not read."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    vocab_size: _Size
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    max_position_embeddings: _Size = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: Annotated[float, Field(ge=0)] = 0.02
+    # What would change the arithmetic in a way that is not supported must have the one value that does not.
+    hidden_act: Literal["silu"] = "silu"
+    pretraining_tp: Literal[1] = 1
+    attention_dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
+    # transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood side by side.
+    rope_parameters: _Rope | None = None
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    rope_scaling: _Rope | None = None
+
+    @property
+    def rope(self) -> _Rope:
+        """The rotary settings, wherever they stand."""
+        return self.rope_parameters or self.rope_scaling or _Rope.model_validate({})
+
+
+def model_spec_from_config(config: Any, *, name: str, where: str) -> ModelSpec:
+    """The ModelSpec of a parsed `config.json`; `where` names the source in errors.
+
+    Raises ModelError for another architecture, and for a field that is missing, malformed or unsupported.
+    """
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
         raise ModelError(
             f"{where}: architecture {architectures or 'not given'} is unsupported; supported: {ARCHITECTURE}"
         )
-    _refuse_unsupported(config, where)
-    embed, heads = _need(config, "hidden_size", where), _need(config, "num_attention_heads", where)
-    kv_heads = config.get("num_key_value_heads") or heads
+    try:
+        fields = _Config.model_validate(config)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
+        got = "" if detail["type"] == "missing" else f", not {detail['input']!r}"
+        raise ModelError(f"{where}: {key}: {detail['msg'][0].lower()}{detail['msg'][1:]}{got}") from None
+    heads, kv_heads = fields.num_attention_heads, fields.num_key_value_heads or fields.num_attention_heads
+    head_dim = fields.head_dim or fields.hidden_size // heads
     if heads % kv_heads:
         raise ModelError(
             f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
-    theta, scaling = _rope(config, where)
+    if head_dim % 2:
+        raise ModelError(f"{where}: head_dim {head_dim} is odd; rotary embedding turns pairs")
     return ModelSpec(
         name=name,
-        vocab=_need(config, "vocab_size", where),
-        embed=embed,
-        layers=_need(config, "num_hidden_layers", where),
+        vocab=fields.vocab_size,
+        embed=fields.hidden_size,
+        layers=fields.num_hidden_layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=config.get("head_dim") or embed // heads,
-        mlp=_need(config, "intermediate_size", where),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_positions=config.get("max_position_embeddings", 2048),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        attention_bias=config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
-        init_std=config.get("initializer_range", 0.02),
+        head_dim=head_dim,
+        mlp=fields.intermediate_size,
+        norm_eps=fields.rms_norm_eps,
+        rope_theta=fields.rope.rope_theta or fields.rope_theta or 1e4,
+        rope_scaling=fields.rope.scaling(where),
+        max_positions=fields.max_position_embeddings,
+        tied_embeddings=fields.tie_word_embeddings,
+        attention_bias=fields.attention_bias,
+        mlp_bias=fields.mlp_bias,
+        init_std=fields.initializer_range,
     )
 
 
@@ -151,42 +222,6 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
         "mlp_bias": model.mlp_bias,
         "initializer_range": model.init_std,
     }
-
-
-def _need(config: Mapping[str, Any], key: str, where: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(f"{where}: {key} must be a positive whole number, not {value!r}")
-    return value
-
-
-def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
-    for key, only in (("hidden_act", "silu"), ("pretraining_tp", 1)):
-        if config.get(key, only) != only:
-            raise ModelError(f"{where}: {key}={config[key]!r} is unsupported; only {only!r} is")
-
-
-def _rope(config: Mapping[str, Any], where: str) -> tuple[float, Llama3Scaling | None]:
-    # transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood side by side.
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)} | (
-        config.get("rope_scaling") or {}
-    )
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ModelError(f"{where}: rope_type {kind!r} is unsupported; supported: default, llama3")
-    try:
-        scaling = Llama3Scaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_positions=int(rope["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ModelError(f"{where}: rope_type llama3 needs {error.args[0]}") from None
-    return theta, scaling
 
 
 def _preset(name: str, sizes: tuple[int, ...], *, theta: float = 1e4, positions: int = 4096) -> ModelSpec:

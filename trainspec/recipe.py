@@ -69,10 +69,20 @@ class Batch(Section):
 
 
 class Precision(Section):
-    """What is stored and computed (`policy`) and in which type gradients are summed over devices (`reduce`)."""
+    """What is stored and computed (`policy`) and in which type gradients are summed over devices (`reduce`).
+
+    `reduce` is float64 in fp64 runs and else float32 where it is not given.
+    """
 
     policy: Policy = "fp32"
     reduce: Policy = "fp32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_reduce(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "reduce" not in value and value.get("policy") == "fp64":
+            return value | {"reduce": "fp64"}
+        return value
 
     @model_validator(mode="after")
     def _reducible(self) -> Self:
@@ -196,8 +206,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from None
-    if leaf == "kind" and isinstance(node.get("kind"), str) and node["kind"] != value:
-        node.clear()  # another kind has other fields: those of the old one don't carry over
+    if key == "method.kind" and node.get("kind", value) != value:
+        node.clear()  # another method has other fields: those of the old one don't carry over
     node[leaf] = value
 
 

@@ -13,21 +13,25 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trainspec.errors import DataError
 
 Task = Literal["question_answering", "summarisation", "translation", "reading_comprehension", "text"]
 
-# How an instruction record reads, by task. The response follows on a line of its own.
-PROMPTS: dict[Task, str] = {
-    "question_answering": "Question: {instruction}\n{input}\nAnswer:\n",
-    "summarisation": "{instruction}\n{input}\nSummary:\n",
-    "translation": "{instruction}\n{input}\nTranslation:\n",
-    "reading_comprehension": "{input}\nQuestion: {instruction}\nAnswer:\n",
+# How an instruction record reads, by task: lines, of which that of an absent input falls out. The response follows
+# on a line of its own.
+PROMPTS: dict[Task, tuple[str, ...]] = {
+    "question_answering": ("Question: {instruction}", "{input}", "Answer:"),
+    "summarisation": ("{instruction}", "{input}", "Summary:"),
+    "translation": ("{instruction}", "{input}", "Translation:"),
+    "reading_comprehension": ("{input}", "Question: {instruction}", "Answer:"),
 }
 
 
@@ -102,7 +106,9 @@ def _render(record: dict[str, Any], where: str, task: Task, chat: ChatTemplate |
     }
     if not fields["instruction"].strip() and not fields["input"].strip():
         return Rendered(())
-    prompt = re.sub(r"\n\n+", "\n", PROMPTS[task].format(**{k: v.strip() for k, v in fields.items()}))
+    texts = {key: value.strip() for key, value in fields.items()}
+    lines = [line for line in PROMPTS[task] if texts["input"] or line != "{input}"]
+    prompt = "".join(line.format(**texts) + "\n" for line in lines)
     return Rendered((Segment(prompt, counts=False), Segment(fields["output"].strip(), counts=True)))
 
 
@@ -134,11 +140,23 @@ def _plain_chat(messages: list[dict[str, str]]) -> Rendered:
     return Rendered(tuple(segments))
 
 
+class _GenerationTag(Extension):
+    """`{% generation %} ... {% endgeneration %}` marks what the assistant says; turns are told apart without it."""
+
+    tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """The checkpoint's own jinja chat template, run in a sandbox."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+        )
         environment.globals["raise_exception"] = _raise_template_error
         self.source = source
         self._special_tokens = special_tokens
@@ -171,7 +189,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"{where}: chat template: {error}") from None
 
 

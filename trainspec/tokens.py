@@ -1,4 +1,4 @@
-"""Records as token ids: tokenised once into a memory-mapped cache, keyed by everything that shapes the result."""
+"""Records as token ids: tokenised once into a memory-mapped cache, keyed by file, tokenizer, template and task."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from trainspec.errors import DataError
-from trainspec.records import ChatTemplate, Rendered, Task, read_records
+from trainspec.records import PROMPTS, ChatTemplate, Rendered, Task, read_records
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 CHUNK_RECORDS = 1024
 
 
@@ -75,9 +75,12 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return content
 
 
 def _token(value: object) -> str | None:
@@ -90,6 +93,12 @@ def _chat_source(directory: Path, config: dict[str, Any]) -> str | None:
     if file.is_file():
         return file.read_text()
     template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        if template is None:
+            raise DataError(
+                f"{directory}: several chat templates and none called default; keep the one to train with"
+            )
     return template if isinstance(template, str) else None
 
 
@@ -97,7 +106,12 @@ def tokenise(path: Path, codec: TextCodec, *, task: Task, cache: Path) -> TokenS
     """The tokens of a file, from the cache where an equal file was tokenised equally before."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; data.train and data.heldout name a .jsonl or .txt file")
-    key = _digest(path.read_bytes(), codec.digest.encode(), f"{task} {path.suffix} {CACHE_FORMAT}".encode())
+    key = _digest(
+        repr(PROMPTS).encode(),
+        path.read_bytes(),
+        codec.digest.encode(),
+        f"{task} {path.suffix} {CACHE_FORMAT}".encode(),
+    )
     folder = cache / key[:20]
     if not folder.is_dir():
         _fill(folder, path, codec, task)

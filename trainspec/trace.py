@@ -4,6 +4,7 @@
     DIR/initial.safetensors    weight/<name>, frozen weights included
     DIR/step-000001.safetensors
         batch/input_ids, batch/labels, batch/positions, batch/segments   [global_examples, sequence_tokens]
+                               a program that trains on something else writes its own arrays as batch/<name>
         gradient/<name>        after reduction, before clipping
         update/<name>          weight after minus weight before
         moment1/<name>, moment2/<name>
@@ -38,10 +39,13 @@ ROW_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
 
 @dataclass(frozen=True)
 class StepTrace:
-    """Everything one update leaves. `step` counts from 1; `grad_norm` is taken before clipping."""
+    """Everything one update leaves. `step` counts from 1; `grad_norm` is taken before clipping.
+
+    `batch` is a mapping of named arrays where a program trains on something other than rows of tokens.
+    """
 
     step: int
-    batch: Batch
+    batch: Batch | Arrays
     loss_sum: float
     tokens: int
     grad_norm: float
@@ -73,19 +77,20 @@ def activation_points(layers: int) -> tuple[str, ...]:
 
 
 class TraceWriter:
-    """Writes a trace directory, a step at a time. What an earlier run left there is removed."""
+    """Writes a trace directory, a step at a time. An earlier trace there is replaced.
+
+    Raises TraceError for a directory that holds something else.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        for old in (
-            *directory.glob("step-*.safetensors"),
-            *directory.glob("*.jsonl"),
-            *directory.glob("initial.*"),
-        ):
-            old.unlink()
+        if any(directory.iterdir()) and not (directory / "trace.jsonl").is_file():
+            raise TraceError(f"--trace {directory}: holds other files; give an empty or a new directory")
+        for old in (*directory.glob("step-??????.safetensors"), directory / "initial.safetensors"):
+            old.unlink(missing_ok=True)
+        (directory / "trace.jsonl").write_text("")
         self._rows = directory / "trace.jsonl"
-        self._rows.touch()
 
     def initial(self, weights: Arrays) -> None:
         """Record every weight of the run as it starts."""
@@ -93,15 +98,8 @@ class TraceWriter:
 
     def step(self, trace: StepTrace) -> None:
         """Record one update: first its tensors, then its row, so that a row always has its tensors."""
-        batch = trace.batch
-        rows = {
-            "input_ids": batch.input_ids,
-            "labels": batch.labels,
-            "positions": batch.positions,
-            "segments": batch.segments,
-        }
         groups: dict[str, Arrays] = {
-            "batch": rows,
+            "batch": _batch_arrays(trace.batch),
             "gradient": trace.gradients,
             "update": trace.updates,
             "moment1": trace.moment1,
@@ -155,6 +153,17 @@ class Trace:
     def read_initial(self, key: str) -> NDArray[Any]:
         """One starting weight."""
         return _read(self.directory / "initial.safetensors", key)
+
+
+def _batch_arrays(batch: Batch | Arrays) -> Arrays:
+    if not isinstance(batch, Batch):
+        return batch
+    return {
+        "input_ids": batch.input_ids,
+        "labels": batch.labels,
+        "positions": batch.positions,
+        "segments": batch.segments,
+    }
 
 
 def _step_file(step: int) -> str:

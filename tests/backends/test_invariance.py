@@ -70,7 +70,7 @@ def packed(pieces: list[Document]) -> list[list[Document]]:
 
 
 def furthest(mine, theirs) -> float:
-    return max(np.abs(mine[n] - theirs[n]).max() / max(np.abs(theirs[n]).max(), 1e-30) for n in theirs)
+    return np.max([np.abs(mine[n] - theirs[n]).max() / max(np.abs(theirs[n]).max(), 1e-30) for n in theirs])
 
 
 @settings(max_examples=12, deadline=None)

@@ -81,6 +81,9 @@ def test_evaluation_measures_the_newest_checkpoint(make_recipe, tmp_path):
     recipe = make_recipe(
         method=FULL, data=MEASURED, optimizer={"lr": 1e-2}, run={"steps": 2, "eval_every_steps": 1}
     )
-    start = evaluate(recipe, out=tmp_path / "nothing")
+    start, whose = evaluate(recipe, out=tmp_path / "nothing")
+    assert "starting weights" in whose
     train(recipe, out=tmp_path / "run")
-    assert metrics_of(tmp_path / "run")[-1]["heldout_loss"] == evaluate(recipe, out=tmp_path / "run") != start
+    measured, whose = evaluate(recipe, out=tmp_path / "run")
+    assert whose.endswith("at step 2")
+    assert metrics_of(tmp_path / "run")[-1]["heldout_loss"] == measured != start

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,6 +194,40 @@ def test_chat_template_of_the_checkpoint(tmp_path: Path):
         ("<|user|>c<|end|>\n<|assistant|>", False),
         ("d<|end|>\n", True),
     ]
+
+
+def test_the_input_keeps_its_blank_lines(dataset):
+    [(whole, _)] = documents(dataset([{"instruction": "Why?", "input": "a\n\n\nb", "output": "x"}]), 0, 1)
+    assert whole == "<s>Question: Why?\na\n\n\nb\nAnswer:\nx</s>"
+
+
+def test_templates_may_mark_generation_and_break_loops(tmp_path: Path):
+    write(tmp_path / "d.jsonl", [RECORDS[1]])
+    source = (
+        "{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}{{ m.role }}: "
+        "{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+    )
+    [record] = read_records(tmp_path / "d.jsonl", task="question_answering", chat=ChatTemplate(source, {}))
+    assert [(s.text, s.counts) for s in record.segments] == [
+        ("user: Hi;", False),
+        ("assistant: Hello.;", True),
+    ]
+
+
+def test_of_several_templates_the_default_one_counts(model_dirs: dict[str, Path], tmp_path: Path):
+    shutil.copyfile(model_dirs["plain"] / "tokenizer.json", tmp_path / "tokenizer.json")
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    chat = read_codec(tmp_path).chat
+    assert chat is not None
+    assert chat.source == CHATML
+    for broken, message in (
+        (json.dumps({"chat_template": named[:1]}), "none called default"),
+        ("[1]", "not a JSON object"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(broken)
+        with pytest.raises(DataError, match=message):
+            read_codec(tmp_path)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path):

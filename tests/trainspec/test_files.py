@@ -147,6 +147,28 @@ def test_an_adapter_of_another_run_is_a_start(make_recipe: Make, tmp_path: Path)
             list(starting_weights(other, SMALL))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, "starts from LORA only"),
+        ({"use_dora": True}, "use_dora=True is unsupported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is unsupported"),
+        ({"r": None}, "no r; it is not a LoRA configuration"),
+    ],
+)
+def test_an_adapter_that_would_be_another_model_is_refused(
+    make_recipe: Make, tmp_path: Path, change, message
+):
+    method = LoRA(rank=4, targets=("q_proj",))
+    weights = {p.name: np.zeros(p.shape, np.float32) for p in adapter_table(SMALL, method)}
+    write_adapter(tmp_path / "a", weights, model=SMALL, method=method, base="x")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | change))
+    recipe = make_recipe(method=method.model_dump() | {"adapter": str(tmp_path / "a")})
+    with pytest.raises(WeightsError, match=message):
+        list(starting_weights(recipe, SMALL))
+
+
 def test_adapters_that_are_not_finite_are_not_written(tmp_path: Path):
     method = LoRA(rank=4, targets=("q_proj",))
     weights = {p.name: np.full(p.shape, np.nan, np.float32) for p in adapter_table(SMALL, method)}
@@ -175,6 +197,27 @@ def test_checkpoint_reads_back_and_old_ones_go(make_recipe: Make, tmp_path: Path
     assert loaded.step == 15
     for part in checkpoint.PARTS:
         assert all(np.array_equal(a, getattr(saved, part)[n]) for n, a in getattr(loaded, part).items())
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path: Path):
+    for name in ("step-999950", "step-1000000", "step-000050.bak"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints/step-9999999").write_text("a file")
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert newest.name == "step-1000000"
+
+
+@pytest.mark.parametrize("change", [{"sha256": 3}, {"sha256": {}}, {"recipe": 3}, {"step": "x"}])
+def test_a_damaged_head_is_refused(make_recipe: Make, tmp_path: Path, change: dict):
+    recipe = make_recipe()
+    save(tmp_path, recipe, 5)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    head = json.loads((newest / "checkpoint.json").read_text())
+    (newest / "checkpoint.json").write_text(json.dumps(head | change))
+    with pytest.raises(WeightsError, match="incomplete checkpoint"):
+        checkpoint.load(newest, recipe=recipe, model=SMALL)
 
 
 def test_a_half_written_checkpoint_does_not_count(make_recipe: Make, tmp_path: Path):
@@ -278,6 +321,18 @@ def test_trace_reads_back(tmp_path: Path):
         f"{g}/w" for g in ("gradient", "update", "moment1", "moment2")
     }
     assert trace.read(1, "gradient/w").dtype == ml_dtypes.bfloat16
+
+
+def test_a_trace_replaces_a_trace_and_nothing_else(tmp_path: Path):
+    one_step_trace(tmp_path / "t")
+    (tmp_path / "t/mine.jsonl").write_text("{}")
+    TraceWriter(tmp_path / "t")
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["mine.jsonl", "trace.jsonl"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text("{}")
+    with pytest.raises(TraceError, match="holds other files"):
+        TraceWriter(tmp_path / "data")
+    assert (tmp_path / "data/train.jsonl").read_text() == "{}"
 
 
 def test_damaged_traces_are_refused_in_one_line(tmp_path: Path):

@@ -44,10 +44,19 @@ def test_published_sizes():
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "supported: LlamaForCausalLM"),
         ({"architectures": None}, "not given"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"hidden_size": "x"}, "hidden_size must be a positive whole number"),
+        ({"hidden_act": "gelu"}, "hidden_act: input should be 'silu'"),
+        ({"hidden_size": "x"}, "hidden_size: input should be a valid integer, not 'x'"),
+        ({"hidden_size": True}, "hidden_size: input should be a valid integer"),
         ({"num_key_value_heads": 3}, "no multiple"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "supported: default, llama3"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": "abc"}}, "rope_parameters.rope_theta"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "should be 'default' or 'llama3'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "needs factor"),
     ],
 )
@@ -69,6 +78,12 @@ def test_unsupported_configs_are_refused_in_one_line(tmp_path: Path, change: dic
 def test_missing_models(source: str, weights: str, message: str):
     with pytest.raises(ModelError, match=message):
         resolve_model(ModelSource.model_validate({"from": source, "weights": weights}))
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ModelError, match="not given"):
+        read_model_spec(tmp_path)
 
 
 def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
@@ -101,9 +116,11 @@ def test_targets_by_name_tail_regex_and_all_linear():
     assert target_modules(spec, LoRA(targets=("lm_head",))) == ("lm_head",)
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "query"), "nothing.*", ("proj",), "("])
+@pytest.mark.parametrize("targets", [("q_proj", "query"), "nothing.*", ("proj",), "(", "q_proj", (), ""])
 def test_a_target_that_matches_nothing_lists_what_would(targets):
-    with pytest.raises(RecipeError, match=r"would match|regular expression") as caught:
+    with pytest.raises(
+        RecipeError, match=r"would match|regular expression|nothing would be trained"
+    ) as caught:
         target_modules(VARIANTS["plain"], LoRA(targets=targets))
     assert "\n" not in str(caught.value)
 

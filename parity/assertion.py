@@ -1,0 +1,59 @@
+"""`assert_parity`: the check as one line of anybody's test suite."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from parity.check import check
+from parity.sides import parse_side
+from parity.verdict import Verdict, explained
+from trainspec.plan import Policy
+from trainspec.recipe import Recipe
+
+
+def assert_parity(
+    recipe: Path | str | Recipe,
+    *,
+    left: str = "jax",
+    right: str = "torch",
+    precision: Policy = "fp64",
+    steps: int = 5,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+) -> None:
+    """Train `recipe` on both sides and raise AssertionError, with the first divergence, where they differ.
+
+    A side is a backend and what is set differently for it, such as "torch optimizer.eps=1e-6"; `overrides` such as
+    "run.seed=3" go to both. Each side is a program of its own: the caller's process loads neither framework. With
+    `out`, verdict.json, report.html and both traces stay there. Raises UserError, in one line, for what the recipe or
+    its files have wrong.
+    """
+    __tracebackhide__ = True
+    with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
+        home = out or Path(scratch)
+        verdict = check(
+            _file(recipe, Path(scratch)), left=parse_side(left), right=parse_side(right), precision=precision,
+            steps=steps, overrides=overrides, out=home,
+        )  # fmt: skip
+    if not verdict.holds:
+        raise AssertionError(told(verdict, report=out / "report.html" if out else None))
+
+
+def told(verdict: Verdict, *, report: Path | None) -> str:
+    """A failing verdict as the message of an AssertionError."""
+    first = verdict.comparison.first_divergence
+    assert first is not None
+    lines = [f"{verdict.left} and {verdict.right} did not do the same training in {verdict.precision}"]
+    lines += [f"first divergence: {first.place}: {explained(first)}"]
+    lines += [f"report: {report}" if report else "give out=DIR to keep the traces and a report"]
+    return "\n".join(lines)
+
+
+def _file(recipe: Path | str | Recipe, scratch: Path) -> Path:
+    if not isinstance(recipe, Recipe):
+        return Path(recipe)
+    path = scratch / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    return path

@@ -1,0 +1,14 @@
+"""Named faults that a check must catch, each at the right place: the negative controls of the proof."""
+
+from parity.faults import forward, loss, methods, precision, update
+from parity.faults.fault import Fault, Where
+
+FAULTS: tuple[Fault, ...] = (
+    *forward.FAULTS,
+    *loss.FAULTS,
+    *update.FAULTS,
+    *methods.FAULTS,
+    *precision.FAULTS,
+)
+
+__all__ = ["FAULTS", "Fault", "Where"]

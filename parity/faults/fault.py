@@ -1,0 +1,93 @@
+"""What a named fault is, and what it takes to show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from parity.phases import Place
+from parity.plant import Edit
+from parity.tiny import LORA, Tiny
+from trainspec.plan import Backend, Policy
+from trainspec.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Where:
+    """A place: phase, step, and a pattern that the whole name of the tensor or point must match."""
+
+    phase: str
+    tensor: str
+    step: int = 1
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.phase}, {self.tensor.replace(chr(92), '')}"
+
+    def matches(self, place: Place) -> bool:
+        """Whether `place` is one of those meant."""
+        named = place.phase == self.phase and place.step == self.step
+        return named and re.fullmatch(self.tensor, place.tensor) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A mistake that the field has made, as edits of each backend's source.
+
+    `where` is where it must show first; None says that it cannot show in fp64, because the arithmetic is the same:
+    then the check must pass, and `note` says why. A backend whose edits are None cannot have it (`note`).
+    `below_bound_in` names the precisions in which the difference is smaller than what rounding explains.
+    """
+
+    name: str
+    imitates: str
+    source: str
+    where: Where | None
+    jax: tuple[Edit, ...] | None
+    torch: tuple[Edit, ...] | None
+    setup: str = "full"
+    below_bound_in: tuple[Policy, ...] = ()
+    note: str = ""
+
+    def edits(self, backend: Backend) -> tuple[Edit, ...] | None:
+        """What is changed in the source of `backend`; None where it does not apply."""
+        return self.jax if backend == "jax" else self.torch
+
+
+# What a fault needs of a recipe to be visible, by name. Rows are padded on the left, where a causal mask alone does
+# not hide the padding.
+_LORA: Mapping[str, Any] = LORA.model_dump()
+_LEFT = {"padding_side": "left"}
+SETUPS: dict[str, str] = {
+    "full": "every weight is trained, two microbatches, rows padded on the left, clipped, decayed",
+    "packed": "the same with several documents in a row",
+    "tied": "the same with a head that is the embedding",
+    "bias": "the same with biases",
+    "warmup": "the same with a warm-up of three updates",
+    "lora": "a fresh adapter (B is zero), with dropout",
+    "adapter": "an adapter whose B is not zero, with dropout",
+    "remat": "the same, recomputed in the backward pass",
+}
+
+
+def setup_recipe(tiny: Tiny, setup: str) -> Recipe:
+    """The recipe of a set-up in `SETUPS`."""
+    adapter = {**_LORA, "adapter": str(tiny.adapter)}
+    match setup:
+        case "full":
+            return tiny.recipe(data=_LEFT)
+        case "packed":
+            return tiny.recipe(data={"packing": True, "sequence_tokens": 80})
+        case "tied" | "bias":
+            return tiny.recipe(setup, data=_LEFT)
+        case "warmup":
+            return tiny.recipe(data=_LEFT, schedule={"kind": "cosine", "warmup_steps": 3})
+        case "lora":
+            return tiny.recipe(data=_LEFT, method=_LORA)
+        case "adapter":
+            return tiny.recipe(data=_LEFT, method=adapter)
+        case "remat":
+            return tiny.recipe(data=_LEFT, method=adapter, plan={"remat": "full"})
+        case other:
+            raise ValueError(f"no set-up {other!r}")

@@ -1,0 +1,156 @@
+"""`parity faults`: plant each fault in one backend, compare with the other's clean run, look at what is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from parity.compare import compare
+from parity.faults import FAULTS
+from parity.faults.fault import Fault, setup_recipe
+from parity.pair import Pair
+from parity.phases import Place
+from parity.sides import CPU_ONLY, QUIET_THREADS
+from parity.tiny import write_tiny
+from parity.tolerance import ProofBounds
+from trainspec.command import EXIT_DONE
+from trainspec.errors import UserError, nearest
+from trainspec.plan import Backend
+from trainspec.trace import Trace
+
+BACKENDS: tuple[Backend, ...] = ("jax", "torch")
+# Both backends run at once, each on its own core; most of JAX's time would be compilation.
+ENVIRONMENT = QUIET_THREADS | {
+    "OMP_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one fault in one backend. `said` is the first divergence, None where the check passed."""
+
+    fault: Fault
+    backend: Backend
+    said: Place | None
+    crash: str | None = None
+
+    @property
+    def as_expected(self) -> bool:
+        """Caught at the place named, or rightly passed."""
+        if self.crash is not None:
+            return False
+        if self.said is None or self.fault.where is None:
+            return self.said is None and self.fault.where is None
+        return self.fault.where.matches(self.said)
+
+    @property
+    def word(self) -> str:
+        """`caught`, `passes` (as it must), or what is wrong."""
+        if self.crash is not None:
+            return "CRASHED"
+        if self.as_expected:
+            return "caught" if self.said else "passes"
+        return "MISSED" if self.said is None else "MISPLACED" if self.fault.where else "FALSE ALARM"
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "fault": self.fault.name,
+            "backend": self.backend,
+            "result": self.word.lower(),
+            "as_expected": self.as_expected,
+            "said": asdict(self.said) if self.said else None,
+            "true": asdict(self.fault.where) if self.fault.where else None,
+            "crash": self.crash,
+        }
+
+
+def chosen(names: Sequence[str]) -> tuple[Fault, ...]:
+    """The faults of these names, all where none is given. Raises UserError with the nearest known name."""
+    known = {fault.name: fault for fault in FAULTS}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--only {name}: no such fault{nearest(name, known)}")
+    return tuple(known[name] for name in dict.fromkeys(names)) or FAULTS
+
+
+def run_faults(faults: Sequence[Fault], backends: Sequence[Backend], out: Path) -> list[Outcome]:
+    """Train everything under `out` and judge it: first the clean pairs (they must pass), then every fault.
+
+    Traces that came out as expected are removed again; what a person may want to look at stays.
+    """
+    tiny = write_tiny(out / "tiny")
+    setups = dict.fromkeys(fault.setup for fault in faults)
+    for setup in setups:
+        (out / f"{setup}.yaml").write_text(setup_recipe(tiny, setup).to_yaml())
+    clean = [_clean(setup) for setup in setups]
+    planted = {b: [f for f in faults if b in backends and f.edits(b) is not None] for b in BACKENDS}
+    with ThreadPoolExecutor() as pool:
+        crashes = dict(
+            zip(BACKENDS, pool.map(lambda b: _train(b, [*clean, *planted[b]], out), BACKENDS), strict=True)
+        )
+    outcomes = [_judge(fault, "jax", crashes, out) for fault in clean]
+    outcomes += [_judge(fault, b, crashes, out) for fault in faults for b in BACKENDS if fault in planted[b]]
+    for outcome in outcomes[len(clean) :]:
+        if outcome.as_expected:
+            shutil.rmtree(_home(out, outcome.backend, outcome.fault))
+    return outcomes
+
+
+def _clean(setup: str) -> Fault:
+    return Fault(
+        name=f"no fault, {setup}", imitates="", source="", where=None, jax=(), torch=(), setup=setup
+    )
+
+
+def _home(out: Path, backend: Backend, fault: Fault) -> Path:
+    return out / backend / fault.name.replace(", ", "-").replace(" ", "-")
+
+
+def _train(backend: Backend, faults: Sequence[Fault], out: Path) -> dict[str, str]:
+    """Train all of them in one process; why it ended badly, for each that did."""
+    cases, results = out / f"{backend}-cases.json", out / f"{backend}-results.json"
+    written = []
+    for fault in faults:
+        home = _home(out, backend, fault)
+        shutil.rmtree(home, ignore_errors=True)
+        argv = ["train", str(out / f"{fault.setup}.yaml"), "--out", str(home / "run")]
+        argv += ["--trace", str(home / "trace"), "--activations", "all"]
+        edits = [asdict(edit) for edit in fault.edits(backend) or ()]
+        written.append({"program": f"{backend}train", "argv": argv, "edits": edits})
+    cases.write_text(json.dumps(written))
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "jax-cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "parity.plant", str(cases), str(results)],
+        env=ENVIRONMENT | cache | os.environ | CPU_ONLY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise UserError(f"{backend}train: the faults could not be run: {last}")
+    ended = zip(faults, json.loads(results.read_text()), strict=True)
+    return {
+        fault.name: (result["err"].strip() or f"exit code {result['code']}").splitlines()[-1]
+        for fault, result in ended
+        if result["code"] != EXIT_DONE
+    }
+
+
+def _judge(fault: Fault, backend: Backend, crashes: dict[Backend, dict[str, str]], out: Path) -> Outcome:
+    """The planted backend against the other one's clean run; JAX is always on the left."""
+    sides = {b: fault if b == backend else _clean(fault.setup) for b in BACKENDS}
+    for b, side in sides.items():
+        if side.name in crashes[b]:
+            return Outcome(fault, backend, None, crash=crashes[b][side.name])
+    pair = Pair(*(Trace(_home(out, b, side) / "trace") for b, side in sides.items()))
+    first = compare(pair, ProofBounds(pair)).first_divergence
+    return Outcome(fault, backend, first.place if first else None)

@@ -1,0 +1,104 @@
+"""The report's heat map: per phase a table of tensors by steps, each cell the share of its bound that is used."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from parity.compare import Finding
+from parity.phases import PHASES
+from parity.verdict import number
+
+# A cell's colour by decades of error / bound, finer near the bound; class u0 is no difference at all. Up to 1 it is
+# within the bound, the last two are beyond it.
+EDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 1e3)
+WITHIN = EDGES.index(1.0) + 1
+# Cells of one phase; with more steps a column stands for several, so that the page stays below a few megabytes.
+CELLS, COLUMNS = 20_000, 100
+# Of these every step has only a few places: they share one map.
+FEW = ("batch", "tokens", "loss", "grad_norm", "lr")
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One foldable part of the page."""
+
+    title: str
+    tensors: int
+    steps: int
+    worst: Finding
+    table: Markup
+    steps_per_column: int
+    opened: bool
+
+
+def heat_maps(findings: Sequence[Finding]) -> list[HeatMap]:
+    """One map per phase in causal order; the starting weights (they have no steps) where one of them fails.
+
+    Open is the one where the first divergence is, which has a frame around its cell.
+    """
+    groups: dict[str, list[Finding]] = {}
+    titles = {"few": "batch and scalars"} | {phase.name: phase.title for phase in PHASES}
+    for finding in findings:
+        name = finding.place.phase
+        groups.setdefault("few" if name in FEW else name, []).append(finding)
+    first = next((finding for finding in findings if not finding.holds), None)
+    shown = [name for name in groups if name != "initial" or any(not f.holds for f in groups[name])]
+    opened = next((name for name in shown if first in groups[name]), "update")
+    return [_map(titles[name], groups[name], first, opened=name == opened) for name in shown]
+
+
+def level(used: float) -> int:
+    """The number of a cell's class: 0 for no difference, then one more with every edge passed."""
+    return 0 if used == 0 else 1 + bisect_left(EDGES, used)
+
+
+def legend() -> list[str]:
+    """What each level means, in order."""
+    within = [f"to {edge:g}" for edge in EDGES[:WITHIN]]
+    beyond = [f"over, to {edge:g} times the bound" for edge in EDGES[WITHIN:]]
+    return ["equal", *within, *beyond, f"over {EDGES[-1]:g} times"]
+
+
+def _map(title: str, findings: Sequence[Finding], first: Finding | None, *, opened: bool) -> HeatMap:
+    rows: dict[str, dict[int, Finding]] = {}
+    for finding in findings:
+        rows.setdefault(finding.place.tensor, {})[finding.place.step] = finding
+    steps = sorted({finding.place.step for finding in findings})
+    columns = max(1, min(len(steps), COLUMNS, CELLS // len(rows)))
+    width = math.ceil(len(steps) / columns)
+    groups = [steps[at : at + width] for at in range(0, len(steps), width)]
+    every = math.ceil(len(groups) / 10)
+    head = "".join(f"<th>{group[0] if i % every == 0 else ''}" for i, group in enumerate(groups))
+    body = "\n".join(
+        f'<tr><th scope=row title="{escape(name)}">{escape(name)}{_row(row, groups, first)}'
+        for name, row in rows.items()
+    )
+    table = Markup(f"<table class=heat><thead><tr><th>tensor \\ step{head}<tbody>\n{body}</table>")
+    worst = max(findings, key=lambda f: f.used)
+    return HeatMap(title, len(rows), len(steps), worst, table, width, opened)
+
+
+def _row(row: dict[int, Finding], groups: Sequence[Sequence[int]], first: Finding | None) -> str:
+    cells = []
+    for group in groups:
+        found = [row[step] for step in group if step in row]
+        if found:
+            worst = max(found, key=lambda f: f.used)
+            frame = " id=first" if any(f is first for f in found) else ""
+            cells.append(
+                f'<td class=u{level(worst.used)}{frame} title="step {worst.place.step}: {_said(worst)}">'
+            )
+        else:
+            cells.append("<td>")
+    return "".join(cells)
+
+
+def _said(finding: Finding) -> str:
+    if math.isfinite(finding.used):
+        return number(finding.used)
+    return str(escape(finding.reason or "beyond any bound"))

@@ -1,0 +1,148 @@
+"""Record a trace from any training program, in any framework, for `parity diff`: arrays in, files out.
+
+Two programs that do the same training name and lay out their weights differently. Each gives a map from its own names
+to names that both agree on; after that the traces can be compared, tensor by tensor, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from trainspec.errors import TraceError, nearest
+from trainspec.trace import StepTrace, TraceWriter
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+NamedArrays = Mapping[str, ArrayLike]
+
+
+class Recorder:
+    """Writes the trace of one run of a model trained by a method of Adam's family.
+
+        recorder = Recorder(Path("runs/mine"), names={"fc.kernel": "fc.weight"}, transpose={"fc.kernel"})
+        recorder.initial(weights)
+        for ...:
+            recorder.step(batch=..., loss_sum=..., tokens=..., lr=..., gradients=..., weights=..., moment1=..., moment2=...)
+
+    `names` maps the program's own names to those that both sides agree on, one to one. Arrays of `transpose` (own names)
+    have two dimensions that stand the other way round on the other side. Arrays are what `numpy.asarray` takes:
+    `tensor.detach().cpu().numpy()` for torch, a `jax.Array` as it is. Each is copied at once, so that a program which
+    updates its weights in place does no harm. Types are kept: a float64 run leaves a float64 trace, and is held to 1e-9.
+
+    Raises TraceError where a name is not in the map, one is missing, or a shape is not the weight's.
+    """
+
+    def __init__(self, directory: Path, *, names: Mapping[str, str], transpose: Collection[str] = ()) -> None:
+        for name in transpose:
+            if name not in names:
+                raise TraceError(f"transpose: {name!r} is not in the name map{nearest(name, names)}")
+        if len(set(names.values())) < len(names):
+            twice = sorted(name for name in names.values() if list(names.values()).count(name) > 1)
+            raise TraceError(f"the name map gives {twice[0]!r} to more than one weight; each needs its own")
+        self._names, self._transpose = dict(names), frozenset(transpose)
+        self._writer = TraceWriter(directory)
+        self._weights: Arrays = {}
+        self._step = 0
+
+    def initial(self, weights: NamedArrays) -> None:
+        """The weights before the first update, frozen ones included. Call it once, before the first `step`."""
+        missing = sorted(set(self._names) - set(weights))
+        if missing:
+            raise TraceError(f"initial: no {missing[0]!r}, which is in the name map; give every weight")
+        self._weights = self._mapped("initial", weights)
+        self._writer.initial(self._weights)
+
+    def step(
+        self,
+        *,
+        batch: NamedArrays,
+        loss_sum: float,
+        tokens: int,
+        lr: float,
+        gradients: NamedArrays,
+        weights: NamedArrays,
+        moment1: NamedArrays,
+        moment2: NamedArrays,
+        grad_norm: float | None = None,
+        activations: NamedArrays | None = None,
+        activation_gradients: NamedArrays | None = None,
+    ) -> None:
+        """One update.
+
+        `batch` is whatever the update is trained on, by names that both sides agree on; it must be equal to the last
+        bit. The loss is `loss_sum / tokens`, tokens being what the program averages over (elements, rows, tokens).
+        `gradients` are the loss's, before clipping, and say what is trained; the other three must have the same names.
+        `weights`, `moment1` and `moment2` (Adam's, without bias correction) are as the update leaves them.
+        `grad_norm` is the norm over all gradients, before clipping, as the program sees it; left out, it is computed.
+        `activations` and their gradients go by names that both sides agree on.
+        """
+        if not self._weights:
+            raise TraceError("step: call initial(weights) before the first step")
+        if not batch:
+            raise TraceError("step: the batch is empty; give what the update is trained on")
+        self._step += 1
+        mapped_gradients = self._mapped("gradients", gradients)
+        after = self._trained("weights", weights, mapped_gradients)
+        updates = {name: new - self._weights[name] for name, new in after.items()}
+        self._writer.step(
+            StepTrace(
+                step=self._step,
+                batch={name: _plain(array) for name, array in batch.items()},
+                loss_sum=float(loss_sum),
+                tokens=int(tokens),
+                grad_norm=_norm(mapped_gradients) if grad_norm is None else float(grad_norm),
+                lr=float(lr),
+                gradients=mapped_gradients,
+                updates=updates,
+                moment1=self._trained("moment1", moment1, mapped_gradients),
+                moment2=self._trained("moment2", moment2, mapped_gradients),
+                activations={name: _copy(array) for name, array in (activations or {}).items()},
+                activation_gradients={
+                    name: _copy(array) for name, array in (activation_gradients or {}).items()
+                },
+            )
+        )
+        self._weights |= after
+
+    def _trained(self, what: str, arrays: NamedArrays, gradients: Arrays) -> Arrays:
+        """The arrays of trained weights only; frozen ones may be given as well."""
+        mapped = self._mapped(what, arrays)
+        missing = [name for name in gradients if name not in mapped]
+        if missing:
+            raise TraceError(f"step {self._step}: {what}: no {missing[0]!r}, which has a gradient")
+        return {name: mapped[name] for name in gradients}
+
+    def _mapped(self, what: str, arrays: NamedArrays) -> Arrays:
+        """Copies under the names and in the layout that both sides agree on."""
+        mapped = {}
+        for name, array in arrays.items():
+            if name not in self._names:
+                raise TraceError(f"{what}: {name!r} is not in the name map{nearest(name, self._names)}")
+            copy = _copy(array)
+            mapped[self._names[name]] = _copy(copy.T) if name in self._transpose else copy
+        for name, array in mapped.items():
+            if name in self._weights and array.shape != self._weights[name].shape:
+                raise TraceError(
+                    f"step {self._step}: {what}: {name!r} has shape {list(array.shape)}, "
+                    f"its weight {list(self._weights[name].shape)}"
+                )
+        return mapped
+
+
+def _copy(array: ArrayLike) -> Array:
+    return np.array(array, order="C", copy=True)
+
+
+def _plain(array: ArrayLike) -> Array:
+    """A mask of truth values is written as numbers: there a type has no precision."""
+    copy = _copy(array)
+    return copy.astype(np.uint8) if copy.dtype == np.bool_ else copy
+
+
+def _norm(gradients: Arrays) -> float:
+    return float(np.sqrt(sum(float(np.sum(np.square(g.astype(np.float64)))) for g in gradients.values())))

@@ -1,0 +1,191 @@
+"""The fp64 reference: every step of a recorded run made again in float64, from that run's own weights.
+
+    python -m parity.replay JOB.json
+
+A low-precision run drifts away from any other run, and Adam turns the noise of a near-zero gradient into a whole step,
+so two trajectories say little about each other after a few updates. Here each step starts where the recorded run
+stood: what is left between the two is the rounding of that one step. For the first run the steps are also made from
+weights that are moved by one rounding each (`parity.perturb`), `draws` times; how far every tensor moves is kept as
+mean squares of its rows and columns, which is all that a bound needs and small on the disk.
+
+JOB is {"backend", "recipe", "overrides", "unit", "draws", "activations_at", "runs": [TRACE, ...], "out"}; it leaves
+OUT/reference-0, OUT/reference-1, ... (traces without moments and updates) and OUT/movement. Runs as a program of its
+own; the backend is loaded by name, as its command line would.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from parity.perturb import folded, perturbed
+from trainspec.checkpoint import Checkpoint
+from trainspec.data import open_dataset
+from trainspec.errors import NonFiniteLossError, TraceError
+from trainspec.hf import resolve_model, write_model
+from trainspec.loop import Backend, Metrics
+from trainspec.methods import trainable_table
+from trainspec.model import config_of
+from trainspec.params import param_table
+from trainspec.plan import Plan
+from trainspec.recipe import ModelSource, Recipe, load_recipe
+from trainspec.schedule import learning_rate
+from trainspec.trace import StepTrace, Trace, TraceWriter
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+GROUPS = ("gradient", "activation", "activation_gradient")
+
+
+@dataclass(frozen=True)
+class Job:
+    """See the head of this file."""
+
+    backend: str
+    recipe: str
+    overrides: list[str]
+    unit: float
+    draws: int
+    activations_at: int | None
+    runs: list[str]
+    out: str
+
+
+def weights_before(trace: Trace, names: set[str]) -> Iterator[Arrays]:
+    """Float64 copies of the trained weights before update 1, 2, ...; each step is read when it is asked for.
+
+    An update is a difference of two stored weights. Sums of them are rounded to the stored type again, which undoes
+    the rounding of that difference.
+    """
+    stored = {name: trace.read_initial(f"weight/{name}") for name in sorted(names)}
+    for row in trace.rows:
+        yield {name: weight.astype(np.float64) for name, weight in stored.items()}
+        for name, weight in stored.items():
+            update = trace.read(row["step"], f"update/{name}").astype(np.float64)
+            stored[name] = (weight.astype(np.float64) + update).astype(weight.dtype)
+
+
+class Replayer:
+    """A backend in this process with the reference's recipe: float64, one device."""
+
+    def __init__(self, job: Job) -> None:
+        recipe = load_recipe(Path(job.recipe), job.overrides)
+        self.recipe = recipe.model_copy(update={"plan": Plan(remat=recipe.plan.remat)})
+        self.spec, self.directory = resolve_model(recipe.model)
+        self.job = job
+        self.dataset = open_dataset(self.recipe, "train")
+        self.trained = {p.name for p in trainable_table(self.spec, recipe.method)}
+        importlib.import_module(f"{job.backend}train.parallel").start(self.recipe)
+        self.backend: Backend[Any] = importlib.import_module(f"{job.backend}train.step")
+
+    def steps(self, trace: Trace, *, draw: int | None) -> Iterator[tuple[int, Metrics]]:
+        """(step, what it gave) for every step of `trace`, from its weights or from perturbed ones."""
+        state = self.backend.init_state(self._with_weights_of(trace, draw), self.spec)
+        for step, weights in enumerate(weights_before(trace, self.trained), 1):
+            if draw is not None:
+                weights = {
+                    name: perturbed(w, name, unit=self.job.unit, draw=draw, step=step)
+                    for name, w in weights.items()
+                }
+            zeros = {name: np.zeros_like(weight) for name, weight in weights.items()}
+            state = self.backend.restore(state, Checkpoint(step - 1, weights, zeros, zeros))
+            keep = "activations" if step == self.job.activations_at else "gradients"
+            try:
+                state, metrics = self.backend.train_step(state, self.batch(step), lr=self.lr(step), keep=keep)
+            except NonFiniteLossError:
+                return
+            yield step, metrics
+
+    def batch(self, step: int) -> Any:
+        """What the recipe trains on at `step`, whatever the recorded run did."""
+        return self.dataset.batch(step - 1, self.recipe.batch.global_examples)
+
+    def lr(self, step: int) -> float:
+        """The recipe's rate at `step`."""
+        recipe = self.recipe
+        return learning_rate(
+            recipe.schedule, peak=recipe.optimizer.lr, step=step - 1, steps=recipe.run.steps
+        )
+
+    def _with_weights_of(self, trace: Trace, draw: int | None) -> Recipe:
+        """The recipe on a model directory with the starting weights of `trace`.
+
+        Always the same directory: an equal recipe is not compiled a second time.
+        """
+        directory = Path(self.job.out) / "weights"
+        weights = ((p.name, self._starting(trace, p.name, draw)) for p in param_table(self.spec))
+        write_model(directory, weights, companions_from=self.directory, config=config_of(self.spec))
+        source = ModelSource.model_validate({"from": str(directory)})
+        return self.recipe.model_copy(update={"model": source})
+
+    def _starting(self, trace: Trace, name: str, draw: int | None) -> Array:
+        weight = trace.read_initial(f"weight/{name}").astype(np.float64)
+        if draw is None or name in self.trained:
+            return weight
+        return perturbed(weight, name, unit=self.job.unit, draw=draw, step=0)
+
+
+def write_reference(replayer: Replayer, trace: Trace, out: Path) -> None:
+    """Every step of `trace` in float64, as a trace of its own."""
+    writer = TraceWriter(out)
+    writer.initial({})
+    for step, metrics in replayer.steps(trace, draw=None):
+        writer.step(
+            StepTrace(
+                step, replayer.batch(step), metrics.loss_sum, metrics.tokens, metrics.grad_norm, replayer.lr(step),
+                gradients=metrics.gradients or {}, updates={}, moment1={}, moment2={},
+                activations=metrics.activations or {}, activation_gradients=metrics.activation_gradients or {},
+            )
+        )  # fmt: skip
+
+
+def write_movement(replayer: Replayer, trace: Trace, reference: Trace, out: Path) -> None:
+    """How far every tensor of every step moves: mean squares over all draws, of rows and of columns."""
+    total: dict[int, Arrays] = {}
+    for draw in range(replayer.job.draws):
+        for step, metrics in replayer.steps(trace, draw=draw):
+            sums = total.setdefault(step, {})
+            for key, moved in _moved(metrics, reference, step):
+                square = np.square(folded(moved)) / replayer.job.draws
+                for axis, tail in ((1, "rows"), (0, "columns")):
+                    mean = square.mean(axis=axis)
+                    sums[f"{key}/{tail}"] = sums.get(f"{key}/{tail}", np.zeros_like(mean)) + mean
+    out.mkdir(parents=True, exist_ok=True)
+    for step, sums in total.items():
+        save_file(sums, out / f"step-{step:06d}.safetensors")
+
+
+def _moved(metrics: Metrics, reference: Trace, step: int) -> Iterator[tuple[str, Array]]:
+    """(key, how far it moved) of everything a step gives; the loss is a mean over targets."""
+    yield "loss", np.asarray(metrics.loss_sum / metrics.tokens - reference.rows[step - 1]["loss"])
+    groups = (metrics.gradients, metrics.activations, metrics.activation_gradients)
+    for group, arrays in zip(GROUPS, groups, strict=True):
+        for name, array in (arrays or {}).items():
+            yield f"{group}/{name}", array - reference.read(step, f"{group}/{name}")
+
+
+def main() -> None:
+    """Do the job of the file named on the command line."""
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    replayer, out = Replayer(job), Path(job.out)
+    for number, run in enumerate(job.runs):
+        write_reference(replayer, Trace(Path(run)), out / f"reference-{number}")
+    if job.draws:
+        try:
+            reference = Trace(out / "reference-0")
+        except TraceError:  # not even the first step is finite from that run's weights
+            return
+        write_movement(replayer, Trace(Path(job.runs[0])), reference, out / "movement")
+
+
+if __name__ == "__main__":
+    main()

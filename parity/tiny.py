@@ -1,0 +1,145 @@
+"""A complete training set-up of a few kilobytes, made on the spot: `parity faults` and `parity matrix` need no files.
+
+Model directories (weights, biases and norms all drawn, so that a forgotten one shows), a LoRA adapter whose B is not
+zero, a tokenizer trained on the spot, and question-and-answer records of different lengths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from trainspec.hf import write_adapter, write_model
+from trainspec.init import initial_value
+from trainspec.methods import LoRA, adapter_table
+from trainspec.model import Llama3Scaling, ModelSpec, config_of
+from trainspec.params import Normal, Param, Zeros, param_table
+from trainspec.recipe import Recipe
+
+# Sizes that hide nothing: grouped kv heads, a head size that is not embed / heads, a theta that is not the usual
+# 10000, and square key and value projections, whose transpose has the right shape.
+TINY = ModelSpec(
+    name="tiny", vocab=320, embed=24, layers=2, heads=4, kv_heads=2, head_dim=12, mlp=40, norm_eps=1e-5,
+    rope_theta=50_000.0, rope_scaling=None, max_positions=512, tied_embeddings=False, attention_bias=False,
+    mlp_bias=False, init_std=0.15,
+)  # fmt: skip
+VARIANTS: dict[str, ModelSpec] = {
+    "plain": TINY,
+    "tied": replace(TINY, tied_embeddings=True),
+    "bias": replace(TINY, attention_bias=True, mlp_bias=True),
+    "llama3-rope": replace(TINY, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64)),
+}
+LORA = LoRA(rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))
+
+_NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+)  # fmt: skip
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What `write_tiny` left under `root`."""
+
+    root: Path
+
+    @property
+    def adapter(self) -> Path:
+        """A PEFT directory for `LORA` on the plain model, with B not zero: the adapter takes part from step 1."""
+        return self.root / "adapter"
+
+    def model(self, variant: str) -> Path:
+        """The Hugging Face directory of a variant."""
+        return self.root / variant
+
+    def recipe(self, variant: str = "plain", **sections: Mapping[str, Any]) -> Recipe:
+        """A small fp64 recipe; arguments replace whole sections' fields, `method` the whole section.
+
+        The rate of step 1 is not zero, gradients are clipped, and weights decay: every part of an update shows.
+        """
+        tree: dict[str, Mapping[str, Any]] = {
+            "model": {"from": str(self.model(variant))},
+            "method": {"kind": "full"},
+            "data": {
+                "train": str(self.root / "train.jsonl"),
+                "sequence_tokens": 40,
+                "cache": str(self.root / "cache"),
+            },
+            "batch": {"global_examples": 4, "accumulation": 2},
+            "precision": {"policy": "fp64"},
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5},
+            "schedule": {"kind": "cosine"},
+            "checkpoint": {"every_steps": 10**9},
+            "run": {"steps": 8, "stop_after_steps": 3, "eval_every_steps": 10**9},
+        }
+        for section, fields in sections.items():
+            tree[section] = fields if section == "method" else {**tree.get(section, {}), **fields}
+        return Recipe.model_validate(tree)
+
+
+def write_tiny(root: Path) -> Tiny:
+    """Write everything a `Tiny` names under `root`."""
+    root.mkdir(parents=True, exist_ok=True)
+    records = list(_records())
+    (root / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = _tokenizer([text for record in records for text in record.values()])
+    for variant, spec in VARIANTS.items():
+        config = config_of(spec) | {
+            "dtype": "float32",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        write_model(root / variant, _weights(spec), companions_from=None, config=config)
+        tokenizer.save(str(root / variant / "tokenizer.json"))
+        special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        (root / variant / "tokenizer_config.json").write_text(json.dumps(special))
+    adapter = {p.name: _drawn(p) for p in adapter_table(TINY, LORA)}
+    write_adapter(root / "adapter", adapter, model=TINY, method=LORA, base="tiny")
+    return Tiny(root)
+
+
+def _weights(spec: ModelSpec) -> Iterator[tuple[str, NDArray[Any]]]:
+    return ((p.name, _drawn(p)) for p in param_table(spec))
+
+
+def _drawn(param: Param) -> NDArray[Any]:
+    """Like the table's own start, but nothing is constant: zeros and ones hide what is done with them."""
+    if param.role == "norm":
+        return np.float32(1.0) + initial_value(replace(param, init=Normal(0.1)), seed=_SEED, dtype="float32")
+    init = Normal(0.1) if isinstance(param.init, Zeros) else param.init
+    return initial_value(replace(param, init=init), seed=_SEED, dtype="float32")
+
+
+def _records() -> Iterator[dict[str, str]]:
+    """Questions of three lengths with answers of three lengths, so that rows are filled unevenly."""
+    for i, first in enumerate(_NUMBERS[:7]):
+        for j, second in enumerate(_NUMBERS[:6]):
+            question, answer = (
+                (f"What is {first} plus {second}?", _NUMBERS[i + j]),
+                (f"Is {first} more than {second}?", "yes, it is" if i > j else "no"),
+                (f"Count from {first} up, {second} times.", " ".join(_NUMBERS[i : i + j + 1])),
+            )[(i + j) % 3]
+            yield {"instruction": question, "output": answer}
+
+
+def _tokenizer(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE of at most 320 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY.vocab,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*texts, "Question: \nAnswer:\n"] * 2, trainer)
+    return tokenizer

@@ -1,0 +1,90 @@
+"""`parity matrix`: the shipped page has exactly the matrix's cells, one real cell runs, and a failing cell shows as fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from synthetic import Q1, Sim, write
+
+from parity.cli import _tell_rows, main
+from parity.matrix import PLANS, Cell, Row, cells, judge, refusals, select
+from parity.status import status_page, write_json
+from trainspec.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+CELL = Cell("plain", "full", "packed-2", "one-device", "fp64")
+
+
+def names_on(page: str) -> list[str]:
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    return ["/".join(row[:5]) for row in rows if row[0] not in ("model", "---")]
+
+
+def test_the_shipped_page_has_a_row_for_every_cell_and_no_other():
+    shown = names_on((ROOT / "docs/parity-status.md").read_text())
+    assert len(shown) == len(set(shown))
+    assert set(shown) == {str(cell) for cell in cells()}
+
+
+def test_the_cells_are_distinct_and_cover_every_table_entry():
+    assert len(set(cells())) == len(cells())
+    assert {cell.plan for cell in cells()} == set(PLANS)
+    assert {cell.precision for cell in cells()} == {"fp64", "fp32", "bf16"}
+
+
+def test_what_a_backend_refuses_stands_on_the_page_with_its_own_line():
+    cell = Cell("plain", "lora", "packed-2", "tensor-2", "fp64")
+    lines = refusals(cell)
+    assert set(lines) == {"jax", "torch"}
+    page = status_page([Row(cell, "unsupported", reason=lines["jax"], refused_by=tuple(lines))])
+    assert names_on(page) == [str(cell)]
+    assert "plan.tensor=2" in page
+    assert "0 pass, 0 fail, 1 unsupported" in page
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Row:
+    """The row of two runs that differ in one gradient."""
+    left = write(Sim(), tmp_path / "left")
+    return judge(CELL, left, write(Sim(gradient_factor=(Q1, 1 + 1e-5)), tmp_path / "right"))
+
+
+def test_a_failing_cell_shows_as_fail_with_its_first_divergence(planted: Row, tmp_path: Path, capsys):
+    page = status_page([planted])
+    assert "0 pass, 1 fail, 0 unsupported" in page
+    assert "**fail**" in page
+    assert f"step 1, gradients, `{Q1}`" in page
+    assert _tell_rows([planted], tmp_path / "page.md") == 1
+    assert f"FAIL  {CELL}: step 1, gradient, {Q1}" in capsys.readouterr().out
+    write_json(tmp_path / "m.json", [planted])
+    [entry] = json.loads((tmp_path / "m.json").read_text())["cells"]
+    assert (entry["verdict"], entry["phase"], entry["tensor"]) == ("fail", "gradient", Q1)
+
+
+def test_a_cell_without_a_difference_passes(tmp_path: Path):
+    left, right = write(Sim(), tmp_path / "left"), write(Sim(fused=True), tmp_path / "right")
+    row = judge(CELL, left, right)
+    assert row.verdict == "pass"
+    assert _tell_rows([row], tmp_path / "page.md") == 0
+
+
+def test_a_cell_whose_trace_is_missing_fails(tmp_path: Path):
+    row = judge(CELL, write(Sim(), tmp_path / "left"), tmp_path / "nowhere")
+    assert row.verdict == "fail"
+    assert "missing" in status_page([row])
+
+
+def test_no_cell_of_that_name_is_a_persons_mistake():
+    with pytest.raises(UserError, match="no cell"):
+        select("qlora")
+
+
+def test_one_real_cell_runs_on_both_backends(tmp_path: Path, capsys):
+    only = "tied/lora/packed-2/one-device/fp64"
+    assert main(["matrix", "--only", only, "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    [entry] = json.loads((tmp_path / "matrix.json").read_text())["cells"]
+    assert entry["verdict"] == "pass"
+    assert 0 < entry["error"] < entry["bound"] < 1e-8
+    assert names_on((tmp_path / "parity-status.md").read_text()) == [only]
