@@ -10,12 +10,14 @@ export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-full bench lint data clean
+.PHONY: help setup model demo test test-full bench lint data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.done ## make .venv with everything that training, checking and testing need
+
+model: $(MODEL)/made-with.json ## make the small Llama that the demo's recipe starts from
 
 demo: $(MODEL)/made-with.json ## train a small model on both backends and prove the two runs equal
 	rm -rf build/demo

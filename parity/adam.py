@@ -1,11 +1,12 @@
-"""The optimizer as a trace shows it: its coefficients, read off the run, so that no recipe is needed.
+"""The optimizer: its coefficients, read off a trace where there is no recipe, and its rule, where there is one.
 
-They only scale bounds. What moments and updates themselves are is compared between the sides.
+Fitted coefficients only scale bounds: what moments and updates themselves are is compared between the sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,15 @@ from numpy.typing import NDArray
 
 from parity.pair import Pair, as_float64
 from parity.phases import Place
+from trainspec.recipe import AdamW
 
 Array = NDArray[Any]
+MOMENTS = ("moment1", "moment2")
+# torch.nn.utils.clip_grad_norm_ and DeepSpeed clip by max / (norm + 1e-6).
+CLIP_EPS = 1e-6
+# A clip's factor shows squared in the second moment; a beta that differs shows nothing there, or something else. What
+# is called a clip agrees to a tenth of the difference, far from either.
+CLIP_AGREES = 0.1
 
 
 def fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
@@ -67,3 +75,65 @@ def float64_sides(sides: Iterable[Array | None], like: Array) -> Array:
             for side in sides
         ]
     )
+
+
+def clip_factors(pair: Pair, step: int, *, betas: tuple[float, float] | None = None) -> tuple[float, float]:
+    """What each side multiplied its gradient by before it went into the moments, read off them.
+
+    Least squares over all tensors. Without `betas` beta1 is fitted, too, and the factors are times 1 - beta1. They
+    are equal where no clip explains the difference: the second moment must show the square of the same factor.
+    """
+    keep = betas or tuple(fit_moment(pair, phase, step)[0] for phase in ("moment1", "moment2"))
+    first, second = (_taken(pair, phase, step, k) for phase, k in zip(MOMENTS, keep, strict=True))
+    if betas:
+        first, second = first / (1.0 - betas[0]), second / (1.0 - betas[1])
+    elif first[0] and second[0]:
+        second = second * (first[0] ** 2 / second[0])
+    apart = abs(first[0] ** 2 - first[1] ** 2)
+    if not first.all() or np.any(np.abs(second - first**2) > CLIP_AGREES * apart):
+        return float(first[0]), float(first[0])
+    return float(first[0]), float(first[1])
+
+
+def _taken(pair: Pair, phase: str, step: int, keep: float) -> Array:
+    """[2]: the factor of gradient^power in `moment - keep · moment before`, of both sides."""
+    power, top, bottom = (1 if phase == "moment1" else 2), np.zeros(2), np.zeros(2)
+    for name in pair.names(step, phase):
+        gradient, before = gradient_and_before(pair, Place(step, phase, name))
+        now = float64_sides(pair.read(step, phase, name), gradient[0])
+        for side in range(2):
+            top[side] += float(np.sum((now[side] - keep * before[side]) * gradient[side] ** power))
+            bottom[side] += float(np.sum(gradient[side] ** (2 * power)))
+    return np.divide(top, bottom, out=np.zeros(2), where=bottom > 0)
+
+
+@dataclass(frozen=True)
+class AdamRule:
+    """AdamW as the recipe says it, in numpy float64: what one side's own gradient and state must lead to.
+
+    An implementation of its own, beside both backends': docs/numerics.md, "Clip, optimizer, schedule".
+    """
+
+    spec: AdamW
+    decayed: frozenset[str]
+
+    def clip_factor(self, norm: float) -> float:
+        """min(1, max_norm / (norm + 1e-6)); 1 without clipping."""
+        return 1.0 if self.spec.clip_norm is None else min(1.0, self.spec.clip_norm / (norm + CLIP_EPS))
+
+    def moment(self, phase: str, gradient: Array, before: Array, *, factor: float) -> tuple[Array, Array]:
+        """The new moment, and the sum of its terms' magnitudes: the size that its roundings have."""
+        first = phase == "moment1"
+        beta = self.spec.betas[0 if first else 1]
+        clipped = factor * gradient
+        kept, added = beta * before, (1.0 - beta) * (clipped if first else clipped * clipped)
+        return kept + added, np.abs(kept) + np.abs(added)
+
+    def update(
+        self, name: str, weight: Array, moment1: Array, moment2: Array, *, lr: float, step: int
+    ) -> Array:
+        """What is added to the weight at `step` (from 1)."""
+        correction1, correction2 = (1.0 - beta**step for beta in self.spec.betas)
+        root = np.sqrt(np.maximum(moment2, 0.0) / correction2) + self.spec.eps
+        decay = self.spec.weight_decay if name in self.decayed else 0.0
+        return -lr * (moment1 / correction1 / root + decay * weight)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from parity.check import check
 from parity.sides import parse_side
-from parity.verdict import Verdict, explained
+from parity.verdict import Verdict, explained, values_at
 from trainspec.plan import Policy
 from trainspec.recipe import Recipe
 
@@ -47,6 +47,8 @@ def told(verdict: Verdict, *, report: Path | None) -> str:
     assert first is not None
     lines = [f"{verdict.left} and {verdict.right} did not do the same training in {verdict.precision}"]
     lines += [f"first divergence: {first.place}: {explained(first)}"]
+    element = f"element {list(first.index)} in " if first.index else ""
+    lines += [f"  {element}{side}: {value}" for side, value in values_at(verdict, first)]
     lines += [f"report: {report}" if report else "give out=DIR to keep the traces and a report"]
     return "\n".join(lines)
 

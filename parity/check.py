@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
 from parity.compare import Comparison, compare, ending
 from parity.html import Report, write_report
+from parity.measure import measured_bounds
 from parity.pair import Pair
+from parity.reading import read
 from parity.rounding import RoundingBounds
 from parity.sides import Ran, Side, resolved_recipe, run_side
 from parity.tolerance import Bounds, ProofBounds
 from parity.verdict import Verdict
 from trainspec.errors import UserError
-from trainspec.methods import LoRA
 from trainspec.plan import Policy
 from trainspec.recipe import load_recipe
 from trainspec.trace import Trace
 
 DEFAULT_STEPS = 10
+NAMES = ("left", "right")
 
 
 def check(
@@ -34,7 +37,8 @@ def check(
 ) -> Verdict:
     """Train the recipe on both sides and judge their traces. Writes `out`/verdict.json and report.html.
 
-    `steps` None compares the first ten updates, or all of a shorter run.
+    `steps` None compares the first ten updates, or all of a shorter run. Where loss or gradients differ, both sides
+    are trained again up to that step, with its activations, to find where it went wrong first.
     """
     recipe = load_recipe(recipe_path, overrides)
     steps = steps or min(DEFAULT_STEPS, recipe.run.last_step)
@@ -42,23 +46,76 @@ def check(
         raise UserError(
             f"--steps {steps}: {recipe_path} makes {recipe.run.last_step} updates; compare at most those"
         )
-    ran = [
-        run_side(
-            side,
-            name=name,
-            recipe=recipe_path,
-            overrides=overrides,
-            precision=precision,
-            steps=steps,
-            out=out,
-        )
-        for side, name in ((left, "left"), (right, "right"))
-    ]
-    scale = recipe.method.scale if isinstance(recipe.method, LoRA) else 1.0
-    verdict = Verdict(precision, str(left), str(right), _compare(ran, precision, lora_scale=scale))
-    recipes = [resolved_recipe(out, name) for name in ("left", "right")]
+    request = _Request(recipe_path, tuple(overrides), precision, (left, right))
+    ran = request.run(steps, out=out)
+    comparison = request.judge(ran, out=out)
+    verdict = Verdict(precision, str(left), str(right), comparison, reading=read(comparison, _traces(ran)))
+    if (step := _worth_a_closer_look(comparison)) and not any(side.stopped for side in ran):
+        verdict = request.closer(verdict, step, out=out / "first-divergence")
+    recipes = [resolved_recipe(out, name) for name in NAMES]
     _write(verdict, ran, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
     return verdict
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a check was asked for."""
+
+    recipe: Path
+    overrides: tuple[str, ...]
+    precision: Policy
+    sides: tuple[Side, Side]
+
+    def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[Ran]:
+        """Train both sides, one after the other."""
+        return [
+            run_side(
+                side, name=name, recipe=self.recipe, overrides=self.overrides, precision=self.precision,
+                steps=steps, out=out, activations_at=activations_at,
+            )
+            for side, name in zip(self.sides, NAMES, strict=True)
+        ]  # fmt: skip
+
+    def judge(self, ran: Sequence[Ran], *, out: Path, activations_at: int | None = None) -> Comparison:
+        """Compare with the bounds of the precision; those of fp32 and bf16 are measured."""
+
+        def bounds(pair: Pair) -> Bounds:
+            match self.precision:
+                case "fp64":
+                    return ProofBounds(pair)
+                case "fp32" | "bf16" as low:
+                    return measured_bounds(
+                        pair, low, recipe=self.recipe, overrides=self.overrides, out=out, activations_at=activations_at
+                    )  # fmt: skip
+                case other:
+                    assert_never(other)
+
+        return _compare(ran, bounds)
+
+    def closer(self, verdict: Verdict, step: int, *, out: Path) -> Verdict:
+        """The verdict with `step` seen again, activations included: the first divergence may lie before the first seen.
+
+        Everything goes under `out`. Where the step shows nothing the second time, the verdict stays as it was.
+        """
+        ran = self.run(step, out=out, activations_at=step)
+        if any(side.stopped for side in ran):
+            return verdict
+        seen = self.judge(ran, out=out, activations_at=step)
+        if seen.holds:
+            return verdict
+        before, after = (
+            [f for f in verdict.comparison.findings if f.place.step < step],
+            [f for f in verdict.comparison.findings if f.place.step > step],
+        )
+        again = [f for f in seen.findings if f.place.step == step]
+        comparison = Comparison(verdict.comparison.steps, (*before, *again, *after))
+        return replace(verdict, comparison=comparison, reading=read(comparison, _traces(ran)))
+
+
+def _worth_a_closer_look(comparison: Comparison) -> int | None:
+    """The step of the first divergence, where activations can tell more: in the loss or in a gradient."""
+    first = comparison.first_divergence
+    return first.place.step if first and first.place.phase in ("loss", "gradient") else None
 
 
 def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None) -> Verdict:
@@ -66,14 +123,15 @@ def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None)
     ran = [Ran(Trace(left)), Ran(Trace(right))]
     traces = [side.trace for side in ran if side.trace]
     precision = precision or _coarser(traces)
-    verdict = Verdict(precision, str(left), str(right), _compare(ran, precision, lora_scale=1.0))
+    comparison = _compare(ran, lambda pair: bounds_for(pair, precision, lora_scale=1.0))
+    verdict = Verdict(precision, str(left), str(right), comparison, reading=read(comparison, _traces(ran)))
     if out:
         _write(verdict, ran, out, recipe=None, settings=(), recipes=())
     return verdict
 
 
 def bounds_for(pair: Pair, precision: Policy, *, lora_scale: float) -> Bounds:
-    """The bounds that a precision is held to."""
+    """The bounds for two traces of which nothing more is known: in fp32 and bf16 estimated, not measured."""
     match precision:
         case "fp64":
             return ProofBounds(pair)
@@ -83,13 +141,18 @@ def bounds_for(pair: Pair, precision: Policy, *, lora_scale: float) -> Bounds:
             assert_never(other)
 
 
-def _compare(ran: Sequence[Ran], precision: Policy, *, lora_scale: float) -> Comparison:
+def _compare(ran: Sequence[Ran], bounds: Callable[[Pair], Bounds]) -> Comparison:
     left, right = (side.trace for side in ran)
-    stopped = {name: side.stopped for name, side in zip(("left", "right"), ran, strict=True) if side.stopped}
+    stopped = {name: side.stopped for name, side in zip(NAMES, ran, strict=True) if side.stopped}
     if left is None or right is None:  # a side stopped before its first update
         return Comparison(0, tuple(ending((0, 0), stopped)))
     pair = Pair(left, right)
-    return compare(pair, bounds_for(pair, precision, lora_scale=lora_scale), stopped=stopped)
+    return compare(pair, bounds(pair), stopped=stopped)
+
+
+def _traces(ran: Sequence[Ran]) -> tuple[Trace, Trace] | None:
+    left, right = (side.trace for side in ran)
+    return (left, right) if left and right else None
 
 
 def _coarser(traces: Sequence[Trace]) -> Policy:

@@ -1,7 +1,8 @@
-"""`parity check|diff|matrix`: the command line."""
+"""`parity check|diff|matrix|faults`: the command line."""
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import assert_never, get_args
 
 from parity.check import DEFAULT_STEPS, check, diff
+from parity.faults.run import BACKENDS, chosen, run_faults
+from parity.faults.table import listed, page, result_lines, summary
 from parity.matrix import Row, run_matrix, select
 from parity.sides import parse_side
 from parity.status import write_json, write_status
@@ -60,6 +63,24 @@ def parser() -> ArgumentParser:
         "--status", type=Path, metavar="FILE",
         help=f"the page to write; {STATUS_PAGE} by default, with --only DIR/{STATUS_PAGE.name}",
     )  # fmt: skip
+    faults = commands.add_parser(
+        "faults", help="plant known mistakes; each must be caught, at the right place"
+    )
+    faults.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="NAME", help="these faults (all)"
+    )
+    faults.add_argument("--backend", choices=BACKENDS, help="plant them in this backend only")
+    faults.add_argument("--list", action="store_true", help="say what there is and run nothing")
+    faults.add_argument(
+        "--page", type=Path, metavar="FILE", help="write the results as Markdown, such as docs/faults.md"
+    )
+    faults.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/parity-faults"),
+        metavar="DIR",
+        help="for traces and faults.json",
+    )
     return parser
 
 
@@ -76,6 +97,8 @@ def _run(args: Namespace) -> int:
             verdict = diff(args.left, args.right, precision=args.precision, out=out)
         case "matrix":
             return _matrix(args)
+        case "faults":
+            return _faults(args)
         case other:
             assert_never(other)
     return _tell(verdict, out)
@@ -98,6 +121,20 @@ def _tell_rows(rows: Sequence[Row], page: Path) -> int:
     print(", ".join(f"{counts[word]} {word}" for word in ("pass", "fail", "unsupported")))
     print(f"page: {page}")
     return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _faults(args: Namespace) -> int:
+    faults = chosen(args.only)
+    if args.list:
+        print("\n".join(listed(faults)))
+        return EXIT_DONE
+    outcomes = run_faults(faults, [args.backend] if args.backend else BACKENDS, args.out)
+    (args.out / "faults.json").write_text(json.dumps([o.as_json() for o in outcomes], indent=2) + "\n")
+    if args.page:
+        args.page.write_text(page(outcomes))
+    print("\n".join(result_lines(outcomes)))
+    print(summary(outcomes))
+    return EXIT_DONE if all(outcome.as_expected for outcome in outcomes) else EXIT_FAILED
 
 
 def _tell(verdict: Verdict, out: Path | None) -> int:

@@ -19,8 +19,11 @@ EDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 1e3)
 WITHIN = EDGES.index(1.0) + 1
 # Cells of one phase; with more steps a column stands for several, so that the page stays below a few megabytes.
 CELLS, COLUMNS = 20_000, 100
+DENSE = (
+    30  # with more columns than this cells are narrow, so that a laptop shows fifty of them beside the names
+)
 # Of these every step has only a few places: they share one map.
-FEW = ("batch", "tokens", "loss", "grad_norm", "lr")
+FEW = ("batch", "tokens", "loss", "grad_norm", "clip", "lr")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def _map(title: str, findings: Sequence[Finding], first: Finding | None, *, open
         f'<tr><th scope=row title="{escape(name)}">{escape(name)}{_row(row, groups, first)}'
         for name, row in rows.items()
     )
-    table = Markup(f"<table class=heat><thead><tr><th>tensor \\ step{head}<tbody>\n{body}</table>")
+    dense = " dense" if len(groups) > DENSE else ""
+    table = Markup(f'<table class="heat{dense}"><thead><tr><th>tensor \\ step{head}<tbody>\n{body}</table>')
     worst = max(findings, key=lambda f: f.used)
     return HeatMap(title, len(rows), len(steps), worst, table, width, opened)
 

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from parity.chart import loss_curves, loss_difference
 from parity.compare import Finding
 from parity.heat import heat_maps, legend
-from parity.verdict import TITLES, Verdict, explained, number
+from parity.verdict import TITLES, Verdict, explained, number, values_at
 
 # What decides numbers. Their versions are read from package metadata: nothing of them is imported here.
 PACKAGES = ("twintrain", "numpy", "jax", "flax", "optax", "torch", "transformers", "peft", "deepspeed")
@@ -51,12 +51,14 @@ def render(report: Report) -> str:
     )
     environment.filters |= {"number": number, "decades": _decades}
     verdict, comparison = report.verdict, report.verdict.comparison
+    first = comparison.first_divergence
     losses = [f for f in comparison.findings if f.place.phase == "loss" and f.place.tensor == "loss"]
     points = [(f.place.step, f.error, f.bound) for f in losses if f.error is not None and f.bound is not None]
     return environment.get_template("report.html.j2").render(
         report=report,
         verdict=verdict,
-        first=comparison.first_divergence,
+        first=first,
+        values=values_at(verdict, first) if first else [],
         worst=comparison.worst.values(),
         around=_around(comparison.findings),
         tensors=comparison.worst_tensors(TABLE_ROWS),

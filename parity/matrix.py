@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -190,7 +191,8 @@ def _launch(
     cases = []
     for cell in group:
         home = _home(out, backend, cell)
-        home.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
         (home / "recipe.yaml").write_text(cell.recipe(tiny).to_yaml())
         argv = [
             "train",

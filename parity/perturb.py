@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from trainspec.rng import name_key
 
 Array = NDArray[Any]
-DRAWS = 4
+DRAWS = 3
 # Half the distance from 1 to the next number of the type that weights are computed with.
 UNIT = {"fp32": 2.0**-24, "bf16": 2.0**-8}
 

@@ -8,15 +8,15 @@ from typing import Literal
 
 from trainspec.methods import PEFT_PREFIX
 
-Kind = Literal["initial", "batch", "row", "tensor", "optional"]
+Kind = Literal["initial", "batch", "row", "tensor", "optional", "derived"]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of an update. `backward` phases are visited from the last layer to the first.
+    """One stage of an update. `backward` phases are visited from the last layer to the first, all in one pass.
 
-    `kind` says where a trace keeps it: the starting weights, the batch, the step's row of scalars, tensors
-    that every trainable weight must have, or tensors that a run records on request only.
+    `kind` says where a trace keeps it: the starting weights, the batch, the step's row of scalars, tensors that every
+    trainable weight must have, tensors that a run records on request only, or nowhere: derived from what it keeps.
     """
 
     name: str
@@ -35,11 +35,13 @@ STEP_PHASES = (
     Phase("activation_gradient", "optional", "gradients of activations", backward=True),
     Phase("gradient", "tensor", "gradients", backward=True),
     Phase("grad_norm", "row", "gradient norm"),
+    Phase("clip", "derived", "clip factor"),
     Phase("lr", "row", "learning rate"),
     Phase("moment1", "tensor", "first moments"),
     Phase("moment2", "tensor", "second moments"),
     Phase("update", "tensor", "updates"),
 )
+CLIP = "clip"
 PHASES = (INITIAL, *STEP_PHASES)
 TENSOR_PHASES = tuple(phase for phase in STEP_PHASES if phase.kind == "tensor")
 BATCH_TENSORS = ("input_ids", "labels", "positions", "segments")
@@ -54,8 +56,10 @@ ROW_TENSORS = {
 # The order of modules within one decoder layer, as data flows; what is not listed comes last, by name.
 _WITHIN_LAYER = (
     "input_layernorm", "q_proj", "k_proj", "v_proj", "query_key_value", "o_proj", "dense", "attention",
-    "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp",
+    "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp", "block",
 )  # fmt: skip
+# Activation points outside of the layers; the stream is made by the weights before it.
+_POINTS = ("embedding", "norm", "logits")
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)(?:\.|$)")
 
 
@@ -72,15 +76,18 @@ class Place:
 
 
 def forward_key(name: str) -> tuple[int, int, int, str]:
-    """Sorts canonical names (or activation points) as data flows: embedding, layers in order, norm, head."""
+    """Sorts canonical names and activation points as data flows: embedding, layers in order, norm, head.
+
+    A point comes behind the weights that make it: `layers.0.mlp` behind those of `model.layers.0.mlp.down_proj`.
+    """
     plain = name.removeprefix(PEFT_PREFIX)
     layer = _LAYER.search(plain)
     if layer:
         parts = plain[layer.end() :].split(".")
         ranks = [_WITHIN_LAYER.index(part) for part in parts if part in _WITHIN_LAYER]
-        return 1, int(layer.group(1)), max(ranks, default=len(_WITHIN_LAYER)), plain
-    before = "embed" in plain or "wte" in plain
-    return (0 if before else 2), 0, int("head" in plain or "logits" in plain), plain
+        return 1, int(layer.group(1)), ranks[-1] if ranks else len(_WITHIN_LAYER), plain
+    before, head = "embed" in plain or "wte" in plain, "head" in plain or "logits" in plain
+    return (0 if before else 2), 0, 2 * head + (plain in _POINTS), plain
 
 
 def in_order(names: set[str], *, backward: bool) -> list[str]:

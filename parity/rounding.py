@@ -30,7 +30,7 @@ update     r · min(|Δm|/s + |m| |Δs|/s², |m|/s of both) + 8u (|update| of bo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from parity.adam import fit_moment, fit_update, float64_sides, gradient_and_befo
 from parity.drift import network_drift, partner_drift
 from parity.pair import Pair, as_float64
 from parity.phases import Place
-from parity.tolerance import EXACT_PHASES, SAME_DOUBLE, WEIGHT_ROUNDINGS, Bound, largest
+from parity.tolerance import EXACT_PHASES, SAME_DOUBLE, WEIGHT_ROUNDINGS, Bound, Contrast, largest
 
 Array = NDArray[Any]
 
@@ -79,6 +79,10 @@ class RoundingBounds:
         self._moment_fit = cache(lambda phase, step: fit_moment(pair, phase, step))
         self._update_fit = cache(lambda step: fit_update(pair, step))
 
+    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+        """Left against right."""
+        return (Contrast(left, right, self.bound(place, left, right)),)
+
     def bound(self, place: Place, left: Array, right: Array) -> Bound:
         """See the head of this file, phase by phase."""
         match place.phase:
@@ -90,6 +94,8 @@ class RoundingBounds:
                 return self._loss(place)
             case "grad_norm":
                 return self._norm(place.step)
+            case "clip":
+                return self._clip(place.step, largest(left, right))
             case "moment1" | "moment2":
                 return self._moment(place)
             case "update":
@@ -112,7 +118,7 @@ class RoundingBounds:
         """
         tokens = self._pair.scalar(place.step, "tokens")[0]
         mean = max(abs(loss) for loss in self._pair.scalar(place.step, "loss"))
-        rounding = math.sqrt(2.0) * _tail(1) * math.sqrt(self._forward) * (mean + math.log(self._vocab))
+        rounding = math.sqrt(2.0) * tail(1) * math.sqrt(self._forward) * (mean + math.log(self._vocab))
         moved = 0.0
         for name, (left, right) in self._pair.weights(place.step).items():
             gradient = self._pair.read(place.step, "gradient", name)[0]
@@ -122,7 +128,7 @@ class RoundingBounds:
         return Bound(np.asarray(rounding * count), moved * count)
 
     def _gradient(self, place: Place, scale: float, size: int) -> Bound:
-        rounding = math.sqrt(2.0) * _tail(size) * math.sqrt(self._whole)
+        rounding = math.sqrt(2.0) * tail(size) * math.sqrt(self._whole)
         moved = self._drift(place.step) + partner_drift(self._pair, place.step, place.tensor)
         return Bound(np.asarray(rounding * scale + SMALLEST), moved * scale)
 
@@ -137,6 +143,12 @@ class RoundingBounds:
         norms = np.sqrt(squares)
         own = 2 * self._summed * math.sqrt(1 + count / 2) * float(norms.max())
         return Bound(np.asarray(own), float(abs(norms[0] - norms[1])))
+
+    def _clip(self, step: int, scale: float) -> Bound:
+        """The factor follows the norm; it is read off moments, which are rounded as many times as `_moment` says."""
+        norms = self._pair.scalar(step, "grad_norm")
+        handed = abs(norms[0] - norms[1]) / max(*norms, SMALLEST) * scale
+        return Bound(np.asarray(MOMENT_ROUNDINGS["moment1"] * self._summed * scale), handed)
 
     def _moment(self, place: Place) -> Bound:
         power = 1 if place.phase == "moment1" else 2
@@ -194,7 +206,7 @@ def path_roundings(
     return squared(forward), squared(forward) + squared(backward)
 
 
-def _tail(size: int) -> float:
+def tail(size: int) -> float:
     """The largest of `size` normal errors in standard deviations, but for one case in a million."""
     return math.sqrt(2.0 * math.log(2.0 * max(size, 1) / FALSE_ALARM))
 

@@ -27,6 +27,8 @@ NEVER = 10**9
 # The proof is about arithmetic, not about a device: whatever this machine has, both sides run on its CPU.
 CPU_ONLY = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 # Threads that spin while they wait take the core from those that work: up to five times the wall time in torch.
+# A check runs the same programs again, for its reference or a failing step: what takes long to compile is kept.
+COMPILE_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
@@ -66,9 +68,11 @@ def parse_side(text: str) -> Side:
 
 def run_side(
     side: Side, *, name: str, recipe: Path, overrides: Sequence[str], precision: Policy,
-    steps: int, out: Path,
+    steps: int, out: Path, activations_at: int | None = None,
 ) -> Ran:  # fmt: skip
     """Train `steps` updates and read the trace. Everything goes under `out`/`name`; the log is log.txt there.
+
+    With `activations_at` the trace has that step's activations and their gradients.
 
     Raises UserError, with the side named, for what the backend calls a person's mistake, and where it crashed.
     """
@@ -80,7 +84,9 @@ def run_side(
     command = [sys.executable, "-m", f"{side.backend}train", "train", str(recipe)]
     command += [word for setting in settings for word in ("--set", setting)]
     command += ["--out", str(home / "run"), "--trace", str(home / "trace")]
-    code, last = _run(command, log=home / "log.txt")
+    if activations_at:
+        command += ["--activations", str(activations_at)]
+    code, last = run_program(command, log=home / "log.txt")
     where, speaker = f"{name} ({side})", f"{side.backend}train: "
     if code == EXIT_DONE:
         return Ran(Trace(home / "trace"))
@@ -111,13 +117,14 @@ def _check_settings(precision: Policy, steps: int) -> list[str]:
             assert_never(other)
 
 
-def _run(command: Sequence[str], *, log: Path) -> tuple[int, str]:
+def run_program(command: Sequence[str], *, log: Path) -> tuple[int, str]:
     """Run to the end with everything it says in `log`, shown as well where a person is watching.
 
     Returns the exit code and the last line that says something.
     """
     watched, last = sys.stderr.isatty(), ""
-    environment = QUIET_THREADS | os.environ | CPU_ONLY
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / "jax-cache")}
+    environment = QUIET_THREADS | COMPILE_CACHE | cache | os.environ | CPU_ONLY
     with log.open("w") as file, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
     ) as child:  # fmt: skip

@@ -1,11 +1,13 @@
 """How far two traces may stand apart, place by place, and why.
 
-`Bounds` is the interface: anything that says, for a place and the two arrays found there, how large their
-difference may be. `ProofBounds` here is fp64's; `rounding.RoundingBounds` is fp32's and bf16's.
+`Bounds` is the interface: anything that says, for a place and the two arrays found there, what is compared with what
+and how large the difference may be. `ProofBounds` here is fp64's. For fp32 and bf16 `measured.MeasuredBounds` holds
+each side to a float64 reference; `rounding.RoundingBounds` compares two traces that nothing more is known of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,8 +47,20 @@ class Bound:
     handed: Array | float = 0.0
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """Two arrays of one place and how far apart they may be; `names` says whose they are."""
+
+    first: Array
+    second: Array
+    bound: Bound
+    names: tuple[str, str] = ("left", "right")
+    # Elements that say nothing: what they are made of is rounding noise. None: those whose bound is their own size.
+    undetermined: Array | None = None
+
+
 class Bounds(Protocol):
-    """Says how far apart `left` and `right` may be at `place`.
+    """Says what is compared at `place`, and how far apart it may be.
 
     Both arrays are float64 copies of equal shape.
     Places are asked in causal order, each once. `float64_only` says that a coarser type is itself a failure.
@@ -54,8 +68,8 @@ class Bounds(Protocol):
 
     float64_only: bool
 
-    def bound(self, place: Place, left: Array, right: Array) -> Bound:
-        """The largest |left - right| that rounding explains, per element or for the whole tensor."""
+    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+        """One or more pairs that must agree; the place is as good as the worst of them."""
         ...
 
 
@@ -72,6 +86,10 @@ class ProofBounds:
 
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
+
+    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+        """Left against right."""
+        return (Contrast(left, right, self.bound(place, left, right)),)
 
     def bound(self, place: Place, left: Array, right: Array) -> Bound:
         """Zero, the learning rate's, or `PROOF`, times the largest entry of either side."""

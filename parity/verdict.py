@@ -18,12 +18,13 @@ TITLES = {phase.name: phase.title for phase in PHASES}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared and what came of it."""
+    """What was compared and what came of it; `reading` is what kind of cause a failure looks like."""
 
     precision: Policy
     left: str
     right: str
     comparison: Comparison
+    reading: str | None = None
 
     @property
     def holds(self) -> bool:
@@ -61,6 +62,7 @@ class Verdict:
             "right": self.right,
             "worst": {name: _entry(finding) for name, finding in self.comparison.worst.items()},
             "first_divergence": _entry(first) | {"phase": first.place.phase} if first else None,
+            "reading": self.reading,
         }
 
     def write(self, out: Path) -> Path:
@@ -84,6 +86,10 @@ class Verdict:
             table.append(f"{mark}{TITLES[name]:<23}{numbers}  {where(finding)}")
         first = self.comparison.first_divergence
         end = [f"first divergence: {first.place}: {explained(first)}"] if first else []
+        if first and first.values:
+            end.append(f"  {values(first)}")
+        if self.reading:
+            end.append(f"  reading: {self.reading}")
         return [head, *table, *end, *(f"note: {note}" for note in self.notes)]
 
 
@@ -92,6 +98,15 @@ def number(value: float | None) -> str:
     if value is None or not isfinite(value):
         return "–"
     return "0" if value == 0 else f"{value:.2g}" if 1e-3 <= value < 1e3 else f"{value:.1e}"
+
+
+def values_at(verdict: Verdict, finding: Finding) -> list[tuple[str, str]]:
+    """(whose, value in full) of the element that a finding is about; nothing where there is none."""
+    if finding.values is None:
+        return []
+    sides = {"left": verdict.left, "right": verdict.right}
+    pairs = zip(finding.names, finding.values, strict=True)
+    return [(sides.get(name, name), repr(value)) for name, value in pairs]
 
 
 def where(finding: Finding) -> str:
@@ -106,6 +121,15 @@ def explained(finding: Finding) -> str:
     return f"error {finding.error:.2e} is over the bound {finding.bound:.2e}"
 
 
+def values(finding: Finding) -> str:
+    """Both numbers at the worst element, and where it stands in its tensor; nothing where there are none."""
+    if finding.values is None or finding.index is None:
+        return ""
+    place = f"at [{', '.join(map(str, finding.index))}]: " if finding.index else ""
+    (first, second), (one, other) = finding.values, finding.names
+    return f"{place}{first:.9g} ({one}), {second:.9g} ({other})"
+
+
 def _entry(finding: Finding) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "tensor": finding.place.tensor,
@@ -114,6 +138,9 @@ def _entry(finding: Finding) -> dict[str, Any]:
         "bound": _finite(finding.bound),
         "headroom": _finite(finding.used),
     }
+    if finding.values is not None and finding.index is not None:
+        entry["values"] = {name: _finite(v) for name, v in zip(finding.names, finding.values, strict=True)}
+        entry["index"] = list(finding.index)
     if finding.reason:
         entry["reason"] = finding.reason
     if finding.place.phase == "update" and finding.elements:

@@ -97,12 +97,14 @@ def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
         for name in (f"{part}.safetensors" for part in PARTS):
             if _sha256(path / name) != head["sha256"][name]:
                 raise WeightsError(
-                    f"{path / name}: damaged (its SHA-256 is not the recorded one); use an older checkpoint"
+                    f"{path / name}: damaged (its SHA-256 is not the recorded one); remove {path} to use the one before it"
                 )
         _check_same_recipe(path, head["recipe"], recipe)
         step = int(head["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: incomplete checkpoint ({error}); use an older one") from None
+        raise WeightsError(
+            f"{path}: incomplete checkpoint ({type(error).__name__}); remove it to use the one before it"
+        ) from None
     table, dtype = trainable_table(model, recipe.method), STORED_DTYPE[recipe.precision.policy]
     weights, moment1, moment2 = (
         {
@@ -123,7 +125,7 @@ def _check_same_recipe(path: Path, theirs: dict[str, Any], recipe: Recipe) -> No
             if theirs.get(section, {}).get(key) != value:
                 raise RecipeError(
                     f"{path}: was made with {section}.{key}={theirs.get(section, {}).get(key)!r}, the recipe says {value!r}; "
-                    f"resume with the recipe it was made with"
+                    f"use the recipe it was made with, {path.parent.parent / 'recipe.yaml'}"
                 )
     if theirs["run"]["seed"] != recipe.run.seed:
         raise RecipeError(

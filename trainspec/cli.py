@@ -7,13 +7,16 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 
 from trainspec.command import add_recipe, run_command
 from trainspec.data import IGNORED, Batch, Dataset, open_dataset
+from trainspec.errors import PlanError
 from trainspec.hf import resolve_model
 from trainspec.methods import trainable_table
+from trainspec.plan import Backend, check_supported
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.report import describe
 
@@ -57,10 +60,17 @@ def _run(args: Namespace) -> None:
 
 def _show(recipe: Recipe) -> None:
     model, _ = resolve_model(recipe.model)
+    rows = trainable_table(model, recipe.method)
     print(recipe.to_yaml(), end="")
     print(f"# {describe(model, recipe.method)}")
-    for param in trainable_table(model, recipe.method):
+    for param in rows:
         print(f"#   {param.name} {list(param.shape)}")
+    for backend in get_args(Backend):
+        try:
+            check_supported(recipe.plan, recipe.precision.policy, backend)
+            print(f"# {backend}: can run this plan")
+        except PlanError as error:
+            print(f"# {backend}: {error}")
 
 
 def _preview(dataset: Dataset, batch: Batch) -> None:

@@ -25,6 +25,8 @@ from trainspec.tokens import TextCodec, TokenStore, read_codec, tokenise
 # Hugging Face's and torch's mark for a position without loss.
 IGNORED = -100
 Ints = NDArray[np.int32]
+# From this share of skipped records on a person is warned.
+MANY_SKIPPED = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,20 @@ class Dataset:
     def __init__(self, store: TokenStore, codec: TextCodec, data: Data, *, seed: int, where: str) -> None:
         self._store, self._codec, self._data, self._seed = store, codec, data, seed
         spans, skipped, cut, masked = _usable_spans(store, data)
+        records = len(store.offsets) - 1 + store.num_empty
         self.summary = (
-            f"{where}: {len(store.offsets) - 1 + store.num_empty} records, {len(spans)} used, {cut} cut, "
+            f"{where}: {records} records make {len(spans)} pieces, {cut} cut, "
             f"skipped: {skipped} too long, {store.num_empty} empty, {masked} without a target"
         )
+        if skipped > records * MANY_SKIPPED:
+            self.summary += f"\nwarning: {skipped} of {records} records are longer than data.sequence_tokens={data.sequence_tokens} and skipped; raise it, or set data.too_long=cut or split"
         if not len(spans):
-            raise DataError(
-                f"{self.summary}; no usable record: raise data.sequence_tokens or set data.too_long=cut"
+            way_out = (
+                "raise data.sequence_tokens or set data.too_long=cut"
+                if skipped
+                else "give records with a response"
             )
+            raise DataError(f"{self.summary}; no usable record: {way_out}")
         self._spans = spans
         lengths = spans[:, 1] - spans[:, 0]
         self._row_spans = (

@@ -28,6 +28,7 @@ from trainspec.recipe import ModelSource
 
 MODEL_FILE, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 FLOATS = ("F64", "F32", "F16", "BF16")
 # PEFT's settings under which its LoRA is y = W x + (alpha / r) B A dropout(x), and nothing else is changed.
 PLAIN_LORA: dict[str, tuple[Any, ...]] = {
@@ -61,9 +62,10 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
     """
     kind, colon, name = source.from_.partition(":")
     if colon and kind == "preset":
+        spec = preset(name)
         if source.weights == "pretrained":
             raise ModelError(f"model.from: {source.from_} has no trained weights; set model.weights=random")
-        return preset(name), None
+        return spec, None
     directory = _hub_directory(name) if colon and kind == "hub" else Path(source.from_)
     return read_model_spec(directory), directory
 
@@ -205,13 +207,19 @@ def _adapter_config(directory: Path) -> dict[str, Any]:
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place once everything in it is written."""
+    """A temporary directory beside `target` that takes its place once everything in it is written.
+
+    What a person has put there (a model card, say) moves along; weights of an earlier export do not.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     temporary.chmod(0o755)
     try:
         yield temporary
         if target.exists():
+            for file in target.iterdir():
+                if not (temporary / file.name).exists() and not file.name.endswith(WEIGHT_ENDINGS):
+                    os.rename(file, temporary / file.name)
             retired = temporary.with_name(temporary.name + "-old")
             target.rename(retired)
             temporary.rename(target)

@@ -105,6 +105,8 @@ def train(
     with Reporter(out, backend=name, steps=last, resumed_at=state.step) as reporter:
         reporter.say(describe(spec, recipe.method))
         reporter.say(dataset.summary)
+        if saved:
+            reporter.say(f"going on behind step {state.step} of {last}, from {saved}")
         while state.step < last:
             state, report = _update(backend, state, recipe, dataset, trace, writer)
             if heldout and _is_due(state.step, recipe.run.eval_every_steps, last):
@@ -115,6 +117,7 @@ def train(
                 checkpoint.save(
                     out, Checkpoint(state.step, backend.weights_of(state), *moments), recipe=recipe
                 )
+        reporter.say(f"wrote {checkpoint.latest(out) or out}")
 
 
 def evaluate(backend: Backend[S], recipe: Recipe, *, out: Path) -> tuple[float, str]:

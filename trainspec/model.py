@@ -76,7 +76,8 @@ def read_model_spec(directory: Path) -> ModelSpec:
     path = directory / "config.json"
     if not directory.is_dir():
         raise ModelError(
-            f"model.from: no directory {directory}; give a Hugging Face model directory or a preset"
+            f"model.from: no directory {directory}; give a Hugging Face model directory, hub:ORG/NAME or preset:NAME "
+            f"(the demo's is made by `make model`)"
         )
     if not path.is_file():
         raise ModelError(f"{path}: missing; a Hugging Face model directory holds a config.json")

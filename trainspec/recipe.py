@@ -182,7 +182,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-4` as a string; a recipe means a number."""
+    """YAML 1.1 reads `2e-4` as a string and takes a key twice; a recipe means a number, and a key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; a key that stands there twice is an error."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} is given twice, line {node.start_mark.line + 1} and on")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -21,10 +21,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from trainspec.errors import DataError
+from trainspec.errors import DataError, nearest
 
 Task = Literal["question_answering", "summarisation", "translation", "reading_comprehension", "text"]
 
+ROLES = ("system", "user", "assistant", "tool")
 # How an instruction record reads, by task: lines, of which that of an absent input falls out. The response follows
 # on a line of its own.
 PROMPTS: dict[Task, tuple[str, ...]] = {
@@ -100,7 +101,14 @@ def _render(record: dict[str, Any], where: str, task: Task, chat: ChatTemplate |
         return Rendered((Segment(_text(record, "text", where), counts=True),))
     for key in ("instruction", "output"):
         if key not in record:
-            raise DataError(f"{where}: no {key!r}; a record has instruction, input and output, or messages")
+            way_out = (
+                "set data.task=text"
+                if "text" in record
+                else "a record has instruction, input and output, or messages"
+            )
+            raise DataError(
+                f"{where}: no {key!r} among {', '.join(map(repr, record)) or 'no keys'}; {way_out}"
+            )
     fields = {
         key: _text(record, key, where) if key in record else "" for key in ("instruction", "input", "output")
     }
@@ -129,6 +137,8 @@ def _messages(value: object, where: str) -> list[dict[str, str]]:
             raise DataError(
                 f"{where}: every message needs a text 'role' and a text 'content', not {message!r}"
             )
+        if message["role"] not in ROLES:
+            raise DataError(f"{where}: unknown role {message['role']!r}{nearest(message['role'], ROLES)}")
     return value
 
 

@@ -79,7 +79,7 @@ class Reporter:
         heldout = "" if report.heldout_loss is None else f"  held-out {report.heldout_loss:.4f}"
         self.say(
             f"step {report.step:>5}  loss {report.loss:.4f}  |g| {report.grad_norm:.3e}  lr {report.lr:.2e}"
-            f"  {report.tokens} tokens  {report.tokens_per_second:,.0f} tokens/s{heldout}"
+            f"  {report.tokens} tokens  {report.tokens_per_second:,.0f} target tokens/s{heldout}"
         )
 
 

@@ -48,7 +48,7 @@ def main() -> None:
         inputs, targets = batch(step)
         divisor = len(targets) if args.divide_by_examples else targets.size
         loss_sum, gradients = jax.value_and_grad(squared_error)(weights, inputs, targets)
-        gradients = jax.tree.map(lambda g, divisor=divisor: g / divisor, gradients)
+        gradients = {name: gradient / divisor for name, gradient in gradients.items()}
         updates, state = optimizer.update(gradients, state, weights)
         weights = optax.apply_updates(weights, updates)
         recorder.step(

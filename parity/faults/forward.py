@@ -129,9 +129,7 @@ FAULTS = (
         where=FIRST_ATTENTION,
         jax=(Edit(MODEL, SAME_SEGMENT, f"({SAME_SEGMENT} | (segments_BS[:, None, :] == 0))"),),
         torch=(
-            Edit(
-                TORCH_MODEL, TORCH_SAME_SEGMENT, f"({TORCH_SAME_SEGMENT}) | (segments_BS[:, None, :] == 0)"
-            ),
+            Edit(TORCH_MODEL, TORCH_SAME_SEGMENT, f"({TORCH_SAME_SEGMENT}) | (segments_BS[:, None, :] == 0)"),
         ),
     ),
     Fault(
@@ -139,9 +137,7 @@ FAULTS = (
         imitates="documents packed into one row see each other",
         source="LlamaFactory#7318, MeetKai/functionary#265, meta-pytorch/torchtune#875",
         where=FIRST_ATTENTION,
-        jax=(
-            Edit(MODEL, SAME_SEGMENT, "((segments_BS[:, :, None] > 0) == (segments_BS[:, None, :] > 0))"),
-        ),
+        jax=(Edit(MODEL, SAME_SEGMENT, "((segments_BS[:, :, None] > 0) == (segments_BS[:, None, :] > 0))"),),
         torch=(
             Edit(
                 TORCH_MODEL,

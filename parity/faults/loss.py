@@ -109,9 +109,7 @@ FAULTS = (
         imitates="the sum is divided by the number of examples, not of tokens",
         source="huggingface/transformers#35203, ml-explore/mlx-lm#1413",
         where=LOGITS_GRADIENT,
-        jax=(
-            Edit(STEP, DIVIDE, "lambda g: g / (stacked['rows'].size), (sums, by_probe)"),
-        ),
+        jax=(Edit(STEP, DIVIDE, "lambda g: g / (stacked['rows'].size), (sums, by_probe)"),),
         torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / len(batch.rows)"),),
     ),
     Fault(

@@ -61,7 +61,9 @@ FAULTS = (
         name="lora-starts-swapped",
         imitates="A starts at zero and B at random",
         source="microsoft/LoRA#155, #76",
-        where=Where("initial", r"base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_[AB]\.weight", 0),
+        where=Where(
+            "initial", r"base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_[AB]\.weight", 0
+        ),
         jax=STARTS_SWAPPED,
         torch=STARTS_SWAPPED,
         setup="lora",
@@ -113,9 +115,7 @@ FAULTS = (
         name="lora-target-missed",
         imitates="one target module gets no adapter",
         source="NVIDIA-NeMo/Megatron-Bridge#1738, huggingface/peft#3554",
-        where=Where(
-            "initial", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight", 0
-        ),
+        where=Where("initial", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight", 0),
         jax=(TARGET_MISSED,),
         torch=(TARGET_MISSED,),
         setup="lora",
@@ -172,7 +172,7 @@ FAULTS = (
         name="remat-redraws-dropout",
         imitates="the recomputed forward pass draws another dropout mask",
         source="allenai/OLMo-core#828, pytorch/pytorch#14253",
-        where=Where("activation_gradient", r"layers\.1\.attention"),
+        where=Where("gradient", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight"),
         jax=(
             Edit(
                 "jaxtrain.model",

@@ -23,9 +23,7 @@ FAULTS = (
                 "jnp.asarray((a := native.pop(name)).astype(jnp.bfloat16).astype(a.dtype))",
             ),
         ),
-        torch=(
-            Edit("torchtrain.weights", "torch.from_numpy(array)", "torch.from_numpy(array).bfloat16()"),
-        ),
+        torch=(Edit("torchtrain.weights", "torch.from_numpy(array)", "torch.from_numpy(array).bfloat16()"),),
     ),
     Fault(
         name="softmax-in-bf16",

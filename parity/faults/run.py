@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.compare import compare
+from parity.compare import Finding, compare
 from parity.faults import FAULTS
 from parity.faults.fault import Fault, setup_recipe
 from parity.pair import Pair
@@ -37,12 +37,17 @@ ENVIRONMENT = QUIET_THREADS | {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one fault in one backend. `said` is the first divergence, None where the check passed."""
+    """What came of one fault in one backend. `found` is the first divergence, None where the check passed."""
 
     fault: Fault
     backend: Backend
-    said: Place | None
+    found: Finding | None
     crash: str | None = None
+
+    @property
+    def said(self) -> Place | None:
+        """The place that the check names."""
+        return self.found.place if self.found else None
 
     @property
     def as_expected(self) -> bool:
@@ -69,7 +74,7 @@ class Outcome:
             "backend": self.backend,
             "result": self.word.lower(),
             "as_expected": self.as_expected,
-            "said": asdict(self.said) if self.said else None,
+            "said": asdict(self.found.place) | {"error": self.found.error} if self.found else None,
             "true": asdict(self.fault.where) if self.fault.where else None,
             "crash": self.crash,
         }
@@ -108,9 +113,7 @@ def run_faults(faults: Sequence[Fault], backends: Sequence[Backend], out: Path) 
 
 
 def _clean(setup: str) -> Fault:
-    return Fault(
-        name=f"no fault, {setup}", imitates="", source="", where=None, jax=(), torch=(), setup=setup
-    )
+    return Fault(name=f"no fault, {setup}", imitates="", source="", where=None, jax=(), torch=(), setup=setup)
 
 
 def _home(out: Path, backend: Backend, fault: Fault) -> Path:
@@ -147,10 +150,11 @@ def _train(backend: Backend, faults: Sequence[Fault], out: Path) -> dict[str, st
 
 def _judge(fault: Fault, backend: Backend, crashes: dict[Backend, dict[str, str]], out: Path) -> Outcome:
     """The planted backend against the other one's clean run; JAX is always on the left."""
-    sides = {b: fault if b == backend else _clean(fault.setup) for b in BACKENDS}
-    for b, side in sides.items():
+    sides: list[tuple[Backend, Fault]] = [
+        (b, fault if b == backend else _clean(fault.setup)) for b in BACKENDS
+    ]
+    for b, side in sides:
         if side.name in crashes[b]:
             return Outcome(fault, backend, None, crash=crashes[b][side.name])
-    pair = Pair(*(Trace(_home(out, b, side) / "trace") for b, side in sides.items()))
-    first = compare(pair, ProofBounds(pair)).first_divergence
-    return Outcome(fault, backend, first.place if first else None)
+    pair = Pair(*(Trace(_home(out, b, side) / "trace") for b, side in sides))
+    return Outcome(fault, backend, compare(pair, ProofBounds(pair)).first_divergence)

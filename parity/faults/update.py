@@ -9,6 +9,7 @@ from parity.plant import Edit
 OPTIM, STEP = "jaxtrain.optim", "jaxtrain.step"
 TORCH_OPTIM, TORCH_STEP, TORCH_ENGINE = "torchtrain.optim", "torchtrain.step", "torchtrain.parallel"
 EMBEDDING = r"model\.embed_tokens\.weight"  # the first tensor in forward order, and one that decays
+CLIP = Where("clip", "clip_factor")
 FIRST_MOMENT, FIRST_UPDATE = Where("moment1", EMBEDDING), Where("update", EMBEDDING)
 DECAYED_STEP = "step - rates.lr * spec.weight_decay * weights[name] if name in decayed else step"
 FACTOR = "gradients = clip(gradients, norm,"
@@ -55,7 +56,7 @@ FAULTS = (
         name="clip-after-the-update",
         imitates="gradients are clipped when the optimizer has used them already",
         source="awslabs/graphstorm#1366, Lightning-AI/pytorch-lightning#10248",
-        where=FIRST_MOMENT,
+        where=CLIP,
         jax=(Edit(STEP, FACTOR, FACTOR.removeprefix("gradients = ")),),
         torch=(
             Edit(TORCH_ENGINE, TORCH_STEPS, "        self._optimizer.zero_grad()"),
@@ -71,7 +72,7 @@ FAULTS = (
         name="clip-without-epsilon",
         imitates="clip factor max / norm, without torch's 1e-6 (optax has none)",
         source="google-deepmind/optax clip_by_global_norm against torch.nn.utils.clip_grad_norm_",
-        where=FIRST_MOMENT,
+        where=CLIP,
         jax=(Edit(OPTIM, "CLIP_EPS = 1e-6", "CLIP_EPS = 0.0"),),
         torch=(Edit(TORCH_OPTIM, "CLIP_EPS = 1e-6", "CLIP_EPS = 0.0"),),
         below_bound_in=("fp32", "bf16"),

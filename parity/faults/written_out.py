@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from parity.plant import Edit, edited
 
-ATTENTION = '''from types import MethodType
+ATTENTION = """from types import MethodType
 
 
 def _attention(self, hidden_states, position_embeddings, attention_mask, **rest):
@@ -30,8 +30,8 @@ def _turned(x, cos, sin):
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-'''
-ADAMW = '''class _AdamW(torch.optim.AdamW):
+"""
+ADAMW = """class _AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -47,7 +47,7 @@ ADAMW = '''class _AdamW(torch.optim.AdamW):
                 p.sub_(lr * m / (v.sqrt() + eps) + lr * decay * p)
 
 
-'''
+"""
 
 
 def torch_attention(*changes: tuple[str, str]) -> tuple[Edit, ...]:

@@ -22,7 +22,7 @@ def recorded(make_recipe, method, **sections):
 
 @METHODS
 def test_every_point_is_there_and_the_stream_adds_up(make_recipe, method):
-    recipe, batch, expected, metrics = recorded(make_recipe, method)
+    recipe, _, expected, metrics = recorded(make_recipe, method)
     layers = spec_of(recipe).layers
     assert set(metrics.activations) == set(metrics.activation_gradients) == set(activation_points(layers))
     found = metrics.activations

@@ -59,7 +59,8 @@ def test_the_program_as_a_person_starts_it(make_recipe, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    model, data, *steps = done.stdout.splitlines()
+    model, data, *steps, wrote = done.stdout.splitlines()
+    assert wrote == f"wrote {out / 'checkpoints/step-000002'}"
     assert "lora trains" in model
     assert "records" in data
     assert [line.split()[:2] for line in steps] == [["step", "1"], ["step", "2"]]

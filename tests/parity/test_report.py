@@ -9,9 +9,12 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic import Q1, Sim, write
 
 from parity.chart import loss_curves, loss_difference
+from parity.check import diff
 from parity.compare import Comparison, Finding, ending
+from parity.heat import CELLS, heat_maps, legend, level
 from parity.html import Report, render
 from parity.phases import Place, in_order
 from parity.verdict import Verdict
@@ -75,3 +78,65 @@ def test_names_are_visited_as_data_flows(prefix):
     names = [prefix + name for name in ordered]
     assert in_order(set(names), backward=False) == names
     assert in_order(set(names), backward=True) == names[::-1]
+
+
+def test_a_real_page_shows_verdict_place_curves_heat_map_versions_and_recipe(tmp_path):
+    left = write(Sim(), tmp_path / "left")
+    diff(left, write(Sim(gradient_factor=(Q1, 1.01)), tmp_path / "right"), precision=None, out=tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    order = [
+        ">Fail<", "First divergence", ">Element<", "Around it, in causal order", "What was compared", "numpy 2.", "<svg",
+        "The worst of each phase", "Every comparison",
+    ]  # fmt: skip
+    places = [page.index(text) for text in order]
+    assert places == sorted(places)
+    assert page.count("<svg") == 2
+    opened = re.findall(r"<details open><summary>(.*?)<span", page)
+    assert [title.strip() for title in opened if "Around" not in title] == ["gradients"]
+    [framed] = re.findall(r"<td class=u(\d+) id=first title=\"step (\d): ([^\"]*)\"", page)
+    assert (int(framed[0]), framed[1]) == (len(legend()) - 1, "1")
+
+
+def test_the_sides_recipes_are_shown_and_their_difference_marked():
+    verdict = Verdict(
+        "fp64", "jax", "torch", Comparison(1, (Finding(Place(1, "loss", "loss"), 0.0, 1e-9, 0.0),))
+    )
+    page = render(Report(verdict, [1.0], [1.0], recipes=("a: 1\nb: 2\n", "a: 1\nb: <3>\n")))
+    assert 'mark class="left">b: 2<' in page
+    assert 'mark class="right">b: &lt;3&gt;<' in page
+    assert "the sides differ" in page
+    assert "the sides differ" not in render(Report(verdict, [1.0], [1.0], recipes=("a: 1\n", "a: 1\n")))
+
+
+@pytest.mark.parametrize(
+    ("used", "meaning"),
+    [(0.0, "equal"), (1e-7, "to 1e-07"), (0.9, "to 1"), (1.0, "to 1"), (1.01, "over, to 1000 times the bound"),
+     (1e4, "over 1000 times"), (math.inf, "over 1000 times")],
+)  # fmt: skip
+def test_colours_change_at_the_bound(used, meaning):
+    assert legend()[level(used)] == meaning
+
+
+def findings(tensors: int, steps: int) -> list[Finding]:
+    return [
+        Finding(Place(step, phase, f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight"), 1e-12, 1e-9, 1e-3)
+        for step in range(1, steps + 1)
+        for phase in ("gradient", "moment1", "moment2", "update")
+        for i in range(tensors)
+    ]  # fmt: skip
+
+
+def test_three_hundred_tensors_by_fifty_steps_are_all_there_and_the_page_is_not_huge():
+    many = findings(300, 50)
+    page = report(*many)
+    assert page.count("<td class=u") == len(many)
+    assert len(page) < 4_000_000
+
+
+def test_a_long_run_is_shown_with_the_worst_of_several_steps():
+    many = findings(400, 120)
+    many[-1] = Finding(Place(120, "update", many[-1].place.tensor), 1.0, 1e-9, 1e9)
+    maps = heat_maps(many)
+    assert all(m.table.count("<td class=u") <= CELLS for m in maps)
+    assert 'id=first title="step 120: 1.0e+09"' in maps[-1].table
+    assert maps[-1].opened

@@ -137,16 +137,16 @@ def test_every_unusable_record_is_counted(dataset):
         {"instruction": "no answer", "output": ""},
         {"messages": [{"role": "user", "content": "anybody?"}]},
     ]
-    assert dataset(records).summary.endswith(
-        "7 records, 3 used, 0 cut, skipped: 1 too long, 1 empty, 2 without a target"
-    )
-    assert "4 used, 1 cut, skipped: 0 too long" in dataset(records, too_long="cut").summary
+    counts, warning = dataset(records).summary.splitlines()
+    assert counts.endswith("7 records make 3 pieces, 0 cut, skipped: 1 too long, 1 empty, 2 without a target")
+    assert warning.startswith("warning: 1 of 7 records are longer than data.sequence_tokens=160")
+    assert "make 4 pieces, 1 cut, skipped: 0 too long" in dataset(records, too_long="cut").summary
     assert dataset(records, too_long="split").rows > 10
 
 
 def test_a_record_cut_inside_its_prompt_has_no_target(dataset):
     data = dataset([*RECORDS, {"instruction": "word " * 400, "output": "x"}], too_long="cut")
-    assert "3 used, 1 cut" in data.summary
+    assert "make 3 pieces, 1 cut" in data.summary
     assert data.summary.endswith("1 without a target")
 
 
@@ -246,6 +246,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path):
         ('{"instruction": "a", "output": 3}', "line 2: 'output' must be text, not 3"),
         ('{"messages": "hi"}', "line 2: 'messages' must be a list"),
         ('{"messages": [{"role": "user"}]}', "line 2: every message needs"),
+        (
+            '{"messages": [{"role": "usr", "content": "x"}]}',
+            "line 2: unknown role 'usr'; did you mean 'user'",
+        ),
+        ('{"text": "x"}', "set data.task=text"),
+        ('{"prompt": "a", "completion": "b"}', "among 'prompt', 'completion'; a record has"),
     ],
 )
 def test_malformed_records_name_the_line(dataset, line: str, message: str):

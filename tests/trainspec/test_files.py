@@ -290,6 +290,18 @@ def test_export_merges_by_hand_computed_numbers(make_recipe: Make, model_dirs, t
     assert np.array_equal(before["model.norm.weight"], after["model.norm.weight"])
 
 
+def test_export_keeps_what_a_person_put_there(make_recipe: Make, tmp_path: Path):
+    recipe = make_recipe()
+    arrays = trained(recipe)
+    checkpoint.save(tmp_path, Checkpoint(3, arrays, arrays, arrays), recipe=recipe)
+    export(recipe, out=tmp_path, merge=True, shard_bytes=30_000)
+    (tmp_path / "merged/README.md").write_text("my card")
+    target = export(recipe, out=tmp_path, merge=True)
+    assert (target / "README.md").read_text() == "my card"
+    assert [p.name for p in target.glob("*.safetensors*")] == ["model.safetensors"]
+    assert [p.name for p in tmp_path.glob(".*")] == []
+
+
 def test_export_says_what_is_missing(make_recipe: Make, tmp_path: Path):
     with pytest.raises(RecipeError, match="no checkpoint to export"):
         export(make_recipe(), out=tmp_path, merge=False)

@@ -73,6 +73,7 @@ def test_unsupported_configs_are_refused_in_one_line(tmp_path: Path, change: dic
         ("nowhere/at-all", "pretrained", "no directory nowhere/at-all"),
         ("preset:tiny", "pretrained", "model.weights=random"),
         ("preset:tony", "random", "did you mean 'tiny'"),
+        ("preset:tony", "pretrained", "did you mean 'tiny'"),
     ],
 )
 def test_missing_models(source: str, weights: str, message: str):

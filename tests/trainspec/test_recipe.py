@@ -97,7 +97,9 @@ def test_bad_overrides_get_one_clear_line(recipe_file: Path, override: str, mess
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "model: [", "model: {from: x}\n"])
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2]", "model: [", "model: {from: x}\n", MINIMAL + "run: {steps: 3, steps: 4}\n"]
+)
 def test_bad_files_get_one_clear_line(tmp_path: Path, text: str):
     path = tmp_path / "r.yaml"
     path.write_text(text)

@@ -1,0 +1,105 @@
+"""Runs `parity.replay` for the two sides of a check, and makes their bounds of what it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from parity.adam import AdamRule
+from parity.measured import MeasuredBounds, Measurement
+from parity.pair import Pair
+from parity.perturb import DRAWS, UNIT
+from parity.replay import Job
+from parity.rounding import RoundingBounds
+from parity.sides import run_program
+from parity.tolerance import Bounds
+from trainspec.command import EXIT_DONE
+from trainspec.errors import UserError
+from trainspec.hf import resolve_model
+from trainspec.methods import LoRA, full_table, trainable_table
+from trainspec.plan import Backend
+from trainspec.recipe import Recipe, load_recipe
+from trainspec.trace import Trace
+
+# The reference is the same for both sides: one of the backends, on one device.
+REFERENCE: Backend = "jax"
+
+
+def measured_bounds(
+    pair: Pair,
+    precision: Literal["fp32", "bf16"],
+    *,
+    recipe: Path,
+    overrides: Sequence[str],
+    out: Path,
+    activations_at: int | None = None,
+) -> Bounds:
+    """Bounds for two runs of `recipe`, measured under `out`/measured.
+
+    Runs that did not start as the recipe does have failed before a measured bound is asked for: they get estimates.
+    """
+    resolved = load_recipe(recipe, overrides)
+    if not _start_as(resolved, pair):
+        scale = resolved.method.scale if isinstance(resolved.method, LoRA) else 1.0
+        return RoundingBounds(pair, precision, lora_scale=scale)
+    runs = [trace.directory for trace in pair.traces]
+    measurement = measure(
+        runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
+    )
+    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(resolved))
+
+
+def measure(
+    runs: Sequence[Path],
+    precision: Literal["fp32", "bf16"],
+    *,
+    recipe: Path,
+    overrides: Sequence[str],
+    out: Path,
+    activations_at: int | None = None,
+) -> Measurement:
+    """Replay every run in float64, and the first of them from perturbed weights as well: one process for all."""
+    home = out / "measured"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    exact = [*overrides, "precision.policy=fp64", "precision.reduce=fp64"]
+    job = Job(
+        REFERENCE, str(recipe), exact, UNIT[precision], DRAWS, activations_at, [str(r) for r in runs], str(home)
+    )
+    (home / "job.json").write_text(json.dumps(asdict(job)) + "\n")
+    command = [sys.executable, "-m", "parity.replay", str(home / "job.json")]
+    code, last = run_program(command, log=home / "log.txt")
+    if code != EXIT_DONE:
+        raise UserError(f"the fp64 reference ({REFERENCE}): {last}; the whole log is {home / 'log.txt'}")
+    references = tuple(Trace(home / f"reference-{number}") for number in range(len(runs)))
+    return Measurement(references, home / "movement", DRAWS)
+
+
+def rule_of(recipe: Recipe) -> AdamRule:
+    """The recipe's optimizer, with the names that decay."""
+    spec, _ = resolve_model(recipe.model)
+    decayed = frozenset(p.name for p in trainable_table(spec, recipe.method) if p.decay)
+    return AdamRule(recipe.optimizer, decayed)
+
+
+def _start_as(recipe: Recipe, pair: Pair) -> bool:
+    """Whether both runs started from the same finite weights, of the names and shapes that the recipe gives."""
+    spec, _ = resolve_model(recipe.model)
+    wanted = {p.name: p.shape for p in full_table(spec, recipe.method)}
+    if pair.names(0, "weight") != set(wanted):
+        return False
+    for name, shape in wanted.items():
+        left, right = pair.read(0, "weight", name)
+        if left is None or right is None or left.shape != shape or not np.array_equal(left, right):
+            return False
+        if not np.isfinite(left.astype(np.float64)).all():
+            return False
+    trained = {p.name for p in trainable_table(spec, recipe.method)}
+    return all(pair.names(step, "update") == trained for step in range(1, pair.common_steps + 1))

@@ -1,0 +1,255 @@
+"""The bounds of `parity check` in fp32: each side is held to a float64 reference that starts every step where it stands.
+
+forward and backward pass: measured. `parity.replay` makes every step of each side again in float64, and for the left
+           side also from weights that are moved by one rounding each. With σ the measured movement of an element,
+
+               bound = C · T(N) · U(ν) · σ
+
+           σ  of element (i, j) of a tensor folded to [rows, columns]: the root of rows_i · columns_j / mean, the
+              product form of its mean squares, but not less than the tensor's own root mean square. Where a whole row
+              or column does not move at all (a token that is absent, a padded position) nothing may differ.
+           C  how much more a run rounds than a draw: it rounds every product, sum and stored value, a draw every
+              weight once. C² = (roundings on the path, `path_roundings`) / (weights on the path), each rounding counted
+              at its largest, as the draws' are. Forward the loss and activations, forward and backward the rest.
+           T  the largest of N normal errors, but for one case in a million.
+           U  what σ may be too small by, since it comes from few draws: χ² with ν degrees of freedom is below its mean
+              by U² in one case in a million. Per draw the elements of a tensor move in at least INDEPENDENT ways.
+
+loss       the same, ν = one per draw and step (the larger of the step's σ and that of all steps), and the rounding of
+           one sum over the targets: T · u · sqrt(1 + n/2) · loss.
+gradient norm, clip factor, moments, update: computed in numpy float64 from the side's own gradient, moments and
+           weights by the recipe's rule (`adam.AdamRule`), so nothing but this phase's few roundings is left.
+           An element is undetermined where its first moment is within reach of its gradient's bound: there Adam makes
+           a whole step of noise, and the two sides may step apart, each rightly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from parity.adam import AdamRule, clip_factors, float64_sides, gradient_and_before
+from parity.pair import Pair, as_float64
+from parity.perturb import UNIT
+from parity.phases import CLIP, Place
+from parity.rounding import FALSE_ALARM, MOMENT_ROUNDINGS, SMALLEST, RoundingBounds, path_roundings, tail
+from parity.tolerance import EXACT_PHASES, SAME_DOUBLE, WEIGHT_ROUNDINGS, Bound, Contrast, largest
+from trainspec.trace import Trace
+
+Array = NDArray[Any]
+# The independent ways in which a tensor's elements move, per draw: 2 mean² / variance of the squared norm of a
+# tensor's movement, over 12 draws of the demo recipe, was 6.8 at the least of 17 tensors, 31 in the median.
+INDEPENDENT = 6
+# Roundings of an update at its own size (a side): both bias corrections and their quotients 4, root, eps, quotient,
+# rate 4.
+UPDATE_ROUNDINGS = 8
+NAMES = (("left", "fp64 from left"), ("right", "fp64 from right"))
+OWN_NAMES = (("left", "its own rule"), ("right", "its own rule"))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `parity.replay` left: a reference for each run, and how far the first one's tensors move."""
+
+    references: tuple[Trace, ...]
+    movement: Path
+    draws: int
+
+    def mean_squares(self, step: int, key: str) -> tuple[Array, Array]:
+        """Of the rows and of the columns of a folded tensor, over all draws."""
+        with safe_open(self.movement / f"step-{step:06d}.safetensors", "numpy") as file:
+            return file.get_tensor(f"{key}/rows"), file.get_tensor(f"{key}/columns")
+
+    def sigma(self, step: int, key: str, shape: tuple[int, ...]) -> Array:
+        """The movement of every element, see the head of this file."""
+        rows, columns = self.mean_squares(step, key)
+        mean = rows.mean()
+        if not mean:
+            return np.zeros(shape)
+        product = np.outer(rows, columns / mean)
+        return np.sqrt(np.where(product > 0, np.maximum(product, mean), 0.0)).reshape(shape)
+
+    def loss_sigma(self, step: int) -> float:
+        """The movement of the mean loss: the step's own, or that of all steps where it is larger."""
+        steps = range(1, 1 + len(self.references[0].rows))
+        squares = [float(self.mean_squares(each, "loss")[0][0]) for each in steps]
+        return math.sqrt(max(squares[step - 1], float(np.mean(squares))))
+
+
+class MeasuredBounds:
+    """Each side against its reference; `unit` is the unit roundoff of what both compute in."""
+
+    float64_only = False
+
+    def __init__(
+        self, pair: Pair, precision: Literal["fp32", "bf16"], *, measurement: Measurement, rule: AdamRule
+    ) -> None:
+        self._pair, self._measured, self._rule = pair, measurement, rule
+        self._unit = UNIT[precision]
+        self._summed = UNIT["fp32"]
+        shapes = {name: _shape(pair, name) for name in pair.names(0, "weight")}
+        rows = pair.read(1, "batch", "input_ids")[0]
+        forward, whole = path_roundings(
+            shapes, rows.shape if rows is not None else (1, 1), stored=self._unit, summed=self._summed
+        )
+        uses = len(shapes) * self._unit**2
+        self.forward, self.whole = math.sqrt(forward / uses), math.sqrt(whole / (2 * uses))
+        self._coarse = RoundingBounds(pair, precision)
+        self._gradient_bound = cache(self._measured_bound)
+
+    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+        """See the head of this file, phase by phase."""
+        match place.phase:
+            case phase if phase in EXACT_PHASES:
+                return self._coarse.contrasts(place, left, right)
+            case "lr":
+                return self._rate(place, left, right)
+            case "loss":
+                return self._loss(place, left, right)
+            case "grad_norm":
+                return self._norm(place.step, left, right)
+            case phase if phase == CLIP:
+                return self._clip(place.step)
+            case "moment1" | "moment2":
+                return self._moment(place, left, right)
+            case "update":
+                return self._update(place, left, right)
+            case _:
+                return self._against_reference(place, left, right)
+
+    def multiple(self, *, forward: bool, size: int, freedom: int) -> float:
+        """C · T · U."""
+        return (self.forward if forward else self.whole) * tail(size) * too_small(freedom)
+
+    def _reference(self, step: int) -> tuple[Trace, Trace] | None:
+        left, right = self._measured.references
+        return (left, right) if min(len(left.rows), len(right.rows)) >= step else None
+
+    def _against_reference(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+        references, key = self._reference(place.step), f"{place.phase}/{place.tensor}"
+        if references is None or any(key not in trace.names(place.step) for trace in references):
+            return self._coarse.contrasts(place, left, right)
+        own = self._gradient_bound(place)
+        expected = [trace.read(place.step, key) for trace in references]
+        return [
+            Contrast(side, wanted.reshape(side.shape), Bound(own.reshape(side.shape)), names)
+            for side, wanted, names in zip((left, right), expected, NAMES, strict=True)
+        ]
+
+    def _measured_bound(self, place: Place) -> Array:
+        key = f"{place.phase}/{place.tensor}"
+        shape = self._measured.references[0].read(place.step, key).shape
+        sigma = self._measured.sigma(place.step, key, shape)
+        freedom = INDEPENDENT * self._measured.draws
+        forward = place.phase == "activation"
+        return self.multiple(forward=forward, size=sigma.size, freedom=freedom) * sigma + SMALLEST
+
+    def _loss(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+        references = self._reference(place.step)
+        if references is None:
+            return self._coarse.contrasts(place, left, right)
+        freedom = self._measured.draws * len(self._measured.references[0].rows)
+        tokens = max(self._pair.scalar(place.step, "tokens"))
+        mean = max(abs(trace.rows[place.step - 1]["loss"]) for trace in references)
+        own = self.multiple(forward=True, size=1, freedom=freedom) * self._measured.loss_sigma(place.step)
+        own += tail(1) * self._summed * math.sqrt(1 + tokens / 2) * mean
+        own *= tokens if place.tensor == "loss_sum" else 1
+        expected = [np.asarray(trace.rows[place.step - 1][place.tensor]) for trace in references]
+        return [
+            Contrast(side, wanted, Bound(np.asarray(own)), names)
+            for side, wanted, names in zip((left, right), expected, NAMES, strict=True)
+        ]
+
+    def _rate(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+        bound = Bound(np.asarray(SAME_DOUBLE * largest(left, right)))
+        references = self._reference(place.step)
+        if references is None:
+            return [Contrast(left, right, bound)]
+        wanted = np.asarray(references[0].rows[place.step - 1]["lr"])
+        return [Contrast(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))]
+
+    def _norm(self, step: int, left: Array, right: Array) -> Sequence[Contrast]:
+        """The root of the sum of squares of the side's own gradients: one long sum."""
+        found = []
+        for side, (reported, names) in enumerate(zip((left, right), OWN_NAMES, strict=True)):
+            squares, count = 0.0, 1
+            for name in self._pair.names(step, "gradient"):
+                gradient = self._pair.read(step, "gradient", name)[side]
+                if gradient is not None:
+                    squares += float(np.sum(np.square(as_float64(gradient))))
+                    count = max(count, gradient.size)
+            norm = math.sqrt(squares)
+            own = self._summed * math.sqrt(1 + count / 2) * norm + SMALLEST
+            found.append(Contrast(reported, np.asarray(norm), Bound(np.asarray(own)), names))
+        return found
+
+    def _factors(self, step: int) -> tuple[float, float]:
+        left, right = self._pair.scalar(step, "grad_norm")
+        return self._rule.clip_factor(left), self._rule.clip_factor(right)
+
+    def _clip(self, step: int) -> Sequence[Contrast]:
+        """The factor that a side's moments show; where they show no factor at all they are judged as moments."""
+        found = clip_factors(self._pair, step, betas=self._rule.spec.betas)
+        own = MOMENT_ROUNDINGS["moment1"] / 2 * self._summed
+        return [
+            Contrast(np.asarray(a if a else b), np.asarray(b), Bound(np.asarray(own * b)), names)
+            for a, b, names in zip(found, self._factors(step), OWN_NAMES, strict=True)
+        ]
+
+    def _moment(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+        gradient, before = gradient_and_before(self._pair, place)
+        roundings, found = MOMENT_ROUNDINGS[place.phase] / 2 * self._summed, []
+        for side, factor in enumerate(self._factors(place.step)):
+            wanted, size = self._rule.moment(place.phase, gradient[side], before[side], factor=factor)
+            bound = Bound(roundings * size + SMALLEST)
+            found.append(Contrast((left, right)[side], wanted, bound, OWN_NAMES[side]))
+        return found
+
+    def _update(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+        moment1 = float64_sides(self._pair.read(place.step, "moment1", place.tensor), left)
+        moment2 = float64_sides(self._pair.read(place.step, "moment2", place.tensor), left)
+        weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(left.shape),) * 2)
+        lr = max(self._pair.scalar(place.step, "lr"))
+        noise, found = self._noise(place, moment1), []
+        for side, names in enumerate(OWN_NAMES):
+            wanted = self._rule.update(
+                place.tensor, weights[side], moment1[side], moment2[side], lr=lr, step=place.step
+            )
+            own = UPDATE_ROUNDINGS * np.abs(wanted) + WEIGHT_ROUNDINGS * np.abs(weights[side])
+            bound = Bound(self._summed * own + SMALLEST)
+            found.append(Contrast((left, right)[side], wanted, bound, names, noise))
+        return found
+
+    def _noise(self, place: Place, moment1: Array) -> Array:
+        """Elements whose gradient's bound reaches the first moment."""
+        gradient = Place(place.step, "gradient", place.tensor)
+        if self._reference(place.step) is None:
+            return np.zeros(moment1.shape[1:], bool)
+        if f"gradient/{place.tensor}" not in self._measured.references[0].names(place.step):
+            return np.zeros(moment1.shape[1:], bool)
+        beta, factor = self._rule.spec.betas[0], max(self._factors(place.step))
+        reach = (1.0 - beta) * factor * self._gradient_bound(gradient)
+        reach = reach.reshape(moment1.shape[1:])
+        # A gradient that cannot move at all (of A, while B is zero) leaves no noise.
+        return (reach >= np.abs(moment1).max(axis=0)) & (reach > SMALLEST)
+
+
+def too_small(freedom: int) -> float:
+    """By what factor a root mean square of `freedom` normal values may come out too small, once in a million.
+
+    P(χ² ≤ x) ≤ (x/2)^(ν/2) / Γ(ν/2 + 1), from the incomplete gamma function's series; solved for x.
+    """
+    half = freedom / 2
+    return math.sqrt(half) * math.exp(-(math.log(FALSE_ALARM) + math.lgamma(half + 1)) / freedom)
+
+
+def _shape(pair: Pair, name: str) -> tuple[int, ...]:
+    return next(side.shape for side in pair.read(0, "weight", name) if side is not None)
