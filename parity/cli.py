@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never, get_args
 
 from parity.check import DEFAULT_STEPS, check, diff
-from parity.faults.run import BACKENDS, chosen, run_faults
+from parity.faults.run import BACKENDS, Precision, chosen, run_faults
 from parity.faults.table import listed, page, result_lines, summary
-from parity.matrix import Row, run_matrix, select
+from parity.matrix import run_matrix, select
 from parity.sides import parse_side
-from parity.status import write_json, write_status
+from parity.status import status_lines, write_json, write_status
 from parity.verdict import Verdict
 from trainspec.command import EXIT_DONE, EXIT_FAILED, add_recipe, run_command
 from trainspec.plan import Policy
@@ -70,6 +69,15 @@ def parser() -> ArgumentParser:
         "--only", nargs="+", action="extend", default=[], metavar="NAME", help="these faults (all)"
     )
     faults.add_argument("--backend", choices=BACKENDS, help="plant them in this backend only")
+    faults.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        action="append",
+        help="fp64, the proof, by default; may repeat",
+    )
+    faults.add_argument(
+        "--keep", action="store_true", help="keep the traces of what came out as expected, too"
+    )
     faults.add_argument("--list", action="store_true", help="say what there is and run nothing")
     faults.add_argument(
         "--page", type=Path, metavar="FILE", help="write the results as Markdown, such as docs/faults.md"
@@ -109,18 +117,9 @@ def _matrix(args: Namespace) -> int:
     page = args.status or (args.out / STATUS_PAGE.name if args.only else STATUS_PAGE)
     write_json(args.out / "matrix.json", rows)
     write_status(page, rows)
-    return _tell_rows(rows, page)
-
-
-def _tell_rows(rows: Sequence[Row], page: Path) -> int:
-    failed = [row for row in rows if row.verdict == "fail"]
-    for row in failed:
-        place = f"{row.shown.place}: " if row.shown else ""
-        print(f"FAIL  {row.cell}: {place}{row.reason}")
-    counts = Counter(row.verdict for row in rows)
-    print(", ".join(f"{counts[word]} {word}" for word in ("pass", "fail", "unsupported")))
+    print("\n".join(status_lines(rows)))
     print(f"page: {page}")
-    return EXIT_FAILED if failed else EXIT_DONE
+    return EXIT_FAILED if any(row.verdict == "fail" for row in rows) else EXIT_DONE
 
 
 def _faults(args: Namespace) -> int:
@@ -128,7 +127,10 @@ def _faults(args: Namespace) -> int:
     if args.list:
         print("\n".join(listed(faults)))
         return EXIT_DONE
-    outcomes = run_faults(faults, [args.backend] if args.backend else BACKENDS, args.out)
+    backends, outcomes = [args.backend] if args.backend else BACKENDS, []
+    precisions: Sequence[Precision] = args.precision or ["fp64"]
+    for precision in precisions:
+        outcomes += run_faults(faults, backends, args.out / precision, precision=precision, keep=args.keep)
     (args.out / "faults.json").write_text(json.dumps([o.as_json() for o in outcomes], indent=2) + "\n")
     if args.page:
         args.page.write_text(page(outcomes))

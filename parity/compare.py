@@ -231,7 +231,8 @@ def _nothing_shown(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
         if finding.undetermined > DETERMINED * finding.elements:
             share = finding.undetermined / finding.elements
             yield _failure(
-                finding.place, f"nothing is proven: {share:.0%} of the elements are within the reach of rounding"
+                finding.place,
+                f"nothing is proven: {share:.0%} of the elements are within the reach of rounding",
             )
 
 

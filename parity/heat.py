@@ -50,7 +50,8 @@ def heat_maps(findings: Sequence[Finding]) -> list[HeatMap]:
         name = finding.place.phase
         groups.setdefault("few" if name in FEW else name, []).append(finding)
     first = next((finding for finding in findings if not finding.holds), None)
-    shown = [name for name in groups if name != "initial" or any(not f.holds for f in groups[name])]
+    shown = [name for name in titles if name in groups]
+    shown = [name for name in shown if name != "initial" or any(not f.holds for f in groups[name])]
     opened = next((name for name in shown if first in groups[name]), "update")
     return [_map(titles[name], groups[name], first, opened=name == opened) for name in shown]
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,6 @@ from parity.adam import AdamRule
 from parity.measured import MeasuredBounds, Measurement
 from parity.pair import Pair
 from parity.perturb import DRAWS, UNIT
-from parity.replay import Job
 from parity.rounding import RoundingBounds
 from parity.sides import run_program
 from parity.tolerance import Bounds
@@ -30,6 +29,23 @@ from trainspec.trace import Trace
 
 # The reference is the same for both sides: one of the backends, on one device.
 REFERENCE: Backend = "jax"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `parity.replay` is told: the reference's backend and recipe, the runs (traces) that it makes again.
+
+    `draws` are made of the first run, its weights moved by `unit`; step `activations_at` is seen with activations.
+    """
+
+    backend: Backend
+    recipe: str
+    overrides: list[str]
+    unit: float
+    draws: int
+    activations_at: int | None
+    runs: list[str]
+    out: str
 
 
 def measured_bounds(
@@ -71,7 +87,14 @@ def measure(
     home.mkdir(parents=True)
     exact = [*overrides, "precision.policy=fp64", "precision.reduce=fp64"]
     job = Job(
-        REFERENCE, str(recipe), exact, UNIT[precision], DRAWS, activations_at, [str(r) for r in runs], str(home)
+        REFERENCE,
+        str(recipe),
+        exact,
+        UNIT[precision],
+        DRAWS,
+        activations_at,
+        [str(r) for r in runs],
+        str(home),
     )
     (home / "job.json").write_text(json.dumps(asdict(job)) + "\n")
     command = [sys.executable, "-m", "parity.replay", str(home / "job.json")]

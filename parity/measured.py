@@ -49,8 +49,8 @@ Array = NDArray[Any]
 # tensor's movement, over 12 draws of the demo recipe, was 6.8 at the least of 17 tensors, 31 in the median.
 INDEPENDENT = 6
 # Roundings of an update at its own size (a side): both bias corrections and their quotients 4, root, eps, quotient,
-# rate 4.
-UPDATE_ROUNDINGS = 8
+# rate 4, and 1 where the two weights are subtracted to record it.
+UPDATE_ROUNDINGS = 9
 NAMES = (("left", "fp64 from left"), ("right", "fp64 from right"))
 OWN_NAMES = (("left", "its own rule"), ("right", "its own rule"))
 
@@ -174,7 +174,9 @@ class MeasuredBounds:
         if references is None:
             return [Contrast(left, right, bound)]
         wanted = np.asarray(references[0].rows[place.step - 1]["lr"])
-        return [Contrast(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))]
+        return [
+            Contrast(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))
+        ]
 
     def _norm(self, step: int, left: Array, right: Array) -> Sequence[Contrast]:
         """The root of the sum of squares of the side's own gradients: one long sum."""
@@ -223,7 +225,8 @@ class MeasuredBounds:
             wanted = self._rule.update(
                 place.tensor, weights[side], moment1[side], moment2[side], lr=lr, step=place.step
             )
-            own = UPDATE_ROUNDINGS * np.abs(wanted) + WEIGHT_ROUNDINGS * np.abs(weights[side])
+            size = np.abs(weights[side]) + np.abs(wanted)  # of the weight before and after
+            own = UPDATE_ROUNDINGS * np.abs(wanted) + WEIGHT_ROUNDINGS * size
             bound = Bound(self._summed * own + SMALLEST)
             found.append(Contrast((left, right)[side], wanted, bound, names, noise))
         return found

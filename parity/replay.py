@@ -8,9 +8,8 @@ stood: what is left between the two is the rounding of that one step. For the fi
 weights that are moved by one rounding each (`parity.perturb`), `draws` times; how far every tensor moves is kept as
 mean squares of its rows and columns, which is all that a bound needs and small on the disk.
 
-JOB is {"backend", "recipe", "overrides", "unit", "draws", "activations_at", "runs": [TRACE, ...], "out"}; it leaves
-OUT/reference-0, OUT/reference-1, ... (traces without moments and updates) and OUT/movement. Runs as a program of its
-own; the backend is loaded by name, as its command line would.
+JOB is a `parity.measure.Job`; it leaves OUT/reference-0, OUT/reference-1, ... (traces without moments and updates) and
+OUT/movement. Runs as a program of its own; the backend is loaded by name.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from parity.measure import Job
 from parity.perturb import folded, perturbed
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import open_dataset
@@ -44,20 +43,6 @@ from trainspec.trace import StepTrace, Trace, TraceWriter
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 GROUPS = ("gradient", "activation", "activation_gradient")
-
-
-@dataclass(frozen=True)
-class Job:
-    """See the head of this file."""
-
-    backend: str
-    recipe: str
-    overrides: list[str]
-    unit: float
-    draws: int
-    activations_at: int | None
-    runs: list[str]
-    out: str
 
 
 def weights_before(trace: Trace, names: set[str]) -> Iterator[Arrays]:
@@ -85,7 +70,7 @@ class Replayer:
         self.dataset = open_dataset(self.recipe, "train")
         self.trained = {p.name for p in trainable_table(self.spec, recipe.method)}
         importlib.import_module(f"{job.backend}train.parallel").start(self.recipe)
-        self.backend: Backend[Any] = importlib.import_module(f"{job.backend}train.step")
+        self.backend = cast(Backend[Any], importlib.import_module(f"{job.backend}train.step"))
 
     def steps(self, trace: Trace, *, draw: int | None) -> Iterator[tuple[int, Metrics]]:
         """(step, what it gave) for every step of `trace`, from its weights or from perturbed ones."""
@@ -112,9 +97,7 @@ class Replayer:
     def lr(self, step: int) -> float:
         """The recipe's rate at `step`."""
         recipe = self.recipe
-        return learning_rate(
-            recipe.schedule, peak=recipe.optimizer.lr, step=step - 1, steps=recipe.run.steps
-        )
+        return learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step - 1, steps=recipe.run.steps)
 
     def _with_weights_of(self, trace: Trace, draw: int | None) -> Recipe:
         """The recipe on a model directory with the starting weights of `trace`.

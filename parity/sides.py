@@ -28,7 +28,10 @@ NEVER = 10**9
 CPU_ONLY = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 # Threads that spin while they wait take the core from those that work: up to five times the wall time in torch.
 # A check runs the same programs again, for its reference or a failing step: what takes long to compile is kept.
-COMPILE_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+COMPILE_CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(Path("build/jax-cache").absolute()),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
@@ -123,8 +126,7 @@ def run_program(command: Sequence[str], *, log: Path) -> tuple[int, str]:
     Returns the exit code and the last line that says something.
     """
     watched, last = sys.stderr.isatty(), ""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / "jax-cache")}
-    environment = QUIET_THREADS | COMPILE_CACHE | cache | os.environ | CPU_ONLY
+    environment = QUIET_THREADS | COMPILE_CACHE | os.environ | CPU_ONLY
     with log.open("w") as file, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
     ) as child:  # fmt: skip

@@ -22,7 +22,8 @@ here with the line that it says. `packed-2` is packed rows in two microbatches, 
 
 Error and bound are shares of the tensor's largest entry, at the place that uses most of its bound; in a cell that
 fails, at the first divergence. Used is error / bound, where an earlier difference is handed on the share of the rest.
-Noise is the share of update elements about which the bound says nothing. The bounds are derived in `numerics.md`.
+Noise is the share of update elements about which the bound says nothing. fp64 is held to the proof's bound; fp32 to the
+estimated one (`numerics.md`), which needs no run of its own; `parity check` measures it.
 
 With {versions}.
 """
@@ -36,10 +37,11 @@ def write_status(page: Path, rows: Sequence[Row]) -> None:
 
 def status_page(rows: Sequence[Row]) -> str:
     """The page as Markdown: a row for every cell, those that ran before those that were refused."""
-    counts = Counter(row.verdict for row in rows)
-    said = ", ".join(f"{counts[word]} {word}" for word in ("pass", "fail", "unsupported"))
     head = HEAD.format(
-        total=len(rows), counts=said, steps=STEPS, versions=", ".join(" ".join(pair) for pair in versions())
+        total=len(rows),
+        counts=_counts(rows),
+        steps=STEPS,
+        versions=", ".join(" ".join(pair) for pair in versions()),
     )
     ran = [row for row in rows if row.verdict != "unsupported"]
     refused = [row for row in rows if row.verdict == "unsupported"]
@@ -54,10 +56,23 @@ def status_page(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+def status_lines(rows: Sequence[Row]) -> list[str]:
+    """For the terminal: what failed and where, and how many cells passed."""
+    failed = [row for row in rows if row.verdict == "fail"]
+    places = [f"{row.shown.place}: " if row.shown else "" for row in failed]
+    lines = [f"FAIL  {row.cell}: {place}{row.reason}" for row, place in zip(failed, places, strict=True)]
+    return [*lines, _counts(rows)]
+
+
 def write_json(path: Path, rows: Sequence[Row]) -> None:
     """Write the versions and an object for every cell; numbers that do not exist are null."""
     content = {"versions": dict(versions()), "cells": [_object(row) for row in rows]}
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    counts = Counter(row.verdict for row in rows)
+    return ", ".join(f"{counts[word]} {word}" for word in ("pass", "fail", "unsupported"))
 
 
 def _names(row: Row) -> list[str]:

@@ -18,7 +18,7 @@ from trainspec import checkpoint
 
 PROGRAMS = ("jaxtrain", "torchtrain")
 # Many, so that a kill behind the first checkpoint comes long before the end.
-STEPS = 60
+STEPS = 30
 LAST = f"step-{STEPS:06d}"
 PARTS = ("weights", "moment1", "moment2")
 
@@ -70,7 +70,7 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(program: str, recipe_file: Pat
 
 def test_a_run_goes_on_on_the_other_backend(recipe_file: Path, tmp_path: Path):
     recipe, homes = str(recipe_file), {name: tmp_path / name for name in ("jax", "there", "back")}
-    first = ["--set", "run.stop_after_steps=20"]
+    first = ["--set", "run.stop_after_steps=10"]
     run(
         "jaxtrain",
         tmp_path / "a",

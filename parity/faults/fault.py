@@ -37,7 +37,8 @@ class Fault:
 
     `where` is where it must show first; None says that it cannot show in fp64, because the arithmetic is the same:
     then the check must pass, and `note` says why. A backend whose edits are None cannot have it (`note`).
-    `below_bound_in` names the precisions in which the difference is smaller than what rounding explains.
+    `below_bound_in` names the precisions in which the difference is smaller than what rounding explains: there it may
+    pass. `fp64_only` names the backends in which another part does the work in other precisions, out of the edit's reach.
     """
 
     name: str
@@ -48,11 +49,17 @@ class Fault:
     torch: tuple[Edit, ...] | None
     setup: str = "full"
     below_bound_in: tuple[Policy, ...] = ()
+    fp64_only: tuple[Backend, ...] = ()
     note: str = ""
 
     def edits(self, backend: Backend) -> tuple[Edit, ...] | None:
         """What is changed in the source of `backend`; None where it does not apply."""
         return self.jax if backend == "jax" else self.torch
+
+    def applies(self, backend: Backend, precision: Policy) -> bool:
+        """Whether it can be planted in `backend` in a run of `precision`."""
+        reaches = precision == "fp64" or backend not in self.fp64_only
+        return reaches and self.edits(backend) is not None
 
 
 # What a fault needs of a recipe to be visible, by name. Rows are padded on the left, where a causal mask alone does
@@ -71,23 +78,23 @@ SETUPS: dict[str, str] = {
 }
 
 
-def setup_recipe(tiny: Tiny, setup: str) -> Recipe:
+def setup_recipe(tiny: Tiny, setup: str, precision: Policy) -> Recipe:
     """The recipe of a set-up in `SETUPS`."""
     adapter = {**_LORA, "adapter": str(tiny.adapter)}
+    sections: dict[str, Mapping[str, Any]] = {"data": _LEFT, "precision": {"policy": precision}}
     match setup:
-        case "full":
-            return tiny.recipe(data=_LEFT)
+        case "full" | "tied" | "bias":
+            pass
         case "packed":
-            return tiny.recipe(data={"packing": True, "sequence_tokens": 80})
-        case "tied" | "bias":
-            return tiny.recipe(setup, data=_LEFT)
+            sections["data"] = {"packing": True, "sequence_tokens": 80}
         case "warmup":
-            return tiny.recipe(data=_LEFT, schedule={"kind": "cosine", "warmup_steps": 3})
+            sections["schedule"] = {"kind": "cosine", "warmup_steps": 3}
         case "lora":
-            return tiny.recipe(data=_LEFT, method=_LORA)
+            sections["method"] = _LORA
         case "adapter":
-            return tiny.recipe(data=_LEFT, method=adapter)
+            sections["method"] = adapter
         case "remat":
-            return tiny.recipe(data=_LEFT, method=adapter, plan={"remat": "full"})
+            sections |= {"method": adapter, "plan": {"remat": "full"}}
         case other:
             raise ValueError(f"no set-up {other!r}")
+    return tiny.recipe(setup if setup in ("tied", "bias") else "plain", **sections)

@@ -13,6 +13,8 @@ MIXED = "mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask_BSS)"
 THETA = Edit("trainspec.model", "np.asarray(model.rope_theta, dtype)", "np.asarray(10_000.0, dtype)")
 SAME_SEGMENT = "(segments_BS[:, :, None] == segments_BS[:, None, :])"
 TORCH_SAME_SEGMENT = "segments_BS[:, :, None] == segments_BS[:, None, :]"
+# torchtrain's own norm, which fp64 runs have, in every precision.
+OWN_NORM = Edit(TORCH_MODEL, 'if policy == "fp64":', "if True:")
 
 FAULTS = (
     Fault(
@@ -53,7 +55,7 @@ FAULTS = (
     Fault(
         name="rope-key-offset",
         imitates="keys are rotated one position further than queries",
-        source="goodfire-ai/spd#699 (0-based against 1-based); RoFormer, arXiv 2104.09864",
+        source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
         where=FIRST_ATTENTION,
         jax=(
             Edit(
@@ -88,7 +90,7 @@ FAULTS = (
     Fault(
         name="rope-all-offset",
         imitates="every position is one too large",
-        source="goodfire-ai/spd#699 (0-based against 1-based); RoFormer, arXiv 2104.09864",
+        source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
         where=None,
         jax=(Edit(MODEL, TABLES, TABLES.replace("positions", "positions + 1")),),
         torch=(
@@ -183,6 +185,7 @@ FAULTS = (
             ),
         ),
         torch=(
+            OWN_NORM,
             Edit(
                 TORCH_MODEL,
                 "torch.rsqrt(mean_square + self.variance_epsilon)",
@@ -203,6 +206,7 @@ FAULTS = (
             ),
         ),
         torch=(
+            OWN_NORM,
             Edit(
                 TORCH_MODEL,
                 "self.weight * (hidden_states * torch.rsqrt(mean_square + self.variance_epsilon))",

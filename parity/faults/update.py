@@ -50,6 +50,7 @@ FAULTS = (
                 "gradient.mul_(torch.clamp(max_norm / (gradient.norm() + CLIP_EPS), max=1.0))",
             ),
         ),
+        fp64_only=("torch",),
         note=NOT_DEEPSPEED,
     ),
     Fault(
@@ -66,6 +67,7 @@ FAULTS = (
                 "        self._optimizer.step()\n        if self._clip_norm is not None:",
             ),
         ),
+        fp64_only=("torch",),
         note=NOT_DEEPSPEED,
     ),
     Fault(
@@ -76,6 +78,7 @@ FAULTS = (
         jax=(Edit(OPTIM, "CLIP_EPS = 1e-6", "CLIP_EPS = 0.0"),),
         torch=(Edit(TORCH_OPTIM, "CLIP_EPS = 1e-6", "CLIP_EPS = 0.0"),),
         below_bound_in=("fp32", "bf16"),
+        fp64_only=("torch",),
         note=f"a relative difference of 1e-6 / norm; {NOT_DEEPSPEED}",
     ),
     Fault(

@@ -27,7 +27,7 @@ def diff(left, right, out, *flags):
 def test_equal_runs_pass_and_verdict_json_has_the_documented_keys(base, tmp_path, capsys):
     code, verdict = diff(base["float64"], base["float64"], tmp_path)
     assert code == 0
-    assert list(verdict) == ["verdict", "precision", "steps", "left", "right", "worst", "first_divergence"]
+    assert list(verdict) == ["verdict", "precision", "steps", "left", "right", "worst", "first_divergence", "reading"]
     assert (verdict["verdict"], verdict["precision"], verdict["steps"]) == ("pass", "fp64", 3)
     assert verdict["first_divergence"] is None
     for phase in (
@@ -66,7 +66,7 @@ MISTAKES = {
     "decay left out": (Sim(no_decay=True), "update", None, 1),
     "no bias correction": (Sim(no_bias_correction=True), "update", None, 1),
     "another beta2": (Sim(betas=(0.9, 0.99)), "moment2", None, 1),
-    "not clipped": (Sim(clip=1e9), "moment1", None, 1),
+    "not clipped": (Sim(clip=1e9), "clip", "clip_factor", 1),
     "no update on one side": (Sim(frozen=True), "update", None, 1),
     "a mean of means": (Sim(loss_factor=1.05), "loss", "loss_sum", 1),
     "one gradient scaled": (Sim(gradient_factor=(Q1, 1.01)), "gradient", Q1, 1),
@@ -91,7 +91,7 @@ def test_a_planted_mistake_fails_at_its_place(name, dtype, base, tmp_path):
     assert (code, verdict["verdict"]) == (1, "fail")
     assert (first["phase"], first["step"]) == (phase, step), first
     assert tensor in (None, first["tensor"])
-    assert set(SHAPES) | {"lr", "loss_sum", "input_ids", "labels"} > {first["tensor"]}
+    assert set(SHAPES) | {"lr", "loss_sum", "input_ids", "labels", "clip_factor"} > {first["tensor"]}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

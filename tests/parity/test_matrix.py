@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from synthetic import Q1, Sim, write
 
-from parity.cli import _tell_rows, main
+from parity.cli import main
 from parity.matrix import PLANS, Cell, Row, cells, judge, refusals, select
-from parity.status import status_page, write_json
+from parity.status import status_page
 from trainspec.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,23 +51,29 @@ def planted(tmp_path: Path) -> Row:
     return judge(CELL, left, write(Sim(gradient_factor=(Q1, 1 + 1e-5)), tmp_path / "right"))
 
 
-def test_a_failing_cell_shows_as_fail_with_its_first_divergence(planted: Row, tmp_path: Path, capsys):
-    page = status_page([planted])
+def run(rows: list[Row], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """`parity matrix`, with the training already done."""
+    monkeypatch.setattr("parity.cli.run_matrix", lambda chosen, out: rows)
+    out.mkdir(exist_ok=True)
+    return main(["matrix", "--only", str(CELL), "--out", str(out)])
+
+
+def test_a_failing_cell_shows_as_fail_with_its_first_divergence(planted: Row, tmp_path, monkeypatch, capsys):
+    assert run([planted], tmp_path, monkeypatch) == 1
+    assert f"FAIL  {CELL}: step 1, gradient, {Q1}" in capsys.readouterr().out
+    page = (tmp_path / "parity-status.md").read_text()
     assert "0 pass, 1 fail, 0 unsupported" in page
     assert "**fail**" in page
     assert f"step 1, gradients, `{Q1}`" in page
-    assert _tell_rows([planted], tmp_path / "page.md") == 1
-    assert f"FAIL  {CELL}: step 1, gradient, {Q1}" in capsys.readouterr().out
-    write_json(tmp_path / "m.json", [planted])
-    [entry] = json.loads((tmp_path / "m.json").read_text())["cells"]
+    [entry] = json.loads((tmp_path / "matrix.json").read_text())["cells"]
     assert (entry["verdict"], entry["phase"], entry["tensor"]) == ("fail", "gradient", Q1)
 
 
-def test_a_cell_without_a_difference_passes(tmp_path: Path):
+def test_a_cell_without_a_difference_passes(tmp_path: Path, monkeypatch):
     left, right = write(Sim(), tmp_path / "left"), write(Sim(fused=True), tmp_path / "right")
     row = judge(CELL, left, right)
     assert row.verdict == "pass"
-    assert _tell_rows([row], tmp_path / "page.md") == 0
+    assert run([row], tmp_path, monkeypatch) == 0
 
 
 def test_a_cell_whose_trace_is_missing_fails(tmp_path: Path):

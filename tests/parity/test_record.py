@@ -15,7 +15,7 @@ import pytest
 from parity import Recorder
 from parity.cli import main, parser
 from trainspec.errors import TraceError
-from trainspec.trace import Trace
+from trainspec.trace import StepTrace, Trace, TraceWriter
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = {"kernel": "fc.weight", "bias": "fc.bias", "table": "frozen.weight"}
@@ -119,6 +119,21 @@ def test_a_batch_that_differs_is_the_first_divergence(tmp_path: Path):
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)]) == 1
     first = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
     assert (first["phase"], first["tensor"]) == ("batch", "inputs")
+
+
+@pytest.mark.parametrize(
+    "other", [{}, {"input_ids": np.ones((4, 2), np.int32)}, {"targets": np.ones((4, 2))}]
+)
+def test_a_batch_that_one_side_did_not_record_fails(tmp_path: Path, other: dict[str, np.ndarray]):
+    batches = {"a": {"inputs": np.ones((4, 2))} if other else {}, "b": other}
+    for side, batch in batches.items():
+        writer = TraceWriter(tmp_path / side)
+        writer.initial({"w": np.ones(2)})
+        writer.step(StepTrace(1, batch, 1.0, 1, 1.0, 1.0, *({"w": np.ones(2)} for _ in range(4))))
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)]) == 1
+    first = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
+    assert first["phase"] == "batch"
+    assert "missing in" in first["reason"]
 
 
 @pytest.fixture(scope="module")

@@ -140,3 +140,13 @@ def test_a_long_run_is_shown_with_the_worst_of_several_steps():
     assert all(m.table.count("<td class=u") <= CELLS for m in maps)
     assert 'id=first title="step 120: 1.0e+09"' in maps[-1].table
     assert maps[-1].opened
+
+
+def test_maps_are_in_causal_order_though_activations_are_seen_at_one_step_only():
+    seen = [
+        Finding(Place(2, "activation", "norm"), 0.0, 1e-9, 0.0),
+        Finding(Place(2, "batch", "labels"), 0.0, 0.0, 0.0),
+    ]
+    assert [m.title for m in heat_maps([*findings(1, 1), *seen])] == [
+        "batch and scalars", "activations", "gradients", "first moments", "second moments", "updates",
+    ]  # fmt: skip

@@ -1,0 +1,297 @@
+"""What kind of cause a first divergence looks like: one line where the pattern is known.
+
+A reading is a hint for a person, drawn from the two tensors at the first divergence and from which other places
+differ; the verdict does not depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.compare import Comparison, Finding
+from parity.pair import Pair
+from parity.phases import INITIAL, PHASES, ROW_TENSORS
+from trainspec.data import IGNORED
+from trainspec.trace import Trace
+
+Array = NDArray[Any]
+UNKNOWN = "no known pattern"
+# A factor explains a difference where what it leaves over is below this share of it.
+LEFT_OVER = 0.02
+# Two numbers are called the same ratio when they agree to this.
+SAME_RATIO = 1e-4
+# Rank correlation of error and position from which an error is said to grow with it.
+GROWS = 0.6
+TOKEN_WISE = ("activation", "activation_gradient")
+NOT_DECAYED = re.compile(r"norm|\.bias$")
+DIGITS = re.compile(r"\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The first divergence with what a rule looks at. `left` and `right` are float64 and of equal shape."""
+
+    first: Finding
+    failing: tuple[Finding, ...]
+    judged: tuple[Finding, ...]
+    left: Array
+    right: Array
+    segments: Array | None
+    counts: Mapping[str, float]
+    pair: Pair
+
+    @property
+    def allowed(self) -> float:
+        """The absolute bound at the worst element."""
+        scale = max(np.abs(self.left).max(initial=0.0), np.abs(self.right).max(initial=0.0))
+        return (self.first.bound or 0.0) * float(scale)
+
+
+def read(
+    comparison: Comparison, traces: tuple[Trace, Trace] | None, *, counts: Mapping[str, float] | None = None
+) -> str | None:
+    """The reading of a failed comparison; None where it holds, or where there is nothing to look at.
+
+    `counts` are what the recipe counts (accumulation, rank, ...), by name: a constant factor may be one of them.
+    """
+    first = comparison.first_divergence
+    if first is None or traces is None or first.error is None:
+        return None
+    pair, place = Pair(*traces), first.place
+    found = _arrays(first, pair)
+    if found is None:
+        return None
+    same = [f for f in comparison.findings if (f.place.step, f.place.phase) == (place.step, place.phase)]
+    segments = pair.read(max(place.step, 1), "batch", "segments")[0]
+    scene = Scene(
+        first, tuple(f for f in same if not f.holds), tuple(same), *found, segments,
+        _counts(pair, max(place.step, 1)) | dict(counts or {}), pair,
+    )  # fmt: skip
+    return next((line for rule in RULES if (line := rule(scene))), UNKNOWN)
+
+
+def _arrays(first: Finding, pair: Pair) -> tuple[Array, Array] | None:
+    place = first.place
+    if place.phase in ROW_TENSORS or first.index == ():
+        left, right = (
+            pair.scalar(place.step, place.tensor) if place.phase in ROW_TENSORS else first.values or (0, 0)
+        )
+        return np.asarray(left, np.float64), np.asarray(right, np.float64)
+    sides = pair.read(place.step, "weight" if place.phase == INITIAL.name else place.phase, place.tensor)
+    if sides[0] is None or sides[1] is None or sides[0].shape != sides[1].shape:
+        return None
+    return sides[0].astype(np.float64), sides[1].astype(np.float64)
+
+
+def _counts(pair: Pair, step: int) -> dict[str, float]:
+    """What can be counted in the batch; a loss or gradient divided by the wrong one of them is off by a ratio."""
+    labels, segments = (pair.read(step, "batch", name)[0] for name in ("labels", "segments"))
+    if labels is None or segments is None or labels.ndim != 2:
+        return {}
+    return {
+        "target tokens": float((labels != IGNORED).sum()),
+        "tokens that are no padding": float((segments != 0).sum()),
+        "positions": float(labels.size),
+        "rows": float(labels.shape[0]),
+        "sequence tokens": float(labels.shape[1]),
+    }
+
+
+def data_order(scene: Scene) -> str | None:
+    """The same rows, elsewhere."""
+    if scene.first.place.phase != "batch" or scene.left.ndim != 2:
+        return None
+    left, right = (side[np.lexsort(side.T)] for side in (scene.left, scene.right))
+    if np.array_equal(left, right):
+        return "the same rows in another order: the order of the data"
+    for other in (scene.first.place.step - 1, scene.first.place.step + 1):
+        if 1 <= other <= scene.pair.common_steps and np.array_equal(_batch_of(scene, other), scene.right):
+            return f"right has the rows of left's step {other}: the cursor into the data"
+    names = {finding.place.tensor for finding in scene.failing}
+    if names == {"positions"}:
+        return "only the positions differ: restarted documents or padding"
+    if names == {"labels"}:
+        return "only the labels differ: a shift, or which tokens count"
+    return None
+
+
+def _batch_of(scene: Scene, step: int) -> Array:
+    found = scene.pair.read(step, "batch", scene.first.place.tensor)[0]
+    return np.zeros(0) if found is None else found
+
+
+def transposed(scene: Scene) -> str | None:
+    """A square matrix that was read the other way round."""
+    if scene.left.ndim == 2 and scene.left.shape == scene.left.T.shape:
+        apart = np.abs(scene.left.T - scene.right).max(initial=0.0)
+        if apart <= 1e-6 * np.abs(scene.left).max(initial=0.0):
+            return "one is the other's transpose: the layout of a weight"
+    return None
+
+
+def schedule(scene: Scene) -> str | None:
+    """A rate that another step has."""
+    place = scene.first.place
+    if place.phase != "lr":
+        return None
+    for other in (place.step - 1, place.step + 1):
+        rates = scene.pair.scalar(other, "lr") if 1 <= other <= scene.pair.common_steps else None
+        if rates and math.isclose(rates[0], float(scene.right), rel_tol=1e-12):
+            return f"right has left's rate of step {other}: the schedule is off by one"
+    return "the learning rate: peak, warm-up or schedule"
+
+
+def clipped(scene: Scene) -> str | None:
+    """The phase says it."""
+    return "the gradient's factor before the moments: the clip" if scene.first.place.phase == "clip" else None
+
+
+def not_updated(scene: Scene) -> str | None:
+    """One side stands still."""
+    if scene.first.place.phase == "update":
+        for name, side in (("left", scene.left), ("right", scene.right)):
+            if not side.any():
+                return f"{name} made no update of this tensor: skipped or frozen"
+    return None
+
+
+def decay_mask(scene: Scene) -> str | None:
+    """Among updates, those of norms and biases alone."""
+    if scene.first.place.phase != "update":
+        return None
+    names, judged = ({f.place.tensor for f in found} for found in (scene.failing, scene.judged))
+    quiet = {name for name in judged if NOT_DECAYED.search(name)}
+    if names and names <= quiet < judged:
+        return "only norms and biases: which weights decay"
+    if names and names == judged - quiet and quiet:
+        return "every weight but norms and biases: the decay"
+    return None
+
+
+def constant_factor(scene: Scene) -> str | None:
+    """One tensor is a multiple of the other."""
+    top, bottom = float(np.sum(scene.left * scene.right)), float(np.sum(scene.left**2))
+    if not bottom or not top or scene.first.place.phase in ("batch", "tokens"):
+        return None
+    factor = top / bottom
+    apart = float(np.sqrt(np.sum((scene.right - scene.left) ** 2)))
+    left_over = float(np.sqrt(np.sum((scene.right - factor * scene.left) ** 2)))
+    if not apart or left_over > LEFT_OVER * apart:
+        return None
+    name = _known_ratio(factor, scene.counts)
+    if name is None and scene.left.size < 3:
+        return None  # two numbers always have a ratio
+    return f"right is {factor:.6g} times left: a normalisation or a scale" + (f" ({name})" if name else "")
+
+
+def _known_ratio(factor: float, counts: Mapping[str, float]) -> str | None:
+    for name, value in _ratios(counts):
+        if value and abs(value - 1.0) > SAME_RATIO and math.isclose(factor, value, rel_tol=SAME_RATIO):
+            return name
+    return None
+
+
+def _ratios(counts: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    for name, count in counts.items():
+        if count > 0:
+            yield name, count
+            yield f"1 / {name}", 1.0 / count
+    for one, a in counts.items():
+        for other, b in counts.items():
+            if one != other and b > 0:
+                yield f"{one} / {other}", a / b
+
+
+def masked(scene: Scene) -> str | None:
+    """Where in the batch it differs, against where the padding and the documents' boundaries are."""
+    wrong = _wrong_positions(scene)
+    if wrong is None or scene.segments is None or not wrong.any() or wrong.all():
+        return None
+    padding = scene.segments == 0
+    if padding.any() and not (wrong & ~padding).any():
+        return "only on padded positions: the mask of the padding"
+    padded_rows = padding.any(axis=1)
+    if padded_rows.any() and not padded_rows.all() and not wrong[~padded_rows].any():
+        return "only in rows that have padding: the mask of the padding, or positions behind it"
+    later = scene.segments > 1
+    if later.any() and not (wrong & ~later & ~padding).any():
+        return "only behind a document's boundary in a packed row: the block mask or restarted positions"
+    return None
+
+
+def grows(scene: Scene) -> str | None:
+    """The error of a position, against how far into its document it stands."""
+    if _wrong_positions(scene) is None:
+        return None
+    error, positions = _by_position(scene), scene.pair.read(scene.first.place.step, "batch", "positions")[0]
+    if positions is None or scene.segments is None or positions.shape != error.shape:
+        return None
+    real = scene.segments > 0
+    at = np.unique(positions[real])
+    means = np.array([error[real & (positions == each)].mean() for each in at])
+    if len(at) < 8 or means[0] > means.max() / 4 or _rank_correlation(means) < GROWS:
+        return None
+    return "grows with the position: rotary embedding, its frequencies or its positions"
+
+
+def _by_position(scene: Scene) -> Array:
+    """[examples, sequence_tokens]: the largest difference at each position."""
+    error = np.abs(scene.left - scene.right)
+    return error.reshape(*error.shape[:2], -1).max(axis=-1)
+
+
+def _wrong_positions(scene: Scene) -> Array | None:
+    fits = scene.segments is not None and scene.left.shape[:2] == scene.segments.shape
+    if scene.first.place.phase not in TOKEN_WISE or not fits or scene.left.ndim < 3:
+        return None
+    return _by_position(scene) > scene.allowed
+
+
+def _rank_correlation(values: Array) -> float:
+    """Spearman's, of values in order."""
+    ranks = np.argsort(np.argsort(values)).astype(np.float64)
+    return float(np.corrcoef(np.arange(len(values)), ranks)[0, 1])
+
+
+def one_family(scene: Scene) -> str | None:
+    """Only one kind of tensor differs, in whichever layers."""
+    families = {_family(f.place.tensor) for f in scene.failing}
+    others = {_family(f.place.tensor) for f in scene.judged} - families
+    if len(families) == 1 and len(others) >= 2:
+        return f"only {next(iter(families))}: that operation"
+    return None
+
+
+def _family(name: str) -> str:
+    return DIGITS.sub(".*.", f".{name}").lstrip(".").removeprefix("base_model.model.")
+
+
+def after_the_first(scene: Scene) -> str | None:
+    """Step 1 was right."""
+    place = scene.first.place
+    kind = {phase.name: phase.title for phase in PHASES}.get(place.phase)
+    if place.step <= 1 or place.phase not in ("moment1", "moment2", "update"):
+        return None
+    return f"{kind} differ from step {place.step} on, not before: the optimizer's state or its count of steps"
+
+
+RULES: tuple[Callable[[Scene], str | None], ...] = (
+    data_order,
+    schedule,
+    clipped,
+    not_updated,
+    transposed,
+    constant_factor,
+    decay_mask,
+    masked,
+    grows,
+    after_the_first,
+    one_family,
+)

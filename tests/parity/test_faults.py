@@ -1,0 +1,191 @@
+"""Every named fault is caught at its place, on both backends; one that is none is reported as missed.
+
+The registry is checked against the sources always, a sample is trained in `make test`, all of it in `make test-full`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from many import run_many
+from small import ROOT
+
+from parity.faults import FAULTS, Fault, Where
+from parity.faults.fault import SETUPS
+from parity.faults.run import BACKENDS, Outcome, chosen, clean_pair, home_of, run_faults
+from parity.faults.written_out import torch_adamw, torch_attention
+from parity.phases import PHASES
+from parity.plant import Edit, PlantError, edited
+from trainspec.plan import Backend
+
+# One for each kind of place that a fault may have, and those that a training run is most often wrong by.
+SAMPLE = (
+    "causal-off-by-one",
+    "label-shift",
+    "mean-of-means",
+    "clip-without-epsilon",
+    "adam-eps-inside-root",
+    "rate-off-by-a-millionth",
+    "update-lost",
+    "start-transposed",
+    "rope-all-offset",
+)
+# No mistakes: what is put in the place of a library's code, unchanged, and an edit of no effect.
+HARMLESS = Fault(
+    name="harmless",
+    imitates="nothing",
+    source="-",
+    where=None,
+    jax=(Edit("jaxtrain.optim", "CLIP_EPS = 1e-6", "CLIP_EPS = 2e-6 / 2"),),
+    torch=(*torch_attention(), *torch_adamw()),
+)
+# The same, said to be a mistake: it must come out as missed.
+NOT_THERE = replace(HARMLESS, name="not-there", where=Where("update", ".*"))
+# A real mistake, said to show elsewhere.
+ELSEWHERE = replace(chosen(["label-shift"])[0], name="elsewhere", where=Where("update", ".*"))
+NO_RUN = replace(
+    HARMLESS,
+    name="no-run",
+    jax=(Edit("jaxtrain.optim", "CLIP_EPS = 1e-6", "CLIP_EPS = 1 / 0"),),
+    torch=None,
+)
+
+
+def source_of(module: str) -> str:
+    spec = find_spec(module)
+    assert spec
+    assert spec.origin
+    return Path(spec.origin).read_text()
+
+
+def test_the_registry_is_whole():
+    names = [fault.name for fault in FAULTS]
+    assert len(names) == len(set(names))
+    assert sum(fault.where is not None for fault in FAULTS) >= 40
+    for fault in FAULTS:
+        assert fault.imitates
+        assert fault.source
+        assert fault.setup in SETUPS
+        assert fault.where is None or fault.where.phase in {phase.name for phase in PHASES}
+        # What must pass, and a backend that is left out, is explained.
+        assert fault.note or (fault.where and None not in (fault.jax, fault.torch)), fault.name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_every_edit_fits_the_source(fault: Fault, backend: Backend):
+    """A refactoring that moves a fault's ground from under it is noticed here, without training anything."""
+    edits = fault.edits(backend) or ()
+    for module in {edit.module for edit in edits}:
+        assert module.split(".")[0] in ("trainspec", f"{backend}train")
+        mine = [edit for edit in edits if edit.module == module]
+        source = source_of(module)
+        changed = edited(source, mine)
+        assert changed != source
+        compile(changed, module, "exec")
+
+
+def test_an_edit_that_no_longer_fits_is_an_error():
+    with pytest.raises(PlantError, match="0 times, not once"):
+        edited(source_of("jaxtrain.loss"), [Edit("jaxtrain.loss", "a text that is not there", "x")])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def sampled(root: Path) -> dict[tuple[str, str], Outcome]:
+    faults = (*chosen(SAMPLE), HARMLESS, NOT_THERE, ELSEWHERE, NO_RUN)
+    outcomes = run_faults(faults, BACKENDS, root, keep=True)
+    return {(outcome.fault.name, outcome.backend): outcome for outcome in outcomes}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*SAMPLE, HARMLESS.name])
+def test_a_sample_is_caught_in_place(sampled: dict[tuple[str, str], Outcome], name: str, backend: Backend):
+    outcome = sampled[name, backend]
+    assert outcome.as_expected, (outcome.word, outcome.said, outcome.crash)
+    assert outcome.word == ("caught" if outcome.fault.where else "passes")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_control_of_the_controls(sampled: dict[tuple[str, str], Outcome], backend: Backend):
+    for fault, word in ((NOT_THERE, "MISSED"), (ELSEWHERE, "MISPLACED")):
+        outcome = sampled[fault.name, backend]
+        assert (outcome.word, outcome.as_expected) == (word, False)
+    false_alarm = replace(sampled["label-shift", backend], fault=HARMLESS)
+    assert (false_alarm.word, false_alarm.as_expected) == ("FALSE ALARM", False)
+
+
+def test_only_what_is_said_to_be_below_a_bound_may_pass_there():
+    [small], [large] = chosen(["clip-without-epsilon"]), chosen(["label-shift"])
+    passed = Outcome(small, "jax", "fp32", None)
+    assert (passed.word, passed.as_expected) == ("below bound", True)
+    for outcome in (replace(passed, precision="fp64"), replace(passed, fault=large)):
+        assert (outcome.word, outcome.as_expected) == ("MISSED", False)
+
+
+def test_a_fault_out_of_reach_in_fp32_is_not_planted_there():
+    [fault] = chosen(["clip-by-local-norm"])
+    assert [fault.applies(b, "fp64") for b in BACKENDS] == [True, True]
+    assert [fault.applies(b, "fp32") for b in BACKENDS] == [True, False]
+
+
+def test_a_fault_that_does_not_run_is_no_catch(sampled: dict[tuple[str, str], Outcome]):
+    outcome = sampled[NO_RUN.name, "jax"]
+    assert (outcome.word, outcome.as_expected) == ("CRASHED", False)
+    assert outcome.crash
+    assert "ZeroDivisionError" in outcome.crash
+    assert (NO_RUN.name, "torch") not in sampled  # a backend that a fault does not apply to
+
+
+def test_a_diff_of_the_traces_says_the_same(sampled: dict[tuple[str, str], Outcome], root: Path):
+    """The verdict as a person gets it: exit code 1 and the place; 0 without a mistake."""
+    clean = clean_pair("full")
+    faults = [*chosen([name for name in SAMPLE if sampled[name, "jax"].fault.where]), HARMLESS, clean]
+    cases = [(fault, backend) for fault in faults for backend in BACKENDS]
+    argvs = []
+    for fault, backend in cases:
+        traces = [str(home_of(root, b, fault if b == backend else clean) / "trace") for b in BACKENDS]
+        argvs.append(["diff", *traces, "--out", str(root / "diff" / fault.name / backend)])
+    for (fault, backend), result in zip(cases, run_many("parity", argvs, root / "many"), strict=True):
+        verdict = json.loads((root / "diff" / fault.name / backend / "verdict.json").read_text())
+        if fault.where is None:
+            assert (result["code"], verdict["verdict"]) == (0, "pass")
+        else:
+            assert (result["code"], verdict["verdict"]) == (1, "fail")
+            assert verdict["first_divergence"]["phase"] == fault.where.phase
+
+
+def test_the_command_line(root: Path):
+    listing, unknown = run_many(
+        "parity", [["faults", "--list"], ["faults", "--only", "rope-tehta"]], root / "command"
+    )
+    assert listing["code"] == 0
+    assert all(f"\n{fault.name}: " in f"\n{listing['out']}" for fault in FAULTS)
+    assert unknown["code"] == 2
+    assert unknown["err"] == "parity: --only rope-tehta: no such fault; did you mean 'rope-theta'?\n"
+
+
+@pytest.mark.full
+def test_every_fault_is_caught_in_place(tmp_path: Path):
+    command = [sys.executable, "-m", "parity", "faults", "--out", str(tmp_path / "out")]
+    command += ["--precision", "fp64", "--precision", "fp32", "--page", str(tmp_path / "faults.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    found = json.loads((tmp_path / "out/faults.json").read_text())
+    proven = {(f["fault"], f["backend"]) for f in found if f["precision"] == "fp64"}
+    assert proven >= {(f.name, b) for f in FAULTS for b in BACKENDS if f.edits(b) is not None}
+    # The page in docs is that of these faults.
+    names = [re.findall(r"^\| ([a-z0-9-]+) \| (?:jax|torch) \|", page.read_text(), flags=re.M)
+             for page in (tmp_path / "faults.md", ROOT / "docs/faults.md")]  # fmt: skip
+    assert names[0] == names[1]

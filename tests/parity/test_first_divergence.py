@@ -1,0 +1,109 @@
+"""A failed check says where it went wrong first, in causal order, and what the two numbers are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from synthetic import Q1, Sim, write
+
+from parity.check import check
+from parity.compare import places
+from parity.pair import Pair
+from parity.phases import in_order
+from parity.sides import parse_side
+from parity.tiny import LORA, Tiny, write_tiny
+from trainspec.trace import Trace, activation_points
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tiny:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def checked(tiny: Tiny, out: Path, right: str, precision="fp64"):
+    method = LORA.model_dump() | {"adapter": str(tiny.adapter)}
+    recipe = out / "r.yaml"
+    out.mkdir(exist_ok=True)
+    recipe.write_text(
+        tiny.recipe(method=method, precision={"policy": precision, "reduce": precision}).to_yaml()
+    )
+    verdict = check(
+        recipe, left=parse_side("torch"), right=parse_side(right), precision=precision, steps=1, overrides=(), out=out
+    )  # fmt: skip
+    return verdict, json.loads((out / "verdict.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("right", "phase", "tensor", "looks_again"),
+    [
+        ("torch model.from=LLAMA3", "activation", "layers.0.attention", True),
+        ("torch optimizer.clip_norm=0.4", "clip", "clip_factor", False),
+    ],
+)
+def test_the_first_place_is_found_by_looking_again(tiny, right, phase, tensor, looks_again, tmp_path):
+    verdict, written = checked(tiny, tmp_path / "o", right.replace("LLAMA3", str(tiny.model("llama3-rope"))))
+    first = verdict.comparison.first_divergence
+    assert first is not None
+    assert (first.place.phase, first.place.tensor, first.place.step) == (phase, tensor, 1)
+    assert first.values is not None
+    assert first.values[0] != first.values[1]
+    assert first.index is not None
+    assert list(written["first_divergence"]["values"]) == ["left", "right"]
+    assert written["reading"] == verdict.reading
+    assert (tmp_path / "o/first-divergence").exists() == looks_again
+    said = "\n".join(verdict.lines(colour=False))
+    assert f"{first.values[0]:.9g} (left)" in said
+    assert f"reading: {verdict.reading}" in said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("right", "phase"),
+    [
+        ("torch optimizer.eps=1e-6", "update"),
+        ("torch optimizer.lr=1.00001e-3", "lr"),
+        ("torch method.alpha=9", "-"),
+    ],
+)
+def test_fp32_sees_it_too(tiny, right, phase, tmp_path):
+    if phase == "-":  # the adapter's own settings say otherwise, so that is refused before anything runs
+        with pytest.raises(Exception, match="alpha"):
+            checked(tiny, tmp_path / "o", right, "fp32")
+        return
+    verdict, _ = checked(tiny, tmp_path / "o", right, "fp32")
+    first = verdict.comparison.first_divergence
+    assert first is not None
+    assert first.place.phase == phase
+
+
+def test_the_backward_pass_is_one_walk():
+    weights = [
+        "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.0.post_attention_layernorm.weight", "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight",
+    ]  # fmt: skip
+    forward = in_order({*weights, *activation_points(1)}, backward=False)
+    assert [name for name in forward if name not in activation_points(1)] == weights
+    assert [name for name in forward if name in activation_points(1)] == list(activation_points(1))
+    behind = {
+        "embedding": "model.embed_tokens.weight",
+        "layers.0.attention": "model.layers.0.self_attn.o_proj.weight",
+        "layers.0.mlp": "model.layers.0.mlp.down_proj.weight",
+        "layers.0.block": "layers.0.mlp",
+        "norm": "model.norm.weight",
+        "logits": "lm_head.weight",
+    }
+    for point, before in behind.items():
+        assert forward[forward.index(point) - 1] == before
+
+
+def test_every_place_comes_once_and_the_clip_before_the_rate(tmp_path):
+    pair = Pair(*(Trace(write(Sim(steps=1), tmp_path / side)) for side in ("a", "b")))
+    seen = list(places(pair))
+    assert len(seen) == len(set(seen))
+    phases = list(dict.fromkeys(place.phase for place in seen))
+    assert phases[-6:] == ["grad_norm", "clip", "lr", "moment1", "moment2", "update"]
+    assert [p.tensor for p in seen if p.phase == "gradient"][-1] == "model.embed_tokens.weight"
+    assert Q1 in {place.tensor for place in seen}
