@@ -81,30 +81,61 @@ def clip_factors(pair: Pair, step: int, *, betas: tuple[float, float] | None = N
     """What each side multiplied its gradient by before it went into the moments, read off them.
 
     Least squares over all tensors. Without `betas` beta1 is fitted, too, and the factors are times 1 - beta1. They
-    are equal where no clip explains the difference: the second moment must show the square of the same factor.
+    are equal where no clip explains the difference: in the tensor of the largest gradient, what went into the first
+    moment must be a multiple of it, and the second moment must show the square of the same factor.
     """
-    keep = betas or tuple(fit_moment(pair, phase, step)[0] for phase in ("moment1", "moment2"))
-    first, second = (_taken(pair, phase, step, k) for phase, k in zip(MOMENTS, keep, strict=True))
+    keep = betas or tuple(fit_moment(pair, phase, step)[0] for phase in MOMENTS)
+    sums = [_sums(pair, phase, step, k) for phase, k in zip(MOMENTS, keep, strict=True)]
+    if not sums[0]:
+        return 1.0, 1.0
+    largest = max(sums[0], key=lambda name: float(sums[0][name][1].sum()))
+    factor = _ratio(np.sum(list(sums[0].values()), axis=0))
+    first, second = (_ratio(each.get(largest, np.zeros((3, 2)))) for each in sums)
     if betas:
-        first, second = first / (1.0 - betas[0]), second / (1.0 - betas[1])
+        factor, first, second = factor / (1 - betas[0]), first / (1 - betas[0]), second / (1 - betas[1])
     elif first[0] and second[0]:
         second = second * (first[0] ** 2 / second[0])
     apart = abs(first[0] ** 2 - first[1] ** 2)
-    if not first.all() or np.any(np.abs(second - first**2) > CLIP_AGREES * apart):
-        return float(first[0]), float(first[0])
-    return float(first[0]), float(first[1])
+    left_over = np.sqrt(_ratio(sums[0][largest][[2, 1, 0]]))
+    multiple = np.all(left_over <= CLIP_AGREES * abs(first[0] - first[1]))
+    if not factor.all() or not multiple or np.any(np.abs(second - first**2) > CLIP_AGREES * apart):
+        return float(factor[0]), float(factor[0])
+    return float(factor[0]), float(factor[1])
 
 
-def _taken(pair: Pair, phase: str, step: int, keep: float) -> Array:
-    """[2]: the factor of gradient^power in `moment - keep · moment before`, of both sides."""
-    power, top, bottom = (1 if phase == "moment1" else 2), np.zeros(2), np.zeros(2)
+def clip_condition(pair: Pair, step: int) -> float:
+    """By how much roundings of the first moment are larger in the factor that is read off it; at least 1.
+
+    A moment is rounded at the size of both of its terms, the factor is made of one.
+    """
+    keep, take = fit_moment(pair, "moment1", step)
+    kept = added = 0.0
+    for name in pair.names(step, "moment1"):
+        gradient, before = gradient_and_before(pair, Place(step, "moment1", name))
+        kept += float(np.sum(np.abs(before[0] * gradient[0])))
+        added += float(np.sum(np.square(gradient[0])))
+    return 1.0 + (keep * kept / (take * added) if take * added else 0.0)
+
+
+def _sums(pair: Pair, phase: str, step: int, keep: float) -> dict[str, Array]:
+    """[3, 2] by name, of both sides: added · gradient^power, gradient^(2 power), and what is left of added².
+
+    `added` is moment - keep · moment before; the first divided by the second is its factor.
+    """
+    power, found = (1 if phase == "moment1" else 2), {}
     for name in pair.names(step, phase):
         gradient, before = gradient_and_before(pair, Place(step, phase, name))
-        now = float64_sides(pair.read(step, phase, name), gradient[0])
-        for side in range(2):
-            top[side] += float(np.sum((now[side] - keep * before[side]) * gradient[side] ** power))
-            bottom[side] += float(np.sum(gradient[side] ** (2 * power)))
-    return np.divide(top, bottom, out=np.zeros(2), where=bottom > 0)
+        moment = float64_sides(pair.read(step, phase, name), gradient[0])
+        powers = gradient.reshape(2, -1) ** power
+        added = (moment - keep * before).reshape(2, -1)
+        both = np.stack([np.sum(added * powers, axis=1), np.sum(powers * powers, axis=1)])
+        left_over = added - _ratio(both)[:, None] * powers
+        found[name] = np.stack([*both, np.sum(left_over**2, axis=1)])
+    return found
+
+
+def _ratio(sums: Array) -> Array:
+    return np.divide(sums[0], sums[1], out=np.zeros(2), where=sums[1] > 0)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
@@ -17,8 +17,9 @@ from parity.sides import Ran, Side, resolved_recipe, run_side
 from parity.tolerance import Bounds, ProofBounds
 from parity.verdict import Verdict
 from trainspec.errors import UserError
+from trainspec.methods import LoRA
 from trainspec.plan import Policy
-from trainspec.recipe import load_recipe
+from trainspec.recipe import Recipe, load_recipe
 from trainspec.trace import Trace
 
 DEFAULT_STEPS = 10
@@ -46,10 +47,10 @@ def check(
         raise UserError(
             f"--steps {steps}: {recipe_path} makes {recipe.run.last_step} updates; compare at most those"
         )
-    request = _Request(recipe_path, tuple(overrides), precision, (left, right))
+    request = _Request(recipe_path, tuple(overrides), precision, (left, right), _counts(recipe))
     ran = request.run(steps, out=out)
     comparison = request.judge(ran, out=out)
-    verdict = Verdict(precision, str(left), str(right), comparison, reading=read(comparison, _traces(ran)))
+    verdict = Verdict(precision, str(left), str(right), comparison, reading=request.read(comparison, ran))
     if (step := _worth_a_closer_look(comparison)) and not any(side.stopped for side in ran):
         verdict = request.closer(verdict, step, out=out / "first-divergence")
     recipes = [resolved_recipe(out, name) for name in NAMES]
@@ -65,6 +66,7 @@ class _Request:
     overrides: tuple[str, ...]
     precision: Policy
     sides: tuple[Side, Side]
+    counts: Mapping[str, float]
 
     def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[Ran]:
         """Train both sides, one after the other."""
@@ -109,7 +111,20 @@ class _Request:
         )
         again = [f for f in seen.findings if f.place.step == step]
         comparison = Comparison(verdict.comparison.steps, (*before, *again, *after))
-        return replace(verdict, comparison=comparison, reading=read(comparison, _traces(ran)))
+        return replace(verdict, comparison=comparison, reading=self.read(comparison, ran))
+
+    def read(self, comparison: Comparison, ran: Sequence[Ran]) -> str | None:
+        """What kind of cause the first divergence looks like."""
+        return read(comparison, _traces(ran), counts=self.counts)
+
+
+def _counts(recipe: Recipe) -> dict[str, float]:
+    """What a recipe counts: a factor between two tensors may be one of these."""
+    counts = {"accumulation": float(recipe.batch.accumulation)}
+    if isinstance(recipe.method, LoRA):
+        rank = recipe.method.rank
+        counts |= {"rank": float(rank), "sqrt(rank)": rank**0.5, "alpha / rank": recipe.method.scale}
+    return counts
 
 
 def _worth_a_closer_look(comparison: Comparison) -> int | None:

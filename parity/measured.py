@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from parity.adam import AdamRule, clip_factors, float64_sides, gradient_and_before
+from parity.adam import AdamRule, clip_condition, clip_factors, float64_sides, gradient_and_before
 from parity.pair import Pair, as_float64
 from parity.perturb import UNIT
 from parity.phases import CLIP, Place
@@ -104,6 +104,7 @@ class MeasuredBounds:
         self.forward, self.whole = math.sqrt(forward / uses), math.sqrt(whole / (2 * uses))
         self._coarse = RoundingBounds(pair, precision)
         self._gradient_bound = cache(self._measured_bound)
+        self._factors = cache(self._factors_at)
 
     def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
         """See the head of this file, phase by phase."""
@@ -182,28 +183,43 @@ class MeasuredBounds:
         """The root of the sum of squares of the side's own gradients: one long sum."""
         found = []
         for side, (reported, names) in enumerate(zip((left, right), OWN_NAMES, strict=True)):
-            squares, count = 0.0, 1
+            squares = 0.0
             for name in self._pair.names(step, "gradient"):
                 gradient = self._pair.read(step, "gradient", name)[side]
                 if gradient is not None:
                     squares += float(np.sum(np.square(as_float64(gradient))))
-                    count = max(count, gradient.size)
             norm = math.sqrt(squares)
-            own = self._summed * math.sqrt(1 + count / 2) * norm + SMALLEST
+            own = self._norm_rounding(step) * norm + SMALLEST
             found.append(Contrast(reported, np.asarray(norm), Bound(np.asarray(own)), names))
         return found
 
-    def _factors(self, step: int) -> tuple[float, float]:
-        left, right = self._pair.scalar(step, "grad_norm")
-        return self._rule.clip_factor(left), self._rule.clip_factor(right)
+    def _norm_rounding(self, step: int) -> float:
+        """The relative error of the norm: a sum over the largest tensor is the longest."""
+        largest_sum = max(
+            (_size(self._pair, step, name) for name in self._pair.names(step, "gradient")), default=1
+        )
+        return self._summed * math.sqrt(1 + largest_sum / 2)
 
     def _clip(self, step: int) -> Sequence[Contrast]:
-        """The factor that a side's moments show; where they show no factor at all they are judged as moments."""
+        """The factor that a side's moments show; where they show no factor at all they are judged as moments.
+
+        A backend may clip by a norm of its own (DeepSpeed does), which is rounded like the one it reports.
+        """
+        norms = self._pair.scalar(step, "grad_norm")
         found = clip_factors(self._pair, step, betas=self._rule.spec.betas)
-        own = MOMENT_ROUNDINGS["moment1"] / 2 * self._summed
+        own = MOMENT_ROUNDINGS["moment1"] / 2 * self._summed * clip_condition(self._pair, step)
+        contrasts = []
+        for factor, norm, names in zip(found, norms, OWN_NAMES, strict=True):
+            wanted = self._rule.clip_factor(norm)
+            summed = self._norm_rounding(step) if wanted < 1 else 0.0
+            bound = Bound(np.asarray((own + summed) * wanted))
+            contrasts.append(Contrast(np.asarray(factor or wanted), np.asarray(wanted), bound, names))
+        return contrasts
+
+    def _factors_at(self, step: int) -> list[float]:
+        """Each side's clip factor: what its moments show where that is within bounds, or else the rule's."""
         return [
-            Contrast(np.asarray(a if a else b), np.asarray(b), Bound(np.asarray(own * b)), names)
-            for a, b, names in zip(found, self._factors(step), OWN_NAMES, strict=True)
+            float(c.first if abs(c.first - c.second) <= c.bound.own else c.second) for c in self._clip(step)
         ]
 
     def _moment(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
@@ -256,3 +272,7 @@ def too_small(freedom: int) -> float:
 
 def _shape(pair: Pair, name: str) -> tuple[int, ...]:
     return next(side.shape for side in pair.read(0, "weight", name) if side is not None)
+
+
+def _size(pair: Pair, step: int, name: str) -> int:
+    return max(side.size for side in pair.read(step, "gradient", name) if side is not None)

@@ -27,6 +27,7 @@ UNKNOWN = "no known pattern"
 LEFT_OVER = 0.02
 # Two numbers are called the same ratio when they agree to this.
 SAME_RATIO = 1e-4
+MOST_NAMES = 3
 # Rank correlation of error and position from which an error is said to grow with it.
 GROWS = 0.6
 TOKEN_WISE = ("activation", "activation_gradient")
@@ -72,7 +73,7 @@ def read(
     segments = pair.read(max(place.step, 1), "batch", "segments")[0]
     scene = Scene(
         first, tuple(f for f in same if not f.holds), tuple(same), *found, segments,
-        _counts(pair, max(place.step, 1)) | dict(counts or {}), pair,
+        dict(counts or {}) | _counts(pair, max(place.step, 1)), pair,
     )  # fmt: skip
     return next((line for rule in RULES if (line := rule(scene))), UNKNOWN)
 
@@ -192,10 +193,13 @@ def constant_factor(scene: Scene) -> str | None:
 
 
 def _known_ratio(factor: float, counts: Mapping[str, float]) -> str | None:
-    for name, value in _ratios(counts):
-        if value and abs(value - 1.0) > SAME_RATIO and math.isclose(factor, value, rel_tol=SAME_RATIO):
-            return name
-    return None
+    """Every name that the factor has: two counts may be equal."""
+    names = [
+        name
+        for name, value in _ratios(counts)
+        if abs(value - 1.0) > SAME_RATIO and math.isclose(factor, value, rel_tol=SAME_RATIO)
+    ]
+    return " or ".join(names[:MOST_NAMES]) or None
 
 
 def _ratios(counts: Mapping[str, float]) -> Iterator[tuple[str, float]]:
@@ -262,6 +266,8 @@ def _rank_correlation(values: Array) -> float:
 
 def one_family(scene: Scene) -> str | None:
     """Only one kind of tensor differs, in whichever layers."""
+    if scene.first.place.phase == "batch":
+        return None
     families = {_family(f.place.tensor) for f in scene.failing}
     others = {_family(f.place.tensor) for f in scene.judged} - families
     if len(families) == 1 and len(others) >= 2:

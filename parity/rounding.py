@@ -37,7 +37,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.adam import fit_moment, fit_update, float64_sides, gradient_and_before
+from parity.adam import clip_condition, fit_moment, fit_update, float64_sides, gradient_and_before
 from parity.drift import network_drift, partner_drift
 from parity.pair import Pair, as_float64
 from parity.phases import Place
@@ -148,7 +148,8 @@ class RoundingBounds:
         """The factor follows the norm; it is read off moments, which are rounded as many times as `_moment` says."""
         norms = self._pair.scalar(step, "grad_norm")
         handed = abs(norms[0] - norms[1]) / max(*norms, SMALLEST) * scale
-        return Bound(np.asarray(MOMENT_ROUNDINGS["moment1"] * self._summed * scale), handed)
+        own = MOMENT_ROUNDINGS["moment1"] * self._summed * clip_condition(self._pair, step) * scale
+        return Bound(np.asarray(own), handed)
 
     def _moment(self, place: Place) -> Bound:
         power = 1 if place.phase == "moment1" else 2

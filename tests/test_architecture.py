@@ -133,6 +133,13 @@ def test_the_neutral_half_runs_without_a_framework():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize(("package", "other"), [("jaxtrain", "torch"), ("torchtrain", "jax")])
+def test_a_backend_does_not_load_the_other_framework(package: str, other: str):
+    """Not through a third package either: JAX and torch never share a process."""
+    code = f"import sys, {package}.cli; sys.exit({other!r} in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
 @pytest.mark.parametrize("package", ["jaxtrain", "torchtrain"])
 def test_layers(package: str):
     rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tensorboardX import SummaryWriter
+# tensorboard's own writer: tensorboardX imports torch wherever torch is installed, and so into JAX's process.
+from tensorboard.summary import Writer
 from tqdm import tqdm
 
 from trainspec.methods import Method, trainable_table
@@ -42,7 +43,7 @@ class Reporter:
         metrics = out / "metrics.jsonl"
         _drop_steps_after(metrics, resumed_at)
         self._metrics = metrics.open("a")
-        self._events = SummaryWriter(str(out), purge_step=resumed_at + 1)
+        self._events = Writer(str(out))
         self._bar = tqdm(
             total=steps,
             initial=resumed_at,

@@ -213,7 +213,6 @@ FAULTS = (
                 "(self.weight * hidden_states * torch.rsqrt(mean_square + self.variance_epsilon)).to(hidden_states.dtype)",
             ),
         ),
-        below_bound_in=("fp32",),
         note="a cast to the type that is there already does nothing: it shows in bf16 only and must pass in fp64",
     ),
     Fault(

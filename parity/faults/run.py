@@ -60,9 +60,11 @@ class Outcome:
         """Caught at the place named, or rightly passed."""
         if self.crash is not None:
             return False
-        if self.said is None:
-            return self.fault.where is None or self.precision in self.fault.below_bound_in
-        return self.fault.where is not None and self.fault.where.matches(self.said)
+        below = self.precision in self.fault.below_bound_in
+        if self.said is None or self.fault.where is None:
+            return self.said is None and (self.fault.where is None or below)
+        # What is about as large as the bound may show at a neighbour first, or a step later.
+        return self.fault.where.matches(self.said) or (below and self.said.phase == self.fault.where.phase)
 
     @property
     def word(self) -> str:

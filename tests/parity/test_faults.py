@@ -17,11 +17,12 @@ import pytest
 from many import run_many
 from small import ROOT
 
+from parity.compare import Finding
 from parity.faults import FAULTS, Fault, Where
 from parity.faults.fault import SETUPS
 from parity.faults.run import BACKENDS, Outcome, chosen, clean_pair, home_of, run_faults
 from parity.faults.written_out import torch_adamw, torch_attention
-from parity.phases import PHASES
+from parity.phases import PHASES, Place
 from parity.plant import Edit, PlantError, edited
 from trainspec.plan import Backend
 
@@ -130,6 +131,9 @@ def test_only_what_is_said_to_be_below_a_bound_may_pass_there():
     [small], [large] = chosen(["clip-without-epsilon"]), chosen(["label-shift"])
     passed = Outcome(small, "jax", "fp32", None)
     assert (passed.word, passed.as_expected) == ("below bound", True)
+    late = replace(passed, found=Finding(Place(2, "clip", "clip_factor"), 1.1e-6, 1e-6, 1.1))
+    assert (late.word, late.as_expected) == ("caught", True)
+    assert not replace(late, precision="fp64").as_expected
     for outcome in (replace(passed, precision="fp64"), replace(passed, fault=large)):
         assert (outcome.word, outcome.as_expected) == ("MISSED", False)
 
