@@ -9,7 +9,7 @@ from parity.faults.run import Outcome
 
 PAGE_HEAD = """# Faults that must be caught
 
-Written by `parity faults --precision fp64 --precision fp32 --page docs/faults.md`; what stands here was run. Each fault is
+Written by `parity faults --page docs/faults.md`; what stands here was run. Each fault is
 planted in one backend, as an edit of its source while it is loaded, and its trace, activations included, is compared with
 the other backend's clean one. The check must fail and name the place where the fault acts first; where the arithmetic is
 the same it must pass. The clean pairs pass.

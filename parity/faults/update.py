@@ -35,7 +35,7 @@ FAULTS = (
         name="clip-by-local-norm",
         imitates="each tensor is clipped by its own norm",
         source="huggingface/transformers#581, keras-team/keras#13575",
-        where=FIRST_MOMENT,
+        where=CLIP,
         jax=(
             Edit(
                 OPTIM,

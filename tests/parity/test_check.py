@@ -21,6 +21,9 @@ from synthetic import Sim, write
 args = sys.argv[1:]
 settings = dict(a.split("=", 1) for f, a in zip(args, args[1:]) if f == "--set")
 print(" ".join(args))
+out = Path(args[args.index("--out") + 1])
+out.mkdir(parents=True)
+(out / "recipe.yaml").write_text("run: {seed: %%s}" %% settings.get("run.seed", 0))
 %s
 steps = int(settings["run.stop_after_steps"])
 write(Sim(steps=steps), Path(args[args.index("--trace") + 1]))

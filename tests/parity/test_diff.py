@@ -27,7 +27,16 @@ def diff(left, right, out, *flags):
 def test_equal_runs_pass_and_verdict_json_has_the_documented_keys(base, tmp_path, capsys):
     code, verdict = diff(base["float64"], base["float64"], tmp_path)
     assert code == 0
-    assert list(verdict) == ["verdict", "precision", "steps", "left", "right", "worst", "first_divergence", "reading"]
+    assert list(verdict) == [
+        "verdict",
+        "precision",
+        "steps",
+        "left",
+        "right",
+        "worst",
+        "first_divergence",
+        "reading",
+    ]
     assert (verdict["verdict"], verdict["precision"], verdict["steps"]) == ("pass", "fp64", 3)
     assert verdict["first_divergence"] is None
     for phase in (
