@@ -6,7 +6,7 @@ Fitted coefficients only scale bounds: what moments and updates themselves are i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ CLIP_EPS = 1e-6
 # A clip's factor shows squared in the second moment; a beta that differs shows nothing there, or something else. What
 # is called a clip agrees to a tenth of the difference, far from either.
 CLIP_AGREES = 0.1
+ALMOST_ONE = 1.0 - 1e-9  # a fitted beta of 1 leaves no gradient to read a factor off
 
 
 def fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
@@ -50,7 +51,7 @@ def fit_update(pair: Pair, step: int) -> float:
     top = bottom = 0.0
     for name in pair.names(step, "update"):
         sides = [pair.read(step, group, name)[0] for group in ("update", "moment1", "moment2")]
-        if any(side is None or side.shape != sides[0].shape for side in sides if sides[0] is not None):
+        if any(side is None or sides[0] is None or side.shape != sides[0].shape for side in sides):
             continue
         update, moment1, moment2 = (as_float64(side) for side in sides if side is not None)
         top += float(np.sum(moment1 * np.sqrt(np.abs(moment2)) * update))
@@ -77,30 +78,56 @@ def float64_sides(sides: Iterable[Array | None], like: Array) -> Array:
     )
 
 
-def clip_factors(pair: Pair, step: int, *, betas: tuple[float, float] | None = None) -> tuple[float, float]:
-    """What each side multiplied its gradient by before it went into the moments, read off them.
+@dataclass(frozen=True)
+class Factors:
+    """What each side multiplied its gradient by before it went into the moments; every array is [2], left and right.
 
-    Least squares over all tensors. Without `betas` beta1 is fitted, too, and the factors are times 1 - beta1. They
-    are equal where no clip explains the difference: in the tensor of the largest gradient, what went into the first
-    moment must be a multiple of it, and the second moment must show the square of the same factor.
+    `factor` is a least-squares fit over all tensors. `first`, `second` and `left_over` are of the tensor of the largest
+    gradient alone: the factors in its first and second moment, and what the first leaves over, as a share.
     """
-    keep = betas or tuple(fit_moment(pair, phase, step)[0] for phase in MOMENTS)
-    sums = [_sums(pair, phase, step, k) for phase, k in zip(MOMENTS, keep, strict=True)]
+
+    factor: Array
+    first: Array
+    second: Array
+    left_over: Array
+
+    def explain(self, expected: Array) -> Array:
+        """[2]: whether a clip explains what differs from `expected`: a multiple of the gradient, squared in v."""
+        multiple = self.left_over <= CLIP_AGREES * np.abs(self.first - expected)
+        squared = np.abs(self.second - self.first**2) <= CLIP_AGREES * np.abs(self.first**2 - expected**2)
+        return multiple & squared
+
+
+def shown_factors(pair: Pair, step: int, *, betas: tuple[float, float]) -> Factors | None:
+    """The factors that the moments show, given their betas; None where there is nothing to read them off."""
+    sums = [_sums(pair, phase, step, beta) for phase, beta in zip(MOMENTS, betas, strict=True)]
     if not sums[0]:
-        return 1.0, 1.0
+        return None
     largest = max(sums[0], key=lambda name: float(sums[0][name][1].sum()))
-    factor = _ratio(np.sum(list(sums[0].values()), axis=0))
-    first, second = (_ratio(each.get(largest, np.zeros((3, 2)))) for each in sums)
-    if betas:
-        factor, first, second = factor / (1 - betas[0]), first / (1 - betas[0]), second / (1 - betas[1])
-    elif first[0] and second[0]:
-        second = second * (first[0] ** 2 / second[0])
-    apart = abs(first[0] ** 2 - first[1] ** 2)
-    left_over = np.sqrt(_ratio(sums[0][largest][[2, 1, 0]]))
-    multiple = np.all(left_over <= CLIP_AGREES * abs(first[0] - first[1]))
-    if not factor.all() or not multiple or np.any(np.abs(second - first**2) > CLIP_AGREES * apart):
-        return float(factor[0]), float(factor[0])
-    return float(factor[0]), float(factor[1])
+    factor = _ratio(np.sum(list(sums[0].values()), axis=0)) / (1 - betas[0])
+    first, second = (
+        _ratio(each.get(largest, np.zeros((3, 2)))) / (1 - beta)
+        for each, beta in zip(sums, betas, strict=True)
+    )
+    left_over = np.sqrt(_ratio(sums[0][largest][[2, 1, 0]])) / (1 - betas[0])
+    return Factors(factor, first, second, left_over)
+
+
+def clip_factors(pair: Pair, step: int) -> tuple[float, float]:
+    """Each side's factor in its first moment, 1 - beta1 included: without a recipe the two are not told apart.
+
+    The betas are fitted to the left side. The factors are equal where no clip explains their difference.
+    """
+    keep1, keep2 = (fit_moment(pair, phase, step)[0] for phase in MOMENTS)
+    shown = shown_factors(pair, step, betas=(min(keep1, ALMOST_ONE), min(keep2, ALMOST_ONE)))
+    if shown is None:
+        return 1.0, 1.0
+    left = shown.first[0]
+    scale = left**2 / shown.second[0] if shown.second[0] else 1.0
+    scaled = replace(shown, second=shown.second * scale)
+    if not shown.factor.all() or not scaled.explain(np.array([left, left]))[1]:
+        return float(shown.factor[0]), float(shown.factor[0])
+    return float(shown.factor[0]), float(shown.factor[1])
 
 
 def clip_condition(pair: Pair, step: int) -> float:

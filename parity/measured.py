@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from parity.adam import AdamRule, clip_condition, clip_factors, float64_sides, gradient_and_before
+from parity.adam import AdamRule, clip_condition, float64_sides, gradient_and_before, shown_factors
 from parity.pair import Pair, as_float64
 from parity.perturb import UNIT
 from parity.phases import CLIP, Place
@@ -206,15 +206,20 @@ class MeasuredBounds:
         A backend may clip by a norm of its own (DeepSpeed does), which is rounded like the one it reports.
         """
         norms = self._pair.scalar(step, "grad_norm")
-        found = clip_factors(self._pair, step, betas=self._rule.spec.betas)
+        wanted = np.array([self._rule.clip_factor(norm) for norm in norms])
+        summed = np.where(wanted < 1, self._norm_rounding(step), 0.0)
         own = MOMENT_ROUNDINGS["moment1"] / 2 * self._summed * clip_condition(self._pair, step)
-        contrasts = []
-        for factor, norm, names in zip(found, norms, OWN_NAMES, strict=True):
-            wanted = self._rule.clip_factor(norm)
-            summed = self._norm_rounding(step) if wanted < 1 else 0.0
-            bound = Bound(np.asarray((own + summed) * wanted))
-            contrasts.append(Contrast(np.asarray(factor or wanted), np.asarray(wanted), bound, names))
-        return contrasts
+        allowed = (own + summed) * wanted
+        shown, factor = shown_factors(self._pair, step, betas=self._rule.spec.betas), wanted
+        if shown is not None:
+            within = np.abs(shown.factor - wanted) <= allowed
+            factor = np.where((within | shown.explain(wanted)) & (shown.factor > 0), shown.factor, wanted)
+        return [
+            Contrast(
+                np.asarray(factor[i]), np.asarray(wanted[i]), Bound(np.asarray(allowed[i])), OWN_NAMES[i]
+            )
+            for i in range(2)
+        ]
 
     def _factors_at(self, step: int) -> list[float]:
         """Each side's clip factor: what its moments show where that is within bounds, or else the rule's."""
