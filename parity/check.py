@@ -32,7 +32,7 @@ def check(
     left: Side,
     right: Side,
     precision: Policy,
-    steps: int,
+    steps: int | None,
     overrides: Sequence[str],
     out: Path,
 ) -> Verdict:
@@ -47,6 +47,8 @@ def check(
         raise UserError(
             f"--steps {steps}: {recipe_path} makes {recipe.run.last_step} updates; compare at most those"
         )
+    if (out / "checkpoints").exists() or (out / "recipe.yaml").exists():
+        raise UserError(f"--out {out}: holds a training run; give the check a directory of its own")
     request = _Request(recipe_path, tuple(overrides), precision, (left, right), _counts(recipe))
     ran = request.run(steps, out=out)
     comparison = request.judge(ran, out=out)

@@ -155,26 +155,31 @@ def _update(
     state, metrics = backend.train_step(state, batch, lr=lr, keep=keep)
     seconds = time.perf_counter() - began
     if writer:
-        after, (moment1, moment2) = backend.weights_of(state), backend.moments_of(state)
-        writer.step(
-            StepTrace(
-                step=state.step,
-                batch=batch,
-                loss_sum=metrics.loss_sum,
-                tokens=metrics.tokens,
-                grad_norm=metrics.grad_norm,
-                lr=lr,
-                gradients=metrics.gradients or {},
-                updates={name: after[name] - before[name] for name in after},
-                moment1=moment1,
-                moment2=moment2,
-                activations=metrics.activations or {},
-                activation_gradients=metrics.activation_gradients or {},
-            )
-        )
+        writer.step(_step_trace(backend, state, batch, metrics, lr=lr, before=before))
     loss = metrics.loss_sum / metrics.tokens
     return state, StepReport(
         state.step, loss, metrics.tokens, metrics.grad_norm, lr, metrics.tokens / seconds
+    )
+
+
+def _step_trace(
+    backend: Backend[S], state: S, batch: Batch, metrics: Metrics, *, lr: float, before: Arrays
+) -> StepTrace:
+    """What the update leaves for comparison; `before` are the weights that it started from."""
+    after, (moment1, moment2) = backend.weights_of(state), backend.moments_of(state)
+    return StepTrace(
+        step=state.step,
+        batch=batch,
+        loss_sum=metrics.loss_sum,
+        tokens=metrics.tokens,
+        grad_norm=metrics.grad_norm,
+        lr=lr,
+        gradients=metrics.gradients or {},
+        updates={name: after[name] - before[name] for name in after},
+        moment1=moment1,
+        moment2=moment2,
+        activations=metrics.activations or {},
+        activation_gradients=metrics.activation_gradients or {},
     )
 
 
