@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from parity.check import check
 from parity.sides import parse_side
 from parity.verdict import Verdict, explained, values_at
+from trainspec.errors import UserError, nearest
 from trainspec.plan import Policy
 from trainspec.recipe import Recipe
 
@@ -21,7 +23,7 @@ def assert_parity(
     precision: Policy = "fp64",
     steps: int = 5,
     overrides: Sequence[str] = (),
-    out: Path | None = None,
+    out: Path | str | None = None,
 ) -> None:
     """Train `recipe` on both sides and raise AssertionError, with the first divergence, where they differ.
 
@@ -31,14 +33,16 @@ def assert_parity(
     its files have wrong.
     """
     __tracebackhide__ = True
+    if precision not in get_args(Policy):
+        raise UserError(f"precision {precision!r}{nearest(precision, get_args(Policy))}")
     with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
-        home = out or Path(scratch)
+        home = Path(out) if out else Path(scratch) / "check"
         verdict = check(
             _file(recipe, Path(scratch)), left=parse_side(left), right=parse_side(right), precision=precision,
             steps=steps, overrides=overrides, out=home,
         )  # fmt: skip
     if not verdict.holds:
-        raise AssertionError(told(verdict, report=out / "report.html" if out else None))
+        raise AssertionError(told(verdict, report=Path(out) / "report.html" if out else None))
 
 
 def told(verdict: Verdict, *, report: Path | None) -> str:

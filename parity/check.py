@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainspec.errors import UserError
 from trainspec.methods import LoRA
 from trainspec.plan import Policy
 from trainspec.recipe import Recipe, load_recipe
+from trainspec.schedule import learning_rate
 from trainspec.trace import Trace
 
 DEFAULT_STEPS = 10
@@ -47,8 +49,13 @@ def check(
         raise UserError(
             f"--steps {steps}: {recipe_path} makes {recipe.run.last_step} updates; compare at most those"
         )
+    _check_rates(recipe, steps)
+    for side in (left, right):  # a mistake in the second must not wait for the first to be trained
+        load_recipe(recipe_path, (*overrides, *side.overrides))
     if (out / "checkpoints").exists() or (out / "recipe.yaml").exists():
         raise UserError(f"--out {out}: holds a training run; give the check a directory of its own")
+    for old in ("first-divergence", "measured"):  # of an earlier check
+        shutil.rmtree(out / old, ignore_errors=True)
     request = _Request(recipe_path, tuple(overrides), precision, (left, right), _counts(recipe))
     ran = request.run(steps, out=out)
     comparison = request.judge(ran, out=out)
@@ -58,6 +65,16 @@ def check(
     recipes = [resolved_recipe(out, name) for name in NAMES]
     _write(verdict, ran, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
     return verdict
+
+
+def _check_rates(recipe: Recipe, steps: int) -> None:
+    """Raises UserError where no compared update moves a weight: agreement would prove nothing."""
+    made = (
+        learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step, steps=recipe.run.steps)
+        for step in range(steps)
+    )
+    if not any(made):
+        raise UserError(f"--steps {steps}: the learning rate is 0 in all of them; compare more steps")
 
 
 @dataclass(frozen=True)
@@ -111,7 +128,9 @@ class _Request:
             [f for f in verdict.comparison.findings if f.place.step < step],
             [f for f in verdict.comparison.findings if f.place.step > step],
         )
-        again = [f for f in seen.findings if f.place.step == step]
+        # The second look adds places; one that failed at first does not come to hold by it.
+        failed = {f.place: f for f in verdict.comparison.findings if f.place.step == step and not f.holds}
+        again = [failed.get(f.place, f) if f.holds else f for f in seen.findings if f.place.step == step]
         comparison = Comparison(verdict.comparison.steps, (*before, *again, *after))
         return replace(verdict, comparison=comparison, reading=self.read(comparison, ran))
 

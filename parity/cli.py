@@ -17,6 +17,7 @@ from parity.sides import parse_side
 from parity.status import status_lines, write_json, write_status
 from parity.verdict import Verdict
 from trainspec.command import EXIT_DONE, EXIT_FAILED, add_recipe, run_command
+from trainspec.errors import UserError
 from trainspec.plan import Policy
 
 STATUS_PAGE = Path("docs/parity-status.md")
@@ -127,8 +128,10 @@ def _faults(args: Namespace) -> int:
     if args.list:
         print("\n".join(listed(faults)))
         return EXIT_DONE
+    if args.page and (args.only or args.backend):
+        raise UserError("--page: a page holds the whole registry; leave --only and --backend out")
     backends, outcomes = [args.backend] if args.backend else BACKENDS, []
-    precisions: Sequence[Precision] = args.precision or ["fp64"]
+    precisions: Sequence[Precision] = list(dict.fromkeys(args.precision or ["fp64"]))
     for precision in precisions:
         outcomes += run_faults(faults, backends, args.out / precision, precision=precision, keep=args.keep)
     (args.out / "faults.json").write_text(json.dumps([o.as_json() for o in outcomes], indent=2) + "\n")

@@ -107,7 +107,7 @@ def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = N
 
     `stopped` says, for a side that ended its training itself, why: that is a failure at the next step.
     """
-    findings = [_judge(place, _sides(place, pair), bounds) for place in places(pair)]
+    findings = [_judge(place, pair, bounds) for place in places(pair)]
     findings += _nothing_shown(pair, findings)
     return Comparison(pair.common_steps, (*findings, *ending(pair.steps, stopped or {})))
 
@@ -172,13 +172,17 @@ def _sides(place: Place, pair: Pair) -> Sides:
     return pair.read(place.step, "weight" if place.phase == INITIAL.name else place.phase, place.tensor)
 
 
-def _judge(place: Place, sides: Sides, bounds: Bounds) -> Finding:
-    left, right = sides
+def _judge(place: Place, pair: Pair, bounds: Bounds) -> Finding:
+    left, right = _sides(place, pair)
     if left is None or right is None:
         missing = "both sides" if left is right else "left" if left is None else "right"
         return _failure(place, f"missing in {missing}")
     if left.shape != right.shape:
         return _failure(place, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
+    if place.phase in {phase.name for phase in TENSOR_PHASES}:
+        weight = pair.read(0, "weight", place.tensor)[0]
+        if weight is not None and weight.shape != left.shape:
+            return _failure(place, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}")
     if bounds.float64_only and (
         coarse := [f"{s.dtype} in {n}" for n, s in _named(left, right) if _is_coarse(s)]
     ):
@@ -194,10 +198,15 @@ def _measure(place: Place, contrast: Contrast) -> Finding:
     left, right, allowed = contrast.first, contrast.second, contrast.bound
     if not left.size:
         return Finding(place, 0.0, 0.0, 0.0)
+    for name, array in (
+        *zip(contrast.names, (left, right), strict=True),
+        ("the bound", allowed.own),
+        ("the bound", allowed.handed),
+    ):
+        if not np.isfinite(array).all():
+            return _failure(place, f"nothing is proven: {name} is not finite")
     error, size = np.abs(left - right), np.maximum(np.abs(left), np.abs(right))
-    # A bound that cannot be told, because a neighbour is not finite, allows nothing.
-    handed = np.nan_to_num(allowed.handed, nan=0.0)
-    own = np.broadcast_to(np.nan_to_num(allowed.own, nan=0.0), error.shape)
+    handed, own = np.asarray(allowed.handed), np.broadcast_to(allowed.own, error.shape)
     bound = own + handed
     # A difference where none is allowed uses infinitely much of its bound, none there uses nothing.
     added = np.maximum(error - handed, 0.0)

@@ -98,7 +98,10 @@ class MeasuredBounds:
         shapes = {name: _shape(pair, name) for name in pair.names(0, "weight")}
         rows = pair.read(1, "batch", "input_ids")[0]
         forward, whole = path_roundings(
-            shapes, rows.shape if rows is not None else (1, 1), stored=self._unit, summed=self._summed
+            shapes,
+            rows.shape if rows is not None and rows.ndim == 2 else (1, 1),
+            stored=self._unit,
+            summed=self._summed,
         )
         uses = len(shapes) * self._unit**2
         self.forward, self.whole = math.sqrt(forward / uses), math.sqrt(whole / (2 * uses))

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+CRASHED = 70
 OWN = ("trainspec", "jaxtrain", "torchtrain")
 
 
@@ -106,7 +107,11 @@ def run_case(program: str, argv: Sequence[str], edits: Sequence[Edit]) -> dict[s
             code = stop.code
         except Exception:
             traceback.print_exc()
-            code = 70
+            code = CRASHED
+        unloaded = [edit.module for edit in edits if edit.module not in sys.modules]
+        if unloaded and code != CRASHED:  # a mistake in a module that was never loaded is none
+            print(f"{unloaded[0]} was not loaded, so nothing was planted", file=err)
+            code = CRASHED
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 

@@ -285,6 +285,10 @@ def after_the_first(scene: Scene) -> str | None:
     kind = {phase.name: phase.title for phase in PHASES}.get(place.phase)
     if place.step <= 1 or place.phase not in ("moment1", "moment2", "update"):
         return None
+    if place.phase == "update" and not any(
+        any(scene.pair.scalar(step, "lr")) for step in range(1, place.step)
+    ):
+        return None  # at a rate of 0 no update was made that could have been right
     return f"{kind} differ from step {place.step} on, not before: the optimizer's state or its count of steps"
 
 

@@ -85,13 +85,14 @@ class Recorder:
             raise TraceError("step: call initial(weights) before the first step")
         if not batch:
             raise TraceError("step: the batch is empty; give what the update is trained on")
-        self._step += 1
+        if tokens < 1:
+            raise TraceError(f"step: tokens is {tokens}; give the number that the loss is divided by")
         mapped_gradients = self._mapped("gradients", gradients)
         after = self._trained("weights", weights, mapped_gradients)
         updates = {name: new - self._weights[name] for name, new in after.items()}
         self._writer.step(
             StepTrace(
-                step=self._step,
+                step=self._step + 1,
                 batch={name: _plain(array) for name, array in batch.items()},
                 loss_sum=float(loss_sum),
                 tokens=int(tokens),
@@ -108,13 +109,14 @@ class Recorder:
             )
         )
         self._weights |= after
+        self._step += 1
 
     def _trained(self, what: str, arrays: NamedArrays, gradients: Arrays) -> Arrays:
         """The arrays of trained weights only; frozen ones may be given as well."""
         mapped = self._mapped(what, arrays)
         missing = [name for name in gradients if name not in mapped]
         if missing:
-            raise TraceError(f"step {self._step}: {what}: no {missing[0]!r}, which has a gradient")
+            raise TraceError(f"step {self._step + 1}: {what}: no {missing[0]!r}, which has a gradient")
         return {name: mapped[name] for name in gradients}
 
     def _mapped(self, what: str, arrays: NamedArrays) -> Arrays:

@@ -73,7 +73,10 @@ class RoundingBounds:
         self._vocab = max((shape[0] for shape in shapes.values() if shape), default=1)
         rows = pair.read(1, "batch", "input_ids")[0]
         self._forward, self._whole = path_roundings(
-            shapes, rows.shape if rows is not None else (1, 1), stored=self._stored, summed=self._summed
+            shapes,
+            rows.shape if rows is not None and rows.ndim == 2 else (1, 1),
+            stored=self._stored,
+            summed=self._summed,
         )
         self._drift = cache(lambda step: network_drift(pair, step, lora_scale=lora_scale))
         self._moment_fit = cache(lambda phase, step: fit_moment(pair, phase, step))

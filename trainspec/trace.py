@@ -132,7 +132,11 @@ class Trace:
         path = directory / "trace.jsonl"
         if not path.is_file():
             raise TraceError(f"{path}: missing; give the directory that a run wrote with --trace")
-        self.rows = [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), 1)]
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise TraceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        self.rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
         if not self.rows:
             raise TraceError(f"{path}: no step in it; the run that wrote it made no update")
         if [row["step"] for row in self.rows] != list(range(1, len(self.rows) + 1)):

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from parity.cli import main
@@ -123,3 +124,21 @@ def test_sides_are_read_as_words():
 
 def test_parity_imports_no_framework():
     assert not {"jax", "torch"} & set(sys.modules)
+
+
+def test_what_is_not_finite_is_never_agreement():
+    """A NaN on either hand or an infinite bound must not pass for a small difference."""
+    from parity.compare import _measure
+    from parity.phases import Place
+    from parity.tolerance import Bound, Contrast
+
+    place, seven, nothing = Place(1, "moment1", "w"), np.array([7.0]), np.array([np.nan])
+    for first, second, own, handed in (
+        (seven, nothing, seven, 0.0),
+        (nothing, seven, seven, 0.0),
+        (seven, seven, np.array([np.inf]), 0.0),
+        (seven, 2 * seven, seven, np.inf),
+        (seven, 2 * seven, nothing, 0.0),
+    ):
+        assert not _measure(place, Contrast(first, second, Bound(own, handed))).holds
+    assert _measure(place, Contrast(seven, seven, Bound(seven))).holds
