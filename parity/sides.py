@@ -26,12 +26,12 @@ PROGRAMS: dict[str, Backend] = {"jax": "jax", "jaxtrain": "jax", "torch": "torch
 NEVER = 10**9
 # The proof is about arithmetic, not about a device: whatever this machine has, both sides run on its CPU.
 CPU_ONLY = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-# Threads that spin while they wait take the core from those that work: up to five times the wall time in torch.
 # A check runs the same programs again, for its reference or a failing step: what takes long to compile is kept.
 COMPILE_CACHE = {
     "JAX_COMPILATION_CACHE_DIR": str(Path("build/jax-cache").absolute()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
 }
+# Threads that spin while they wait take the core from those that work: up to five times the wall time in torch.
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 

@@ -58,11 +58,6 @@ class Param:
         return self.name.rsplit(".", 1)[0]
 
     @property
-    def template(self) -> str:
-        """The name with `{i}` for the layer: equal for the rows that a scanned model stacks."""
-        return self.name if self.layer is None else self.name.replace(f".{self.layer}.", ".{i}.", 1)
-
-    @property
     def size(self) -> int:
         """How many elements it has."""
         total = 1
