@@ -41,12 +41,12 @@ def zero_probes(spec: ModelSpec, shape: tuple[int, int], dtype: DTypeLike) -> di
     return stacked | {point: jnp.zeros((*shape, size), dtype) for point, size in ends.items()}
 
 
-def by_point(recorded: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
-    """Host arrays [examples, sequence_tokens, ...] by point; `recorded` has the microbatches in front."""
+def by_point(recorded: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Arrays [examples, sequence_tokens, ...] by point; `recorded` has the microbatches in front."""
     return {point: np.array(array).reshape(-1, *array.shape[2:]) for point, array in _layers_apart(recorded)}
 
 
-def _layers_apart(recorded: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+def _layers_apart(recorded: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
     for point, array in recorded.items():
         if point in LAYER_POINTS:
             yield from ((f"layers.{i}.{point}", array[:, i]) for i in range(array.shape[1]))

@@ -11,7 +11,8 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.dropout import DropoutPoint, keep_mask
-from jaxtrain.model import Linear, Llama, abstract
+from jaxtrain.model import Linear, Llama, abstract, wide
+from jaxtrain.tensor import matmul
 from jaxtrain.weights import native_module
 from trainspec.methods import Full, LoRA, Method, target_modules
 from trainspec.model import ModelSpec
@@ -28,19 +29,25 @@ class LoRALinear(Linear):
     def __init__(self, base: Linear, method: LoRA, keys: np.ndarray) -> None:
         *stack, in_size, out_size = base.kernel.shape
         self.kernel, self.bias = base.kernel, base.bias
+        self.in_axis, self.out_axis, self.constrain = base.in_axis, base.out_axis, base.constrain
         self.lora_a = abstract((*stack, in_size, method.rank), base.kernel.dtype)
         self.lora_b = abstract((*stack, method.rank, out_size), base.kernel.dtype)
         self.dropout_key = DropoutKey(jax.ShapeDtypeStruct(keys.shape, jnp.uint32))
         self.scale, self.rate = method.scale, method.dropout
 
     def __call__(self, x: Array, point: DropoutPoint | None) -> Array:
+        x = self.constrain(x, ("batch", "seq", self.in_axis))
         dropped = x if point is None or self.rate == 0 else self._dropout(x, point)
-        return super().__call__(x, point) + self.scale * ((dropped @ self.lora_a[...]) @ self.lora_b[...])
+        low = self.constrain(matmul(dropped, self.lora_a.get_value()), ("batch", "seq", "rank"))
+        up = self.constrain(matmul(low, self.lora_b.get_value()), ("batch", "seq", self.out_axis))
+        # A Python number would be rounded to bfloat16 before it is used.
+        return super().__call__(x, point) + (self.scale * up.astype(wide(up.dtype))).astype(up.dtype)
 
     def _dropout(self, x: Array, point: DropoutPoint) -> Array:
         key, (_, S, F) = self.dropout_key[...], x.shape
         keep = keep_mask(key, step=point.step, rows=point.rows, sequence_tokens=S, features=F, rate=self.rate)
-        return jnp.where(keep, x / (1 - self.rate), 0)
+        kept = (x.astype(wide(x.dtype)) / (1 - self.rate)).astype(x.dtype)
+        return self.constrain(jnp.where(keep, kept, 0), ("batch", "seq", self.in_axis))
 
 
 def attach(model: Llama, spec: ModelSpec, method: Method, *, seed: int) -> dict[str, np.ndarray]:

@@ -2,10 +2,12 @@
 
 B batch, S sequence, E embed, H query heads, K kv heads, G query heads per kv head, D head dim, L layers.
 Weights are [in, out]; those of `layers` have L in front. Modules are born abstract (shapes only) and are merged
-with arrays for each call, so everything around them is a function of plain dicts.
+with weights (`tensor.Weight`) for each call, so everything around them is a function of plain dicts.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,24 @@ from jax.typing import DTypeLike
 
 from jaxtrain.activations import Probes, Tap
 from jaxtrain.dropout import DropoutPoint
+from jaxtrain.tensor import Constrain, lookup, matmul, matmul_transposed, scale, shift
 from trainspec.model import ModelSpec, inverse_frequencies
-from trainspec.plan import Policy
+from trainspec.plan import COMPUTE_DTYPE, Policy
 from trainspec.trace import LAYER_POINTS
 
-COMPUTE_DTYPE: dict[Policy, DTypeLike] = {"fp64": jnp.float64, "fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+class Dim(NamedTuple):
+    """A dimension of a weight: its logical axis and its size."""
+
+    axis: str
+    size: int
+
+
+class Build(NamedTuple):
+    """What every module is built with: the compute type, and `constrain` for its activations."""
+
+    dtype: np.dtype
+    constrain: Constrain
 
 
 def wide(dtype: DTypeLike) -> np.dtype:
@@ -37,41 +52,44 @@ class Linear(nnx.Module):
     """y = x W + b with W [in, out]."""
 
     def __init__(
-        self, in_size: int, out_size: int, *, bias: bool, stack: tuple[int, ...], dtype: DTypeLike
+        self, in_dim: Dim, out_dim: Dim, *, bias: bool, stack: tuple[int, ...], build: Build
     ) -> None:
-        self.kernel = abstract((*stack, in_size, out_size), dtype)
-        self.bias = abstract((*stack, out_size), dtype) if bias else None
+        self.kernel = abstract((*stack, in_dim.size, out_dim.size), build.dtype)
+        self.bias = abstract((*stack, out_dim.size), build.dtype) if bias else None
+        self.in_axis, self.out_axis, self.constrain = in_dim.axis, out_dim.axis, build.constrain
 
-    def __call__(self, x: Array, point: DropoutPoint | None) -> Array:
-        y = x @ self.kernel[...]
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(self, x_BSI: Array, point: DropoutPoint | None) -> Array:
+        x_BSI = self.constrain(x_BSI, ("batch", "seq", self.in_axis))
+        y_BSO = self.constrain(matmul(x_BSI, self.kernel.get_value()), ("batch", "seq", self.out_axis))
+        return y_BSO if self.bias is None else shift(y_BSO, self.bias.get_value())
 
 
 class Embedding(nnx.Module):
     """Token id to row; `attend` is the tied head."""
 
-    def __init__(self, vocab: int, embed: int, *, dtype: DTypeLike) -> None:
-        self.embedding = abstract((vocab, embed), dtype)
+    def __init__(self, vocab: int, embed: int, *, build: Build) -> None:
+        self.embedding = abstract((vocab, embed), build.dtype)
+        self.constrain = build.constrain
 
     def __call__(self, ids_BS: Array) -> Array:
-        return self.embedding[...][ids_BS]
+        return self.constrain(lookup(ids_BS, self.embedding.get_value()), ("batch", "seq", "embed"))
 
     def attend(self, x_BSE: Array) -> Array:
         """Logits [B, S, vocab] of a head that is the embedding itself."""
-        return x_BSE @ self.embedding[...].T
+        return self.constrain(matmul_transposed(x_BSE, self.embedding.get_value()), ("batch", "seq", "vocab"))
 
 
 class RMSNorm(nnx.Module):
     """x * rsqrt(mean(x²) + eps) in the wide type, cast to the compute type, then times the weight."""
 
-    def __init__(self, embed: int, *, eps: float, stack: tuple[int, ...], dtype: DTypeLike) -> None:
-        self.scale = abstract((*stack, embed), dtype)
+    def __init__(self, embed: int, *, eps: float, stack: tuple[int, ...], build: Build) -> None:
+        self.scale = abstract((*stack, embed), build.dtype)
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         x_wide = x.astype(wide(x.dtype))
         normed = x_wide * lax.rsqrt(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...] * normed.astype(x.dtype)
+        return scale(normed.astype(x.dtype), self.scale.get_value())
 
 
 def rotary_tables(spec: ModelSpec, positions_BS: Array, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -93,8 +111,8 @@ def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Arra
     B, S, H, D = q_BSHD.shape
     K = k_BSKD.shape[2]
     grouped = q_BSHD.reshape(B, S, K, H // K, D)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD) * D**-0.5
-    scores = scores.astype(wide(scores.dtype))
+    wide_type = wide(q_BSHD.dtype)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=wide_type) * D**-0.5
     scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v_BSKD.dtype)
     return jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD).reshape(B, S, H, D)
@@ -103,20 +121,26 @@ def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Arra
 class Attention(nnx.Module):
     """Rotary grouped-query self-attention."""
 
-    def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], dtype: DTypeLike) -> None:
-        q_size, kv_size, bias = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.attention_bias
-        self.head_dim = spec.head_dim
-        self.q_proj = Linear(spec.embed, q_size, bias=bias, stack=stack, dtype=dtype)
-        self.k_proj = Linear(spec.embed, kv_size, bias=bias, stack=stack, dtype=dtype)
-        self.v_proj = Linear(spec.embed, kv_size, bias=bias, stack=stack, dtype=dtype)
-        self.o_proj = Linear(q_size, spec.embed, bias=bias, stack=stack, dtype=dtype)
+    def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
+        embed = Dim("embed", spec.embed)
+        q_dim = Dim("heads", spec.heads * spec.head_dim)
+        kv_dim = Dim("kv_heads", spec.kv_heads * spec.head_dim)
+        bias = spec.attention_bias
+        self.head_dim, self.constrain = spec.head_dim, build.constrain
+        self.q_proj = Linear(embed, q_dim, bias=bias, stack=stack, build=build)
+        self.k_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
+        self.v_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
+        self.o_proj = Linear(q_dim, embed, bias=bias, stack=stack, build=build)
 
     def __call__(
         self, x_BSE: Array, cos: Array, sin: Array, mask_BSS: Array, point: DropoutPoint | None
     ) -> Array:
         B, S, _ = x_BSE.shape
         q, k, v = (
-            p(x_BSE, point).reshape(B, S, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj)
+            self.constrain(
+                p(x_BSE, point).reshape(B, S, -1, self.head_dim), ("batch", "seq", p.out_axis, "dim")
+            )
+            for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask_BSS)
         return self.o_proj(mixed.reshape(B, S, -1), point)
@@ -125,10 +149,11 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
 
-    def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], dtype: DTypeLike) -> None:
-        self.gate_proj = Linear(spec.embed, spec.mlp, bias=spec.mlp_bias, stack=stack, dtype=dtype)
-        self.up_proj = Linear(spec.embed, spec.mlp, bias=spec.mlp_bias, stack=stack, dtype=dtype)
-        self.down_proj = Linear(spec.mlp, spec.embed, bias=spec.mlp_bias, stack=stack, dtype=dtype)
+    def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
+        embed, mlp, bias = Dim("embed", spec.embed), Dim("mlp", spec.mlp), spec.mlp_bias
+        self.gate_proj = Linear(embed, mlp, bias=bias, stack=stack, build=build)
+        self.up_proj = Linear(embed, mlp, bias=bias, stack=stack, build=build)
+        self.down_proj = Linear(mlp, embed, bias=bias, stack=stack, build=build)
 
     def __call__(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BSE, point)) * self.up_proj(x_BSE, point), point)
@@ -137,11 +162,11 @@ class SwiGLU(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], dtype: DTypeLike) -> None:
-        self.input_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, dtype=dtype)
-        self.self_attn = Attention(spec, stack=stack, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, dtype=dtype)
-        self.mlp = SwiGLU(spec, stack=stack, dtype=dtype)
+    def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
+        self.input_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, build=build)
+        self.self_attn = Attention(spec, stack=stack, build=build)
+        self.post_attention_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, build=build)
+        self.mlp = SwiGLU(spec, stack=stack, build=build)
 
     def __call__(
         self, x_BSE: Array, cos: Array, sin: Array, mask_BSS: Array, point: DropoutPoint | None, tap: Tap
@@ -155,16 +180,13 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """Token ids, positions and segments [B, S] to logits [B, S, vocab]."""
 
-    def __init__(self, spec: ModelSpec, *, remat: str, dtype: DTypeLike) -> None:
-        self.spec, self.remat = spec, remat
-        self.embed_tokens = Embedding(spec.vocab, spec.embed, dtype=dtype)
-        self.layers = Block(spec, stack=(spec.layers,), dtype=dtype)
-        self.norm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=(), dtype=dtype)
-        head = (
-            None
-            if spec.tied_embeddings
-            else Linear(spec.embed, spec.vocab, bias=False, stack=(), dtype=dtype)
-        )
+    def __init__(self, spec: ModelSpec, *, remat: str, build: Build) -> None:
+        self.spec, self.remat, self.constrain = spec, remat, build.constrain
+        self.embed_tokens = Embedding(spec.vocab, spec.embed, build=build)
+        self.layers = Block(spec, stack=(spec.layers,), build=build)
+        self.norm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=(), build=build)
+        embed, vocab = Dim("embed", spec.embed), Dim("vocab", spec.vocab)
+        head = None if spec.tied_embeddings else Linear(embed, vocab, bias=False, stack=(), build=build)
         self.lm_head = head
 
     def __call__(
@@ -206,6 +228,9 @@ def attention_mask(segments_BS: Array) -> Array:
     return (order[:, None] >= order[None, :]) & (segments_BS[:, :, None] == segments_BS[:, None, :])
 
 
-def build_model(spec: ModelSpec, *, policy: Policy, remat: str) -> Llama:
-    """The model as shapes only; `weights.from_canonical` makes the arrays."""
-    return Llama(spec, remat=remat, dtype=COMPUTE_DTYPE[policy])
+def build_model(spec: ModelSpec, *, policy: Policy, remat: str, constrain: Constrain) -> Llama:
+    """The model as shapes only; `weights.from_canonical` makes the arrays.
+
+    `constrain(x, axes)` says which logical axis each dimension of an activation is; the plan decides what that means.
+    """
+    return Llama(spec, remat=remat, build=Build(jnp.dtype(COMPUTE_DTYPE[policy]), constrain))

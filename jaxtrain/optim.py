@@ -42,8 +42,9 @@ def rates(spec: AdamW, *, lr: float, step: int) -> Rates:
 
 
 def global_norm(gradients: Weights) -> Array:
-    """sqrt of the sum of squares over every element of every tensor."""
-    return jnp.sqrt(sum((jnp.sum(jnp.square(g)) for g in gradients.values()), start=jnp.zeros(())))
+    """sqrt of the sum of squares over every element of every tensor, summed in float32 or wider."""
+    wide = (g.astype(jnp.promote_types(jnp.float32, g.dtype)) for g in gradients.values())
+    return jnp.sqrt(sum((jnp.sum(jnp.square(g)) for g in wide), start=jnp.zeros(())))
 
 
 def clip(gradients: Weights, norm: Array, *, max_norm: float) -> Weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxtrain import step
-from jaxtrain.parallel import finish, start
+from jaxtrain.parallel import finish, is_leader, start
 from trainspec import loop
 from trainspec.recipe import Recipe
 from trainspec.trace import TraceRequest
@@ -18,7 +18,7 @@ def train(recipe: Recipe, *, out: Path, trace: TraceRequest | None = None, resum
     """
     start(recipe)
     try:
-        loop.train(step, recipe, name="jaxtrain", out=out, trace=trace, resume=resume)
+        loop.train(step, recipe, name="jaxtrain", out=out, trace=trace, resume=resume, is_leader=is_leader())
     finally:
         finish()
 

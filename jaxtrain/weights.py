@@ -10,17 +10,23 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax import Array
-from numpy.typing import NDArray
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from numpy.typing import DTypeLike, NDArray
 
 from trainspec.methods import PEFT_PREFIX
 from trainspec.params import Param
+from trainspec.plan import DimAxes
+from trainspec.weight import Weight
 
 LAYER = re.compile(r"^layers\.(\d+)\.")
 LEAVES = {"linear": "kernel", "head": "kernel", "norm": "scale", "embedding": "embedding"}
 TRANSPOSED = ("kernel", "lora_a", "lora_b")
+# Layer (0 outside a stack) to what it is made of.
+_Stack = dict[int, Weight | NDArray[Any]]
 
 
 def native_module(module: str) -> tuple[str, int | None]:
@@ -40,22 +46,70 @@ def native_name(param: Param) -> tuple[str, int | None]:
     return f"{path}.{'bias' if param.name.endswith('.bias') else LEAVES[param.role]}", layer
 
 
-def from_canonical(weights: Iterable[tuple[Param, NDArray[Any]]], *, layers: int) -> dict[str, Array]:
-    """Native arrays of canonical weights. A layer that is not among `weights` is zero in its stack."""
-    native: dict[str, NDArray[Any]] = {}
-    for param, array in weights:
+def native_spec(param: Param, axes: DimAxes) -> PartitionSpec:
+    """How one layer of a native array is split, of a row of the table that `axes` split."""
+    placed = reversed(axes) if native_name(param)[0].endswith(TRANSPOSED) else axes
+    return PartitionSpec(*(dim or None for dim in placed))
+
+
+def from_canonical(
+    weights: Iterable[tuple[Param, Weight | NDArray[Any]]],
+    *,
+    layers: int,
+    shardings: Mapping[str, NamedSharding],
+    dtype: DTypeLike,
+) -> dict[str, Array]:
+    """Native arrays of canonical weights. A layer that is not among `weights` is zero in its stack.
+
+    Of each weight no more is read than this process's devices hold.
+    """
+    stacks: dict[str, tuple[Param, _Stack]] = {}
+    for param, weight in weights:
         name, layer = native_name(param)
-        placed = array.T if name.endswith(TRANSPOSED) else array
-        if layer is None:
-            native[name] = placed
-        else:
-            native.setdefault(name, np.zeros((layers, *placed.shape), placed.dtype))[layer] = placed
-    return {name: jnp.asarray(native.pop(name)) for name in list(native)}
+        stacks.setdefault(name, (param, {}))[1][layer or 0] = weight
+    return {
+        name: _native(name, param, stack, layers=layers, sharding=shardings[name], dtype=dtype)
+        for name, (param, stack) in stacks.items()
+    }
+
+
+def _native(
+    name: str, param: Param, stack: _Stack, *, layers: int, sharding: NamedSharding, dtype: DTypeLike
+) -> Array:
+    shape = param.shape[::-1] if name.endswith(TRANSPOSED) else param.shape
+    stacked = param.layer is not None
+    parts: dict[tuple[Any, ...], NDArray[Any]] = {}  # devices that hold the same part share one reading
+
+    def part(index: tuple[slice, ...] | None) -> NDArray[Any]:
+        assert index is not None  # JAX's type allows it, for shardings without devices of this process
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:
+            inner = index[1:] if stacked else index
+            which = range(layers)[index[0]] if stacked else [0]
+            rows = [_placed(name, param, stack.get(layer), inner) for layer in which]
+            parts[key] = (np.stack(rows) if stacked else rows[0]).astype(dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback((layers, *shape) if stacked else shape, sharding, part)
+
+
+def _placed(
+    name: str, param: Param, weight: Weight | NDArray[Any] | None, index: tuple[slice, ...]
+) -> NDArray[Any]:
+    """The part `index` of one layer in native layout."""
+    canonical = index[::-1] if name.endswith(TRANSPOSED) else index
+    if weight is None:
+        array = np.zeros([len(range(n)[part]) for part, n in zip(canonical, param.shape, strict=True)])
+    else:
+        array = weight[canonical]
+    placed = array.T if name.endswith(TRANSPOSED) else array
+    return placed
 
 
 def to_canonical(native: Mapping[str, Array], table: Sequence[Param]) -> dict[str, NDArray[Any]]:
-    """The rows of `table` by canonical name, [out, in] and per layer, on the host."""
-    host = {name: np.asarray(native[name]) for name in {native_name(p)[0] for p in table}}
+    """The rows of `table` by canonical name, [out, in] and per layer, whole on the host of every process."""
+    # In the table's order: every process has to gather the same array at the same time.
+    host = {name: to_host(native[name]) for name in dict.fromkeys(native_name(p)[0] for p in table)}
     canonical = {}
     for param in table:
         name, layer = native_name(param)
@@ -63,3 +117,10 @@ def to_canonical(native: Mapping[str, Array], table: Sequence[Param]) -> dict[st
         # A copy: the host array may share its memory with a buffer that the next update takes over.
         canonical[param.name] = np.array(array.T if name.endswith(TRANSPOSED) else array, order="C")
     return canonical
+
+
+def to_host(array: Array) -> NDArray[Any]:
+    """The whole array, gathered from all processes where it is spread over them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

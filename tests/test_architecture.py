@@ -24,12 +24,18 @@ FORBIDDEN = {
 # Inside a backend a module imports from its own layer's left to the right only.
 LAYERS = (
     ("cli",),
-    ("train",),
+    ("train", "cost"),
     ("step",),
-    ("methods", "optim", "parallel", "loss"),
+    ("methods", "optim", "parallel", "loss", "zero"),
     ("model", "weights"),
-    ("dropout", "activations"),
+    ("dropout", "activations", "tensor", "launch"),
 )
+
+# Files that one twin has and the other has not, each with its reason.
+ONE_SIDED_FILES = {
+    "torchtrain/zero.py": "DeepSpeed; in JAX the compiler splits what the plan says",
+    "torchtrain/launch.py": "a process for every device; in JAX one process has many",
+}
 
 # Public names that one twin has and the other has not, each with its reason.
 ONE_SIDED = {
@@ -50,7 +56,8 @@ ONE_SIDED = {
         "SwiGLU": "torch's come from Hugging Face",
         "Block": "torch's come from Hugging Face",
         "Llama": "torch's come from Hugging Face",
-        "COMPUTE_DTYPE": "torch keeps its types in the module",
+        "Dim": "Hugging Face's modules know no logical axes",
+        "Build": "Hugging Face's modules know no logical axes",
         "wide": "Hugging Face's modules choose their own",
         "abstract": "torch has the meta device",
         "rotary_tables": "torch's are a module that takes Hugging Face's place",
@@ -59,6 +66,7 @@ ONE_SIDED = {
     },
     "torchtrain/model.py": {
         "RMSNorm": "see jaxtrain/model.py",
+        "compute_device": "torch has to be told",
     },
     "jaxtrain/weights.py": {
         "native_module": "JAX stacks layers under names of its own",
@@ -66,8 +74,27 @@ ONE_SIDED = {
         "LAYER": "JAX stacks layers under names of its own",
         "LEAVES": "JAX stacks layers under names of its own",
         "TRANSPOSED": "torch's layout is the canonical one",
+        "native_spec": "torch's processes each hold their own part",
+        "to_host": "torch's to_canonical gathers",
     },
-    "torchtrain/weights.py": {"canonical_name": "PEFT renames modules in memory"},
+    "jaxtrain/tensor.py": {
+        "Constrain": "JAX says where an activation lies, the compiler moves it",
+        "Place": "JAX says where a weight lies, the compiler moves it",
+        "Weight": "a weight of torch is a parameter, which has its gradient",
+        "matmul": "for torch autograd and DeepSpeed do this",
+        "matmul_transposed": "for torch autograd and DeepSpeed do this",
+        "scale": "for torch autograd and DeepSpeed do this",
+        "shift": "for torch autograd and DeepSpeed do this",
+        "lookup": "for torch autograd and DeepSpeed do this",
+    },
+    "jaxtrain/parallel.py": {
+        "Layout": "JAX's arrays are global, a process of torch holds its own part",
+        "constrained": "JAX's arrays are global, a process of torch holds its own part",
+    },
+    "torchtrain/weights.py": {
+        "canonical_name": "PEFT renames modules in memory",
+        "allocate": "torch's module is there before its weights",
+    },
     "jaxtrain/methods.py": {
         "LoRALinear": "torch's is PEFT's",
         "DropoutKey": "torch's is held by CounterDropout",
@@ -79,14 +106,26 @@ ONE_SIDED = {
         "Weights": "torch's module holds its own",
     },
     "torchtrain/optim.py": {
-        "moments": "read out of torch's optimizer",
+        "MOMENTS": "torch's names in the optimizer's state",
+        "start_moments": "torch's optimizer makes its own at its first step",
         "set_learning_rate": "torch's optimizer holds its rate",
         "set_steps": "torch's optimizer counts its steps",
     },
     "torchtrain/parallel.py": {
         "Engine": "an update is DeepSpeed's",
         "make_engine": "an update is DeepSpeed's",
-        "deepspeed_config": "an update is DeepSpeed's",
+        "Mesh": "JAX has one",
+    },
+    "torchtrain/tensor.py": {
+        "Peers": "a group of processes; JAX has a mesh",
+        "RowLinear": "layers are split by hand, in JAX by the compiler",
+        "WholeLinear": "layers are split by hand, in JAX by the compiler",
+        "VocabEmbedding": "layers are split by hand, in JAX by the compiler",
+        "split_layers": "layers are split by hand, in JAX by the compiler",
+        "copy_inputs": "layers are split by hand, in JAX by the compiler",
+        "is_split": "JAX reads weight_axes",
+        "to_numpy": "numpy arrays of JAX know bfloat16",
+        "cross_entropy_sum": "the vocabulary is split by hand, in JAX by the compiler",
     },
     "jaxtrain/step.py": {
         "Program": "the compiled functions; torch runs eagerly",
@@ -95,6 +134,11 @@ ONE_SIDED = {
 }
 # Twins whose parameters differ, each with its reason.
 OTHER_PARAMETERS = {
+    "dropout.py:keep_mask": "a torch process draws the features that it has, JAX's compiler splits a whole mask",
+    "loss.py:token_loss": "torch is told who has the rest of the vocabulary",
+    "methods.py:attach": "torch is told who has the rest of a layer",
+    "model.py:build_model": "JAX is told how to constrain an activation, torch who has the rest of a layer",
+    "weights.py:to_canonical": "JAX's arrays are global, torch's parts are gathered",
     "activations.py:by_point": "JAX has layers and microbatches in front, torch a recording for each microbatch",
     "optim.py:make_optimizer": "torch's optimizer holds the parameters it updates",
     "weights.py:from_canonical": "torch's arrays are allocated with the module and filled in place",
@@ -173,7 +217,8 @@ def test_twins_have_the_same_files():
     files = [
         {p.relative_to(ROOT / package) for p in modules(package)} for package in ("jaxtrain", "torchtrain")
     ]
-    assert files[0] == files[1]
+    mine = {Path(name).name for name in ONE_SIDED_FILES if name.startswith("torchtrain/")}
+    assert files[0] == {file for file in files[1] if str(file) not in mine}
 
 
 @pytest.mark.parametrize("file", [p.name for p in modules("jaxtrain")])

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from torchtrain.tensor import Peers, to_numpy
+
 
 class Recording:
     """The activations of one microbatch by point, each with its gradient once the backward pass is through."""
@@ -46,15 +48,24 @@ def recorded(model: LlamaForCausalLM) -> Iterator[Recording]:
 
 
 def by_point(
-    recordings: Sequence[Recording],
+    recordings: Sequence[Recording], *, replicas: Peers, tensor: Peers, scale: float
 ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    """Activations and gradients [examples, sequence_tokens, ...] by point, of all microbatches in their order."""
+    """Activations and gradients [examples, sequence_tokens, ...] by point, of all microbatches in their order.
+
+    Each of the `replicas` has recorded its rows of every microbatch, each of the `tensor` peers its part of the
+    logits. `scale` is what the loss was multiplied by before the backward pass.
+    """
     activations, gradients = {}, {}
+
+    def whole(point: str, part: Tensor) -> NDArray[Any]:
+        part = tensor.gather(part, -1) if point == "logits" else part
+        return to_numpy(replicas.gather(part, 0))
+
     for point in recordings[0].tensors:
         tensors = [recording.tensors[point] for recording in recordings]
-        activations[point] = np.concatenate([t.detach().cpu().numpy() for t in tensors])
-        found = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
-        gradients[point] = np.concatenate([g.cpu().numpy() for g in found])
+        activations[point] = np.concatenate([whole(point, t) for t in tensors])
+        found = [torch.zeros_like(t) if t.grad is None else t.grad / scale for t in tensors]
+        gradients[point] = np.concatenate([whole(point, g) for g in found])
     return activations, gradients
 
 

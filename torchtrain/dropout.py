@@ -20,25 +20,31 @@ from trainspec.rng import PARITY_CONSTANT, ROTATIONS, drop_threshold, fold
 class DropoutPoint:
     """Where a run is: the update (from 0) and the rows [B] of the global batch that are in the model now.
 
+    `first_feature` says by module where this process's part of an input begins, where it has a part only.
+
     Differs from jaxtrain, where it is an argument of the forward: PEFT's layers own their call of dropout, so
     one shared object is moved before each microbatch.
     """
 
     step: int = 0
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    first_feature: dict[str, int] = field(default_factory=dict)
 
 
 def keep_mask(
-    key: tuple[int, int], *, step: int, rows: Tensor, sequence_tokens: int, features: int, rate: float
-) -> Tensor:
+    key: tuple[int, int], *, step: int, rows: Tensor, sequence_tokens: int, features: int, rate: float,
+    first_feature: int = 0,
+) -> Tensor:  # fmt: skip
     """True where an element of a LoRA input is kept; bool [B, S, F].
 
     `key` belongs to (seed, module); `step` counts from 0; `rows` [B] are the examples' indices in the global
     batch. An element's bits depend on (key, step, row, position, feature) alone, so a mask does not change with
-    the split into microbatches or with recomputation.
+    the split into microbatches, over processes or with recomputation. A process that holds features
+    [first_feature, first_feature + F) of a whole input draws the mask of those. Differs from jaxtrain, which draws
+    whole masks and lets the compiler split them.
     """
     device = rows.device
-    feature_F = torch.arange(features, dtype=torch.int32, device=device)
+    feature_F = torch.arange(first_feature, first_feature + features, dtype=torch.int32, device=device)
     position_S = torch.arange(sequence_tokens, dtype=torch.int32, device=device)
     element_BS = rows.to(torch.int32)[:, None] * sequence_tokens + position_S
     bits_BSF = _threefry_first_word(fold(key, step), feature_F, element_BS[:, :, None])

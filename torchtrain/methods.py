@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from torchtrain.dropout import DropoutPoint, keep_mask
+from torchtrain.tensor import Peers, RowLinear, WholeLinear, copy_inputs
 from trainspec.methods import Full, LoRA, Method, target_modules
 from trainspec.model import ModelSpec
 from trainspec.rng import name_key
@@ -30,6 +31,7 @@ class _CounterDropout(nn.Module):
     def __init__(self, module: str, *, seed: int, rate: float, point: DropoutPoint) -> None:
         super().__init__()
         self.rate = rate
+        self._module = module
         self._key = name_key(seed, "dropout", module)
         self._point = point
 
@@ -44,28 +46,33 @@ class _CounterDropout(nn.Module):
             sequence_tokens=sequence_tokens,
             features=features,
             rate=self.rate,
+            first_feature=self._point.first_feature.get(self._module, 0),
         )
         return torch.where(keep_BSF, x_BSF / (1.0 - self.rate), 0.0)
 
 
-def attach(model: LlamaForCausalLM, spec: ModelSpec, method: Method, *, seed: int) -> DropoutPoint:
+def attach(
+    model: LlamaForCausalLM, spec: ModelSpec, method: Method, *, seed: int, tensor: Peers
+) -> DropoutPoint:
     """Put `method` into `model` in place; everything it does not train stops requiring gradients.
 
-    Returns the point that LoRA's dropout reads and the step moves.
+    Returns the point that LoRA's dropout reads and the step moves. An adapter of a layer that is split over the
+    `tensor` peers is split alike.
     """
     point = DropoutPoint()
     match method:
         case Full():
             pass
         case LoRA():
-            _attach_lora(model, spec, method, seed=seed, point=point)
+            _attach_lora(model, spec, method, seed=seed, point=point, tensor=tensor)
         case other:
             assert_never(other)
+    copy_inputs(model, tensor)
     return point
 
 
 def _attach_lora(
-    model: LlamaForCausalLM, spec: ModelSpec, method: LoRA, *, seed: int, point: DropoutPoint
+    model: LlamaForCausalLM, spec: ModelSpec, method: LoRA, *, seed: int, point: DropoutPoint, tensor: Peers
 ) -> None:
     modules = target_modules(spec, method)
     config = LoraConfig(
@@ -76,11 +83,29 @@ def _attach_lora(
         target_modules=list(modules),
         task_type="CAUSAL_LM",
     )
-    # In place, unlike get_peft_model: the model stays Hugging Face's, and adapters take its dtype.
-    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
-    if method.dropout == 0.0:
-        return
+    # In place, unlike get_peft_model: the model stays Hugging Face's. Its adapters have the sizes of this process's
+    # part of a layer, and no memory yet.
+    with torch.device("meta"):
+        inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     for module in modules:
         layer = model.get_submodule(module)
         assert isinstance(layer, LoraLayer)
+        base = layer.get_base_layer()
+        assert isinstance(base, nn.Linear)
+        if tensor.size > 1:
+            _split_adapter(layer, base, rank=method.rank, tensor=tensor)
+        if isinstance(base, RowLinear):
+            point.first_feature[module] = tensor.index * base.in_features
+        if method.dropout == 0.0:
+            continue
         layer.lora_dropout[_ADAPTER] = _CounterDropout(module, seed=seed, rate=method.dropout, point=point)
+
+
+def _split_adapter(layer: LoraLayer, base: nn.Linear, *, rank: int, tensor: Peers) -> None:
+    """A row layer's A sums its parts, and B is whole; a column layer's B is split, and A whole."""
+    with torch.device("meta"):
+        if isinstance(base, RowLinear):
+            new: nn.Module = RowLinear(base.in_features * tensor.size, rank, bias=False, peers=tensor)
+        else:
+            new = WholeLinear(base.in_features, rank, peers=tensor)
+    layer.lora_A[_ADAPTER] = new

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from torchtrain.tensor import Peers, split_layers
 from trainspec.model import ModelSpec, inverse_frequencies
-from trainspec.plan import STORED_DTYPE, Policy
+from trainspec.plan import COMPUTE_DTYPE, Policy
 
 
 class RMSNorm(LlamaRMSNorm):
@@ -30,7 +31,7 @@ class _RotaryTables(nn.Module):
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         super().__init__()
         numpy_dtype = "float64" if dtype == torch.float64 else "float32"
-        self._inverse = torch.from_numpy(inverse_frequencies(spec, numpy_dtype)).to(_device())
+        self._inverse = torch.from_numpy(inverse_frequencies(spec, numpy_dtype)).to(compute_device())
 
     @torch.no_grad()
     def forward(self, x_BSE: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,27 +49,31 @@ def attention_mask(segments_BS: Tensor) -> Tensor:
     return same_BSS.tril()[:, None]
 
 
-def build_model(spec: ModelSpec, *, policy: Policy, remat: str) -> LlamaForCausalLM:
-    """The module with its weights allocated, not yet filled; weights.from_canonical fills every one.
+def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -> LlamaForCausalLM:
+    """This process's part of the module, on the meta device: weights.allocate gives every weight its memory.
 
     `remat` full recomputes each layer in the backward pass. fp64 runs get their own RMSNorm: Hugging Face's
-    computes in float32 whatever the model's type.
+    computes in float32 whatever the model's type. Differs from jaxtrain, where a constraint on the activations says
+    what is split: here it is the layers.
     """
-    dtype = getattr(torch, STORED_DTYPE[policy])
+    dtype = getattr(torch, COMPUTE_DTYPE[policy])
     with torch.device("meta"):  # no memory and no random numbers for weights that are filled later
-        model = LlamaForCausalLM(_config(spec)).to(dtype)
+        model = LlamaForCausalLM(_config(spec))
+        if tensor.size > 1:
+            split_layers(model, spec, tensor)
+        model.to(dtype)
     if policy == "fp64":
         _use_float64_norms(model)
-    model.to_empty(device=_device())
     model.tie_weights()
-    model.model.set_submodule("rotary_emb", _RotaryTables(spec, dtype))
+    model.model.set_submodule("rotary_emb", _RotaryTables(spec, torch.promote_types(dtype, torch.float32)))
     if remat == "full":
         # No torch random numbers are drawn in a layer: their state need not be kept for the recomputation.
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model
 
 
-def _device() -> torch.device:
+def compute_device() -> torch.device:
+    """Where weights and activations of this process live."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from trainspec.recipe import AdamW
 
 # torch.nn.utils.clip_grad_norm_ and DeepSpeed clip by max / (norm + 1e-6).
 CLIP_EPS = 1e-6
+# torch's names of Adam's moments.
+MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
 
 
 def global_norm(gradients: Mapping[str, Tensor]) -> Tensor:
@@ -43,14 +45,19 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, foreach=False)
-    for parameter in parameters.values():
-        # What AdamW itself starts from, made now so that the moments are there to be read and restored.
-        optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
     return optimizer
+
+
+def start_moments(optimizer: torch.optim.AdamW, tensors: Iterable[Tensor]) -> None:
+    """What AdamW itself starts from, made now so that the moments are there to be read and restored.
+
+    `tensors` are what the optimizer updates: the parameters, or the flat parts that DeepSpeed makes of them.
+    """
+    for tensor in tensors:
+        optimizer.state[tensor] = {
+            "step": torch.tensor(0.0),
+            **{key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS.values()},
+        }
 
 
 def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
@@ -63,14 +70,3 @@ def set_steps(optimizer: torch.optim.AdamW, steps: int) -> None:
     """How many updates were made, for Adam's bias correction."""
     for state in optimizer.state.values():
         state["step"].fill_(float(steps))
-
-
-def moments(
-    optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Adam's first and second moments, by the names of `parameters`."""
-    states = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
-    return (
-        {name: state["exp_avg"] for name, state in states.items()},
-        {name: state["exp_avg_sq"] for name, state in states.items()},
-    )

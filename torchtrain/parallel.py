@@ -1,21 +1,29 @@
-"""The process around a run: environment, process group, and the engine that makes an update.
+"""The processes of a run: joining them, their mesh, and the engine that makes an update over it.
 
-DeepSpeed stays in this file. No attribute of its engine is read elsewhere.
+Rank r is tensor index r % tensor of replica r // tensor: `trainspec.plan.MESH_AXES` with the last axis fastest.
+DeepSpeed is in zero.py, starting processes in launch.py.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from torchtrain.optim import clip, global_norm
+from torchtrain.launch import describe_cluster
+from torchtrain.optim import MOMENTS, clip, global_norm, start_moments
+from torchtrain.tensor import Peers
+from torchtrain.zero import DeepSpeedEngine, Store, Stored, import_deepspeed
 from trainspec.errors import PlanError
-from trainspec.plan import check_supported
+from trainspec.loop import check_plan
+from trainspec.plan import Plan
 from trainspec.recipe import Recipe
 
 # What a launcher would set; without RANK DeepSpeed looks for MPI. Port 0 lets the system choose a free one.
@@ -26,31 +34,55 @@ _ONE_PROCESS = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
-_ZERO_STAGE = {"nothing": 0, "optimizer": 1, "gradients": 2, "params": 3}
+# What was made since `start`, for `finish` to undo.
+_open_engines: list[Engine] = []
+_open_groups: list[Any] = []
 
 
 class Engine(Protocol):
-    """What makes one update of a model: a forward and a backward per microbatch, then one step."""
+    """What makes one update of a model: a forward and a backward per microbatch, then one step.
+
+    `loss_scale` is a factor that every loss is multiplied by, and no gradient in `store` has.
+    """
+
+    loss_scale: float
+    store: Store
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits [B, S, V]."""
+        """Logits [B, S, V] of this process's rows and part of the vocabulary."""
         ...
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of `loss`, a microbatch's share of the batch's loss, to what is there."""
+        """Add the gradients of `loss`, a microbatch's share of the batch's loss, to what is there.
+
+        Behind the last one they are those of all replicas.
+        """
         ...
 
     def step(self) -> None:
         """Clip, update and clear the gradients."""
         ...
 
+    def close(self) -> None:
+        """Leave nothing behind in the process."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place: among those with the other parts of its layers, and those with other rows."""
+
+    tensor: Peers
+    replicas: Peers
+
 
 def start(recipe: Recipe) -> None:
-    """Set up this process: matmul precision and, for DeepSpeed, accelerator and process group.
+    """Set up this process: matmul precision, device, and the group of all processes.
 
     Raises PlanError for an unsupported plan, or where a launcher started another number of processes than it takes.
     """
-    check_supported(recipe.plan, recipe.precision.policy, "torch")
+    check_plan(recipe, "torch")
+    os.environ.update(describe_cluster(os.environ))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != recipe.plan.devices:
         raise PlanError(
@@ -58,104 +90,173 @@ def start(recipe: Recipe) -> None:
             f"start {recipe.plan.devices}"
         )
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 means fp32
-    if not _runs_on_deepspeed(recipe):
-        return
-    deepspeed = _import_deepspeed()
-    # This kernel leaves a 66 MiB file in /dev/shm per process and is used by inference only.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name, value in _ONE_PROCESS.items():
-        os.environ.setdefault(name, value)
-    deepspeed.init_distributed(verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if processes > 1:
+        _join()
+    if _runs_on_deepspeed(recipe):
+        for name, value in _ONE_PROCESS.items():
+            os.environ.setdefault(name, value)
+        import_deepspeed().init_distributed(verbose=False)
+
+
+def _join() -> None:
+    """Join the other processes, once: a launcher's store keeps the addresses of a first meeting."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
 
 
 def finish() -> None:
-    """Undo `start`: leave the process group, if there is one."""
-    if torch.distributed.is_initialized():
-        # DeepSpeed's, not torch's: it also drops the groups that DeepSpeed remembers.
-        _import_deepspeed().comm.destroy_process_group()
+    """Undo `start`, but for the group of several processes: the next run in them finds it joined."""
+    while _open_engines:
+        _open_engines.pop().close()
+    # Nobody closes a connection that another still reads from; but a process that failed waits for nobody.
+    if _open_groups and sys.exc_info()[0] is None:
+        dist.barrier()
+    deepspeed = sys.modules.get("deepspeed")
+    while _open_groups:
+        group = _open_groups.pop()
+        # DeepSpeed's, not torch's, where it is in use: it also drops the groups that it remembers.
+        (deepspeed.comm if deepspeed and deepspeed.comm.is_initialized() else dist).destroy_process_group(
+            group
+        )
+    if deepspeed is not None:
+        deepspeed.utils.groups.mpu = None
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            deepspeed.comm.destroy_process_group()
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's configuration: a pure function of the recipe, so that a test can hold it fixed.
-
-    Optimizer and learning rate are not in it: they are handed over as objects, alike for every engine.
-    """
-    batch, plan = recipe.batch, recipe.plan
-    ranks = plan.data * plan.fsdp
-    return {
-        "train_batch_size": batch.global_examples,
-        "train_micro_batch_size_per_gpu": batch.global_examples // batch.accumulation // ranks,
-        "gradient_accumulation_steps": batch.accumulation,
-        "gradient_clipping": recipe.optimizer.clip_norm or 0.0,  # 0 is DeepSpeed's word for no clipping
-        "zero_optimization": {"stage": _ZERO_STAGE[plan.shards]},
-        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW is not on DeepSpeed's own list
-    }
+def is_leader() -> bool:
+    """Whether this is the one process that has the console and writes files."""
+    return int(describe_cluster(os.environ).get("RANK", os.environ.get("RANK", "0"))) == 0
 
 
-def make_engine(recipe: Recipe, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> Engine:
+def make_mesh(plan: Plan) -> Mesh:
+    """The groups that this process is in; every process of the run makes all of them, in the same order."""
+    if plan.devices == 1:
+        return Mesh(tensor=Peers(), replicas=Peers())
+    rank = dist.get_rank()
+    ranks = range(plan.devices)
+    rows = [[r for r in ranks if r // plan.tensor == i] for i in range(plan.replicas)]
+    columns = [[r for r in ranks if r % plan.tensor == i] for i in range(plan.tensor)]
+    return Mesh(tensor=_peers(rows, rank), replicas=_peers(columns, rank))
+
+
+def _peers(groups: list[list[int]], rank: int) -> Peers:
+    made = [(ranks, dist.new_group(ranks)) for ranks in groups]
+    ranks, group = next((ranks, group) for ranks, group in made if rank in ranks)
+    _open_groups.append(group)
+    return Peers(group, ranks.index(rank), len(ranks))
+
+
+def make_engine(
+    recipe: Recipe, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, *, mesh: Mesh
+) -> Engine:
     """DeepSpeed's engine; for fp64, which DeepSpeed has not, plain torch with the same arithmetic."""
+    whole = _WholeStore(model, optimizer, mesh.tensor)
     if _runs_on_deepspeed(recipe):
-        return _DeepSpeedEngine(recipe, model, optimizer)
-    return _PlainEngine(model, optimizer, clip_norm=recipe.optimizer.clip_norm)
+        engine: Engine = DeepSpeedEngine(recipe, model, optimizer, mesh=mesh, whole=whole)
+    else:
+        engine = _PlainEngine(model, optimizer, whole, mesh, clip_norm=recipe.optimizer.clip_norm)
+    _open_engines.append(engine)
+    return engine
 
 
-class _DeepSpeedEngine:
-    """DeepSpeed, told when the last microbatch comes and kept from dividing by their number."""
+class _WholeStore:
+    """Each replica has all of the state of its layers."""
 
-    def __init__(self, recipe: Recipe, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> None:
-        self._engine = _import_deepspeed().initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(recipe), dist_init_required=False
-        )[0]
+    def __init__(self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, tensor: Peers) -> None:
+        self._model, self._optimizer, self._tensor = model, optimizer, tensor
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits [B, S, V]."""
-        return self._engine(**inputs).logits
+    def norm(self) -> float:
+        """Each logical element once: what is split over the peers is summed, what all have is counted here."""
+        split: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
+        for name, parameter in self._model.named_parameters():
+            if parameter.grad is not None:
+                (split if hasattr(parameter, "tensor_model_parallel") else whole)[name] = parameter.grad
+        if not split:
+            return global_norm(whole).item()
+        squares = self._tensor.sum_(global_norm(split).double().square())
+        return (squares + global_norm(whole).double().square()).sqrt().item()
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Gradients of `loss` as it is: it is a share of the batch's loss already."""
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+    def read(self, what: Stored, parameter: nn.Parameter) -> Tensor:
+        """The tensor itself."""
+        match what:
+            case "weight":
+                return parameter
+            case "gradient":
+                assert parameter.grad is not None
+                return parameter.grad
+            case "moment1" | "moment2":
+                return self._optimizer.state[parameter][MOMENTS[what]]
 
-    def step(self) -> None:
-        """Clip, update and clear the gradients."""
-        self._engine.step()
+    @torch.no_grad()
+    def write(self, what: Stored, parameter: nn.Parameter, value: Tensor) -> None:
+        """In place."""
+        self.read(what, parameter).copy_(value)
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """Everything; there is no master copy."""
+        parameters = list(self._model.parameters())
+        states = self._optimizer.state.values()
+        return {
+            "weights": [*parameters],
+            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "master": [],
+            "moments": [state[key] for state in states for key in MOMENTS.values()],
+        }
 
 
 class _PlainEngine:
     """The same update in plain torch, in the type of the weights."""
 
     def __init__(
-        self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, *, clip_norm: float | None
+        self,
+        model: LlamaForCausalLM,
+        optimizer: torch.optim.AdamW,
+        store: Store,
+        mesh: Mesh,
+        *,
+        clip_norm: float | None,
     ) -> None:
+        self.loss_scale = 1.0
+        self.store = store
         self._model = model
         self._optimizer = optimizer
+        self._mesh = mesh
         self._clip_norm = clip_norm
+        start_moments(optimizer, _trained(model))
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits [B, S, V]."""
+        """Logits [B, S, V] of this process's rows and part of the vocabulary."""
         return self._model(**inputs).logits
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Gradients of `loss`; the last microbatch is like every other."""
+        """Gradients of `loss`; behind the last microbatch they are summed over the replicas."""
         loss.backward()
+        if is_last:
+            for parameter in _trained(self._model):
+                if parameter.grad is not None:
+                    self._mesh.replicas.sum_(parameter.grad)
 
     def step(self) -> None:
         """Clip, update and clear the gradients."""
         if self._clip_norm is not None:
             gradients = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
-            clip(gradients, global_norm(gradients), max_norm=self._clip_norm)
+            norm = torch.tensor(self.store.norm(), dtype=torch.float64)
+            clip(gradients, norm, max_norm=self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def close(self) -> None:
+        """There is nothing to undo."""
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _runs_on_deepspeed(recipe: Recipe) -> bool:
     return recipe.precision.policy != "fp64"
-
-
-def _import_deepspeed() -> Any:
-    # DeepSpeed picks its accelerator, and says so on stdout, while it is imported: the choice must come first.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    return deepspeed

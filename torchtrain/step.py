@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from torchtrain.activations import Recording, by_point, recorded
 from torchtrain.dropout import DropoutPoint
 from torchtrain.loss import token_loss
 from torchtrain.methods import attach
-from torchtrain.model import attention_mask, build_model
-from torchtrain.optim import global_norm, make_optimizer, moments, set_learning_rate, set_steps
-from torchtrain.parallel import Engine, make_engine
-from torchtrain.weights import canonical_name, from_canonical, to_canonical
+from torchtrain.model import attention_mask, build_model, compute_device
+from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
+from torchtrain.parallel import Engine, Mesh, is_leader, make_engine, make_mesh
+from torchtrain.tensor import to_numpy
+from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
+from torchtrain.zero import Partitioner, Stored
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
@@ -30,6 +34,7 @@ from trainspec.loop import Arrays, Metrics
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
+from trainspec.plan import COMPUTE_DTYPE
 from trainspec.recipe import Recipe
 from trainspec.trace import Keep
 
@@ -41,6 +46,7 @@ class State:
     step: int
     recipe: Recipe
     spec: ModelSpec
+    mesh: Mesh
     model: LlamaForCausalLM
     engine: Engine
     optimizer: torch.optim.AdamW
@@ -49,35 +55,52 @@ class State:
 
 def init_state(recipe: Recipe, spec: ModelSpec) -> State:
     """The run before its first update. `parallel.start` comes first."""
-    model = build_model(spec, policy=recipe.precision.policy, remat=recipe.plan.remat)
-    point = attach(model, spec, recipe.method, seed=recipe.run.seed)
-    from_canonical(starting_weights(recipe, spec), dict(model.named_parameters()))
+    policy, mesh = recipe.precision.policy, make_mesh(recipe.plan)
+    model = build_model(spec, policy=policy, remat=recipe.plan.remat, tensor=mesh.tensor)
+    point = attach(model, spec, recipe.method, seed=recipe.run.seed, tensor=mesh.tensor)
+    allocate(
+        model,
+        starting_weights(recipe, spec),
+        dtype=getattr(torch, COMPUTE_DTYPE[policy]),
+        device=compute_device(),
+        tensor=mesh.tensor,
+        settle=Partitioner(recipe, mesh),
+    )
     decays = {p.name: p.decay for p in trainable_table(spec, recipe.method)}
     parameters = _trainable(model)
     decayed = {name for name in parameters if decays[canonical_name(name)]}
     optimizer = make_optimizer(recipe.optimizer, decayed, parameters=parameters)
-    engine = make_engine(recipe, model, optimizer)
-    return State(0, recipe, spec, model, engine, optimizer, point)
+    engine = make_engine(recipe, model, optimizer, mesh=mesh)
+    state = State(0, recipe, spec, mesh, model, engine, optimizer, point)
+    if policy == "bf16":
+        # DeepSpeed made its float32 masters from the rounded weights: they start where the other backend's do.
+        trained = ((p, weight) for p, weight in starting_weights(recipe, spec) if p.name in decays)
+        from_canonical(trained, parameters, tensor=mesh.tensor, write=partial(engine.store.write, "weight"))
+    return state
 
 
 def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[State, Metrics]:
     """One update on a global batch; consumes `state`.
 
     The gradient is that of the batch's summed loss divided by its number of target tokens, whatever the split
-    into microbatches. Raises NonFiniteLossError before the update, with the weights as they were.
+    into microbatches and over processes. Raises NonFiniteLossError before the update, with the weights as they were.
     """
     recordings: list[Recording] = []
     loss_sum = _accumulate_gradients(state, batch, recordings if keep == "activations" else None)
-    gradients = {name: p.grad for name, p in _trainable(state.model).items() if p.grad is not None}
-    grad_norm = global_norm(gradients).item()
+    grad_norm = state.engine.store.norm()
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
         state.model.zero_grad()
         raise NonFiniteLossError(f"step {state.step + 1}: loss sum {loss_sum}, gradient norm {grad_norm}")
     metrics = Metrics(loss_sum, batch.target_tokens, grad_norm)
     if keep != "nothing":
-        metrics = replace(metrics, gradients=to_canonical(gradients, _table(state)))
+        metrics = replace(metrics, gradients=_arrays(state, "gradient", _table(state)))
     if recordings:
-        activations, activation_gradients = by_point(recordings)
+        activations, activation_gradients = by_point(
+            recordings,
+            replicas=state.mesh.replicas,
+            tensor=state.mesh.tensor,
+            scale=state.engine.loss_scale,
+        )
         metrics = replace(metrics, activations=activations, activation_gradients=activation_gradients)
     set_learning_rate(state.optimizer, lr)
     state.engine.step()
@@ -85,65 +108,94 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
 
 
 def _accumulate_gradients(state: State, batch: Batch, recordings: list[Recording] | None) -> float:
-    """Leave the batch's gradients in the parameters; returns the summed loss.
+    """Leave the batch's gradients with the engine; returns the loss summed over all of its rows.
 
     Where there is a list of `recordings`, it gets one for every microbatch.
     """
     state.model.train()
-    parts = batch.split(state.recipe.batch.accumulation)
+    parts = [_mine(state, part) for part in batch.split(state.recipe.batch.accumulation)]
     loss_sum = torch.zeros((), dtype=torch.float64, device=state.model.device)
     for index, part in enumerate(parts):
         state.point.step, state.point.rows = state.step, _tensor(state, part.rows)
         with nullcontext() if recordings is None else recorded(state.model) as recording:
             logits_BSV = state.engine.forward(**_inputs(state, part))
-            part_loss, _ = token_loss(logits_BSV, _tensor(state, part.labels))
+            part_loss, _ = token_loss(logits_BSV, _tensor(state, part.labels), tensor=state.mesh.tensor)
             state.engine.backward(part_loss / batch.target_tokens, is_last=index == len(parts) - 1)
         if recordings is not None and recording is not None:
             recordings.append(recording)
         loss_sum += part_loss.detach()
-    return loss_sum.item()
+    return state.mesh.replicas.sum_(loss_sum).item()
 
 
 @torch.no_grad()
 def eval_step(state: State, batch: Batch) -> tuple[float, int]:
     """(loss sum, target tokens) of a batch, without dropout."""
     state.model.eval()
-    logits_BSV = state.model(**_inputs(state, batch)).logits
-    loss_sum, tokens = token_loss(logits_BSV, _tensor(state, batch.labels))
-    return loss_sum.item(), int(tokens.item())
+    part = _mine(state, batch)
+    logits_BSV = state.model(**_inputs(state, part)).logits
+    loss_sum, _ = token_loss(logits_BSV, _tensor(state, part.labels), tensor=state.mesh.tensor)
+    return state.mesh.replicas.sum_(loss_sum.double()).item(), batch.target_tokens
 
 
 @torch.no_grad()
 def logits(state: State, batch: Batch) -> NDArray[Any]:
     """The model's output [B, S, V], without dropout."""
     state.model.eval()
-    return state.model(**_inputs(state, batch)).logits.cpu().numpy()
+    part_BSV = state.model(**_inputs(state, _mine(state, batch))).logits
+    return to_numpy(state.mesh.replicas.gather(state.mesh.tensor.gather(part_BSV, -1), 0))
 
 
 def weights_of(state: State, *, frozen: bool = False) -> Arrays:
-    """Copies of the trained weights, and on request of the frozen ones, under their canonical names."""
+    """Copies of the trained weights, and on request of the frozen ones, under their canonical names.
+
+    As all functions that give arrays by canonical name: whole for the leader, and nothing for the others.
+    """
     table = full_table(state.spec, state.recipe.method) if frozen else _table(state)
-    return to_canonical(dict(state.model.named_parameters()), table)
+    return _arrays(state, "weight", table)
 
 
 def moments_of(state: State) -> tuple[Arrays, Arrays]:
     """Copies of Adam's first and second moments under their weights' canonical names."""
-    first, second = moments(state.optimizer, _trainable(state.model))
-    return to_canonical(first, _table(state)), to_canonical(second, _table(state))
+    table = _table(state)
+    return _arrays(state, "moment1", table), _arrays(state, "moment2", table)
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:
     """`state` moved to where `checkpoint` was saved; consumes `state`."""
-    parameters = _trainable(state.model)
-    first, second = moments(state.optimizer, parameters)
-    for arrays, native in (
-        (checkpoint.weights, parameters),
-        (checkpoint.moment1, first),
-        (checkpoint.moment2, second),
-    ):
-        from_canonical(((p, arrays[p.name]) for p in _table(state)), native)
+    sources: tuple[tuple[Stored, Arrays], ...] = (
+        ("weight", checkpoint.weights),
+        ("moment1", checkpoint.moment1),
+        ("moment2", checkpoint.moment2),
+    )
+    for what, arrays in sources:
+        rows = ((p, arrays[p.name]) for p in _table(state))
+        write = partial(state.engine.store.write, what)
+        from_canonical(rows, _trainable(state.model), tensor=state.mesh.tensor, write=write)
     set_steps(state.optimizer, checkpoint.step)
     return replace(state, step=checkpoint.step)
+
+
+def _arrays(state: State, what: Stored, table: Sequence[Param]) -> Arrays:
+    """One kind of tensor of every row of the table."""
+    reduced = getattr(torch, COMPUTE_DTYPE[state.recipe.precision.reduce])
+
+    def read(parameter: nn.Parameter) -> Tensor:
+        found = state.engine.store.read(what, parameter)
+        return found.to(reduced) if what == "gradient" else found
+
+    return to_canonical(
+        dict(state.model.named_parameters()),
+        table,
+        tensor=state.mesh.tensor,
+        read=read,
+        keep=is_leader(),
+    )
+
+
+def _mine(state: State, batch: Batch) -> Batch:
+    """This replica's rows."""
+    replicas = state.mesh.replicas
+    return batch.split(replicas.size)[replicas.index]
 
 
 def _table(state: State) -> tuple[Param, ...]:

@@ -5,19 +5,24 @@ adapters, those of PEFT's files; in memory PEFT names the adapter and tucks the 
 
     model.layers.0.self_attn.q_proj.weight                             ...q_proj.base_layer.weight
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight     ...q_proj.lora_A.default.weight
+
+A process of a tensor-parallel group holds one part of a row, contiguous along the dimension that is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
+from torchtrain.tensor import Peers, is_split, to_numpy
 from trainspec.methods import PEFT_PREFIX
 from trainspec.params import Param
+from trainspec.weight import Index, Weight
 
 
 def canonical_name(native: str) -> str:
@@ -27,22 +32,85 @@ def canonical_name(native: str) -> str:
     return native.replace(".base_layer.", ".")
 
 
-@torch.no_grad()
 def from_canonical(
-    weights: Iterable[tuple[Param, NDArray[Any]]], native: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """Fill `native`, keyed by the module's names, tensor by tensor and in place.
+    weights: Iterable[tuple[Param, Weight | NDArray[Any]]],
+    native: Mapping[str, nn.Parameter],
+    *,
+    tensor: Peers,
+    write: Callable[[nn.Parameter, Tensor], None],
+) -> Mapping[str, nn.Parameter]:
+    """Give this process's part of each row to `write`, with its parameter; `native` is keyed by the module's names.
 
-    Differs from jaxtrain, which makes its arrays here: torch's are allocated with the module.
+    Differs from jaxtrain, which makes its arrays here: torch's are there already, and the engine knows where.
     """
-    tensors = {canonical_name(name): tensor for name, tensor in native.items()}
-    for param, array in weights:
-        tensors.pop(param.name).copy_(torch.from_numpy(array))
-    assert not tensors, f"no value for {sorted(tensors)}"  # THE TABLE names every parameter of the module
+    parameters = {canonical_name(name): parameter for name, parameter in native.items()}
+    for param, weight in weights:
+        write(parameters.pop(param.name), torch.from_numpy(weight[_part(param, tensor)]))
+    assert not parameters, (
+        f"no value for {sorted(parameters)}"
+    )  # THE TABLE names every parameter of the module
     return native
 
 
-def to_canonical(native: Mapping[str, Tensor], table: Sequence[Param]) -> dict[str, NDArray[Any]]:
-    """Copies of the rows of `table`, as numpy arrays; `native` is keyed by the module's names."""
-    tensors = {canonical_name(name): tensor for name, tensor in native.items()}
-    return {p.name: tensors[p.name].detach().cpu().numpy().copy() for p in table}
+def to_canonical(
+    native: Mapping[str, nn.Parameter],
+    table: Sequence[Param],
+    *,
+    tensor: Peers,
+    read: Callable[[nn.Parameter], Tensor],
+    keep: bool,
+) -> dict[str, NDArray[Any]]:
+    """Copies of the rows of `table` as whole numpy arrays, one at a time; {} where they are not to be kept.
+
+    `read` gives this process's part of a parameter's row. All processes have to come, as parts are gathered.
+    """
+    parameters = {canonical_name(name): parameter for name, parameter in native.items()}
+    found = {}
+    for param in table:
+        whole = read(parameters[param.name]).detach()
+        for dim, axis in enumerate(param.axes):
+            if is_split(axis):
+                whole = tensor.gather(whole, dim)
+        if keep:
+            found[param.name] = to_numpy(whole).copy()
+    return found
+
+
+def allocate(
+    model: LlamaForCausalLM,
+    weights: Iterable[tuple[Param, Weight]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensor: Peers,
+    settle: Callable[[nn.Parameter], None],
+) -> None:
+    """Put weights into a module that is on the meta device, one after the other.
+
+    Only this process's part of a row is read. `settle` may give memory of a parameter back before the next one
+    gets its own.
+    """
+    names = {canonical_name(name): name for name, _ in model.named_parameters()}
+    for param, weight in weights:
+        name = names.pop(param.name)
+        array = weight[_part(param, tensor)]
+        value = torch.from_numpy(array).to(device, dtype)
+        parameter = nn.Parameter(value, requires_grad=model.get_parameter(name).requires_grad)
+        if tensor.size > 1 and any(map(is_split, param.axes)):
+            # What DeepSpeed reads to count each element of the global norm once.
+            parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, parameter)
+        settle(parameter)
+    assert not names, f"no value for {sorted(names)}"
+    model.tie_weights()  # a tied head still has the embedding's meta tensor
+
+
+def _part(param: Param, tensor: Peers) -> Index:
+    """The slices of a row that this process holds."""
+    slices = []
+    for size, axis in zip(param.shape, param.axes, strict=True):
+        each = size // tensor.size
+        mine = slice(tensor.index * each, (tensor.index + 1) * each)
+        slices.append(mine if is_split(axis) else slice(None))
+    return tuple(slices)

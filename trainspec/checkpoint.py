@@ -108,8 +108,10 @@ def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
     table, dtype = trainable_table(model, recipe.method), STORED_DTYPE[recipe.precision.policy]
     weights, moment1, moment2 = (
         {
-            p.name: a
-            for p, a in read_rows(TensorFiles([path / f"{part}.safetensors"]), table, dtype=dtype, where=path)
+            p.name: weight[...]
+            for p, weight in read_rows(
+                TensorFiles([path / f"{part}.safetensors"]), table, dtype=dtype, where=path
+            )
         }
         for part in PARTS
     )

@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import get_args
 
@@ -15,8 +16,10 @@ from trainspec.command import add_recipe, run_command
 from trainspec.data import IGNORED, Batch, Dataset, open_dataset
 from trainspec.errors import PlanError
 from trainspec.hf import resolve_model
-from trainspec.methods import trainable_table
-from trainspec.plan import Backend, check_supported
+from trainspec.loop import check_plan
+from trainspec.methods import full_table, trainable_table
+from trainspec.model import ModelSpec
+from trainspec.plan import Backend, held_bytes
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.report import describe
 
@@ -67,10 +70,22 @@ def _show(recipe: Recipe) -> None:
         print(f"#   {param.name} {list(param.shape)}")
     for backend in get_args(Backend):
         try:
-            check_supported(recipe.plan, recipe.precision.policy, backend)
-            print(f"# {backend}: can run this plan")
+            check_plan(recipe, backend)
+            print(f"# {backend}: each of {recipe.plan.devices} devices holds {_held(recipe, model, backend)}")
         except PlanError as error:
             print(f"# {backend}: {error}")
+
+
+def _held(recipe: Recipe, model: ModelSpec, backend: Backend) -> str:
+    """The training state on one device, in words."""
+    trained = trainable_table(model, recipe.method)
+    frozen = [p for p in full_table(model, recipe.method) if p not in trained]
+    policy, reduce = recipe.precision.policy, recipe.precision.reduce
+    held = held_bytes(
+        recipe.plan, trained=trained, frozen=frozen, policy=policy, reduce=reduce, backend=backend
+    )
+    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in asdict(held).items())
+    return f"{held.total / 2**20:,.1f} MiB of training state ({parts})"
 
 
 def _preview(dataset: Dataset, batch: Batch) -> None:

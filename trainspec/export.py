@@ -55,8 +55,8 @@ def export(recipe: Recipe, *, out: Path, merge: bool, shard_bytes: int = SHARD_B
         config=_config(model, source, trained),
         shard_bytes=shard_bytes,
     )
-    for _ in read_rows(model_files(target), param_table(model), dtype=np.float32, where=target):
-        pass
+    for _, weight in read_rows(model_files(target), param_table(model), dtype=np.float32, where=target):
+        weight[...]  # it reads back
     return target
 
 
@@ -66,7 +66,8 @@ def _merged(
     """W + (alpha / rank) B A for every adapted module, summed in float64, one tensor at a time."""
     adapted = set(target_modules(model, method))
     base = recipe.model_copy(update={"method": Full()})
-    for param, weight in starting_weights(base, model):
+    for param, start in starting_weights(base, model):
+        weight = start[...]
         if param.module in adapted and param.name.endswith(".weight"):
             a, b = (trained[f"{PEFT_PREFIX}{param.module}.lora_{x}.weight"].astype(np.float64) for x in "AB")
             weight = (weight.astype(np.float64) + method.scale * (b @ a)).astype(weight.dtype)

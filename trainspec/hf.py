@@ -25,6 +25,7 @@ from trainspec.methods import LoRA, target_modules
 from trainspec.model import ModelSpec, preset, read_model_spec
 from trainspec.params import Param
 from trainspec.recipe import ModelSource
+from trainspec.weight import Index, Weight
 
 MODEL_FILE, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -96,10 +97,14 @@ class TensorFiles:
                         )
                     self._file_of[name], self.shapes[name] = path, tuple(view.get_shape())
 
-    def read(self, name: str) -> NDArray[Any]:
-        """One tensor, in its stored type."""
+    def read(self, name: str, index: Index | None = None) -> NDArray[Any]:
+        """One tensor, or the part of it at `index`, in its stored type."""
         with _opened(self._file_of[name]) as file:
-            return file.get_tensor(name)
+            return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+
+    def weight(self, name: str, dtype: DTypeLike) -> Weight:
+        """One tensor as `dtype`, read as far as it is asked for."""
+        return Weight(self.shapes[name], np.dtype(dtype), lambda index: self.read(name, index))
 
 
 @contextmanager
@@ -132,8 +137,8 @@ def model_files(directory: Path) -> TensorFiles:
 
 def read_rows(
     files: TensorFiles, table: Sequence[Param], *, dtype: DTypeLike, where: Path, ignored: Iterable[str] = ()
-) -> Iterator[tuple[Param, NDArray[Any]]]:
-    """Each row's array, cast to `dtype`, in the table's order; never more than one tensor in memory.
+) -> Iterator[tuple[Param, Weight]]:
+    """Each row's weight as `dtype`, in the table's order, to be read tensor by tensor or part by part.
 
     Raises WeightsError before the first read where a row is missing or misshapen or a tensor is unexpected;
     names in `ignored` may be there.
@@ -153,12 +158,12 @@ def read_rows(
         raise WeightsError(
             f"{where}: {unexpected[0]} is unexpected ({len(unexpected)} in all); it belongs to no weight of this model"
         )
-    return ((param, files.read(param.name).astype(dtype, copy=False)) for param in table)
+    return ((param, files.weight(param.name, dtype)) for param in table)
 
 
 def read_model(
     directory: Path, model: ModelSpec, table: Sequence[Param], *, dtype: DTypeLike
-) -> Iterator[tuple[Param, NDArray[Any]]]:
+) -> Iterator[tuple[Param, Weight]]:
     """The weights of a Hugging Face directory, row by row of `table`, as `dtype`."""
     # Old checkpoints store RoPE's frequencies, and some store the tied head a second time: both are derived.
     ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(model.layers)}
@@ -169,7 +174,7 @@ def read_model(
 
 def read_adapter(
     directory: Path, model: ModelSpec, method: LoRA, table: Sequence[Param], *, dtype: DTypeLike
-) -> Iterator[tuple[Param, NDArray[Any]]]:
+) -> Iterator[tuple[Param, Weight]]:
     """A PEFT LoRA adapter, row by row of `table`, after checking that its settings are those of `method`."""
     config = _adapter_config(directory)
     if config.get("peft_type") != "LORA":

@@ -1,7 +1,7 @@
 """Initial values: numpy, counter-based, keyed by (seed, canonical name).
 
 The same numbers on every backend and topology. Element i of a tensor is a function of (seed, name, i) alone,
-so a shard can be made where it lives.
+so a shard is made where it lives.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from trainspec.params import Normal, Ones, Param, UniformFanIn, Zeros, param_tab
 from trainspec.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
 from trainspec.rng import name_key, threefry2x32
+from trainspec.weight import Index, Weight
 
 
-def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, NDArray[Any]]]:
+def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, Weight]]:
     """Every weight of the run as training starts, in the order of `full_table`, in the run's stored type.
+
+    Files are checked before the first is given; a weight is read or drawn as far as it is asked for.
 
     The model's rows come from its files or are drawn (`model.weights`); the method's from `method.adapter` or drawn.
     """
@@ -34,38 +37,64 @@ def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, 
         assert directory is not None  # resolve_model refuses pretrained weights of a preset
         yield from read_model(directory, model, table, dtype=dtype)
     else:
-        yield from ((p, initial_value(p, seed=recipe.run.seed, dtype=dtype)) for p in table)
+        yield from ((p, drawn(p, seed=recipe.run.seed, dtype=dtype)) for p in table)
     match recipe.method:
         case Full():
             return
         case LoRA(adapter=None) as method:
             for p in adapter_table(model, method):
-                yield p, initial_value(p, seed=recipe.run.seed, dtype=dtype)
+                yield p, drawn(p, seed=recipe.run.seed, dtype=dtype)
         case LoRA(adapter=str() as adapter) as method:
             yield from read_adapter(Path(adapter), model, method, adapter_table(model, method), dtype=dtype)
 
 
-def initial_value(param: Param, *, seed: int, dtype: DTypeLike) -> NDArray[Any]:
-    """The start of one row of the table, in its shape and canonical layout, drawn in float64, then cast."""
+def drawn(param: Param, *, seed: int, dtype: DTypeLike) -> Weight:
+    """The start of one row of the table, drawn as far as it is asked for."""
+    return Weight(
+        param.shape,
+        np.dtype(dtype),
+        lambda index: initial_value(param, seed=seed, dtype=dtype, index=index),
+    )
+
+
+def initial_value(param: Param, *, seed: int, dtype: DTypeLike, index: Index | None = None) -> NDArray[Any]:
+    """The start of one row of the table, in its shape and canonical layout, drawn in float64, then cast.
+
+    With `index` (a slice for every dimension) it is that part, and no more than that is drawn.
+    """
+    element = _elements(param.shape, index)
     match param.init:
         case Zeros():
-            return np.zeros(param.shape, dtype)
+            return np.zeros(element.shape, dtype)
         case Ones():
-            return np.ones(param.shape, dtype)
+            return np.ones(element.shape, dtype)
         case UniformFanIn(fan_in):
-            values = (2.0 * _uniform(param, seed)[0] - 1.0) / np.sqrt(fan_in)
+            values = (2.0 * _uniform(param, seed, element)[0] - 1.0) / np.sqrt(fan_in)
         case Normal(std):
             # Box-Muller: two uniforms give one normal value; 1 - u keeps the logarithm finite.
-            first, second = _uniform(param, seed)
+            first, second = _uniform(param, seed, element)
             values = std * np.sqrt(-2.0 * np.log(1.0 - first)) * np.cos(2.0 * np.pi * second)
         case other:
             assert_never(other)
-    return values.reshape(param.shape).astype(dtype)
+    return values.astype(dtype)
 
 
-def _uniform(param: Param, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _elements(shape: tuple[int, ...], index: Index | None) -> NDArray[np.uint64]:
+    """The number of each element of the part, counted through the whole tensor in row-major order."""
+    element = np.zeros((), np.uint64)
+    for size, part in zip(shape, index or (slice(None),) * len(shape), strict=True):
+        along = np.arange(*part.indices(size), dtype=np.uint64)
+        element = element[..., None] * np.uint64(size) + along
+    return element
+
+
+def _uniform(
+    param: Param, seed: int, element: NDArray[np.uint64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two uniforms in [0, 1) per element, 32 and 32 bits of one counter's block."""
-    index = np.arange(param.size, dtype=np.uint64)
-    low, high = (index & np.uint64(0xFFFFFFFF)).astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
+    low, high = (
+        (element & np.uint64(0xFFFFFFFF)).astype(np.uint32),
+        (element >> np.uint64(32)).astype(np.uint32),
+    )
     word0, word1 = threefry2x32(name_key(seed, "init", param.name), low, high)
     return word0.astype(np.float64) / 2**32, word1.astype(np.float64) / 2**32

@@ -2,6 +2,9 @@
 
 A backend is its `step` module: any module with these functions will do, and the type checker holds both to them.
 No numerics here; what a step does is the backend's.
+
+Every process of a run goes through the same calls in the same order, as any of them may wait for the others; only
+the leader has the console and writes files.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch, Dataset, open_dataset
 from trainspec.hf import resolve_model
 from trainspec.model import ModelSpec
+from trainspec.plan import Backend as BackendName
+from trainspec.plan import check_fits, check_supported
 from trainspec.recipe import Recipe
-from trainspec.report import Reporter, StepReport, describe
+from trainspec.report import Reporter, Silent, StepReport, describe
 from trainspec.schedule import learning_rate
 from trainspec.trace import Keep, StepTrace, TraceRequest, TraceWriter
 
@@ -54,8 +59,25 @@ class HasStep(Protocol):
 S = TypeVar("S", bound=HasStep)
 
 
+def check_plan(recipe: Recipe, backend: BackendName) -> None:
+    """Raises PlanError where the backend cannot run the recipe's plan, or where it does not divide model or batch.
+
+    A backend asks before it takes its devices, so that a person's mistake costs nothing.
+    """
+    check_supported(recipe.plan, recipe.precision.policy, backend)
+    spec, _ = resolve_model(recipe.model)
+    rows = recipe.batch
+    check_fits(
+        recipe.plan,
+        spec,
+        global_examples=rows.global_examples,
+        accumulation=rows.accumulation,
+        backend=backend,
+    )
+
+
 class Backend(Protocol[S]):
-    """The functions of `jaxtrain.step` and `torchtrain.step`. Names of arrays are canonical."""
+    """The functions of `jaxtrain.step` and `torchtrain.step`. Names of arrays are canonical, arrays are whole."""
 
     def init_state(self, recipe: Recipe, spec: ModelSpec) -> S:
         """The run before its first update."""
@@ -83,7 +105,14 @@ class Backend(Protocol[S]):
 
 
 def train(
-    backend: Backend[S], recipe: Recipe, *, name: str, out: Path, trace: TraceRequest | None, resume: bool
+    backend: Backend[S],
+    recipe: Recipe,
+    *,
+    name: str,
+    out: Path,
+    trace: TraceRequest | None,
+    resume: bool,
+    is_leader: bool,
 ) -> None:
     """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`'s directory.
 
@@ -96,13 +125,18 @@ def train(
     state = backend.init_state(recipe, spec)
     if saved:
         state = backend.restore(state, checkpoint.load(saved, recipe=recipe, model=spec))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(recipe.to_yaml())
-    writer = TraceWriter(trace.directory) if trace else None
-    if writer:
-        writer.initial(backend.weights_of(state, frozen=True))
+    if is_leader:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(recipe.to_yaml())
+    writer = TraceWriter(trace.directory) if trace and is_leader else None
+    if trace:
+        start = backend.weights_of(state, frozen=True)
+        if writer:
+            writer.initial(start)
     last = recipe.run.last_step
-    with Reporter(out, backend=name, steps=last, resumed_at=state.step) as reporter:
+    with (
+        Reporter(out, backend=name, steps=last, resumed_at=state.step) if is_leader else Silent()
+    ) as reporter:
         reporter.say(describe(spec, recipe.method))
         reporter.say(dataset.summary)
         if saved:
@@ -113,10 +147,9 @@ def train(
                 report = report.with_heldout(heldout_loss(backend, state, heldout, recipe))
             reporter.step(report)
             if _is_due(state.step, recipe.checkpoint.every_steps, last):
-                moments = backend.moments_of(state)
-                checkpoint.save(
-                    out, Checkpoint(state.step, backend.weights_of(state), *moments), recipe=recipe
-                )
+                saving = Checkpoint(state.step, backend.weights_of(state), *backend.moments_of(state))
+                if is_leader:
+                    checkpoint.save(out, saving, recipe=recipe)
         reporter.say(f"wrote {checkpoint.latest(out) or out}")
 
 
@@ -149,13 +182,15 @@ def _update(
 ) -> tuple[S, StepReport]:
     batch = dataset.batch(state.step, recipe.batch.global_examples)
     lr = learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=state.step, steps=recipe.run.steps)
-    before = backend.weights_of(state) if writer else {}
+    before = backend.weights_of(state) if trace else {}
     began = time.perf_counter()
     keep = trace.keep(state.step + 1) if trace else "nothing"
     state, metrics = backend.train_step(state, batch, lr=lr, keep=keep)
     seconds = time.perf_counter() - began
-    if writer:
-        writer.step(_step_trace(backend, state, batch, metrics, lr=lr, before=before))
+    if trace:
+        left = _step_trace(backend, state, batch, metrics, lr=lr, before=before)
+        if writer:
+            writer.step(left)
     loss = metrics.loss_sum / metrics.tokens
     return state, StepReport(
         state.step, loss, metrics.tokens, metrics.grad_norm, lr, metrics.tokens / seconds

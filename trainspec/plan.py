@@ -1,20 +1,52 @@
-"""The plan: over which devices a run is spread, and what each backend can do of it."""
+"""The plan: over which devices a run is spread, which rule splits what, and what each backend can do of it.
+
+Mesh axes are always all there, in the order of MESH_AXES, the last one fastest. `data` × `fsdp` split the rows of a
+batch, `fsdp` what `shards` names of the training state, `tensor` the wide dimensions of every layer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainspec.errors import PlanError
+from trainspec.model import ModelSpec
+from trainspec.params import Param
 
 Backend = Literal["jax", "torch"]
 Policy = Literal["fp64", "fp32", "bf16"]
+Part = Literal["weights", "gradients", "optimizer"]
 Count = Annotated[int, Field(ge=1)]
 
-# What a trained weight and the optimizer's moments are stored in (numpy names); see docs/numerics.md.
+# numpy names; see docs/numerics.md. What a trained weight (the master) and the optimizer's moments are stored in,
 STORED_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16": "float32"}
+# what the forward pass computes with, frozen weights are stored in, and `precision.reduce` sums gradients in.
+COMPUTE_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
 MESH_AXES = ("pipe", "data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+# Logical axis of a weight -> mesh axis; what is not listed (rank) is whole on every device.
+WEIGHT_AXES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+# Logical axis of an activation -> mesh axes.
+ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+# What each setting of `shards` splits over fsdp: ZeRO's stages 0 to 3 (arXiv 1910.02054).
+SPLIT: dict[str, tuple[Part, ...]] = {
+    "nothing": (),
+    "optimizer": ("optimizer",),
+    "gradients": ("optimizer", "gradients"),
+    "params": ("optimizer", "gradients", "weights"),
+}
+DimAxes = tuple[tuple[str, ...], ...]
 
 
 class Plan(BaseModel):
@@ -35,19 +67,190 @@ class Plan(BaseModel):
         """How many devices the plan takes."""
         return self.pipe * self.data * self.fsdp * self.tensor
 
+    @property
+    def replicas(self) -> int:
+        """Into how many parts the rows of a microbatch are split."""
+        return self.data * self.fsdp
+
+    def splits(self, part: Part) -> bool:
+        """Whether `shards` splits that part of the training state over fsdp."""
+        return self.fsdp > 1 and part in SPLIT[self.shards]
+
+
+def weight_axes(param: Param, plan: Plan, *, over_fsdp: bool) -> DimAxes:
+    """For every dimension of a row of the table, the mesh axes (of a size above 1) that split it.
+
+    A row without an embed axis (LoRA's B, a bias of heads) is split over fsdp along its first axis that is not
+    `rank`, behind tensor, where the size allows it; else it is whole over fsdp.
+    """
+    dims = [WEIGHT_AXES.get(axis) for axis in param.axes]
+    found: list[tuple[str, ...]] = [(axis,) if axis == "tensor" and plan.tensor > 1 else () for axis in dims]
+    if over_fsdp and plan.fsdp > 1:
+        home = _fsdp_dim(param, plan)
+        if home is not None:
+            found[home] = (*found[home], "fsdp")
+    return tuple(found)
+
+
+def _fsdp_dim(param: Param, plan: Plan) -> int | None:
+    """The dimension that fsdp splits."""
+    if "embed" in param.axes:
+        return param.axes.index("embed")
+    for dim, axis in enumerate(param.axes):
+        parts = plan.fsdp * (plan.tensor if WEIGHT_AXES.get(axis) == "tensor" else 1)
+        if axis != "rank" and param.shape[dim] % parts == 0:
+            return dim
+    return None
+
+
+def local_size(param: Param, plan: Plan, *, over_fsdp: bool) -> int:
+    """How many elements of a row one device of the mesh holds."""
+    size = param.size
+    for axes in weight_axes(param, plan, over_fsdp=over_fsdp):
+        for axis in axes:
+            size //= getattr(plan, axis)
+    return size
+
 
 def check_supported(plan: Plan, policy: Policy, backend: Backend) -> None:
     """The support matrix: refuse, in one line with the nearest plan that works, what a backend cannot do."""
-    for axis in MESH_AXES:
-        size = getattr(plan, axis)
-        if size != 1:
-            raise PlanError(f"plan.{axis}={size}: {backend} trains on one device so far; use plan.{axis}=1")
-    for field, only in (("shards", "nothing"), ("microbatches", 1)):
-        if getattr(plan, field) != only:
-            raise PlanError(
-                f"plan.{field}={getattr(plan, field)}: nothing to spread on one device; use plan.{field}={only}"
-            )
-    if policy == "bf16":
+    for field in ("pipe", "microbatches"):
+        if (size := getattr(plan, field)) != 1:
+            raise PlanError(f"plan.{field}={size}: {backend} has no pipeline yet; use plan.{field}=1")
+    if plan.shards != "nothing" and plan.fsdp == 1:
+        way_out = f"use plan.fsdp={plan.data} plan.data=1" if plan.data > 1 else "use plan.shards=nothing"
+        raise PlanError(f"plan.shards={plan.shards}: nothing to split over with plan.fsdp=1; {way_out}")
+    if backend == "jax":
+        return
+    if policy == "fp64" and plan.shards != "nothing":
         raise PlanError(
-            f"precision.policy=bf16: {backend} trains in fp32 and fp64 so far; use precision.policy=fp32"
+            f"plan.shards={plan.shards} with precision.policy=fp64: DeepSpeed has no float64; use plan.shards=nothing, "
+            "precision.policy=fp32, or the jax backend"
         )
+    if policy == "bf16" and plan.shards == "nothing" and plan.replicas > 1:
+        raise PlanError(
+            "plan.shards=nothing with precision.policy=bf16: DeepSpeed's stage 0 makes a hidden first update; "
+            f"use plan.fsdp={plan.replicas} plan.data=1 plan.shards=optimizer"
+        )
+
+
+def check_fits(
+    plan: Plan, model: ModelSpec, *, global_examples: int, accumulation: int, backend: Backend
+) -> None:
+    """Refuse a plan that does not divide the model or the batch, in one line with sizes that would."""
+    for name in ("heads", "kv_heads", "mlp", "vocab"):
+        size = getattr(model, name)
+        if size % plan.tensor:
+            raise PlanError(
+                f"plan.tensor={plan.tensor} cannot split {name}={size} of {model.name}; {_choose('tensor', model)}"
+            )
+    # DeepSpeed cuts a flat buffer and pads it; a mesh axis has to divide the dimension.
+    if backend == "jax" and plan.shards != "nothing" and model.embed % plan.fsdp:
+        raise PlanError(
+            f"plan.fsdp={plan.fsdp} cannot split embed={model.embed} of {model.name}; "
+            f"use a divisor of {model.embed}, or plan.data"
+        )
+    rows = global_examples // accumulation
+    if rows % plan.replicas:
+        raise PlanError(
+            f"plan.data × plan.fsdp = {plan.replicas} cannot split a microbatch of {rows} rows "
+            f"(batch.global_examples={global_examples} / batch.accumulation={accumulation}); "
+            f"use batch.global_examples={accumulation * plan.replicas * -(-rows // plan.replicas)}"
+        )
+
+
+def _choose(axis: str, model: ModelSpec) -> str:
+    sizes = (model.heads, model.kv_heads, model.mlp, model.vocab)
+    fits = [n for n in range(1, min(sizes) + 1) if all(size % n == 0 for size in sizes)]
+    return f"plan.{axis} can be {', '.join(map(str, fits))}"
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of training state on one device. `master` are the float32 weights behind a copy that is computed with."""
+
+    weights: int
+    gradients: int
+    master: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.master + self.moments
+
+
+def held_bytes(
+    plan: Plan,
+    *,
+    trained: Sequence[Param],
+    frozen: Sequence[Param],
+    policy: Policy,
+    reduce: Policy,
+    backend: Backend,
+) -> Held:
+    """What one device holds: ZeRO's table (arXiv 1910.02054, figure 1) with a method and tensor parallelism in it.
+
+    JAX splits over fsdp and repeats over data; the sum of microbatches' gradients has the type of `reduce`. DeepSpeed
+    splits over data × fsdp, and from stage 1 on it keeps a master copy in float32 even where weights are float32.
+    A frozen weight has neither gradient nor moments. DeepSpeed's padding of flat buffers is left out.
+    """
+    stored, computed = BYTES[STORED_DTYPE[policy]], BYTES[COMPUTE_DTYPE[policy]]
+
+    def elements(rows: Sequence[Param], part: Part) -> float:
+        if backend == "jax":
+            return sum(local_size(p, plan, over_fsdp=plan.splits(part)) for p in rows)
+        whole = sum(local_size(p, plan, over_fsdp=False) for p in rows)
+        return whole / plan.replicas if plan.splits(part) else whole
+
+    has_master = policy == "bf16" or (backend == "torch" and plan.splits("optimizer"))
+    state = elements(trained, "optimizer")
+    return Held(
+        weights=round(elements([*trained, *frozen], "weights") * computed),
+        gradients=round(elements(trained, "gradients") * BYTES[COMPUTE_DTYPE[reduce]]),
+        master=round(state * stored) if has_master else 0,
+        moments=round(2 * state * stored),
+    )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that one device sends in an update over data and fsdp, as a ring does it: gradients out, weights in."""
+
+    gradients: float
+    weights: float
+
+    @property
+    def total(self) -> float:
+        """Both ways."""
+        return self.gradients + self.weights
+
+
+def moved_bytes(
+    plan: Plan,
+    *,
+    trained: Sequence[Param],
+    frozen: Sequence[Param],
+    policy: Policy,
+    reduce: Policy,
+    accumulation: int,
+    backend: Backend,
+) -> Moved:
+    """The traffic of ZeRO's paper (section 7): 2Ψ with whole weights, 3Ψ where they are split, times (N - 1) / N.
+
+    A reduction is reduce-scatter, then all-gather: of gradients where every device keeps them whole, else of the
+    updated weights. Split weights are gathered for the forward and again for the backward pass, frozen ones too.
+    JAX reduces the gradients of every microbatch, DeepSpeed up to stage 1 their sum.
+    """
+    ranks = plan.replicas if backend == "torch" or not plan.splits("optimizer") else plan.fsdp
+    share = (plan.replicas - 1) / plan.replicas
+    own = [local_size(p, plan, over_fsdp=False) for p in trained]
+    everything = sum(own) + sum(local_size(p, plan, over_fsdp=False) for p in frozen)
+    gradients = share * sum(own) * BYTES[COMPUTE_DTYPE[reduce]]
+    computed = BYTES[COMPUTE_DTYPE[policy]] * (ranks - 1) / ranks
+    times = accumulation if backend == "jax" or plan.splits("gradients") else 1
+    if plan.splits("weights"):
+        return Moved(times * gradients, 2 * accumulation * computed * everything)
+    if plan.splits("optimizer"):
+        return Moved(times * gradients, computed * sum(own))
+    return Moved(2 * times * gradients, 0.0)

@@ -84,6 +84,22 @@ class Reporter:
         )
 
 
+class Silent:
+    """The reporter of a process that does not lead: it shows and records nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def step(self, report: StepReport) -> None:
+        """Nothing."""
+
+
 def describe(model: ModelSpec, method: Method) -> str:
     """The model's size and what of it is trained, in one line."""
     total = sum(p.size for p in param_table(model))

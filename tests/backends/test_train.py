@@ -73,7 +73,7 @@ def test_the_program_as_a_person_starts_it(make_recipe, tmp_path):
 def test_exit_codes(make_recipe, tmp_path, capsys):
     file = tmp_path / "small.yaml"
     file.write_text(make_recipe(method=FULL, precision=FP64, run={"steps": 4}).to_yaml())
-    assert main(["train", str(file), "--out", str(tmp_path / "a"), "--set", "plan.tensor=2"]) == 2
+    assert main(["train", str(file), "--out", str(tmp_path / "a"), "--set", "plan.tensor=3"]) == 2
     assert main(["train", str(file), "--out", str(tmp_path / "b"), "--set", "optimizer.lr=1e200"]) == 1
     assert "stopped before the update" in capsys.readouterr().err
 

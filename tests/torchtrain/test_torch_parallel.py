@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from torchtrain import optim
-from torchtrain.parallel import deepspeed_config, finish, make_engine, start
+from torchtrain.parallel import finish, make_engine, start
 from torchtrain.step import init_state, moments_of, train_step, weights_of
+from torchtrain.zero import deepspeed_config
 from trainspec.data import open_dataset
 from trainspec.errors import PlanError
 from trainspec.hf import resolve_model
@@ -43,6 +44,39 @@ def test_deepspeed_config_is_this(make_recipe):
         "zero_optimization": {"stage": 0},
         "zero_allow_untested_optimizer": True,
     }
+    split = make_recipe(
+        batch={"global_examples": 12, "accumulation": 3},
+        plan={"data": 2, "fsdp": 2, "shards": "params"},
+        precision={"policy": "bf16", "reduce": "fp32"},
+    )
+    assert deepspeed_config(split) == {
+        "train_batch_size": 12,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 100_000_000,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 32**2,
+            "memory_efficient_linear": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+    for shards, stage in (("optimizer", 1), ("gradients", 2)):
+        zero = deepspeed_config(make_recipe(plan={"fsdp": 2, "shards": shards}))["zero_optimization"]
+        assert zero == {
+            "stage": stage,
+            "reduce_bucket_size": 100_000_000,
+            "use_multi_rank_bucket_allreduce": False,
+        }
+    # Stage 0 makes a hidden first update in bf16.
+    bf16 = make_recipe(precision={"policy": "bf16", "reduce": "fp32"})
+    assert deepspeed_config(bf16)["zero_optimization"]["stage"] == 1
     unclipped = deepspeed_config(make_recipe(optimizer={"clip_norm": None}))
     assert unclipped["gradient_clipping"] == 0.0
 
@@ -60,7 +94,9 @@ def distance_from_plain_torch(recipe: Recipe, *, rates: tuple[float, ...]) -> fl
         with prepared(recipe) as (state, batch):
             if plain:
                 fp64 = recipe.model_copy(update={"precision": Precision(policy="fp64", reduce="fp64")})
-                state = replace(state, engine=make_engine(fp64, state.model, state.optimizer))
+                state = replace(
+                    state, engine=make_engine(fp64, state.model, state.optimizer, mesh=state.mesh)
+                )
             for lr in rates:
                 state, _ = train_step(state, batch, lr=lr)
             runs.append((weights_of(state), *moments_of(state)))

@@ -1,0 +1,216 @@
+"""What a device holds and moves under every `plan.shards`, beside the arithmetic of `trainspec.plan`.
+
+    python benchmarks/memory_and_traffic.py [RECIPE] [--devices 1 2 4 8] [--page docs/memory-and-traffic.md]
+
+JAX is read from its compiled programs (eight fake CPU devices), torch is counted in real processes over gloo: bytes of
+weights, gradients, master weights and moments per device, and the bytes that collectives send in a step, as a ring
+sends them. Psi is the bytes of the trained weights in the type they are computed with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from trainspec.data import open_dataset
+from trainspec.errors import PlanError
+from trainspec.hf import resolve_model
+from trainspec.loop import check_plan
+from trainspec.methods import full_table, trainable_table
+from trainspec.params import Param
+from trainspec.plan import BYTES, COMPUTE_DTYPE, Backend, Policy, held_bytes, local_size, moved_bytes
+from trainspec.recipe import Recipe, load_recipe
+
+SHARDS = ("nothing", "optimizer", "gradients", "params")
+METHODS: dict[str, Sequence[str]] = {"full": ("method={kind: full}",), "lora": ()}
+POLICIES: tuple[Policy, ...] = ("bf16", "fp32")
+HEAD = """# Memory and traffic
+
+Made by `python benchmarks/memory_and_traffic.py --page docs/memory-and-traffic.md`, on CPU.
+
+Bytes per device, in KiB: what is held of weights, gradients, master weights and moments, and what a step sends over
+`data × fsdp`, as a ring sends it. *said* is the arithmetic of `trainspec.plan` (`held_bytes`, `moved_bytes`). JAX's figures
+are read from the compiled programs, torch's are counted in real processes over gloo. Gradients are summed in the type
+that is computed with. Ψ is the size of the trained weights in that type; of 2Ψ, 2Ψ, 2Ψ and 3Ψ for `shards` from nothing
+to params, (N - 1) / N is sent (ZeRO, arXiv 1910.02054, section 7).
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe to be weighed."""
+
+    method: str
+    policy: Policy
+    devices: int
+    shards: str
+
+    def recipe(self, path: Path) -> Recipe:
+        """The recipe at `path` under this case's plan: 8 rows, one microbatch."""
+        settings = [
+            *METHODS[self.method], f"precision.policy={self.policy}", f"precision.reduce={self.policy}",
+            f"plan.fsdp={self.devices}", f"plan.shards={self.shards}", "batch.global_examples=8", "batch.accumulation=1",
+        ]  # fmt: skip
+        return load_recipe(path, settings)
+
+
+def main() -> None:
+    """Weigh every case on both backends and print, or write, the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--page", type=Path, help="write Markdown there")
+    parser.add_argument("--worker", nargs=3, metavar=("BACKEND", "CASES", "RESULTS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        backend, cases, results = arguments.worker
+        weigh_all(backend, Path(cases), Path(results), arguments.recipe)
+        return
+    every = [
+        Case(method, policy, devices, shards)
+        for method, policy in itertools.product(METHODS, POLICIES)
+        for devices, shards in itertools.product(arguments.devices, SHARDS)
+        if devices > 1 or shards == "nothing"
+    ]
+    found = {backend: weigh(backend, every, arguments.recipe) for backend in get_args(Backend)}
+    page = HEAD + "".join(
+        table(
+            method,
+            policy,
+            [c for c in every if (c.method, c.policy) == (method, policy)],
+            found,
+            arguments.recipe,
+        )
+        for method, policy in itertools.product(METHODS, POLICIES)
+    )
+    if arguments.page:
+        arguments.page.write_text(page)
+    else:
+        print(page)
+
+
+def weigh(backend: Backend, cases: Sequence[Case], recipe: Path) -> dict[Case, dict[str, float]]:
+    """What the cases that the backend supports hold and move: one launch for each number of processes."""
+    found: dict[Case, dict[str, float]] = {}
+    supported = [case for case in cases if _is_supported(case, backend, recipe)]
+    sizes = sorted({case.devices for case in supported}) if backend == "torch" else [1]
+    for processes in sizes:
+        group = [case for case in supported if backend == "jax" or case.devices == processes]
+        with tempfile.TemporaryDirectory() as scratch:
+            work, results = Path(scratch) / "cases.json", Path(scratch) / "results.json"
+            work.write_text(json.dumps([asdict(case) for case in group]))
+            command = [sys.executable]
+            if processes > 1:
+                command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            command += [__file__, str(recipe), "--worker", backend, str(work), str(results)]
+            quiet = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, env=os.environ | quiet, stdout=subprocess.DEVNULL)
+            found |= dict(zip(group, json.loads(results.read_text()), strict=True))
+    return found
+
+
+def _is_supported(case: Case, backend: Backend, recipe: Path) -> bool:
+    try:
+        check_plan(case.recipe(recipe), backend)
+    except PlanError:
+        return False
+    return True
+
+
+def weigh_all(backend: str, cases: Path, results: Path, recipe: Path) -> None:
+    """In a process of the backend: weigh each case."""
+    chosen = [Case(**case) for case in json.loads(cases.read_text())]
+    # JAX makes its fake devices once: the largest plan first.
+    order = sorted(range(len(chosen)), key=lambda i: -chosen[i].devices)
+    found = {i: weigh_one(backend, chosen[i].recipe(recipe)) for i in order}
+    if os.environ.get("RANK", "0") == "0":
+        results.write_text(json.dumps([found[i] for i in range(len(chosen))]))
+
+
+def weigh_one(backend: str, recipe: Recipe) -> dict[str, float]:
+    """Bytes held by part, and `moved`: the bytes that one device sends in a step."""
+    parallel, step, cost = (
+        importlib.import_module(f"{backend}train.{m}") for m in ("parallel", "step", "cost")
+    )
+    parallel.start(recipe)
+    try:
+        state = step.init_state(recipe, resolve_model(recipe.model)[0])
+        batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+        held: dict[str, float] = {}
+        if backend == "jax":
+            held |= cost.held(state)
+        else:  # gradients are there between the backward pass and the update only
+            update = state.engine.step
+
+            def weigh_and_update() -> None:
+                held.update(cost.held(state))
+                update()
+
+            state.engine.step = weigh_and_update
+        moved = cost.moved(state, batch)
+        return held | {"moved": sum(sent_bytes(c.kind, c.payload_bytes, c.devices) * c.times for c in moved)}
+    finally:
+        parallel.finish()
+
+
+def sent_bytes(kind: str, payload: int, devices: int) -> float:
+    """What one device of a ring sends: an all-reduce is a reduce-scatter and an all-gather."""
+    share = (devices - 1) / devices
+    # To one root only: every device but one passes its share on.
+    return payload * {"all-reduce": 2 * share, "broadcast": share, "reduce": share}.get(kind, share)
+
+
+def table(
+    method: str,
+    policy: Policy,
+    cases: Sequence[Case],
+    found: Mapping[Backend, Mapping[Case, Mapping[str, Any]]],
+    recipe: Path,
+) -> str:
+    """Markdown for one method and precision."""
+    lines = [
+        f"\n## {method}, {policy}\n",
+        "| N | shards | backend | weights | gradients | master | moments | all | said | sent | said | of Ψ |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, backend in itertools.product(cases, get_args(Backend)):
+        cells = [str(case.devices), case.shards, backend]
+        if case not in found[backend]:
+            lines.append("| " + " | ".join([*cells, *["refused"] * 9]) + " |")
+            continue
+        measured, resolved = found[backend][case], case.recipe(recipe)
+        trained, frozen = _rows(resolved)
+        rows = {"trained": trained, "frozen": frozen, "policy": policy, "reduce": policy, "backend": backend}
+        held = held_bytes(resolved.plan, **rows)
+        moved = moved_bytes(resolved.plan, **rows, accumulation=1).total
+        psi = (
+            sum(local_size(p, resolved.plan, over_fsdp=False) for p in trained) * BYTES[COMPUTE_DTYPE[policy]]
+        )
+        parts = [measured[part] for part in ("weights", "gradients", "master", "moments")]
+        cells += [_kib(size) for size in (*parts, sum(parts), held.total, measured["moved"], moved)]
+        lines.append("| " + " | ".join([*cells, f"{measured['moved'] / psi:.2f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(recipe: Recipe) -> tuple[tuple[Param, ...], list[Param]]:
+    model, _ = resolve_model(recipe.model)
+    trained = trainable_table(model, recipe.method)
+    return trained, [p for p in full_table(model, recipe.method) if p not in trained]
+
+
+def _kib(size: float) -> str:
+    return f"{size / 1024:,.1f}"
+
+
+if __name__ == "__main__":
+    main()

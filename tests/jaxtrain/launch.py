@@ -1,0 +1,81 @@
+"""Start a script of this directory in a process of its own, with fake devices: XLA aborts a process where it fails."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+DEVICES = 8
+
+
+def launch(script: str, cases: Any, scratch: Path, *, processes: int = 1, timeout: float = 900) -> list[Path]:
+    """Run `script CASES OUT` in each of `processes`; the OUT files, in their order."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / "cases.json").write_text(json.dumps(cases))
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(DEVICES // processes),
+        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parent.parent}",
+    }
+    outs = [scratch / f"out-{i}.npz" for i in range(processes)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = []
+    for i, out in enumerate(outs):
+        cluster = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(i),
+        }
+        command = [sys.executable, str(HERE / script), str(scratch / "cases.json"), str(out)]
+        running.append(
+            subprocess.Popen(
+                command,
+                env=environment | (cluster if processes > 1 else {}),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=timeout)
+            assert process.returncode == 0, errors[-4000:]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return outs
+
+
+class Runs:
+    """What `run_plans.py` left, by the name of the case."""
+
+    def __init__(self, file: Path) -> None:
+        self._arrays = np.load(file)
+
+    def of(self, name: str) -> dict[str, np.ndarray]:
+        return {
+            k.removeprefix(f"{name}/"): self._arrays[k]
+            for k in self._arrays.files
+            if k.startswith(f"{name}/")
+        }
+
+
+def worst(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, float]:
+    """By kind the largest difference, relative to the largest entry of its tensor; NaN where one is."""
+    assert mine.keys() == theirs.keys()
+    found: dict[str, list[float]] = {}
+    for key, array in theirs.items():
+        if "/" in key:
+            size = np.abs(array).max()
+            # A tensor of zeros (the gradient of LoRA's A at the start) has nothing to be relative to.
+            difference = np.abs(mine[key] - array).max() / (size if size > 0 else 1.0)
+            found.setdefault(key.split("/")[0], []).append(float(difference))
+    return {kind: float(np.max(values)) for kind, values in found.items()}

@@ -1,0 +1,84 @@
+"""What the compiled programs of some plans hold and move, as JSON.
+
+python tests/jaxtrain/read_programs.py CASES.json OUT.json      CASES as for run_plans.py, and "patch"
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from run_plans import recipe_of
+
+import jaxtrain.model
+from jaxtrain import cost, parallel, step, tensor
+from trainspec.data import Batch
+from trainspec.hf import resolve_model
+from trainspec.methods import full_table, trainable_table
+from trainspec.plan import local_size
+
+
+def saving_matmul(x: Array, weight: tensor.Weight) -> Array:
+    """The negative control: what autodiff does by itself, it keeps the gathered weight for the backward pass."""
+    return x @ lax.with_sharding_constraint(weight.value + weight.slot, weight.place.in_use)
+
+
+def by_the_table(state: Any, recipe: Any, spec: Any) -> dict[str, int]:
+    """Elements per device of each part of the state."""
+    rows = {"weights": full_table(spec, recipe.method)}
+    rows |= dict.fromkeys(("gradients", "optimizer"), trainable_table(spec, recipe.method))
+    return {
+        part: sum(local_size(p, recipe.plan, over_fsdp=recipe.plan.splits(part)) for p in table)
+        for part, table in rows.items()
+    }
+
+
+def arrays_of_logits(text: str, spec: Any, recipe: Any) -> Iterator[str]:
+    """Arrays in the program of one device as large as the logits of its rows, the vocabulary whole."""
+    rows = recipe.batch.global_examples // recipe.batch.accumulation // recipe.plan.replicas
+    tokens = rows * (recipe.data.sequence_tokens - 1)
+    for dims in re.findall(r"\b(?:f64|f32|bf16)\[([\d,]+)\]", text):
+        sizes = [int(size) for size in dims.split(",")]
+        if spec.vocab in sizes and np.prod(sizes) >= tokens * spec.vocab:
+            yield dims
+
+
+def facts(recipe: Any) -> dict[str, Any]:
+    parallel.start(recipe)
+    spec = resolve_model(recipe.model)[0]
+    state = step.init_state(recipe, spec)
+    rows = np.zeros((recipe.batch.global_examples, recipe.data.sequence_tokens), np.int32)
+    batch = Batch(rows, rows, rows, rows, rows[:, 0])
+    arguments = (state.trainable, state.frozen, state.program.microbatches(batch), jnp.int32(0))
+    text = state.program.gradients.lower(*arguments, listen=False).compile().as_text()
+    return {
+        "held": cost.held(state),
+        "elements": by_the_table(state, recipe, spec),
+        "logits": sorted(set(arrays_of_logits(text or "", spec, recipe))),
+        "moved": [vars(c) for c in cost.moved(state, batch)],
+        "types": {
+            kind: str(next(iter(getattr(state, kind).values())).dtype)
+            for kind in ("trainable", "master")
+            if getattr(state, kind)
+        },
+    }
+
+
+def main() -> None:
+    cases, out = map(Path, sys.argv[1:])
+    found, matmul = {}, jaxtrain.model.matmul
+    for name, case in json.loads(cases.read_text()).items():
+        sections = dict(case)
+        jaxtrain.model.matmul = saving_matmul if sections.pop("saves_gathered", False) else matmul
+        found[name] = facts(recipe_of(cases.parent, sections.pop("variant", "plain"), sections))
+        step._program.cache_clear()
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

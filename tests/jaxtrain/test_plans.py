@@ -1,0 +1,114 @@
+"""Every plan trains as one device does, in float64 on eight fake devices."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import Runs, launch, worst
+
+FP64 = {"policy": "fp64", "reduce": "fp64"}
+FULL = {"kind": "full"}
+LORA = {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": "all-linear"}
+COMMON = {
+    "precision": FP64,
+    "data": {"packing": True, "sequence_tokens": 100, "too_long": "split"},
+    "batch": {"global_examples": 16, "accumulation": 2},
+    "optimizer": {"clip_norm": 0.5},
+}
+# Sums in another order, through Adam, which divides by gradients that may be small.
+ROUNDING = 1e-10
+# Another order of the same sums between processes.
+SAME_SUMS = 1e-12
+SHARDS = ("nothing", "optimizer", "gradients", "params")
+MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
+PLANS = {
+    "data8": {"data": 8},
+    **{f"fsdp8-{s}": {"fsdp": 8, "shards": s} for s in SHARDS},
+    "tensor2": {"tensor": 2},
+    "tensor4": {"tensor": 4},
+    **{f"mixed-{s}": MIXED | {"shards": s} for s in SHARDS},
+    **{f"fsdp4-tensor2-{s}": {"fsdp": 4, "tensor": 2, "shards": s} for s in SHARDS},
+}
+
+
+def compared(scratch: Path, case: dict, plans: dict) -> dict[str, dict[str, float]]:
+    """Each plan's differences from one device."""
+    runs = Runs(
+        launch("run_plans.py", {"one": case} | {n: case | {"plan": p} for n, p in plans.items()}, scratch)[0]
+    )
+    return {name: worst(runs.of(name), runs.of("one")) for name in plans}
+
+
+def assert_equal(found: dict[str, dict[str, float]], bound: float) -> None:
+    for name, kinds in found.items():
+        for kind, difference in kinds.items():
+            assert difference <= bound, (name, kind, difference)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Runs:
+    """A run for each kind of thing that a plan does, in one process: imports cost more than steps."""
+    lora, tied = COMMON | {"method": LORA}, COMMON | {"method": FULL, "variant": "tied"}
+    cases = {
+        "lora": lora,
+        "lora-fsdp": lora | {"plan": PLANS["fsdp8-params"]},
+        "lora-tensor": lora | {"plan": PLANS["fsdp4-tensor2-optimizer"]},
+        "lora-other": lora | {"method": LORA | {"dropout": 0.11}, "plan": {"data": 2}},
+        "tied": tied,
+        "tied-mixed": tied | {"plan": PLANS["mixed-params"] | {"remat": "full"}},
+    }
+    return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("few"))[0])
+
+
+@pytest.mark.parametrize("name", ["lora-fsdp", "lora-tensor", "tied-mixed"])
+def test_a_plan_trains_as_one_device_does(few, name):
+    assert_equal({name: worst(few.of(name), few.of(name.partition("-")[0]))}, ROUNDING)
+
+
+def test_a_plan_that_trains_something_else_would_show(few):
+    """The negative control: another dropout rate."""
+    found = worst(few.of("lora-other"), few.of("lora"))
+    assert found["gradient"] > 1e-3
+    assert found["update"] > 1e-3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("variant", ["plain", "bias", "tied"])
+def test_every_plan(tmp_path, method, variant):
+    plans = {f"{n}-remat": p | {"remat": "full"} for n, p in PLANS.items()} if variant == "bias" else PLANS
+    assert_equal(compared(tmp_path, COMMON | {"method": method, "variant": variant}, plans), ROUNDING)
+
+
+@pytest.mark.full
+def test_four_processes_are_one(tmp_path):
+    """Gloo between four processes of two devices each; each reads what its devices hold."""
+    cases = {
+        "mixed": COMMON | {"method": FULL, "plan": PLANS["mixed-params"]},
+        "fsdp": COMMON | {"method": LORA, "plan": PLANS["fsdp8-params"]},
+    }
+    one = Runs(launch("run_plans.py", cases, tmp_path / "one")[0])
+    four = [Runs(out) for out in launch("run_plans.py", cases, tmp_path / "four", processes=4)]
+    for name in cases:
+        for runs in four:
+            assert_equal({name: worst(runs.of(name), one.of(name))}, SAME_SUMS)
+    whole = int(one.of("fsdp")["read"])
+    assert [int(runs.of("fsdp")["read"]) for runs in four] == [whole // 4] * 4
+    # Split four ways by fsdp and tensor, and once more over data, whose two halves hold the same.
+    whole = int(one.of("mixed")["read"])
+    assert [int(runs.of("mixed")["read"]) for runs in four] == [whole // 2] * 4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("reduce", ["fp32", "bf16"])
+def test_bfloat16_stays_near_float64(tmp_path, reduce):
+    """Eight bits of mantissa, a few dozen roundings in a row; the masters and moments are float32."""
+    bf16 = COMMON | {"method": FULL, "precision": {"policy": "bf16", "reduce": reduce}}
+    plans = ("fsdp8-params", "fsdp4-tensor2-optimizer")
+    cases = {"one": COMMON | {"method": FULL}} | {name: bf16 | {"plan": PLANS[name]} for name in plans}
+    runs = Runs(launch("run_plans.py", cases, tmp_path)[0])
+    for name in plans:
+        found = worst(runs.of(name), runs.of("one"))
+        assert 1e-6 < found["loss"] < 1e-3
+        assert 1e-4 < found["gradient"] < 0.05
+        assert runs.of(name)["moment2/0/model.norm.weight"].dtype == np.float32

@@ -1,0 +1,125 @@
+"""What is held and moved, read from the compiled programs: bytes to the specs, nothing whole that should be split."""
+
+import json
+
+import pytest
+from launch import launch
+from test_plans import FP64, FULL, LORA, PLANS, SHARDS
+
+BF16 = {"policy": "bf16", "reduce": "fp32"}
+WIDTHS = {"fp64": (8, 8, 8), "bf16": (2, 4, 4)}  # bytes of a weight, a gradient and a moment
+# LoRA's dropout keys, 8 bytes for each adapted module, are counted with the weights.
+KEYS = 0.02
+ROWS = {"batch": {"global_examples": 16, "accumulation": 2}, "data": {"sequence_tokens": 100}}
+WIDE = {
+    "method": FULL,
+    "precision": FP64,
+    "batch": {"global_examples": 8},
+    "data": {"sequence_tokens": 16},
+    "plan": {"fsdp": 8, "shards": "params", "remat": "full"},
+}
+
+
+def facts(scratch, cases) -> dict:
+    return json.loads(launch("read_programs.py", cases, scratch)[0].read_text())
+
+
+def assert_bytes_are_those_of_the_table(found, precision) -> None:
+    weight, gradient, moment = WIDTHS[precision["policy"]]
+    elements, held = found["elements"], found["held"]
+    assert held["weights"] == pytest.approx(elements["weights"] * weight, rel=KEYS)
+    assert held["gradients"] == elements["gradients"] * gradient
+    assert held["moments"] == 2 * elements["optimizer"] * moment
+    assert held["master"] == (elements["optimizer"] * moment if precision is BF16 else 0)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> dict:
+    cases = {
+        "fsdp": ROWS | {"method": FULL, "precision": FP64, "plan": PLANS["fsdp8-params"]},
+        "tensor": ROWS | {"method": FULL, "precision": BF16, "plan": PLANS["fsdp4-tensor2-optimizer"]},
+    }
+    return facts(tmp_path_factory.mktemp("few"), cases)
+
+
+def test_bytes_are_those_of_the_table(few):
+    assert_bytes_are_those_of_the_table(few["fsdp"], FP64)
+    assert_bytes_are_those_of_the_table(few["tensor"], BF16)
+
+
+def test_no_device_has_the_logits_whole_where_the_vocabulary_is_split(few):
+    assert not few["tensor"]["logits"]
+    assert few["fsdp"]["logits"]  # the control: without tensor every device has its rows' logits
+
+
+def matrices_reduced(found: dict) -> set[str]:
+    """Types in which gradients of matrices are summed over the replicas."""
+    return {
+        c["dtype"]
+        for c in found["moved"]
+        if (c["program"], c["kind"], c["devices"]) == ("gradients", "all-reduce", 4)
+        and c["payload_bytes"] > 1000
+    }
+
+
+def test_gradients_travel_in_the_type_of_reduce(few):
+    assert few["tensor"]["types"] == {"trainable": "bfloat16", "master": "float32"}
+    assert matrices_reduced(few["tensor"]) == {"f32"}
+    gathered = {c["dtype"] for c in few["tensor"]["moved"] if c["program"] == "update"}
+    assert gathered == {"bf16"}  # of the update only the copy to compute with travels
+
+
+def test_split_weights_are_gathered_twice_and_their_gradients_reduced_once(few):
+    """Three times the weights for each microbatch (arXiv 1910.02054, section 7.2), and the head and norm as well."""
+    moved = [c for c in few["fsdp"]["moved"] if c["payload_bytes"] > 200]
+    traffic = {
+        kind: sum(c["payload_bytes"] * c["times"] for c in moved if c["kind"] == kind)
+        for kind in ("all-gather", "all-reduce")
+    }
+    weights = few["fsdp"]["held"]["weights"] * 8  # devices
+    embedding = 320 * 32 * 8  # a lookup needs no table on its way back
+    assert traffic["all-reduce"] == 2 * weights  # microbatches
+    assert traffic["all-gather"] == 2 * (2 * weights - embedding)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", [FP64, BF16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
+def test_every_plan_holds_what_the_table_says(tmp_path, method, precision):
+    common = ROWS | {"method": method, "precision": precision}
+    cases = {
+        f"{mesh}-{s}": common | {"plan": PLANS[f"{mesh}-{s}"]}
+        for mesh in ("fsdp8", "mixed", "fsdp4-tensor2")
+        for s in SHARDS
+    }
+    for found in facts(tmp_path, cases).values():
+        assert_bytes_are_those_of_the_table(found, precision)
+
+
+@pytest.mark.full
+def test_reduction_in_bfloat16(tmp_path):
+    precision = {"policy": "bf16", "reduce": "bf16"}
+    found = facts(tmp_path, {"it": ROWS | {"method": FULL, "precision": precision, "plan": {"data": 4}}})[
+        "it"
+    ]
+    # The embedding's, and the norms', are summed in float32 whatever the recipe says.
+    assert matrices_reduced(found) == {"bf16", "f32"}
+    assert sum(c["dtype"] == "f32" and c["payload_bytes"] > 1000 for c in found["moved"]) == 1
+
+
+@pytest.mark.full
+def test_gathered_weights_are_not_kept_for_the_backward_pass(tmp_path):
+    cases = {f"{n}": WIDE | {"variant": f"wide-{n}"} for n in (2, 6)}
+    plain = {f"{n}-plain": case | {"plan": case["plan"] | {"remat": "none"}} for n, case in cases.items()}
+    saved = {f"{n}-saved": case | {"saves_gathered": True} for n, case in plain.items()}
+    found = facts(tmp_path, cases | plain | saved)
+    layer = (found["6"]["held"]["weights"] - found["2"]["held"]["weights"]) * 8 / 4
+
+    def growth(kind: str) -> float:
+        """By how much of a layer's weights the scratch memory grows with every layer."""
+        small, large = (found[f"{n}{kind}"]["held"]["gradients_temp"] for n in (2, 6))
+        return (large - small) / 4 / layer
+
+    assert growth("") < 0.2
+    assert growth("-plain") < 0.4
+    assert growth("-plain-saved") > 0.9  # the control

@@ -1,0 +1,59 @@
+"""What recipes cost a process, counted in processes of a launcher; see test_cost.py.
+
+CASES is a list of recipe files; the leader writes, for each, what it holds before and behind a backward pass, what
+its collectives moved in a step, and the largest part of a parameter's memory while weights were filled.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from torchtrain import cost, parallel, step, weights  # noqa: E402
+from trainspec.data import open_dataset  # noqa: E402
+from trainspec.hf import resolve_model  # noqa: E402
+from trainspec.recipe import load_recipe  # noqa: E402
+
+
+def measured(file: Path) -> dict[str, object]:
+    recipe = load_recipe(file)
+    parallel.start(recipe)
+    whole: list[int] = []  # elements that are whole in memory, before each parameter gets its own
+    allocate = weights.allocate
+
+    def watched(model, rows, **how):
+        def each():
+            for row in rows:
+                parameters = [p for p in model.parameters() if p.device.type != "meta"]
+                whole.append(sum(p.numel() for p in parameters))
+                yield row
+
+        allocate(model, each(), **how)
+
+    step.allocate = watched
+    state = step.init_state(recipe, resolve_model(recipe.model)[0])
+    step.allocate = allocate
+    batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    state, _ = step.train_step(state, batch, lr=1e-3)
+    step._accumulate_gradients(state, batch, None)
+    held = cost.held(state)
+    state.engine.step()
+    moved = [asdict(collective) for collective in cost.moved(state, batch)]
+    parallel.finish()
+    return {"held": held, "moved": moved, "whole": max(whole)}
+
+
+def main() -> None:
+    cases, results = map(Path, sys.argv[1:])
+    found = [measured(Path(file)) for file in json.loads(cases.read_text())]
+    if parallel.is_leader():
+        results.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What a run costs a process, counted: bytes of training state it holds, and bytes its collectives move."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
+
+from torchtrain.step import State, train_step
+from trainspec.data import Batch
+
+
+@dataclass(frozen=True)
+class Collective:
+    """An operation between processes: `payload_bytes` is the whole of what is reduced or gathered, as one sees it.
+
+    Rings move payload · (n - 1) / n for an all-gather or a reduce-scatter over n `devices`, twice that for an all-reduce.
+    """
+
+    program: str
+    kind: str
+    dtype: str
+    payload_bytes: int
+    devices: int
+    times: int
+
+
+def held(state: State) -> dict[str, int]:
+    """Bytes of weights, gradients, master weights and moments in this process.
+
+    Gradients are those that are there when it is called: between a backward pass and its update, or none. Memory is
+    counted once, however many tensors look at it. A process's count of updates is left out.
+    """
+    seen: set[int] = set()
+    found = state.engine.store.held()
+    return {part: _bytes(tensors, seen) for part, tensors in found.items()}
+
+
+def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def moved(state: State, batch: Batch) -> list[Collective]:
+    """The collectives of one step on `batch`; consumes `state`.
+
+    Differs from jaxtrain, which reads a compiled program: here a step is made, with a rate of zero.
+    """
+    seen: Counter[tuple[str, str, int, int]] = Counter()
+    with _counted(seen):
+        train_step(state, batch, lr=0.0)
+    return [
+        Collective("step", kind, dtype, size, devices, times)
+        for (kind, dtype, size, devices), times in seen.items()
+    ]
+
+
+# What every function of torch.distributed ends in, whoever keeps a reference to the function: the method of a process
+# group, the kind, and which argument is the payload.
+_METHODS: dict[str, tuple[str, int]] = {
+    "allreduce": ("all-reduce", 0),
+    "reduce": ("reduce", 0),
+    "broadcast": ("broadcast", 0),
+    "allgather": ("all-gather", 0),
+    "all_gather_single": ("all-gather", 0),
+    "reduce_scatter": ("reduce-scatter", 1),
+    "reduce_scatter_single": ("reduce-scatter", 1),
+    "all_to_all_single": ("all-to-all", 1),
+    "send": ("collective-permute", 0),
+}
+# The compiler's names, which jaxtrain reads.
+_DTYPES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.int64: "s64",
+    torch.int32: "s32",
+    torch.uint8: "u8",
+}
+
+
+@contextmanager
+def _counted(seen: Counter[tuple[str, str, int, int]]) -> Iterator[None]:
+    """Collectives inside are counted by kind, type, bytes and processes."""
+    with ExitStack() as stack:
+        for name, (kind, argument) in _METHODS.items():
+            method = getattr(ProcessGroup, name)
+
+            def call(
+                self: ProcessGroup,
+                *args: Any,
+                method: Callable[..., Any] = method,
+                kind: str = kind,
+                argument: int = argument,
+                **kwargs: Any,
+            ) -> Any:
+                tensors = list(_tensors(args[argument]))
+                size = sum(t.numel() * t.element_size() for t in tensors)
+                seen[kind, _DTYPES[tensors[0].dtype], size, self.size()] += 1
+                return method(self, *args, **kwargs)
+
+            stack.enter_context(patch.object(ProcessGroup, name, call))
+        yield
+
+
+def _tensors(payload: Any) -> Iterator[Tensor]:
+    """The tensors of a nested list."""
+    if isinstance(payload, Tensor):
+        yield payload
+    else:
+        for part in payload:
+            yield from _tensors(part)

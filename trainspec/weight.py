@@ -1,0 +1,29 @@
+"""A weight that is read, or drawn, when a part of it is asked for: a process takes only what its devices hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+# One slice for every dimension.
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """`weight[index]` is that part of it as a numpy array, `weight[...]` all of it; nothing is kept."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[Index], Array]
+
+    def __getitem__(self, index: Index | EllipsisType) -> Array:
+        if index is ...:
+            index = (slice(None),) * len(self.shape)
+        return self.read(index).astype(self.dtype, copy=False)
