@@ -1,6 +1,8 @@
 """Hugging Face and PEFT directories, checkpoints, traces: written, read back, and damaged."""
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,6 +141,18 @@ def test_damaged_index(tmp_path: Path, text: str):
     (tmp_path / MODEL_INDEX).write_text(text)
     with pytest.raises(WeightsError):
         read_model(tmp_path, SMALL, param_table(SMALL), dtype=np.float32)
+
+
+def test_bfloat16_is_known_without_a_framework(tmp_path: Path):
+    write_checkpoint(tmp_path, SMALL)
+    whole = load_file(tmp_path / "model.safetensors")
+    save_file({k: v.astype(ml_dtypes.bfloat16) for k, v in whole.items()}, tmp_path / "model.safetensors")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom trainspec.hf import model_files\n"
+        "print(model_files(Path(sys.argv[1])).read('model.norm.weight').dtype)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], check=True, capture_output=True, text=True)
+    assert done.stdout == "bfloat16\n"
 
 
 def trained(recipe: Recipe, spec=SMALL, *, scale: float = 0.1) -> dict[str, np.ndarray]:
