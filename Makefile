@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo test test-full bench lint data clean
+.PHONY: help setup model demo test test-full bench docs lint data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,11 @@ endef
 
 bench: $(MODEL)/made-with.json ## time the train step of both backends, in turns
 	$(BIN)/python benchmarks/train_step.py
+
+docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold results
+	$(BIN)/python benchmarks/memory_and_traffic.py --page docs/memory-and-traffic.md
+	$(BIN)/parity faults --precision fp64 --precision fp32 --page docs/faults.md
+	$(BIN)/parity matrix --status docs/parity-status.md
 
 lint: setup ## ruff and pyright
 	$(BIN)/ruff check

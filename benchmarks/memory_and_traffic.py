@@ -1,4 +1,4 @@
-"""What a device holds and moves under every `plan.shards`, beside the arithmetic of `trainspec.plan`.
+"""What a device holds and moves under every `plan.shards`, beside the arithmetic of `trainspec.cost`.
 
     python benchmarks/memory_and_traffic.py [RECIPE] [--devices 1 2 4 8] [--page docs/memory-and-traffic.md]
 
@@ -17,18 +17,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from trainspec.data import open_dataset
+from trainspec.cost import BYTES, cost_of
+from trainspec.data import Batch, open_dataset
 from trainspec.errors import PlanError
 from trainspec.hf import resolve_model
 from trainspec.loop import check_plan
-from trainspec.methods import full_table, trainable_table
-from trainspec.params import Param
-from trainspec.plan import BYTES, COMPUTE_DTYPE, Backend, Policy, held_bytes, local_size, moved_bytes
+from trainspec.plan import COMPUTE_DTYPE, Backend, Policy, local_size
 from trainspec.recipe import Recipe, load_recipe
 
 SHARDS = ("nothing", "optimizer", "gradients", "params")
@@ -38,11 +38,16 @@ HEAD = """# Memory and traffic
 
 Made by `python benchmarks/memory_and_traffic.py --page docs/memory-and-traffic.md`, on CPU.
 
-Bytes per device, in KiB: what is held of weights, gradients, master weights and moments, and what a step sends over
-`data × fsdp`, as a ring sends it. *said* is the arithmetic of `trainspec.plan` (`held_bytes`, `moved_bytes`). JAX's figures
-are read from the compiled programs, torch's are counted in real processes over gloo. Gradients are summed in the type
-that is computed with. Ψ is the size of the trained weights in that type; of 2Ψ, 2Ψ, 2Ψ and 3Ψ for `shards` from nothing
-to params, (N - 1) / N is sent (ZeRO, arXiv 1910.02054, section 7).
+Bytes per device, in KiB: what is held of weights, gradients (between two microbatches), master weights and moments, and
+what a step of one microbatch sends over `fsdp`, as a ring sends it. *said* is the arithmetic of `trainspec.cost`, which has
+the reason where a backend departs from ZeRO's paper. JAX's figures are read from its programs (memory from the compiled,
+traffic from the partitioned one), torch's are counted in real processes over gloo. Gradients are summed in the type that is
+computed with. Ψ is the size of the trained weights in that type; times N / (N - 1) the last column is ZeRO's 2Ψ, 2Ψ, 2Ψ and
+3Ψ for `shards` from nothing to params (arXiv 1910.02054, section 7). Under LoRA the frozen weights travel beside it.
+
+- torch keeps a gradient whole that lies across the end of a process's stretch of the flat buffer: some KiB above what is said.
+- An all-reduce of which only a slice is used counts as a reduce-scatter: TPU and GPU compilers make it one, XLA's CPU compiler
+  does not.
 """
 
 
@@ -55,11 +60,12 @@ class Case:
     devices: int
     shards: str
 
-    def recipe(self, path: Path) -> Recipe:
-        """The recipe at `path` under this case's plan: 8 rows, one microbatch."""
+    def recipe(self, path: Path, *, accumulation: int = 1) -> Recipe:
+        """The recipe at `path` under this case's plan, with 8 rows in a microbatch."""
         settings = [
             *METHODS[self.method], f"precision.policy={self.policy}", f"precision.reduce={self.policy}",
-            f"plan.fsdp={self.devices}", f"plan.shards={self.shards}", "batch.global_examples=8", "batch.accumulation=1",
+            f"plan.fsdp={self.devices}", f"plan.shards={self.shards}", f"batch.global_examples={8 * accumulation}",
+            f"batch.accumulation={accumulation}", "data.sequence_tokens=64",
         ]  # fmt: skip
         return load_recipe(path, settings)
 
@@ -132,42 +138,44 @@ def weigh_all(backend: str, cases: Path, results: Path, recipe: Path) -> None:
     chosen = [Case(**case) for case in json.loads(cases.read_text())]
     # JAX makes its fake devices once: the largest plan first.
     order = sorted(range(len(chosen)), key=lambda i: -chosen[i].devices)
-    found = {i: weigh_one(backend, chosen[i].recipe(recipe)) for i in order}
+    found = {i: weigh_one(backend, chosen[i], recipe) for i in order}
     if os.environ.get("RANK", "0") == "0":
         results.write_text(json.dumps([found[i] for i in range(len(chosen))]))
 
 
-def weigh_one(backend: str, recipe: Recipe) -> dict[str, float]:
-    """Bytes held by part, and `moved`: the bytes that one device sends in a step."""
+def weigh_one(backend: str, case: Case, recipe: Path) -> dict[str, float]:
+    """Bytes held by part, and `sent`: the bytes that one device sends in a step."""
+    if backend == "jax":
+        with started(backend, case.recipe(recipe)) as (cost, state, batch):
+            return cost.held(state) | {"sent": sum(c.sent_bytes for c in cost.moved(state, batch))}
+    # Gradients are there between two backward passes, and it is there that they are most.
+    with started(backend, case.recipe(recipe, accumulation=2)) as (cost, state, batch):
+        held: list[dict[str, float]] = []
+        backward = state.engine.backward
+
+        def weigh_behind(loss: Any, *, is_last: bool) -> None:
+            backward(loss, is_last=is_last)
+            held.append(cost.held(state))
+
+        state.engine.backward = weigh_behind
+        cost.moved(state, batch)
+    with started(backend, case.recipe(recipe)) as (cost, state, batch):
+        sent = sum(c.sent_bytes for c in cost.moved(state, batch))
+    return max(held, key=lambda parts: parts["gradients"]) | {"sent": sent}
+
+
+@contextmanager
+def started(backend: str, recipe: Recipe) -> Iterator[tuple[Any, Any, Batch]]:
+    """The backend's cost module, a run before its first update, and its first batch."""
     parallel, step, cost = (
         importlib.import_module(f"{backend}train.{m}") for m in ("parallel", "step", "cost")
     )
     parallel.start(recipe)
     try:
         state = step.init_state(recipe, resolve_model(recipe.model)[0])
-        batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
-        held: dict[str, float] = {}
-        if backend == "jax":
-            held |= cost.held(state)
-        else:  # gradients are there between the backward pass and the update only
-            update = state.engine.step
-
-            def weigh_and_update() -> None:
-                held.update(cost.held(state))
-                update()
-
-            state.engine.step = weigh_and_update
-        moved = cost.moved(state, batch)
-        return held | {"moved": sum(sent_bytes(c.kind, c.payload_bytes, c.devices) * c.times for c in moved)}
+        yield cost, state, open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
     finally:
         parallel.finish()
-
-
-def sent_bytes(kind: str, payload: int, devices: int) -> float:
-    """What one device of a ring sends: an all-reduce is a reduce-scatter and an all-gather."""
-    share = (devices - 1) / devices
-    # To one root only: every device but one passes its share on.
-    return payload * {"all-reduce": 2 * share, "broadcast": share, "reduce": share}.get(kind, share)
 
 
 def table(
@@ -189,23 +197,14 @@ def table(
             lines.append("| " + " | ".join([*cells, *["refused"] * 9]) + " |")
             continue
         measured, resolved = found[backend][case], case.recipe(recipe)
-        trained, frozen = _rows(resolved)
-        rows = {"trained": trained, "frozen": frozen, "policy": policy, "reduce": policy, "backend": backend}
-        held = held_bytes(resolved.plan, **rows)
-        moved = moved_bytes(resolved.plan, **rows, accumulation=1).total
-        psi = (
-            sum(local_size(p, resolved.plan, over_fsdp=False) for p in trained) * BYTES[COMPUTE_DTYPE[policy]]
-        )
+        cost = cost_of(resolved, resolve_model(resolved.model)[0], backend)
+        held, sent = cost.held(), cost.moved().total
+        psi = sum(local_size(p, resolved.plan, over_fsdp=False) for p in cost.trained)
+        psi *= BYTES[COMPUTE_DTYPE[policy]]
         parts = [measured[part] for part in ("weights", "gradients", "master", "moments")]
-        cells += [_kib(size) for size in (*parts, sum(parts), held.total, measured["moved"], moved)]
-        lines.append("| " + " | ".join([*cells, f"{measured['moved'] / psi:.2f}"]) + " |")
+        cells += [_kib(size) for size in (*parts, sum(parts), held.total, measured["sent"], sent)]
+        lines.append("| " + " | ".join([*cells, f"{measured['sent'] / psi:.2f}"]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _rows(recipe: Recipe) -> tuple[tuple[Param, ...], list[Param]]:
-    model, _ = resolve_model(recipe.model)
-    trained = trainable_table(model, recipe.method)
-    return trained, [p for p in full_table(model, recipe.method) if p not in trained]
 
 
 def _kib(size: float) -> str:

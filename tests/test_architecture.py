@@ -114,10 +114,10 @@ ONE_SIDED = {
     "torchtrain/parallel.py": {
         "Engine": "an update is DeepSpeed's",
         "make_engine": "an update is DeepSpeed's",
-        "Mesh": "JAX has one",
     },
     "torchtrain/tensor.py": {
         "Peers": "a group of processes; JAX has a mesh",
+        "Mesh": "JAX has one",
         "RowLinear": "layers are split by hand, in JAX by the compiler",
         "WholeLinear": "layers are split by hand, in JAX by the compiler",
         "VocabEmbedding": "layers are split by hand, in JAX by the compiler",
@@ -254,6 +254,13 @@ def test_readme_names_make_targets_and_recipes_that_exist():
         for word in words:
             if word.startswith(("configs/", "docs/", "scripts/")):
                 assert (ROOT / word).exists(), command
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page}: {target}"
 
 
 def test_readme_program_lines_parse():

@@ -13,13 +13,14 @@ from typing import get_args
 import numpy as np
 
 from trainspec.command import add_recipe, run_command
+from trainspec.cost import cost_of
 from trainspec.data import IGNORED, Batch, Dataset, open_dataset
 from trainspec.errors import PlanError
 from trainspec.hf import resolve_model
 from trainspec.loop import check_plan
-from trainspec.methods import full_table, trainable_table
+from trainspec.methods import trainable_table
 from trainspec.model import ModelSpec
-from trainspec.plan import Backend, held_bytes
+from trainspec.plan import Backend
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.report import describe
 
@@ -78,12 +79,7 @@ def _show(recipe: Recipe) -> None:
 
 def _held(recipe: Recipe, model: ModelSpec, backend: Backend) -> str:
     """The training state on one device, in words."""
-    trained = trainable_table(model, recipe.method)
-    frozen = [p for p in full_table(model, recipe.method) if p not in trained]
-    policy, reduce = recipe.precision.policy, recipe.precision.reduce
-    held = held_bytes(
-        recipe.plan, trained=trained, frozen=frozen, policy=policy, reduce=reduce, backend=backend
-    )
+    held = cost_of(recipe, model, backend).held()
     parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in asdict(held).items())
     return f"{held.total / 2**20:,.1f} MiB of training state ({parts})"
 

@@ -6,7 +6,8 @@ so a shard is made where it lives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -31,21 +32,27 @@ def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, 
     The model's rows come from its files or are drawn (`model.weights`); the method's from `method.adapter` or drawn.
     """
     dtype = STORED_DTYPE[recipe.precision.policy]
-    table = param_table(model)
+    table, seed = param_table(model), recipe.run.seed
     if recipe.model.weights == "pretrained":
         directory = resolve_model(recipe.model)[1]
         assert directory is not None  # resolve_model refuses pretrained weights of a preset
-        yield from read_model(directory, model, table, dtype=dtype)
+        base = read_model(directory, model, table, dtype=dtype)
     else:
-        yield from ((p, drawn(p, seed=recipe.run.seed, dtype=dtype)) for p in table)
+        base = _all_drawn(table, seed=seed, dtype=dtype)
     match recipe.method:
         case Full():
-            return
-        case LoRA(adapter=None) as method:
-            for p in adapter_table(model, method):
-                yield p, drawn(p, seed=recipe.run.seed, dtype=dtype)
-        case LoRA(adapter=str() as adapter) as method:
-            yield from read_adapter(Path(adapter), model, method, adapter_table(model, method), dtype=dtype)
+            return base
+        case LoRA() as method:
+            rows = adapter_table(model, method)
+            if method.adapter is None:
+                return chain(base, _all_drawn(rows, seed=seed, dtype=dtype))
+            return chain(base, read_adapter(Path(method.adapter), model, method, rows, dtype=dtype))
+        case other:
+            assert_never(other)
+
+
+def _all_drawn(table: Iterable[Param], *, seed: int, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:
+    return ((p, drawn(p, seed=seed, dtype=dtype)) for p in table)
 
 
 def drawn(param: Param, *, seed: int, dtype: DTypeLike) -> Weight:

@@ -4,7 +4,8 @@ A backend is its `step` module: any module with these functions will do, and the
 No numerics here; what a step does is the backend's.
 
 Every process of a run goes through the same calls in the same order, as any of them may wait for the others; only
-the leader has the console and writes files.
+the leader has the console and writes files (but for the cache of tokens, which whoever comes first fills). What a person
+can have wrong is looked at by all of them, before the first waits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from trainspec.plan import check_fits, check_supported
 from trainspec.recipe import Recipe
 from trainspec.report import Reporter, Silent, StepReport, describe
 from trainspec.schedule import learning_rate
-from trainspec.trace import Keep, StepTrace, TraceRequest, TraceWriter
+from trainspec.trace import Keep, StepTrace, TraceRequest, TraceWriter, check_free
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -119,6 +120,8 @@ def train(
     Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
     """
     saved = checkpoint.start_from(out, resume=resume)
+    if trace:
+        check_free(trace.directory)
     spec, _ = resolve_model(recipe.model)
     dataset = open_dataset(recipe, "train")
     heldout = open_dataset(recipe, "heldout") if recipe.data.heldout else None

@@ -6,8 +6,6 @@ batch, `fsdp` what `shards` names of the training state, `tensor` the wide dimen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -163,94 +161,3 @@ def _choose(axis: str, model: ModelSpec) -> str:
     sizes = (model.heads, model.kv_heads, model.mlp, model.vocab)
     fits = [n for n in range(1, min(sizes) + 1) if all(size % n == 0 for size in sizes)]
     return f"plan.{axis} can be {', '.join(map(str, fits))}"
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of training state on one device. `master` are the float32 weights behind a copy that is computed with."""
-
-    weights: int
-    gradients: int
-    master: int
-    moments: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.master + self.moments
-
-
-def held_bytes(
-    plan: Plan,
-    *,
-    trained: Sequence[Param],
-    frozen: Sequence[Param],
-    policy: Policy,
-    reduce: Policy,
-    backend: Backend,
-) -> Held:
-    """What one device holds: ZeRO's table (arXiv 1910.02054, figure 1) with a method and tensor parallelism in it.
-
-    JAX splits over fsdp and repeats over data; the sum of microbatches' gradients has the type of `reduce`. DeepSpeed
-    splits over data × fsdp, and from stage 1 on it keeps a master copy in float32 even where weights are float32.
-    A frozen weight has neither gradient nor moments. DeepSpeed's padding of flat buffers is left out.
-    """
-    stored, computed = BYTES[STORED_DTYPE[policy]], BYTES[COMPUTE_DTYPE[policy]]
-
-    def elements(rows: Sequence[Param], part: Part) -> float:
-        if backend == "jax":
-            return sum(local_size(p, plan, over_fsdp=plan.splits(part)) for p in rows)
-        whole = sum(local_size(p, plan, over_fsdp=False) for p in rows)
-        return whole / plan.replicas if plan.splits(part) else whole
-
-    has_master = policy == "bf16" or (backend == "torch" and plan.splits("optimizer"))
-    state = elements(trained, "optimizer")
-    return Held(
-        weights=round(elements([*trained, *frozen], "weights") * computed),
-        gradients=round(elements(trained, "gradients") * BYTES[COMPUTE_DTYPE[reduce]]),
-        master=round(state * stored) if has_master else 0,
-        moments=round(2 * state * stored),
-    )
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Bytes that one device sends in an update over data and fsdp, as a ring does it: gradients out, weights in."""
-
-    gradients: float
-    weights: float
-
-    @property
-    def total(self) -> float:
-        """Both ways."""
-        return self.gradients + self.weights
-
-
-def moved_bytes(
-    plan: Plan,
-    *,
-    trained: Sequence[Param],
-    frozen: Sequence[Param],
-    policy: Policy,
-    reduce: Policy,
-    accumulation: int,
-    backend: Backend,
-) -> Moved:
-    """The traffic of ZeRO's paper (section 7): 2Ψ with whole weights, 3Ψ where they are split, times (N - 1) / N.
-
-    A reduction is reduce-scatter, then all-gather: of gradients where every device keeps them whole, else of the
-    updated weights. Split weights are gathered for the forward and again for the backward pass, frozen ones too.
-    JAX reduces the gradients of every microbatch, DeepSpeed up to stage 1 their sum.
-    """
-    ranks = plan.replicas if backend == "torch" or not plan.splits("optimizer") else plan.fsdp
-    share = (plan.replicas - 1) / plan.replicas
-    own = [local_size(p, plan, over_fsdp=False) for p in trained]
-    everything = sum(own) + sum(local_size(p, plan, over_fsdp=False) for p in frozen)
-    gradients = share * sum(own) * BYTES[COMPUTE_DTYPE[reduce]]
-    computed = BYTES[COMPUTE_DTYPE[policy]] * (ranks - 1) / ranks
-    times = accumulation if backend == "jax" or plan.splits("gradients") else 1
-    if plan.splits("weights"):
-        return Moved(times * gradients, 2 * accumulation * computed * everything)
-    if plan.splits("optimizer"):
-        return Moved(times * gradients, computed * sum(own))
-    return Moved(2 * times * gradients, 0.0)

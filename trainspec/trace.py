@@ -76,6 +76,12 @@ def activation_points(layers: int) -> tuple[str, ...]:
     return ("embedding", *inner, "norm", "logits")
 
 
+def check_free(directory: Path) -> None:
+    """Raises TraceError for a directory that holds something other than a trace."""
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "trace.jsonl").is_file():
+        raise TraceError(f"--trace {directory}: holds other files; give an empty or a new directory")
+
+
 class TraceWriter:
     """Writes a trace directory, a step at a time. An earlier trace there is replaced.
 
@@ -84,9 +90,8 @@ class TraceWriter:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        check_free(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()) and not (directory / "trace.jsonl").is_file():
-            raise TraceError(f"--trace {directory}: holds other files; give an empty or a new directory")
         for old in (*directory.glob("step-??????.safetensors"), directory / "initial.safetensors"):
             old.unlink(missing_ok=True)
         (directory / "trace.jsonl").write_text("")

@@ -1,0 +1,117 @@
+"""The arithmetic of memory and traffic, against the tables of ZeRO's paper; the twins' tests hold it to measurements."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small import SMALL
+
+from trainspec.cost import Collective, Cost
+from trainspec.methods import LoRA, trainable_table
+from trainspec.model import PRESETS
+from trainspec.params import param_table
+from trainspec.plan import Backend, Plan, Policy, local_size
+
+SEVEN = PRESETS["llama2-7b"]
+ROWS = param_table(SEVEN)
+SIZE = sum(p.size for p in ROWS)
+SHARDS = ("nothing", "optimizer", "gradients", "params")
+
+
+def cost(
+    plan: Plan, backend: Backend, *, rows=ROWS, frozen=(), policy: Policy = "bf16", reduce: Policy = "bf16", accumulation=1
+) -> Cost:  # fmt: skip
+    return Cost(plan, policy, reduce, accumulation, tuple(rows), tuple(frozen), backend)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("devices", [4, 16, 64])
+@pytest.mark.parametrize(
+    ("shards", "wanted"),
+    [
+        ("nothing", lambda n: 16),
+        ("optimizer", lambda n: 4 + 12 / n),
+        ("gradients", lambda n: 2 + 14 / n),
+        ("params", lambda n: 16 / n),
+    ],
+)
+def test_held_bytes_are_the_papers(backend: Backend, devices: int, shards, wanted):
+    """Bytes per parameter with mixed-precision Adam."""
+    held = cost(Plan(fsdp=devices, shards=shards), backend).held()
+    assert held.total / SIZE == pytest.approx(wanted(devices), rel=1e-9)
+
+
+def test_only_params_saves_memory_under_a_frozen_base():
+    lora = {"rows": trainable_table(SEVEN, LoRA()), "frozen": ROWS}
+    sizes = {s: cost(Plan(fsdp=8, shards=s), "jax", **lora).held().total for s in SHARDS}
+    assert sizes["gradients"] > 0.98 * sizes["nothing"]
+    assert sizes["params"] < 0.13 * sizes["nothing"]
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2]), st.sampled_from(SHARDS[1:]))
+def test_what_is_split_adds_up_to_the_whole(fsdp: int, tensor: int, shards):
+    """On JAX: fsdp devices together hold the weights once where `params` are split, each all of them where not."""
+    rows = param_table(SMALL)
+    plan = Plan(fsdp=fsdp, tensor=tensor, shards=shards)
+    held = cost(plan, "jax", rows=rows, policy="fp32", reduce="fp32").held()
+    per_rank = sum(local_size(p, plan, over_fsdp=False) for p in rows) * 4
+    copies = fsdp if shards == "params" else 1
+    assert held.weights * copies == per_rank
+    assert held.moments * fsdp == 2 * per_rank
+
+
+@pytest.mark.parametrize(
+    ("shards", "backend", "psi"),
+    [
+        ("nothing", "torch", 2),
+        ("optimizer", "torch", 2),
+        ("gradients", "torch", 2),
+        ("params", "torch", 3),
+        ("nothing", "jax", 2),
+        ("optimizer", "jax", 3),  # whole gradients, then weights
+        ("gradients", "jax", 2),
+        ("params", "jax", 3),
+    ],
+)
+def test_moved_bytes_are_the_papers(shards, backend: Backend, psi: int):
+    found = cost(Plan(fsdp=64, shards=shards), backend, policy="fp32", reduce="fp32").moved().total
+    table = 4 * ROWS[0].size * 63 / 64  # JAX gathers the embedding once
+    saved = table if (shards, backend) == ("params", "jax") else 0
+    assert found == pytest.approx(psi * 4 * SIZE * 63 / 64 - saved)
+
+
+def test_microbatches_are_reduced_one_by_one_where_gradients_are_split_and_on_jax():
+    def times(shards, backend: Backend) -> float:
+        one, four = (
+            cost(Plan(fsdp=4, shards=shards), backend, accumulation=n).moved().gradients for n in (1, 4)
+        )
+        return four / one
+
+    assert [times(s, "torch") for s in SHARDS] == [1, 1, 4, 4]
+    assert [times(s, "jax") for s in SHARDS] == [4, 4, 4, 4]
+
+
+def test_frozen_weights_travel_only_where_they_are_split():
+    lora = {"rows": trainable_table(SEVEN, LoRA()), "frozen": ROWS}
+    some, all_ = (cost(Plan(fsdp=8, shards=s), "torch", **lora).moved() for s in ("gradients", "params"))
+    assert some.total < 0.01 * all_.total
+    assert some.gradients == all_.gradients
+
+
+def test_a_data_axis_reduces_what_fsdp_left():
+    """2 × 2 on JAX: half of the gradient to the other fsdp device; of what is left half over data, forth and back."""
+    found = cost(Plan(data=2, fsdp=2, shards="gradients"), "jax", policy="fp32", reduce="fp32").moved()
+    assert found.gradients == 4 * SIZE * (1 / 2 + 2 * (1 / 2) * (1 / 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("all-reduce", 150),
+        ("all-gather", 75),
+        ("reduce-scatter", 75),
+        ("reduce", 75),
+        ("collective-permute", 100),
+    ],
+)
+def test_a_ring_sends(kind: str, sent: float):
+    assert Collective("step", kind, "f32", 100, devices=4, times=3).sent_bytes == 3 * sent
