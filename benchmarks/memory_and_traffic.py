@@ -118,6 +118,7 @@ def weigh(backend: Backend, cases: Sequence[Case], recipe: Path) -> dict[Case, d
             command = [sys.executable]
             if processes > 1:
                 command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+                command += ["--log-dir", scratch]  # it would leave one of its own
             command += [__file__, str(recipe), "--worker", backend, str(work), str(results)]
             quiet = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
             subprocess.run(command, check=True, env=os.environ | quiet, stdout=subprocess.DEVNULL)

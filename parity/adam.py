@@ -47,15 +47,23 @@ def fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
 
 
 def fit_update(pair: Pair, step: int) -> float:
-    """r of `update = -r · moment1 / sqrt(moment2)`, read off the left trace, large gradients counting most."""
+    """r of `update = -r · moment1 / sqrt(moment2) - d · weight`, read off the left trace, large gradients counting most.
+
+    `d`, the decay, may be another for each tensor: what is parallel to the weight is taken out of both sides first.
+    """
     top = bottom = 0.0
+    weights = pair.weights(step)
     for name in pair.names(step, "update"):
         sides = [pair.read(step, group, name)[0] for group in ("update", "moment1", "moment2")]
         if any(side is None or sides[0] is None or side.shape != sides[0].shape for side in sides):
             continue
         update, moment1, moment2 = (as_float64(side) for side in sides if side is not None)
-        top += float(np.sum(moment1 * np.sqrt(np.abs(moment2)) * update))
-        bottom += float(np.sum(moment1**2))
+        root = np.sqrt(np.abs(moment2))
+        decayed = root * weights[name][0] if name in weights else np.zeros(moment1.shape)
+        size = float(np.sum(decayed**2))
+        across = moment1 - decayed * (float(np.sum(decayed * moment1)) / size if size else 0.0)
+        top += float(np.sum(across * root * update))
+        bottom += float(np.sum(across * moment1))
     return abs(top) / bottom if bottom else 0.0
 
 
@@ -92,10 +100,13 @@ class Factors:
     left_over: Array
 
     def explain(self, expected: Array) -> Array:
-        """[2]: whether a clip explains what differs from `expected`: a multiple of the gradient, squared in v."""
+        """[2]: whether a clip explains what differs from `expected`: a multiple of the gradient, squared in v.
+
+        No clip has the factor 0: a tensor whose moments stay as they were was not updated.
+        """
         multiple = self.left_over <= CLIP_AGREES * np.abs(self.first - expected)
         squared = np.abs(self.second - self.first**2) <= CLIP_AGREES * np.abs(self.first**2 - expected**2)
-        return multiple & squared
+        return multiple & squared & (self.first > 0) & (self.factor > 0)
 
 
 def shown_factors(pair: Pair, step: int, *, betas: tuple[float, float]) -> Factors | None:
@@ -125,7 +136,7 @@ def clip_factors(pair: Pair, step: int) -> tuple[float, float]:
     left = shown.first[0]
     scale = left**2 / shown.second[0] if shown.second[0] else 1.0
     scaled = replace(shown, second=shown.second * scale)
-    if not shown.factor.all() or not scaled.explain(np.array([left, left]))[1]:
+    if not (left > 0 and shown.factor[0] > 0 and scaled.explain(np.array([left, left]))[1]):
         return float(shown.factor[0]), float(shown.factor[0])
     return float(shown.factor[0]), float(shown.factor[1])
 

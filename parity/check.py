@@ -12,6 +12,7 @@ from parity.compare import Comparison, compare, ending
 from parity.html import Report, write_report
 from parity.measure import measured_bounds
 from parity.pair import Pair
+from parity.plans import refusal
 from parity.reading import read
 from parity.rounding import RoundingBounds
 from parity.sides import Ran, Side, resolved_recipe, run_side
@@ -50,13 +51,18 @@ def check(
             f"--steps {steps}: {recipe_path} makes {recipe.run.last_step} updates; compare at most those"
         )
     _check_rates(recipe, steps)
-    for side in (left, right):  # a mistake in the second must not wait for the first to be trained
-        load_recipe(recipe_path, (*overrides, *side.overrides))
+    # A mistake in the second must not wait for the first to be trained.
+    sides = [load_recipe(recipe_path, (*overrides, *side.overrides)) for side in (left, right)]
+    for name, side, resolved in zip(NAMES, (left, right), sides, strict=True):
+        if line := refusal(resolved.plan, precision, side.backend):
+            raise UserError(f"{name} ({side}): {line}")
     if (out / "checkpoints").exists() or (out / "recipe.yaml").exists():
         raise UserError(f"--out {out}: holds a training run; give the check a directory of its own")
     for old in ("first-divergence", "measured"):  # of an earlier check
         shutil.rmtree(out / old, ignore_errors=True)
-    request = _Request(recipe_path, tuple(overrides), precision, (left, right), _counts(recipe))
+    request = _Request(
+        recipe_path, tuple(overrides), precision, (left, right), _summands(*sides), _counts(recipe)
+    )
     ran = request.run(steps, out=out)
     comparison = request.judge(ran, out=out)
     verdict = Verdict(precision, str(left), str(right), comparison, reading=request.read(comparison, ran))
@@ -85,6 +91,7 @@ class _Request:
     overrides: tuple[str, ...]
     precision: Policy
     sides: tuple[Side, Side]
+    summands: tuple[int, int]
     counts: Mapping[str, float]
 
     def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[Ran]:
@@ -106,7 +113,8 @@ class _Request:
                     return ProofBounds(pair)
                 case "fp32" | "bf16" as low:
                     return measured_bounds(
-                        pair, low, recipe=self.recipe, overrides=self.overrides, out=out, activations_at=activations_at
+                        pair, low, recipe=self.recipe, overrides=self.overrides, out=out,
+                        summands=self.summands, activations_at=activations_at,
                     )  # fmt: skip
                 case other:
                     assert_never(other)
@@ -131,12 +139,18 @@ class _Request:
         # The second look adds places; one that failed at first does not come to hold by it.
         failed = {f.place: f for f in verdict.comparison.findings if f.place.step == step and not f.holds}
         again = [failed.get(f.place, f) if f.holds else f for f in seen.findings if f.place.step == step]
-        comparison = Comparison(verdict.comparison.steps, (*before, *again, *after))
+        comparison = replace(verdict.comparison, findings=(*before, *again, *after))
         return replace(verdict, comparison=comparison, reading=self.read(comparison, ran))
 
     def read(self, comparison: Comparison, ran: Sequence[Ran]) -> str | None:
         """What kind of cause the first divergence looks like."""
         return read(comparison, _traces(ran), counts=self.counts)
+
+
+def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
+    """Of how many gradients each side makes one: microbatches, each of them in as many parts as there are replicas."""
+    one, other = (recipe.batch.accumulation * recipe.plan.replicas for recipe in (left, right))
+    return one, other
 
 
 def _counts(recipe: Recipe) -> dict[str, float]:
@@ -155,15 +169,37 @@ def _worth_a_closer_look(comparison: Comparison) -> int | None:
 
 
 def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None) -> Verdict:
-    """Judge two traces of any origin; `precision` None takes the coarser of the types found in them."""
-    ran = [Ran(Trace(left)), Ran(Trace(right))]
-    traces = [side.trace for side in ran if side.trace]
+    """Judge two traces of any origin; `precision` None takes the coarser of the types found in them.
+
+    Raises UserError where a directory holds a whole check, and where the two traces share no name.
+    """
+    for path in (left, right):
+        _refuse_a_check(path)
+    traces = Trace(left), Trace(right)
+    _share_names(*traces)
+    ran = [Ran(trace) for trace in traces]
     precision = precision or _coarser(traces)
     comparison = _compare(ran, lambda pair: bounds_for(pair, precision, lora_scale=1.0))
     verdict = Verdict(precision, str(left), str(right), comparison, reading=read(comparison, _traces(ran)))
     if out:
         _write(verdict, ran, out, recipe=None, settings=(), recipes=())
     return verdict
+
+
+def _refuse_a_check(path: Path) -> None:
+    inside = [path / name / "trace" for name in NAMES]
+    if all((trace / "trace.jsonl").is_file() for trace in inside):
+        raise UserError(f"{path}: holds a check, not a trace; compare {inside[0]} with {inside[1]}")
+
+
+def _share_names(left: Trace, right: Trace) -> None:
+    """Every place of unrelated traces would be missing on one side: that is one mistake, not a thousand."""
+    names = [set(trace.initial_names()) for trace in (left, right)]
+    if all(names) and not names[0] & names[1]:
+        one, other = (min(each).removeprefix("weight/") for each in names)
+        raise UserError(
+            f"{left.directory} and {right.directory}: no weight has the same name in both ({one!r}, {other!r}); record them under names that both agree on"
+        )
 
 
 def bounds_for(pair: Pair, precision: Policy, *, lora_scale: float) -> Bounds:

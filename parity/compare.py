@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,10 @@ from parity.tolerance import Bounds, Contrast, largest
 
 Array = NDArray[Any]
 
-# More than this share of a tensor's updates must not be noise. Up to a half, the median element is determined: whatever
-# moves a tensor's elements by their own size shows in most of them. Clean fp32 runs stay below one in a thousand.
+# More than this share of a tensor's gradient or update must not have bounds as large as the elements are. Up to a half,
+# the median element is determined: whatever moves a tensor's elements by their own size shows in most of them. Clean fp32
+# runs stay below one in a thousand. Where elements are not, the tensor as a whole is when its distance may be no more than
+# this share of its norm: what moves it by its own size exceeds that even where rounding hides as much as it may.
 DETERMINED = 0.5
 
 
@@ -43,7 +45,8 @@ class Finding:
     largest entry. `used` is error / bound or, where earlier differences were handed on, the share of the phase's
     own part of the bound that is used; infinite where it cannot be told. `error` and `bound` are None where the
     arrays could not be compared, and `reason` says why. `undetermined` of the `elements` have a bound as large as
-    themselves: the comparison says nothing about them. `values` are what stands at that element, at `index`, and
+    themselves: the comparison says nothing about them. Where that is most of them, and the tensor as a whole is not held
+    to better either, nothing is `proven`. `values` are what stands at that element, at `index`, and
     `names` says whose they are.
     """
 
@@ -54,6 +57,7 @@ class Finding:
     reason: str | None = None
     undetermined: int = 0
     elements: int = 0
+    proven: bool = True
     values: tuple[float, float] | None = None
     index: tuple[int, ...] | None = None
     names: tuple[str, str] = ("left", "right")
@@ -66,10 +70,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every finding in causal order, over `steps` updates that both sides made."""
+    """Every finding in causal order, over `steps` updates that both sides made; `notes` are those of the bounds."""
 
     steps: int
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -109,7 +114,8 @@ def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = N
     """
     findings = [_judge(place, pair, bounds) for place in places(pair)]
     findings += _nothing_shown(pair, findings)
-    return Comparison(pair.common_steps, (*findings, *ending(pair.steps, stopped or {})))
+    findings += ending(pair.steps, stopped or {})
+    return Comparison(pair.common_steps, tuple(findings), tuple(bounds.notes))
 
 
 def ending(steps: tuple[int, int], stopped: Mapping[str, str]) -> Iterator[Finding]:
@@ -183,18 +189,27 @@ def _judge(place: Place, pair: Pair, bounds: Bounds) -> Finding:
         weight = pair.read(0, "weight", place.tensor)[0]
         if weight is not None and weight.shape != left.shape:
             return _failure(place, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}")
-    if bounds.float64_only and (
-        coarse := [f"{s.dtype} in {n}" for n, s in _named(left, right) if _is_coarse(s)]
-    ):
-        return _failure(place, f"{' and '.join(coarse)}: fp64 wants float64")
+    if refused := bounds.refuses(place, left, right):
+        return _failure(place, refused)
     a, b = left.astype(np.float64), right.astype(np.float64)
     if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:
         return _failure(place, f"not finite in {' and '.join(broken)}")
-    return max((_measure(place, c) for c in bounds.contrasts(place, a, b)), key=lambda finding: finding.used)
+    contrasts = bounds.contrasts(place, a, b)
+    found = [_measure(place, contrast) for contrast in contrasts]
+    single = [f for f, c in zip(found, contrasts, strict=True) if c.norm is None]
+    whole = [f for f, c in zip(found, contrasts, strict=True) if c.norm is not None]
+    # Where single elements fail they say more than the whole tensor does: which, and by how much.
+    failing = [f for f in single if not f.holds]
+    worst = max(failing or found, key=lambda finding: finding.used)
+    count = max(single, key=lambda f: f.undetermined, default=worst)
+    proven = all(f.proven for f in single) or (bool(whole) and all(f.proven for f in whole))
+    return replace(worst, undetermined=count.undetermined, elements=count.elements, proven=proven)
 
 
 def _measure(place: Place, contrast: Contrast) -> Finding:
     """The element that uses most of its bound, and how many elements the bound says nothing about."""
+    if contrast.norm is not None:
+        return _as_a_whole(place, contrast, contrast.norm)
     left, right, allowed = contrast.first, contrast.second, contrast.bound
     if not left.size:
         return Finding(place, 0.0, 0.0, 0.0)
@@ -214,30 +229,55 @@ def _measure(place: Place, contrast: Contrast) -> Finding:
     worst = tuple(int(i) for i in np.unravel_index(np.argmax(used), used.shape))
     scale = largest(left, right) or 1.0
     differing = int(np.count_nonzero(error))
-    noise = bound >= size if contrast.undetermined is None else contrast.undetermined
+    elements, beyond = int(np.count_nonzero(size)), int(np.count_nonzero((bound >= size) & (size > 0)))
+    noise = contrast.undetermined
     return Finding(
         place,
         error=float(error[worst]) / scale,
         bound=float(f"{float(bound[worst]) / scale:.9g}"),
         used=float(used[worst]),
         reason=f"{differing} of {error.size} entries differ" if used[worst] == inf else None,
-        undetermined=int(np.count_nonzero(noise & (size > 0))),
-        elements=int(np.count_nonzero(size)),
+        undetermined=beyond if noise is None else int(np.count_nonzero(noise & (size > 0))),
+        elements=elements,
+        proven=beyond <= DETERMINED * elements,
         values=(float(left[worst]), float(right[worst])),
         index=worst,
         names=contrast.names,
     )
 
 
+def _as_a_whole(place: Place, contrast: Contrast, norm: float) -> Finding:
+    """The distance of a tensor as a whole; which of its elements is off it does not say."""
+    distance, own, handed = (float(x) for x in (contrast.first, contrast.bound.own, contrast.bound.handed))
+    for name, number in ((" and ".join(contrast.names), distance), ("the bound", own + handed)):
+        if not isfinite(number):
+            return _failure(place, f"nothing is proven: {name} is not finite")
+    added, scale = max(distance - handed, 0.0), norm or 1.0
+    used = added / own if own > 0 else inf if added > 0 else 0.0
+    error, bound = distance / scale, float(f"{(own + handed) / scale:.9g}")
+    over = f"the tensor as a whole is off by {error:.2e} of its norm, over the bound {bound:.2e}"
+    return Finding(
+        place,
+        error=error,
+        bound=bound,
+        used=used,
+        reason=over if used > 1 else None,
+        proven=own + handed <= DETERMINED * norm,
+    )
+
+
 def _nothing_shown(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
-    """Two ways of agreeing that prove nothing: no update was made, or most of a tensor's are rounding noise."""
+    """Two ways of agreeing that prove nothing: no update was made, or a bound would let another tensor through.
+
+    Gradients and updates alone are asked: behind the gradient everything is computed from what has been judged.
+    """
     moving = [step for step in range(1, pair.common_steps + 1) if max(pair.scalar(step, "lr")) > 0]
     updates = [f for f in findings if f.place.phase == "update"]
     place = Place(moving[0] if moving else 1, "update", "every tensor")
     if moving and all(f.error == 0 and not f.elements for f in updates):
         yield _failure(place, "nothing was trained: every update is zero on both sides")
-    for finding in updates:
-        if finding.undetermined > DETERMINED * finding.elements:
+    for finding in findings:
+        if finding.place.phase in ("gradient", "update") and finding.holds and not finding.proven:
             share = finding.undetermined / finding.elements
             yield _failure(
                 finding.place,
@@ -247,11 +287,6 @@ def _nothing_shown(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
 
 def _named(left: Array, right: Array) -> tuple[tuple[str, Array], tuple[str, Array]]:
     return ("left", left), ("right", right)
-
-
-def _is_coarse(array: Array) -> bool:
-    """A type of fewer bits than float64 that is not an integer's (bfloat16 has numpy's kind V)."""
-    return array.dtype.kind not in "iu" and array.dtype != np.float64
 
 
 def _failure(place: Place, reason: str) -> Finding:

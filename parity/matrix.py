@@ -1,42 +1,40 @@
 """`parity matrix`: models, methods, batches, plans and precisions as data; every cell is run and judged, or refused.
 
-One launch of a backend trains many cells, so that imports and equal compilations are paid once.
+A plan that one backend refuses is compared with the other's run of it on one device.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from parity.batch import Ended, run_cases, training
 from parity.check import bounds_for
 from parity.compare import Comparison, Finding, compare
 from parity.pair import Pair
-from parity.sides import CPU_ONLY, QUIET_THREADS
+from parity.plans import refusal, runs_as
 from parity.tiny import LORA, VARIANTS, Tiny, write_tiny
 from parity.verdict import explained
-from trainspec.command import EXIT_DONE
-from trainspec.errors import PlanError, TraceError, UserError
-from trainspec.plan import Backend, Plan, Policy, check_supported
-from trainspec.recipe import Recipe
+from trainspec.errors import TraceError, UserError
+from trainspec.plan import Backend, Plan, Policy
+from trainspec.recipe import Precision, Recipe
 from trainspec.trace import Trace
 
 Fields = Mapping[str, Any]
 
 METHODS: dict[str, Fields] = {"full": {"kind": "full"}, "lora": LORA.model_dump(mode="python")}
+_PACKED: Fields = {"packing": True, "sequence_tokens": 64}
+# So that four replicas have a row each in a microbatch of two.
+GLOBAL_EXAMPLES = 8
 # How rows are filled and split: sections `data` and `batch` of a recipe.
 BATCHES: dict[str, tuple[Fields, Fields]] = {
-    "packed-2": ({"packing": True, "sequence_tokens": 64}, {"accumulation": 2}),
-    "packed-1": ({"packing": True, "sequence_tokens": 64}, {"accumulation": 1}),
-    "packed-4": ({"packing": True, "sequence_tokens": 64}, {"accumulation": 4}),
+    "packed-2": (_PACKED, {"accumulation": 2}),
+    "packed-1": (_PACKED, {"accumulation": 1}),
+    "packed-4": (_PACKED, {"accumulation": 4}),
     "right-2": ({"padding_side": "right"}, {"accumulation": 2}),
     "left-2": ({"padding_side": "left"}, {"accumulation": 2}),
 }
@@ -48,7 +46,20 @@ PLANS: dict[str, Plan] = {
     "zero2-2": Plan(fsdp=2, shards="gradients"),
     "zero3-2": Plan(fsdp=2, shards="params"),
     "tensor-2": Plan(tensor=2),
+    "data-2-tensor-2": Plan(data=2, tensor=2),
+    "zero1-2-tensor-2": Plan(fsdp=2, tensor=2, shards="optimizer"),
+    "zero2-2-tensor-2": Plan(fsdp=2, tensor=2, shards="gradients"),
+    "zero3-2-tensor-2": Plan(fsdp=2, tensor=2, shards="params"),
+    "data-2-zero3-2-tensor-2": Plan(data=2, fsdp=2, tensor=2, shards="params"),
+    "zero1-4-tensor-2": Plan(fsdp=4, tensor=2, shards="optimizer"),
     "pipe-2": Plan(pipe=2, microbatches=2),
+}
+# The usual sums in float32, and DeepSpeed's own default, which is also what XLA does where weights are cast before use.
+PRECISIONS: dict[str, Precision] = {
+    "fp64": Precision(policy="fp64", reduce="fp64"),
+    "fp32": Precision(policy="fp32", reduce="fp32"),
+    "bf16": Precision(policy="bf16", reduce="fp32"),
+    "bf16-sums": Precision(policy="bf16", reduce="bf16"),
 }
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 STEPS = 5
@@ -62,21 +73,26 @@ class Cell:
     method: str
     batch: str
     plan: str
-    precision: Policy
+    precision: str
+
+    @property
+    def policy(self) -> Policy:
+        """What is stored and computed."""
+        return PRECISIONS[self.precision].policy
 
     def __str__(self) -> str:
         return "/".join((self.model, self.method, self.batch, self.plan, self.precision))
 
-    def recipe(self, tiny: Tiny) -> Recipe:
-        """What is trained: five updates under a warm-up, with clipping and decay."""
+    def recipe(self, tiny: Tiny, backend: Backend) -> Recipe:
+        """What a backend trains: five updates under a warm-up, with clipping and decay."""
         data, batch = BATCHES[self.batch]
         return tiny.recipe(
             self.model,
             method=METHODS[self.method],
             data=data,
-            batch=batch,
-            plan=PLANS[self.plan].model_dump(),
-            precision={"policy": self.precision, "reduce": self.precision},
+            batch={"global_examples": GLOBAL_EXAMPLES, **batch},
+            plan=runs_as(PLANS[self.plan], self.policy, backend).model_dump(),
+            precision=PRECISIONS[self.precision].model_dump(),
             optimizer={"lr": 3e-3},
             schedule={"kind": "cosine", "warmup_steps": 2},
             run={"stop_after_steps": STEPS},
@@ -85,55 +101,62 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a cell. `shown` is the place nearest to its bound; where the cell fails, the first divergence."""
+    """What became of a cell. `shown` is the place nearest to its bound; where the cell fails, the first divergence.
+
+    `refused` is what a backend says that does not run the cell's plan; it ran on one device, unless both refuse.
+    """
 
     cell: Cell
     verdict: Literal["pass", "fail", "unsupported"]
     shown: Finding | None = None
     undetermined: float = 0.0
     reason: str | None = None
-    refused_by: tuple[Backend, ...] = ()
+    refused: Mapping[Backend, str] = field(default_factory=dict)
 
 
 def cells() -> list[Cell]:
     """Every cell: all models, methods and precisions with one batch on one device, then what varies around them."""
     base, plain = "packed-2", "plain"
-    proofs: tuple[Policy, ...] = ("fp64", "fp32")
-    every: tuple[Policy, ...] = get_args(Policy)
-    found = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(VARIANTS, METHODS, every)]
+    proofs, usual = ("fp64", "fp32"), ("fp64", "fp32", "bf16")
+    found = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(VARIANTS, METHODS, usual)]
     for name in BATCHES:
         if name != base:
             found += [Cell(plain, a, name, "one-device", p) for a, p in itertools.product(METHODS, proofs)]
-    for name in PLANS:
+    for name, plan in PLANS.items():
         if name != "one-device":
-            found += [Cell(plain, a, base, name, p) for a, p in itertools.product(METHODS, proofs)]
-    return found
+            precisions = proofs if plan.pipe > 1 else usual
+            found += [Cell(plain, a, base, name, p) for a, p in itertools.product(METHODS, precisions)]
+    # What of a model is split in a way of its own: a table that is used twice, biases of either kind.
+    for variant in ("tied", "bias"):
+        found += [Cell(variant, a, base, "data-2-tensor-2", p) for a, p in itertools.product(METHODS, proofs)]
+        found += [Cell(variant, a, base, "zero3-2-tensor-2", "fp32") for a in METHODS]
+    summed = ("one-device", "zero1-2", "zero3-2", "tensor-2", "zero3-2-tensor-2")
+    return [*found, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in METHODS)]
 
 
 def refusals(cell: Cell) -> dict[Backend, str]:
-    """What each backend that refuses the cell says."""
+    """What each backend that refuses the cell's plan says."""
     found: dict[Backend, str] = {}
     for backend in BACKENDS:
-        try:
-            check_supported(PLANS[cell.plan], cell.precision, backend)
-        except PlanError as error:
-            found[backend] = str(error)
+        if (line := refusal(PLANS[cell.plan], cell.policy, backend)) is not None:
+            found[backend] = line
     return found
 
 
 def run_matrix(chosen: Sequence[Cell], *, out: Path) -> list[Row]:
-    """Train every supported cell of `chosen` on both backends and judge it; a row for each, in their order."""
+    """Train every cell of `chosen` that not both backends refuse, and judge it; a row for each, in their order."""
     refused = {cell: refusals(cell) for cell in chosen}
-    supported = [cell for cell in chosen if not refused[cell]]
+    supported = [cell for cell in chosen if len(refused[cell]) < len(BACKENDS)]
     wrong = _train(supported, out) if supported else {}
     rows = []
     for cell in chosen:
-        if lines := refused[cell]:
-            rows.append(Row(cell, "unsupported", reason=next(iter(lines.values())), refused_by=tuple(lines)))
+        if cell not in supported:
+            row = Row(cell, "unsupported", reason=next(iter(refused[cell].values())))
         elif line := wrong.get(cell):
-            rows.append(Row(cell, "fail", reason=line))
+            row = Row(cell, "fail", reason=line)
         else:
-            rows.append(judge(cell, *(_home(out, backend, cell) / "trace" for backend in BACKENDS)))
+            row = judge(cell, *(_home(out, backend, cell) / "trace" for backend in BACKENDS))
+        rows.append(replace(row, refused=refused[cell]))
     return rows
 
 
@@ -142,7 +165,7 @@ def judge(cell: Cell, left: Path, right: Path) -> Row:
     try:
         pair = Pair(Trace(left), Trace(right))
         scale = LORA.scale if METHODS[cell.method]["kind"] == LORA.kind else 1.0
-        return row_of(cell, compare(pair, bounds_for(pair, cell.precision, lora_scale=scale)))
+        return row_of(cell, compare(pair, bounds_for(pair, cell.policy, lora_scale=scale)))
     except TraceError as error:
         return Row(cell, "fail", reason=str(error))
 
@@ -157,62 +180,28 @@ def row_of(cell: Cell, found: Comparison) -> Row:
 def _train(supported: Sequence[Cell], out: Path) -> dict[Cell, str]:
     """Leaves every cell's traces under `out`; for a cell that a backend did not finish, what it said.
 
-    One launch per backend and number of devices; both backends run at the same time.
+    Both backends run at the same time.
     """
     tiny = write_tiny(out / "tiny")
+
+    def ends(backend: Backend) -> list[Ended]:
+        cases = []
+        for cell in supported:
+            home = _home(out, backend, cell)
+            recipe = cell.recipe(tiny, backend)
+            cases.append(training(home / "recipe.yaml", home, devices=recipe.plan.devices))
+            home.mkdir(parents=True)
+            (home / "recipe.yaml").write_text(recipe.to_yaml())
+        return run_cases(backend, cases, home=out / "launches")
+
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(ends, BACKENDS))
     wrong: dict[Cell, str] = {}
-    for _, group in _by_devices(supported):
-        launches = [(backend, _launch(backend, group, tiny, out)) for backend in BACKENDS]
-        for backend, (child, results) in launches:
-            _, said = child.communicate()
-            if child.returncode:
-                last = (said.strip().splitlines() or [""])[-1]
-                wrong |= {
-                    cell: f"{backend}train died with exit code {child.returncode}: {last}" for cell in group
-                }
-                continue
-            for cell, result in zip(group, json.loads(results.read_text()), strict=True):
-                if result["code"] != EXIT_DONE:
-                    wrong[cell] = (result["err"].strip().splitlines() or [f"exit code {result['code']}"])[-1]
+    for backend, found in zip(BACKENDS, ended, strict=True):
+        for cell, end in zip(supported, found, strict=True):
+            if end.wrong is not None:
+                wrong.setdefault(cell, f"{backend}: {end.wrong}")
     return wrong
-
-
-def _by_devices(supported: Sequence[Cell]) -> Iterator[tuple[int, list[Cell]]]:
-    groups: dict[int, list[Cell]] = defaultdict(list)
-    for cell in supported:
-        groups[PLANS[cell.plan].devices].append(cell)
-    yield from groups.items()
-
-
-def _launch(
-    backend: Backend, group: Sequence[Cell], tiny: Tiny, out: Path
-) -> tuple[subprocess.Popen[str], Path]:
-    """Start one process that trains every cell of `group`; the path is where its results will be."""
-    cases = []
-    for cell in group:
-        home = _home(out, backend, cell)
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir(parents=True)
-        (home / "recipe.yaml").write_text(cell.recipe(tiny).to_yaml())
-        argv = [
-            "train",
-            str(home / "recipe.yaml"),
-            "--out",
-            str(home / "run"),
-            "--trace",
-            str(home / "trace"),
-        ]
-        cases.append({"program": f"{backend}train", "argv": argv, "edits": []})
-    file = out / f"{backend}-cases.json"
-    results = out / f"{backend}-results.json"
-    file.write_text(json.dumps(cases))
-    results.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "parity.plant", str(file), str(results)]
-    environment = QUIET_THREADS | os.environ | CPU_ONLY
-    child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    return child, results
 
 
 def _home(out: Path, backend: Backend, cell: Cell) -> Path:

@@ -13,22 +13,23 @@ from typing import Literal
 import numpy as np
 
 from parity.adam import AdamRule
-from parity.measured import MeasuredBounds, Measurement
+from parity.measured import MeasuredBounds, Measurement, Sums
 from parity.pair import Pair
-from parity.perturb import DRAWS, UNIT
+from parity.perturb import DRAWS
 from parity.rounding import RoundingBounds
 from parity.sides import run_program
-from parity.tolerance import Bounds
+from parity.tolerance import UNIT, Bounds
 from trainspec.command import EXIT_DONE
 from trainspec.errors import UserError
 from trainspec.hf import resolve_model
 from trainspec.methods import LoRA, full_table, trainable_table
-from trainspec.plan import Backend
+from trainspec.plan import COMPUTE_DTYPE, Backend
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.trace import Trace
 
 # The reference is the same for both sides: one of the backends, on one device.
 REFERENCE: Backend = "jax"
+ESTIMATED = "the bounds are estimated, not measured: the runs do not start from the weights that the recipe gives, or train others"
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Job:
     """What `parity.replay` is told: the reference's backend and recipe, the runs (traces) that it makes again.
 
     `draws` are made of the first run, its weights moved by `unit`; step `activations_at` is seen with activations.
+    `computed` is the type that the runs compute with: what they made of their weights is rounded to it.
     """
 
     backend: Backend
     recipe: str
     overrides: list[str]
+    computed: str
     unit: float
     draws: int
     activations_at: int | None
@@ -55,21 +58,24 @@ def measured_bounds(
     recipe: Path,
     overrides: Sequence[str],
     out: Path,
+    summands: tuple[int, int] = (1, 1),
     activations_at: int | None = None,
 ) -> Bounds:
     """Bounds for two runs of `recipe`, measured under `out`/measured.
 
-    Runs that did not start as the recipe does have failed before a measured bound is asked for: they get estimates.
+    `summands` says of how many microbatches' and replicas' gradients each side makes one. Runs that do not start as the
+    recipe does, or train something else, cannot be replayed: they get estimates, and a note that says so.
     """
     resolved = load_recipe(recipe, overrides)
     if not _start_as(resolved, pair):
         scale = resolved.method.scale if isinstance(resolved.method, LoRA) else 1.0
-        return RoundingBounds(pair, precision, lora_scale=scale)
+        return RoundingBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
     runs = [trace.directory for trace in pair.traces]
     measurement = measure(
         runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
     )
-    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(resolved))
+    sums = Sums(resolved.precision.reduce, summands)
+    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(resolved), sums=sums)
 
 
 def measure(
@@ -90,8 +96,9 @@ def measure(
         REFERENCE,
         str(recipe),
         exact,
+        COMPUTE_DTYPE[precision],
         UNIT[precision],
-        DRAWS,
+        DRAWS[precision],
         activations_at,
         [str(r) for r in runs],
         str(home),
@@ -102,7 +109,7 @@ def measure(
     if code != EXIT_DONE:
         raise UserError(f"the fp64 reference ({REFERENCE}): {last}; the whole log is {home / 'log.txt'}")
     references = tuple(Trace(home / f"reference-{number}") for number in range(len(runs)))
-    return Measurement(references, home / "movement", DRAWS)
+    return Measurement(references, home / "movement", DRAWS[precision])
 
 
 def rule_of(recipe: Recipe) -> AdamRule:

@@ -12,6 +12,8 @@ forward and backward pass: measured. `parity.replay` makes every step of each si
               weight once. C² = (roundings on the path, `path_roundings`) / (weights on the path), each rounding counted
               at its largest, as the draws' are. Forward the loss and activations, forward and backward the rest.
            T  the largest of N normal errors, but for one case in a million.
+           A tensor is also held as a whole, its distance from the reference (Frobenius norm) to C · V · U · |σ|: the
+           squared distance has INDEPENDENT ways or more, and is above its mean by V² in one case in a million.
            U  what σ may be too small by, since it comes from few draws: χ² with ν degrees of freedom is below its mean
               by U² in one case in a million. Per draw the elements of a tensor move in at least INDEPENDENT ways.
 
@@ -32,22 +34,38 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
 from parity.adam import AdamRule, clip_condition, float64_sides, gradient_and_before, shown_factors
 from parity.pair import Pair, as_float64
-from parity.perturb import UNIT
 from parity.phases import CLIP, Place
-from parity.rounding import FALSE_ALARM, MOMENT_ROUNDINGS, SMALLEST, RoundingBounds, path_roundings, tail
-from parity.tolerance import EXACT_PHASES, SAME_DOUBLE, WEIGHT_ROUNDINGS, Bound, Contrast, largest
+from parity.rounding import (
+    FALSE_ALARM,
+    INDEPENDENT,
+    MOMENT_ROUNDINGS,
+    SMALLEST,
+    RoundingBounds,
+    path_roundings,
+    tail,
+    too_large,
+)
+from parity.tolerance import (
+    EXACT_PHASES,
+    SAME_DOUBLE,
+    UNIT,
+    WEIGHT_ROUNDINGS,
+    Bound,
+    Contrast,
+    as_a_whole,
+    largest,
+)
+from trainspec.plan import Policy
 from trainspec.trace import Trace
 
 Array = NDArray[Any]
-# The independent ways in which a tensor's elements move, per draw: 2 mean² / variance of the squared norm of a
-# tensor's movement, over 12 draws of step 3 of the demo recipe, was 6.8 at the least of 16 tensors, some 30 in the median.
-INDEPENDENT = 6
 # Roundings of an update at its own size (a side): both bias corrections and their quotients 4, root, eps, quotient,
 # rate 4, and 1 where the two weights are subtracted to record it.
 UPDATE_ROUNDINGS = 9
@@ -64,38 +82,55 @@ class Measurement:
     draws: int
 
     def mean_squares(self, step: int, key: str) -> tuple[Array, Array]:
-        """Of the rows and of the columns of a folded tensor, over all draws."""
-        with safe_open(self.movement / f"step-{step:06d}.safetensors", "numpy") as file:
+        """Of the rows and of the columns of a folded tensor, over all draws; no number where a draw did not get there."""
+        path = self.movement / f"step-{step:06d}.safetensors"
+        if not path.is_file():
+            return np.full(1, np.nan), np.full(1, np.nan)
+        with safe_open(path, "numpy") as file:
             return file.get_tensor(f"{key}/rows"), file.get_tensor(f"{key}/columns")
 
     def sigma(self, step: int, key: str, shape: tuple[int, ...]) -> Array:
         """The movement of every element, see the head of this file."""
         rows, columns = self.mean_squares(step, key)
         mean = rows.mean()
-        if not mean:
-            return np.zeros(shape)
+        if not mean or not math.isfinite(mean):
+            return np.full(shape, mean)
         product = np.outer(rows, columns / mean)
         return np.sqrt(np.where(product > 0, np.maximum(product, mean), 0.0)).reshape(shape)
 
     def loss_sigma(self, step: int) -> float:
         """The movement of the mean loss: the step's own, or that of all steps where it is larger."""
         steps = range(1, 1 + len(self.references[0].rows))
-        squares = [float(self.mean_squares(each, "loss")[0][0]) for each in steps]
-        return math.sqrt(max(squares[step - 1], float(np.mean(squares))))
+        squares = {each: float(self.mean_squares(each, "loss")[0][0]) for each in steps}
+        return math.sqrt(float(np.maximum(squares.get(step, math.nan), np.mean(list(squares.values())))))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How gradients are added up: the type that the recipe asks for, and how many of them each side makes one of."""
+
+    asked: Policy = "fp32"
+    summands: tuple[int, int] = (1, 1)
 
 
 class MeasuredBounds:
-    """Each side against its reference; `unit` is the unit roundoff of what both compute in."""
+    """Each side against its reference, with the unit roundoff of what both compute in."""
 
-    float64_only = False
+    notes = ()
 
     def __init__(
-        self, pair: Pair, precision: Literal["fp32", "bf16"], *, measurement: Measurement, rule: AdamRule
+        self,
+        pair: Pair,
+        precision: Literal["fp32", "bf16"],
+        *,
+        measurement: Measurement,
+        rule: AdamRule,
+        sums: Sums,
     ) -> None:
-        self._pair, self._measured, self._rule = pair, measurement, rule
+        self._pair, self.measurement, self._rule, self._sums = pair, measurement, rule, sums
         self._unit = UNIT[precision]
         self._summed = UNIT["fp32"]
-        shapes = {name: _shape(pair, name) for name in pair.names(0, "weight")}
+        shapes = pair.starting_shapes()
         rows = pair.read(1, "batch", "input_ids")[0]
         forward, whole = path_roundings(
             shapes,
@@ -108,6 +143,24 @@ class MeasuredBounds:
         self._coarse = RoundingBounds(pair, precision)
         self._gradient_bound = cache(self._measured_bound)
         self._factors = cache(self._factors_at)
+
+    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
+        """A gradient that one side alone summed in bfloat16 where more was asked: no bound of bf16 would see it.
+
+        One of 65536 float32 numbers is a bfloat16 number. A single gradient, not a sum, may be all made of them.
+        """
+        if place.phase != "gradient" or self._sums.asked == "bf16":
+            return None
+        narrow = [_is_bfloat16(side) for side in (left, right)]
+        if all(narrow) or not any(narrow):
+            return None
+        side = narrow.index(True)
+        if self._sums.summands[side] == 1 or not np.any((left, right)[side]):
+            return None
+        return (
+            f"summed in bfloat16: every element in {NAMES[side][0]} is a bfloat16 number, "
+            f"the recipe says precision.reduce={self._sums.asked}"
+        )
 
     def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
         """See the head of this file, phase by phase."""
@@ -134,39 +187,53 @@ class MeasuredBounds:
         return (self.forward if forward else self.whole) * tail(size) * too_small(freedom)
 
     def _reference(self, step: int) -> tuple[Trace, Trace] | None:
-        left, right = self._measured.references
+        left, right = self.measurement.references
         return (left, right) if min(len(left.rows), len(right.rows)) >= step else None
 
     def _against_reference(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
         references, key = self._reference(place.step), f"{place.phase}/{place.tensor}"
         if references is None or any(key not in trace.names(place.step) for trace in references):
             return self._coarse.contrasts(place, left, right)
-        own = self._gradient_bound(place)
-        expected = [trace.read(place.step, key) for trace in references]
+        own, whole = Bound(self._gradient_bound(place).reshape(left.shape)), Bound(self._whole_bound(place))
+        expected = [trace.read(place.step, key).reshape(left.shape) for trace in references]
+        each = list(zip((left, right), expected, NAMES, strict=True))
         return [
-            Contrast(side, wanted.reshape(side.shape), Bound(own.reshape(side.shape)), names)
-            for side, wanted, names in zip((left, right), expected, NAMES, strict=True)
+            *(Contrast(side, wanted, own, names) for side, wanted, names in each),
+            *(as_a_whole(side, wanted, whole, names) for side, wanted, names in each),
         ]
 
     def _measured_bound(self, place: Place) -> Array:
         key = f"{place.phase}/{place.tensor}"
-        shape = self._measured.references[0].read(place.step, key).shape
-        sigma = self._measured.sigma(place.step, key, shape)
-        freedom = INDEPENDENT * self._measured.draws
+        shape = self.measurement.references[0].read(place.step, key).shape
+        sigma = self.measurement.sigma(place.step, key, shape)
+        freedom = INDEPENDENT * self.measurement.draws
         forward = place.phase == "activation"
         return self.multiple(forward=forward, size=sigma.size, freedom=freedom) * sigma + SMALLEST
 
+    def _whole_bound(self, place: Place) -> Array:
+        """C · V · U · σ of the tensor as a whole."""
+        key = f"{place.phase}/{place.tensor}"
+        shape = self.measurement.references[0].read(place.step, key).shape
+        rows = self.measurement.mean_squares(place.step, key)[0]
+        size = math.prod(shape)
+        more = self.forward if place.phase == "activation" else self.whole
+        wide = too_large(INDEPENDENT) * too_small(INDEPENDENT * self.measurement.draws)
+        return np.asarray(more * wide * math.sqrt(size * rows.mean()) + SMALLEST * math.sqrt(size))
+
     def _loss(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        references = self._reference(place.step)
-        if references is None:
-            return self._coarse.contrasts(place, left, right)
-        freedom = self._measured.draws * len(self._measured.references[0].rows)
+        """A reference that ended before this step gave no finite loss from weights that the run itself could use.
+
+        That is no gap to be filled by an estimate: it stands there as not a number, which fails.
+        """
+        row = place.step - 1
+        rows = [trace.rows[row] if row < len(trace.rows) else None for trace in self.measurement.references]
+        freedom = self.measurement.draws * len(self.measurement.references[0].rows)
         tokens = max(self._pair.scalar(place.step, "tokens"))
-        mean = max(abs(trace.rows[place.step - 1]["loss"]) for trace in references)
-        own = self.multiple(forward=True, size=1, freedom=freedom) * self._measured.loss_sigma(place.step)
+        mean = max((abs(found["loss"]) for found in rows if found), default=0.0)
+        own = self.multiple(forward=True, size=1, freedom=freedom) * self.measurement.loss_sigma(place.step)
         own += tail(1) * self._summed * math.sqrt(1 + tokens / 2) * mean
         own *= tokens if place.tensor == "loss_sum" else 1
-        expected = [np.asarray(trace.rows[place.step - 1][place.tensor]) for trace in references]
+        expected = [np.asarray(found[place.tensor] if found else np.nan) for found in rows]
         return [
             Contrast(side, wanted, Bound(np.asarray(own)), names)
             for side, wanted, names in zip((left, right), expected, NAMES, strict=True)
@@ -216,7 +283,7 @@ class MeasuredBounds:
         shown, factor = shown_factors(self._pair, step, betas=self._rule.spec.betas), wanted
         if shown is not None:
             within = np.abs(shown.factor - wanted) <= allowed
-            factor = np.where((within | shown.explain(wanted)) & (shown.factor > 0), shown.factor, wanted)
+            factor = np.where(within | shown.explain(wanted), shown.factor, wanted)
         return [
             Contrast(
                 np.asarray(factor[i]), np.asarray(wanted[i]), Bound(np.asarray(allowed[i])), OWN_NAMES[i]
@@ -260,13 +327,18 @@ class MeasuredBounds:
         gradient = Place(place.step, "gradient", place.tensor)
         if self._reference(place.step) is None:
             return np.zeros(moment1.shape[1:], bool)
-        if f"gradient/{place.tensor}" not in self._measured.references[0].names(place.step):
+        if f"gradient/{place.tensor}" not in self.measurement.references[0].names(place.step):
             return np.zeros(moment1.shape[1:], bool)
         beta, factor = self._rule.spec.betas[0], max(self._factors(place.step))
         reach = (1.0 - beta) * factor * self._gradient_bound(gradient)
         reach = reach.reshape(moment1.shape[1:])
         # A gradient that cannot move at all (of A, while B is zero) leaves no noise.
         return (reach >= np.abs(moment1).max(axis=0)) & (reach > SMALLEST)
+
+
+def _is_bfloat16(array: Array) -> bool:
+    """Whether every element is a bfloat16 number."""
+    return bool(np.all(array.astype(ml_dtypes.bfloat16).astype(np.float64) == array.astype(np.float64)))
 
 
 def too_small(freedom: int) -> float:
@@ -276,10 +348,6 @@ def too_small(freedom: int) -> float:
     """
     half = freedom / 2
     return math.sqrt(half) * math.exp(-(math.log(FALSE_ALARM) + math.lgamma(half + 1)) / freedom)
-
-
-def _shape(pair: Pair, name: str) -> tuple[int, ...]:
-    return next(side.shape for side in pair.read(0, "weight", name) if side is not None)
 
 
 def _size(pair: Pair, step: int, name: str) -> int:

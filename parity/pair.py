@@ -88,6 +88,11 @@ class Pair:
             self._sizes[name] = 0.0 if weight is None else float(np.linalg.norm(as_float64(weight)))
         return self._sizes[name]
 
+    def starting_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the starting weights that either side has, the left side's first."""
+        sides = {name: self.read(0, "weight", name) for name in self.names(0, "weight")}
+        return {name: next(s.shape for s in both if s is not None) for name, both in sides.items()}
+
     def _read(self, side: int, step: int, key: str) -> Array | None:
         if key not in self.keys(step)[side]:
             return None

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from trainspec.rng import name_key
 
 Array = NDArray[Any]
-DRAWS = 3
-# Half the distance from 1 to the next number of the type that weights are computed with.
-UNIT = {"fp32": 2.0**-24, "bf16": 2.0**-8}
+# How often. The rounding of bf16 is coarse: what few draws cost there is paid out of what the bound can tell.
+DRAWS = {"fp32": 3, "bf16": 8}
 
 
 def perturbed(weight: Array, name: str, *, unit: float, draw: int, step: int) -> Array:

@@ -1,13 +1,15 @@
 """Run a backend with a mistake planted in it, so that a check can be shown to catch it.
 
-    python -m parity.plant CASES.json RESULTS.json
+    python -m parity.plant CASES.json RESULTS.jsonl
 
 A mistake is an edit of a module's source text while it is loaded: nothing of it stands in the product, and one whose
 text is no longer there is an error. Many cases run in one process: the backend's own modules are loaded anew for each,
 its framework once.
 
-CASES is a list of {"program": "jaxtrain", "argv": [...], "edits": [{"module": ..., "old": ..., "new": ...}]};
-RESULTS a list of {"code": ..., "out": ..., "err": ...}, one for each.
+CASES is a list of {"program": "jaxtrain", "argv": [...], "edits": [{"module": ..., "old": ..., "new": ...}]}.
+RESULTS gets a line {"case": ..., "code": ..., "out": ..., "err": ..., "at": ...} when a case has ended. Of several
+processes (torch's launcher starts them) the first writes it; the others write RESULTS.1, ... where a case ended
+badly. Then the launch ends, too: one of them would else wait for the others forever.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +32,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 CRASHED = 70
+LEADER_SECONDS = 10.0
 OWN = ("trainspec", "jaxtrain", "torchtrain")
 
 
@@ -116,13 +122,36 @@ def run_case(program: str, argv: Sequence[str], edits: Sequence[Edit]) -> dict[s
 
 
 def main() -> None:
-    """Run every case of the file named first; write the results to the file named second."""
+    """Run every case of the file named first; write how each ended to the file named second."""
     cases, results = map(Path, sys.argv[1:])
-    found = [
-        run_case(case["program"], case["argv"], [Edit(**edit) for edit in case["edits"]])
-        for case in json.loads(cases.read_text())
-    ]
-    results.write_text(json.dumps(found))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    mine = results if rank == 0 else results.with_name(f"{results.name}.{rank}")
+    for number, case in enumerate(json.loads(cases.read_text())):
+        ended = run_case(case["program"], case["argv"], [Edit(**edit) for edit in case["edits"]])
+        if rank == 0 or ended["code"]:
+            with mine.open("a") as file:
+                file.write(json.dumps({"case": number, "at": time.time(), **ended}) + "\n")
+        if ended["code"] and processes > 1:
+            _wait_for_the_leader(results, number)
+            os._exit(1)  # an ordinary end would wait for processes that are stuck
+
+
+def _end_with(parent: int) -> None:
+    """A launcher that was killed takes its processes with it."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _wait_for_the_leader(results: Path, number: int) -> None:
+    """Give the first process time for its own account of a case that ended badly in all of them."""
+    until = time.monotonic() + LEADER_SECONDS
+    while time.monotonic() < until:
+        lines = results.read_text().count("\n") if results.exists() else 0
+        if lines > number:
+            return
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

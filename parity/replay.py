@@ -17,10 +17,12 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -43,20 +45,30 @@ from trainspec.trace import StepTrace, Trace, TraceWriter
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 GROUPS = ("gradient", "activation", "activation_gradient")
+# Of the types that trainspec.plan names, numpy has all but one by itself.
+TYPES = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
-def weights_before(trace: Trace, names: set[str]) -> Iterator[Arrays]:
-    """Float64 copies of the trained weights before update 1, 2, ...; each step is read when it is asked for.
+def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[Arrays]:
+    """Float64 copies of what updates 1, 2, ... compute with; each step is read when it is asked for.
 
     An update is a difference of two stored weights. Sums of them are rounded to the stored type again, which undoes
-    the rounding of that difference.
+    the rounding of that difference; what is computed with is the stored weight rounded to `computed`.
     """
     stored = {name: trace.read_initial(f"weight/{name}") for name in sorted(names)}
     for row in trace.rows:
-        yield {name: weight.astype(np.float64) for name, weight in stored.items()}
+        yield {name: _rounded(weight, computed) for name, weight in stored.items()}
         for name, weight in stored.items():
             update = trace.read(row["step"], f"update/{name}").astype(np.float64)
             stored[name] = (weight.astype(np.float64) + update).astype(weight.dtype)
+
+
+def _rounded(weight: Array, computed: str) -> Array:
+    return weight.astype(TYPES[computed]).astype(np.float64)
 
 
 class Replayer:
@@ -75,7 +87,7 @@ class Replayer:
     def steps(self, trace: Trace, *, draw: int | None) -> Iterator[tuple[int, Metrics]]:
         """(step, what it gave) for every step of `trace`, from its weights or from perturbed ones."""
         state = self.backend.init_state(self._with_weights_of(trace, draw), self.spec)
-        for step, weights in enumerate(weights_before(trace, self.trained), 1):
+        for step, weights in enumerate(weights_before(trace, self.trained, computed=self.job.computed), 1):
             if draw is not None:
                 weights = {
                     name: perturbed(w, name, unit=self.job.unit, draw=draw, step=step)
@@ -111,7 +123,7 @@ class Replayer:
         return self.recipe.model_copy(update={"model": source})
 
     def _starting(self, trace: Trace, name: str, draw: int | None) -> Array:
-        weight = trace.read_initial(f"weight/{name}").astype(np.float64)
+        weight = _rounded(trace.read_initial(f"weight/{name}"), self.job.computed)
         if draw is None or name in self.trained:
             return weight
         return perturbed(weight, name, unit=self.job.unit, draw=draw, step=0)
@@ -132,11 +144,16 @@ def write_reference(replayer: Replayer, trace: Trace, out: Path) -> None:
 
 
 def write_movement(replayer: Replayer, trace: Trace, reference: Trace, out: Path) -> None:
-    """How far every tensor of every step moves: mean squares over all draws, of rows and of columns."""
+    """How far every tensor of every step moves: mean squares over all draws, of rows and of columns.
+
+    A step that some draw does not reach, as the loss is not finite from its weights, is left out.
+    """
     total: dict[int, Arrays] = {}
+    made: Counter[int] = Counter()
     for draw in range(replayer.job.draws):
         for step, metrics in replayer.steps(trace, draw=draw):
             sums = total.setdefault(step, {})
+            made[step] += 1
             for key, moved in _moved(metrics, reference, step):
                 square = np.square(folded(moved)) / replayer.job.draws
                 for axis, tail in ((1, "rows"), (0, "columns")):
@@ -144,7 +161,8 @@ def write_movement(replayer: Replayer, trace: Trace, reference: Trace, out: Path
                     sums[f"{key}/{tail}"] = sums.get(f"{key}/{tail}", np.zeros_like(mean)) + mean
     out.mkdir(parents=True, exist_ok=True)
     for step, sums in total.items():
-        save_file(sums, out / f"step-{step:06d}.safetensors")
+        if made[step] == replayer.job.draws:
+            save_file(sums, out / f"step-{step:06d}.safetensors")
 
 
 def _moved(metrics: Metrics, reference: Trace, step: int) -> Iterator[tuple[str, Array]]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from parity.pair import Pair
 from parity.phases import Place
+from trainspec.plan import Policy
 
 Array = NDArray[Any]
 
@@ -23,9 +24,11 @@ Array = NDArray[Any]
 # within 3e-15), the mildest known difference of algorithm by 1e-6: the bound stands half-way between the two.
 PROOF = 1e-9
 
-# Half the distance from 1 to the next float64, and how often a side rounds at the size of the weight when it
-# updates it: the factor 1 - lr · decay, its product with the weight, the sum with Adam's step.
-UNIT64 = 2.0**-53
+# Unit roundoff, half the distance from 1 to the next number, of the type that a policy computes with. What bf16 sums and
+# keeps (master weights, moments) has fp32's.
+UNIT: dict[Policy, float] = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8}
+# How often a side rounds at the size of the weight when it updates it: the factor 1 - lr · decay, its product with the
+# weight, the sum with Adam's step.
 WEIGHT_ROUNDINGS = 3
 
 # The learning rate is computed once, in double precision, by the same Python: 4 units in the last place.
@@ -57,19 +60,41 @@ class Contrast:
     names: tuple[str, str] = ("left", "right")
     # Elements that say nothing: what they are made of is rounding noise. None: those whose bound is their own size.
     undetermined: Array | None = None
+    # For a tensor as a whole (`as_a_whole`): the norm that its distance and its bound are told as shares of.
+    norm: float | None = None
+
+
+def as_a_whole(
+    first: Array, second: Array, bound: Bound, names: tuple[str, str] = ("left", "right")
+) -> Contrast:
+    """The distance of two tensors (Frobenius norm) against what it may be: one number, and so a bound without a tail.
+
+    Where rounding is coarse a bound for the worst of all elements is as large as most of them; this one is not.
+    """
+    norm = float(max(np.linalg.norm(first), np.linalg.norm(second)))
+    return Contrast(np.asarray(np.linalg.norm(first - second)), np.zeros(()), bound, names, norm=norm)
 
 
 class Bounds(Protocol):
     """Says what is compared at `place`, and how far apart it may be.
 
-    Both arrays are float64 copies of equal shape.
-    Places are asked in causal order, each once. `float64_only` says that a coarser type is itself a failure.
+    Places are asked in causal order, each once. `notes` are what a person should know of how the bounds were made.
     """
 
-    float64_only: bool
+    @property
+    def notes(self) -> Sequence[str]:
+        """See above."""
+        ...
+
+    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
+        """Why the two arrays are not compared at all: their types, as they stand in the traces; None where they are."""
+        ...
 
     def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        """One or more pairs that must agree; the place is as good as the worst of them."""
+        """One or more pairs that must agree; the place is as good as the worst of them.
+
+        Both arrays are float64 copies of equal shape.
+        """
         ...
 
 
@@ -82,10 +107,16 @@ class ProofBounds:
     warm-up) these 6 u |weight| come on top.
     """
 
-    float64_only = True
+    notes = ()
 
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
+
+    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
+        """Numbers of fewer bits than float64's."""
+        sides = (("left", left), ("right", right))
+        coarse = [f"{side.dtype} in {name}" for name, side in sides if _is_coarse(side)]
+        return f"{' and '.join(coarse)}: fp64 wants float64" if coarse else None
 
     def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
         """Left against right."""
@@ -99,8 +130,13 @@ class ProofBounds:
         own = np.asarray(factor * largest(left, right))
         if place.phase == "update":
             weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(()), np.zeros(())))
-            own = own + 2 * WEIGHT_ROUNDINGS * UNIT64 * np.maximum(*np.abs(weights))
+            own = own + 2 * WEIGHT_ROUNDINGS * UNIT["fp64"] * np.maximum(*np.abs(weights))
         return Bound(own)
+
+
+def _is_coarse(array: Array) -> bool:
+    """A type of fewer bits than float64 that is not an integer's (bfloat16 has numpy's kind V)."""
+    return array.dtype.kind not in "iu" and array.dtype != np.float64
 
 
 def largest(left: Array, right: Array) -> float:

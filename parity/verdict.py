@@ -49,7 +49,7 @@ class Verdict:
             notes.append(
                 "no update was made, the learning rate is 0 at every compared step: compare more steps"
             )
-        return notes
+        return [*notes, *self.comparison.notes]
 
     def as_json(self) -> dict[str, Any]:
         """The content of verdict.json. Numbers that do not exist (a missing tensor's error) are null."""
@@ -63,6 +63,7 @@ class Verdict:
             "worst": {name: _entry(finding) for name, finding in self.comparison.worst.items()},
             "first_divergence": _entry(first) | {"phase": first.place.phase} if first else None,
             "reading": self.reading,
+            "notes": self.notes,
         }
 
     def write(self, out: Path) -> Path:
@@ -134,12 +135,12 @@ def _entry(finding: Finding) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "tensor": finding.place.tensor,
         "step": finding.place.step,
-        "error": _finite(finding.error),
-        "bound": _finite(finding.bound),
-        "headroom": _finite(finding.used),
+        "error": finite(finding.error),
+        "bound": finite(finding.bound),
+        "headroom": finite(finding.used),
     }
     if finding.values is not None and finding.index is not None:
-        entry["values"] = {name: _finite(v) for name, v in zip(finding.names, finding.values, strict=True)}
+        entry["values"] = {name: finite(v) for name, v in zip(finding.names, finding.values, strict=True)}
         entry["index"] = list(finding.index)
     if finding.reason:
         entry["reason"] = finding.reason
@@ -148,6 +149,6 @@ def _entry(finding: Finding) -> dict[str, Any]:
     return entry
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """JSON has no infinity."""
     return value if value is not None and isfinite(value) else None

@@ -10,12 +10,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from many import run_many
 from small import recipe_maker
 
+from parity.batch import run_cases, training
 from parity.check import diff
+from trainspec.plan import Backend, Plan
 from trainspec.recipe import Recipe
 
 Make = Callable[..., Recipe]
@@ -129,6 +132,35 @@ def fp32_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) ->
 def test_fp32_under_deepspeed_is_within_its_bound(fp32_runs: Path, case: Case, tmp_path: Path):
     left, right = traces(fp32_runs, str(case))
     verdict = diff(left, right, precision="fp32", out=tmp_path)
+    assert verdict.holds, (tmp_path / "verdict.json").read_text()
+
+
+# Split over devices: torch takes both in one launch of two processes, under DeepSpeed.
+PLANNED = {
+    "lora-tensor-2": (Case("lora", 2, True, "bias"), {"tensor": 2}),
+    "full-zero3-2": (Case("full", 2, True, "tied"), {"fsdp": 2, "shards": "params"}),
+}
+
+
+@pytest.fixture(scope="module")
+def planned_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("planned")
+    for backend in get_args(Backend):
+        cases = []
+        for name, (case, plan) in PLANNED.items():
+            recipe = recipe_of(module_recipes, case, policy="fp32", reduce="fp32")
+            recipe = recipe.model_copy(update={"plan": Plan(**plan)})
+            (root / f"{name}.yaml").write_text(recipe.to_yaml())
+            home = root / f"{backend}train" / name
+            cases.append(training(root / f"{name}.yaml", home, devices=recipe.plan.devices))
+        for name, ended in zip(PLANNED, run_cases(backend, cases, home=root / "launches"), strict=True):
+            assert ended.wrong is None, f"{backend} {name}: {ended.wrong}"
+    return root
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_split_over_devices_is_within_the_fp32_bound(planned_runs: Path, name: str, tmp_path: Path):
+    verdict = diff(*traces(planned_runs, name), precision="fp32", out=tmp_path)
     assert verdict.holds, (tmp_path / "verdict.json").read_text()
 
 

@@ -1,6 +1,6 @@
 """Named faults that a check must catch, each at the right place: the negative controls of the proof."""
 
-from parity.faults import forward, loss, methods, precision, update
+from parity.faults import forward, loss, methods, precision, sharding, update
 from parity.faults.fault import Fault, Where
 
 FAULTS: tuple[Fault, ...] = (
@@ -9,6 +9,7 @@ FAULTS: tuple[Fault, ...] = (
     *update.FAULTS,
     *methods.FAULTS,
     *precision.FAULTS,
+    *sharding.FAULTS,
 )
 
 __all__ = ["FAULTS", "Fault", "Where"]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from parity.phases import Place
+from parity.plans import runs_as
 from parity.plant import Edit
 from parity.tiny import LORA, Tiny
-from trainspec.plan import Backend, Policy
+from trainspec.plan import Backend, Plan, Policy
 from trainspec.recipe import Recipe
 
 
@@ -38,7 +39,8 @@ class Fault:
     `where` is where it must show first; None says that it cannot show in fp64, because the arithmetic is the same:
     then the check must pass, and `note` says why. A backend whose edits are None cannot have it (`note`).
     `below_bound_in` names the precisions in which the difference is smaller than what rounding explains: there it may
-    pass. `fp64_only` names the backends in which another part does the work in other precisions, out of the edit's reach.
+    pass. `fp64_only` and `fp32_only` name the backends in which another part does the work in other precisions, out of
+    the edit's reach.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Fault:
     setup: str = "full"
     below_bound_in: tuple[Policy, ...] = ()
     fp64_only: tuple[Backend, ...] = ()
+    fp32_only: tuple[Backend, ...] = ()
     note: str = ""
 
     def edits(self, backend: Backend) -> tuple[Edit, ...] | None:
@@ -58,8 +61,8 @@ class Fault:
 
     def applies(self, backend: Backend, precision: Policy) -> bool:
         """Whether it can be planted in `backend` in a run of `precision`."""
-        reaches = precision == "fp64" or backend not in self.fp64_only
-        return reaches and self.edits(backend) is not None
+        out_of_reach = self.fp32_only if precision == "fp64" else self.fp64_only
+        return backend not in out_of_reach and self.edits(backend) is not None
 
 
 # What a fault needs of a recipe to be visible, by name. Rows are padded on the left, where a causal mask alone does
@@ -75,15 +78,33 @@ SETUPS: dict[str, str] = {
     "lora": "a fresh adapter (B is zero), with dropout",
     "adapter": "an adapter whose B is not zero, with dropout",
     "remat": "the same, recomputed in the backward pass",
+    "tensor": "every weight and bias is trained, each layer split over two devices",
+    "tensor-adapter": "an adapter whose B is not zero, with dropout, each layer split over two devices",
+    "data": "every weight is trained, the rows of each microbatch split over two devices",
+    "data-tensor": "every weight and bias is trained, rows and layers split over two by two devices",
+    "zero1": "every weight is trained, rows and the optimizer's state split over two devices",
 }
+PLANS: dict[str, Plan] = {
+    "remat": Plan(remat="full"),
+    "tensor": Plan(tensor=2),
+    "tensor-adapter": Plan(tensor=2),
+    "data": Plan(data=2),
+    "data-tensor": Plan(data=2, tensor=2),
+    "zero1": Plan(fsdp=2, shards="optimizer"),
+}
+_VARIANTS = {"tied": "tied", "bias": "bias", "tensor": "bias", "data-tensor": "bias"}
 
 
-def setup_recipe(tiny: Tiny, setup: str, precision: Policy) -> Recipe:
-    """The recipe of a set-up in `SETUPS`."""
+def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) -> Recipe:
+    """What a backend trains in a set-up of `SETUPS`; a plan that it refuses on one device."""
     adapter = {**_LORA, "adapter": str(tiny.adapter)}
-    sections: dict[str, Mapping[str, Any]] = {"data": _LEFT, "precision": {"policy": precision}}
+    sections: dict[str, Mapping[str, Any]] = {
+        "data": _LEFT,
+        "precision": {"policy": precision},
+        "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump(),
+    }
     match setup:
-        case "full" | "tied" | "bias":
+        case "full" | "tied" | "bias" | "tensor" | "data" | "data-tensor" | "zero1":
             pass
         case "packed":
             sections["data"] = {"packing": True, "sequence_tokens": 80}
@@ -91,10 +112,8 @@ def setup_recipe(tiny: Tiny, setup: str, precision: Policy) -> Recipe:
             sections["schedule"] = {"kind": "cosine", "warmup_steps": 3}
         case "lora":
             sections["method"] = _LORA
-        case "adapter":
+        case "adapter" | "remat" | "tensor-adapter":
             sections["method"] = adapter
-        case "remat":
-            sections |= {"method": adapter, "plan": {"remat": "full"}}
         case other:
             raise ValueError(f"no set-up {other!r}")
-    return tiny.recipe(setup if setup in ("tied", "bias") else "plain", **sections)
+    return tiny.recipe(_VARIANTS.get(setup, "plain"), **sections)

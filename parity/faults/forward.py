@@ -201,8 +201,8 @@ FAULTS = (
         jax=(
             Edit(
                 MODEL,
-                "self.scale[...] * normed.astype(x.dtype)",
-                "(self.scale[...] * normed).astype(x.dtype)",
+                "scale(normed.astype(x.dtype), self.scale.get_value())",
+                "scale(normed, self.scale.get_value()).astype(x.dtype)",
             ),
         ),
         torch=(

@@ -10,7 +10,7 @@ STEP, LOSS = "jaxtrain.step", "jaxtrain.loss"
 TORCH_STEP, TORCH_LOSS = "torchtrain.step", "torchtrain.loss"
 DATA = "trainspec.data"
 ADD = "sums = jax.tree.map(jnp.add, totals[2], gradients)"
-DIVIDE = "lambda g: g / tokens, (sums, by_probe)"
+DIVIDE = "lambda g: _mean(g, tokens), (sums, by_probe)"
 TORCH_DIVIDE = "part_loss / batch.target_tokens"
 BACKWARD = "state.engine.backward(part_loss / batch.target_tokens, is_last=index == len(parts) - 1)"
 # The loss as reported is right; the first thing that a wrong divisor changes is the gradient of the logits.
@@ -98,9 +98,9 @@ FAULTS = (
             Edit(
                 STEP,
                 ADD,
-                f"gradients, by_probe = jax.tree.map(lambda g: g / tokens, (gradients, by_probe))\n            {ADD}",
+                f"gradients, by_probe = jax.tree.map(lambda g: _mean(g, tokens), (gradients, by_probe))\n            {ADD}",
             ),
-            Edit(STEP, DIVIDE, "lambda g: g / len(stacked['labels']), (sums, by_probe)"),
+            Edit(STEP, DIVIDE, "lambda g: _mean(g, len(stacked['labels'])), (sums, by_probe)"),
         ),
         torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / part.target_tokens / len(parts)"),),
     ),
@@ -109,7 +109,7 @@ FAULTS = (
         imitates="the sum is divided by the number of examples, not of tokens",
         source="huggingface/transformers#35203, ml-explore/mlx-lm#1413",
         where=LOGITS_GRADIENT,
-        jax=(Edit(STEP, DIVIDE, "lambda g: g / (stacked['rows'].size), (sums, by_probe)"),),
+        jax=(Edit(STEP, DIVIDE, "lambda g: _mean(g, stacked['rows'].size), (sums, by_probe)"),),
         torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / len(batch.rows)"),),
     ),
     Fault(
@@ -117,7 +117,7 @@ FAULTS = (
         imitates="the sum is divided by the token count and by the number of microbatches as well",
         source="unslothai/unsloth-zoo#1023",
         where=LOGITS_GRADIENT,
-        jax=(Edit(STEP, DIVIDE, "lambda g: g / (tokens * len(stacked['rows'])), (sums, by_probe)"),),
+        jax=(Edit(STEP, DIVIDE, "lambda g: _mean(g, tokens * len(stacked['rows'])), (sums, by_probe)"),),
         torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / batch.target_tokens / len(parts)"),),
     ),
     Fault(
@@ -144,8 +144,8 @@ FAULTS = (
         jax=(
             Edit(
                 "jaxtrain.model",
-                "return x_BSE @ self.embedding[...].T",
-                "return x_BSE @ lax.stop_gradient(self.embedding[...]).T",
+                "matmul_transposed(x_BSE, self.embedding.get_value())",
+                "x_BSE @ lax.stop_gradient(self.embedding.get_value().value).T",
             ),
         ),
         torch=torch_model(

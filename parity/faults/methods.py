@@ -9,7 +9,8 @@ JAX, TORCH, TABLE = "jaxtrain.methods", "torchtrain.methods", "trainspec.methods
 FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 SCALE = "method.scale, method.dropout"
 DROPPED = "dropped = x if point is None or self.rate == 0 else self._dropout(x, point)"
-PRODUCT = "self.scale * ((dropped @ self.lora_a[...]) @ self.lora_b[...])"
+A_PRODUCT = "matmul(dropped, self.lora_a.get_value())"
+B_PRODUCT = "matmul(low, self.lora_b.get_value())"
 TORCH_DROPOUT = (
     "layer.lora_dropout[_ADAPTER] = _CounterDropout(module, seed=seed, rate=method.dropout, point=point)"
 )
@@ -77,10 +78,10 @@ FAULTS = (
             Edit(
                 JAX,
                 DROPPED,
-                "low = x @ self.lora_a[...]\n"
+                "low = matmul(x, self.lora_a.get_value())\n"
                 "        dropped = low if point is None or self.rate == 0 else self._dropout(low, point)",
             ),
-            Edit(JAX, PRODUCT, "self.scale * (dropped @ self.lora_b[...])"),
+            Edit(JAX, A_PRODUCT, "dropped"),
         ),
         torch=torch_dropout_behind("lora_A"),
         setup="adapter",
@@ -94,10 +95,11 @@ FAULTS = (
             Edit(
                 JAX,
                 DROPPED,
-                "low = (x @ self.lora_a[...]) @ self.lora_b[...]\n"
+                "low = matmul(matmul(x, self.lora_a.get_value()), self.lora_b.get_value())\n"
                 "        dropped = low if point is None or self.rate == 0 else self._dropout(low, point)",
             ),
-            Edit(JAX, PRODUCT, "self.scale * dropped"),
+            Edit(JAX, A_PRODUCT, "dropped"),
+            Edit(JAX, B_PRODUCT, "low"),
         ),
         torch=torch_dropout_behind("lora_B"),
         setup="adapter",
@@ -164,7 +166,7 @@ FAULTS = (
             Edit(
                 "torchtrain.weights",
                 "torch.from_numpy(array)",
-                f'torch.from_numpy(array.T if param.name == "{SQUARE}" else array)',
+                f'torch.from_numpy(array.T.copy() if param.name == "{SQUARE}" else array)',
             ),
         ),
     ),

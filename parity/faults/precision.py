@@ -19,8 +19,8 @@ FAULTS = (
         jax=(
             Edit(
                 "jaxtrain.weights",
-                "jnp.asarray(native.pop(name))",
-                "jnp.asarray((a := native.pop(name)).astype(jnp.bfloat16).astype(a.dtype))",
+                "return parts[key]",
+                'return parts[key].astype("bfloat16").astype(dtype)',
             ),
         ),
         torch=(Edit("torchtrain.weights", "torch.from_numpy(array)", "torch.from_numpy(array).bfloat16()"),),

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from parity.batch import run_cases, training
 from parity.compare import Finding, compare
 from parity.faults import FAULTS
 from parity.faults.fault import Fault, setup_recipe
 from parity.pair import Pair
 from parity.phases import Place
 from parity.rounding import RoundingBounds
-from parity.sides import CPU_ONLY, QUIET_THREADS
 from parity.tiny import LORA, write_tiny
 from parity.tolerance import ProofBounds
-from trainspec.command import EXIT_DONE
 from trainspec.errors import UserError, nearest
 from trainspec.plan import Backend, Policy
+from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 
 Precision = Literal["fp64", "fp32"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)  # JAX is on the left of every comparison
-# Both backends run at once, each on its own core; most of JAX's time would be compilation.
-ENVIRONMENT = QUIET_THREADS | {
-    "OMP_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-}
-
 # The last line of what ended badly, by backend and fault.
 Crashes = dict[tuple[Backend, str], str]
 
@@ -113,14 +102,13 @@ def run_faults(
     """
     tiny = write_tiny(out / "tiny")
     setups = dict.fromkeys(fault.setup for fault in faults)
-    for setup in setups:
-        (out / f"{setup}.yaml").write_text(setup_recipe(tiny, setup, precision).to_yaml())
+    recipes = {b: {s: setup_recipe(tiny, s, precision, b) for s in setups} for b in BACKENDS}
     clean = [clean_pair(setup) for setup in setups]
     planted: dict[Backend, list[Fault]] = {
         b: [f for f in faults if b in backends and f.applies(b, precision)] for b in BACKENDS
     }
     with ThreadPoolExecutor() as pool:
-        crashes = list(pool.map(lambda b: _train(b, [*clean, *planted[b]], out), BACKENDS))
+        crashes = list(pool.map(lambda b: _train(b, [*clean, *planted[b]], recipes[b], out), BACKENDS))
     cases: list[tuple[Fault, Backend]] = [(fault, BACKENDS[0]) for fault in clean]
     cases.extend((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])
     outcomes = [_judge(fault, b, precision, crashes[0] | crashes[1], out) for fault, b in cases]
@@ -140,31 +128,20 @@ def home_of(out: Path, backend: Backend, fault: Fault) -> Path:
     return out / backend / fault.name.replace(", ", "-").replace(" ", "-")
 
 
-def _train(backend: Backend, faults: Sequence[Fault], out: Path) -> Crashes:
-    """Train all of them in one process; why it ended badly, for each that did."""
-    cases, results = out / f"{backend}-cases.json", out / f"{backend}-results.json"
-    written = []
+def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Recipe], out: Path) -> Crashes:
+    """Train all of them; why it ended badly, for each that did."""
+    cases = []
+    for setup, recipe in recipes.items():
+        (out / f"{setup}-{backend}.yaml").write_text(recipe.to_yaml())
     for fault in faults:
-        home = home_of(out, backend, fault)
-        shutil.rmtree(home, ignore_errors=True)
-        argv = ["train", str(out / f"{fault.setup}.yaml"), "--out", str(home / "run")]
-        argv += ["--trace", str(home / "trace"), "--activations", "all"]
-        edits = [asdict(edit) for edit in fault.edits(backend) or ()]
-        written.append({"program": f"{backend}train", "argv": argv, "edits": edits})
-    cases.write_text(json.dumps(written))
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "jax-cache")}
-    done = subprocess.run(
-        [sys.executable, "-m", "parity.plant", str(cases), str(results)],
-        env=ENVIRONMENT | cache | os.environ | CPU_ONLY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"{backend}train: the faults could not be run: {last}")
-    ended = zip(faults, json.loads(results.read_text()), strict=True)
+        home, devices = home_of(out, backend, fault), recipes[fault.setup].plan.devices
+        file, edits = out / f"{fault.setup}-{backend}.yaml", fault.edits(backend) or ()
+        cases.append(training(file, home, devices=devices, edits=edits, activations=True))
+    ended = run_cases(backend, cases, home=out / "launches")
     return {
-        (backend, fault.name): (result["err"].strip() or f"exit code {result['code']}").splitlines()[-1]
-        for fault, result in ended
-        if result["code"] != EXIT_DONE
+        (backend, fault.name): end.wrong
+        for fault, end in zip(faults, ended, strict=True)
+        if end.wrong is not None
     }
 
 

@@ -15,7 +15,7 @@ DECAYED_STEP = "step - rates.lr * spec.weight_decay * weights[name] if name in d
 FACTOR = "gradients = clip(gradients, norm,"
 TORCH_STEPS = "        self._optimizer.step()\n        self._optimizer.zero_grad()"
 RATE = 'group["lr"] = lr'
-UPDATE = "    trainable, moments = program.update("
+UPDATE = "    trainable, master, moments = program.update("
 NORMS_DECAY = Edit("trainspec.params", 'Ones(), False, "norm"', 'Ones(), True, "norm"')
 BIASES_DECAY = Edit("trainspec.params", 'Zeros(), False, "linear"', 'Zeros(), True, "linear"')
 OFF_BY_ONE = Edit(
@@ -203,8 +203,8 @@ FAULTS = (
         jax=(
             Edit(
                 STEP,
-                "jax.tree.map(jnp.add, trainable, deltas)",
-                "jax.tree.map(lambda w, d: w + 0 * d, trainable, deltas)",
+                "jax.tree.map(jnp.add, stored, deltas)",
+                "jax.tree.map(lambda w, d: w + 0 * d, stored, deltas)",
             ),
         ),
         torch=(Edit(TORCH_OPTIM, RATE, 'group["lr"] = 0.0'),),

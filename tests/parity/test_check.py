@@ -104,6 +104,11 @@ def test_what_a_side_says_is_passed_on_in_one_line(torch, said, check, capsys):
         (["--right", "torch plan.data"], "KEY=VALUE"),
         (["--right", "torch 'x"], "quotation"),
         (["--steps", "3"], "makes 2 updates"),
+        (
+            ["--right", "torch plan.fsdp=2 plan.shards=params"],
+            "right (torch plan.fsdp=2 plan.shards=params): plan.",
+        ),
+        (["--right", "torch plan.data=2", "--precision", "bf16"], "use plan.fsdp=2"),
         (["--set", "run.stepps=3"], "did you mean 'steps'"),
     ],
 )

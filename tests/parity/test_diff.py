@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
-from synthetic import Q1, SHAPES, Sim, write
+from safetensors.numpy import save_file
+from synthetic import Q1, SHAPES, Sim, start, write
 
 from parity.cli import main
 
@@ -36,6 +38,7 @@ def test_equal_runs_pass_and_verdict_json_has_the_documented_keys(base, tmp_path
         "worst",
         "first_divergence",
         "reading",
+        "notes",
     ]
     assert (verdict["verdict"], verdict["precision"], verdict["steps"]) == ("pass", "fp64", 3)
     assert verdict["first_divergence"] is None
@@ -182,6 +185,26 @@ def test_a_trace_cut_short_is_one_line_and_exit_code_two(base, tmp_path, capsys)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert str(file) in said
+
+
+def test_traces_of_other_models_share_no_name(base, tmp_path, capsys):
+    """One line, not a thousand missing tensors."""
+    other = shutil.copytree(base["float64"], tmp_path / "other")
+    renamed = {f"weight/net.{name}": array for name, array in start().items()}
+    save_file(renamed, other / "initial.safetensors")
+    assert main(["diff", str(base["float64"]), str(other)]) == 2
+    said = capsys.readouterr().err
+    assert "no weight has the same name in both ('lm_head.weight', 'net.lm_head.weight')" in said
+    assert said.count("\n") == 1
+
+
+def test_a_check_s_directory_is_no_trace(base, tmp_path, capsys):
+    for name in ("left", "right"):
+        shutil.copytree(base["float64"], tmp_path / "check" / name / "trace")
+    assert main(["diff", str(tmp_path / "check"), str(base["float64"])]) == 2
+    said = capsys.readouterr().err
+    assert f"compare {tmp_path / 'check/left/trace'} with {tmp_path / 'check/right/trace'}" in said
+    assert said.count("\n") == 1
 
 
 def test_a_trace_that_is_not_there_is_one_line_and_exit_code_two(base, tmp_path, capsys):

@@ -20,11 +20,12 @@ from small import ROOT
 
 from parity.compare import Finding
 from parity.faults import FAULTS, Fault, Where
-from parity.faults.fault import SETUPS
+from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
 from parity.faults.written_out import torch_adamw, torch_attention
 from parity.phases import PHASES, Place
 from parity.plant import Edit, PlantError, edited
+from parity.tiny import Tiny
 from trainspec.plan import Backend
 
 # One for each kind of place that a fault may have, and those that a training run is most often wrong by.
@@ -38,6 +39,7 @@ SAMPLE = (
     "update-lost",
     "start-transposed",
     "rope-all-offset",
+    "vocab-offset-in-loss",  # on two devices
 )
 # No mistakes: what is put in the place of a library's code, unchanged, and an edit of no effect.
 HARMLESS = Fault(
@@ -143,6 +145,15 @@ def test_a_fault_out_of_reach_in_fp32_is_not_planted_there():
     [fault] = chosen(["clip-by-local-norm"])
     assert [fault.applies(b, "fp64") for b in BACKENDS] == [True, True]
     assert [fault.applies(b, "fp32") for b in BACKENDS] == [True, False]
+    [split] = chosen(["optimizer-shard-not-updated"])
+    assert [split.applies(b, "fp64") for b in BACKENDS] == [True, False]
+    assert [split.applies(b, "fp32") for b in BACKENDS] == [True, True]
+
+
+def test_a_plan_that_a_backend_refuses_is_compared_with_one_device(tmp_path: Path):
+    tiny = Tiny(tmp_path)
+    for precision, devices in (("fp64", [2, 1]), ("fp32", [2, 2])):
+        assert [setup_recipe(tiny, "zero1", precision, b).plan.devices for b in BACKENDS] == devices
 
 
 def test_a_fault_that_does_not_run_is_no_catch(sampled: dict[tuple[str, str], Outcome]):
@@ -155,11 +166,12 @@ def test_a_fault_that_does_not_run_is_no_catch(sampled: dict[tuple[str, str], Ou
 
 def test_a_diff_of_the_traces_says_the_same(sampled: dict[tuple[str, str], Outcome], root: Path):
     """The verdict as a person gets it: exit code 1 and the place; 0 without a mistake."""
-    clean = clean_pair("full")
-    faults = [*chosen([name for name in SAMPLE if sampled[name, "jax"].fault.where]), HARMLESS, clean]
+    faults = [*chosen([name for name in SAMPLE if sampled[name, "jax"].fault.where]), HARMLESS]
+    faults += [clean_pair("full"), clean_pair("tensor")]
     cases = [(fault, backend) for fault in faults for backend in BACKENDS]
     argvs = []
     for fault, backend in cases:
+        clean = clean_pair(fault.setup)
         traces = [str(home_of(root, b, fault if b == backend else clean) / "trace") for b in BACKENDS]
         argvs.append(["diff", *traces, "--out", str(root / "diff" / fault.name / backend)])
     for (fault, backend), result in zip(cases, run_many("parity", argvs, root / "many"), strict=True):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from synthetic import Q1, Sim, write
 
 from parity.cli import main
-from parity.matrix import PLANS, Cell, Row, cells, judge, refusals, select
+from parity.matrix import BACKENDS, PLANS, PRECISIONS, Cell, Row, cells, judge, refusals, select
 from parity.status import status_page
+from parity.tiny import Tiny
 from trainspec.errors import UserError
+from trainspec.plan import Policy
 
 ROOT = Path(__file__).parent.parent.parent
 CELL = Cell("plain", "full", "packed-2", "one-device", "fp64")
 
 
 def names_on(page: str) -> list[str]:
+    page = page.split("## What is refused")[0]
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     return ["/".join(row[:5]) for row in rows if row[0] not in ("model", "---")]
 
@@ -31,17 +36,30 @@ def test_the_shipped_page_has_a_row_for_every_cell_and_no_other():
 def test_the_cells_are_distinct_and_cover_every_table_entry():
     assert len(set(cells())) == len(cells())
     assert {cell.plan for cell in cells()} == set(PLANS)
-    assert {cell.precision for cell in cells()} == {"fp64", "fp32", "bf16"}
+    assert {cell.precision for cell in cells()} == set(PRECISIONS)
+    # Every plan in every precision, as far as there is something to compare.
+    planned = {(cell.plan, cell.policy) for cell in cells() if PLANS[cell.plan].pipe == 1}
+    assert planned == {(plan, p) for plan in PLANS for p in get_args(Policy) if PLANS[plan].pipe == 1}
 
 
 def test_what_a_backend_refuses_stands_on_the_page_with_its_own_line():
-    cell = Cell("plain", "lora", "packed-2", "tensor-2", "fp64")
+    cell = Cell("plain", "lora", "packed-2", "pipe-2", "fp64")
     lines = refusals(cell)
     assert set(lines) == {"jax", "torch"}
-    page = status_page([Row(cell, "unsupported", reason=lines["jax"], refused_by=tuple(lines))])
+    page = status_page([Row(cell, "unsupported", reason=lines["jax"], refused=lines)])
     assert names_on(page) == [str(cell)]
-    assert "plan.tensor=2" in page
+    assert "plan.pipe=2" in page
     assert "0 pass, 0 fail, 1 unsupported" in page
+
+
+def test_a_plan_that_one_backend_refuses_runs_there_on_one_device_and_the_page_says_so(tmp_path: Path):
+    cell = Cell("plain", "full", "packed-2", "zero3-2", "fp64")
+    assert set(refusals(cell)) == {"torch"}
+    assert [cell.recipe(Tiny(tmp_path), b).plan.devices for b in BACKENDS] == [2, 1]
+    row = judge(cell, write(Sim(), tmp_path / "left"), write(Sim(), tmp_path / "right"))
+    page = status_page([replace(row, refused=refusals(cell))])
+    assert "| zero3-2 | fp64 | torch | pass |" in page
+    assert "DeepSpeed has no float64" in page
 
 
 @pytest.fixture
@@ -94,3 +112,9 @@ def test_one_real_cell_runs_on_both_backends(tmp_path: Path, capsys):
     assert entry["verdict"] == "pass"
     assert 0 < entry["error"] < entry["bound"] < 1e-8
     assert names_on((tmp_path / "parity-status.md").read_text()) == [only]
+
+
+@pytest.mark.full
+def test_every_cell_passes(tmp_path: Path):
+    command = ["matrix", "--out", str(tmp_path), "--status", str(tmp_path / "page.md")]
+    assert main(command) == 0, (tmp_path / "page.md").read_text()
