@@ -8,52 +8,68 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from torchtrain.launch import has_launcher, launch
+from torchtrain.launch import count_processes, has_launcher, launch
 from torchtrain.parallel import is_leader
 from torchtrain.train import evaluate, train
-from trainspec.command import backend_parser, out_directory, run_command, trace_request
+from trainspec.command import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    backend_parser,
+    out_directory,
+    run_command,
+    trace_request,
+)
 from trainspec.export import export
 from trainspec.loop import check_plan
 from trainspec.recipe import load_recipe
 
 PROGRAM = "torchtrain"
-# A process that does not lead says what is wrong this much later: mostly the leader has said it by then, and whoever
-# started them has ended them all.
-_FOLLOWER_DELAY_SECONDS = 3.0
+# A process that does not lead says what is wrong this much later: mostly the leader has said it by then, has ended
+# (with all of torch loaded that alone takes seconds on a busy machine), and whoever started them has ended them all.
+_FOLLOWER_DELAY_SECONDS = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 (training stopped itself) or 2 (the person's mistake)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = backend_parser(PROGRAM)
-    if is_leader():
-        return run_command(lambda args: _run(args, words), parser, words)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        code = run_command(lambda args: _run(args, words), parser, words)
-    if said.getvalue():
-        time.sleep(_FOLLOWER_DELAY_SECONDS)
-        sys.stderr.write(said.getvalue())
-    return code
+    command = partial(run_command, lambda args: _run(args, words), backend_parser(PROGRAM), words)
+    return command() if is_leader() else _follow(command)
+
+
+def _follow(command: Callable[[], int]) -> int:
+    """`command` in a process that does not lead: it has something to say only where it failed."""
+    said, code = io.StringIO(), None
+    try:
+        with contextlib.redirect_stderr(said):
+            code = command()
+        return code
+    finally:  # also where the parser or a traceback ends the process
+        if code not in (EXIT_DONE, EXIT_INTERRUPTED) and said.getvalue():
+            time.sleep(_FOLLOWER_DELAY_SECONDS)
+            sys.stderr.write(said.getvalue())
 
 
 def _run(args: Namespace, words: Sequence[str]) -> int | None:
+    count_processes(os.environ)  # refuses what no launcher would have said
     recipe = load_recipe(args.recipe, args.overrides)
     out = out_directory(args, PROGRAM)
+    trace = trace_request(args) if args.command == "train" else None
     processes = recipe.plan.devices
     if args.command != "export" and processes > 1 and not has_launcher(os.environ):
         check_plan(recipe, "torch")  # a mistake in the plan must not wait for its processes
         return launch(PROGRAM, words, processes=processes)
     match args.command:
         case "train":
-            train(recipe, out=out, trace=trace_request(args), resume=args.resume)
+            train(recipe, out=out, trace=trace, resume=args.resume)
         case "eval":
             loss, whose = evaluate(recipe, out=out)
             if is_leader():
                 print(f"held-out loss {loss:.6f} of {whose}")
         case "export":
-            print(f"wrote {export(recipe, out=out, merge=args.merge)}")
+            if is_leader():
+                print(f"wrote {export(recipe, out=out, merge=args.merge)}")
         case other:
             raise AssertionError(f"the parser let {other!r} through")

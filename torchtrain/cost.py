@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -14,22 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
 
 from torchtrain.step import State, train_step
+from trainspec.cost import Collective
 from trainspec.data import Batch
-
-
-@dataclass(frozen=True)
-class Collective:
-    """An operation between processes: `payload_bytes` is the whole of what is reduced or gathered, as one sees it.
-
-    Rings move payload · (n - 1) / n for an all-gather or a reduce-scatter over n `devices`, twice that for an all-reduce.
-    """
-
-    program: str
-    kind: str
-    dtype: str
-    payload_bytes: int
-    devices: int
-    times: int
 
 
 def held(state: State) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Set
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from torchtrain.launch import describe_cluster
+from torchtrain.launch import check_gpus, count_processes, describe_cluster
 from torchtrain.optim import MOMENTS, clip, global_norm, start_moments
-from torchtrain.tensor import Peers
+from torchtrain.tensor import Mesh, Peers, is_split
+from torchtrain.weights import canonical_name
 from torchtrain.zero import DeepSpeedEngine, Store, Stored, import_deepspeed
 from trainspec.errors import PlanError
 from trainspec.loop import check_plan
+from trainspec.methods import trainable_table
+from trainspec.model import ModelSpec
 from trainspec.plan import Plan
 from trainspec.recipe import Recipe
 
@@ -68,22 +71,15 @@ class Engine(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Mesh:
-    """This process's place: among those with the other parts of its layers, and those with other rows."""
-
-    tensor: Peers
-    replicas: Peers
-
-
 def start(recipe: Recipe) -> None:
     """Set up this process: matmul precision, device, and the group of all processes.
 
-    Raises PlanError for an unsupported plan, or where a launcher started another number of processes than it takes.
+    Raises PlanError for an unsupported plan, where a launcher started another number of processes than it takes, or
+    where they do not find each other or a GPU each.
     """
     check_plan(recipe, "torch")
     os.environ.update(describe_cluster(os.environ))
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = count_processes(os.environ)
     if processes != recipe.plan.devices:
         raise PlanError(
             f"the launcher started {processes} processes, the plan takes {recipe.plan.devices}; "
@@ -91,7 +87,10 @@ def start(recipe: Recipe) -> None:
         )
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 means fp32
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Slurm does not say how many are here; a place is refused where there are too few before it.
+        place = int(os.environ.get("LOCAL_RANK", "0"))
+        check_gpus(max(place + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.cuda.set_device(place)
     if processes > 1:
         _join()
     if _runs_on_deepspeed(recipe):
@@ -102,9 +101,14 @@ def start(recipe: Recipe) -> None:
 
 def _join() -> None:
     """Join the other processes, once: a launcher's store keeps the addresses of a first meeting."""
-    if not dist.is_initialized():
+    if dist.is_initialized():
+        return
+    try:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(dist.destroy_process_group)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise PlanError(f"the processes did not meet at {where}: {str(error).splitlines()[0]}") from error
+    atexit.register(dist.destroy_process_group)
 
 
 def finish() -> None:
@@ -115,12 +119,10 @@ def finish() -> None:
     if _open_groups and sys.exc_info()[0] is None:
         dist.barrier()
     deepspeed = sys.modules.get("deepspeed")
+    # DeepSpeed's, not torch's, where it is in use: it also drops the groups that it remembers.
+    owner = deepspeed.comm if deepspeed and deepspeed.comm.is_initialized() else dist
     while _open_groups:
-        group = _open_groups.pop()
-        # DeepSpeed's, not torch's, where it is in use: it also drops the groups that it remembers.
-        (deepspeed.comm if deepspeed and deepspeed.comm.is_initialized() else dist).destroy_process_group(
-            group
-        )
+        owner.destroy_process_group(_open_groups.pop())
     if deepspeed is not None:
         deepspeed.utils.groups.mpu = None
         if dist.is_initialized() and dist.get_world_size() == 1:
@@ -129,7 +131,7 @@ def finish() -> None:
 
 def is_leader() -> bool:
     """Whether this is the one process that has the console and writes files."""
-    return int(describe_cluster(os.environ).get("RANK", os.environ.get("RANK", "0"))) == 0
+    return (os.environ | describe_cluster(os.environ)).get("RANK", "0") == "0"
 
 
 def make_mesh(plan: Plan) -> Mesh:
@@ -151,12 +153,13 @@ def _peers(groups: list[list[int]], rank: int) -> Peers:
 
 
 def make_engine(
-    recipe: Recipe, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, *, mesh: Mesh
+    recipe: Recipe, spec: ModelSpec, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, *, mesh: Mesh
 ) -> Engine:
     """DeepSpeed's engine; for fp64, which DeepSpeed has not, plain torch with the same arithmetic."""
-    whole = _WholeStore(model, optimizer, mesh.tensor)
+    parts = {p.name for p in trainable_table(spec, recipe.method) if any(map(is_split, p.axes))}
+    whole = _WholeStore(model, optimizer, mesh.tensor, parts=parts if mesh.tensor.size > 1 else set())
     if _runs_on_deepspeed(recipe):
-        engine: Engine = DeepSpeedEngine(recipe, model, optimizer, mesh=mesh, whole=whole)
+        engine: Engine = DeepSpeedEngine(recipe, spec, model, optimizer, mesh=mesh, whole=whole)
     else:
         engine = _PlainEngine(model, optimizer, whole, mesh, clip_norm=recipe.optimizer.clip_norm)
     _open_engines.append(engine)
@@ -164,10 +167,12 @@ def make_engine(
 
 
 class _WholeStore:
-    """Each replica has all of the state of its layers."""
+    """Each replica has all of the state of its layers; of the rows named by `parts` each tensor peer has a part."""
 
-    def __init__(self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, tensor: Peers) -> None:
-        self._model, self._optimizer, self._tensor = model, optimizer, tensor
+    def __init__(
+        self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, tensor: Peers, *, parts: Set[str]
+    ) -> None:
+        self._model, self._optimizer, self._tensor, self._parts = model, optimizer, tensor, parts
 
     def norm(self) -> float:
         """Each logical element once: what is split over the peers is summed, what all have is counted here."""
@@ -175,7 +180,7 @@ class _WholeStore:
         whole: dict[str, Tensor] = {}
         for name, parameter in self._model.named_parameters():
             if parameter.grad is not None:
-                (split if hasattr(parameter, "tensor_model_parallel") else whole)[name] = parameter.grad
+                (split if canonical_name(name) in self._parts else whole)[name] = parameter.grad
         if not split:
             return global_norm(whole).item()
         squares = self._tensor.sum_(global_norm(split).double().square())

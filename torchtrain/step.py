@@ -22,8 +22,8 @@ from torchtrain.loss import token_loss
 from torchtrain.methods import attach
 from torchtrain.model import attention_mask, build_model, compute_device
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
-from torchtrain.parallel import Engine, Mesh, is_leader, make_engine, make_mesh
-from torchtrain.tensor import to_numpy
+from torchtrain.parallel import Engine, is_leader, make_engine, make_mesh
+from torchtrain.tensor import Mesh, to_numpy
 from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
 from torchtrain.zero import Partitioner, Stored
 from trainspec.checkpoint import Checkpoint
@@ -64,13 +64,13 @@ def init_state(recipe: Recipe, spec: ModelSpec) -> State:
         dtype=getattr(torch, COMPUTE_DTYPE[policy]),
         device=compute_device(),
         tensor=mesh.tensor,
-        settle=Partitioner(recipe, mesh),
+        settle=Partitioner(recipe, spec, mesh),
     )
     decays = {p.name: p.decay for p in trainable_table(spec, recipe.method)}
     parameters = _trainable(model)
     decayed = {name for name in parameters if decays[canonical_name(name)]}
     optimizer = make_optimizer(recipe.optimizer, decayed, parameters=parameters)
-    engine = make_engine(recipe, model, optimizer, mesh=mesh)
+    engine = make_engine(recipe, spec, model, optimizer, mesh=mesh)
     state = State(0, recipe, spec, mesh, model, engine, optimizer, point)
     if policy == "bf16":
         # DeepSpeed made its float32 masters from the rounded weights: they start where the other backend's do.

@@ -52,6 +52,14 @@ class Peers:
         return torch.cat(parts, dim)
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """A process's place: among those with the other parts of its layers, and those with other rows for the same."""
+
+    tensor: Peers
+    replicas: Peers
+
+
 class _Copy(torch.autograd.Function):
     """The same forward; the sum of the peers' gradients backward."""
 

@@ -38,7 +38,7 @@ def from_canonical(
     *,
     tensor: Peers,
     write: Callable[[nn.Parameter, Tensor], None],
-) -> Mapping[str, nn.Parameter]:
+) -> None:
     """Give this process's part of each row to `write`, with its parameter; `native` is keyed by the module's names.
 
     Differs from jaxtrain, which makes its arrays here: torch's are there already, and the engine knows where.
@@ -46,10 +46,8 @@ def from_canonical(
     parameters = {canonical_name(name): parameter for name, parameter in native.items()}
     for param, weight in weights:
         write(parameters.pop(param.name), torch.from_numpy(weight[_part(param, tensor)]))
-    assert not parameters, (
-        f"no value for {sorted(parameters)}"
-    )  # THE TABLE names every parameter of the module
-    return native
+    # The table names every parameter of the module.
+    assert not parameters, f"no value for {sorted(parameters)}"
 
 
 def to_canonical(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from torchtrain.optim import MOMENTS, start_moments
-from torchtrain.tensor import Peers
-from trainspec.hf import resolve_model
+from torchtrain.tensor import Mesh, Peers
+from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
 
 Stored = Literal["weight", "gradient", "moment1", "moment2"]
@@ -27,20 +27,6 @@ Stored = Literal["weight", "gradient", "moment1", "moment2"]
 _ZERO_STAGE = {"nothing": 0, "optimizer": 1, "gradients": 2, "params": 3}
 # Elements that are reduced at once. DeepSpeed's 5e8 would hold 2 GB of float32 beside the gradients.
 _BUCKET_ELEMENTS = 100_000_000
-
-
-class Mesh(Protocol):
-    """Who shares what; parallel.py makes it."""
-
-    @property
-    def tensor(self) -> Peers:
-        """The processes that hold the other parts of this one's layers."""
-        ...
-
-    @property
-    def replicas(self) -> Peers:
-        """The processes that hold the same layers and see other rows."""
-        ...
 
 
 class Store(Protocol):
@@ -77,8 +63,8 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's configuration: a pure function of the recipe, so that a test can hold it fixed.
+def deepspeed_config(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
+    """DeepSpeed's configuration: a pure function of recipe and model, so that a test can hold it fixed.
 
     Optimizer and learning rate are not in it: they are handed over as objects, alike for every engine.
     """
@@ -88,7 +74,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": batch.global_examples // batch.accumulation // plan.replicas,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": recipe.optimizer.clip_norm or 0.0,  # 0 is DeepSpeed's word for no clipping
-        "zero_optimization": _zero_config(recipe, _stage(recipe)),
+        "zero_optimization": _zero_config(_stage(recipe), spec),
         "zero_allow_untested_optimizer": True,  # torch.optim.AdamW is not on DeepSpeed's own list
     }
     if recipe.precision.policy == "bf16":
@@ -105,7 +91,7 @@ def _stage(recipe: Recipe) -> int:
     return max(stage, 1) if recipe.precision.policy == "bf16" else stage
 
 
-def _zero_config(recipe: Recipe, stage: int) -> dict[str, Any]:
+def _zero_config(stage: int, spec: ModelSpec) -> dict[str, Any]:
     config: dict[str, Any] = {"stage": stage}
     if stage in (1, 2):
         config |= {
@@ -122,7 +108,7 @@ def _zero_config(recipe: Recipe, stage: int) -> dict[str, Any]:
             "stage3_max_reuse_distance": 0,
             # What is fetched ahead of its layer: as much as a small matrix, as Hugging Face's integration has it.
             # What is fetched ahead stays, so a bucket as large as the model would undo the line above.
-            "stage3_prefetch_bucket_size": resolve_model(recipe.model)[0].embed ** 2,
+            "stage3_prefetch_bucket_size": spec.embed**2,
             # Puts another F.linear in torch's place, for the whole process and for good.
             "memory_efficient_linear": False,
         }
@@ -167,12 +153,12 @@ class Mpu:
 class Partitioner:
     """Under `shards: params` splits a parameter as soon as it is filled: no process ever holds the whole model."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
+    def __init__(self, recipe: Recipe, spec: ModelSpec, mesh: Mesh) -> None:
         self._init = None
         if _stage(recipe) == 3 and recipe.precision.policy != "fp64":
             self._init = import_deepspeed().zero.Init(
                 data_parallel_group=mesh.replicas.group,
-                config_dict_or_path=deepspeed_config(recipe),
+                config_dict_or_path=deepspeed_config(recipe, spec),
                 mpu=Mpu(mesh),
             )
 
@@ -189,6 +175,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         recipe: Recipe,
+        spec: ModelSpec,
         model: LlamaForCausalLM,
         optimizer: torch.optim.AdamW,
         *,
@@ -201,7 +188,7 @@ class DeepSpeedEngine:
             self._engine = import_deepspeed().initialize(
                 model=model,
                 optimizer=optimizer,
-                config=deepspeed_config(recipe),
+                config=deepspeed_config(recipe, spec),
                 dist_init_required=False,
                 mpu=Mpu(mesh) if recipe.plan.devices > 1 else None,
             )[0]

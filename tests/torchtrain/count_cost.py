@@ -1,7 +1,8 @@
 """What recipes cost a process, counted in processes of a launcher; see test_cost.py.
 
-CASES is a list of recipe files; the leader writes, for each, what it holds before and behind a backward pass, what
-its collectives moved in a step, and the largest part of a parameter's memory while weights were filled.
+CASES is a list of recipe files; the leader writes, for each, what it holds behind the backward pass that leaves most,
+what its collectives moved in its second step and, where weights are split, in a first step of one microbatch, and how
+much of the model was whole while weights were filled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from torchtrain import cost, parallel, step, weights  # noqa: E402
 from trainspec.data import open_dataset  # noqa: E402
 from trainspec.hf import resolve_model  # noqa: E402
 from trainspec.recipe import load_recipe  # noqa: E402
+
+
+def moved_first(file: Path) -> list[dict[str, object]]:
+    """The collectives of a run's very first microbatch, in which DeepSpeed fetches nothing ahead."""
+    recipe = load_recipe(file, ["batch.accumulation=1"])
+    parallel.start(recipe)
+    state = step.init_state(recipe, resolve_model(recipe.model)[0])
+    batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    found = [asdict(collective) for collective in cost.moved(state, batch)]
+    parallel.finish()
+    return found
 
 
 def measured(file: Path) -> dict[str, object]:
@@ -39,13 +51,21 @@ def measured(file: Path) -> dict[str, object]:
     state = step.init_state(recipe, resolve_model(recipe.model)[0])
     step.allocate = allocate
     batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    held: list[dict[str, int]] = []
+    backward = state.engine.backward
+
+    def weighed(loss, **how):
+        backward(loss, **how)
+        held.append(cost.held(state))
+
+    state.engine.backward = weighed
     state, _ = step.train_step(state, batch, lr=1e-3)
-    step._accumulate_gradients(state, batch, None)
-    held = cost.held(state)
-    state.engine.step()
+    state.engine.backward = backward
     moved = [asdict(collective) for collective in cost.moved(state, batch)]
     parallel.finish()
-    return {"held": held, "moved": moved, "whole": max(whole)}
+    most = max(held, key=lambda parts: parts["gradients"])
+    first = moved_first(file) if recipe.plan.shards == "params" else None
+    return {"held": most, "moved": moved, "first": first, "whole": max(whole)}
 
 
 def main() -> None:

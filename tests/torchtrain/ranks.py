@@ -11,10 +11,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,21 +27,38 @@ from trainspec.recipe import Recipe  # noqa: E402
 from trainspec.trace import Trace  # noqa: E402
 
 
-def train_all(
-    recipes: dict[str, Recipe], home: Path, *, processes: int, edits: dict[str, Edit] | None = None
-) -> None:
-    """Called by tests: leaves a trace, activations included, under HOME/NAME/trace for every recipe."""
+@dataclass(frozen=True)
+class Command:
+    """`torchtrain VERB` of a recipe, in the directory `out`, with a mistake planted or none."""
+
+    verb: str
+    recipe: Recipe
+    out: Path
+    more: tuple[str, ...] = ()
+    edits: tuple[Edit, ...] = ()
+
+
+def traced(recipe: Recipe, home: Path, *edits: Edit) -> Command:
+    """Training that leaves HOME/run, and HOME/trace with activations."""
+    return Command(
+        "train", recipe, home / "run", ("--trace", str(home / "trace"), "--activations", "1"), edits
+    )
+
+
+def run_all(commands: Sequence[Command], home: Path, *, processes: int) -> None:
+    """Called by tests: one launch for all of them, each of which has to end well."""
     home.mkdir(parents=True, exist_ok=True)
     cases = []
-    for name, recipe in recipes.items():
-        file = home / f"{name}.yaml"
-        file.write_text(recipe.to_yaml())
-        argv = ["train", str(file), "--out", str(home / name / "run"), "--trace", str(home / name / "trace")]
-        planted = [vars(edits[name])] if edits and name in edits else []
-        cases.append({"argv": [*argv, "--activations", "1"], "edits": planted})
+    for number, command in enumerate(commands):
+        file = home / f"{number}.yaml"
+        file.write_text(command.recipe.to_yaml())
+        argv = [command.verb, str(file), "--out", str(command.out), *command.more]
+        cases.append({"argv": argv, "edits": [vars(edit) for edit in command.edits]})
     run(Path(__file__), cases, home, processes=processes)
-    for name, result in zip(recipes, json.loads((home / "results.json").read_text()), strict=True):
-        assert result["code"] == 0, f"{name}: {result['err'][-3000:]}"
+    for command, result in zip(commands, json.loads((home / "results.json").read_text()), strict=True):
+        assert result["code"] == 0, f"{command.verb} {command.out}: {result['err'][-3000:]}"
+        if command.verb == "eval":
+            (command.out / "said.txt").write_text(result["out"])
 
 
 def run(script: Path, cases: list[Any], home: Path, *, processes: int, timeout: float = 900) -> None:
@@ -57,21 +77,29 @@ def run(script: Path, cases: list[Any], home: Path, *, processes: int, timeout: 
 
 
 def furthest(left: Path, right: Path, group: str, *, step: int) -> float:
-    """The largest difference of any tensor of the group, as a share of its largest entry on the left."""
+    """`distance` of a group of the two traces' tensors."""
     one, other = Trace(left), Trace(right)
-    names = [name for name in one.names(step) if name.startswith(f"{group}/")]
-    assert names
     assert set(one.names(step)) == set(other.names(step))
-    found = 0.0
-    for name in names:
-        mine, theirs = (np.asarray(t.read(step, name), np.float64) for t in (one, other))
+    names = [name for name in one.names(step) if name.startswith(f"{group}/")]
+    return distance(*({name: t.read(step, name) for name in names} for t in (one, other)))
+
+
+def distance(left: Mapping[str, NDArray[Any]], right: Mapping[str, NDArray[Any]]) -> float:
+    """The largest difference of any tensor, as a share of its largest entry on the left; NaN where there is one."""
+    assert left
+    assert left.keys() == right.keys()
+    found = []
+    for name, array in left.items():
+        mine, theirs = (np.asarray(a, np.float64) for a in (array, right[name]))
         assert mine.shape == theirs.shape
-        found = max(found, float(np.abs(mine - theirs).max() / max(np.abs(mine).max(), 1e-300)))
-    return found
+        found.append(np.abs(mine - theirs).max() / max(np.abs(mine).max(), 1e-300))
+    return float(np.max(found))  # not Python's max, which passes over a NaN
 
 
-def losses(trace: Path) -> list[float]:
-    return [row["loss"] for row in Trace(trace).rows]
+def drift(left: Path, right: Path, key: str, *, steps: int) -> float:
+    """The largest difference of a number of the traces' first rows, as a share of the left one's."""
+    one, other = ([row[key] for row in Trace(trace).rows[:steps]] for trace in (left, right))
+    return float(np.max(np.abs(np.array(other) / np.array(one) - 1)))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from torchtrain.zero import deepspeed_config
 from trainspec.data import open_dataset
 from trainspec.errors import PlanError
 from trainspec.hf import resolve_model
+from trainspec.model import PRESETS
 from trainspec.recipe import Precision, Recipe
 
 FULL = {"kind": "full"}
@@ -35,8 +36,9 @@ def prepared(recipe: Recipe) -> Iterator[tuple]:
 
 
 def test_deepspeed_config_is_this(make_recipe):
+    spec = replace(PRESETS["tiny"], embed=48)
     recipe = make_recipe(batch={"global_examples": 12, "accumulation": 3}, optimizer={"clip_norm": 0.25})
-    assert deepspeed_config(recipe) == {
+    assert deepspeed_config(recipe, spec) == {
         "train_batch_size": 12,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 3,
@@ -49,7 +51,7 @@ def test_deepspeed_config_is_this(make_recipe):
         plan={"data": 2, "fsdp": 2, "shards": "params"},
         precision={"policy": "bf16", "reduce": "fp32"},
     )
-    assert deepspeed_config(split) == {
+    assert deepspeed_config(split, spec) == {
         "train_batch_size": 12,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 3,
@@ -59,7 +61,7 @@ def test_deepspeed_config_is_this(make_recipe):
             "reduce_bucket_size": 100_000_000,
             "stage3_param_persistence_threshold": 0,
             "stage3_max_reuse_distance": 0,
-            "stage3_prefetch_bucket_size": 32**2,
+            "stage3_prefetch_bucket_size": 48**2,
             "memory_efficient_linear": False,
         },
         "zero_allow_untested_optimizer": True,
@@ -68,7 +70,8 @@ def test_deepspeed_config_is_this(make_recipe):
         "communication_data_type": "fp32",
     }
     for shards, stage in (("optimizer", 1), ("gradients", 2)):
-        zero = deepspeed_config(make_recipe(plan={"fsdp": 2, "shards": shards}))["zero_optimization"]
+        config = deepspeed_config(make_recipe(plan={"fsdp": 2, "shards": shards}), spec)
+        zero = config["zero_optimization"]
         assert zero == {
             "stage": stage,
             "reduce_bucket_size": 100_000_000,
@@ -76,13 +79,15 @@ def test_deepspeed_config_is_this(make_recipe):
         }
     # Stage 0 makes a hidden first update in bf16.
     bf16 = make_recipe(precision={"policy": "bf16", "reduce": "fp32"})
-    assert deepspeed_config(bf16)["zero_optimization"]["stage"] == 1
-    unclipped = deepspeed_config(make_recipe(optimizer={"clip_norm": None}))
+    assert deepspeed_config(bf16, spec)["zero_optimization"]["stage"] == 1
+    unclipped = deepspeed_config(make_recipe(optimizer={"clip_norm": None}), spec)
     assert unclipped["gradient_clipping"] == 0.0
 
 
 def test_a_launcher_of_too_many_processes_is_refused(make_recipe, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launcher = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(PlanError, match="2 processes"):
         start(make_recipe())
 
@@ -94,9 +99,8 @@ def distance_from_plain_torch(recipe: Recipe, *, rates: tuple[float, ...]) -> fl
         with prepared(recipe) as (state, batch):
             if plain:
                 fp64 = recipe.model_copy(update={"precision": Precision(policy="fp64", reduce="fp64")})
-                state = replace(
-                    state, engine=make_engine(fp64, state.model, state.optimizer, mesh=state.mesh)
-                )
+                engine = make_engine(fp64, state.spec, state.model, state.optimizer, mesh=state.mesh)
+                state = replace(state, engine=engine)
             for lr in rates:
                 state, _ = train_step(state, batch, lr=lr)
             runs.append((weights_of(state), *moments_of(state)))

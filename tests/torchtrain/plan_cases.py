@@ -1,0 +1,125 @@
+"""The plans that test_sharded.py runs: what is trained, in which precision, over which devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from small import SMALL
+
+MODELS = {
+    "wide": replace(SMALL, name="wide", kv_heads=4),
+    "tied": replace(SMALL, name="tied", tied_embeddings=True, attention_bias=True, mlp_bias=True),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"kind": "full"},
+    "lora": {
+        "kind": "lora",
+        "rank": 4,
+        "alpha": 8.0,
+        "dropout": 0.1,
+        "targets": ["q_proj", "v_proj", "o_proj", "down_proj"],
+    },
+    "lora-head": {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": ["lm_head", "k_proj"]},
+}
+PRECISION = {
+    "fp64": {"policy": "fp64", "reduce": "fp64"},
+    "fp32": {"policy": "fp32", "reduce": "fp32"},
+    "bf16": {"policy": "bf16", "reduce": "fp32"},
+    "bf16-bf16": {"policy": "bf16", "reduce": "bf16"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    method: str
+    precision: str
+    plan: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join((self.model, self.method, self.precision, *(f"{k}-{v}" for k, v in self.plan)))
+
+    @property
+    def alone(self) -> Case:
+        return replace(self, plan=())
+
+    @property
+    def processes(self) -> int:
+        sizes = [value for _, value in self.plan if isinstance(value, int)]
+        return int(np.prod(sizes))
+
+
+def case(model: str, method: str, precision: str, **plan: Any) -> Case:
+    return Case(model, method, precision, tuple(plan.items()))
+
+
+SHARDS = ("optimizer", "gradients", "params")
+FEW = [
+    case("wide", "full", "fp64", tensor=2),
+    case("tied", "lora", "fp64", tensor=2, remat="full"),
+    case("tied", "full", "fp64", data=2),
+    case("wide", "full", "fp32", fsdp=2, shards="params"),
+    case("tied", "lora", "fp32", fsdp=2, shards="optimizer"),
+    case("wide", "full", "bf16", fsdp=2, shards="gradients"),
+]
+_OTHERS = [
+    *(case(m, k, "fp64", **p) for m, k in (("wide", "full"), ("tied", "lora"), ("wide", "lora-head"))
+      for p in ({"data": 2}, {"tensor": 2}, {"data": 2, "tensor": 2, "remat": "full"})),
+    *(case("wide", k, "fp64", tensor=4) for k in ("full", "lora-head")),
+    *(case(m, k, "fp32", **p) for m, k in (("wide", "full"), ("tied", "lora")) for p in (
+        {"data": 2}, {"tensor": 2}, {"data": 2, "tensor": 2}, {"tensor": 4} if m == "wide" else {"data": 4},
+        *({"fsdp": 2, "shards": s} for s in SHARDS), *({"fsdp": 4, "shards": s} for s in SHARDS),
+        *({"data": 2, "fsdp": 2, "shards": s} for s in SHARDS),
+        *({"fsdp": 2, "tensor": 2, "shards": s, "remat": "full"} for s in SHARDS))),
+    *(case(m, k, r, **p) for m, k in (("wide", "full"), ("tied", "lora")) for r in ("bf16", "bf16-bf16") for p in (
+        {"tensor": 2}, *({"fsdp": 2, "shards": s} for s in SHARDS),
+        *({"fsdp": 2, "tensor": 2, "shards": s} for s in SHARDS))),
+    # 3 divides neither a weight nor the flat buffers: everything is padded.
+    *(case(m, k, r, fsdp=3, shards=s) for m, k in (("wide", "full"), ("tied", "lora")) for r in ("fp32", "bf16")
+      for s in SHARDS),
+    case("wide", "full", "fp64", data=4, tensor=2),
+    *(case("tied", "lora", "fp32", data=2, fsdp=2, tensor=2, shards=s) for s in SHARDS),
+]  # fmt: skip
+MORE = [c for c in dict.fromkeys(_OTHERS) if c not in FEW]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run that stops a step before its end under one plan, and makes the last one under another.
+
+    The last step's moments hold what was restored and one new gradient, and no update before them differs: what
+    rounding does to an update of noise (Adam makes a whole one of it) stays out of the comparison.
+    """
+
+    first: Case
+    second: Case
+
+    def __str__(self) -> str:
+        return f"{self.first}-then-{self.second}"
+
+
+RESUMED = [
+    Resumed(FEW[1], case("tied", "lora", "fp64", data=2)),
+    Resumed(FEW[3], case("wide", "full", "fp32", tensor=2)),
+    # The same rows on the same process: equal gradients, so that only the masters can differ.
+    Resumed(FEW[5], case("wide", "full", "bf16", fsdp=2, shards="params")),
+]
+RESUMED_MORE = [
+    Resumed(
+        case("wide", "full", "fp32", data=2, fsdp=2, shards="params"),
+        case("wide", "full", "fp32", fsdp=2, tensor=2, shards="optimizer"),
+    ),
+    Resumed(
+        case("wide", "full", "bf16", fsdp=2, tensor=2, shards="gradients"),
+        case("wide", "full", "bf16", fsdp=2, tensor=2, shards="params"),
+    ),
+    # Parts with padding.
+    Resumed(
+        case("tied", "lora", "fp32", fsdp=3, shards="optimizer"),
+        case("tied", "lora", "fp32", fsdp=3, shards="params"),
+    ),
+]
+EVALUATED = [FEW[3]]
+EVALUATED_MORE = [case("wide", "full", "fp32", fsdp=2, tensor=2, shards="params")]
