@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
+from jaxtrain.parallel import is_leader
 from jaxtrain.train import evaluate, train
 from trainspec.command import backend_parser, out_directory, run_command, trace_request
 from trainspec.export import export
@@ -26,8 +27,11 @@ def _run(args: Namespace) -> None:
             train(recipe, out=out, trace=trace_request(args), resume=args.resume)
         case "eval":
             loss, whose = evaluate(recipe, out=out)
-            print(f"held-out loss {loss:.6f} of {whose}")
+            if is_leader():
+                print(f"held-out loss {loss:.6f} of {whose}")
         case "export":
-            print(f"wrote {export(recipe, out=out, merge=args.merge)}")
+            # Files to files: one process does it, and does not wait for the others.
+            if is_leader():
+                print(f"wrote {export(recipe, out=out, merge=args.merge)}")
         case other:
             raise AssertionError(f"the parser let {other!r} through")

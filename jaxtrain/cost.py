@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,19 @@ from jax.stages import Lowered
 
 from jaxtrain.optim import rates
 from jaxtrain.step import State
+from trainspec.cost import Collective
 from trainspec.data import Batch
 from trainspec.recipe import Recipe
 
 _ELEMENT_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
 _ARRAY = re.compile(rf"\b({'|'.join(_ELEMENT_BYTES)})\[([\d,]*)\]")
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-# `%name = TYPES KIND(OPERANDS), ..., replica_groups=...`
-_COLLECTIVE = re.compile(rf"= (?P<types>\S.*?) (?P<kind>{_KINDS})(?:-start)?\((?P<rest>.*)")
+# `%name = TYPES OPERATION(OPERANDS), ..., replica_groups=...`
+_INSTRUCTION = re.compile(r"%?(?P<name>[\w.\-]+) = (?P<types>\S.*?) (?P<operation>[\w\-]+)\((?P<rest>.*)")
+_COLLECTIVE = re.compile(rf"(?P<kind>{_KINDS})(?:-start)?")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+# What XLA looks through between a sum and the slice of it.
+_SAME_NUMBERS = ("copy", "reshape", "bitcast")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{\s*$")
 _WHILE = re.compile(r" while\(.*condition=%?(?P<condition>[\w.\-]+), body=%?(?P<body>[\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -39,42 +43,25 @@ _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _POINTER_BYTES = 8
 
 
-@dataclass(frozen=True)
-class Collective:
-    """An operation between devices: `payload_bytes` is the whole of what is reduced or gathered, as one device sees it.
-
-    Rings move payload · (n - 1) / n for an all-gather or a reduce-scatter over n `devices`, twice that for an all-reduce.
-    """
-
-    program: str
-    kind: str
-    dtype: str
-    payload_bytes: int
-    devices: int
-    times: int
-
-
 def held(state: State) -> dict[str, int]:
     """Bytes per device of weights, gradients, master and moments, and what each program takes besides (`..._temp`).
 
-    Measured: the sizes of the compiled programs' arguments and results, less those of batch and scalars.
+    Measured: weights, gradients and `..._temp` are sizes of the compiled programs' arguments and results, less those of
+    batch and scalars; master and moments are sizes of the arrays that the update takes.
     """
     program, batch = state.program, _any_batch(state.program.recipe)
     gradients, update = (lowered.compile() for lowered in _lowered(state, batch).values())
     sizes, update_sizes = gradients.memory_analysis(), update.memory_analysis()
-    assert sizes is not None  # every backend that trains has it
+    # Every backend that trains has it.
+    assert sizes is not None
     assert update_sizes is not None
     results = jax.tree.leaves(gradients.out_info)
-    gradient_bytes = sizes.output_size_in_bytes - _POINTER_BYTES * len(results) - _scalar_bytes(results)
-    rest = _per_device(state.trainable) + gradient_bytes + _scalar_bytes(update.in_avals)
-    stored = update_sizes.argument_size_in_bytes - rest
     inputs = _per_device(program.microbatches(batch)) + _scalar_bytes(gradients.in_avals)
-    moments = stored * 2 // 3 if state.master else stored
     return {
         "weights": sizes.argument_size_in_bytes - inputs,
-        "gradients": gradient_bytes,
-        "master": stored - moments,
-        "moments": moments,
+        "gradients": sizes.output_size_in_bytes - _POINTER_BYTES * len(results) - _scalar_bytes(results),
+        "master": _per_device(state.master),
+        "moments": _per_device(state.moments),
         "gradients_temp": sizes.temp_size_in_bytes,
         "update_temp": update_sizes.temp_size_in_bytes,
     }
@@ -84,6 +71,8 @@ def moved(state: State, batch: Batch) -> list[Collective]:
     """The collectives of one step on `batch`, those of a loop as often as it turns.
 
     Read from the partitioned program: the CPU backend makes every bfloat16 collective a float32 one afterwards.
+    An all-reduce of which each of its n devices uses its n-th part only is a reduce-scatter here: the partitioner writes
+    the one, the compilers for TPU and GPU make the other of it (docs/decisions/0009). The one for CPU does not.
     """
     return [
         collective
@@ -106,8 +95,9 @@ def _without_cache() -> Iterator[None]:
     """What comes out of the compilation cache is not dumped."""
     before: bool = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     try:
+        # JAX looks at the setting once, unless the cache is reset.
         jax.config.update("jax_enable_compilation_cache", False)
-        reset_cache()  # JAX looks at the setting once
+        reset_cache()
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
@@ -117,16 +107,45 @@ def _without_cache() -> Iterator[None]:
 def _collectives(text: str, *, program: str) -> Iterator[Collective]:
     """Every collective of an HLO module that runs, with how often it does."""
     computations, entry = _computations(text)
+    scattered = {name for lines in computations.values() for name in _left_in_parts(lines)}
     for line, times in _executed(computations, entry, 1):
-        if match := _COLLECTIVE.search(line):
-            devices, arrays = _group_size(match["rest"]), _ARRAY.findall(match["types"])
-            payload = sum(
-                _ELEMENT_BYTES[dtype] * prod(map(int, filter(None, dims.split(","))))
-                for dtype, dims in arrays
-            )
-            if match["kind"] == "reduce-scatter":
-                payload *= devices  # its result is a part
-            yield Collective(program, match["kind"], arrays[0][0], payload, devices, times)
+        instruction = _INSTRUCTION.search(line)
+        if instruction and (match := _COLLECTIVE.fullmatch(instruction["operation"])):
+            kind, devices = match["kind"], _group_size(instruction["rest"])
+            payload = _bytes(instruction["types"])
+            if instruction["name"] in scattered:
+                kind = "reduce-scatter"
+            elif kind == "reduce-scatter":
+                # Its result is a part.
+                payload *= devices
+            dtype = _ARRAY.findall(instruction["types"])[0][0]
+            yield Collective(program, kind, dtype, payload, devices, times)
+
+
+def _left_in_parts(lines: Iterable[str]) -> Iterator[str]:
+    """Names of the all-reduces of a computation of which every device goes on with its own part, and nothing else."""
+    instructions = [match for match in map(_INSTRUCTION.search, lines) if match]
+    users: dict[str, list[re.Match[str]]] = {}
+    for instruction in instructions:
+        for operand in _OPERAND.findall(instruction["rest"].partition(")")[0]):
+            users.setdefault(operand, []).append(instruction)
+    for instruction in instructions:
+        if instruction["operation"] != "all-reduce":
+            continue
+        user = instruction
+        while len(using := users.get(user["name"], ())) == 1 and using[0]["operation"] in _SAME_NUMBERS:
+            user = using[0]
+        part = _bytes(instruction["types"]) // _group_size(instruction["rest"])
+        if len(using) == 1 and using[0]["operation"] == "dynamic-slice" and _bytes(using[0]["types"]) == part:
+            yield instruction["name"]
+
+
+def _bytes(types: str) -> int:
+    """Of an array as HLO writes its type, or of all arrays of a tuple."""
+    arrays = _ARRAY.findall(types)
+    return sum(
+        _ELEMENT_BYTES[dtype] * prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays
+    )
 
 
 def _lowered(state: State, batch: Batch) -> dict[str, Lowered]:

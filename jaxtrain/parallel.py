@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
 from jax import Array, lax
+from jax._src import distributed, xla_bridge
+from jax._src.clusters import ClusterEnv
 from jax.experimental import mesh_utils
 from jax.extend.backend import clear_backends
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -24,6 +28,19 @@ from trainspec.recipe import Recipe
 
 # A cluster that JAX does not find by itself: `HOST:PORT` of process 0, how many processes there are, and which is this.
 _COORDINATOR, _PROCESSES, _PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# How long processes wait for each other: JAX's own patience.
+_PATIENCE_SECONDS = 300.0
+
+
+class _Cluster(NamedTuple):
+    """Where process 0 listens, how many processes there are, and which of them this is."""
+
+    address: str
+    processes: int
+    number: int
+
+
+_ALONE = _Cluster("", 1, 0)
 
 
 def start(recipe: Recipe) -> None:
@@ -34,11 +51,9 @@ def start(recipe: Recipe) -> None:
     jax.config.update(
         "jax_default_matmul_precision", "highest" if recipe.precision.policy != "bf16" else "default"
     )
-    devices = recipe.plan.devices
-    if devices > 1:
-        _join_cluster()
-        _make_cpu_devices(devices)
-    available, processes = jax.device_count(), jax.process_count()
+    devices, processes = recipe.plan.devices, _join_cluster()
+    _make_cpu_devices(devices, processes=processes)
+    available = jax.device_count()
     if available < devices or (processes > 1 and available != devices):
         raise PlanError(
             f"the plan takes {devices} devices, {processes} process(es) have {available} ({jax.default_backend()}); "
@@ -51,57 +66,99 @@ def finish() -> None:
 
 
 def is_leader() -> bool:
-    """Whether this is the one process that has the console and writes files."""
-    return jax.process_index() == 0
+    """Whether this is the one process that has the console and writes files. Takes no device, waits for nobody."""
+    return _cluster().number == 0
 
 
-def _join_cluster() -> None:
-    """Join the other processes, where there are any. JAX finds TPU pods, Slurm, Open MPI and Kubernetes itself."""
+def _cluster() -> _Cluster:
+    """The processes of this run, whatever their plan is. Raises PlanError where they are named by halves."""
     if jax.distributed.is_initialized():
-        return
+        joined = distributed.global_state
+        return _Cluster(joined.coordinator_address or "", joined.num_processes, joined.process_id)
     named = [name for name in (_COORDINATOR, _PROCESSES, _PROCESS) if name in os.environ]
-    if named and len(named) < 3:
+    if not named:
+        return _found_cluster()
+    if len(named) < 3:
         raise PlanError(f"{named[0]} is set: set {_COORDINATOR}, {_PROCESSES} and {_PROCESS} together")
+    address, processes, index = (os.environ[name] for name in named)
+    host, _, port = address.rpartition(":")
+    numbers = all(number.isdecimal() for number in (port, processes, index))
+    if not (host and numbers and 0 < int(port) < 2**16 and int(index) < int(processes)):
+        raise PlanError(
+            f"{_COORDINATOR}={address} {_PROCESSES}={processes} {_PROCESS}={index}: "
+            "give HOST:PORT of process 0, how many processes there are, and a number below that"
+        )
+    return _Cluster(address, int(processes), int(index))
+
+
+def _found_cluster() -> _Cluster:
+    """What JAX finds by itself: a TPU pod, Slurm, Open MPI, Kubernetes. Its public way to ask would join at once."""
     try:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo" if named else None)
-        if named:
-            count, index = int(os.environ[_PROCESSES]), int(os.environ[_PROCESS])
-            jax.distributed.initialize(os.environ[_COORDINATOR], count, index)
-        else:
-            jax.distributed.initialize()
-    except ValueError:
-        if named:
+        address, processes, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(_PATIENCE_SECONDS)
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise PlanError(
+            f"JAX sees a cluster and cannot read it ({error}); set {_COORDINATOR}, {_PROCESSES} and {_PROCESS} "
+            f"({_PROCESSES}=1 for a process that is alone)"
+        ) from None
+    if address is None or processes is None or index is None:
+        return _ALONE
+    return _Cluster(address, processes, index)
+
+
+def _join_cluster() -> int:
+    """Join the other processes, where there are any; gives how many they are."""
+    cluster = _cluster()
+    if cluster.processes > 1 and not jax.distributed.is_initialized():
+        if cluster.number > 0:
+            _await_coordinator(cluster)
+        try:
+            jax.distributed.initialize(*cluster, initialization_timeout=int(_PATIENCE_SECONDS))
+        except (RuntimeError, OSError) as error:
             raise PlanError(
-                f"{_COORDINATOR}, {_PROCESSES}, {_PROCESS}: not HOST:PORT and two numbers"
+                f"process {cluster.number} of {cluster.processes} cannot join the one at {cluster.address}: {error}"
             ) from None
-        # JAX found no cluster: this process is alone.
-    except RuntimeError:
-        if named:
-            raise
-        # Devices were used before, by an earlier run of this process: it is alone.
+    return cluster.processes
 
 
-def _make_cpu_devices(devices: int) -> None:
+def _await_coordinator(cluster: _Cluster) -> None:
+    """Wait until process 0 listens. XLA would abort where it does not: no exception, and a page of its own stack."""
+    host, _, port = cluster.address.rpartition(":")
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise PlanError(
+                    f"process {cluster.number} of {cluster.processes}: nobody answers at {cluster.address} "
+                    f"({error.strerror or error}); start process 0 there, or correct {_COORDINATOR}"
+                ) from None
+        time.sleep(0.5)
+
+
+def _make_cpu_devices(devices: int, *, processes: int) -> None:
     """On CPU any number of devices is a setting; it has no effect on a TPU or GPU."""
-    local = devices // int(os.environ.get(_PROCESSES, "1"))
+    local = devices // processes
     made: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
-    if made >= local:
+    if local <= max(made, 1):
         return
-    try:
-        jax.config.update("jax_num_cpu_devices", local)
-    except RuntimeError:  # an earlier run of this process made fewer
-        if jax.default_backend() == "cpu" and jax.device_count() < devices and jax.process_count() == 1:
-            clear_backends()
-            jax.config.update("jax_num_cpu_devices", local)
+    if xla_bridge.backends_are_initialized():
+        # An earlier run of this process made fewer.
+        if jax.default_backend() != "cpu" or processes > 1 or jax.device_count() >= devices:
+            return
+        clear_backends()
+    jax.config.update("jax_num_cpu_devices", local)
 
 
 def make_mesh(plan: Plan) -> Mesh:
     """All axes, also those of size 1, in the order of MESH_AXES; the compiler places what is not constrained."""
     shape, devices = [getattr(plan, axis) for axis in MESH_AXES], jax.devices()
     if len(devices) == plan.devices:
-        grid = mesh_utils.create_device_mesh(
-            shape, devices
-        )  # neighbours on a TPU's torus are neighbours here
+        # Neighbours on a TPU's torus are neighbours here.
+        grid = mesh_utils.create_device_mesh(shape, devices)
     else:
         grid = np.array(devices[: plan.devices]).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -38,7 +38,7 @@ from trainspec.params import Param
 from trainspec.plan import COMPUTE_DTYPE, STORED_DTYPE, Part
 from trainspec.recipe import Recipe
 from trainspec.trace import Keep
-from trainspec.weight import Weight as CanonicalWeight
+from trainspec.weight import WeightLike
 
 
 class Found(NamedTuple):
@@ -141,10 +141,9 @@ def moments_of(state: State) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray
 
 def restore(state: State, checkpoint: Checkpoint) -> State:
     """`state` as it was when `checkpoint` was taken."""
-
     program = state.program
 
-    def rows(arrays: Mapping[str, NDArray[Any]]) -> Iterator[tuple[Param, NDArray[Any]]]:
+    def rows(arrays: Mapping[str, WeightLike]) -> Iterator[tuple[Param, WeightLike]]:
         return ((p, arrays[p.name]) for p in program.trainable_rows)
 
     trainable, master = program.load_trained(rows(checkpoint.weights))
@@ -198,15 +197,11 @@ class Program:
             for f in Batch.__dataclass_fields__
         }
 
-    def load(
-        self, rows: Iterable[tuple[Param, CanonicalWeight | NDArray[Any]]], part: Part, dtype: DTypeLike
-    ) -> Weights:
+    def load(self, rows: Iterable[tuple[Param, WeightLike]], part: Part, dtype: DTypeLike) -> Weights:
         """Native arrays of canonical rows, each device reading what it holds of that part of the state."""
         return from_canonical(rows, layers=self.spec.layers, shardings=self.layout.of[part], dtype=dtype)
 
-    def load_trained(
-        self, rows: Iterable[tuple[Param, CanonicalWeight | NDArray[Any]]]
-    ) -> tuple[Weights, Weights]:
+    def load_trained(self, rows: Iterable[tuple[Param, WeightLike]]) -> tuple[Weights, Weights]:
         """What is computed with, and the masters where those are something else."""
         if self.stored_dtype == self.compute_dtype:
             return self.load(rows, "weights", self.stored_dtype), {}

@@ -82,8 +82,8 @@ def start(recipe: Recipe) -> None:
     processes = count_processes(os.environ)
     if processes != recipe.plan.devices:
         raise PlanError(
-            f"the launcher started {processes} processes, the plan takes {recipe.plan.devices}; "
-            f"start {recipe.plan.devices}"
+            f"the launcher started {processes} processes, the plan takes {recipe.plan.devices}; start as many, or make "
+            f"plan.data × plan.fsdp × plan.tensor {processes}"
         )
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 means fp32
     if torch.cuda.is_available():

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +37,7 @@ from trainspec.params import Param
 from trainspec.plan import COMPUTE_DTYPE
 from trainspec.recipe import Recipe
 from trainspec.trace import Keep
+from trainspec.weight import WeightLike
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def moments_of(state: State) -> tuple[Arrays, Arrays]:
 
 def restore(state: State, checkpoint: Checkpoint) -> State:
     """`state` moved to where `checkpoint` was saved; consumes `state`."""
-    sources: tuple[tuple[Stored, Arrays], ...] = (
+    sources: tuple[tuple[Stored, Mapping[str, WeightLike]], ...] = (
         ("weight", checkpoint.weights),
         ("moment1", checkpoint.moment1),
         ("moment2", checkpoint.moment2),

@@ -15,12 +15,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.hf import TensorFiles, read_rows
@@ -28,6 +26,8 @@ from trainspec.methods import trainable_table
 from trainspec.model import ModelSpec
 from trainspec.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
+from trainspec.tensors import save_tensors
+from trainspec.weight import WeightLike
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
 PARTS = ("weights", "moment1", "moment2")
@@ -37,12 +37,12 @@ MAY_DIFFER = ("plan", "precision", "checkpoint", "run")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after `step` updates; trainable rows only."""
+    """A run after `step` updates; trainable rows only. Of one that was loaded a part is read when it is asked for."""
 
     step: int
-    weights: dict[str, NDArray[Any]]
-    moment1: dict[str, NDArray[Any]]
-    moment2: dict[str, NDArray[Any]]
+    weights: Mapping[str, WeightLike]
+    moment1: Mapping[str, WeightLike]
+    moment2: Mapping[str, WeightLike]
 
 
 def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe) -> Path:
@@ -51,22 +51,31 @@ def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe) -> Path:
     path = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    sums = {}
-    for part in PARTS:
-        file = temporary / f"{part}.safetensors"
-        save_file(getattr(checkpoint, part), file)
-        sums[file.name] = _sha256(file)
-        _flush(file)
-    head = {"step": checkpoint.step, "sha256": sums, "recipe": recipe.model_dump(mode="json", by_alias=True)}
-    (temporary / "checkpoint.json").write_text(json.dumps(head, indent=2) + "\n")
-    _flush(temporary / "checkpoint.json")
+    try:
+        _write(temporary, checkpoint, recipe)
+    except BaseException:  # what is half written would only fill the disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
     _flush(folder)
     for old in _all(out)[: -recipe.checkpoint.keep]:
         shutil.rmtree(old)
     return path
+
+
+def _write(folder: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Every file of a checkpoint, flushed to the disk."""
+    folder.mkdir(parents=True)
+    sums = {}
+    for part in PARTS:
+        file = folder / f"{part}.safetensors"
+        save_tensors({name: weight[...] for name, weight in getattr(checkpoint, part).items()}, file)
+        sums[file.name] = _sha256(file)
+        _flush(file)
+    head = {"step": checkpoint.step, "sha256": sums, "recipe": recipe.model_dump(mode="json", by_alias=True)}
+    (folder / "checkpoint.json").write_text(json.dumps(head, indent=2) + "\n")
+    _flush(folder / "checkpoint.json")
 
 
 def latest(out: Path) -> Path | None:
@@ -88,7 +97,7 @@ def start_from(out: Path, *, resume: bool) -> Path | None:
 
 
 def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
-    """Read and verify a checkpoint, in the run's precision.
+    """Verify a checkpoint and give it in the run's precision, each weight to be read part by part.
 
     Raises WeightsError for a damaged file and RecipeError where it belongs to a different recipe.
     """
@@ -108,7 +117,7 @@ def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
     table, dtype = trainable_table(model, recipe.method), STORED_DTYPE[recipe.precision.policy]
     weights, moment1, moment2 = (
         {
-            p.name: weight[...]
+            p.name: weight
             for p, weight in read_rows(
                 TensorFiles([path / f"{part}.safetensors"]), table, dtype=dtype, where=path
             )

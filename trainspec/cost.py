@@ -147,13 +147,10 @@ class Cost:
 
     def _reductions(self, scattered: bool) -> float:
         """How often each byte of a gradient is sent, from all to where it is kept."""
-        plan = self.plan
-        if not scattered:
-            return 2 * (plan.replicas - 1) / plan.replicas
-        if self.backend == "torch":
-            return (plan.replicas - 1) / plan.replicas
-        # Scattered over fsdp; what is left of it is reduced over data.
-        return (plan.fsdp - 1) / plan.fsdp + 2 * (plan.data - 1) / plan.data / plan.fsdp
+        share = (self.plan.replicas - 1) / self.plan.replicas
+        # Over data and fsdp at once JAX's compiler makes one sum for all of them, and cuts it.
+        is_cut = self.backend == "jax" and self.plan.data > 1
+        return share if scattered and not is_cut else 2 * share
 
     def _gradient_bytes(self, param: Param) -> int:
         width = BYTES[COMPUTE_DTYPE[self.reduce]]

@@ -34,7 +34,8 @@ def export(recipe: Recipe, *, out: Path, merge: bool, shard_bytes: int = SHARD_B
             f"{out}: no checkpoint to export; train first, or give the run's directory with --out"
         )
     model, source = resolve_model(recipe.model)
-    trained = checkpoint.load(path, recipe=recipe, model=model).weights
+    found = checkpoint.load(path, recipe=recipe, model=model).weights
+    trained = {name: weight[...] for name, weight in found.items()}
     match recipe.method:
         case LoRA() as method if not merge:
             target = out / "adapter"

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from trainspec.errors import ModelError, WeightsError
 from trainspec.methods import LoRA, target_modules
 from trainspec.model import ModelSpec, preset, read_model_spec
 from trainspec.params import Param
 from trainspec.recipe import ModelSource
+from trainspec.tensors import save_tensors
 from trainspec.weight import Index, Weight
 
 MODEL_FILE, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -254,7 +254,7 @@ def write_adapter(
     }
     with replaced_directory(directory) as temporary:
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(dict(weights), temporary / ADAPTER_FILE, metadata={"format": "pt"})
+        save_tensors(weights, temporary / ADAPTER_FILE, metadata={"format": "pt"})
 
 
 def write_model(
@@ -284,7 +284,7 @@ def _write_shards(directory: Path, weights: Iterable[tuple[str, NDArray[Any]]], 
 
     def flush() -> None:
         _refuse_non_finite(pending, directory)
-        save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_tensors(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(pending))
         pending.clear()
 

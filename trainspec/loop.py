@@ -125,11 +125,11 @@ def train(
     spec, _ = resolve_model(recipe.model)
     dataset = open_dataset(recipe, "train")
     heldout = open_dataset(recipe, "heldout") if recipe.data.heldout else None
+    out.mkdir(parents=True, exist_ok=True)
     state = backend.init_state(recipe, spec)
     if saved:
         state = backend.restore(state, checkpoint.load(saved, recipe=recipe, model=spec))
     if is_leader:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(recipe.to_yaml())
     writer = TraceWriter(trace.directory) if trace and is_leader else None
     if trace:

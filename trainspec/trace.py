@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from trainspec.data import Batch
 from trainspec.errors import TraceError
+from trainspec.tensors import save_tensors
 
 Arrays = Mapping[str, NDArray[Any]]
 # What an update is asked to keep for its trace; activations come with the gradients.
@@ -181,7 +181,7 @@ def _step_file(step: int) -> str:
 
 def _save(path: Path, groups: Mapping[str, Arrays]) -> None:
     temporary = path.with_suffix(".tmp")
-    save_file(
+    save_tensors(
         {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()},
         temporary,
     )

@@ -27,3 +27,7 @@ class Weight:
         if index is ...:
             index = (slice(None),) * len(self.shape)
         return self.read(index).astype(self.dtype, copy=False)
+
+
+# What a backend is given: `[index]` and `[...]` mean the same of both.
+WeightLike = Weight | Array

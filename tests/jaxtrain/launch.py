@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,37 @@ def launch(script: str, cases: Any, scratch: Path, *, processes: int = 1, timeou
             "JAX_PROCESS_ID": str(i),
         }
         command = [sys.executable, str(HERE / script), str(scratch / "cases.json"), str(out)]
-        running.append(
-            subprocess.Popen(
+        with out.with_suffix(".err").open("w") as errors:
+            process = subprocess.Popen(
                 command,
                 env=environment | (cluster if processes > 1 else {}),
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+                stderr=errors,
             )
-        )
+        running.append((process, out.with_suffix(".err")))
     try:
-        for process in running:
-            _, errors = process.communicate(timeout=timeout)
-            assert process.returncode == 0, errors[-4000:]
+        wait_for_all(running, timeout)
     finally:
-        for process in running:
+        for process, _ in running:
             process.kill()
             process.wait()
     return outs
+
+
+def wait_for_all(running: list[tuple[subprocess.Popen, Path]], timeout: float) -> None:
+    """Until all have ended well, or one badly: the others would wait for it. Shows what it had to say."""
+    until = time.monotonic() + timeout
+    while any(process.poll() is None for process, _ in running):
+        assert not any(process.returncode for process, _ in running), said(running)
+        assert time.monotonic() < until, f"not done in {timeout} s: {said(running)}"
+        time.sleep(0.05)
+    assert not any(process.returncode for process, _ in running), said(running)
+
+
+def said(running: list[tuple[subprocess.Popen, Path]]) -> str:
+    """The end of what each process wrote to stderr, those that ended badly last."""
+    worst_last = sorted(running, key=lambda pair: bool(pair[0].returncode))
+    return "\n".join(f"{p.args[-1]} {p.returncode}:\n{file.read_text()[-4000:]}" for p, file in worst_last)
 
 
 class Runs:

@@ -2,6 +2,8 @@
 
     python tests/jaxtrain/run_plans.py CASES.json OUT.npz      CASES: {name: {"variant": ..., sections of a recipe ...}}
 
+A case with "first_plan" makes its first update under that plan, and goes on from the checkpoint under its own.
+
 OUT has `NAME/KIND/STEP/TENSOR` for losses, norms, gradients, updates and activations, and what was read of the start.
 """
 
@@ -15,6 +17,8 @@ import numpy as np
 from small import VARIANTS, recipe_maker, write_checkpoint
 
 from jaxtrain import parallel, step
+from trainspec import checkpoint, loop
+from trainspec.checkpoint import Checkpoint
 from trainspec.data import open_dataset
 from trainspec.hf import resolve_model
 from trainspec.weight import Weight
@@ -34,14 +38,15 @@ def recipe_of(scratch: Path, variant: str, sections: dict[str, Any]) -> Any:
     return recipe_maker({variant: directory}, scratch / "cache")(variant, **sections)
 
 
-def run(recipe: Any) -> dict[str, Any]:
-    """`STEPS` updates from the start, and an evaluation."""
-    parallel.start(recipe)
+def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:
+    """`STEPS` updates from the start, the first one of the recipe `first`, and the held-out loss."""
     reading = Reading()
-    state = step.init_state(recipe, resolve_model(recipe.model)[0])
+    state = started(first)
     found: dict[str, Any] = {"read": reading.elements()}
     dataset = open_dataset(recipe, "train")
     for i in range(STEPS):
+        if i == 1 and first != recipe:
+            state = taken_up(state, first, recipe, out)
         before = step.weights_of(state)
         batch = dataset.batch(i, recipe.batch.global_examples)
         state, metrics = step.train_step(state, batch, lr=1e-3, keep="activations")
@@ -55,8 +60,20 @@ def run(recipe: Any) -> dict[str, Any]:
             "moment2": step.moments_of(state)[1],
         }.items():
             found |= {f"{kind}/{i}/{name}": array for name, array in arrays.items()}
-    loss_sum, tokens = step.eval_step(state, dataset.batch(9, recipe.batch.global_examples))
-    return found | {"evaluation/0/loss": loss_sum / tokens}
+    heldout = open_dataset(recipe, "heldout")
+    return found | {"evaluation/0/loss": loop.heldout_loss(step, state, heldout, recipe)}
+
+
+def started(recipe: Any) -> step.State:
+    parallel.start(recipe)
+    return step.init_state(recipe, resolve_model(recipe.model)[0])
+
+
+def taken_up(state: step.State, first: Any, recipe: Any, out: Path) -> step.State:
+    """What `first` saves, as `recipe` goes on with it."""
+    saving = Checkpoint(state.step, step.weights_of(state), *step.moments_of(state))
+    saved = checkpoint.save(out, saving, recipe=first)
+    return step.restore(started(recipe), checkpoint.load(saved, recipe=recipe, model=state.program.spec))
 
 
 class Reading:
@@ -83,8 +100,10 @@ def main() -> None:
     arrays = {}
     for name, case in json.loads(cases.read_text()).items():
         sections = dict(case)
-        recipe = recipe_of(cases.parent, sections.pop("variant", "plain"), sections)
-        for key, value in run(recipe).items():
+        first_plan, variant = sections.pop("first_plan", None), sections.pop("variant", "plain")
+        recipe = recipe_of(cases.parent, variant, sections)
+        first = recipe_of(cases.parent, variant, sections | {"plan": first_plan}) if first_plan else recipe
+        for key, value in run(recipe, first, out.with_suffix("") / name).items():
             wide = np.asarray(value)
             arrays[f"{name}/{key}"] = wide if wide.dtype.kind in "fi" else wide.astype(np.float32)
     np.savez(out, **arrays)

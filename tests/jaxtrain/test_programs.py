@@ -7,7 +7,8 @@ from launch import launch
 from test_plans import FP64, FULL, LORA, PLANS, SHARDS
 
 BF16 = {"policy": "bf16", "reduce": "fp32"}
-WIDTHS = {"fp64": (8, 8, 8), "bf16": (2, 4, 4)}  # bytes of a weight, a gradient and a moment
+# Bytes of a weight, a gradient and a moment.
+WIDTHS = {"fp64": (8, 8, 8), "bf16": (2, 4, 4)}
 # LoRA's dropout keys, 8 bytes for each adapted module, are counted with the weights.
 KEYS = 0.02
 ROWS = {"batch": {"global_examples": 16, "accumulation": 2}, "data": {"sequence_tokens": 100}}
@@ -49,7 +50,8 @@ def test_bytes_are_those_of_the_table(few):
 
 def test_no_device_has_the_logits_whole_where_the_vocabulary_is_split(few):
     assert not few["tensor"]["logits"]
-    assert few["fsdp"]["logits"]  # the control: without tensor every device has its rows' logits
+    # The control: without tensor every device has its rows' logits.
+    assert few["fsdp"]["logits"]
 
 
 def matrices_reduced(found: dict) -> set[str]:
@@ -65,21 +67,49 @@ def matrices_reduced(found: dict) -> set[str]:
 def test_gradients_travel_in_the_type_of_reduce(few):
     assert few["tensor"]["types"] == {"trainable": "bfloat16", "master": "float32"}
     assert matrices_reduced(few["tensor"]) == {"f32"}
+    # Of the update only the copy to compute with travels.
     gathered = {c["dtype"] for c in few["tensor"]["moved"] if c["program"] == "update"}
-    assert gathered == {"bf16"}  # of the update only the copy to compute with travels
+    assert gathered == {"bf16"}
+
+
+MICROBATCHES = 2
+# A lookup needs no table on its way back.
+EMBEDDING_BYTES = 320 * 32 * 8
+
+
+def traffic(found: dict) -> dict[tuple[str, str], int]:
+    """Bytes by program and kind, without sums of scalars."""
+    sums: dict[tuple[str, str], int] = {}
+    for c in found["moved"]:
+        if c["payload_bytes"] > 200:
+            at = (c["program"], c["kind"])
+            sums[at] = sums.get(at, 0) + c["payload_bytes"] * c["times"]
+    return sums
 
 
 def test_split_weights_are_gathered_twice_and_their_gradients_reduced_once(few):
-    """Three times the weights for each microbatch (arXiv 1910.02054, section 7.2), and the head and norm as well."""
-    moved = [c for c in few["fsdp"]["moved"] if c["payload_bytes"] > 200]
-    traffic = {
-        kind: sum(c["payload_bytes"] * c["times"] for c in moved if c["kind"] == kind)
-        for kind in ("all-gather", "all-reduce")
+    """Three times the weights for each microbatch (arXiv 1910.02054, section 7.2), the head and the norm as well."""
+    weights = few["fsdp"]["held"]["weights"] * 8
+    assert traffic(few["fsdp"]) == {
+        ("gradients", "all-gather"): MICROBATCHES * (2 * weights - EMBEDDING_BYTES),
+        ("gradients", "reduce-scatter"): MICROBATCHES * weights,
     }
-    weights = few["fsdp"]["held"]["weights"] * 8  # devices
-    embedding = 320 * 32 * 8  # a lookup needs no table on its way back
-    assert traffic["all-reduce"] == 2 * weights  # microbatches
-    assert traffic["all-gather"] == 2 * (2 * weights - embedding)
+
+
+@pytest.mark.full
+def test_traffic_of_every_kind_of_shards(tmp_path):
+    """What travels is the sum of gradients, and the updated weights where not every device has updated them all."""
+    common = ROWS | {"method": FULL, "precision": FP64}
+    plans = {s: PLANS[f"fsdp8-{s}"] for s in SHARDS[:-1]} | {"mixed": PLANS["mixed-gradients"]}
+    found = facts(tmp_path, {name: common | {"plan": plan} for name, plan in plans.items()})
+    weights = found["nothing"]["held"]["weights"]
+    summed = {("gradients", "all-reduce"): MICROBATCHES * weights}
+    gathered = {("update", "all-gather"): weights}
+    assert traffic(found["nothing"]) == summed
+    assert traffic(found["optimizer"]) == summed | gathered
+    assert traffic(found["gradients"]) == {("gradients", "reduce-scatter"): MICROBATCHES * weights} | gathered
+    # A sum over data × fsdp of which fsdp's part is kept is none.
+    assert ("gradients", "reduce-scatter") not in traffic(found["mixed"])
 
 
 @pytest.mark.full
@@ -122,4 +152,5 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(tmp_path):
 
     assert growth("") < 0.2
     assert growth("-plain") < 0.4
-    assert growth("-plain-saved") > 0.9  # the control
+    # The control.
+    assert growth("-plain-saved") > 0.9

@@ -1,6 +1,7 @@
 """Hugging Face and PEFT directories, checkpoints, traces: written, read back, and damaged."""
 
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -24,6 +25,7 @@ from trainspec.init import starting_weights
 from trainspec.methods import LoRA, adapter_table, trainable_table
 from trainspec.params import param_table
 from trainspec.recipe import Recipe
+from trainspec.tensors import save_tensors
 from trainspec.trace import StepTrace, Trace, TraceWriter
 
 Make = Callable[..., Recipe]
@@ -227,7 +229,30 @@ def test_checkpoint_reads_back_and_old_ones_go(make_recipe: Make, tmp_path: Path
     loaded = checkpoint.load(newest, recipe=recipe, model=SMALL)
     assert loaded.step == 15
     for part in checkpoint.PARTS:
-        assert all(np.array_equal(a, getattr(saved, part)[n]) for n, a in getattr(loaded, part).items())
+        assert all(np.array_equal(a[...], getattr(saved, part)[n]) for n, a in getattr(loaded, part).items())
+
+
+def test_files_are_readable_as_the_umask_says_and_a_failure_names_the_file(tmp_path: Path):
+    save_tensors({"a": np.ones(3)}, tmp_path / "a.safetensors")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+    with pytest.raises(OSError, match="not written") as found:
+        save_tensors({"a": np.ones(3)}, tmp_path / "nowhere" / "a.safetensors")
+    assert found.value.filename == str(tmp_path / "nowhere" / "a.safetensors")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(make_recipe: Make, tmp_path: Path, monkeypatch):
+    recipe = make_recipe()
+    save(tmp_path, recipe, 5)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(None, "no space left", "weights.safetensors")
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save(tmp_path, recipe, 10)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
 
 
 def test_the_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path: Path):
