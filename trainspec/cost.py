@@ -117,7 +117,7 @@ class Cost:
             self.backend == "torch" and plan.splits("optimizer") and not self._is_bf16_optimizer
         )
         times = self.accumulation if self.backend == "jax" or plan.splits("gradients") else 1
-        gradients = times * sum(self._gradient_bytes(p) for p in self.trained) * self._reductions(scattered)
+        gradients = times * sum(self._gradient_bytes(p, scattered) for p in self.trained)
         width = BYTES[COMPUTE_DTYPE[self.policy]] * (self._ranks - 1) / self._ranks
         if plan.splits("weights"):
             everything = (*self.trained, *self.frozen)
@@ -152,11 +152,16 @@ class Cost:
         is_cut = self.backend == "jax" and self.plan.data > 1
         return share if scattered and not is_cut else 2 * share
 
-    def _gradient_bytes(self, param: Param) -> int:
-        width = BYTES[COMPUTE_DTYPE[self.reduce]]
-        if self.backend == "jax" and (param.role == "embedding" or len(param.shape) == 1):
-            width = max(width, 4)  # sums over tokens that are no matrix product are float32 or wider
-        return width * local_size(param, self.plan, over_fsdp=False)
+    def _gradient_bytes(self, param: Param, scattered: bool) -> float:
+        """What is sent of one gradient in one reduction.
+
+        On JAX sums over tokens that are no matrix product are float32 or wider, and are whole before they are rounded.
+        """
+        width, size = BYTES[COMPUTE_DTYPE[self.reduce]], local_size(param, self.plan, over_fsdp=False)
+        is_widened = self.backend == "jax" and (param.role == "embedding" or len(param.shape) == 1)
+        if is_widened and width < BYTES["float32"]:
+            return BYTES["float32"] * size * self._reductions(scattered=False)
+        return width * size * self._reductions(scattered)
 
     def _gathers(self, param: Param) -> int:
         """In one microbatch: for the forward pass, and where the backward pass needs the weight.
