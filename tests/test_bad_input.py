@@ -55,7 +55,10 @@ def mistakes(
         "malformed jsonl": (change(f"data.train={broken}"), "line 2: not JSON"),
         "no usable record": (change(f"data.train={empty}"), "no usable record"),
         "target that matches nothing": (change("method.targets=[query]"), "these would match: down_proj"),
-        "plan that cannot work": (change("plan.fsdp=2"), "plan.fsdp"),
+        "plan that no backend has": (change("plan.pipe=2"), "use plan.pipe=1"),
+        "plan with nothing to split over": (change("plan.shards=params"), "use plan.shards=nothing"),
+        "plan that does not divide the model": (change("plan.tensor=3"), "plan.tensor can be 1, 2"),
+        "plan that does not divide the batch": (change("plan.data=3"), "use batch.global_examples=6"),
         "nothing to resume": ([str(recipe), "--resume"], "--resume found no checkpoint"),
     }
 
