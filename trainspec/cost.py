@@ -110,7 +110,8 @@ class Cost:
         gathered for the forward and again for the backward pass, frozen ones too. Not so:
         JAX with `shards: optimizer` keeps whole gradients and has to gather weights as well: 3Ψ. It reduces the gradients
         of every microbatch, DeepSpeed up to stage 1 their sum. DeepSpeed's BF16_Optimizer (stage 1, bf16, summed in
-        fp32) gathers gradients and weights, too.
+        fp32) gathers gradients and weights, too. From its second microbatch on DeepSpeed's stage 3 keeps what it fetched
+        ahead at the turn to the backward pass, and gathers less than this.
         """
         plan = self.plan
         scattered = plan.splits("gradients") or (
