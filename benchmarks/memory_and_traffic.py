@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from trainspec.cost import BYTES, cost_of
+from trainspec.cost import cost_of, width
 from trainspec.data import Batch, open_dataset
 from trainspec.errors import PlanError
 from trainspec.hf import resolve_model
@@ -146,23 +146,11 @@ def weigh_all(backend: str, cases: Path, results: Path, recipe: Path) -> None:
 
 def weigh_one(backend: str, case: Case, recipe: Path) -> dict[str, float]:
     """Bytes held by part, and `sent`: the bytes that one device sends in a step."""
-    if backend == "jax":
-        with started(backend, case.recipe(recipe)) as (cost, state, batch):
-            return cost.held(state) | {"sent": sum(c.sent_bytes for c in cost.moved(state, batch))}
     # Gradients are there between two backward passes, and it is there that they are most.
     with started(backend, case.recipe(recipe, accumulation=2)) as (cost, state, batch):
-        held: list[dict[str, float]] = []
-        backward = state.engine.backward
-
-        def weigh_behind(loss: Any, *, is_last: bool) -> None:
-            backward(loss, is_last=is_last)
-            held.append(cost.held(state))
-
-        state.engine.backward = weigh_behind
-        cost.moved(state, batch)
+        held = cost.held(state, batch)
     with started(backend, case.recipe(recipe)) as (cost, state, batch):
-        sent = sum(c.sent_bytes for c in cost.moved(state, batch))
-    return max(held, key=lambda parts: parts["gradients"]) | {"sent": sent}
+        return held | {"sent": sum(c.sent_bytes for c in cost.moved(state, batch))}
 
 
 @contextmanager
@@ -201,7 +189,7 @@ def table(
         cost = cost_of(resolved, resolve_model(resolved.model)[0], backend)
         held, sent = cost.held(), cost.moved().total
         psi = sum(local_size(p, resolved.plan, over_fsdp=False) for p in cost.trained)
-        psi *= BYTES[COMPUTE_DTYPE[policy]]
+        psi *= width(COMPUTE_DTYPE[policy])
         parts = [measured[part] for part in ("weights", "gradients", "master", "moments")]
         cells += [_kib(size) for size in (*parts, sum(parts), held.total, measured["sent"], sent)]
         lines.append("| " + " | ".join([*cells, f"{measured['sent'] / psi:.2f}"]) + " |")

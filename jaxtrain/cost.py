@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.stages import Lowered
 
@@ -20,7 +19,6 @@ from jaxtrain.optim import rates
 from jaxtrain.step import State
 from trainspec.cost import Collective
 from trainspec.data import Batch
-from trainspec.recipe import Recipe
 
 _ELEMENT_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
 _ARRAY = re.compile(rf"\b({'|'.join(_ELEMENT_BYTES)})\[([\d,]*)\]")
@@ -43,20 +41,19 @@ _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _POINTER_BYTES = 8
 
 
-def held(state: State) -> dict[str, int]:
-    """Bytes per device of weights, gradients, master and moments, and what each program takes besides (`..._temp`).
+def held(state: State, batch: Batch) -> dict[str, int]:
+    """Bytes per device, in a step on `batch`, of weights, gradients, master and moments, and what each program takes besides (`..._temp`).
 
     Measured: weights, gradients and `..._temp` are sizes of the compiled programs' arguments and results, less those of
     batch and scalars; master and moments are sizes of the arrays that the update takes.
     """
-    program, batch = state.program, _any_batch(state.program.recipe)
     gradients, update = (lowered.compile() for lowered in _lowered(state, batch).values())
     sizes, update_sizes = gradients.memory_analysis(), update.memory_analysis()
     # Every backend that trains has it.
     assert sizes is not None
     assert update_sizes is not None
     results = jax.tree.leaves(gradients.out_info)
-    inputs = _per_device(program.microbatches(batch)) + _scalar_bytes(gradients.in_avals)
+    inputs = _per_device(state.program.microbatches(batch)) + _scalar_bytes(gradients.in_avals)
     return {
         "weights": sizes.argument_size_in_bytes - inputs,
         "gradients": sizes.output_size_in_bytes - _POINTER_BYTES * len(results) - _scalar_bytes(results),
@@ -162,12 +159,6 @@ def _lowered(state: State, batch: Batch) -> dict[str, Lowered]:
     scalars = rates(program.recipe.optimizer, lr=program.recipe.optimizer.lr, step=state.step)
     update = program.update.lower(state.trainable, state.master, state.moments, summed, found.norm, scalars)
     return {"gradients": gradients, "update": update}
-
-
-def _any_batch(recipe: Recipe) -> Batch:
-    """A batch of the recipe's shape."""
-    rows = np.zeros((recipe.batch.global_examples, recipe.data.sequence_tokens), np.int32)
-    return Batch(rows, rows, rows, rows, rows[:, 0])
 
 
 def _per_device(arrays: Any) -> int:

@@ -179,12 +179,12 @@ class Layout:
     def place(self, name: str, *, is_trained: bool, dtype: np.dtype) -> Place:
         """How the model uses one layer of a weight, and where its gradient, of type `dtype`, is left."""
         param = self._rows[name]
-        in_use = NamedSharding(
-            self._mesh, native_spec(param, weight_axes(param, self._plan, over_fsdp=False))
+        whole = native_spec(param, weight_axes(param, self._plan, over_fsdp=False))
+        in_use, stored, left = (
+            NamedSharding(self._mesh, spec)
+            for spec in (whole, self._spec(param, "weights"), self._spec(param, "gradients"))
         )
-        stored = NamedSharding(self._mesh, self._spec(param, "weights"))
-        gradient = NamedSharding(self._mesh, self._spec(param, "gradients")) if is_trained else None
-        return Place(in_use, stored != in_use, gradient, dtype)
+        return Place(in_use, stored != in_use, left if is_trained else None, dtype)
 
     def constrain(self, x: Array, axes: tuple[str, ...]) -> Array:
         """An activation, its dimensions named by logical axes, split as the plan says."""

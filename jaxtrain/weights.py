@@ -20,13 +20,13 @@ from numpy.typing import DTypeLike, NDArray
 from trainspec.methods import PEFT_PREFIX
 from trainspec.params import Param
 from trainspec.plan import DimAxes
-from trainspec.weight import Weight
+from trainspec.weight import WeightLike
 
 LAYER = re.compile(r"^layers\.(\d+)\.")
 LEAVES = {"linear": "kernel", "head": "kernel", "norm": "scale", "embedding": "embedding"}
 TRANSPOSED = ("kernel", "lora_a", "lora_b")
 # Layer (0 outside a stack) to what it is made of.
-_Stack = dict[int, Weight | NDArray[Any]]
+_Stack = dict[int, WeightLike]
 
 
 def native_module(module: str) -> tuple[str, int | None]:
@@ -53,7 +53,7 @@ def native_spec(param: Param, axes: DimAxes) -> PartitionSpec:
 
 
 def from_canonical(
-    weights: Iterable[tuple[Param, Weight | NDArray[Any]]],
+    weights: Iterable[tuple[Param, WeightLike]],
     *,
     layers: int,
     shardings: Mapping[str, NamedSharding],
@@ -93,9 +93,7 @@ def _native(
     return jax.make_array_from_callback((layers, *shape) if stacked else shape, sharding, part)
 
 
-def _placed(
-    name: str, param: Param, weight: Weight | NDArray[Any] | None, index: tuple[slice, ...]
-) -> NDArray[Any]:
+def _placed(name: str, param: Param, weight: WeightLike | None, index: tuple[slice, ...]) -> NDArray[Any]:
     """The part `index` of one layer in native layout."""
     canonical = index[::-1] if name.endswith(TRANSPOSED) else index
     if weight is None:

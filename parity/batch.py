@@ -22,17 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from parity.plant import CRASHED, Edit
-from parity.sides import CPU_ONLY, QUIET_THREADS
+from parity.sides import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
 from trainspec.command import EXIT_DONE
 from trainspec.plan import Backend
 
 # One thread for each process: as many as there are devices share the machine's cores. Of tiny models compilation is
 # most of JAX's time: take its short way. It is the same program, fused less.
-ENVIRONMENT = QUIET_THREADS | {
-    "OMP_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-}
+ENVIRONMENT = (
+    QUIET_THREADS
+    | COMPILE_CACHE
+    | {
+        "OMP_NUM_THREADS": "1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+)
 # Seconds without one more run having ended. The longest that a tiny run takes on a busy machine is a tenth of it: what
 # is silent for so long waits for a process that is gone.
 SILENCE_SECONDS = 300.0
@@ -52,10 +55,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit code, and the last line of its errors."""
+    """How a run ended: its exit code, the last line of its errors, and all that it printed beside them."""
 
     code: int
     said: str = ""
+    printed: str = ""
 
     @property
     def wrong(self) -> str | None:
@@ -162,7 +166,7 @@ def _ends(results: Path) -> list[Ended]:
     while mine := [record for record in every if record["case"] == len(found)]:
         bad = [record for record in mine if record["code"] != EXIT_DONE]
         first = min(bad, key=lambda r: (not r["err"].strip(), r["at"]), default=mine[0])
-        found.append(Ended(first["code"], _last_line(first["err"])))
+        found.append(Ended(first["code"], _last_line(first["err"]), first["out"]))
     return found
 
 

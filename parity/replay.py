@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -45,12 +44,6 @@ from trainspec.trace import StepTrace, Trace, TraceWriter
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 GROUPS = ("gradient", "activation", "activation_gradient")
-# Of the types that trainspec.plan names, numpy has all but one by itself.
-TYPES = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[Arrays]:
@@ -68,7 +61,7 @@ def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[
 
 
 def _rounded(weight: Array, computed: str) -> Array:
-    return weight.astype(TYPES[computed]).astype(np.float64)
+    return weight.astype(computed).astype(np.float64)
 
 
 class Replayer:

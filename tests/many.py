@@ -11,6 +11,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,22 @@ def run_many(
     return json.loads((scratch / "results.json").read_text())
 
 
+def ended(command_line: Callable[[list[str]], int | str | None], argv: list[str]) -> dict[str, Any]:
+    """The exit code of one command line, run in this process, and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = command_line(argv)
+        except SystemExit as stop:
+            code = stop.code
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
 def main() -> None:
     program, cases, results = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
     command_line = importlib.import_module(f"{program}.cli").main
-    found = []
-    for argv in json.loads(Path(cases).read_text()):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = command_line(argv)
-            except SystemExit as stop:
-                code = stop.code
-        found.append({"code": code, "out": out.getvalue(), "err": err.getvalue()})
+    found = [ended(command_line, argv) for argv in json.loads(Path(cases).read_text())]
     Path(results).write_text(json.dumps(found))
 
 

@@ -17,15 +17,24 @@ from trainspec.cost import Collective
 from trainspec.data import Batch
 
 
-def held(state: State) -> dict[str, int]:
-    """Bytes of weights, gradients, master weights and moments in this process.
+def held(state: State, batch: Batch) -> dict[str, int]:
+    """Bytes of weights, gradients, master weights and moments in this process, in a step on `batch`; consumes `state`.
 
-    Gradients are those that are there when it is called: between a backward pass and its update, or none. Memory is
-    counted once, however many tensors look at it. A process's count of updates is left out.
+    Counted behind the backward pass that leaves the largest gradients. Memory is counted once, however many tensors
+    look at it. A process's count of updates is left out. Differs from jaxtrain as `moved` does.
     """
-    seen: set[int] = set()
-    found = state.engine.store.held()
-    return {part: _bytes(tensors, seen) for part, tensors in found.items()}
+    found: list[dict[str, int]] = []
+    backward = state.engine.backward
+
+    def weighed(loss: Tensor, *, is_last: bool) -> None:
+        backward(loss, is_last=is_last)
+        seen: set[int] = set()
+        parts = state.engine.store.held()
+        found.append({part: _bytes(tensors, seen) for part, tensors in parts.items()})
+
+    with patch.object(state.engine, "backward", weighed):
+        train_step(state, batch, lr=0.0)
+    return max(found, key=lambda parts: parts["gradients"])
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:

@@ -21,7 +21,7 @@ from torchtrain.launch import check_gpus, count_processes, describe_cluster
 from torchtrain.optim import MOMENTS, clip, global_norm, start_moments
 from torchtrain.tensor import Mesh, Peers, is_split
 from torchtrain.weights import canonical_name
-from torchtrain.zero import DeepSpeedEngine, Store, Stored, import_deepspeed
+from torchtrain.zero import DeepSpeedEngine, Store, Stored, by_part, import_deepspeed
 from trainspec.errors import PlanError
 from trainspec.loop import check_plan
 from trainspec.methods import trainable_table
@@ -205,13 +205,8 @@ class _WholeStore:
     def held(self) -> dict[str, list[Tensor]]:
         """Everything; there is no master copy."""
         parameters = list(self._model.parameters())
-        states = self._optimizer.state.values()
-        return {
-            "weights": [*parameters],
-            "gradients": [p.grad for p in parameters if p.grad is not None],
-            "master": [],
-            "moments": [state[key] for state in states for key in MOMENTS.values()],
-        }
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return by_part(parameters, gradients, (), self._optimizer)
 
 
 class _PlainEngine:
@@ -232,7 +227,7 @@ class _PlainEngine:
         self._optimizer = optimizer
         self._mesh = mesh
         self._clip_norm = clip_norm
-        start_moments(optimizer, _trained(model))
+        start_moments(optimizer, (p for p in model.parameters() if p.requires_grad))
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Logits [B, S, V] of this process's rows and part of the vocabulary."""
@@ -242,7 +237,7 @@ class _PlainEngine:
         """Gradients of `loss`; behind the last microbatch they are summed over the replicas."""
         loss.backward()
         if is_last:
-            for parameter in _trained(self._model):
+            for parameter in self._model.parameters():
                 if parameter.grad is not None:
                     self._mesh.replicas.sum_(parameter.grad)
 
@@ -257,10 +252,6 @@ class _PlainEngine:
 
     def close(self) -> None:
         """There is nothing to undo."""
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _runs_on_deepspeed(recipe: Recipe) -> bool:

@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 from torchtrain.tensor import Peers, is_split, to_numpy
 from trainspec.methods import PEFT_PREFIX
 from trainspec.params import Param
-from trainspec.weight import Index, Weight
+from trainspec.weight import Index, Weight, WeightLike
 
 
 def canonical_name(native: str) -> str:
@@ -33,7 +33,7 @@ def canonical_name(native: str) -> str:
 
 
 def from_canonical(
-    weights: Iterable[tuple[Param, Weight | NDArray[Any]]],
+    weights: Iterable[tuple[Param, WeightLike]],
     native: Mapping[str, nn.Parameter],
     *,
     tensor: Peers,

@@ -245,16 +245,8 @@ class _FlatStore:
 
     def read(self, what: Stored, parameter: nn.Parameter) -> Tensor:
         """Summed from each replica's stretch."""
-        utils = import_deepspeed().utils
-        match what:
-            case "weight":
-                if not parameter.requires_grad or parameter.dtype == torch.float32:
-                    return parameter
-                return utils.safe_get_full_fp32_param(parameter)
-            case "gradient":
-                return utils.safe_get_full_grad(parameter)
-            case "moment1" | "moment2":
-                return utils.safe_get_full_optimizer_state(parameter, MOMENTS[what])
+        has_master = parameter.requires_grad and parameter.dtype != torch.float32
+        return parameter if what == "weight" and not has_master else _read_whole(what, parameter)
 
     @torch.no_grad()
     def write(self, what: Stored, parameter: nn.Parameter, value: Tensor) -> None:
@@ -278,7 +270,7 @@ class _FlatStore:
             gradients += self._zero.fp32_groups_gradients_flat
         else:
             gradients += [t for part in self._zero.averaged_gradients.values() for t in part or ()]
-        return _held(parameters, gradients, masters, self._optimizer)
+        return by_part(parameters, gradients, masters, self._optimizer)
 
 
 class _PartitionedStore:
@@ -296,17 +288,10 @@ class _PartitionedStore:
 
     def read(self, what: Stored, parameter: nn.Parameter) -> Tensor:
         """Gathered from the replicas' parts."""
-        deepspeed = import_deepspeed()
-        match what:
-            case "weight" if not parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    return parameter.detach().clone()
-            case "weight":
-                return deepspeed.utils.safe_get_full_fp32_param(parameter)
-            case "gradient":
-                return deepspeed.utils.safe_get_full_grad(parameter)
-            case "moment1" | "moment2":
-                return deepspeed.utils.safe_get_full_optimizer_state(parameter, MOMENTS[what])
+        if what == "weight" and not parameter.requires_grad:
+            with import_deepspeed().zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        return _read_whole(what, parameter)
 
     @torch.no_grad()
     def write(self, what: Stored, parameter: nn.Parameter, value: Tensor) -> None:
@@ -331,9 +316,21 @@ class _PartitionedStore:
         kept = [p.ds_tensor for p in parameters]  # pyright: ignore[reportAttributeAccessIssue]
         gradients = [self._zero.grad_partitions_flat_buffer]
         gradients += [p.grad for p in parameters if p.grad is not None]
-        return _held(
+        return by_part(
             [*parameters, *kept], gradients, self._zero.fp32_partitioned_groups_flat, self._optimizer
         )
+
+
+def _read_whole(what: Stored, parameter: nn.Parameter) -> Tensor:
+    """A master weight, a gradient or a moment, by DeepSpeed's own getters: all replicas have to ask."""
+    utils = import_deepspeed().utils
+    match what:
+        case "weight":
+            return utils.safe_get_full_fp32_param(parameter)
+        case "gradient":
+            return utils.safe_get_full_grad(parameter)
+        case "moment1" | "moment2":
+            return utils.safe_get_full_optimizer_state(parameter, MOMENTS[what])
 
 
 def _updated(optimizer: torch.optim.AdamW) -> list[Tensor]:
@@ -341,12 +338,13 @@ def _updated(optimizer: torch.optim.AdamW) -> list[Tensor]:
     return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
-def _held(
+def by_part(
     weights: Iterable[Tensor],
     gradients: Iterable[Tensor],
     master: Iterable[Tensor],
     optimizer: torch.optim.AdamW,
 ) -> dict[str, list[Tensor]]:
+    """What a store's `held` gives."""
     moments = [state[key] for state in optimizer.state.values() for key in MOMENTS.values()]
     return {
         "weights": list(weights),

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
@@ -16,7 +18,11 @@ from trainspec.recipe import Recipe
 
 # What reads the residual stream first in a layer.
 _STREAM_READERS = ("input_layernorm", "q_proj", "k_proj", "v_proj")
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+def width(dtype: str) -> int:
+    """Bytes of one number of a type."""
+    return np.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Cost:
         DeepSpeed splits over data × fsdp, and from stage 1 on it keeps a master copy in float32 even where weights are
         float32. A frozen weight has neither gradient nor moments. DeepSpeed's padding of flat buffers is left out.
         """
-        stored, computed = BYTES[STORED_DTYPE[self.policy]], BYTES[COMPUTE_DTYPE[self.policy]]
+        stored, computed = width(STORED_DTYPE[self.policy]), width(COMPUTE_DTYPE[self.policy])
         has_master = self.policy == "bf16" or (self.backend == "torch" and self.plan.splits("optimizer"))
         state = self._elements(self.trained, "optimizer")
         # BF16_Optimizer has its sum beside the gradients that the backward pass leaves.
@@ -98,7 +104,7 @@ class Cost:
         gradients = self._elements(self.trained, "gradients")
         return Held(
             weights=round(self._elements((*self.trained, *self.frozen), "weights") * computed),
-            gradients=round(gradients * (BYTES[COMPUTE_DTYPE[self.reduce]] + beside)),
+            gradients=round(gradients * (width(COMPUTE_DTYPE[self.reduce]) + beside)),
             master=round(state * stored) if has_master else 0,
             moments=round(2 * state * stored),
         )
@@ -119,13 +125,13 @@ class Cost:
         )
         times = self.accumulation if self.backend == "jax" or plan.splits("gradients") else 1
         gradients = times * sum(self._gradient_bytes(p, scattered) for p in self.trained)
-        width = BYTES[COMPUTE_DTYPE[self.policy]] * (self._ranks - 1) / self._ranks
+        sent = width(COMPUTE_DTYPE[self.policy]) * (self._ranks - 1) / self._ranks
         if plan.splits("weights"):
             everything = (*self.trained, *self.frozen)
             gathered = sum(self._gathers(p) * local_size(p, plan, over_fsdp=False) for p in everything)
-            return Moved(gradients, self.accumulation * width * gathered)
+            return Moved(gradients, self.accumulation * sent * gathered)
         own = sum(local_size(p, plan, over_fsdp=False) for p in self.trained)
-        return Moved(gradients, width * own if plan.splits("optimizer") else 0.0)
+        return Moved(gradients, sent * own if plan.splits("optimizer") else 0.0)
 
     @property
     def _ranks(self) -> int:
@@ -158,11 +164,11 @@ class Cost:
 
         On JAX sums over tokens that are no matrix product are float32 or wider, and are whole before they are rounded.
         """
-        width, size = BYTES[COMPUTE_DTYPE[self.reduce]], local_size(param, self.plan, over_fsdp=False)
+        summed, size = width(COMPUTE_DTYPE[self.reduce]), local_size(param, self.plan, over_fsdp=False)
         is_widened = self.backend == "jax" and (param.role == "embedding" or len(param.shape) == 1)
-        if is_widened and width < BYTES["float32"]:
-            return BYTES["float32"] * size * self._reductions(scattered=False)
-        return width * size * self._reductions(scattered)
+        if is_widened and summed < width("float32"):
+            return width("float32") * size * self._reductions(scattered=False)
+        return summed * size * self._reductions(scattered)
 
     def _gathers(self, param: Param) -> int:
         """In one microbatch: for the forward pass, and where the backward pass needs the weight.

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
     return read_model_spec(directory), directory
 
 
+@cache
 def _hub_directory(name: str) -> Path:
+    # Once in a process: it asks the network, and a run resolves its model several times.
     # Imported here so that nothing which talks to a network is loaded unless the person named a hub id.
     from huggingface_hub import snapshot_download
 

@@ -23,7 +23,6 @@ Count = Annotated[int, Field(ge=1)]
 STORED_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16": "float32"}
 # what the forward pass computes with, frozen weights are stored in, and `precision.reduce` sums gradients in.
 COMPUTE_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 MESH_AXES = ("pipe", "data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")

@@ -57,7 +57,7 @@ def facts(recipe: Any) -> dict[str, Any]:
     arguments = (state.trainable, state.frozen, state.program.microbatches(batch), jnp.int32(0))
     text = state.program.gradients.lower(*arguments, listen=False).compile().as_text()
     return {
-        "held": cost.held(state),
+        "held": cost.held(state, batch),
         "elements": by_the_table(state, recipe, spec),
         "logits": sorted(set(arrays_of_logits(text or "", spec, recipe))),
         "moved": [vars(c) for c in cost.moved(state, batch)],

@@ -5,13 +5,12 @@
 OUT is {name: {"code": ..., "out": ..., "err": ...}}.
 """
 
-import contextlib
-import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
+
+from many import ended
 
 from jaxtrain import parallel
 from jaxtrain.cli import main as jaxtrain
@@ -20,23 +19,12 @@ from jaxtrain.cli import main as jaxtrain
 parallel._PATIENCE_SECONDS = 0.2
 
 
-def ended(argv: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        patch.dict("os.environ", environment),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        code = jaxtrain(argv)
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
-
-
 def main() -> None:
     cases, out = map(Path, sys.argv[1:])
-    found = {
-        name: ended(case["argv"], case.get("environment", {}))
-        for name, case in json.loads(cases.read_text()).items()
-    }
+    found = {}
+    for name, case in json.loads(cases.read_text()).items():
+        with patch.dict("os.environ", case.get("environment", {})):
+            found[name] = ended(jaxtrain, case["argv"])
     out.write_text(json.dumps(found))
 
 

@@ -1,9 +1,4 @@
-"""Many command lines of torchtrain in processes that are started once, as a launcher starts them.
-
-    python -m torch.distributed.run --nproc-per-node N tests/torchtrain/ranks.py CASES.json RESULTS.json
-
-CASES is [{"argv": [...], "edits": [{"module": ..., "old": ..., "new": ...}]}, ...]; the leader writes RESULTS.
-"""
+"""Many runs of torchtrain in processes that are started once, and how far apart what they leave is."""
 
 from __future__ import annotations
 
@@ -19,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from parity.batch import Case, run_cases
+from parity.plant import Edit
+from trainspec.recipe import Recipe
+from trainspec.trace import Trace
 
-from parity.plant import Edit, run_case  # noqa: E402
-from trainspec.recipe import Recipe  # noqa: E402
-from trainspec.trace import Trace  # noqa: E402
+ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -52,13 +47,12 @@ def run_all(commands: Sequence[Command], home: Path, *, processes: int) -> None:
     for number, command in enumerate(commands):
         file = home / f"{number}.yaml"
         file.write_text(command.recipe.to_yaml())
-        argv = [command.verb, str(file), "--out", str(command.out), *command.more]
-        cases.append({"argv": argv, "edits": [vars(edit) for edit in command.edits]})
-    run(Path(__file__), cases, home, processes=processes)
-    for command, result in zip(commands, json.loads((home / "results.json").read_text()), strict=True):
-        assert result["code"] == 0, f"{command.verb} {command.out}: {result['err'][-3000:]}"
+        argv = (command.verb, str(file), "--out", str(command.out), *command.more)
+        cases.append(Case(argv, processes, command.edits))
+    for command, ended in zip(commands, run_cases("torch", cases, home=home), strict=True):
+        assert ended.wrong is None, f"{command.verb} {command.out}: {ended.wrong}"
         if command.verb == "eval":
-            (command.out / "said.txt").write_text(result["out"])
+            (command.out / "said.txt").write_text(ended.printed)
 
 
 def run(script: Path, cases: list[Any], home: Path, *, processes: int, timeout: float = 900) -> None:
@@ -101,17 +95,3 @@ def drift(left: Path, right: Path, key: str, *, steps: int) -> float:
     """The largest difference of a number of the traces' first rows, as a share of the left one's."""
     one, other = ([row[key] for row in Trace(trace).rows[:steps]] for trace in (left, right))
     return float(np.max(np.abs(np.array(other) / np.array(one) - 1)))
-
-
-def main() -> None:
-    cases, results = map(Path, sys.argv[1:])
-    found = [
-        run_case("torchtrain", case["argv"], [Edit(**edit) for edit in case["edits"]])
-        for case in json.loads(cases.read_text())
-    ]
-    if os.environ.get("RANK", "0") == "0":
-        results.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
