@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.stages import Lowered
 
+from jaxtrain.model import wide
 from jaxtrain.optim import rates
 from jaxtrain.step import State
 from trainspec.cost import Collective
@@ -37,6 +38,7 @@ _BOUND = re.compile(r"[su](?:32|64)\[\]\S* constant\((\d+)\)")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<sizes>[^\]]*)\].*? \{(?P<axes>'[^}]*)\}")
 _SIZED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_PAIRS = "source_target_pairs="
 # Programs give back their results through a table of pointers.
 _POINTER_BYTES = 8
 
@@ -53,7 +55,7 @@ def held(state: State, batch: Batch) -> dict[str, int]:
     assert sizes is not None
     assert update_sizes is not None
     results = jax.tree.leaves(gradients.out_info)
-    inputs = _per_device(state.program.microbatches(batch)) + _scalar_bytes(gradients.in_avals)
+    inputs = _per_device(state.program.parts(batch)) + _scalar_bytes(gradients.in_avals)
     return {
         "weights": sizes.argument_size_in_bytes - inputs,
         "gradients": sizes.output_size_in_bytes - _POINTER_BYTES * len(results) - _scalar_bytes(results),
@@ -148,16 +150,12 @@ def _bytes(types: str) -> int:
 def _lowered(state: State, batch: Batch) -> dict[str, Lowered]:
     """The programs of one step."""
     program, step = state.program, jnp.int32(state.step)
-    arguments = (state.trainable, state.frozen, program.microbatches(batch), step)
+    arguments = (state.trainable, state.frozen, program.parts(batch), step)
     gradients = program.gradients.lower(*arguments, listen=False)
-    found = jax.eval_shape(lambda *args: program.gradients(*args, listen=False), *arguments)
-    shardings = program.layout.of["gradients"]
-    summed = {
-        name: jax.ShapeDtypeStruct(g.shape, g.dtype, sharding=shardings[name])
-        for name, g in found.gradients.items()
-    }
+    summed = program.shapes(program.trainable_rows, "gradients", program.reduce_dtype)
+    norm = jax.ShapeDtypeStruct((), wide(program.compute_dtype))
     scalars = rates(program.recipe.optimizer, lr=program.recipe.optimizer.lr, step=state.step)
-    update = program.update.lower(state.trainable, state.master, state.moments, summed, found.norm, scalars)
+    update = program.update.lower(state.trainable, state.master, state.moments, summed, norm, scalars)
     return {"gradients": gradients, "update": update}
 
 
@@ -199,6 +197,8 @@ def _executed(computations: dict[str, list[str]], name: str, times: int) -> Iter
 
 def _group_size(text: str) -> int:
     """Over how many devices one collective goes."""
+    if _PAIRS in text:
+        return 2
     if mesh := _MESH_GROUPS.search(text):
         sizes = dict(axis.replace("'", "").split("=") for axis in mesh["sizes"].split(","))
         return prod(int(sizes[axis.strip().strip("'")]) for axis in mesh["axes"].split(","))

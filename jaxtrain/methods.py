@@ -13,7 +13,7 @@ from jax import Array
 from jaxtrain.dropout import DropoutPoint, keep_mask
 from jaxtrain.model import Linear, Llama, abstract, wide
 from jaxtrain.tensor import matmul
-from jaxtrain.weights import native_module
+from jaxtrain.weights import Order, native_module
 from trainspec.methods import Full, LoRA, Method, target_modules
 from trainspec.model import ModelSpec
 from trainspec.rng import name_key
@@ -50,8 +50,10 @@ class LoRALinear(Linear):
         return self.constrain(jnp.where(keep, kept, 0), ("batch", "seq", self.in_axis))
 
 
-def attach(model: Llama, spec: ModelSpec, method: Method, *, seed: int) -> dict[str, np.ndarray]:
-    """Change `model` in place and return the method's constants by native name (LoRA's dropout keys).
+def attach(
+    model: Llama, spec: ModelSpec, method: Method, *, seed: int, order: Order
+) -> dict[str, np.ndarray]:
+    """Change `model` in place and return the method's constants by native name (LoRA's dropout keys), stacks in `order`.
 
     A module that is adapted in some layers only has A and B in all of them, zero where it is not: both gradients
     are then zero, so they stay zero. Differs from torchtrain, whose modules hold their constants themselves.
@@ -67,13 +69,12 @@ def attach(model: Llama, spec: ModelSpec, method: Method, *, seed: int) -> dict[
             for target in target_modules(spec, method):
                 native, layer = native_module(target)
                 if f"{native}.dropout_key" not in constants:
-                    keys = np.zeros((spec.layers, 2) if layer is not None else (2,), np.uint32)
+                    keys = np.zeros((len(order), 2) if layer is not None else (2,), np.uint32)
                     constants[f"{native}.dropout_key"] = keys
                     parent, _, leaf = native.rpartition(".")
                     setattr(modules[parent], leaf, LoRALinear(modules[native], method, keys))
-                constants[f"{native}.dropout_key"][... if layer is None else layer] = name_key(
-                    seed, "dropout", target
-                )
+                place = ... if layer is None else order.index(layer)
+                constants[f"{native}.dropout_key"][place] = name_key(seed, "dropout", target)
             return constants
         case other:
             assert_never(other)

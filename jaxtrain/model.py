@@ -7,7 +7,7 @@ with weights (`tensor.Weight`) for each call, so everything around them is a fun
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -199,9 +199,31 @@ class Llama(nnx.Module):
         probes: Probes | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Logits, and the activations [.., B, S, ..] at the points that `probes` has (layers in front)."""
-        probes = probes or {}
-        tap = Tap(probes)
-        x_BSE = tap("embedding", self.embed_tokens(input_ids))
+        tap = Tap(probes or {})
+        x_BSE = self.embed(input_ids, tap)
+        x_BSE, seen = self.blocks(
+            x_BSE, positions=positions, segments=segments, point=point, probes=probes or {}
+        )
+        return self.head(x_BSE, point, tap), seen | tap.seen
+
+    def embed(self, input_ids: Array, tap: Tap) -> Array:
+        """What the first layer is given, [B, S, E]."""
+        return tap("embedding", self.embed_tokens(input_ids))
+
+    def blocks(
+        self,
+        x_BSE: Array,
+        *,
+        positions: Array,
+        segments: Array,
+        point: DropoutPoint | None,
+        probes: Probes,
+        is_layer: Array | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The stacked layers one after the other, and what was seen in each.
+
+        Where the stack is filled up, `is_layer` [L] says which of it are layers: the others let x pass.
+        """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
         mask_BSS = attention_mask(segments)
         definition, stacked = nnx.split(self.layers)
@@ -214,11 +236,22 @@ class Llama(nnx.Module):
 
         if self.remat == "full":
             block = jax.checkpoint(block, prevent_cse=False)
+
+        def place(x_BSE: Array, filled: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
+            layer, is_layer = filled
+            y_BSE, seen = block(x_BSE, layer)
+            return jnp.where(is_layer, y_BSE, x_BSE), seen
+
         layer_probes = {name: probe for name, probe in probes.items() if name in LAYER_POINTS}
-        x_BSE, seen = lax.scan(block, x_BSE, (stacked, layer_probes))
+        if is_layer is None:
+            return lax.scan(block, x_BSE, (stacked, layer_probes))
+        return lax.scan(place, x_BSE, ((stacked, layer_probes), is_layer))
+
+    def head(self, x_BSE: Array, point: DropoutPoint | None, tap: Tap) -> Array:
+        """Logits [B, S, vocab] of what the last layer gives."""
         x_BSE = tap("norm", self.norm(x_BSE))
         logits = self.embed_tokens.attend(x_BSE) if self.lm_head is None else self.lm_head(x_BSE, point)
-        return tap("logits", logits), seen | tap.seen
+        return tap("logits", logits)
 
 
 def attention_mask(segments_BS: Array) -> Array:

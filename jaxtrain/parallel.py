@@ -30,6 +30,8 @@ from trainspec.recipe import Recipe
 _COORDINATOR, _PROCESSES, _PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # How long processes wait for each other: JAX's own patience.
 _PATIENCE_SECONDS = 300.0
+# The stages of a pipeline are a dimension of its arrays.
+_ACTIVATION_AXES = ACTIVATION_AXES | {"stage": ("pipe",)}
 
 
 class _Cluster(NamedTuple):
@@ -57,7 +59,7 @@ def start(recipe: Recipe) -> None:
     if available < devices or (processes > 1 and available != devices):
         raise PlanError(
             f"the plan takes {devices} devices, {processes} process(es) have {available} ({jax.default_backend()}); "
-            "make plan.data × plan.fsdp × plan.tensor what there is"
+            "make plan.pipe × plan.data × plan.fsdp × plan.tensor what there is"
         )
 
 
@@ -197,7 +199,7 @@ class Layout:
         )
 
     def _activation(self, axes: tuple[str, ...]) -> NamedSharding:
-        split = (tuple(a for a in ACTIVATION_AXES.get(axis, ()) if self._mesh.shape[a] > 1) for axis in axes)
+        split = (tuple(a for a in _ACTIVATION_AXES.get(axis, ()) if self._mesh.shape[a] > 1) for axis in axes)
         return NamedSharding(self._mesh, PartitionSpec(*(dim or None for dim in split)))
 
     def _spec(self, param: Param, part: Part) -> PartitionSpec:
@@ -205,7 +207,8 @@ class Layout:
 
     def _stacked(self, param: Param, part: Part) -> NamedSharding:
         spec = self._spec(param, part)
-        return NamedSharding(self._mesh, spec if param.layer is None else PartitionSpec(None, *spec))
+        layers = "pipe" if self._plan.pipe > 1 else None
+        return NamedSharding(self._mesh, spec if param.layer is None else PartitionSpec(layers, *spec))
 
 
 def constrained(arrays: Mapping[str, Array], shardings: Mapping[str, NamedSharding]) -> dict[str, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -18,15 +18,15 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from jaxtrain.activations import by_point, zero_probes
-from jaxtrain.dropout import DropoutPoint
-from jaxtrain.loss import token_loss
+from jaxtrain.activations import by_point
 from jaxtrain.methods import attach
-from jaxtrain.model import build_model, wide
+from jaxtrain.model import Llama, build_model, wide
 from jaxtrain.optim import Moments, Rates, Weights, clip, global_norm, make_optimizer, rates
 from jaxtrain.parallel import Layout, constrained, make_mesh
-from jaxtrain.tensor import Weight
-from jaxtrain.weights import from_canonical, native_name, to_canonical, to_host
+from jaxtrain.passes import passes_of
+from jaxtrain.pipeline import layers_in_places
+from jaxtrain.tensor import Weight, chosen
+from jaxtrain.weights import from_canonical, is_stacked, native_name, native_shapes, to_canonical, to_host
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
@@ -75,7 +75,7 @@ def init_state(recipe: Recipe, spec: ModelSpec) -> State:
     trained = {native_name(p)[0] for p in trainable_table(spec, recipe.method)}
     rows = [(p, weight, native_name(p)[0] in trained) for p, weight in starting_weights(recipe, spec)]
     frozen = program.load(((p, w) for p, w, trains in rows if not trains), "weights", program.compute_dtype)
-    frozen |= {name: program.layout.feed(value, ()) for name, value in program.constants.items()}
+    frozen |= program.fed_constants()
     trainable, master = program.load_trained((p, w) for p, w, trains in rows if trains)
     return State(0, trainable, frozen, master, program.no_moments(master or trainable), program)
 
@@ -88,7 +88,7 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
     """
     program = state.program
     scalars = rates(program.recipe.optimizer, lr=lr, step=state.step)
-    stacked, step = program.microbatches(batch), jnp.int32(state.step)
+    stacked, step = program.parts(batch), jnp.int32(state.step)
     found = program.gradients(state.trainable, state.frozen, stacked, step, listen=keep == "activations")
     if not math.isfinite(found.loss_sum) or not math.isfinite(found.norm):
         raise NonFiniteLossError(
@@ -105,7 +105,7 @@ def _metrics(program: Program, found: Found, keep: Keep) -> Metrics:
     metrics = Metrics(float(found.loss_sum), int(found.tokens), float(found.norm))
     if keep == "nothing":
         return metrics
-    metrics = replace(metrics, gradients=to_canonical(found.gradients, program.trainable_rows))
+    metrics = replace(metrics, gradients=program.canonical(found.gradients, program.trainable_rows))
     if keep == "gradients":
         return metrics
     activations, gradients = (
@@ -130,13 +130,14 @@ def weights_of(state: State, *, frozen: bool = False) -> dict[str, NDArray[Any]]
     """Copies of the trained weights (the masters), and on request of the frozen ones, by canonical name."""
     program = state.program
     table = full_table(program.spec, program.recipe.method) if frozen else program.trainable_rows
-    return to_canonical(state.frozen | (state.master or state.trainable), table)
+    return program.canonical(state.frozen | (state.master or state.trainable), table)
 
 
 def moments_of(state: State) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
     """AdamW's first and second moments by canonical name."""
-    rows = state.program.trainable_rows
-    return to_canonical(state.moments.moment1, rows), to_canonical(state.moments.moment2, rows)
+    program, moments = state.program, state.moments
+    rows = program.trainable_rows
+    return program.canonical(moments.moment1, rows), program.canonical(moments.moment2, rows)
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:
@@ -174,32 +175,63 @@ class Program:
         )
         self.reduce_dtype = jnp.dtype(COMPUTE_DTYPE[recipe.precision.reduce])
         self.trainable_rows = trainable_table(spec, recipe.method)
+        self.order = layers_in_places(recipe.plan, spec.layers)
         self.layout = Layout(mesh, recipe.plan, full_table(spec, recipe.method))
         model = build_model(spec, policy=policy, remat=recipe.plan.remat, constrain=self.layout.constrain)
-        self.constants = attach(model, spec, recipe.method, seed=recipe.run.seed)
+        self.constants = attach(model, spec, recipe.method, seed=recipe.run.seed, order=self.order)
         self._definition, self._template = nnx.split(model)
+        self._passes = passes_of(recipe.plan, spec, self.layout, self._in_use, self.compute_dtype)
         decayed = frozenset(native_name(p)[0] for p in self.trainable_rows if p.decay)
         self.optimizer = make_optimizer(recipe.optimizer, decayed)
         self.gradients = jax.jit(self._gradients, static_argnames="listen", keep_unused=True)
         self.update = jax.jit(self._update, donate_argnums=(0, 1, 2), keep_unused=True)
-        self.evaluate = jax.jit(self._evaluate)
-        self.logits = jax.jit(lambda w, batch: self._forward(self._in_use(w), batch)[0])
+        self.evaluate = jax.jit(self._passes.evaluate)
+        self.logits = jax.jit(self._passes.logits)
 
     def feed(self, batch: Batch) -> Weights:
-        """The arrays of a batch, their rows split over the replicas."""
-        return {f: self.layout.feed(getattr(batch, f), ("batch",)) for f in Batch.__dataclass_fields__}
+        """The arrays of a batch, their rows split over the replicas; in a pipeline with the microbatches in front.
 
-    def microbatches(self, batch: Batch) -> Weights:
-        """The same with the microbatches in front, the rows of each of them split over the replicas."""
+        Rows that do not divide into the plan's microbatches are one.
+        """
+        plan = self.recipe.plan
+        fits = len(batch.rows) % (plan.microbatches * plan.replicas) == 0
+        return self._fed((batch,), plan.microbatches if fits else 1, front=())
+
+    def parts(self, batch: Batch) -> Weights:
+        """The same with the parts of accumulation in front."""
         parts = batch.split(self.recipe.batch.accumulation)
+        return self._fed(parts, self.recipe.plan.microbatches, front=(len(parts),))
+
+    def _fed(self, parts: Sequence[Batch], microbatches: int, *, front: tuple[int, ...]) -> Weights:
+        front = front if self.recipe.plan.pipe == 1 else (*front, microbatches)
+        axes = (*("microbatch",) * len(front), "batch")
+        fed = {}
+        for f in Batch.__dataclass_fields__:
+            array = np.stack([getattr(part, f) for part in parts])
+            fed[f] = self.layout.feed(array.reshape(*front, -1, *array.shape[2:]), axes)
+        return fed
+
+    def fed_constants(self) -> Weights:
+        """The method's constants on the devices, those of a stack where its layers are."""
         return {
-            f: self.layout.feed(np.stack([getattr(part, f) for part in parts]), ("microbatch", "batch"))
-            for f in Batch.__dataclass_fields__
+            name: self.layout.feed(value, ("stage",) if is_stacked(name) else ())
+            for name, value in self.constants.items()
         }
 
     def load(self, rows: Iterable[tuple[Param, WeightLike]], part: Part, dtype: DTypeLike) -> Weights:
         """Native arrays of canonical rows, each device reading what it holds of that part of the state."""
-        return from_canonical(rows, layers=self.spec.layers, shardings=self.layout.of[part], dtype=dtype)
+        return from_canonical(rows, order=self.order, shardings=self.layout.of[part], dtype=dtype)
+
+    def shapes(self, rows: Sequence[Param], part: Part, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `load` would give, without the numbers: enough to compile for."""
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.of[part][name])
+            for name, shape in native_shapes(rows, order=self.order).items()
+        }
+
+    def canonical(self, native: Weights, rows: Sequence[Param]) -> dict[str, NDArray[Any]]:
+        """The rows of a table by canonical name, whole on the host."""
+        return to_canonical(native, rows, order=self.order)
 
     def load_trained(self, rows: Iterable[tuple[Param, WeightLike]]) -> tuple[Weights, Weights]:
         """What is computed with, and the masters where those are something else."""
@@ -212,59 +244,36 @@ class Program:
         """Zeros, where the optimizer's part of the state is."""
         return jax.jit(lambda weights: self._placed(self.optimizer.init(weights)))(stored)
 
-    def _in_use(self, weights: Weights, slots: Weights | None = None) -> dict[str, Any]:
-        """What the model is merged with: a weight, its slot if it is trained, and its place; constants as they are."""
-        slots = slots or {}
-        return {
-            name: array
-            if name in self.constants
-            else Weight(
-                array,
-                slots.get(name),
-                self.layout.place(name, is_trained=name in slots, dtype=self.reduce_dtype),
-            )
-            for name, array in weights.items()
-        }
+    def _in_use(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Llama:
+        """The model with these weights: a trained one has a slot, and all have their places; constants are as they are.
 
-    def _forward(
-        self,
-        weights: Mapping[str, Any],
-        batch: Weights,
-        point: DropoutPoint | None = None,
-        probes: Weights | None = None,
-    ) -> tuple[Array, Weights]:
-        """Logits [B, S, vocab], and the activations at `probes`."""
+        `piece` [L] says which of its pieces each layer of a stack is, where a stack has several.
+        """
+
+        def leaf(name: str) -> Any:
+            which = piece if is_stacked(name) else None
+            if name in self.constants:
+                return weights[name] if which is None else jax.vmap(chosen)(weights[name], which)
+            place = self.layout.place(name, is_trained=name in slots, dtype=self.reduce_dtype)
+            return Weight(weights[name], slots.get(name), which, place)
+
         template = nnx.to_flat_state(self._template)
-        values = [(path, leaf.replace(weights[".".join(map(str, path))])) for path, leaf in template]
-        model = nnx.merge(self._definition, nnx.from_flat_state(values))
-        inputs = {name: batch[name] for name in ("positions", "segments")}
-        return model(batch["input_ids"], **inputs, point=point, probes=probes)
-
-    def _evaluate(self, weights: Weights, batch: Weights) -> tuple[Array, Array]:
-        return token_loss(self._forward(self._in_use(weights), batch)[0], batch["labels"])
+        values = [(path, variable.replace(leaf(".".join(map(str, path))))) for path, variable in template]
+        return nnx.merge(self._definition, nnx.from_flat_state(values))
 
     def _gradients(
         self, trainable: Weights, frozen: Weights, stacked: Weights, step: Array, *, listen: bool
     ) -> Found:
-        """Everything up to the norm, over the global batch; `stacked` has the microbatches in front."""
-        _, B, S = stacked["input_ids"].shape
-        probes = zero_probes(self.spec, (B, S), self.compute_dtype) if listen else {}
+        """Everything up to the norm, over the global batch; `stacked` has the parts of accumulation in front."""
+        weights = trainable | frozen
         nothing = {name: jnp.zeros(w.shape, self.reduce_dtype) for name, w in trainable.items()}
         slots = constrained(nothing, self.layout.of["gradients"])
-
-        def loss(slots: Weights, probes: Weights, batch: Weights) -> tuple[Array, tuple[Array, Weights]]:
-            point = DropoutPoint(step, batch["rows"])
-            weights = self._in_use(trainable | frozen, slots)
-            logits, seen = self._forward(weights, batch, point, probes)
-            loss_sum, tokens = token_loss(logits, batch["labels"])
-            return loss_sum, (tokens, seen)
 
         def add(
             totals: tuple[Array, Array, Weights], batch: Weights
         ) -> tuple[tuple[Array, Array, Weights], tuple[Weights, Weights]]:
-            (loss_sum, (tokens, seen)), (gradients, by_probe) = jax.value_and_grad(
-                loss, argnums=(0, 1), has_aux=True
-            )(slots, probes, batch)
+            passed = self._passes.gradients(weights, slots, batch, step, listen=listen)
+            loss_sum, tokens, gradients, seen, by_probe = passed
             sums = jax.tree.map(jnp.add, totals[2], gradients)
             sums = constrained(sums, self.layout.of["gradients"])
             return (totals[0] + loss_sum, totals[1] + tokens, sums), (seen, by_probe)

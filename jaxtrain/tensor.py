@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
+_Operation = Callable[["Place", Array, Array, Array | None, Array | None], Array]
 
 
 @dataclass(frozen=True)
@@ -34,71 +35,90 @@ class Place:
     dtype: np.dtype
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("value", "slot"), meta_fields=("place",))
+@partial(jax.tree_util.register_dataclass, data_fields=("value", "slot", "piece"), meta_fields=("place",))
 @dataclass(frozen=True)
 class Weight:
     """A weight of the model: `value` as it is stored, `slot` what it is differentiated by, None where frozen.
 
-    `slot` has the shape of `value` and the type of the gradient; its value is never read. Under a scan both have
-    layers in front, `place` is that of one layer.
+    `slot` has the shape of `value` and the type of the gradient; its value is never read. Under a scan all have
+    layers in front, `place` is that of one layer. Where a stage of a pipeline has several pieces of the model, value and
+    slot have the pieces in front, and `piece` says which one is used.
     """
 
     value: Array
     slot: Array | None
+    piece: Array | None
     place: Place
 
 
 def matmul(x: Array, weight: Weight) -> Array:
     """x [..., in] times W [in, out]."""
-    return _matmul(weight.place, x, weight.value, weight.slot)
+    return _matmul(weight.place, x, weight.value, weight.slot, weight.piece)
 
 
 def matmul_transposed(x: Array, weight: Weight) -> Array:
     """x [..., in] times the transpose of W [out, in]: the tied head."""
-    return _matmul_transposed(weight.place, x, weight.value, weight.slot)
+    return _matmul_transposed(weight.place, x, weight.value, weight.slot, weight.piece)
 
 
 def scale(x: Array, weight: Weight) -> Array:
     """w * x, w [features]."""
-    return _scale(weight.place, x, weight.value, weight.slot)
+    return _scale(weight.place, x, weight.value, weight.slot, weight.piece)
 
 
 def shift(x: Array, weight: Weight) -> Array:
     """x + b, b [features]."""
-    return _shift(weight.place, x, weight.value, weight.slot)
+    return _shift(weight.place, x, weight.value, weight.slot, weight.piece)
 
 
 def lookup(ids: Array, weight: Weight) -> Array:
     """Rows `ids` [...] of W [rows, features]."""
-    return _lookup(weight.place, ids, weight.value, weight.slot)
+    return _lookup(weight.place, ids, weight.value, weight.slot, weight.piece)
 
 
 def _operation(
     forward: Callable[[Array, Array], Array],
     input_gradient: Callable[[Array, Array], Array | None],
     weight_gradient: Callable[[Array, Array, Array, DTypeLike], Array],
-) -> Callable[[Place, Array, Array, Array | None], Array]:
+) -> _Operation:
     """forward(x, w) with w gathered; its gradients from (dy, w) and (dy, x, w's shard, type)."""
 
-    def keep(place: Place, x: Array, value: Array, slot: Array | None) -> tuple[Array, tuple[Array, Array]]:
-        return forward(x, _whole(value, x, place)), (x, value)
+    def keep(
+        place: Place, x: Array, value: Array, slot: Array | None, piece: Array | None
+    ) -> tuple[Array, tuple[Array, Array, Array | None]]:
+        return forward(x, _whole(chosen(value, piece), x, place)), (x, value, piece)
 
-    def pull(place: Place, kept: tuple[Array, Array], dy: Array) -> tuple[Array | None, None, Array | None]:
-        x, value = kept
-        by_weight = None
+    def pull(
+        place: Place, kept: tuple[Array, Array, Array | None], dy: Array
+    ) -> tuple[Array | None, None, Array | None, None]:
+        x, pieces, piece = kept
+        value, by_weight = chosen(pieces, piece), None
         if place.gradient is not None:
             by_weight = weight_gradient(dy, x, value, place.dtype)
             # First as the weight is used, then split: going straight there, the partitioner moves activations instead.
             by_weight = lax.with_sharding_constraint(by_weight, place.in_use)
             by_weight = lax.with_sharding_constraint(by_weight, place.gradient)
-        return input_gradient(dy, _whole(value, dy, place)), None, by_weight
+            by_weight = _among(by_weight, piece, len(pieces))
+        return input_gradient(dy, _whole(value, dy, place)), None, by_weight, None
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def apply(place: Place, x: Array, value: Array, slot: Array | None) -> Array:
-        return keep(place, x, value, slot)[0]
+    def apply(place: Place, x: Array, value: Array, slot: Array | None, piece: Array | None) -> Array:
+        return keep(place, x, value, slot, piece)[0]
 
     apply.defvjp(keep, pull)
-    return cast(Callable[[Place, Array, Array, Array | None], Array], apply)
+    return cast(_Operation, apply)
+
+
+def chosen(pieces: Array, piece: Array | None) -> Array:
+    """The piece in use. Selected, not indexed: each stage uses another one, and indexing would be sending."""
+    return pieces if piece is None else lax.select_n(piece, *pieces)
+
+
+def _among(gradient: Array, piece: Array | None, pieces: int) -> Array:
+    """A gradient in its piece's place among zeros."""
+    if piece is None:
+        return gradient
+    return jnp.stack([jnp.where(piece == i, gradient, 0) for i in range(pieces)])
 
 
 def _whole(value: Array, beside: Array, place: Place) -> Array:

@@ -1,7 +1,8 @@
 """Canonical weights to native ones and back: every transpose and every stacking of layers lives here.
 
 Native names are paths of the nnx model: `layers.self_attn.q_proj.kernel` is [L, in, out] and stands for
-`model.layers.{i}.self_attn.q_proj.weight`, each [out, in].
+`model.layers.{i}.self_attn.q_proj.weight`, each [out, in]. Which layer is where in a stack, `order` says
+(`trainspec.pipeline.stack_order`): a place without a layer holds zeros.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from trainspec.weight import WeightLike
 LAYER = re.compile(r"^layers\.(\d+)\.")
 LEAVES = {"linear": "kernel", "head": "kernel", "norm": "scale", "embedding": "embedding"}
 TRANSPOSED = ("kernel", "lora_a", "lora_b")
-# Layer (0 outside a stack) to what it is made of.
-_Stack = dict[int, WeightLike]
+# Layer (None outside a stack) to what it is made of.
+_Stack = dict[int | None, WeightLike]
+# The layer at each place of a stack, None where there is none.
+Order = Sequence[int | None]
 
 
 def native_module(module: str) -> tuple[str, int | None]:
@@ -46,16 +49,31 @@ def native_name(param: Param) -> tuple[str, int | None]:
     return f"{path}.{'bias' if param.name.endswith('.bias') else LEAVES[param.role]}", layer
 
 
+def is_stacked(name: str) -> bool:
+    """Whether a native array has layers in front."""
+    return name.startswith("layers.")
+
+
 def native_spec(param: Param, axes: DimAxes) -> PartitionSpec:
     """How one layer of a native array is split, of a row of the table that `axes` split."""
     placed = reversed(axes) if native_name(param)[0].endswith(TRANSPOSED) else axes
     return PartitionSpec(*(dim or None for dim in placed))
 
 
+def native_shapes(table: Iterable[Param], *, order: Order) -> dict[str, tuple[int, ...]]:
+    """The shapes of the native arrays that hold the rows of `table`."""
+    return {native_name(p)[0]: _shape(p, order) for p in table}
+
+
+def _shape(param: Param, order: Order) -> tuple[int, ...]:
+    shape = param.shape[::-1] if native_name(param)[0].endswith(TRANSPOSED) else param.shape
+    return shape if param.layer is None else (len(order), *shape)
+
+
 def from_canonical(
     weights: Iterable[tuple[Param, WeightLike]],
     *,
-    layers: int,
+    order: Order,
     shardings: Mapping[str, NamedSharding],
     dtype: DTypeLike,
 ) -> dict[str, Array]:
@@ -66,17 +84,16 @@ def from_canonical(
     stacks: dict[str, tuple[Param, _Stack]] = {}
     for param, weight in weights:
         name, layer = native_name(param)
-        stacks.setdefault(name, (param, {}))[1][layer or 0] = weight
+        stacks.setdefault(name, (param, {}))[1][layer] = weight
     return {
-        name: _native(name, param, stack, layers=layers, sharding=shardings[name], dtype=dtype)
+        name: _native(name, param, stack, order=order, sharding=shardings[name], dtype=dtype)
         for name, (param, stack) in stacks.items()
     }
 
 
 def _native(
-    name: str, param: Param, stack: _Stack, *, layers: int, sharding: NamedSharding, dtype: DTypeLike
+    name: str, param: Param, stack: _Stack, *, order: Order, sharding: NamedSharding, dtype: DTypeLike
 ) -> Array:
-    shape = param.shape[::-1] if name.endswith(TRANSPOSED) else param.shape
     stacked = param.layer is not None
     parts: dict[tuple[Any, ...], NDArray[Any]] = {}  # devices that hold the same part share one reading
 
@@ -85,12 +102,12 @@ def _native(
         key = tuple((s.start, s.stop) for s in index)
         if key not in parts:
             inner = index[1:] if stacked else index
-            which = range(layers)[index[0]] if stacked else [0]
+            which = order[index[0]] if stacked else [None]
             rows = [_placed(name, param, stack.get(layer), inner) for layer in which]
             parts[key] = (np.stack(rows) if stacked else rows[0]).astype(dtype)
         return parts[key]
 
-    return jax.make_array_from_callback((layers, *shape) if stacked else shape, sharding, part)
+    return jax.make_array_from_callback(_shape(param, order), sharding, part)
 
 
 def _placed(name: str, param: Param, weight: WeightLike | None, index: tuple[slice, ...]) -> NDArray[Any]:
@@ -104,14 +121,16 @@ def _placed(name: str, param: Param, weight: WeightLike | None, index: tuple[sli
     return placed
 
 
-def to_canonical(native: Mapping[str, Array], table: Sequence[Param]) -> dict[str, NDArray[Any]]:
+def to_canonical(
+    native: Mapping[str, Array], table: Sequence[Param], *, order: Order
+) -> dict[str, NDArray[Any]]:
     """The rows of `table` by canonical name, [out, in] and per layer, whole on the host of every process."""
     # In the table's order: every process has to gather the same array at the same time.
     host = {name: to_host(native[name]) for name in dict.fromkeys(native_name(p)[0] for p in table)}
     canonical = {}
     for param in table:
         name, layer = native_name(param)
-        array = host[name] if layer is None else host[name][layer]
+        array = host[name] if layer is None else host[name][order.index(layer)]
         # A copy: the host array may share its memory with a buffer that the next update takes over.
         canonical[param.name] = np.array(array.T if name.endswith(TRANSPOSED) else array, order="C")
     return canonical

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from torchtrain.tensor import Peers, to_numpy
+from torchtrain.tensor import Mesh, to_numpy
 
 
 class Recording:
@@ -31,41 +30,47 @@ class Recording:
 
 
 @contextmanager
-def recorded(model: LlamaForCausalLM) -> Iterator[Recording]:
-    """Forward passes inside leave their activations in the recording."""
-    recording, handles = Recording(), []
+def recorded(model: LlamaForCausalLM) -> Iterator[list[Recording]]:
+    """Forward passes inside leave their activations in the last recording of the list, which starts empty.
+
+    A layer is computed again in its microbatch's backward pass only: whatever recording is the last one by then has
+    the layer's points already.
+    """
+    recordings: list[Recording] = []
+    handles = []
     for point, module in _modules(model).items():
 
         def hook(_: nn.Module, __: Any, output: Any, point: str = point) -> None:
-            recording.keep(point, output[0] if isinstance(output, tuple) else output)
+            recordings[-1].keep(point, output[0] if isinstance(output, tuple) else output)
 
         handles.append(module.register_forward_hook(hook))
     try:
-        yield recording
+        yield recordings
     finally:
         for handle in handles:
             handle.remove()
 
 
 def by_point(
-    recordings: Sequence[Recording], *, replicas: Peers, tensor: Peers, scale: float
+    recordings: Sequence[Recording], stages: Mapping[str, int], *, mesh: Mesh, scale: float
 ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
     """Activations and gradients [examples, sequence_tokens, ...] by point, of all microbatches in their order.
 
-    Each of the `replicas` has recorded its rows of every microbatch, each of the `tensor` peers its part of the
-    logits. `scale` is what the loss was multiplied by before the backward pass.
+    `stages` says where each point is. There, each of the replicas has recorded its rows of every microbatch, each of
+    the tensor peers its part of the logits. `scale` is what the loss was multiplied by before the backward pass.
     """
     activations, gradients = {}, {}
 
-    def whole(point: str, part: Tensor) -> NDArray[Any]:
-        part = tensor.gather(part, -1) if point == "logits" else part
-        return to_numpy(replicas.gather(part, 0))
+    def whole(point: str, parts: Sequence[Tensor]) -> NDArray[Any]:
+        gathered = [mesh.tensor.gather(t, -1) if point == "logits" else t for t in parts]
+        mine = torch.cat([mesh.replicas.gather(t, 0) for t in gathered]) if parts else None
+        return to_numpy(mesh.stages.share(mine, stages[point]))
 
-    for point in recordings[0].tensors:
-        tensors = [recording.tensors[point] for recording in recordings]
-        activations[point] = np.concatenate([whole(point, t) for t in tensors])
-        found = [torch.zeros_like(t) if t.grad is None else t.grad / scale for t in tensors]
-        gradients[point] = np.concatenate([whole(point, g) for g in found])
+    for point in stages:
+        found = [recording.tensors[point] for recording in recordings if point in recording.tensors]
+        activations[point] = whole(point, found)
+        slopes = [torch.zeros_like(t) if t.grad is None else t.grad / scale for t in found]
+        gradients[point] = whole(point, slopes)
     return activations, gradients
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
 
+from torchtrain.engine import Inputs, Microbatches
 from torchtrain.step import State, train_step
 from trainspec.cost import Collective
 from trainspec.data import Batch
@@ -24,15 +25,25 @@ def held(state: State, batch: Batch) -> dict[str, int]:
     look at it. A process's count of updates is left out. Differs from jaxtrain as `moved` does.
     """
     found: list[dict[str, int]] = []
-    backward = state.engine.backward
+    accumulate = state.engine.accumulate
 
-    def weighed(loss: Tensor, *, is_last: bool) -> None:
-        backward(loss, is_last=is_last)
+    def weigh() -> None:
         seen: set[int] = set()
         parts = state.engine.store.held()
         found.append({part: _bytes(tensors, seen) for part, tensors in parts.items()})
 
-    with patch.object(state.engine, "backward", weighed):
+    def weighed(microbatches: Microbatches) -> None:
+        forward = microbatches.forward
+
+        def weighed_forward(index: int) -> Inputs:
+            weigh()
+            return forward(index)
+
+        with patch.object(microbatches, "forward", weighed_forward):
+            accumulate(microbatches)
+        weigh()
+
+    with patch.object(state.engine, "accumulate", weighed):
         train_step(state, batch, lr=0.0)
     return max(found, key=lambda parts: parts["gradients"])
 

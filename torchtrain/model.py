@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from torchtrain.tensor import Peers, split_layers
+from torchtrain.tensor import Peers, compute_device, split_layers
 from trainspec.model import ModelSpec, inverse_frequencies
 from trainspec.plan import COMPUTE_DTYPE, Policy
 
@@ -70,11 +70,6 @@ def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -
         # No torch random numbers are drawn in a layer: their state need not be kept for the recomputation.
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model
-
-
-def compute_device() -> torch.device:
-    """Where weights and activations of this process live."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _use_float64_norms(model: LlamaForCausalLM) -> None:

@@ -1,7 +1,7 @@
 """The processes of a run: joining them, their mesh, and the engine that makes an update over it.
 
-Rank r is tensor index r % tensor of replica r // tensor: `trainspec.plan.MESH_AXES` with the last axis fastest.
-DeepSpeed is in zero.py, starting processes in launch.py.
+Ranks go along `trainspec.plan.MESH_AXES`, the last axis fastest: rank = (stage * replicas + replica) * tensor + part.
+DeepSpeed is in zero.py, its pipeline in pipeline.py, starting processes in launch.py.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Set
-from typing import Any, Protocol
+from collections.abc import Sequence, Set
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from torchtrain.engine import Engine, Inputs, Microbatches, Store, Stored
 from torchtrain.launch import check_gpus, count_processes, describe_cluster
 from torchtrain.optim import MOMENTS, clip, global_norm, start_moments
+from torchtrain.pipeline import PipelineEngine
 from torchtrain.tensor import Mesh, Peers, is_split
 from torchtrain.weights import canonical_name
-from torchtrain.zero import DeepSpeedEngine, Store, Stored, by_part, import_deepspeed
+from torchtrain.zero import DeepSpeedEngine, by_part, import_deepspeed
 from trainspec.errors import PlanError
 from trainspec.loop import check_plan
 from trainspec.methods import trainable_table
@@ -42,35 +46,6 @@ _open_engines: list[Engine] = []
 _open_groups: list[Any] = []
 
 
-class Engine(Protocol):
-    """What makes one update of a model: a forward and a backward per microbatch, then one step.
-
-    `loss_scale` is a factor that every loss is multiplied by, and no gradient in `store` has.
-    """
-
-    loss_scale: float
-    store: Store
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits [B, S, V] of this process's rows and part of the vocabulary."""
-        ...
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of `loss`, a microbatch's share of the batch's loss, to what is there.
-
-        Behind the last one they are those of all replicas.
-        """
-        ...
-
-    def step(self) -> None:
-        """Clip, update and clear the gradients."""
-        ...
-
-    def close(self) -> None:
-        """Leave nothing behind in the process."""
-        ...
-
-
 def start(recipe: Recipe) -> None:
     """Set up this process: matmul precision, device, and the group of all processes.
 
@@ -83,7 +58,7 @@ def start(recipe: Recipe) -> None:
     if processes != recipe.plan.devices:
         raise PlanError(
             f"the launcher started {processes} processes, the plan takes {recipe.plan.devices}; start as many, or make "
-            f"plan.data × plan.fsdp × plan.tensor {processes}"
+            f"plan.pipe × plan.data × plan.fsdp × plan.tensor {processes}"
         )
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 means fp32
     if torch.cuda.is_available():
@@ -137,29 +112,33 @@ def is_leader() -> bool:
 def make_mesh(plan: Plan) -> Mesh:
     """The groups that this process is in; every process of the run makes all of them, in the same order."""
     if plan.devices == 1:
-        return Mesh(tensor=Peers(), replicas=Peers())
-    rank = dist.get_rank()
-    ranks = range(plan.devices)
-    rows = [[r for r in ranks if r // plan.tensor == i] for i in range(plan.replicas)]
-    columns = [[r for r in ranks if r % plan.tensor == i] for i in range(plan.tensor)]
-    return Mesh(tensor=_peers(rows, rank), replicas=_peers(columns, rank))
+        return Mesh(tensor=Peers(), replicas=Peers(), stages=Peers())
+    ranks = np.arange(plan.devices).reshape(plan.pipe, plan.replicas, plan.tensor)
+    stages = _peers(ranks, 0) if plan.pipe > 1 else Peers()
+    return Mesh(tensor=_peers(ranks, 2), replicas=_peers(ranks, 1), stages=stages)
 
 
-def _peers(groups: list[list[int]], rank: int) -> Peers:
-    made = [(ranks, dist.new_group(ranks)) for ranks in groups]
-    ranks, group = next((ranks, group) for ranks, group in made if rank in ranks)
+def _peers(ranks: NDArray[Any], axis: int) -> Peers:
+    """Those along one axis of the mesh."""
+    groups = np.moveaxis(ranks, axis, -1).reshape(-1, ranks.shape[axis]).tolist()
+    made = [(group, dist.new_group(group)) for group in groups]
+    mine, group = next((mine, group) for mine, group in made if dist.get_rank() in mine)
     _open_groups.append(group)
-    return Peers(group, ranks.index(rank), len(ranks))
+    return Peers(group, mine.index(dist.get_rank()), len(mine))
 
 
 def make_engine(
     recipe: Recipe, spec: ModelSpec, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, *, mesh: Mesh
 ) -> Engine:
-    """DeepSpeed's engine; for fp64, which DeepSpeed has not, plain torch with the same arithmetic."""
+    """DeepSpeed's engine, or its pipeline's; for fp64, which DeepSpeed has not, plain torch with the same arithmetic."""
     parts = {p.name for p in trainable_table(spec, recipe.method) if any(map(is_split, p.axes))}
     whole = _WholeStore(model, optimizer, mesh.tensor, parts=parts if mesh.tensor.size > 1 else set())
-    if _runs_on_deepspeed(recipe):
-        engine: Engine = DeepSpeedEngine(recipe, spec, model, optimizer, mesh=mesh, whole=whole)
+    engine: Engine
+    if recipe.plan.pipe > 1:
+        engine = pipeline = PipelineEngine(recipe, spec, model, optimizer)
+        _open_groups.extend(pipeline.groups)
+    elif _runs_on_deepspeed(recipe):
+        engine = DeepSpeedEngine(recipe, spec, model, optimizer, mesh=mesh, whole=whole)
     else:
         engine = _PlainEngine(model, optimizer, whole, mesh, clip_norm=recipe.optimizer.clip_norm)
     _open_engines.append(engine)
@@ -229,17 +208,20 @@ class _PlainEngine:
         self._clip_norm = clip_norm
         start_moments(optimizer, (p for p in model.parameters() if p.requires_grad))
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits [B, S, V] of this process's rows and part of the vocabulary."""
-        return self._model(**inputs).logits
+    def accumulate(self, microbatches: Microbatches) -> None:
+        """Gradients of the losses; behind the last microbatch they are summed over the replicas."""
+        for index in range(len(microbatches)):
+            logits = self._model(**microbatches.forward(index)).logits
+            loss = microbatches.loss(index, logits)
+            microbatches.backward(index)
+            loss.backward()
+        for parameter in self._model.parameters():
+            if parameter.grad is not None:
+                self._mesh.replicas.sum_(parameter.grad)
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Gradients of `loss`; behind the last microbatch they are summed over the replicas."""
-        loss.backward()
-        if is_last:
-            for parameter in self._model.parameters():
-                if parameter.grad is not None:
-                    self._mesh.replicas.sum_(parameter.grad)
+    def infer(self, parts: Sequence[Inputs]) -> list[Tensor]:
+        """Logits [B, S, V] of each part."""
+        return [self._model(**inputs).logits for inputs in parts]
 
     def step(self) -> None:
         """Clip, update and clear the gradients."""

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,14 +18,16 @@ from transformers import LlamaForCausalLM
 
 from torchtrain.activations import Recording, by_point, recorded
 from torchtrain.dropout import DropoutPoint
+from torchtrain.engine import Engine, Inputs, Stored
 from torchtrain.loss import token_loss
 from torchtrain.methods import attach
-from torchtrain.model import attention_mask, build_model, compute_device
+from torchtrain.model import attention_mask, build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
-from torchtrain.parallel import Engine, is_leader, make_engine, make_mesh
-from torchtrain.tensor import Mesh, to_numpy
+from torchtrain.parallel import is_leader, make_engine, make_mesh
+from torchtrain.pipeline import point_stages
+from torchtrain.tensor import Mesh, compute_device, to_numpy
 from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
-from torchtrain.zero import Partitioner, Stored
+from torchtrain.zero import Partitioner
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
@@ -34,6 +36,7 @@ from trainspec.loop import Arrays, Metrics
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
+from trainspec.pipeline import stages_of
 from trainspec.plan import COMPUTE_DTYPE
 from trainspec.recipe import Recipe
 from trainspec.trace import Keep
@@ -63,12 +66,12 @@ def init_state(recipe: Recipe, spec: ModelSpec) -> State:
         model,
         starting_weights(recipe, spec),
         dtype=getattr(torch, COMPUTE_DTYPE[policy]),
-        device=compute_device(),
         tensor=mesh.tensor,
+        is_mine=lambda p: mesh.stages.index in stages_of(p, recipe.plan, spec),
         settle=Partitioner(recipe, spec, mesh),
     )
     decays = {p.name: p.decay for p in trainable_table(spec, recipe.method)}
-    parameters = _trainable(model)
+    parameters = {name: p for name, p in _trainable(model).items() if not p.is_meta}  # of this stage
     decayed = {name for name in parameters if decays[canonical_name(name)]}
     optimizer = make_optimizer(recipe.optimizer, decayed, parameters=parameters)
     engine = make_engine(recipe, spec, model, optimizer, mesh=mesh)
@@ -76,7 +79,9 @@ def init_state(recipe: Recipe, spec: ModelSpec) -> State:
     if policy == "bf16":
         # DeepSpeed made its float32 masters from the rounded weights: they start where the other backend's do.
         trained = ((p, weight) for p, weight in starting_weights(recipe, spec) if p.name in decays)
-        from_canonical(trained, parameters, tensor=mesh.tensor, write=partial(engine.store.write, "weight"))
+        from_canonical(
+            trained, _trainable(model), tensor=mesh.tensor, write=partial(engine.store.write, "weight")
+        )
     return state
 
 
@@ -86,8 +91,11 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
     The gradient is that of the batch's summed loss divided by its number of target tokens, whatever the split
     into microbatches and over processes. Raises NonFiniteLossError before the update, with the weights as they were.
     """
-    recordings: list[Recording] = []
-    loss_sum = _accumulate_gradients(state, batch, recordings if keep == "activations" else None)
+    state.model.train()
+    with nullcontext() if keep != "activations" else recorded(state.model) as recordings:
+        rows = _Rows(state, batch, recordings)
+        state.engine.accumulate(rows)
+    loss_sum = state.mesh.total(rows.loss_sum).item()
     grad_norm = state.engine.store.norm()
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
         state.model.zero_grad()
@@ -95,12 +103,10 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
     metrics = Metrics(loss_sum, batch.target_tokens, grad_norm)
     if keep != "nothing":
         metrics = replace(metrics, gradients=_arrays(state, "gradient", _table(state)))
-    if recordings:
+    if recordings is not None:
+        points = point_stages(state.recipe.plan, state.spec.layers)
         activations, activation_gradients = by_point(
-            recordings,
-            replicas=state.mesh.replicas,
-            tensor=state.mesh.tensor,
-            scale=state.engine.loss_scale,
+            recordings, points, mesh=state.mesh, scale=state.engine.loss_scale
         )
         metrics = replace(metrics, activations=activations, activation_gradients=activation_gradients)
     set_learning_rate(state.optimizer, lr)
@@ -108,42 +114,73 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
     return replace(state, step=state.step + 1), metrics
 
 
-def _accumulate_gradients(state: State, batch: Batch, recordings: list[Recording] | None) -> float:
-    """Leave the batch's gradients with the engine; returns the loss summed over all of its rows.
+class _Rows:
+    """The microbatches of a batch, in this process's rows: what an engine asks of them, and the loss summed over them.
 
     Where there is a list of `recordings`, it gets one for every microbatch.
     """
-    state.model.train()
-    parts = [_mine(state, part) for part in batch.split(state.recipe.batch.accumulation)]
-    loss_sum = torch.zeros((), dtype=torch.float64, device=state.model.device)
-    for index, part in enumerate(parts):
-        state.point.step, state.point.rows = state.step, _tensor(state, part.rows)
-        with nullcontext() if recordings is None else recorded(state.model) as recording:
-            logits_BSV = state.engine.forward(**_inputs(state, part))
-            part_loss, _ = token_loss(logits_BSV, _tensor(state, part.labels), tensor=state.mesh.tensor)
-            state.engine.backward(part_loss / batch.target_tokens, is_last=index == len(parts) - 1)
-        if recordings is not None and recording is not None:
-            recordings.append(recording)
-        loss_sum += part_loss.detach()
-    return state.mesh.replicas.sum_(loss_sum).item()
+
+    def __init__(self, state: State, batch: Batch, recordings: list[Recording] | None) -> None:
+        parts = batch.split(state.recipe.batch.accumulation * state.recipe.plan.microbatches)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=compute_device())
+        self._state, self._batch, self._recordings = state, batch, recordings
+        self._parts = [_mine(state, part) for part in parts]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def forward(self, index: int) -> Inputs:
+        """What the forward pass takes that comes next."""
+        if self._recordings is not None:
+            self._recordings.append(Recording())
+        self._move_dropout(index)
+        return _inputs(self._parts[index])
+
+    def loss(self, index: int, logits: Tensor) -> Tensor:
+        """The share of the batch's loss."""
+        part, batch = self._parts[index], self._batch
+        part_loss, _ = token_loss(logits, _tensor(part.labels), tensor=self._state.mesh.tensor)
+        self.loss_sum += part_loss.detach()
+        return part_loss / batch.target_tokens
+
+    def backward(self, index: int) -> None:
+        """A layer that is computed again draws the masks of its own rows."""
+        self._move_dropout(index)
+
+    def _move_dropout(self, index: int) -> None:
+        point = self._state.point
+        point.step, point.rows = self._state.step, _tensor(self._parts[index].rows)
 
 
 @torch.no_grad()
 def eval_step(state: State, batch: Batch) -> tuple[float, int]:
     """(loss sum, target tokens) of a batch, without dropout."""
-    state.model.eval()
-    part = _mine(state, batch)
-    logits_BSV = state.model(**_inputs(state, part)).logits
-    loss_sum, _ = token_loss(logits_BSV, _tensor(state, part.labels), tensor=state.mesh.tensor)
-    return state.mesh.replicas.sum_(loss_sum.double()).item(), batch.target_tokens
+    loss_sum = torch.zeros((), dtype=torch.float64, device=compute_device())
+    for part, logits_BSV in _inferred(state, batch):
+        part_loss, _ = token_loss(logits_BSV, _tensor(part.labels), tensor=state.mesh.tensor)
+        loss_sum += part_loss
+    return state.mesh.total(loss_sum).item(), batch.target_tokens
 
 
 @torch.no_grad()
 def logits(state: State, batch: Batch) -> NDArray[Any]:
     """The model's output [B, S, V], without dropout."""
+    mesh = state.mesh
+    parts = [mesh.tensor.gather(part_BSV, -1) for _, part_BSV in _inferred(state, batch)]
+    whole = torch.cat([mesh.replicas.gather(part_BSV, 0) for part_BSV in parts]) if parts else None
+    return to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))
+
+
+def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
+    """This replica's rows of a batch with their logits, in parts, where the process has logits.
+
+    A pipeline takes as many parts as in training, where they divide the rows.
+    """
     state.model.eval()
-    part_BSV = state.model(**_inputs(state, _mine(state, batch))).logits
-    return to_numpy(state.mesh.replicas.gather(state.mesh.tensor.gather(part_BSV, -1), 0))
+    microbatches = state.recipe.plan.microbatches
+    fits = len(batch.rows) % (microbatches * state.mesh.replicas.size) == 0
+    parts = [_mine(state, part) for part in batch.split(microbatches if fits else 1)]
+    return zip(parts, state.engine.infer([_inputs(part) for part in parts]), strict=False)
 
 
 def weights_of(state: State, *, frozen: bool = False) -> Arrays:
@@ -187,7 +224,8 @@ def _arrays(state: State, what: Stored, table: Sequence[Param]) -> Arrays:
     return to_canonical(
         dict(state.model.named_parameters()),
         table,
-        tensor=state.mesh.tensor,
+        mesh=state.mesh,
+        stage=lambda p: stages_of(p, state.recipe.plan, state.spec)[0],
         read=read,
         keep=is_leader(),
     )
@@ -207,13 +245,13 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _inputs(state: State, batch: Batch) -> dict[str, Tensor]:
+def _inputs(batch: Batch) -> Inputs:
     return {
-        "input_ids": _tensor(state, batch.input_ids),
-        "position_ids": _tensor(state, batch.positions),
-        "attention_mask": attention_mask(_tensor(state, batch.segments)),
+        "input_ids": _tensor(batch.input_ids),
+        "position_ids": _tensor(batch.positions),
+        "attention_mask": attention_mask(_tensor(batch.segments)),
     }
 
 
-def _tensor(state: State, array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array).to(state.model.device, torch.int64)
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array).to(compute_device(), torch.int64)

@@ -27,6 +27,14 @@ from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.plan import WEIGHT_AXES
 
+_SHARED_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+_HEAD_NUMBERS = 8  # of a tensor of at most six dimensions
+
+
+def compute_device() -> torch.device:
+    """Where weights and activations of this process live."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 @dataclass(frozen=True)
 class Peers:
@@ -51,13 +59,37 @@ class Peers:
         dist.all_gather(parts, mine, group=self.group)
         return torch.cat(parts, dim)
 
+    def share(self, tensor: Tensor | None, source: int) -> Tensor:
+        """The tensor of peer `source`, on each of them; the others give None."""
+        if self.size == 1:
+            assert tensor is not None
+            return tensor
+        # What the others have to know before it comes: its type, number of dimensions, and sizes.
+        head = torch.zeros(_HEAD_NUMBERS, dtype=torch.int64)
+        if tensor is not None:
+            numbers = (_SHARED_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape)
+            head[: len(numbers)] = torch.tensor(numbers)
+        head = head.to(compute_device())
+        dist.broadcast(head, group=self.group, group_src=source)
+        dtype, dims, *sizes = head.tolist()
+        if tensor is None:
+            tensor = torch.empty(sizes[:dims], dtype=_SHARED_DTYPES[dtype], device=compute_device())
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole, group=self.group, group_src=source)
+        return whole
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """A process's place: among those with the other parts of its layers, and those with other rows for the same."""
+    """A process's place among those with the other parts of its layers, with other rows, and with other layers."""
 
     tensor: Peers
     replicas: Peers
+    stages: Peers
+
+    def total(self, number: Tensor) -> Tensor:
+        """`number` becomes its sum over replicas and stages."""
+        return self.stages.sum_(self.replicas.sum_(number))
 
 
 class _Copy(torch.autograd.Function):

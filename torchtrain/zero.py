@@ -10,43 +10,22 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterable
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from torchtrain.engine import Inputs, Microbatches, Store, Stored
 from torchtrain.optim import MOMENTS, start_moments
 from torchtrain.tensor import Mesh, Peers
 from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
 
-Stored = Literal["weight", "gradient", "moment1", "moment2"]
-
 _ZERO_STAGE = {"nothing": 0, "optimizer": 1, "gradients": 2, "params": 3}
 # Elements that are reduced at once. DeepSpeed's 5e8 would hold 2 GB of float32 beside the gradients.
 _BUCKET_ELEMENTS = 100_000_000
-
-
-class Store(Protocol):
-    """Where weights, gradients and moments are, and how they are read whole; parts over `tensor` stay parts."""
-
-    def norm(self) -> float:
-        """The norm of all gradients, before clipping."""
-        ...
-
-    def read(self, what: Stored, parameter: nn.Parameter) -> Tensor:
-        """One tensor, whole over the replicas: all of them have to ask."""
-        ...
-
-    def write(self, what: Stored, parameter: nn.Parameter, value: Tensor) -> None:
-        """Its reverse; a master copy gets `value` as it is, the copy that is computed with rounds it."""
-        ...
-
-    def held(self) -> dict[str, list[Tensor]]:
-        """The tensors of the training state in this process."""
-        ...
 
 
 def import_deepspeed() -> Any:
@@ -69,10 +48,11 @@ def deepspeed_config(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
     Optimizer and learning rate are not in it: they are handed over as objects, alike for every engine.
     """
     batch, plan = recipe.batch, recipe.plan
+    microbatches = batch.accumulation * plan.microbatches  # a pipeline makes one run of all of them
     config: dict[str, Any] = {
         "train_batch_size": batch.global_examples,
-        "train_micro_batch_size_per_gpu": batch.global_examples // batch.accumulation // plan.replicas,
-        "gradient_accumulation_steps": batch.accumulation,
+        "train_micro_batch_size_per_gpu": batch.global_examples // microbatches // plan.replicas,
+        "gradient_accumulation_steps": microbatches,
         "gradient_clipping": recipe.optimizer.clip_norm or 0.0,  # 0 is DeepSpeed's word for no clipping
         "zero_optimization": _zero_config(_stage(recipe), spec),
         "zero_allow_untested_optimizer": True,  # torch.optim.AdamW is not on DeepSpeed's own list
@@ -87,8 +67,9 @@ def deepspeed_config(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
 def _stage(recipe: Recipe) -> int:
     stage = _ZERO_STAGE[recipe.plan.shards]
     # Stage 0 makes an update of zero gradients while it starts in bf16: Adam's count and the decay are one ahead.
-    # Stage 1 over one replica is the same arithmetic without it.
-    return max(stage, 1) if recipe.precision.policy == "bf16" else stage
+    # In a pipeline its clip leaves the later stages out of the norm.
+    # Stage 1 over one replica is the same arithmetic without either.
+    return max(stage, 1) if recipe.precision.policy == "bf16" or recipe.plan.pipe > 1 else stage
 
 
 def _zero_config(stage: int, spec: ModelSpec) -> dict[str, Any]:
@@ -169,6 +150,30 @@ class Partitioner:
             self._init._convert_to_zero_parameters([parameter])
 
 
+def quiet() -> contextlib.AbstractContextManager[Any]:
+    """Keeps off the console what DeepSpeed prints, asked or not: BF16_Optimizer the memory, a pipeline its topology."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def initialize(
+    recipe: Recipe,
+    spec: ModelSpec,
+    module: nn.Module,
+    optimizer: torch.optim.AdamW,
+    *,
+    mpu: Mpu | None = None,
+) -> Any:
+    """DeepSpeed's own engine. A pipeline's module brings its own `mpu`."""
+    with quiet():
+        return import_deepspeed().initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(recipe, spec),
+            dist_init_required=False,
+            mpu=mpu,
+        )[0]
+
+
 class DeepSpeedEngine:
     """DeepSpeed, told when the last microbatch comes and kept from dividing by their number."""
 
@@ -183,15 +188,9 @@ class DeepSpeedEngine:
         whole: Store,
     ) -> None:
         """`whole` is the store of a state that is not split."""
-        # BF16_Optimizer prints what memory the machine has, asked or not.
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._engine = import_deepspeed().initialize(
-                model=model,
-                optimizer=optimizer,
-                config=deepspeed_config(recipe, spec),
-                dist_init_required=False,
-                mpu=Mpu(mesh) if recipe.plan.devices > 1 else None,
-            )[0]
+        mpu = Mpu(mesh) if recipe.plan.devices > 1 else None
+        self._engine = initialize(recipe, spec, model, optimizer, mpu=mpu)
+        self._model = model
         # DeepSpeed takes the mean over the replicas, of gradients that are shares of one batch.
         self.loss_scale = float(recipe.plan.replicas)
         match _stage(recipe):
@@ -199,18 +198,23 @@ class DeepSpeedEngine:
                 start_moments(optimizer, _updated(optimizer))
                 self.store = whole
             case 1 | 2:
-                self.store = _FlatStore(self._engine, optimizer)
+                self.store = FlatStore(self._engine, optimizer)
             case _:
                 self.store = _PartitionedStore(self._engine, optimizer, mesh.replicas)
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits [B, S, V] of this process's rows and part of the vocabulary."""
-        return self._engine(**inputs).logits
+    def accumulate(self, microbatches: Microbatches) -> None:
+        """Gradients of each loss as it is: it is a share of the batch's loss already."""
+        last = len(microbatches) - 1
+        for index in range(last + 1):
+            logits = self._engine(**microbatches.forward(index)).logits
+            loss = microbatches.loss(index, logits)
+            microbatches.backward(index)
+            self._engine.set_gradient_accumulation_boundary(index == last)
+            self._engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Gradients of `loss` as it is: it is a share of the batch's loss already."""
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
+    def infer(self, parts: Sequence[Inputs]) -> list[Tensor]:
+        """Logits [B, S, V] of each part."""
+        return [self._model(**inputs).logits for inputs in parts]
 
     def step(self) -> None:
         """Clip, update and clear the gradients."""
@@ -221,7 +225,7 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
 
-class _FlatStore:
+class FlatStore:
     """Stages 1 and 2: flat float32 master weights, moments and gradients, each replica with one stretch of them.
 
     Two optimizers of DeepSpeed's: BF16_Optimizer for stage 1 in bf16 with gradients in float32, else ZeRO's own.

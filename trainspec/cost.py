@@ -13,6 +13,7 @@ import numpy as np
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
+from trainspec.pipeline import stack_order, stages_of
 from trainspec.plan import COMPUTE_DTYPE, STORED_DTYPE, Backend, Part, Plan, Policy, local_size
 from trainspec.recipe import Recipe
 
@@ -81,6 +82,7 @@ class Moved:
 class Cost:
     """The arithmetic of one recipe on one backend."""
 
+    model: ModelSpec
     plan: Plan
     policy: Policy
     reduce: Policy
@@ -93,19 +95,23 @@ class Cost:
         """What one device holds at most: gradients are those between two microbatches.
 
         JAX splits over fsdp and repeats over data; the sum of microbatches' gradients has the type of `reduce`.
-        DeepSpeed splits over data × fsdp, and from stage 1 on it keeps a master copy in float32 even where weights are
-        float32. A frozen weight has neither gradient nor moments. DeepSpeed's padding of flat buffers is left out.
+        DeepSpeed splits over data × fsdp, and from stage 1 on, which is also that of every pipeline, it keeps a master
+        copy in float32 even where weights are float32. A frozen weight has neither gradient nor moments. DeepSpeed's
+        padding of flat buffers is left out. Of a pipeline's stages it is the one that holds most.
         """
+        return max((self._held(stage) for stage in range(self.plan.pipe)), key=lambda held: held.total)
+
+    def _held(self, stage: int) -> Held:
         stored, computed = width(STORED_DTYPE[self.policy]), width(COMPUTE_DTYPE[self.policy])
-        has_master = self.policy == "bf16" or (self.backend == "torch" and self.plan.splits("optimizer"))
-        state = self._elements(self.trained, "optimizer")
+        is_flat = self.backend == "torch" and (self.plan.splits("optimizer") or self.plan.pipe > 1)
+        state = self._elements(self.trained, "optimizer", stage)
         # BF16_Optimizer has its sum beside the gradients that the backward pass leaves.
         beside = computed if self._is_bf16_optimizer else 0
-        gradients = self._elements(self.trained, "gradients")
+        gradients = self._elements(self.trained, "gradients", stage)
         return Held(
-            weights=round(self._elements((*self.trained, *self.frozen), "weights") * computed),
+            weights=round(self._elements((*self.trained, *self.frozen), "weights", stage) * computed),
             gradients=round(gradients * (width(COMPUTE_DTYPE[self.reduce]) + beside)),
-            master=round(state * stored) if has_master else 0,
+            master=round(state * stored) if is_flat or self.policy == "bf16" else 0,
             moments=round(2 * state * stored),
         )
 
@@ -117,9 +123,11 @@ class Cost:
         JAX with `shards: optimizer` keeps whole gradients and has to gather weights as well: 3Ψ. It reduces the gradients
         of every microbatch, DeepSpeed up to stage 1 their sum. DeepSpeed's BF16_Optimizer (stage 1, bf16, summed in
         fp32) gathers gradients and weights, too. From its second microbatch on DeepSpeed's stage 3 keeps what it fetched
-        ahead at the turn to the backward pass, and gathers less than this.
+        ahead at the turn to the backward pass, and gathers less than this. Raises ValueError for a pipeline.
         """
         plan = self.plan
+        if plan.pipe > 1:
+            raise ValueError("how often a pipeline gathers and reduces is not counted")
         scattered = plan.splits("gradients") or (
             self.backend == "torch" and plan.splits("optimizer") and not self._is_bf16_optimizer
         )
@@ -146,10 +154,16 @@ class Cost:
             and not self.plan.splits("gradients")
         )
 
-    def _elements(self, rows: Sequence[Param], part: Part) -> float:
+    def _elements(self, rows: Sequence[Param], part: Part, stage: int) -> float:
         if self.backend == "jax":
-            return sum(local_size(p, self.plan, over_fsdp=self.plan.splits(part)) for p in rows)
-        whole = sum(local_size(p, self.plan, over_fsdp=False) for p in rows)
+            # Embedding, norm and head are on every stage, and a stage of fewer layers is filled up.
+            share = len(stack_order(self.plan, self.model.layers)) / self.model.layers / self.plan.pipe
+            return sum(
+                local_size(p, self.plan, over_fsdp=self.plan.splits(part)) * (1 if p.layer is None else share)
+                for p in rows
+            )
+        mine = [p for p in rows if stage in stages_of(p, self.plan, self.model)]
+        whole = sum(local_size(p, self.plan, over_fsdp=False) for p in mine)
         return whole / self._ranks if self.plan.splits(part) else whole
 
     def _reductions(self, scattered: bool) -> float:
@@ -187,6 +201,7 @@ def cost_of(recipe: Recipe, model: ModelSpec, backend: Backend) -> Cost:
     """The cost of a recipe."""
     trained = trainable_table(model, recipe.method)
     return Cost(
+        model=model,
         plan=recipe.plan,
         policy=recipe.precision.policy,
         reduce=recipe.precision.reduce,

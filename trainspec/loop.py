@@ -21,7 +21,9 @@ from trainspec import checkpoint
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch, Dataset, open_dataset
 from trainspec.hf import resolve_model
+from trainspec.methods import trainable_table
 from trainspec.model import ModelSpec
+from trainspec.pipeline import check_trains
 from trainspec.plan import Backend as BackendName
 from trainspec.plan import check_fits, check_supported
 from trainspec.recipe import Recipe
@@ -75,6 +77,8 @@ def check_plan(recipe: Recipe, backend: BackendName) -> None:
         accumulation=rows.accumulation,
         backend=backend,
     )
+    if backend == "torch":
+        check_trains(recipe.plan, spec, trainable_table(spec, recipe.method))
 
 
 class Backend(Protocol[S]):

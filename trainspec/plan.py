@@ -1,7 +1,7 @@
 """The plan: over which devices a run is spread, which rule splits what, and what each backend can do of it.
 
 Mesh axes are always all there, in the order of MESH_AXES, the last one fastest. `data` × `fsdp` split the rows of a
-batch, `fsdp` what `shards` names of the training state, `tensor` the wide dimensions of every layer.
+batch, `fsdp` what `shards` names of the training state, `tensor` the wide dimensions of every layer, `pipe` the layers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ BATCH_AXES = ("data", "fsdp")
 WEIGHT_AXES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 # Logical axis of an activation -> mesh axes.
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
+    "stage": ("pipe",),
     "batch": BATCH_AXES,
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -47,7 +48,11 @@ DimAxes = tuple[tuple[str, ...], ...]
 
 
 class Plan(BaseModel):
-    """Mesh sizes, what is sharded over `fsdp` (ZeRO 0 to 3 in neutral words), and what is recomputed."""
+    """Mesh sizes, what is sharded over `fsdp` (ZeRO 0 to 3 in neutral words), and what is recomputed.
+
+    Each of the `batch.accumulation` parts of a batch goes through the `pipe` stages as `microbatches`, in the order of
+    `schedule`; under `interleaved` a stage holds `chunks` pieces of the model instead of one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     pipe: Count = 1
@@ -57,6 +62,7 @@ class Plan(BaseModel):
     shards: Literal["nothing", "optimizer", "gradients", "params"] = "nothing"
     microbatches: Count = 1
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    chunks: Count = 2
     remat: Literal["none", "full"] = "none"
 
     @property
@@ -68,6 +74,11 @@ class Plan(BaseModel):
     def replicas(self) -> int:
         """Into how many parts the rows of a microbatch are split."""
         return self.data * self.fsdp
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces of the model a stage of the pipeline holds."""
+        return self.chunks if self.schedule == "interleaved" and self.pipe > 1 else 1
 
     def splits(self, part: Part) -> bool:
         """Whether `shards` splits that part of the training state over fsdp."""
@@ -111,14 +122,18 @@ def local_size(param: Param, plan: Plan, *, over_fsdp: bool) -> int:
 
 def check_supported(plan: Plan, policy: Policy, backend: Backend) -> None:
     """The support matrix: refuse, in one line with the nearest plan that works, what a backend cannot do."""
-    for field in ("pipe", "microbatches"):
-        if (size := getattr(plan, field)) != 1:
-            raise PlanError(f"plan.{field}={size}: {backend} has no pipeline yet; use plan.{field}=1")
+    if plan.pipe == 1 and plan.microbatches > 1:
+        raise PlanError(
+            f"plan.microbatches={plan.microbatches}: there is no pipeline with plan.pipe=1; "
+            f"use plan.microbatches=1 batch.accumulation={plan.microbatches}"
+        )
     if plan.shards != "nothing" and plan.fsdp == 1:
         way_out = f"use plan.fsdp={plan.data} plan.data=1" if plan.data > 1 else "use plan.shards=nothing"
         raise PlanError(f"plan.shards={plan.shards}: nothing to split over with plan.fsdp=1; {way_out}")
     if backend == "jax":
         return
+    if plan.pipe > 1:
+        _check_deepspeed_pipeline(plan, policy)
     if policy == "fp64" and plan.shards != "nothing":
         raise PlanError(
             f"plan.shards={plan.shards} with precision.policy=fp64: DeepSpeed has no float64; use plan.shards=nothing, "
@@ -128,6 +143,31 @@ def check_supported(plan: Plan, policy: Policy, backend: Backend) -> None:
         raise PlanError(
             "plan.shards=nothing with precision.policy=bf16: DeepSpeed's stage 0 makes a hidden first update; "
             f"use plan.fsdp={plan.replicas} plan.data=1 plan.shards=optimizer"
+        )
+
+
+def _check_deepspeed_pipeline(plan: Plan, policy: Policy) -> None:
+    """DeepSpeed's pipeline has one schedule, no float64, and no ZeRO stage but 1 that clips by the whole norm."""
+    if policy == "fp64":
+        raise PlanError(
+            f"plan.pipe={plan.pipe} with precision.policy=fp64: DeepSpeed has no float64; use plan.pipe=1, "
+            "precision.policy=fp32, or the jax backend"
+        )
+    if plan.schedule != "1f1b":
+        raise PlanError(
+            f"plan.schedule={plan.schedule}: DeepSpeed's pipeline runs 1f1b; use plan.schedule=1f1b, "
+            "or the jax backend"
+        )
+    if plan.shards in ("gradients", "params"):
+        raise PlanError(
+            f"plan.shards={plan.shards} with plan.pipe={plan.pipe}: DeepSpeed's pipeline takes no ZeRO stage above 1; "
+            f"use plan.shards=optimizer, or plan.pipe=1 plan.microbatches=1 "
+            f"plan.fsdp={plan.fsdp * plan.pipe}"
+        )
+    if plan.shards == "nothing" and plan.replicas > 1:
+        raise PlanError(
+            f"plan.shards=nothing with plan.pipe={plan.pipe}: DeepSpeed's stage 0 leaves the later stages out of the norm "
+            f"that it clips by; use plan.fsdp={plan.replicas} plan.data=1 plan.shards=optimizer"
         )
 
 
@@ -147,12 +187,35 @@ def check_fits(
             f"plan.fsdp={plan.fsdp} cannot split embed={model.embed} of {model.name}; "
             f"use a divisor of {model.embed}, or plan.data"
         )
-    rows = global_examples // accumulation
-    if rows % plan.replicas:
+    _check_stages(plan, model)
+    parts = accumulation * plan.microbatches * plan.replicas
+    if global_examples % parts:
+        microbatches = f" × plan.microbatches={plan.microbatches}" if plan.microbatches > 1 else ""
         raise PlanError(
-            f"plan.data × plan.fsdp = {plan.replicas} cannot split a microbatch of {rows} rows "
-            f"(batch.global_examples={global_examples} / batch.accumulation={accumulation}); "
-            f"use batch.global_examples={accumulation * plan.replicas * -(-rows // plan.replicas)}"
+            f"batch.global_examples={global_examples} cannot be split into {parts} equal parts "
+            f"(batch.accumulation={accumulation}{microbatches} × plan.data={plan.data} × plan.fsdp={plan.fsdp}); "
+            f"use batch.global_examples={parts * -(-global_examples // parts)}"
+        )
+
+
+def _check_stages(plan: Plan, model: ModelSpec) -> None:
+    pieces, layers = plan.pipe * plan.pieces, model.layers
+    if pieces > layers:
+        fewer = layers // plan.pipe
+        if plan.pieces == 1 or fewer == 0:
+            way_out = f"plan.pipe can be at most {layers}"
+        else:
+            way_out = f"use plan.chunks={fewer}" if fewer > 1 else "use plan.schedule=1f1b"
+        held = f" × plan.chunks={plan.chunks}" if plan.pieces > 1 else ""
+        raise PlanError(
+            f"plan.pipe={plan.pipe}{held} cuts {model.name}, which has {layers} layers, into {pieces} pieces; {way_out}"
+        )
+    # A stage comes back to a group of microbatches as soon as the last stage is through with it.
+    if plan.pieces > 1 and plan.microbatches % plan.pipe:
+        fits = plan.pipe * -(-plan.microbatches // plan.pipe)
+        raise PlanError(
+            f"plan.schedule=interleaved takes microbatches in groups of plan.pipe={plan.pipe}, not "
+            f"{plan.microbatches}; use plan.microbatches={fits}"
         )
 
 

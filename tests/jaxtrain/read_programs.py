@@ -1,6 +1,7 @@
 """What the compiled programs of some plans hold and move, as JSON.
 
-python tests/jaxtrain/read_programs.py CASES.json OUT.json      CASES as for run_plans.py, and "patch"
+python tests/jaxtrain/read_programs.py CASES.json OUT.json      CASES as for run_plans.py; a case with "held_only"
+has nothing else read, one with "saves_gathered" runs with `saving_matmul`.
 """
 
 import json
@@ -48,13 +49,15 @@ def arrays_of_logits(text: str, spec: Any, recipe: Any) -> Iterator[str]:
             yield dims
 
 
-def facts(recipe: Any) -> dict[str, Any]:
+def facts(recipe: Any, *, held_only: bool) -> dict[str, Any]:
     parallel.start(recipe)
     spec = resolve_model(recipe.model)[0]
     state = step.init_state(recipe, spec)
     rows = np.zeros((recipe.batch.global_examples, recipe.data.sequence_tokens), np.int32)
     batch = Batch(rows, rows, rows, rows, rows[:, 0])
-    arguments = (state.trainable, state.frozen, state.program.microbatches(batch), jnp.int32(0))
+    if held_only:
+        return {"held": cost.held(state, batch)}
+    arguments = (state.trainable, state.frozen, state.program.parts(batch), jnp.int32(0))
     text = state.program.gradients.lower(*arguments, listen=False).compile().as_text()
     return {
         "held": cost.held(state, batch),
@@ -75,7 +78,8 @@ def main() -> None:
     for name, case in json.loads(cases.read_text()).items():
         sections = dict(case)
         jaxtrain.model.matmul = saving_matmul if sections.pop("saves_gathered", False) else matmul
-        found[name] = facts(recipe_of(cases.parent, sections.pop("variant", "plain"), sections))
+        held_only, variant = sections.pop("held_only", False), sections.pop("variant", "plain")
+        found[name] = facts(recipe_of(cases.parent, variant, sections), held_only=held_only)
         step._program.cache_clear()
     out.write_text(json.dumps(found))
 

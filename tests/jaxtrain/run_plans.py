@@ -32,6 +32,11 @@ def recipe_of(scratch: Path, variant: str, sections: dict[str, Any]) -> Any:
     for layers in (2, 6):
         sizes = {"embed": 256, "mlp": 512, "heads": 8, "kv_heads": 8, "head_dim": 32, "layers": layers}
         variants[f"wide-{layers}"] = replace(VARIANTS["plain"], **sizes)
+    variants |= {
+        f"{name}-{layers}": replace(VARIANTS[name], kv_heads=4, layers=layers)
+        for name in VARIANTS
+        for layers in (4, 5, 9)
+    }
     directory = scratch / f"model-{variant}"
     if not directory.exists():
         write_checkpoint(directory, variants[variant])
@@ -60,6 +65,7 @@ def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:
             "moment2": step.moments_of(state)[1],
         }.items():
             found |= {f"{kind}/{i}/{name}": array for name, array in arrays.items()}
+    found["logits/0/logits"] = step.logits(state, dataset.batch(STEPS, 8))
     heldout = open_dataset(recipe, "heldout")
     return found | {"evaluation/0/loss": loop.heldout_loss(step, state, heldout, recipe)}
 

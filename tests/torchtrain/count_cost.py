@@ -12,6 +12,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
+
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -30,6 +32,13 @@ def moved_first(file: Path) -> list[dict[str, object]]:
     found = [asdict(collective) for collective in cost.moved(state, batch)]
     parallel.finish()
     return found
+
+
+def largest(held: dict[str, int]) -> dict[str, int]:
+    """What the process holds that holds most."""
+    every: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, held)
+    return max(every, key=lambda each: sum(each.values()))
 
 
 def measured(file: Path) -> dict[str, object]:
@@ -51,7 +60,7 @@ def measured(file: Path) -> dict[str, object]:
     state = step.init_state(recipe, resolve_model(recipe.model)[0])
     step.allocate = allocate
     batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
-    held = cost.held(state, batch)
+    held = largest(cost.held(state, batch)) if recipe.plan.pipe > 1 else cost.held(state, batch)
     moved = [asdict(collective) for collective in cost.moved(state, batch)]
     parallel.finish()
     first = moved_first(file) if recipe.plan.shards == "params" else None

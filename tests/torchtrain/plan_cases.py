@@ -1,16 +1,20 @@
-"""The plans that test_sharded.py runs: what is trained, in which precision, over which devices."""
+"""The plans that test_sharded.py and test_pipeline.py run: what is trained, in which precision, over which devices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from small import SMALL
+
+from trainspec.plan import Plan
 
 MODELS = {
     "wide": replace(SMALL, name="wide", kv_heads=4),
     "tied": replace(SMALL, name="tied", tied_embeddings=True, attention_bias=True, mlp_bias=True),
+    # Uneven stages: three and two layers, or two, one, one, one.
+    "deep": replace(SMALL, name="deep", layers=5, kv_heads=4),
+    "deep-tied": replace(SMALL, name="deep-tied", layers=5, tied_embeddings=True, attention_bias=True),
 }
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
@@ -47,8 +51,7 @@ class Case:
 
     @property
     def processes(self) -> int:
-        sizes = [value for _, value in self.plan if isinstance(value, int)]
-        return int(np.prod(sizes))
+        return Plan(**dict(self.plan)).devices
 
 
 def case(model: str, method: str, precision: str, **plan: Any) -> Case:
@@ -123,3 +126,42 @@ RESUMED_MORE = [
 ]
 EVALUATED = [FEW[3]]
 EVALUATED_MORE = [case("wide", "full", "fp32", fsdp=2, tensor=2, shards="params")]
+
+PIPES = [
+    case("wide", "full", "fp32", pipe=2, microbatches=4),
+    case("deep-tied", "lora", "fp32", pipe=2, microbatches=6, remat="full"),
+    case("deep-tied", "full", "bf16", pipe=2, microbatches=4),
+]
+_THREE_D = {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "optimizer"}
+PIPES_MORE = [
+    *(case(m, k, p, pipe=2, microbatches=4) for m, k in (("deep-tied", "full"), ("wide", "lora-head"))
+      for p in ("fp32", "bf16", "bf16-bf16") if (m, p) != ("deep-tied", "bf16")),
+    *(case("deep-tied", k, "fp32", pipe=2, microbatches=m) for k in METHODS if k != "lora-head" for m in (1, 2)),
+    *(case("deep-tied", k, "fp32", pipe=4, microbatches=6, remat="full") for k in ("full", "lora")),
+    case("deep-tied", "full", "bf16-bf16", pipe=4, microbatches=4),
+    case("deep", "full", "fp32", pipe=2, tensor=2, microbatches=4),
+    case("deep-tied", "full", "fp32", pipe=2, fsdp=2, shards="optimizer", microbatches=3),
+    *(case(m, k, p, **_THREE_D, microbatches=6) for m, k in (("deep", "full"), ("deep", "lora"))
+      for p in ("fp32", "bf16", "bf16-bf16")),
+    case("tied", "full", "fp32", **_THREE_D, microbatches=3, remat="full"),
+    case("tied", "full", "bf16", **_THREE_D, microbatches=3),
+    case("deep", "lora-head", "fp32", **_THREE_D, microbatches=2, remat="full"),
+]  # fmt: skip
+PIPES_RESUMED = [
+    Resumed(PIPES[0], case("wide", "full", "fp32", tensor=2)),
+    # The same microbatches: equal gradients, so that only the masters can differ.
+    Resumed(PIPES[2], PIPES[2]),
+]
+PIPES_RESUMED_MORE = [
+    Resumed(PIPES_MORE[-1], case("deep", "lora-head", "fp32", pipe=4, tensor=2, microbatches=3)),
+    Resumed(
+        case("deep-tied", "full", "fp32", pipe=2, fsdp=2, shards="optimizer", microbatches=3),
+        case("deep-tied", "full", "fp32", fsdp=4, shards="params"),
+    ),
+    Resumed(
+        case("deep", "full", "fp32", pipe=2, tensor=2, microbatches=4),
+        case("deep", "full", "fp32", pipe=4, microbatches=2),
+    ),
+]
+PIPES_EVALUATED = [PIPES[0]]
+PIPES_EVALUATED_MORE = [case("deep", "full", "fp32", **_THREE_D, microbatches=6)]

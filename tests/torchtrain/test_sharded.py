@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from plan_cases import (
-    EVALUATED,
-    EVALUATED_MORE,
-    FEW,
-    METHODS,
-    MODELS,
-    MORE,
-    PRECISION,
-    RESUMED,
-    RESUMED_MORE,
-    Case,
-    Resumed,
-    case,
+from plan_cases import EVALUATED, EVALUATED_MORE, FEW, MORE, RESUMED, RESUMED_MORE, Case, Resumed, case
+from plan_runs import (
+    Make,
+    check,
+    check_evaluated,
+    check_resumed,
+    recipe_of,
+    run_cases,
+    stopped_and_resumed,
+    traces,
 )
-from ranks import Command, distance, drift, furthest, run_all, traced
-from safetensors.numpy import load_file
-from small import ROOT, recipe_maker, write_checkpoint
+from ranks import distance, drift, furthest, run_all, traced
 
 from parity.plant import Edit
-from trainspec.recipe import Recipe
 from trainspec.trace import Trace
-
-Make = Callable[..., Recipe]
-PROOF = 1e-10  # of each tensor's largest entry; rounding stays near 1e-14
-FP32_GRADIENT, FP32_LOSS = 1e-5, 3e-6
-BF16_GRADIENT, BF16_LOSS = 0.04, 1e-3  # a few roundings to 8 bits, each 2⁻⁹
-STEPS, LR = 5, 1e-3
-RESUMED_UPDATE = 1e-3  # of the rate: what rounding of one gradient of five leaves of an update is 3e-5
-HELDOUT = ROOT / "configs/data/qa-heldout.jsonl"
-
 
 # A mistake each, in two processes, and the phase in which the comparison must see it.
 PLANTED = {
@@ -108,61 +90,6 @@ PLANTED_RESUMED = {
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    root = tmp_path_factory.mktemp("models")
-    dirs = {name: write_checkpoint(root / name, spec) for name, spec in MODELS.items()}
-    return recipe_maker(dirs, tmp_path_factory.mktemp("cache"))
-
-
-def recipe_of(make: Make, case: Case, **run: Any) -> Recipe:
-    return make(
-        case.model,
-        method=METHODS[case.method],
-        precision=PRECISION[case.precision],
-        plan=dict(case.plan),
-        batch={"global_examples": 24, "accumulation": 2},
-        data={"sequence_tokens": 96, "too_long": "cut"},
-        optimizer={"lr": LR, "weight_decay": 0.1, "clip_norm": 0.5},
-        run={"steps": STEPS} | run,
-    )
-
-
-def stopped_and_resumed(make: Make, resumed: Resumed, out: Path, *edits: Edit) -> list[Command]:
-    return [
-        Command("train", recipe_of(make, resumed.first, stop_after_steps=STEPS - 1), out),
-        Command("train", recipe_of(make, resumed.second), out, ("--resume",), edits),
-    ]
-
-
-def evaluated(make: Make, case: Case, out: Path) -> list[Command]:
-    """Held-out losses, behind an update and of the checkpoint."""
-    recipe = recipe_of(make, case, steps=1)
-    heldout = recipe.data.model_copy(update={"heldout": str(HELDOUT)})
-    recipe = recipe.model_copy(update={"data": heldout})
-    return [Command("train", recipe, out), Command("eval", recipe, out)]
-
-
-def run_cases(
-    make: Make, home: Path, cases: list[Case], resumed: list[Resumed], evaluate: list[Case]
-) -> Path:
-    """One launch for each number of processes."""
-    commands: dict[int, list[Command]] = {}
-
-    def add(case: Case, *some: Command) -> None:
-        commands.setdefault(case.processes, []).extend(some)
-
-    for c in dict.fromkeys([*(c.alone for c in cases), *cases]):
-        add(c, traced(recipe_of(make, c), place(home, c)))
-    for r in resumed:
-        add(r.first, *stopped_and_resumed(make, r, home / str(r)))
-    for c in [*(c.alone for c in evaluate), *evaluate]:
-        add(c, *evaluated(make, c, place(home, c) / "evaluated"))
-    for processes, some in commands.items():
-        run_all(some, home / f"launch-{processes}", processes=processes)
-    return home
-
-
-@pytest.fixture(scope="module")
 def few(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, tmp_path_factory.mktemp("few"), FEW, RESUMED, EVALUATED)
 
@@ -170,39 +97,6 @@ def few(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, tmp_path_factory.mktemp("more"), MORE, RESUMED_MORE, EVALUATED_MORE)
-
-
-def place(home: Path, case: Case) -> Path:
-    return home / str(case)
-
-
-def traces(home: Path, case: Case) -> tuple[Path, Path]:
-    return place(home, case.alone) / "trace", place(home, case) / "trace"
-
-
-def check(left: Path, right: Path, precision: str) -> None:
-    losses = drift(left, right, "loss", steps=STEPS)
-    bound = {"fp64": PROOF, "fp32": FP32_GRADIENT}.get(precision, BF16_GRADIENT)
-    assert furthest(left, right, "gradient", step=1) <= bound
-    assert drift(left, right, "grad_norm", steps=1) <= bound
-    assert furthest(left, right, "moment1", step=1) <= bound  # of clipped gradients
-    if precision == "fp64":
-        assert losses <= PROOF
-        assert drift(left, right, "grad_norm", steps=STEPS) <= PROOF
-        for step in range(1, STEPS + 1):
-            for group in ("gradient", "update", "moment1", "moment2"):
-                assert furthest(left, right, group, step=step) <= PROOF, (group, step)
-        assert furthest(left, right, "activation", step=1) <= PROOF
-        assert furthest(left, right, "activation_gradient", step=1) <= PROOF
-    elif precision == "fp32":
-        assert furthest(left, right, "activation_gradient", step=1) <= FP32_GRADIENT
-        assert losses <= FP32_LOSS
-    else:
-        assert losses <= BF16_LOSS
-        one, other = Trace(left), Trace(right)
-        assert one.initial_names() == other.initial_names()
-        for name in one.initial_names():  # masters are what the file says, not what bfloat16 makes of it
-            np.testing.assert_array_equal(one.read_initial(name), other.read_initial(name))
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
@@ -216,20 +110,6 @@ def test_every_plan_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
 
 
-def check_resumed(home: Path, resumed: Resumed, out: Path) -> None:
-    last = f"checkpoints/step-{STEPS:06d}"
-    unbroken = place(home, resumed.first) / "run" / last
-    left, right = (
-        {part: load_file(folder / f"{part}.safetensors") for part in ("weights", "moment1", "moment2")}
-        for folder in (unbroken, out / last)
-    )
-    is_proof = resumed.first.precision == "fp64"
-    for part in ("moment1", "moment2"):
-        assert distance(left[part], right[part]) <= (PROOF if is_proof else FP32_GRADIENT), part
-    moved = [np.abs(left["weights"][name] - array).max() for name, array in right["weights"].items()]
-    assert np.max(moved) <= (PROOF if is_proof else RESUMED_UPDATE) * LR
-
-
 @pytest.mark.parametrize("resumed", RESUMED, ids=str)
 def test_a_run_goes_on_under_another_plan(few: Path, resumed: Resumed):
     check_resumed(few, resumed, few / str(resumed))
@@ -239,19 +119,6 @@ def test_a_run_goes_on_under_another_plan(few: Path, resumed: Resumed):
 @pytest.mark.parametrize("resumed", RESUMED_MORE, ids=str)
 def test_larger_runs_go_on_under_another_plan(more: Path, resumed: Resumed):
     check_resumed(more, resumed, more / str(resumed))
-
-
-def check_evaluated(home: Path, case: Case) -> None:
-    """Behind an update and from the checkpoint, under the plan and alone, all say the same."""
-    said = []
-    for each in (case.alone, case):
-        out = place(home, each) / "evaluated"
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        words = (out / "said.txt").read_text().split()
-        assert words[:2] == ["held-out", "loss"]
-        said += [rows[-1]["heldout_loss"], float(words[2])]
-    assert np.ptp(said) <= FP32_LOSS * np.mean(said)
-    assert abs(rows[-1]["loss"] - said[0]) > 100 * FP32_LOSS * said[0]  # control: of other rows
 
 
 @pytest.mark.parametrize("case", EVALUATED, ids=str)

@@ -80,6 +80,14 @@ def test_deepspeed_config_is_this(make_recipe):
     # Stage 0 makes a hidden first update in bf16.
     bf16 = make_recipe(precision={"policy": "bf16", "reduce": "fp32"})
     assert deepspeed_config(bf16, spec)["zero_optimization"]["stage"] == 1
+    # A pipeline makes one run of all microbatches, and has no stage 0 that clips by the whole norm.
+    pipe = deepspeed_config(
+        make_recipe(batch={"global_examples": 12, "accumulation": 3}, plan={"pipe": 2, "microbatches": 2}),
+        spec,
+    )
+    assert pipe["train_micro_batch_size_per_gpu"] == 2
+    assert pipe["gradient_accumulation_steps"] == 6
+    assert pipe["zero_optimization"]["stage"] == 1
     unclipped = deepspeed_config(make_recipe(optimizer={"clip_norm": None}), spec)
     assert unclipped["gradient_clipping"] == 0.0
 

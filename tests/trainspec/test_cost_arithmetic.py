@@ -1,5 +1,7 @@
 """The arithmetic of memory and traffic, against the tables of ZeRO's paper; the twins' tests hold it to measurements."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,9 +20,9 @@ SHARDS = ("nothing", "optimizer", "gradients", "params")
 
 
 def cost(
-    plan: Plan, backend: Backend, *, rows=ROWS, frozen=(), policy: Policy = "bf16", reduce: Policy = "bf16", accumulation=1
+    plan: Plan, backend: Backend, *, model=SEVEN, rows=ROWS, frozen=(), policy: Policy = "bf16", reduce: Policy = "bf16", accumulation=1
 ) -> Cost:  # fmt: skip
-    return Cost(plan, policy, reduce, accumulation, tuple(rows), tuple(frozen), backend)
+    return Cost(model, plan, policy, reduce, accumulation, tuple(rows), tuple(frozen), backend)
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
@@ -52,11 +54,32 @@ def test_what_is_split_adds_up_to_the_whole(fsdp: int, tensor: int, shards):
     """On JAX: fsdp devices together hold the weights once where `params` are split, each all of them where not."""
     rows = param_table(SMALL)
     plan = Plan(fsdp=fsdp, tensor=tensor, shards=shards)
-    held = cost(plan, "jax", rows=rows, policy="fp32", reduce="fp32").held()
+    held = cost(plan, "jax", model=SMALL, rows=rows, policy="fp32", reduce="fp32").held()
     per_rank = sum(local_size(p, plan, over_fsdp=False) for p in rows) * 4
     copies = fsdp if shards == "params" else 1
     assert held.weights * copies == per_rank
     assert held.moments * fsdp == 2 * per_rank
+
+
+def test_a_stage_holds_its_layers():
+    """Two stages of two layers each: torch's first has the embedding, on JAX each has embedding, norm and head."""
+    model = replace(SMALL, layers=4)
+    rows = param_table(model)
+    plan = Plan(pipe=2, microbatches=2)
+    layer = sum(p.size for p in rows if p.layer == 0)
+    ends = sum(p.size for p in rows if p.layer is None)
+    exact = {"model": model, "rows": rows, "policy": "fp32", "reduce": "fp32"}
+    assert cost(plan, "jax", **exact).held().weights == 4 * (2 * layer + ends)
+    found = cost(plan, "torch", **exact).held()
+    last = ends - rows[0].size
+    assert found.weights == 4 * (2 * layer + max(rows[0].size, last))
+    assert found.master == found.weights  # DeepSpeed's pipeline runs stage 1
+    # A stage of JAX's is as long as the longest: 2 places for 1.5 layers.
+    three = replace(SMALL, layers=3)
+    uneven = exact | {"model": three, "rows": param_table(three)}
+    assert cost(plan, "jax", **uneven).held().weights == 4 * (2 * layer + ends)
+    with pytest.raises(ValueError, match="pipeline"):
+        cost(plan, "jax", **exact).moved()
 
 
 @pytest.mark.parametrize(

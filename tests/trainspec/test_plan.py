@@ -66,8 +66,17 @@ def test_shards_are_the_stages_of_zero(shards, split):
 @pytest.mark.parametrize(
     ("plan", "policy", "backends", "message"),
     [
-        (Plan(pipe=2), "fp32", "jax torch", "use plan.pipe=1"),
-        (Plan(microbatches=2), "fp32", "jax torch", "use plan.microbatches=1"),
+        (Plan(microbatches=2), "fp32", "jax torch", "use plan.microbatches=1 batch.accumulation=2"),
+        (Plan(pipe=2), "fp64", "torch", "use plan.pipe=1, precision.policy=fp32"),
+        (Plan(pipe=2, schedule="gpipe"), "fp32", "torch", "use plan.schedule=1f1b"),
+        (Plan(pipe=2, data=2), "fp32", "torch", "use plan.fsdp=2 plan.data=1 plan.shards=optimizer"),
+        (
+            Plan(pipe=2, fsdp=2, shards="gradients"),
+            "bf16",
+            "torch",
+            "use plan.shards=optimizer, or plan.pipe=1 .* plan.fsdp=4",
+        ),
+        (Plan(pipe=2, fsdp=2, shards="params"), "bf16", "torch", "no ZeRO stage above 1"),
         (Plan(shards="params"), "fp32", "jax torch", "use plan.shards=nothing"),
         (Plan(data=4, shards="params"), "fp32", "jax torch", "use plan.fsdp=4 plan.data=1"),
         (Plan(fsdp=2, shards="params"), "fp64", "torch", "DeepSpeed has no float64"),
@@ -83,12 +92,35 @@ def test_plans_that_cannot_work_name_one_that_does(plan: Plan, policy, backends:
             check_supported(plan, policy, backend)
 
 
+def test_interleaved_microbatches_go_in_groups():
+    plan, model = Plan(pipe=2, schedule="interleaved", microbatches=3), replace(SMALL, layers=5)
+    with pytest.raises(PlanError, match=r"groups of plan.pipe=2, not 3; use plan.microbatches=4"):
+        check_fits(plan, model, global_examples=6, accumulation=1, backend="jax")
+    with pytest.raises(PlanError, match=r"into 6 pieces; use plan.chunks=2"):
+        check_fits(
+            plan.model_copy(update={"chunks": 3}), model, global_examples=6, accumulation=1, backend="jax"
+        )
+
+
 @pytest.mark.parametrize(
     ("plan", "rows", "backends", "message"),
     [
         (Plan(tensor=4), 8, "jax torch", "cannot split kv_heads=2 of small; plan.tensor can be 1, 2"),
         (Plan(fsdp=5, shards="params"), 5, "jax", "cannot split embed=32 of small"),
-        (Plan(data=3, fsdp=2), 8, "jax torch", "a microbatch of 8 rows .* use batch.global_examples=24"),
+        (
+            Plan(data=3, fsdp=2),
+            8,
+            "jax torch",
+            "16 cannot be split into 12 equal parts .* use batch.global_examples=24",
+        ),
+        (Plan(pipe=2, microbatches=3), 8, "jax torch", "plan.microbatches=3 .* use batch.global_examples=18"),
+        (
+            Plan(pipe=4),
+            8,
+            "jax torch",
+            "small, which has 2 layers, into 4 pieces; plan.pipe can be at most 2",
+        ),
+        (Plan(pipe=2, schedule="interleaved", microbatches=4), 8, "jax torch", "use plan.schedule=1f1b"),
     ],
 )
 def test_plans_that_do_not_divide_say_what_does(plan: Plan, rows: int, backends: str, message: str):

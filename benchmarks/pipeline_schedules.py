@@ -1,0 +1,233 @@
+"""The pipeline's schedules: what they leave unused, what they keep in memory, and what they look like.
+
+    python benchmarks/pipeline_schedules.py [--page docs/pipeline.md]
+
+Slots are counted in the timeline that each backend's executor goes by, and set beside the formula of
+`trainspec.pipeline`. Memory is what XLA's compiler says of JAX's gradient program on fake CPU devices. With `--page` the
+tables are written there, and the pictures beside it, in a directory of the page's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainspec.data import open_dataset
+from trainspec.hf import resolve_model
+from trainspec.pipeline import Timeline, Work, bubble, expected_bubble
+from trainspec.plan import Backend, Plan
+from trainspec.recipe import load_recipe
+
+SCHEDULES: tuple[tuple[Backend, str], ...] = (
+    ("jax", "gpipe"),
+    ("jax", "interleaved"),
+    ("jax", "1f1b"),
+    ("torch", "1f1b"),
+)
+STAGES, MICROBATCHES = (2, 4, 8), (4, 8, 16, 32)
+DRAWN_STAGES, DRAWN_MICROBATCHES = 4, 8
+WEIGHED_STAGES, WEIGHED_ROWS = 4, 4
+REMATS = ("none", "full")
+HEAD = """# Pipelines
+
+Made by `python benchmarks/pipeline_schedules.py --page docs/pipeline.md`, on CPU.
+
+`plan.pipe` cuts the layers into stages; `plan.microbatches` go through them in the order of `plan.schedule`. What each
+schedule is for:
+
+- **gpipe** (JAX): all forward passes, then all backward passes. Keeps every microbatch until its backward pass.
+- **1f1b**: a stage goes back with a microbatch as soon as it can, so what it keeps depends on the number of stages, not
+  of microbatches. torch's (DeepSpeed's) leaves as little unused as gpipe. JAX's runs in lockstep: in every pair of slots
+  all stages make one forward and one backward pass, and the backward pass makes its stage's forward pass again; it costs
+  time, and takes the least memory.
+- **interleaved** (JAX): a stage has `plan.chunks` pieces of the model, so that it waits for a shorter piece only.
+
+torch has 1f1b, with `shards: nothing` or `optimizer`; `trainspec show` says so in one line with the plan to use instead.
+"""
+
+
+def main() -> None:
+    """Count, weigh and draw; print the page or write it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", type=Path, default=Path("configs/demo.yaml"))
+    parser.add_argument("--page", type=Path, help="write Markdown there, and the pictures beside it")
+    parser.add_argument("--worker", choices=("jax", "torch", "memory"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker == "memory":
+        print(json.dumps(list(temporary_bytes(arguments.recipe))))
+        return
+    if arguments.worker:
+        print(json.dumps(timelines(arguments.worker)))
+        return
+    found = {key: t for backend in ("jax", "torch") for key, t in counted(backend).items()}
+    weighed = _worker("memory", arguments.recipe)
+    page = HEAD + bubble_table(found) + memory_table(weighed)
+    if not arguments.page:
+        print(page)
+        return
+    pictures = arguments.page.with_suffix("")
+    pictures.mkdir(exist_ok=True)
+    page += (
+        "\n## What they look like\n\nFour stages (rows), eight microbatches (numbers), time to the right; "
+    )
+    page += "forward passes are blue, backward passes orange, the second piece of a stage darker.\n"
+    for backend, schedule in SCHEDULES:
+        name = f"{backend}-{schedule}.svg"
+        timeline = found[backend, schedule, DRAWN_STAGES, DRAWN_MICROBATCHES]
+        (pictures / name).write_text(drawn(timeline))
+        page += f"\n**{backend}, {schedule}**: {float(bubble(timeline)):.1%} unused\n\n"
+        page += f"![{backend} {schedule}]({pictures.name}/{name})\n"
+    arguments.page.write_text(page)
+
+
+def plan_of(schedule: str, stages: int) -> Plan:
+    """A plan of that schedule and nothing else."""
+    return Plan.model_validate({"pipe": stages, "schedule": schedule})
+
+
+def timelines(backend: Backend) -> list[dict[str, Any]]:
+    """In a process of the backend: every timeline of its schedules."""
+    pipeline = importlib.import_module(f"{backend}train.pipeline")
+    return [
+        {
+            "key": [backend, schedule, stages, microbatches],
+            "stages": [
+                [work and [work.kind, work.microbatch, work.piece] for work in stage]
+                for stage in pipeline.timeline(plan_of(schedule, stages), microbatches)
+            ],
+        }
+        for (whose, schedule), stages, microbatches in itertools.product(SCHEDULES, STAGES, MICROBATCHES)
+        if whose == backend and not (schedule == "interleaved" and microbatches % stages)
+    ]
+
+
+def counted(backend: Backend) -> dict[tuple[Any, ...], Timeline]:
+    """The timelines by backend, schedule, stages and microbatches."""
+    return {
+        tuple(one["key"]): tuple(tuple(work and Work(*work) for work in stage) for stage in one["stages"])
+        for one in _worker(backend)
+    }
+
+
+def _worker(what: str, *arguments: Path) -> Any:
+    """JAX and torch never share a process."""
+    command = [sys.executable, __file__, *map(str, arguments), "--worker", what]
+    quiet = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, check=True, env=os.environ | quiet, stdout=subprocess.PIPE, text=True)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def bubble_table(found: Mapping[tuple[Any, ...], Timeline]) -> str:
+    """Idle slots of all slots, counted; `!` where the formula says something else. Behind it what a stage keeps."""
+    lines = [
+        "\n## What is left unused\n",
+        "Slots of time in which a stage does nothing that is kept, of all slots, counted in the schedule; the formula",
+        "(`trainspec.pipeline.expected_bubble`) says the same for every entry. Behind the stroke: for how many microbatches",
+        "(of one piece of the model) the first stage keeps something at most.\n",
+        "| backend | schedule | stages | " + " | ".join(f"{m} microbatches" for m in MICROBATCHES) + " |",
+        "|---|---|---|" + "---|" * len(MICROBATCHES),
+    ]
+    for (backend, schedule), stages in itertools.product(SCHEDULES, STAGES):
+        cells = []
+        for microbatches in MICROBATCHES:
+            timeline = found.get((backend, schedule, stages, microbatches))
+            if timeline is None:
+                cells.append("in groups of 8")
+                continue
+            share = bubble(timeline)
+            expected = expected_bubble(plan_of(schedule, stages), microbatches, backend)
+            assert share == expected, (backend, schedule, stages, microbatches, share, expected)
+            cells.append(f"{float(share):.1%} / {in_flight(timeline[0])}")
+        lines.append(f"| {backend} | {schedule} | {stages} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def in_flight(stage: Sequence[Work | None]) -> int:
+    """How many forward passes of a stage wait for their backward pass at most."""
+    open_passes = most = 0
+    for work in stage:
+        if work is not None:
+            open_passes += 1 if work.kind == "forward" else -1
+            most = max(most, open_passes)
+    return most
+
+
+def temporary_bytes(path: Path) -> Iterator[dict[str, Any]]:
+    """In a process with JAX: what the gradient program takes besides weights, batch and gradients, per device."""
+    from jaxtrain import cost, parallel, step
+
+    for remat, schedule, microbatches in itertools.product(
+        REMATS, ("gpipe", "interleaved", "1f1b"), MICROBATCHES
+    ):
+        recipe = load_recipe(
+            path,
+            [
+                "method={kind: full}", "batch.accumulation=1", f"plan.remat={remat}", f"plan.schedule={schedule}",
+                f"plan.pipe={WEIGHED_STAGES}", f"plan.chunks={1 if schedule != 'interleaved' else 2}",
+                f"plan.microbatches={microbatches}", f"batch.global_examples={WEIGHED_ROWS * microbatches}",
+            ],
+        )  # fmt: skip
+        parallel.start(recipe)
+        spec, _ = resolve_model(recipe.model)
+        state = step.init_state(recipe, spec)
+        batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+        size = cost.held(state, batch)["gradients_temp"]
+        yield {"remat": remat, "schedule": schedule, "microbatches": microbatches, "bytes": size}
+
+
+def memory_table(weighed: Sequence[Mapping[str, Any]]) -> str:
+    """MiB against the number of microbatches of the same size."""
+    lines = [
+        "\n## What is kept in memory\n",
+        f"JAX, {WEIGHED_STAGES} stages, {WEIGHED_ROWS} rows in a microbatch: MiB of temporary memory per device of the program that",
+        "makes the gradients, from the compiler's `memory_analysis()`. The batch grows with the microbatches, and 1f1b's memory",
+        "does not.\n",
+        "| remat | schedule | " + " | ".join(f"{m} microbatches" for m in MICROBATCHES) + " |",
+        "|---|---|" + "---|" * len(MICROBATCHES),
+    ]
+    for (remat, schedule), row in itertools.groupby(weighed, key=lambda w: (w["remat"], w["schedule"])):
+        sizes = " | ".join(f"{w['bytes'] / 2**20:.1f}" for w in row)
+        lines.append(f"| {remat} | {schedule} | {sizes} |")
+    return "\n".join(lines) + "\n"
+
+
+CELL, LABEL = 18, 56
+COLOURS = {
+    ("forward", 0): "#9ecae8",
+    ("forward", 1): "#3d8fc4",
+    ("backward", 0): "#f6b26b",
+    ("backward", 1): "#c9701a",
+}
+
+
+def drawn(timeline: Timeline) -> str:
+    """A timeline as SVG: a row for each stage, a box for each slot, its microbatch in it."""
+    slots = len(timeline[0])
+    width, height = LABEL + slots * CELL + 2, len(timeline) * CELL + 2
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="10" text-anchor="middle">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for stage, row in enumerate(timeline):
+        middle = stage * CELL + 13
+        parts.append(f'<text x="{LABEL / 2}" y="{middle}">stage {stage}</text>')
+        for slot, work in enumerate(row):
+            x, y = LABEL + slot * CELL + 1, stage * CELL + 1
+            colour = COLOURS[work.kind, work.piece % 2] if work else "#f2f2f2"
+            parts.append(f'<rect x="{x}" y="{y}" width="{CELL - 1}" height="{CELL - 1}" fill="{colour}"/>')
+            if work:
+                parts.append(f'<text x="{x + CELL / 2}" y="{middle}">{work.microbatch}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Every schedule of a pipeline trains as one device does, in float64 on eight fake devices; and what it costs."""
+
+import itertools
+import json
+
+import pytest
+from launch import Runs, launch, worst
+from test_plans import COMMON, FULL, LORA, ROUNDING, assert_equal
+
+from trainspec.pipeline import Work, bubble, expected_bubble
+from trainspec.plan import Plan
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
+MESHES = {
+    "pipe2-data2-tensor2": {"pipe": 2, "data": 2, "tensor": 2},
+    "pipe2-fsdp2-tensor2": {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "params"},
+    "pipe4-fsdp2": {"pipe": 4, "fsdp": 2, "shards": "gradients"},
+}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Runs:
+    """Each schedule once, the stages unequal, two parts of eight microbatches; one goes on from one device.
+
+    The logits are those of eight rows, which do not divide into eight microbatches on two replicas.
+    """
+    adapters = LORA | {"targets": ["lm_head", "k_proj", "o_proj", "up_proj", "down_proj"]}
+    batch = {"global_examples": 32, "accumulation": 2}
+    lora = COMMON | {"method": adapters, "variant": "bias-5", "batch": batch}
+    data, fsdp = (
+        MESHES[mesh] | {"microbatches": 8} for mesh in ("pipe2-data2-tensor2", "pipe2-fsdp2-tensor2")
+    )
+    cases = {
+        "one": lora,
+        "gpipe": lora | {"plan": data | {"schedule": "gpipe"}, "first_plan": {"pipe": 1}},
+        "1f1b": lora | {"plan": fsdp | {"schedule": "1f1b", "remat": "full"}},
+        "interleaved": lora | {"plan": fsdp | {"schedule": "interleaved"}},
+        "other": lora | {"method": adapters | {"dropout": 0.11}, "plan": {"pipe": 2, "microbatches": 8}},
+    }
+    return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("few"))[0])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_trains_as_one_device_does(few, schedule):
+    assert_equal({schedule: worst(few.of(schedule), few.of("one"))}, ROUNDING)
+
+
+def test_a_pipeline_that_trains_something_else_would_show(few):
+    """The negative control: another dropout rate."""
+    found = worst(few.of("other"), few.of("one"))
+    assert found["gradient"] > 1e-3
+    assert found["update"] > 1e-3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("method", "variant", "packing"),
+    [(FULL, "tied-9", True), (LORA, "plain-9", False), (FULL, "bias-5", False), (LORA, "tied-5", True)],
+    ids=["full-tied-packed", "lora-padded", "full-bias-padded", "lora-tied-packed"],
+)
+def test_every_schedule(tmp_path, method, variant, packing, mesh):
+    """Nine layers are three on some stages of four and two on others, and one or two in a piece."""
+    case = COMMON | {
+        "method": method,
+        "variant": variant,
+        "batch": {"global_examples": 16, "accumulation": 1},
+        "data": COMMON["data"] | {"packing": packing},
+    }
+    plans = {
+        f"{schedule}-{microbatches}": MESHES[mesh]
+        | {
+            "schedule": schedule,
+            "microbatches": microbatches,
+            "remat": "full" if microbatches == 8 else "none",
+        }
+        for schedule, microbatches in itertools.product(SCHEDULES, (4, 8))
+        # Five layers are no eight pieces.
+        if not (schedule == "interleaved" and mesh == "pipe4-fsdp2" and variant.endswith("5"))
+    }
+    cases = {"one": case} | {name: case | {"plan": plan} for name, plan in plans.items()}
+    runs = Runs(launch("run_plans.py", cases, tmp_path)[0])
+    assert_equal({name: worst(runs.of(name), runs.of("one")) for name in plans}, ROUNDING)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("reduce", ["fp32", "bf16"])
+def test_bfloat16_stays_near_float64(tmp_path, reduce):
+    full = COMMON | {"method": FULL, "variant": "plain-4"}
+    plan = MESHES["pipe2-fsdp2-tensor2"] | {"microbatches": 4}
+    bf16 = full | {"precision": {"policy": "bf16", "reduce": reduce}}
+    cases = {"one": full} | {s: bf16 | {"plan": plan | {"schedule": s}} for s in SCHEDULES}
+    runs = Runs(launch("run_plans.py", cases, tmp_path)[0])
+    for schedule in SCHEDULES:
+        found = worst(runs.of(schedule), runs.of("one"))
+        assert 1e-6 < found["loss"] < 1e-3
+        assert 1e-4 < found["gradient"] < 0.05
+
+
+@pytest.mark.full
+def test_four_processes_are_one(tmp_path):
+    """Each stage is on two processes; between them activations travel over gloo."""
+    plan = MESHES["pipe2-fsdp2-tensor2"] | {"microbatches": 4}
+    cases = {"it": COMMON | {"method": LORA, "variant": "plain-5", "plan": plan}}
+    one = Runs(launch("run_plans.py", cases, tmp_path / "one")[0])
+    for out in launch("run_plans.py", cases, tmp_path / "four", processes=4):
+        assert_equal({"it": worst(Runs(out).of("it"), one.of("it"))}, 1e-12)
+
+
+@pytest.mark.full
+def test_memory_of_1f1b_does_not_grow_with_the_microbatches(tmp_path):
+    """Nor does any schedule keep weights for a microbatch: `interleaved` would, if it kept the piece that it picked."""
+    plan = MESHES["pipe2-fsdp2-tensor2"]
+    cases = {
+        f"{schedule}-{microbatches}": {
+            "variant": "wide-6",
+            "method": FULL,
+            "precision": {"policy": "fp32", "reduce": "fp32"},
+            "batch": {"global_examples": 2 * microbatches},
+            "data": {"sequence_tokens": 16},
+            "plan": plan | {"schedule": schedule, "microbatches": microbatches},
+            "held_only": True,
+        }
+        for schedule, microbatches in itertools.product(SCHEDULES, (8, 16))
+    }
+    found = json.loads(launch("read_programs.py", cases, tmp_path)[0].read_text())
+
+    def growth(schedule: str) -> float:
+        """With every microbatch, in shares of a device's weights."""
+        small, large = (found[f"{schedule}-{m}"]["held"] for m in (8, 16))
+        return (large["gradients_temp"] - small["gradients_temp"]) / 8 / small["weights"]
+
+    assert growth("1f1b") < 0.002
+    assert 0.1 < growth("gpipe") < 0.6
+    assert 0.1 < growth("interleaved") < 0.6
+
+
+TIMELINES = [
+    (plan, microbatches)
+    for schedule, stages, microbatches in itertools.product(SCHEDULES, (2, 4, 8), (4, 8, 16, 32))
+    for plan in [{"pipe": stages, "schedule": schedule}]
+    if not (schedule == "interleaved" and microbatches % stages)
+]
+
+
+@pytest.fixture(scope="module")
+def timelines(tmp_path_factory) -> list:
+    cases = [{"plan": plan, "microbatches": microbatches} for plan, microbatches in TIMELINES]
+    return json.loads(launch("read_timelines.py", cases, tmp_path_factory.mktemp("timelines"))[0].read_text())
+
+
+def test_idle_slots_are_those_of_the_formula(timelines):
+    for (plan, microbatches), stages in zip(TIMELINES, timelines, strict=True):
+        assert bubble(worked(stages)) == expected_bubble(Plan.model_validate(plan), microbatches, "jax"), plan
+
+
+def test_every_stage_does_all_its_work_and_has_what_it_needs(timelines):
+    for (plan, microbatches), stages in zip(TIMELINES, timelines, strict=True):
+        last = len(stages) - 1
+        when = {
+            (work, stage): slot
+            for stage, slots in enumerate(worked(stages))
+            for slot, work in enumerate(slots)
+            if work is not None
+        }
+        pieces = Plan.model_validate(plan).pieces
+        assert len(when) == 2 * microbatches * pieces * len(stages)
+        for (work, stage), slot in when.items():
+            forward = Work("forward", work.microbatch, work.piece)
+            if work.kind == "backward":
+                assert when[forward, stage] < slot
+                after = (
+                    (work, stage + 1)
+                    if stage < last
+                    else (Work("backward", work.microbatch, work.piece + 1), 0)
+                )
+                assert when.get(after, -1) < slot
+            elif stage > 0 or work.piece > 0:
+                before = (
+                    (work, stage - 1) if stage else (Work("forward", work.microbatch, work.piece - 1), last)
+                )
+                # What is handed on is there in the next slot of its kind, and is not kept for longer.
+                assert slot - when[before] == (2 if plan["schedule"] == "1f1b" else 1)
+
+
+def worked(stages: list) -> tuple:
+    return tuple(tuple(work and Work(*work) for work in slots) for slots in stages)

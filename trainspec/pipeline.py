@@ -1,0 +1,95 @@
+"""Pipeline parallelism in neutral words: which layers a stage holds, and how full a schedule keeps the stages.
+
+A stage is one place of the mesh axis `pipe`. Under the schedules `gpipe` (arXiv 1811.06965) and `1f1b` (PipeDream-Flush,
+arXiv 2006.09503) it holds one piece of the model; under `interleaved` (arXiv 2104.04473, section 2.2) it holds
+`plan.chunks` pieces, and the model's pieces go round the stages. Schedules themselves are the backends'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Literal
+
+from trainspec.errors import PlanError
+from trainspec.model import ModelSpec
+from trainspec.params import Param
+from trainspec.plan import Backend, Plan
+
+
+def split_layers(layers: int, pieces: int) -> tuple[range, ...]:
+    """The layers of each piece, in the model's order; where `pieces` do not divide, the first ones have one more.
+
+    The last ones are the shorter, as the last stage has the head as well.
+    """
+    each, longer = divmod(layers, pieces)
+    ends = [i * each + min(i, longer) for i in range(pieces + 1)]
+    return tuple(range(start, end) for start, end in pairwise(ends))
+
+
+def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
+    """The stages that compute with a row of the table: one, but for an embedding that is the head as well."""
+    last = plan.pipe - 1
+    if param.layer is not None:
+        pieces = split_layers(model.layers, plan.pipe * plan.pieces)
+        return tuple(i % plan.pipe for i, piece in enumerate(pieces) if param.layer in piece)
+    if param.role == "embedding":
+        return (0, last) if model.tied_embeddings and last > 0 else (0,)
+    return (last,)
+
+
+def check_trains(plan: Plan, model: ModelSpec, trained: Iterable[Param]) -> None:
+    """Refuse a pipeline of DeepSpeed's with a stage that trains nothing: its optimizer takes no empty list."""
+    idle = set(range(plan.pipe)) - {stage for param in trained for stage in stages_of(param, plan, model)}
+    if idle:
+        raise PlanError(
+            f"plan.pipe={plan.pipe}: stage {min(idle)} trains nothing, which DeepSpeed's pipeline cannot; "
+            "let method.targets name a module of every layer, or use plan.pipe=1 or the jax backend"
+        )
+
+
+def stack_order(plan: Plan, layers: int) -> tuple[int | None, ...]:
+    """The layer at each place of a stack of layers that is cut into as many equal parts as there are stages.
+
+    A stage has its pieces one behind the other, each of the longest one's length: None fills a shorter one up.
+    """
+    pieces = split_layers(layers, plan.pipe * plan.pieces)
+    longest = len(pieces[0])
+    order: list[int | None] = []
+    for stage in range(plan.pipe):
+        for piece in pieces[stage :: plan.pipe]:
+            order += [*piece, *[None] * (longest - len(piece))]
+    return tuple(order)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage does in a slot of time: a pass over one of its pieces, of one microbatch."""
+
+    kind: Literal["forward", "backward"]
+    microbatch: int
+    piece: int = 0
+
+
+# For every stage what it does in each slot, None where it waits; a forward and a backward pass take a slot each.
+Timeline = tuple[tuple[Work | None, ...], ...]
+
+
+def bubble(timeline: Timeline) -> Fraction:
+    """The share of slots in which a stage does nothing that is kept."""
+    slots = [work for stage in timeline for work in stage]
+    return Fraction(slots.count(None), len(slots))
+
+
+def expected_bubble(plan: Plan, microbatches: int, backend: Backend) -> Fraction:
+    """What `bubble` of a backend's schedule must be.
+
+    (S - 1) / (V M + S - 1) for S stages with V pieces each and M microbatches. JAX's 1f1b makes a forward and a
+    backward pass in every slot pair on all stages at once, and waits for either: 2 (S - 1) / (M + 2 (S - 1)).
+    """
+    idle = plan.pipe - 1
+    if backend == "jax" and plan.schedule == "1f1b":
+        return Fraction(2 * idle, microbatches + 2 * idle)
+    return Fraction(idle, plan.pieces * microbatches + idle)
