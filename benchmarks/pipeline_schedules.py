@@ -17,14 +17,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainspec.data import open_dataset
-from trainspec.hf import resolve_model
+from trainspec.data import Batch
+from trainspec.model import PRESETS
 from trainspec.pipeline import Timeline, Work, bubble, expected_bubble
 from trainspec.plan import Backend, Plan
-from trainspec.recipe import load_recipe
+from trainspec.recipe import Recipe
 
 SCHEDULES: tuple[tuple[Backend, str], ...] = (
     ("jax", "gpipe"),
@@ -34,7 +35,8 @@ SCHEDULES: tuple[tuple[Backend, str], ...] = (
 )
 STAGES, MICROBATCHES = (2, 4, 8), (4, 8, 16, 32)
 DRAWN_STAGES, DRAWN_MICROBATCHES = 4, 8
-WEIGHED_STAGES, WEIGHED_ROWS = 4, 4
+WEIGHED_STAGES, WEIGHED_ROWS, WEIGHED_TOKENS = 4, 4, 128
+WEIGHED_MODEL = replace(PRESETS["tiny"], layers=8, embed=256, heads=4, kv_heads=2, head_dim=64, mlp=512)
 REMATS = ("none", "full")
 HEAD = """# Pipelines
 
@@ -57,18 +59,17 @@ torch has 1f1b, with `shards: nothing` or `optimizer`; `trainspec show` says so 
 def main() -> None:
     """Count, weigh and draw; print the page or write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("recipe", nargs="?", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--page", type=Path, help="write Markdown there, and the pictures beside it")
     parser.add_argument("--worker", choices=("jax", "torch", "memory"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker == "memory":
-        print(json.dumps(list(temporary_bytes(arguments.recipe))))
+        print(json.dumps(list(temporary_bytes())))
         return
     if arguments.worker:
         print(json.dumps(timelines(arguments.worker)))
         return
     found = {key: t for backend in ("jax", "torch") for key, t in counted(backend).items()}
-    weighed = _worker("memory", arguments.recipe)
+    weighed = _worker("memory")
     page = HEAD + bubble_table(found) + memory_table(weighed)
     if not arguments.page:
         print(page)
@@ -117,9 +118,9 @@ def counted(backend: Backend) -> dict[tuple[Any, ...], Timeline]:
     }
 
 
-def _worker(what: str, *arguments: Path) -> Any:
+def _worker(what: str) -> Any:
     """JAX and torch never share a process."""
-    command = [sys.executable, __file__, *map(str, arguments), "--worker", what]
+    command = [sys.executable, __file__, "--worker", what]
     quiet = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(command, check=True, env=os.environ | quiet, stdout=subprocess.PIPE, text=True)
     return json.loads(ended.stdout.splitlines()[-1])
@@ -160,34 +161,59 @@ def in_flight(stage: Sequence[Work | None]) -> int:
     return most
 
 
-def temporary_bytes(path: Path) -> Iterator[dict[str, Any]]:
-    """In a process with JAX: what the gradient program takes besides weights, batch and gradients, per device."""
-    from jaxtrain import cost, parallel, step
+def temporary_bytes() -> Iterator[dict[str, Any]]:
+    """In a process with JAX: what the gradient program takes besides weights, batch and gradients, per device.
 
+    Only compiled, for shapes: nothing is trained.
+    """
+    import jax
+
+    from jaxtrain.parallel import make_mesh
+    from jaxtrain.step import Program
+
+    jax.config.update("jax_num_cpu_devices", WEIGHED_STAGES)
     for remat, schedule, microbatches in itertools.product(
         REMATS, ("gpipe", "interleaved", "1f1b"), MICROBATCHES
     ):
-        recipe = load_recipe(
-            path,
-            [
-                "method={kind: full}", "batch.accumulation=1", f"plan.remat={remat}", f"plan.schedule={schedule}",
-                f"plan.pipe={WEIGHED_STAGES}", f"plan.chunks={1 if schedule != 'interleaved' else 2}",
-                f"plan.microbatches={microbatches}", f"batch.global_examples={WEIGHED_ROWS * microbatches}",
-            ],
-        )  # fmt: skip
-        parallel.start(recipe)
-        spec, _ = resolve_model(recipe.model)
-        state = step.init_state(recipe, spec)
-        batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
-        size = cost.held(state, batch)["gradients_temp"]
-        yield {"remat": remat, "schedule": schedule, "microbatches": microbatches, "bytes": size}
+        recipe = Recipe.model_validate(
+            {
+                "model": {"from": "preset:tiny", "weights": "random"},
+                "method": {"kind": "full"},
+                "data": {"train": "none"},
+                "batch": {"global_examples": WEIGHED_ROWS * microbatches, "accumulation": 1},
+                "plan": {
+                    "pipe": WEIGHED_STAGES,
+                    "schedule": schedule,
+                    "microbatches": microbatches,
+                    "remat": remat,
+                },
+            }
+        )
+        program = Program(recipe, WEIGHED_MODEL, make_mesh(recipe.plan))
+        front = (1, microbatches, WEIGHED_ROWS)
+        shapes = {f: (*front, WEIGHED_TOKENS) for f in Batch.__dataclass_fields__} | {"rows": front}
+        lowered = program.gradients.lower(
+            program.shapes(program.trainable_rows, "weights", program.compute_dtype),
+            {},
+            {f: jax.ShapeDtypeStruct(shape, "int32") for f, shape in shapes.items()},
+            jax.ShapeDtypeStruct((), "int32"),
+            listen=False,
+        )
+        sizes = lowered.compile().memory_analysis()
+        assert sizes is not None  # every backend that trains has it
+        yield {
+            "remat": remat,
+            "schedule": schedule,
+            "microbatches": microbatches,
+            "bytes": sizes.temp_size_in_bytes,
+        }
 
 
 def memory_table(weighed: Sequence[Mapping[str, Any]]) -> str:
     """MiB against the number of microbatches of the same size."""
     lines = [
         "\n## What is kept in memory\n",
-        f"JAX, {WEIGHED_STAGES} stages, {WEIGHED_ROWS} rows in a microbatch: MiB of temporary memory per device of the program that",
+        f"JAX, fp32, {WEIGHED_STAGES} stages of two layers, {WEIGHED_ROWS} rows of {WEIGHED_TOKENS} tokens in a microbatch: MiB of temporary memory per device of the program that",
         "makes the gradients, from the compiler's `memory_analysis()`. The batch grows with the microbatches, and 1f1b's memory",
         "does not.\n",
         "| remat | schedule | " + " | ".join(f"{m} microbatches" for m in MICROBATCHES) + " |",
