@@ -161,8 +161,10 @@ class Pipelined:
                 slots, x_SBTE, probes_at(LAYER_POINTS, probes), inputs, microbatch, piece
             )
             # A microbatch's later piece takes the place of its earlier one; what was no work comes before what was.
-            left_MBTE = stages.constrain(left_MBTE.at[microbatch[-1]].set(x_SBTE[-1]), "microbatch")
-            return (x_SBTE, left_MBTE), seen | tap.seen
+            last_BTE = stages.constrain(x_SBTE[-1])
+            # Not `.at[].set`: that is a scatter, on its way back a gather, and for it the compiler makes all rows whole.
+            left_MBTE = lax.dynamic_update_index_in_dim(left_MBTE, last_BTE, microbatch[-1], axis=0)
+            return (x_SBTE, stages.constrain(left_MBTE, "microbatch")), seen | tap.seen
 
         start = (
             stages.zeros(inputs.batch, ("stage", plan.pipe)),
@@ -227,7 +229,8 @@ class Lockstep(Pipelined):
         microbatch = jnp.clip(microbatch, 0, len(inputs.batch["rows"]) - 1)
         fresh_BTE = stages.enter({}, inputs, microbatch[0], Tap({}))
         x_SBTE = stages.handed_on(kept.x_SBTE, fresh_BTE, numbers == 0, by=1)
-        inputs_DSBTE = kept.inputs_DSBTE.at[number % len(kept.inputs_DSBTE)].set(x_SBTE)
+        slot = number % len(kept.inputs_DSBTE)
+        inputs_DSBTE = lax.dynamic_update_index_in_dim(kept.inputs_DSBTE, x_SBTE, slot, axis=0)
         x_SBTE, _ = stages.run({}, x_SBTE, {}, inputs, microbatch)
         return kept._replace(x_SBTE=x_SBTE, inputs_DSBTE=stages.constrain(inputs_DSBTE, "tick", "stage"))
 

@@ -205,7 +205,7 @@ class Stages:
         self, slots: Weights, x_BTE: Array, inputs: Inputs, point: DropoutPoint | None, tap: Tap
     ) -> Array:
         """The model's output [B, T, vocab], from what its last layer gave."""
-        return self._merge(inputs.weights, slots).head(x_BTE, point, tap)
+        return self._merge(inputs.weights, slots).head(self.constrain(x_BTE), point, tap)
 
     def handed_on(self, x_SBTE: Array, outside_BTE: Array, from_outside: Array, *, by: int) -> Array:
         """What each stage is given: that of the stage `by` before it, or `outside_BTE`."""
