@@ -55,7 +55,7 @@ def mistakes(
         "malformed jsonl": (change(f"data.train={broken}"), "line 2: not JSON"),
         "no usable record": (change(f"data.train={empty}"), "no usable record"),
         "target that matches nothing": (change("method.targets=[query]"), "these would match: down_proj"),
-        "plan with no pipeline to fill": (change("plan.microbatches=2"), "use plan.microbatches=1"),
+        "plan with no pipeline to fill": (change("plan.microbatches=2"), "or plan.microbatches=1"),
         "plan with more stages than layers": (change("plan.pipe=3"), "plan.pipe can be at most 2"),
         "plan with nothing to split over": (change("plan.shards=params"), "use plan.shards=nothing"),
         "plan that does not divide the model": (change("plan.tensor=3"), "plan.tensor can be 1, 2"),

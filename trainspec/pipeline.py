@@ -46,7 +46,7 @@ def check_trains(plan: Plan, model: ModelSpec, trained: Iterable[Param]) -> None
     if idle:
         raise PlanError(
             f"plan.pipe={plan.pipe}: stage {min(idle)} trains nothing, which DeepSpeed's pipeline cannot; "
-            "let method.targets name a module of every layer, or use plan.pipe=1 or the jax backend"
+            "let method.targets name a module of each stage, or use fewer stages, or the jax backend"
         )
 
 

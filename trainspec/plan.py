@@ -125,7 +125,7 @@ def check_supported(plan: Plan, policy: Policy, backend: Backend) -> None:
     if plan.pipe == 1 and plan.microbatches > 1:
         raise PlanError(
             f"plan.microbatches={plan.microbatches}: there is no pipeline with plan.pipe=1; "
-            f"use plan.microbatches=1 batch.accumulation={plan.microbatches}"
+            "use plan.pipe=2 or more, or plan.microbatches=1"
         )
     if plan.shards != "nothing" and plan.fsdp == 1:
         way_out = f"use plan.fsdp={plan.data} plan.data=1" if plan.data > 1 else "use plan.shards=nothing"
@@ -150,8 +150,8 @@ def _check_deepspeed_pipeline(plan: Plan, policy: Policy) -> None:
     """DeepSpeed's pipeline has one schedule, no float64, and no ZeRO stage but 1 that clips by the whole norm."""
     if policy == "fp64":
         raise PlanError(
-            f"plan.pipe={plan.pipe} with precision.policy=fp64: DeepSpeed has no float64; use plan.pipe=1, "
-            "precision.policy=fp32, or the jax backend"
+            f"plan.pipe={plan.pipe} with precision.policy=fp64: DeepSpeed has no float64; use precision.policy=fp32 "
+            "(parity check: --precision fp32), plan.pipe=1 plan.microbatches=1, or the jax backend"
         )
     if plan.schedule != "1f1b":
         raise PlanError(
@@ -195,6 +195,7 @@ def check_fits(
             f"batch.global_examples={global_examples} cannot be split into {parts} equal parts "
             f"(batch.accumulation={accumulation}{microbatches} × plan.data={plan.data} × plan.fsdp={plan.fsdp}); "
             f"use batch.global_examples={parts * -(-global_examples // parts)}"
+            f"{', or fewer plan.microbatches' if microbatches else ''}"
         )
 
 
@@ -202,8 +203,10 @@ def _check_stages(plan: Plan, model: ModelSpec) -> None:
     pieces, layers = plan.pipe * plan.pieces, model.layers
     if pieces > layers:
         fewer = layers // plan.pipe
-        if plan.pieces == 1 or fewer == 0:
+        if plan.pieces == 1:
             way_out = f"plan.pipe can be at most {layers}"
+        elif fewer == 0:
+            way_out = f"plan.pipe × plan.chunks can be at most {layers}"
         else:
             way_out = f"use plan.chunks={fewer}" if fewer > 1 else "use plan.schedule=1f1b"
         held = f" × plan.chunks={plan.chunks}" if plan.pieces > 1 else ""

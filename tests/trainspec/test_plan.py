@@ -66,8 +66,8 @@ def test_shards_are_the_stages_of_zero(shards, split):
 @pytest.mark.parametrize(
     ("plan", "policy", "backends", "message"),
     [
-        (Plan(microbatches=2), "fp32", "jax torch", "use plan.microbatches=1 batch.accumulation=2"),
-        (Plan(pipe=2), "fp64", "torch", "use plan.pipe=1, precision.policy=fp32"),
+        (Plan(microbatches=2), "fp32", "jax torch", "use plan.pipe=2 or more, or plan.microbatches=1"),
+        (Plan(pipe=2), "fp64", "torch", "use precision.policy=fp32 .* plan.pipe=1 plan.microbatches=1"),
         (Plan(pipe=2, schedule="gpipe"), "fp32", "torch", "use plan.schedule=1f1b"),
         (Plan(pipe=2, data=2), "fp32", "torch", "use plan.fsdp=2 plan.data=1 plan.shards=optimizer"),
         (
