@@ -53,6 +53,21 @@ PLANS: dict[str, Plan] = {
     "data-2-zero3-2-tensor-2": Plan(data=2, fsdp=2, tensor=2, shards="params"),
     "zero1-4-tensor-2": Plan(fsdp=4, tensor=2, shards="optimizer"),
     "pipe-2": Plan(pipe=2, microbatches=2),
+    "pipe-2-data-2-tensor-2": Plan(pipe=2, data=2, tensor=2, microbatches=2),
+    "pipe-2-zero1-2-tensor-2": Plan(pipe=2, fsdp=2, tensor=2, shards="optimizer", microbatches=2),
+    "pipe-4-zero1-2": Plan(pipe=4, fsdp=2, shards="optimizer", microbatches=4),
+    "pipe-4-zero3-2-gpipe": Plan(pipe=4, fsdp=2, shards="params", microbatches=4, schedule="gpipe"),
+    "pipe-2-data-2-interleaved": Plan(pipe=2, data=2, microbatches=2, schedule="interleaved"),
+}
+# Model and rows of each pipeline. Two layers are two stages; four stages, or two with two pieces each, take the model of
+# five. Four microbatches of two replicas have a row each without accumulation.
+PIPELINES: dict[str, tuple[str, str]] = {
+    "pipe-2": ("plain", "packed-2"),
+    "pipe-2-data-2-tensor-2": ("plain", "packed-2"),
+    "pipe-2-zero1-2-tensor-2": ("plain", "packed-2"),
+    "pipe-4-zero1-2": ("deep", "packed-1"),
+    "pipe-4-zero3-2-gpipe": ("deep", "packed-1"),
+    "pipe-2-data-2-interleaved": ("deep", "packed-2"),
 }
 # The usual sums in float32, and DeepSpeed's own default, which is also what XLA does where weights are cast before use.
 PRECISIONS: dict[str, Precision] = {
@@ -118,18 +133,21 @@ def cells() -> list[Cell]:
     """Every cell: all models, methods and precisions with one batch on one device, then what varies around them."""
     base, plain = "packed-2", "plain"
     proofs, usual = ("fp64", "fp32"), ("fp64", "fp32", "bf16")
-    found = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(VARIANTS, METHODS, usual)]
+    models = [name for name in VARIANTS if name != "deep"]  # which is there for the pipelines
+    found = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(models, METHODS, usual)]
     for name in BATCHES:
         if name != base:
             found += [Cell(plain, a, name, "one-device", p) for a, p in itertools.product(METHODS, proofs)]
-    for name, plan in PLANS.items():
+    for name in PLANS:
         if name != "one-device":
-            precisions = proofs if plan.pipe > 1 else usual
-            found += [Cell(plain, a, base, name, p) for a, p in itertools.product(METHODS, precisions)]
+            model, rows = PIPELINES.get(name, (plain, base))
+            found += [Cell(model, a, rows, name, p) for a, p in itertools.product(METHODS, usual)]
     # What of a model is split in a way of its own: a table that is used twice, biases of either kind.
     for variant in ("tied", "bias"):
         found += [Cell(variant, a, base, "data-2-tensor-2", p) for a, p in itertools.product(METHODS, proofs)]
         found += [Cell(variant, a, base, "zero3-2-tensor-2", "fp32") for a in METHODS]
+    tied_stages = "pipe-2-zero1-2-tensor-2"  # a table that the first and the last stage have
+    found += [Cell("tied", a, base, tied_stages, p) for a, p in itertools.product(METHODS, proofs)]
     summed = ("one-device", "zero1-2", "zero3-2", "tensor-2", "zero3-2-tensor-2")
     return [*found, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in METHODS)]
 

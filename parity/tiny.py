@@ -35,6 +35,8 @@ VARIANTS: dict[str, ModelSpec] = {
     "tied": replace(TINY, tied_embeddings=True),
     "bias": replace(TINY, attention_bias=True, mlp_bias=True),
     "llama3-rope": replace(TINY, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64)),
+    # Neither two nor four stages of a pipeline divide it, and each of two has two pieces.
+    "deep": replace(TINY, layers=5),
 }
 LORA = LoRA(rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))
 

@@ -1,6 +1,6 @@
 """Named faults that a check must catch, each at the right place: the negative controls of the proof."""
 
-from parity.faults import forward, loss, methods, precision, sharding, update
+from parity.faults import forward, loss, methods, pipeline, precision, sharding, update
 from parity.faults.fault import Fault, Where
 
 FAULTS: tuple[Fault, ...] = (
@@ -10,6 +10,7 @@ FAULTS: tuple[Fault, ...] = (
     *methods.FAULTS,
     *precision.FAULTS,
     *sharding.FAULTS,
+    *pipeline.FAULTS,
 )
 
 __all__ = ["FAULTS", "Fault", "Where"]

@@ -83,7 +83,11 @@ SETUPS: dict[str, str] = {
     "data": "every weight is trained, the rows of each microbatch split over two devices",
     "data-tensor": "every weight and bias is trained, rows and layers split over two by two devices",
     "zero1": "every weight is trained, rows and the optimizer's state split over two devices",
+    "pipe": "every weight is trained, two layers as the two stages of a pipeline, four microbatches of a row each",
+    "pipe-tied": "the same with a head that is the embedding",
+    "pipe-deep": "the same with five layers: stages of three and two",
 }
+_PIPE = Plan(pipe=2, microbatches=4)
 PLANS: dict[str, Plan] = {
     "remat": Plan(remat="full"),
     "tensor": Plan(tensor=2),
@@ -91,8 +95,18 @@ PLANS: dict[str, Plan] = {
     "data": Plan(data=2),
     "data-tensor": Plan(data=2, tensor=2),
     "zero1": Plan(fsdp=2, shards="optimizer"),
+    "pipe": _PIPE,
+    "pipe-tied": _PIPE,
+    "pipe-deep": _PIPE,
 }
-_VARIANTS = {"tied": "tied", "bias": "bias", "tensor": "bias", "data-tensor": "bias"}
+_VARIANTS = {
+    "tied": "tied",
+    "bias": "bias",
+    "tensor": "bias",
+    "data-tensor": "bias",
+    "pipe-tied": "tied",
+    "pipe-deep": "deep",
+}
 
 
 def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) -> Recipe:
@@ -106,6 +120,8 @@ def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) ->
     match setup:
         case "full" | "tied" | "bias" | "tensor" | "data" | "data-tensor" | "zero1":
             pass
+        case "pipe" | "pipe-tied" | "pipe-deep":
+            sections["batch"] = {"accumulation": 1}  # the pipeline's microbatches are all there are
         case "packed":
             sections["data"] = {"packing": True, "sequence_tokens": 80}
         case "warmup":

@@ -93,9 +93,7 @@ FAULTS = (
         source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
         where=None,
         jax=(Edit(MODEL, TABLES, TABLES.replace("positions", "positions + 1")),),
-        torch=(
-            Edit("torchtrain.step", "_tensor(state, batch.positions)", "_tensor(state, batch.positions) + 1"),
-        ),
+        torch=(Edit("torchtrain.step", "_tensor(batch.positions)", "_tensor(batch.positions) + 1"),),
         note="rotary attention depends on differences of positions only: the same arithmetic, so it must pass",
     ),
     Fault(
@@ -164,7 +162,7 @@ FAULTS = (
         torch=(
             Edit(
                 "torchtrain.step",
-                "_tensor(state, batch.positions)",
+                "_tensor(batch.positions)",
                 "torch.arange(batch.positions.shape[1]).expand(batch.positions.shape)",
             ),
         ),

@@ -12,7 +12,6 @@ DATA = "trainspec.data"
 ADD = "sums = jax.tree.map(jnp.add, totals[2], gradients)"
 DIVIDE = "lambda g: _mean(g, tokens), (sums, by_probe)"
 TORCH_DIVIDE = "part_loss / batch.target_tokens"
-BACKWARD = "state.engine.backward(part_loss / batch.target_tokens, is_last=index == len(parts) - 1)"
 # The loss as reported is right; the first thing that a wrong divisor changes is the gradient of the logits.
 LOGITS_GRADIENT = Where("activation_gradient", "logits")
 SHUFFLED = Edit(
@@ -102,7 +101,7 @@ FAULTS = (
             ),
             Edit(STEP, DIVIDE, "lambda g: _mean(g, len(stacked['labels'])), (sums, by_probe)"),
         ),
-        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / part.target_tokens / len(parts)"),),
+        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / part.target_tokens / len(self)"),),
     ),
     Fault(
         name="divided-by-batch",
@@ -118,7 +117,7 @@ FAULTS = (
         source="unslothai/unsloth-zoo#1023",
         where=LOGITS_GRADIENT,
         jax=(Edit(STEP, DIVIDE, "lambda g: _mean(g, tokens * len(stacked['rows'])), (sums, by_probe)"),),
-        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / batch.target_tokens / len(parts)"),),
+        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / batch.target_tokens / len(self)"),),
     ),
     Fault(
         name="last-microbatch-dropped",
@@ -134,7 +133,7 @@ FAULTS = (
                 f"            {ADD}",
             ),
         ),
-        torch=(Edit(TORCH_STEP, BACKWARD, f"if index < len(parts) - 1:\n                {BACKWARD}"),),
+        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, f"{TORCH_DIVIDE} * (index + 1 < len(self))"),),
     ),
     Fault(
         name="tied-gradient-lost",

@@ -13,7 +13,7 @@ Written by `parity faults --page docs/faults.md`; what stands here was run. Each
 planted in one backend, as an edit of its source while it is loaded, and its trace, activations included, is compared with
 the other backend's clean one. The check must fail and name the place where the fault acts first; where the arithmetic is
 the same it must pass. The clean pairs pass. A set-up that is split over devices is so on both sides; a plan that a
-backend refuses (torch has no split optimizer in fp64) is compared with that backend's run on one device.
+backend refuses (torch has no split optimizer and no pipeline in fp64) is compared with that backend's run on one device.
 
 fp64 is the proof. In fp32 the two traces are compared by themselves, with the estimated bounds of `parity diff`: what is
 smaller than rounding there is "below bound".

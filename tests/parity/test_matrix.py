@@ -11,11 +11,11 @@ import pytest
 from synthetic import Q1, Sim, write
 
 from parity.cli import main
-from parity.matrix import BACKENDS, PLANS, PRECISIONS, Cell, Row, cells, judge, refusals, select
+from parity.matrix import BACKENDS, PLANS, PRECISIONS, Cell, Row, cells, judge, refusals, run_matrix, select
 from parity.status import status_page
-from parity.tiny import Tiny
+from parity.tiny import VARIANTS, Tiny
 from trainspec.errors import UserError
-from trainspec.plan import Policy
+from trainspec.plan import Plan, Policy, check_fits
 
 ROOT = Path(__file__).parent.parent.parent
 CELL = Cell("plain", "full", "packed-2", "one-device", "fp64")
@@ -37,18 +37,38 @@ def test_the_cells_are_distinct_and_cover_every_table_entry():
     assert len(set(cells())) == len(cells())
     assert {cell.plan for cell in cells()} == set(PLANS)
     assert {cell.precision for cell in cells()} == set(PRECISIONS)
-    # Every plan in every precision, as far as there is something to compare.
-    planned = {(cell.plan, cell.policy) for cell in cells() if PLANS[cell.plan].pipe == 1}
-    assert planned == {(plan, p) for plan in PLANS for p in get_args(Policy) if PLANS[plan].pipe == 1}
+    planned = {(cell.plan, cell.policy) for cell in cells()}
+    assert planned == {(plan, p) for plan in PLANS for p in get_args(Policy)}
+    assert {cell.model for cell in cells()} == set(VARIANTS)
 
 
-def test_what_a_backend_refuses_stands_on_the_page_with_its_own_line():
-    cell = Cell("plain", "lora", "packed-2", "pipe-2", "fp64")
-    lines = refusals(cell)
-    assert set(lines) == {"jax", "torch"}
-    page = status_page([Row(cell, "unsupported", reason=lines["jax"], refused=lines)])
+def test_every_plan_runs_on_jax_and_divides_model_and_batch(tmp_path: Path):
+    for cell in cells():
+        assert "jax" not in refusals(cell)
+        for backend in BACKENDS:
+            recipe = cell.recipe(Tiny(tmp_path), backend)
+            check_fits(
+                recipe.plan,
+                VARIANTS[cell.model],
+                global_examples=recipe.batch.global_examples,
+                accumulation=recipe.batch.accumulation,
+                backend=backend,
+            )
+
+
+def test_pipelines_are_of_every_schedule_and_do_not_all_divide_the_layers():
+    pipes = [(PLANS[cell.plan], VARIANTS[cell.model].layers) for cell in cells() if PLANS[cell.plan].pipe > 1]
+    assert {plan.schedule for plan, _ in pipes} == {"gpipe", "1f1b", "interleaved"}
+    assert any(layers % (plan.pipe * plan.pieces) for plan, layers in pipes)
+
+
+def test_what_both_refuse_stands_on_the_page_with_their_line(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(PLANS, "microbatches-2", Plan(microbatches=2))
+    cell = Cell("plain", "lora", "packed-2", "microbatches-2", "fp64")
+    assert set(refusals(cell)) == {"jax", "torch"}
+    page = status_page(run_matrix([cell], out=tmp_path))  # trains nothing
     assert names_on(page) == [str(cell)]
-    assert "plan.pipe=2" in page
+    assert "there is no pipeline with plan.pipe=1" in page
     assert "0 pass, 0 fail, 1 unsupported" in page
 
 
