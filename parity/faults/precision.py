@@ -72,10 +72,18 @@ FAULTS = (
             ),
         ),
         torch=(
+            # What is added up when the next microbatch comes, and in the end.
             Edit(
                 TORCH_STEP,
-                "loss_sum += part_loss.detach()",
-                "loss_sum += part_loss.detach()\n"
+                "self.loss_sum += part_loss.detach()",
+                "self.loss_sum += part_loss.detach()\n"
+                "        for p in _trainable(self._state.model).values():\n"
+                "            p.grad = None if p.grad is None else p.grad.copy_(p.grad.bfloat16())",
+            ),
+            Edit(
+                TORCH_STEP,
+                "state.engine.accumulate(rows)",
+                "state.engine.accumulate(rows)\n"
                 "        for p in _trainable(state.model).values():\n"
                 "            p.grad.copy_(p.grad.bfloat16())",
             ),
