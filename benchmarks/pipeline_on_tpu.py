@@ -1,6 +1,6 @@
 """What a chip of a TPU pod holds in a pipelined train step: compiled here for a pod that is not here.
 
-    python benchmarks/pipeline_on_tpu.py [--schedule 1f1b gpipe interleaved] [--microbatches 16]
+    python benchmarks/pipeline_on_tpu.py [--schedule 1f1b gpipe interleaved] [--microbatches 16] [--page FILE]
 
 The two programs of a step (gradients, update) of full fine-tuning in bfloat16, gradients summed in float32, are compiled
 by TPU's own compiler from shapes alone, on a CPU. One row per microbatch and replica; by default Llama-2-70B on 512 chips
@@ -19,9 +19,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from trainspec.data import Batch
 from trainspec.errors import UserError
 from trainspec.hf import resolve_model
 from trainspec.loop import check_plan
@@ -41,6 +41,17 @@ SCHEDULES = get_args(Plan.model_fields["schedule"].annotation)
 GIB = 2**30
 HEAD = """| schedule | microbatches | program | compiled in | arguments | results | temporaries | peak | beside | peak + beside | at most |
 |---|---|---|---|---|---|---|---|---|---|---|"""
+
+PAGE = """# A pipeline on a TPU pod, compiled ahead of time
+
+Made by `python benchmarks/pipeline_on_tpu.py --page docs/pipeline-on-tpu.md`, on CPU, with libtpu 0.0.42.1.
+
+The real train step of {model} on {topology}: {mesh}, `shards: params`, remat full, every weight trained, bf16 summed in
+fp32, sequence {tokens}, a row for each microbatch and replica. GiB per chip of the program that makes the gradients and of the
+update, as the compiler says; *beside* are masters and moments, which the gradients' program does not touch. Nothing was
+run: whether a chip needs the compiler's peak or, at most, the sum of all is not known, so both stand here.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -104,13 +115,18 @@ def main() -> None:
 def report(arguments: argparse.Namespace) -> None:
     """Print the table. Raises UserError, and JaxRuntimeError where libtpu refuses."""
     mesh = pod(arguments.topology, arguments.mesh)
-    print(f"{arguments.model} on {arguments.topology}, GiB per chip")
+    table = [HEAD]
     print(HEAD, flush=True)
     for schedule, microbatches in itertools.product(arguments.schedule, arguments.microbatches):
         recipe = recipe_of(arguments, schedule, microbatches)
         check_plan(recipe, "jax")
         for name, need in needs(recipe, mesh).items():
-            print(f"| {schedule} | {microbatches} | {name} | {need.row()} |", flush=True)
+            table.append(f"| {schedule} | {microbatches} | {name} | {need.row()} |")
+            print(table[-1], flush=True)
+    if arguments.page:
+        sizes = " × ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, arguments.mesh, strict=True))
+        about = PAGE.format(**vars(arguments) | {"mesh": sizes})
+        arguments.page.write_text(about + "\n".join(table) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -122,6 +138,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mesh", type=int, nargs=4, metavar=tuple(a.upper() for a in MESH_AXES), default=[4, 1, 32, 4]
     )
+    parser.add_argument("--page", type=Path, help="write Markdown there")
     parser.add_argument("--tokens", type=int, default=4096, help="in a row")
     return parser.parse_args()
 
@@ -164,7 +181,7 @@ def needs(recipe: Recipe, mesh: Mesh) -> dict[str, Need]:
     weights = program.shapes(trained, "weights", program.compute_dtype)
     stored = program.shapes(trained, "optimizer", program.stored_dtype)
     gradients = compiled(
-        program.gradients.lower(weights, {}, fed(program, mesh), scalar("int32", mesh), listen=False),
+        program.gradients.lower(weights, {}, program.part_shapes(), scalar("int32", mesh), listen=False),
         # Masters and both moments wait for the update.
         beside=3 * held(stored),
     )
@@ -188,23 +205,6 @@ def lowered_update(
     # JAX takes shapes for arrays here.
     moments = Moments(stored, stored)  # pyright: ignore[reportArgumentType]
     return program.update.lower(weights, stored, moments, gradients, norm, scalars)
-
-
-def fed(program: Program, mesh: Mesh) -> dict[str, ShapeDtypeStruct]:
-    """Shapes of a global batch as `Program.parts` gives it: accumulation and microbatches in front of the rows."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    recipe = program.recipe
-    accumulation, microbatches = recipe.batch.accumulation, recipe.plan.microbatches
-    rows = (accumulation, microbatches, recipe.batch.global_examples // (accumulation * microbatches))
-    over_replicas = NamedSharding(mesh, PartitionSpec(None, None, BATCH_AXES))
-    shapes = {field: (*rows, recipe.data.sequence_tokens) for field in Batch.__dataclass_fields__} | {
-        "rows": rows
-    }
-    return {
-        field: jax.ShapeDtypeStruct(shape, "int32", sharding=over_replicas) for field, shape in shapes.items()
-    }
 
 
 def scalar(dtype: str, mesh: Mesh) -> ShapeDtypeStruct:

@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainspec.data import Batch
 from trainspec.model import PRESETS
 from trainspec.pipeline import Timeline, Work, bubble, expected_bubble
 from trainspec.plan import Backend, Plan
@@ -63,6 +62,7 @@ torch has 1f1b, with `shards: nothing` or `optimizer`; `trainspec show` says so 
 
 Microbatches and accumulation multiply. DeepSpeed sends all of accumulation × microbatches through the pipeline in one go; JAX
 empties it behind each part of accumulation. So in a pipeline set `batch.accumulation=1` and raise `plan.microbatches`.
+[pipeline-on-tpu.md](pipeline-on-tpu.md) has what Llama-2-70B takes on a pod.
 
 ```sh
 jaxtrain train configs/demo.yaml --set plan.pipe=2 --set plan.microbatches=4 --set plan.schedule=gpipe --out runs/pipe
@@ -87,7 +87,7 @@ def main() -> None:
         return
     found = {key: t for backend in ("jax", "torch") for key, t in counted(backend).items()}
     weighed = _worker("memory")
-    page = HEAD + bubble_table(found) + memory_table(weighed) + ON_TPU
+    page = HEAD + bubble_table(found) + memory_table(weighed)
     if not arguments.page:
         print(page)
         return
@@ -158,7 +158,7 @@ def bubble_table(found: Mapping[tuple[Any, ...], Timeline]) -> str:
         for microbatches in MICROBATCHES:
             timeline = found.get((backend, schedule, stages, microbatches))
             if timeline is None:
-                cells.append("in groups of 8")
+                cells.append(f"in groups of {stages}")
                 continue
             share = bubble(timeline)
             expected = expected_bubble(plan_of(schedule, stages), microbatches, backend)
@@ -196,7 +196,7 @@ def temporary_bytes() -> Iterator[dict[str, Any]]:
             {
                 "model": {"from": "preset:tiny", "weights": "random"},
                 "method": {"kind": "full"},
-                "data": {"train": "none"},
+                "data": {"train": "none", "sequence_tokens": WEIGHED_TOKENS},
                 "batch": {"global_examples": WEIGHED_ROWS * microbatches, "accumulation": 1},
                 "plan": {
                     "pipe": WEIGHED_STAGES,
@@ -207,12 +207,10 @@ def temporary_bytes() -> Iterator[dict[str, Any]]:
             }
         )
         program = Program(recipe, WEIGHED_MODEL, make_mesh(recipe.plan))
-        front = (1, microbatches, WEIGHED_ROWS)
-        shapes = {f: (*front, WEIGHED_TOKENS) for f in Batch.__dataclass_fields__} | {"rows": front}
         lowered = program.gradients.lower(
             program.shapes(program.trainable_rows, "weights", program.compute_dtype),
             {},
-            {f: jax.ShapeDtypeStruct(shape, "int32") for f, shape in shapes.items()},
+            program.part_shapes(),
             jax.ShapeDtypeStruct((), "int32"),
             listen=False,
         )
@@ -241,25 +239,6 @@ def memory_table(weighed: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"| {remat} | {schedule} | {sizes} |")
     return "\n".join(lines) + "\n"
 
-
-# Measured by pipeline_on_tpu.py, which needs libtpu.
-ON_TPU = """
-## Llama-2-70B on a TPU pod, compiled ahead of time
-
-`python benchmarks/pipeline_on_tpu.py`: the real train step for v5p:8x8x8, pipe 4 × fsdp 32 × tensor 4, `shards: params`, remat full,
-every weight trained, bf16 summed in fp32, sequence 4096, 16 microbatches, 512 rows. GiB per chip of the program that makes the gradients,
-by libtpu 0.0.42.1; *beside* are the masters and moments, which it does not touch. Nothing was run: whether a chip needs the
-compiler's peak or the plain sum is not known, so both stand here.
-
-| schedule | arguments | results | temporaries | peak | beside | peak and beside | sum of all |
-|---|---|---|---|---|---|---|---|
-| 1f1b | 0.26 | 0.51 | 6.86 | 5.08 | 1.54 | 6.62 | 9.20 |
-| gpipe | 0.26 | 0.51 | 10.89 | 7.17 | 1.54 | 8.71 | 13.24 |
-| interleaved | 0.26 | 0.51 | 11.26 | 8.35 | 1.54 | 9.89 | 13.61 |
-
-The update takes 2.38. With 32 microbatches 1f1b takes what it takes with 16. Attention scores, [4096, 4096] for each head,
-are the largest of what is temporary.
-"""
 
 CELL, LABEL = 18, 56
 COLOURS = {

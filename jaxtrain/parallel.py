@@ -16,6 +16,7 @@ from jax._src.clusters import ClusterEnv
 from jax.experimental import mesh_utils
 from jax.extend.backend import clear_backends
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jaxtrain.tensor import Place
@@ -30,8 +31,6 @@ from trainspec.recipe import Recipe
 _COORDINATOR, _PROCESSES, _PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # How long processes wait for each other: JAX's own patience.
 _PATIENCE_SECONDS = 300.0
-# The stages of a pipeline are a dimension of its arrays.
-_ACTIVATION_AXES = ACTIVATION_AXES | {"stage": ("pipe",)}
 
 
 class _Cluster(NamedTuple):
@@ -198,8 +197,12 @@ class Layout:
             array.shape, self._activation(axes), lambda index: array[index or ...]
         )
 
+    def shape(self, shape: tuple[int, ...], axes: tuple[str, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """What `feed` would give, without the numbers."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._activation(axes))
+
     def _activation(self, axes: tuple[str, ...]) -> NamedSharding:
-        split = (tuple(a for a in _ACTIVATION_AXES.get(axis, ()) if self._mesh.shape[a] > 1) for axis in axes)
+        split = (tuple(a for a in ACTIVATION_AXES.get(axis, ()) if self._mesh.shape[a] > 1) for axis in axes)
         return NamedSharding(self._mesh, PartitionSpec(*(dim or None for dim in split)))
 
     def _spec(self, param: Param, part: Part) -> PartitionSpec:

@@ -101,15 +101,6 @@ def timeline(plan: Plan, microbatches: int) -> Timeline:
     )
 
 
-def layers_in_places(plan: Plan, layers: int) -> tuple[int | None, ...]:
-    """The layer at each place of a native stack: of a stage first the first layer of each of its pieces, and so on.
-
-    The loop over the layers of a piece so takes what it needs without moving the weights of all pieces.
-    """
-    places = np.array(stack_order(plan, layers), dtype=object).reshape(plan.pipe, plan.pieces, -1)
-    return tuple(places.swapaxes(1, 2).flat)
-
-
 class Merge(Protocol):
     """Gives the model with weights, and with slots for those that are trained (`tensor.Weight`), by native name."""
 
@@ -136,7 +127,7 @@ class Stages:
     def __init__(self, plan: Plan, spec: ModelSpec, layout: Layout, merge: Merge, dtype: DTypeLike) -> None:
         self.plan, self.layout, self.dtype = plan, layout, jnp.dtype(dtype)
         self._spec, self._merge = spec, merge
-        order = layers_in_places(plan, spec.layers)
+        order = stack_order(plan, spec.layers)
         self._place_of = np.array([order.index(layer) for layer in range(spec.layers)])
         self._cut = (plan.pipe, len(order) // (plan.pipe * plan.pieces), plan.pieces)
         is_layer = np.array([layer is not None for layer in order])

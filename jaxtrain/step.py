@@ -24,7 +24,6 @@ from jaxtrain.model import Llama, build_model, wide
 from jaxtrain.optim import Moments, Rates, Weights, clip, global_norm, make_optimizer, rates
 from jaxtrain.parallel import Layout, constrained, make_mesh
 from jaxtrain.passes import passes_of
-from jaxtrain.pipeline import layers_in_places
 from jaxtrain.tensor import Weight, chosen
 from jaxtrain.weights import from_canonical, is_stacked, native_name, native_shapes, to_canonical, to_host
 from trainspec.checkpoint import Checkpoint
@@ -35,6 +34,7 @@ from trainspec.loop import Metrics
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
+from trainspec.pipeline import stack_order
 from trainspec.plan import COMPUTE_DTYPE, STORED_DTYPE, Part
 from trainspec.recipe import Recipe
 from trainspec.trace import Keep
@@ -175,7 +175,7 @@ class Program:
         )
         self.reduce_dtype = jnp.dtype(COMPUTE_DTYPE[recipe.precision.reduce])
         self.trainable_rows = trainable_table(spec, recipe.method)
-        self.order = layers_in_places(recipe.plan, spec.layers)
+        self.order = stack_order(recipe.plan, spec.layers)
         self.layout = Layout(mesh, recipe.plan, full_table(spec, recipe.method))
         model = build_model(spec, policy=policy, remat=recipe.plan.remat, constrain=self.layout.constrain)
         self.constants = attach(model, spec, recipe.method, seed=recipe.run.seed, order=self.order)
@@ -189,18 +189,25 @@ class Program:
         self.logits = jax.jit(self._passes.logits)
 
     def feed(self, batch: Batch) -> Weights:
-        """The arrays of a batch, their rows split over the replicas; in a pipeline with the microbatches in front.
-
-        Rows that do not divide into the plan's microbatches are one.
-        """
-        plan = self.recipe.plan
-        fits = len(batch.rows) % (plan.microbatches * plan.replicas) == 0
-        return self._fed((batch,), plan.microbatches if fits else 1, front=())
+        """The arrays of a batch, their rows split over the replicas; in a pipeline with the microbatches in front."""
+        return self._fed((batch,), self.recipe.plan.microbatches_of(len(batch.rows)), front=())
 
     def parts(self, batch: Batch) -> Weights:
         """The same with the parts of accumulation in front."""
         parts = batch.split(self.recipe.batch.accumulation)
         return self._fed(parts, self.recipe.plan.microbatches, front=(len(parts),))
+
+    def part_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `parts` would give, without the numbers: enough to compile for."""
+        batch, plan = self.recipe.batch, self.recipe.plan
+        front = (batch.accumulation,) if plan.pipe == 1 else (batch.accumulation, plan.microbatches)
+        rows = (*front, batch.global_examples // math.prod(front))
+        axes = (*("microbatch",) * len(front), "batch")
+        whole = (*rows, self.recipe.data.sequence_tokens)
+        return {
+            f: self.layout.shape(rows if f == "rows" else whole, axes, np.int32)
+            for f in Batch.__dataclass_fields__
+        }
 
     def _fed(self, parts: Sequence[Batch], microbatches: int, *, front: tuple[int, ...]) -> Weights:
         front = front if self.recipe.plan.pipe == 1 else (*front, microbatches)

@@ -129,7 +129,6 @@ ONE_SIDED = {
             "Merge",
             "Stages",
             "layers_and_ends",
-            "layers_in_places",
             "forward_work",
             "forward_tick",
             "backward_work",
@@ -238,6 +237,15 @@ def public(path: Path) -> dict[str, tuple[str, ...]]:
             case _:
                 continue
     return {name: parameters for name, parameters in names.items() if not name.startswith("_")}
+
+
+def test_files_of_one_test_run_have_names_of_their_own():
+    """pytest imports them by name: two of the same name in the directories of one run are an error."""
+    files = set((ROOT / "tests").glob("**/test_*.py"))
+    apart = {file for file in files if file.parent.name in ("backends", "torchtrain")}  # see the Makefile
+    for run in (apart, files - apart):
+        names = sorted(file.name for file in run)
+        assert names == sorted(set(names))
 
 
 def twins(package: str) -> set[str]:

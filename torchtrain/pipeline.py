@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -19,10 +20,10 @@ from transformers import LlamaForCausalLM
 from torchtrain.engine import Inputs, Microbatches, Store
 from torchtrain.zero import FlatStore, import_deepspeed, initialize, quiet
 from trainspec.model import ModelSpec
-from trainspec.pipeline import Timeline, Work, split_layers
+from trainspec.pipeline import Timeline, Work, layer_stages, partition_layers
 from trainspec.plan import Plan
 from trainspec.recipe import Recipe
-from trainspec.trace import LAYER_POINTS
+from trainspec.trace import LAYER_POINTS, activation_points
 
 # DeepSpeed's instructions of a stage, slot by slot.
 _Schedule = Iterable[Sequence[Any]]
@@ -54,10 +55,10 @@ def _slots(schedule: _Schedule) -> Iterator[Work | None]:
 
 def point_stages(plan: Plan, layers: int) -> dict[str, int]:
     """The stage of each of `trainspec.trace.activation_points`, in their order."""
+    first, *inner, norm, logits = activation_points(layers)
+    of_layers = np.repeat(layer_stages(plan, layers), len(LAYER_POINTS)).tolist()
     last = plan.pipe - 1
-    held = enumerate(split_layers(layers, plan.pipe))
-    inner = {f"layers.{i}.{point}": stage for stage, mine in held for i in mine for point in LAYER_POINTS}
-    return {"embedding": 0, **inner, "norm": last, "logits": last}
+    return {first: 0, **dict(zip(inner, of_layers, strict=True)), norm: last, logits: last}
 
 
 class PipelineEngine:
@@ -98,7 +99,7 @@ class PipelineEngine:
         self._run(schedule, microbatches.forward, loss)
 
     def infer(self, parts: Sequence[Inputs]) -> list[Tensor]:
-        """Logits [B, S, V] of each part, on the last stage."""
+        """Logits [B, S, V] of each part, on the last stage. The others are through before: a caller waits for all."""
         found: list[Tensor] = []
 
         def keep(logits_BSV: Tensor) -> Tensor:
@@ -143,6 +144,7 @@ class PipelineEngine:
         if engine.is_last_stage():
             # The pipeline's own would divide by the number of microbatches.
             import_deepspeed().DeepSpeedEngine.backward(engine, engine.loss, scale_wrt_gas=False)
+            engine.pipe_buffers["outputs"][buffer_id] = None  # the logits, which DeepSpeed would keep
         else:
             type(engine)._exec_backward_pass(engine, buffer_id)
         self._backwards += 1
@@ -199,7 +201,7 @@ def _stages(
         """Cut where `trainspec.pipeline` says; DeepSpeed's own ways count parameters."""
 
         def _partition_layers(self, method: str) -> None:
-            inner = split_layers(self._num_layers - 3, self.num_stages)
+            inner = partition_layers(self._num_layers - 3, self.num_stages)
             # The embedding goes with the first layers, final norm and head with the last.
             self.parts = [0, *(1 + layers.start for layers in inner[1:]), self._num_layers]
             self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])

@@ -174,12 +174,11 @@ def logits(state: State, batch: Batch) -> NDArray[Any]:
 def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
     """This replica's rows of a batch with their logits, in parts, where the process has logits.
 
-    A pipeline takes as many parts as in training, where they divide the rows.
+    A pipeline takes them as microbatches.
     """
     state.model.eval()
-    microbatches = state.recipe.plan.microbatches
-    fits = len(batch.rows) % (microbatches * state.mesh.replicas.size) == 0
-    parts = [_mine(state, part) for part in batch.split(microbatches if fits else 1)]
+    microbatches = state.recipe.plan.microbatches_of(len(batch.rows))
+    parts = [_mine(state, part) for part in batch.split(microbatches)]
     return zip(parts, state.engine.infer([_inputs(part) for part in parts]), strict=False)
 
 

@@ -1,6 +1,6 @@
 """DeepSpeed: its configuration, its engine, and the training state that it keeps split over the replicas.
 
-What is known of DeepSpeed's inside (0.19.8) stands in this file, and nothing of its engine is read elsewhere.
+What is known of DeepSpeed's inside (0.19.8) stands in this file, and nothing of its engine is read elsewhere, but by its pipeline in pipeline.py.
 """
 
 from __future__ import annotations

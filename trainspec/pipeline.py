@@ -19,7 +19,7 @@ from trainspec.params import Param
 from trainspec.plan import Backend, Plan
 
 
-def split_layers(layers: int, pieces: int) -> tuple[range, ...]:
+def partition_layers(layers: int, pieces: int) -> tuple[range, ...]:
     """The layers of each piece, in the model's order; where `pieces` do not divide, the first ones have one more.
 
     The last ones are the shorter, as the last stage has the head as well.
@@ -29,12 +29,17 @@ def split_layers(layers: int, pieces: int) -> tuple[range, ...]:
     return tuple(range(start, end) for start, end in pairwise(ends))
 
 
+def layer_stages(plan: Plan, layers: int) -> tuple[int, ...]:
+    """The stage of each layer."""
+    pieces = partition_layers(layers, plan.pipe * plan.pieces)
+    return tuple(i % plan.pipe for i, piece in enumerate(pieces) for _ in piece)
+
+
 def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
     """The stages that compute with a row of the table: one, but for an embedding that is the head as well."""
     last = plan.pipe - 1
     if param.layer is not None:
-        pieces = split_layers(model.layers, plan.pipe * plan.pieces)
-        return tuple(i % plan.pipe for i, piece in enumerate(pieces) if param.layer in piece)
+        return (layer_stages(plan, model.layers)[param.layer],)
     if param.role == "embedding":
         return (0, last) if model.tied_embeddings and last > 0 else (0,)
     return (last,)
@@ -53,15 +58,16 @@ def check_trains(plan: Plan, model: ModelSpec, trained: Iterable[Param]) -> None
 def stack_order(plan: Plan, layers: int) -> tuple[int | None, ...]:
     """The layer at each place of a stack of layers that is cut into as many equal parts as there are stages.
 
-    A stage has its pieces one behind the other, each of the longest one's length: None fills a shorter one up.
+    A stage has the first layer of each of its pieces, then the second of each, and so on: a loop over the layers of a
+    piece takes what it needs without moving the weights of all pieces. None fills a piece up that is not the longest.
     """
-    pieces = split_layers(layers, plan.pipe * plan.pieces)
-    longest = len(pieces[0])
-    order: list[int | None] = []
-    for stage in range(plan.pipe):
-        for piece in pieces[stage :: plan.pipe]:
-            order += [*piece, *[None] * (longest - len(piece))]
-    return tuple(order)
+    pieces = partition_layers(layers, plan.pipe * plan.pieces)
+    return tuple(
+        piece[k] if k < len(piece) else None
+        for stage in range(plan.pipe)
+        for k in range(len(pieces[0]))
+        for piece in pieces[stage :: plan.pipe]
+    )
 
 
 @dataclass(frozen=True)

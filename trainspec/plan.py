@@ -80,6 +80,10 @@ class Plan(BaseModel):
         """How many pieces of the model a stage of the pipeline holds."""
         return self.chunks if self.schedule == "interleaved" and self.pipe > 1 else 1
 
+    def microbatches_of(self, rows: int) -> int:
+        """Into how many microbatches rows go that are not a part of a training batch: one where they do not divide."""
+        return self.microbatches if rows % (self.microbatches * self.replicas) == 0 else 1
+
     def splits(self, part: Part) -> bool:
         """Whether `shards` splits that part of the training state over fsdp."""
         return self.fsdp > 1 and part in SPLIT[self.shards]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parity.phases import Place
-from parity.plans import runs_as
+from parity.plans import refusal, runs_as
 from parity.plant import Edit
 from parity.tiny import LORA, Tiny
 from trainspec.plan import Backend, Plan, Policy
@@ -39,8 +39,7 @@ class Fault:
     `where` is where it must show first; None says that it cannot show in fp64, because the arithmetic is the same:
     then the check must pass, and `note` says why. A backend whose edits are None cannot have it (`note`).
     `below_bound_in` names the precisions in which the difference is smaller than what rounding explains: there it may
-    pass. `fp64_only` and `fp32_only` name the backends in which another part does the work in other precisions, out of
-    the edit's reach.
+    pass. `fp64_only` names the backends in which another part does the work in other precisions, out of the edit's reach.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Fault:
     setup: str = "full"
     below_bound_in: tuple[Policy, ...] = ()
     fp64_only: tuple[Backend, ...] = ()
-    fp32_only: tuple[Backend, ...] = ()
     note: str = ""
 
     def edits(self, backend: Backend) -> tuple[Edit, ...] | None:
@@ -60,9 +58,10 @@ class Fault:
         return self.jax if backend == "jax" else self.torch
 
     def applies(self, backend: Backend, precision: Policy) -> bool:
-        """Whether it can be planted in `backend` in a run of `precision`."""
-        out_of_reach = self.fp32_only if precision == "fp64" else self.fp64_only
-        return backend not in out_of_reach and self.edits(backend) is not None
+        """Whether it can be planted in `backend` in a run of `precision`: not where that refuses the set-up's plan."""
+        is_out_of_reach = precision != "fp64" and backend in self.fp64_only
+        is_refused = refusal(PLANS.get(self.setup, Plan()), precision, backend) is not None
+        return self.edits(backend) is not None and not (is_out_of_reach or is_refused)
 
 
 # What a fault needs of a recipe to be visible, by name. Rows are padded on the left, where a causal mask alone does

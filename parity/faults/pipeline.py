@@ -64,14 +64,8 @@ FAULTS = (
                 "tuple((-1 - i) % plan.pipe for i, piece",
             ),
             Edit(TORCH_PIPELINE, BLOCKS, BLOCKS.replace("inner.layers", "reversed(inner.layers)")),
-            Edit(
-                TORCH_PIPELINE,
-                "held = enumerate(split_layers(layers, plan.pipe))",
-                "held = enumerate(reversed(split_layers(layers, plan.pipe)))",
-            ),
         ),
         setup="pipe",
-        fp32_only=("torch",),
         note=NO_FLOAT64,
     ),
     Fault(
@@ -90,7 +84,6 @@ FAULTS = (
             Edit(TORCH_PIPELINE, "class _Tied(nn.Module):", SECOND_IS_FIRST),
         ),
         setup="pipe-deep",
-        fp32_only=("torch",),
         note=NO_FLOAT64,
     ),
     Fault(
@@ -114,7 +107,6 @@ FAULTS = (
             ),
         ),
         setup="pipe",
-        fp32_only=("torch",),
         note=NO_FLOAT64,
     ),
     Fault(
@@ -125,7 +117,6 @@ FAULTS = (
         jax=_gradient_times("jnp.where(microbatch == 0, 2, 1)"),
         torch=(Edit(TORCH_STEP, TORCH_DIVIDE, f"{TORCH_DIVIDE} * (1 + (index == 0))"),),
         setup="pipe",
-        fp32_only=("torch",),
         note=NO_FLOAT64,
     ),
     Fault(
@@ -150,7 +141,6 @@ FAULTS = (
             ),
         ),
         setup="pipe",
-        fp32_only=("torch",),
         note=NO_FLOAT64,
     ),
     Fault(
@@ -163,7 +153,6 @@ FAULTS = (
         ),
         torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / part.target_tokens / len(self)"),),
         setup="pipe",
-        fp32_only=("torch",),
         note=NO_FLOAT64,
     ),
     Fault(
@@ -180,7 +169,6 @@ FAULTS = (
         ),
         torch=(Edit(TORCH_PIPELINE, "if not (model.config.tie_word_embeddings and", "if True or (True and"),),
         setup="pipe-tied",
-        fp32_only=("torch",),
         note=NO_FLOAT64,
     ),
     Fault(
@@ -207,7 +195,6 @@ FAULTS = (
             ),
         ),
         setup="pipe",
-        fp32_only=("torch",),
         note=NO_FLOAT64,
     ),
 )

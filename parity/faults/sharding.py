@@ -295,7 +295,6 @@ FAULTS = (
             ),
         ),
         setup="zero1",
-        fp32_only=("torch",),
         note="in fp64 torch has no split optimizer",
     ),
 )

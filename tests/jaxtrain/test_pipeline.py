@@ -152,6 +152,8 @@ def timelines(tmp_path_factory) -> list:
 def test_idle_slots_are_those_of_the_formula(timelines):
     for (plan, microbatches), stages in zip(TIMELINES, timelines, strict=True):
         assert bubble(worked(stages)) == expected_bubble(Plan.model_validate(plan), microbatches, "jax"), plan
+        other = Plan.model_validate(plan | {"pipe": len(stages) + 1})
+        assert bubble(worked(stages)) != expected_bubble(other, microbatches, "jax"), plan  # control
 
 
 def test_every_stage_does_all_its_work_and_has_what_it_needs(timelines):

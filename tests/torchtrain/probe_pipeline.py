@@ -1,8 +1,7 @@
-"""What a pipeline does beside training, in processes of a launcher; see test_pipeline.py.
+"""What a pipeline does beside training, in processes of a launcher; see test_torch_pipeline.py.
 
 CASES is a list of one recipe file. The leader writes the logits of rows that the microbatches do not divide, what its
-step sends, whether an update that was refused left every process's weights as they were and training goes on behind it,
-and how many process groups there are behind each of two runs.
+step sends, whether an update that was refused left every process's weights as they were, and how many process groups there are behind each of two runs.
 """
 
 from __future__ import annotations

@@ -92,6 +92,12 @@ def test_plans_that_cannot_work_name_one_that_does(plan: Plan, policy, backends:
             check_supported(plan, policy, backend)
 
 
+def test_rows_that_do_not_divide_into_microbatches_are_one():
+    plan = Plan(pipe=2, data=2, microbatches=4)
+    assert [plan.microbatches_of(rows) for rows in (8, 16, 4, 10)] == [4, 4, 1, 1]
+    assert Plan(data=2).microbatches_of(7) == 1
+
+
 def test_interleaved_microbatches_go_in_groups():
     plan, model = Plan(pipe=2, schedule="interleaved", microbatches=3), replace(SMALL, layers=5)
     with pytest.raises(PlanError, match=r"groups of plan.pipe=2, not 3; use plan.microbatches=4"):

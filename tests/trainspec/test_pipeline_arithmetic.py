@@ -16,7 +16,7 @@ from trainspec.pipeline import (
     bubble,
     check_trains,
     expected_bubble,
-    split_layers,
+    partition_layers,
     stack_order,
     stages_of,
 )
@@ -26,13 +26,13 @@ FIVE = replace(SMALL, layers=5)
 
 
 def test_layers_are_split_evenly_the_first_pieces_longer():
-    assert split_layers(5, 2) == (range(3), range(3, 5))
-    assert split_layers(5, 4) == (range(2), range(2, 3), range(3, 4), range(4, 5))
+    assert partition_layers(5, 2) == (range(3), range(3, 5))
+    assert partition_layers(5, 4) == (range(2), range(2, 3), range(3, 4), range(4, 5))
 
 
 @given(st.integers(1, 90), st.integers(1, 12))
 def test_every_layer_is_in_one_piece(layers: int, pieces: int):
-    found = split_layers(layers, pieces)
+    found = partition_layers(layers, pieces)
     assert [i for piece in found for i in piece] == list(range(layers))
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
@@ -43,8 +43,8 @@ def test_every_layer_is_in_one_piece(layers: int, pieces: int):
         (Plan(), (0, 1, 2, 3, 4)),
         (Plan(pipe=2), (0, 1, 2, 3, 4, None)),
         (Plan(pipe=4), (0, 1, 2, None, 3, None, 4, None)),
-        # The first stage has the first and the third piece.
-        (Plan(pipe=2, schedule="interleaved"), (0, 1, 3, None, 2, None, 4, None)),
+        # The first stage has the first and the third piece, layers 0, 1 and 3: the first layer of each, then the second.
+        (Plan(pipe=2, schedule="interleaved"), (0, 3, 1, None, 2, 4, None, None)),
     ],
 )
 def test_the_stack_has_a_stages_pieces_together(plan: Plan, order):
