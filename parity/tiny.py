@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trainspec.hf import write_adapter, write_model
+from trainspec.adapters import write_adapter
+from trainspec.hf import write_model
 from trainspec.init import initial_value
 from trainspec.methods import LoRA, adapter_table
 from trainspec.model import Llama3Scaling, ModelSpec, config_of

@@ -66,7 +66,7 @@ def _show(recipe: Recipe) -> None:
     model, _ = resolve_model(recipe.model)
     rows = trainable_table(model, recipe.method)
     print(recipe.to_yaml(), end="")
-    print(f"# {describe(model, recipe.method)}")
+    print(f"# {describe(model, recipe.method, recipe.precision.policy)}")
     for param in rows:
         print(f"#   {param.name} {list(param.shape)}")
     for backend in get_args(Backend):

@@ -188,11 +188,14 @@ class Cost:
         """In one microbatch: for the forward pass, and where the backward pass needs the weight.
 
         On JAX a lookup's does not need its table. In torch there is no backward pass before the first trained weight:
-        under a frozen embedding it ends behind the first layer's projections, whose input nothing depends on.
+        under a frozen embedding it ends behind the first layer's projections, whose input nothing depends on but a
+        prompt in front of it.
         """
         if self.backend == "jax":
             is_tied = all(p.role != "head" for p in (*self.trained, *self.frozen))
             return 1 if param.role == "embedding" and not is_tied else 2
+        if any("virtual" in p.axes and "embed" in p.axes for p in self.trained):
+            return 1 if param.role == "embedding" and param in self.frozen else 2
         starts = param.role == "embedding" or (param.layer == 0 and param.module.endswith(_STREAM_READERS))
         return 1 if starts and param in self.frozen else 2
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trainspec.errors import DataError
 from trainspec.hf import resolve_model
+from trainspec.methods import virtual_tokens
 from trainspec.recipe import Data, Recipe
 from trainspec.rng import name_key, threefry2x32
 from trainspec.tokens import TextCodec, TokenStore, read_codec, tokenise
@@ -137,9 +138,11 @@ def open_dataset(recipe: Recipe, split: Literal["train", "heldout"]) -> Dataset:
     if path is None:
         raise DataError("data.heldout: not given; it names the records to measure on")
     codec = read_codec(tokenizer)
-    if recipe.data.sequence_tokens > model.max_positions:
+    virtual = virtual_tokens(recipe.method)
+    if recipe.data.sequence_tokens + virtual > model.max_positions:
+        beside = f" and method.virtual_tokens={virtual}" if virtual else ""
         raise DataError(
-            f"data.sequence_tokens={recipe.data.sequence_tokens}: {model.name} has {model.max_positions} positions"
+            f"data.sequence_tokens={recipe.data.sequence_tokens}{beside}: {model.name} has {model.max_positions} positions"
         )
     store = tokenise(Path(path), codec, task=recipe.data.task, cache=Path(recipe.data.cache))
     largest = int(store.tokens.max(initial=0))

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec import checkpoint
-from trainspec.errors import RecipeError, WeightsError
-from trainspec.hf import TensorFiles, model_files, read_rows, resolve_model, write_adapter, write_model
+from trainspec.adapters import write_adapter
+from trainspec.errors import RecipeError
+from trainspec.hf import model_files, read_rows, resolve_model, write_model
 from trainspec.init import starting_weights
 from trainspec.methods import PEFT_PREFIX, Full, LoRA, target_modules
 from trainspec.model import ModelSpec, config_of
@@ -20,13 +21,21 @@ from trainspec.params import param_table
 from trainspec.recipe import Recipe
 
 SHARD_BYTES = 4 * 2**30
+# Why a method is no change of the model's own weights.
+NOT_MERGED = {
+    "full": "has nothing to merge",
+    "adapter": "cannot be merged: between its two matrices is a non-linearity",
+    "prompt": "cannot be merged: its rows are in the input, not in a weight",
+    "ptuning": "cannot be merged: its rows are in the input, not in a weight",
+    "prefix": "cannot be merged: no weight makes its keys and values",
+}
 
 
 def export(recipe: Recipe, *, out: Path, merge: bool, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write the newest checkpoint under OUT for others to load, read it back, and return its directory.
 
-    LoRA gives `OUT/adapter` (PEFT), with `merge` `OUT/merged` (Hugging Face); Full gives `OUT/model`.
-    Raises RecipeError where nothing was trained yet.
+    Full gives `OUT/model` (Hugging Face), every other method `OUT/adapter`, LoRA with `merge` `OUT/merged`.
+    Raises RecipeError where nothing was trained yet, or the method cannot be merged.
     """
     path = checkpoint.latest(out)
     if path is None:
@@ -36,19 +45,18 @@ def export(recipe: Recipe, *, out: Path, merge: bool, shard_bytes: int = SHARD_B
     model, source = resolve_model(recipe.model)
     found = checkpoint.load(path, recipe=recipe, model=model).weights
     trained = {name: weight[...] for name, weight in found.items()}
-    match recipe.method:
-        case LoRA() as method if not merge:
-            target = out / "adapter"
-            base = str(source.resolve()) if source else recipe.model.from_
-            write_adapter(target, trained, model=model, method=method, base=base)
-            _verify(TensorFiles([target / "adapter_model.safetensors"]), trained, target)
-            return target
-        case LoRA() as method:
-            target, weights = out / "merged", _merged(recipe, model, method, trained)
-        case Full() if merge:
-            raise RecipeError("method.kind=full has nothing to merge; leave --merge out")
-        case Full():
-            target, weights = out / "model", ((p.name, trained[p.name]) for p in param_table(model))
+    method = recipe.method
+    if merge and not isinstance(method, LoRA):
+        raise RecipeError(f"method.kind={method.kind} {NOT_MERGED[method.kind]}; leave --merge out")
+    if not merge and not isinstance(method, Full):
+        base = str(source.resolve()) if source else recipe.model.from_
+        target = out / "adapter"
+        write_adapter(target, trained, model=model, method=method, base=base)
+        return target
+    if isinstance(method, LoRA):
+        target, weights = out / "merged", _merged(recipe, model, method, trained)
+    else:
+        target, weights = out / "model", ((p.name, trained[p.name]) for p in param_table(model))
     write_model(
         target,
         weights,
@@ -83,11 +91,3 @@ def _config(model: ModelSpec, source: Path | None, trained: Mapping[str, NDArray
         config.pop("torch_dtype", None)
         return config | {"dtype": dtype}
     return config_of(model) | {"dtype": dtype}
-
-
-def _verify(files: TensorFiles, expected: Mapping[str, NDArray[Any]], where: Path) -> None:
-    for name, array in expected.items():
-        if files.shapes.get(name) != array.shape or not np.array_equal(files.read(name), array):
-            raise WeightsError(
-                f"{where}: {name} does not read back as written; the disk may be full or failing"
-            )

@@ -1,4 +1,4 @@
-"""Hugging Face model directories and PEFT adapter directories: read and written tensor by tensor.
+"""Hugging Face model directories: read and written tensor by tensor.
 
 Headers are checked against THE TABLE before the first tensor is read: a missing, unexpected or misshapen weight
 is one line, not a traceback from deep inside a model.
@@ -21,7 +21,6 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
 from trainspec.errors import ModelError, WeightsError
-from trainspec.methods import LoRA, target_modules
 from trainspec.model import ModelSpec, preset, read_model_spec
 from trainspec.params import Param
 from trainspec.recipe import ModelSource
@@ -29,23 +28,8 @@ from trainspec.tensors import save_tensors
 from trainspec.weight import Index, Weight
 
 MODEL_FILE, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 FLOATS = ("F64", "F32", "F16", "BF16")
-# PEFT's settings under which its LoRA is y = W x + (alpha / r) B A dropout(x), and nothing else is changed.
-PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "use_rslora": (False,),
-    "use_dora": (False,),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "modules_to_save": (None,),
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
-    "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
-    "layer_replication": (None,),
-}
 # Beside the weights, a Hugging Face directory is these; they travel with a merged model.
 COMPANIONS = (
     "config.json",
@@ -175,44 +159,6 @@ def read_model(
     return read_rows(model_files(directory), table, dtype=dtype, where=directory, ignored=ignored)
 
 
-def read_adapter(
-    directory: Path, model: ModelSpec, method: LoRA, table: Sequence[Param], *, dtype: DTypeLike
-) -> Iterator[tuple[Param, Weight]]:
-    """A PEFT LoRA adapter, row by row of `table`, after checking that its settings are those of `method`."""
-    config = _adapter_config(directory)
-    if config.get("peft_type") != "LORA":
-        raise WeightsError(
-            f"{directory}: peft_type {config.get('peft_type')!r}; method.kind=lora starts from LORA only"
-        )
-    for key, plain in PLAIN_LORA.items():
-        if (config.get(key) or plain[0]) not in plain:
-            raise WeightsError(
-                f"{directory}: {key}={config[key]!r} is unsupported; it would be another method"
-            )
-    for field, key, mine in (("rank", "r", method.rank), ("alpha", "lora_alpha", method.alpha)):
-        theirs = config.get(key)
-        if theirs is None:
-            raise WeightsError(f"{directory / ADAPTER_CONFIG}: no {key}; it is not a LoRA configuration")
-        if theirs != mine:
-            raise WeightsError(
-                f"{directory}: {key}={theirs}, the recipe says {mine}; set method.{field}={theirs}"
-            )
-    return read_rows(TensorFiles([directory / ADAPTER_FILE]), table, dtype=dtype, where=directory)
-
-
-def _adapter_config(directory: Path) -> dict[str, Any]:
-    path = directory / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise WeightsError(f"method.adapter: {path}: missing; give a PEFT adapter directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"method.adapter: {path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise WeightsError(f"method.adapter: {path}: not a JSON object")
-    return config
-
-
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place once everything in it is written.
@@ -236,28 +182,6 @@ def replaced_directory(target: Path) -> Iterator[Path]:
             temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_adapter(
-    directory: Path, weights: Mapping[str, NDArray[Any]], *, model: ModelSpec, method: LoRA, base: str
-) -> None:
-    """A PEFT adapter directory that `PeftModel.from_pretrained` loads. `base` is the model it belongs to."""
-    _refuse_non_finite(weights, directory)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": method.rank,
-        "lora_alpha": int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
-        "lora_dropout": method.dropout,
-        "target_modules": list(target_modules(model, method)),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    with replaced_directory(directory) as temporary:
-        (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_tensors(weights, temporary / ADAPTER_FILE, metadata={"format": "pt"})
 
 
 def write_model(
@@ -286,7 +210,7 @@ def _write_shards(directory: Path, weights: Iterable[tuple[str, NDArray[Any]]], 
     total = 0
 
     def flush() -> None:
-        _refuse_non_finite(pending, directory)
+        refuse_non_finite(pending, directory)
         save_tensors(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(pending))
         pending.clear()
@@ -308,7 +232,8 @@ def _write_shards(directory: Path, weights: Iterable[tuple[str, NDArray[Any]]], 
     (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _refuse_non_finite(weights: Mapping[str, NDArray[Any]], where: Path) -> None:
+def refuse_non_finite(weights: Mapping[str, NDArray[Any]], where: Path) -> None:
+    """Raises WeightsError for a tensor that is empty or not finite."""
     for name, array in weights.items():
         if not array.size or not np.isfinite(array.astype(np.float32, copy=False)).all():
             raise WeightsError(

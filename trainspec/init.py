@@ -14,10 +14,12 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from trainspec.hf import read_adapter, read_model, resolve_model
-from trainspec.methods import Full, LoRA, adapter_table
+from trainspec.adapters import read_adapter
+from trainspec.from_text import text_start
+from trainspec.hf import read_model, resolve_model
+from trainspec.methods import Full, PrefixTuning, PromptTuning, adapter_table
 from trainspec.model import ModelSpec
-from trainspec.params import Normal, Ones, Param, UniformFanIn, Zeros, param_table
+from trainspec.params import FromText, Normal, Ones, Param, UniformFanIn, Zeros, param_table
 from trainspec.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
 from trainspec.rng import name_key, threefry2x32
@@ -29,26 +31,33 @@ def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, 
 
     Files are checked before the first is given; a weight is read or drawn as far as it is asked for.
 
-    The model's rows come from its files or are drawn (`model.weights`); the method's from `method.adapter` or drawn.
+    The model's rows come from its files or are drawn (`model.weights`); the method's from `method.adapter`,
+    from its text, or drawn.
     """
     dtype = STORED_DTYPE[recipe.precision.policy]
-    table, seed = param_table(model), recipe.run.seed
-    if recipe.model.weights == "pretrained":
-        directory = resolve_model(recipe.model)[1]
-        assert directory is not None  # resolve_model refuses pretrained weights of a preset
-        base = read_model(directory, model, table, dtype=dtype)
-    else:
-        base = _all_drawn(table, seed=seed, dtype=dtype)
-    match recipe.method:
+    method, seed = recipe.method, recipe.run.seed
+    rows = adapter_table(model, method)
+    match method:
         case Full():
-            return base
-        case LoRA() as method:
-            rows = adapter_table(model, method)
-            if method.adapter is None:
-                return chain(base, _all_drawn(rows, seed=seed, dtype=dtype))
-            return chain(base, read_adapter(Path(method.adapter), model, method, rows, dtype=dtype))
-        case other:
-            assert_never(other)
+            return _base_weights(recipe, model, dtype)
+        case _ if method.adapter is not None:
+            added = read_adapter(Path(method.adapter), model, method, rows, dtype=dtype)
+        case PromptTuning(init="text") | PrefixTuning(init="text"):
+            base = {p.name: weight for p, weight in _base_weights(recipe, model, np.float64)}
+            array = text_start(recipe, model, method, base).astype(dtype)
+            added = iter([(rows[0], Weight(array.shape, array.dtype, array.__getitem__))])
+        case _:
+            added = _all_drawn(rows, seed=seed, dtype=dtype)
+    return chain(_base_weights(recipe, model, dtype), added)
+
+
+def _base_weights(recipe: Recipe, model: ModelSpec, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:
+    table = param_table(model)
+    if recipe.model.weights == "random":
+        return _all_drawn(table, seed=recipe.run.seed, dtype=dtype)
+    directory = resolve_model(recipe.model)[1]
+    assert directory is not None  # resolve_model refuses pretrained weights of a preset
+    return read_model(directory, model, table, dtype=dtype)
 
 
 def _all_drawn(table: Iterable[Param], *, seed: int, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:
@@ -81,6 +90,8 @@ def initial_value(param: Param, *, seed: int, dtype: DTypeLike, index: Index | N
             # Box-Muller: two uniforms give one normal value; 1 - u keeps the logarithm finite.
             first, second = _uniform(param, seed, element)
             values = std * np.sqrt(-2.0 * np.log(1.0 - first)) * np.cos(2.0 * np.pi * second)
+        case FromText():
+            raise ValueError(f"{param.name} is not drawn: trainspec.from_text makes it")
         case other:
             assert_never(other)
     return values.astype(dtype)

@@ -144,7 +144,7 @@ def train(
     with (
         Reporter(out, backend=name, steps=last, resumed_at=state.step) if is_leader else Silent()
     ) as reporter:
-        reporter.say(describe(spec, recipe.method))
+        reporter.say(describe(spec, recipe.method, recipe.precision.policy))
         reporter.say(dataset.summary)
         if saved:
             reporter.say(f"going on behind step {state.step} of {last}, from {saved}")

@@ -22,7 +22,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class UniformFanIn:
-    """Independent uniform values in ±1/sqrt(fan_in): PEFT's start for LoRA's A (kaiming_uniform, a=sqrt(5))."""
+    """Independent uniform values in ±1/sqrt(fan_in): torch's start of a linear layer, PEFT's of LoRA's A."""
 
     fan_in: int
 
@@ -37,7 +37,14 @@ class Ones:
     """All one."""
 
 
-Init = Normal | UniformFanIn | Zeros | Ones
+@dataclass(frozen=True)
+class FromText:
+    """What `text` leaves in the model; `trainspec.from_text` makes it from the model's own weights."""
+
+    text: str
+
+
+Init = Normal | UniformFanIn | Zeros | Ones | FromText
 
 
 @dataclass(frozen=True)

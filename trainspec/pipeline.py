@@ -14,9 +14,13 @@ from itertools import pairwise
 from typing import Literal
 
 from trainspec.errors import PlanError
+from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.plan import Backend, Plan
+
+# The logical axes of an encoder that makes every layer's keys and values.
+PREFIX_AXES = frozenset({"prefix", "prefix_hidden"})
 
 
 def partition_layers(layers: int, pieces: int) -> tuple[range, ...]:
@@ -36,8 +40,15 @@ def layer_stages(plan: Plan, layers: int) -> tuple[int, ...]:
 
 
 def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
-    """The stages that compute with a row of the table: one, but for an embedding that is the head as well."""
+    """The stages that compute with a row of the table: one, but for an embedding that is the head as well.
+
+    Each stage makes the prefix of all layers and takes that of its own. The rows of a prompt enter at the first.
+    """
     last = plan.pipe - 1
+    if PREFIX_AXES.intersection(param.axes):
+        return tuple(range(plan.pipe))
+    if param.module.startswith(ENCODER):
+        return (0,)
     if param.layer is not None:
         return (layer_stages(plan, model.layers)[param.layer],)
     if param.role == "embedding":
@@ -46,12 +57,11 @@ def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
 
 
 def check_trains(plan: Plan, model: ModelSpec, trained: Iterable[Param]) -> None:
-    """Refuse a pipeline of DeepSpeed's with a stage that trains nothing: its optimizer takes no empty list."""
-    idle = set(range(plan.pipe)) - {stage for param in trained for stage in stages_of(param, plan, model)}
-    if idle:
+    """Refuse a pipeline of DeepSpeed's whose first stage trains nothing: it asks for the gradient of what it sent."""
+    if all(0 not in stages_of(param, plan, model) for param in trained):
         raise PlanError(
-            f"plan.pipe={plan.pipe}: stage {min(idle)} trains nothing, which DeepSpeed's pipeline cannot; "
-            "let method.targets name a module of each stage, or use fewer stages, or the jax backend"
+            f"plan.pipe={plan.pipe}: stage 0 trains nothing, which DeepSpeed's pipeline cannot; "
+            "let method.targets name a module of the first layers, or use the jax backend"
         )
 
 

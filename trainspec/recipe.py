@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainspec.errors import RecipeError, nearest
-from trainspec.methods import Full, LoRA, Method
+from trainspec.methods import METHODS, LoRA, Method
 from trainspec.plan import Plan, Policy
 from trainspec.records import Task
 from trainspec.schedule import Schedule
@@ -222,7 +222,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _first_line(error: ValidationError) -> str:
     """The first complaint as `section.key: what is wrong; what is right`."""
     detail = error.errors()[0]
-    place = [str(p) for p in detail["loc"] if p not in ("full", "lora") or detail["loc"].index(p) == 0]
+    place = [str(p) for p in detail["loc"] if p not in METHODS or detail["loc"].index(p) == 0]
     where = ".".join(place)
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
@@ -231,7 +231,7 @@ def _first_line(error: ValidationError) -> str:
         return f"{where}: missing; the recipe must say it"
     if detail["type"].startswith("union_tag"):
         kind = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
-        return f"{where}.kind: {'missing' if kind is None else f'unknown kind {kind!r}'}; choose one of full, lora"
+        return f"{where}.kind: {'missing' if kind is None else f'unknown kind {kind!r}'}; choose one of {', '.join(METHODS)}"
     if detail["type"] == "value_error":
         return message
     return f"{where}: {message[0].lower()}{message[1:]}, not {detail['input']!r}"
@@ -240,7 +240,7 @@ def _first_line(error: ValidationError) -> str:
 def _fields(place: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:
     """The known keys of the section at `place`."""
     if place == ["method"]:
-        section: type[BaseModel] = Full if "full" in loc else LoRA
+        section: type[BaseModel] = METHODS[str(loc[1])]
     else:
         section = Recipe
         for part in place:

@@ -9,13 +9,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 # tensorboard's own writer: tensorboardX imports torch wherever torch is installed, and so into JAX's process.
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-from trainspec.methods import Method, trainable_table
+from trainspec.adapters import adapter_size
+from trainspec.methods import Full, Method, adapter_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
+from trainspec.plan import STORED_DTYPE, Policy
 
 
 @dataclass(frozen=True)
@@ -100,15 +104,19 @@ class Silent:
         """Nothing."""
 
 
-def describe(model: ModelSpec, method: Method) -> str:
-    """The model's size and what of it is trained, in one line."""
+def describe(model: ModelSpec, method: Method, policy: Policy) -> str:
+    """The model's size, what of it is trained, and how large the adapter's file is, in one line."""
     total = sum(p.size for p in param_table(model))
     trained = sum(p.size for p in trainable_table(model, method))
-    extra = 0 if method.kind == "full" else trained
-    return (
+    extra = sum(p.size for p in adapter_table(model, method))
+    line = (
         f"{model.name}: {total:,} parameters; {method.kind} trains {trained:,} "
         f"({100 * trained / (total + extra):.2f} %)"
     )
+    if isinstance(method, Full):
+        return line
+    size = adapter_size(model, method) * np.dtype(STORED_DTYPE[policy]).itemsize
+    return f"{line}; its adapter has {size / 2**20:,.2f} MiB"
 
 
 def _drop_steps_after(metrics: Path, step: int) -> None:

@@ -39,6 +39,10 @@ class TextCodec:
         """The text of `ids`, special tokens shown."""
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, with the special tokens that the tokenizer itself puts around it."""
+        return self.tokenizer.encode(text).ids
+
 
 @dataclass(frozen=True)
 class TokenStore:

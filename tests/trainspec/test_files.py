@@ -16,11 +16,12 @@ from safetensors.numpy import load_file, save_file
 from small import SMALL, VARIANTS, write_checkpoint
 
 from trainspec import checkpoint
+from trainspec.adapters import write_adapter
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import RecipeError, TraceError, UserError, WeightsError
 from trainspec.export import export
-from trainspec.hf import MODEL_INDEX, read_model, write_adapter
+from trainspec.hf import MODEL_INDEX, read_model
 from trainspec.init import starting_weights
 from trainspec.methods import LoRA, adapter_table, trainable_table
 from trainspec.params import param_table
@@ -173,7 +174,7 @@ def test_an_adapter_of_another_run_is_a_start(make_recipe: Make, tmp_path: Path)
         ({"rank": 2}, "r=4, the recipe says 2; set method.rank=4"),
         ({"alpha": 16.0}, "set method.alpha=8"),
         ({"targets": ["q_proj"]}, "v_proj.lora_A.weight is unexpected"),
-        ({"adapter": "nowhere"}, "missing; give a PEFT adapter directory"),
+        ({"adapter": "nowhere"}, "missing; give an adapter directory"),
     ):
         other = make_recipe(method=method.model_dump() | {"adapter": str(tmp_path / "a")} | change)
         with pytest.raises(WeightsError, match=message):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small import SMALL
 
 from trainspec.errors import PlanError
-from trainspec.methods import LoRA, adapter_table
+from trainspec.methods import LoRA, PrefixTuning, PromptTuning, PTuning, adapter_table
 from trainspec.params import param_table
 from trainspec.pipeline import (
     Work,
@@ -73,12 +73,21 @@ def test_what_is_not_in_a_layer_is_on_the_first_or_the_last_stage():
     assert stages_of(rows["base_model.model.lm_head.lora_A.weight"], plan, FIVE) == (1,)
 
 
-def test_a_stage_that_trains_nothing_is_refused():
-    first_layer = adapter_table(FIVE, LoRA(targets="model.layers.0.self_attn.q_proj"))
-    with pytest.raises(PlanError, match="stage 1 trains nothing"):
-        check_trains(Plan(pipe=2), FIVE, first_layer)
-    check_trains(Plan(pipe=2), FIVE, adapter_table(FIVE, LoRA()))
-    check_trains(Plan(), FIVE, first_layer)
+def test_each_stage_makes_the_prefix_and_only_the_first_the_prompt():
+    plan = Plan(pipe=2)
+    for method in (PrefixTuning(), PrefixTuning(projection=True, hidden=4)):
+        assert {stages_of(p, plan, FIVE) for p in adapter_table(FIVE, method)} == {(0, 1)}
+    for method in (PromptTuning(), PTuning(), PTuning(encoder="lstm", hidden=4)):
+        assert {stages_of(p, plan, FIVE) for p in adapter_table(FIVE, method)} == {(0,)}
+
+
+def test_a_first_stage_that_trains_nothing_is_refused():
+    last_layer = adapter_table(FIVE, LoRA(targets="model.layers.4.self_attn.q_proj"))
+    with pytest.raises(PlanError, match="stage 0 trains nothing"):
+        check_trains(Plan(pipe=2), FIVE, last_layer)
+    for method in (LoRA(), LoRA(targets="model.layers.0.self_attn.q_proj"), PromptTuning()):
+        check_trains(Plan(pipe=2), FIVE, adapter_table(FIVE, method))
+    check_trains(Plan(), FIVE, last_layer)
 
 
 def test_a_bubble_is_counted():

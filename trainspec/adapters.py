@@ -1,0 +1,310 @@
+"""Adapter directories: PEFT's, and our own where PEFT has no format (docs/adapter-files.md).
+
+    adapter_config.json            the method's settings, in PEFT's words
+    adapter_model.safetensors      the weights: PEFT's names, or for a bottleneck adapter the table's
+    prompt_encoder.safetensors     rows of the encoder behind virtual tokens, by canonical name: PEFT's file has only
+                                   what the encoder gives, from which training cannot go on
+
+A directory is written beside its place, read back, and only then takes the place of an earlier one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from trainspec.encoders import encode, has_encoder
+from trainspec.errors import RecipeError, WeightsError
+from trainspec.hf import TensorFiles, read_rows, refuse_non_finite, replaced_directory
+from trainspec.methods import (
+    ENCODER,
+    LSTM_LAYERS,
+    Adapter,
+    Full,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    Virtual,
+    adapter_table,
+    target_modules,
+)
+from trainspec.model import ModelSpec
+from trainspec.params import Param
+from trainspec.tensors import save_tensors
+from trainspec.weight import Weight
+
+Arrays = Mapping[str, NDArray[Any]]
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ENCODER_FILE = "prompt_encoder.safetensors"
+# PEFT's name for what virtual tokens are.
+VIRTUAL_ROWS = "prompt_embeddings"
+# In place of PEFT's types, for what it does not have.
+BOTTLENECK = "TWINTRAIN_BOTTLENECK"
+FORMAT = 1
+# PEFT's settings under which its LoRA is y = W x + (alpha / r) B A dropout(x), and nothing else is changed.
+PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": (None,),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+}
+
+
+def adapter_files(method: Method, weights: Arrays) -> dict[str, dict[str, NDArray[Any]]]:
+    """The tensors of each safetensors file of an adapter, of the method's rows by canonical name."""
+    if not isinstance(method, Virtual):
+        return {ADAPTER_FILE: dict(weights)}
+    stored = weights[f"{ENCODER}.embedding.weight"].dtype
+    files = {ADAPTER_FILE: {VIRTUAL_ROWS: encode(method, weights).astype(stored)}}
+    return files | {ENCODER_FILE: dict(weights)} if has_encoder(method) else files
+
+
+def adapter_size(model: ModelSpec, method: Method) -> int:
+    """How many numbers the adapter's file has; of virtual tokens what an encoder gives, not the encoder."""
+    match method:
+        case PromptTuning() | PTuning():
+            return method.virtual_tokens * model.embed
+        case PrefixTuning():
+            return method.virtual_tokens * 2 * model.layers * model.kv_heads * model.head_dim
+        case _:
+            return sum(p.size for p in adapter_table(model, method))
+
+
+def write_adapter(directory: Path, weights: Arrays, *, model: ModelSpec, method: Method, base: str) -> None:
+    """An adapter directory; PEFT's methods load with `PeftModel.from_pretrained`. `base` is the model it belongs to.
+
+    Raises WeightsError, and leaves what was there, where one of the method's rows is missing, misshapen, empty or not finite,
+    or the files do not read back as written.
+    """
+    table = adapter_table(model, method)
+    for param in table:
+        if param.name not in weights or weights[param.name].shape != param.shape:
+            shape = list(weights[param.name].shape) if param.name in weights else "missing"
+            raise WeightsError(
+                f"{directory}: {param.name} is {shape}, it should have shape {list(param.shape)}; nothing was written"
+            )
+    files = adapter_files(method, {param.name: weights[param.name] for param in table})
+    for tensors in files.values():
+        refuse_non_finite(tensors, directory)
+    config = _config_of(model, method) | {"base_model_name_or_path": base}
+    with replaced_directory(directory) as temporary:
+        (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for name, tensors in files.items():
+            save_tensors(tensors, temporary / name, metadata={"format": "pt"})
+            _verify(TensorFiles([temporary / name]), tensors, directory)
+
+
+def _verify(files: TensorFiles, expected: Arrays, where: Path) -> None:
+    for name, array in expected.items():
+        if files.shapes.get(name) != array.shape or not np.array_equal(files.read(name), array):
+            raise WeightsError(
+                f"{where}: {name} does not read back as written; the disk may be full or failing"
+            )
+
+
+def _config_of(model: ModelSpec, method: Method) -> dict[str, Any]:
+    """`adapter_config.json` but for the base model: PEFT's keys and words."""
+    prompt = {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": getattr(method, "virtual_tokens", None),
+        "num_transformer_submodules": 1,
+        "num_layers": model.layers,
+        "token_dim": model.embed,
+        "num_attention_heads": model.heads,
+        "inference_mode": True,
+    }
+    match method:
+        case LoRA():
+            return {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "r": method.rank,
+                "lora_alpha": int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
+                "lora_dropout": method.dropout,
+                "use_rslora": method.rslora,
+                "target_modules": list(target_modules(model, method)),
+                "bias": "none",
+                "fan_in_fan_out": False,
+                "inference_mode": True,
+            }
+        case Adapter():
+            return {
+                "peft_type": BOTTLENECK,
+                "format": FORMAT,
+                "bottleneck": method.bottleneck,
+                "activation": method.activation,
+                "num_layers": model.layers,
+                "token_dim": model.embed,
+            }
+        case PromptTuning():
+            return prompt | {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
+        case PTuning():
+            return prompt | {
+                "peft_type": "P_TUNING",
+                "encoder_reparameterization_type": method.encoder.upper(),
+                "encoder_hidden_size": method.hidden or model.embed,
+                "encoder_num_layers": LSTM_LAYERS,
+                "encoder_dropout": method.dropout,
+            }
+        case PrefixTuning():
+            width = model.kv_heads * model.head_dim
+            return prompt | {
+                "peft_type": "PREFIX_TUNING",
+                "token_dim": width,
+                "num_attention_heads": model.kv_heads,
+                "prefix_projection": method.projection,
+                "encoder_hidden_size": method.hidden or width,
+            }
+        case Full():
+            raise RecipeError("method.kind=full has no adapter; its weights are the model")
+
+
+def read_adapter(
+    directory: Path, model: ModelSpec, method: Method, table: Sequence[Param], *, dtype: DTypeLike
+) -> Iterator[tuple[Param, Weight]]:
+    """An adapter, row by row of the method's `table`, after checking that its settings are those of `method`.
+
+    Raises WeightsError before the first read.
+    """
+    config = _read_config(directory)
+    match method:
+        case LoRA():
+            _check_lora(directory, config, method)
+        case Adapter():
+            _check_type(directory, config, method, (BOTTLENECK,))
+            expected = {"format": FORMAT, "bottleneck": method.bottleneck, "activation": method.activation}
+            _check_settings(directory, config, expected)
+        case PromptTuning() | PTuning() | PrefixTuning():
+            return _read_virtual(directory, config, model, method, table, dtype)
+        case Full():
+            raise RecipeError("method.kind=full starts from the model's weights, not from an adapter")
+    return read_rows(TensorFiles([directory / ADAPTER_FILE]), table, dtype=dtype, where=directory)
+
+
+def _read_virtual(
+    directory: Path,
+    config: dict[str, Any],
+    model: ModelSpec,
+    method: Virtual,
+    table: Sequence[Param],
+    dtype: DTypeLike,
+) -> Iterator[tuple[Param, Weight]]:
+    match method:
+        case PromptTuning():
+            # Without its encoder P-tuning is prompt tuning.
+            _check_type(directory, config, method, ("PROMPT_TUNING", "P_TUNING"))
+        case PTuning():
+            _check_type(directory, config, method, ("P_TUNING",))
+            _check_settings(
+                directory, config, {"encoder_reparameterization_type": method.encoder.upper()}, "encoder"
+            )
+        case PrefixTuning():
+            _check_type(directory, config, method, ("PREFIX_TUNING",))
+            _check_settings(directory, config, {"num_attention_heads": model.kv_heads})
+    _check_settings(directory, config, {"num_virtual_tokens": method.virtual_tokens}, "virtual_tokens")
+    given = TensorFiles([directory / ADAPTER_FILE])
+    if has_encoder(method):
+        return _read_encoder(directory, method, table, given, dtype)
+    (row,) = table
+    found = given.shapes.get(VIRTUAL_ROWS)
+    if found != row.shape:
+        raise WeightsError(
+            f"{directory / ADAPTER_FILE}: {VIRTUAL_ROWS} is {'missing' if found is None else list(found)}, the "
+            f"configuration asks for {list(row.shape)}"
+        )
+    return iter([(row, given.weight(VIRTUAL_ROWS, dtype))])
+
+
+def _read_encoder(
+    directory: Path,
+    method: Virtual,
+    table: Sequence[Param],
+    given: TensorFiles,
+    dtype: DTypeLike,
+) -> Iterator[tuple[Param, Weight]]:
+    """The encoder's rows, which have to make the virtual tokens that the adapter has."""
+    path = directory / ENCODER_FILE
+    if not path.is_file():
+        plain = "method.kind=prompt" if isinstance(method, PTuning) else "method.projection=false"
+        raise WeightsError(
+            f"{path}: missing, as PEFT keeps only what an encoder gives; set {plain} to go on from that"
+        )
+    rows = list(read_rows(TensorFiles([path]), table, dtype=np.float64, where=path))
+    made = encode(method, {param.name: weight[...] for param, weight in rows})
+    stored = given.read(VIRTUAL_ROWS) if VIRTUAL_ROWS in given.shapes else np.empty(0)
+    if made.shape != stored.shape or not np.array_equal(made.astype(stored.dtype), stored):
+        raise WeightsError(
+            f"{path}: does not make the {VIRTUAL_ROWS} of {ADAPTER_FILE}; the two are of different runs, "
+            "export them again together"
+        )
+    return read_rows(TensorFiles([path]), table, dtype=dtype, where=path)
+
+
+def _check_lora(directory: Path, config: dict[str, Any], method: LoRA) -> None:
+    _check_type(directory, config, method, ("LORA",))
+    for key, plain in PLAIN_LORA.items():
+        if (config.get(key) or plain[0]) not in plain:
+            raise WeightsError(
+                f"{directory}: {key}={config[key]!r} is unsupported; it would be another method"
+            )
+    missing = next((key for key in ("r", "lora_alpha") if config.get(key) is None), None)
+    if missing:
+        raise WeightsError(f"{directory / ADAPTER_CONFIG}: no {missing}; it is not a LoRA configuration")
+    _check_settings(directory, config, {"r": method.rank}, "rank")
+    _check_settings(directory, config, {"lora_alpha": method.alpha}, "alpha")
+    _check_settings(
+        directory,
+        config | {"use_rslora": bool(config.get("use_rslora"))},
+        {"use_rslora": method.rslora},
+        "rslora",
+    )
+
+
+def _check_type(directory: Path, config: dict[str, Any], method: Method, types: Sequence[str]) -> None:
+    if config.get("peft_type") not in types:
+        raise WeightsError(
+            f"{directory}: peft_type {config.get('peft_type')!r}; method.kind={method.kind} starts from "
+            f"{' or '.join(types)} only"
+        )
+
+
+def _check_settings(
+    directory: Path, config: dict[str, Any], expected: Mapping[str, Any], field: str | None = None
+) -> None:
+    """Refuse settings that are not the recipe's; `field` is the method's, where it has another name."""
+    for key, mine in expected.items():
+        theirs = config.get(key)
+        if theirs != mine:
+            value = str(theirs).lower() if isinstance(theirs, str | bool) else theirs
+            way_out = (
+                f"set method.{field or key}={value}"
+                if key != "num_attention_heads"
+                else "it is another model's"
+            )
+            raise WeightsError(f"{directory}: {key}={theirs}, the recipe says {mine}; {way_out}")
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise WeightsError(f"method.adapter: {path}: missing; give an adapter directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"method.adapter: {path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise WeightsError(f"method.adapter: {path}: not a JSON object")
+    return config
