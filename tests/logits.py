@@ -2,8 +2,10 @@
 
     python tests/logits.py jaxtrain|torchtrain|transformers CASES.json OUT.npz
 
-A case of a backend is {"recipe": FILE, "out": DIR}: the newest checkpoint under DIR. One of transformers is
-{"model": DIR, "adapter": DIR or null, "dtype": "float32" or "float64"}: loaded by transformers and PEFT alone.
+A case of a backend is {"recipe": FILE, "out": DIR}: the newest checkpoint under DIR, or with null the start of a run. One
+of transformers is {"model": DIR, "adapter": DIR or null, "dtype": "float32" or "float64"}: loaded by transformers and PEFT
+alone. Both may have "padding": "left" or "right", which takes the last tokens of the second row away, and
+"after": [id, ...], which puts tokens in front of every row. Logits are those of the rows without what is in front.
 """
 
 import importlib
@@ -16,6 +18,18 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 IDS = np.random.default_rng(5).integers(3, 300, (2, 24)).astype(np.int32)
+PADS = 7
+
+
+def real_tokens(padding: str | None) -> np.ndarray:
+    """Which of IDS are tokens: 1, or 0 for padding."""
+    real = np.ones_like(IDS)
+    match padding:
+        case "left":
+            real[1, :PADS] = 0
+        case "right":
+            real[1, -PADS:] = 0
+    return real
 
 
 def of_backend(program: str, case: dict[str, Any]) -> np.ndarray:
@@ -30,11 +44,14 @@ def of_backend(program: str, case: dict[str, Any]) -> np.ndarray:
     parallel.start(recipe)
     try:
         state = step.init_state(recipe, spec)
-        newest = checkpoint.latest(Path(case["out"]))
-        assert newest is not None
-        state = step.restore(state, checkpoint.load(newest, recipe=recipe, model=spec))
+        if case["out"]:
+            newest = checkpoint.latest(Path(case["out"]))
+            assert newest is not None
+            state = step.restore(state, checkpoint.load(newest, recipe=recipe, model=spec))
+        # As transformers numbers them where it is not told: padding in front counts.
         positions = np.broadcast_to(np.arange(IDS.shape[1], dtype=np.int32), IDS.shape)
-        batch = Batch(IDS, IDS, positions.copy(), np.ones_like(IDS), np.arange(len(IDS), dtype=np.int32))
+        segments = real_tokens(case.get("padding"))
+        batch = Batch(IDS, IDS, positions.copy(), segments, np.arange(len(IDS), dtype=np.int32))
         return step.logits(state, batch)
     finally:
         parallel.finish()
@@ -52,9 +69,16 @@ def of_transformers(case: dict[str, Any]) -> np.ndarray:
         modeling_llama.LlamaRotaryEmbedding.forward = _rotary64
     model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype, attn_implementation="sdpa")
     if case["adapter"]:
+        torch.set_default_dtype(dtype)  # in which PEFT makes what it then loads into
         model = PeftModel.from_pretrained(model, case["adapter"], autocast_adapter_dtype=False)
+        torch.set_default_dtype(torch.float32)
+    before = np.tile(np.asarray(case.get("after") or [], np.int32), (len(IDS), 1))
+    ids = torch.from_numpy(np.concatenate([before, IDS], axis=1)).long()
+    # Without padding none is said: a mask would be no more than what is there.
+    padding = case.get("padding")
+    mask = torch.from_numpy(real_tokens(padding)).long() if padding else None
     with torch.no_grad():
-        return model.eval()(input_ids=torch.from_numpy(IDS).long()).logits.numpy()
+        return model.eval()(input_ids=ids, attention_mask=mask).logits[:, -IDS.shape[1] :].numpy()
 
 
 # Hugging Face computes these two in float32 even in a float64 model; here they are written out in float64.

@@ -1,49 +1,127 @@
-"""What we export is what others load: the same logits from transformers and PEFT alone, in a process of their own."""
+"""What we write others load, and what PEFT writes we load: the same logits as transformers and PEFT alone.
+
+Each side is a process of its own, with all its cases.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from logits import real_tokens
 from many import ROOT, run_many
+from safetensors.numpy import load_file
 from small import recipe_maker
 
-from trainspec.export import export
-from trainspec.recipe import Recipe
+from trainspec.hf import resolve_model
+from trainspec.init import starting_weights
 
-LORA = {"kind": "lora", "rank": 4, "alpha": 12.0, "dropout": 0.1, "targets": "all-linear"}
 PROGRAMS = ("jaxtrain", "torchtrain")
+BOUND = {"fp32": 1e-5, "fp64": 1e-12}
+DTYPE = {"fp32": "float32", "fp64": "float64"}
+LORA = {"kind": "lora", "rank": 4, "alpha": 12.0, "dropout": 0.1, "targets": "all-linear"}
+TEXT = "what is the capital"
 
 
 @dataclass(frozen=True)
-class Case:
+class Written:
+    """A run of ours, exported; `merged` where it is a model of its own."""
+
     variant: str
-    method: str
     policy: str
+    method: dict[str, Any] = field(hash=False)
+    merged: bool = False
 
     def __str__(self) -> str:
-        return f"{self.variant}-{self.method}-{self.policy}"
+        words = [
+            self.method["kind"],
+            self.method.get("encoder"),
+            self.method.get("projection") and "projected",
+        ]
+        return "-".join([self.variant, *filter(None, words), self.policy, *["merged"] * self.merged])
 
 
-CASES = [
-    Case("plain", "lora", "fp32"),
-    Case("plain", "lora", "fp64"),
-    Case("tied", "lora", "fp32"),  # the checkpoint is sharded
-    Case("tied", "full", "fp64"),
-    Case("bias", "full", "fp32"),
-    Case("bias", "lora", "fp64"),
-    Case("llama3-rope", "lora", "fp64"),
+WRITTEN = [
+    Written("tied", "fp32", LORA),  # the checkpoint is sharded
+    Written("tied", "fp32", LORA, merged=True),
+    Written("bias", "fp64", LORA),
+    Written("bias", "fp64", LORA, merged=True),
+    Written("llama3-rope", "fp64", LORA | {"rslora": True}),
+    Written("tied", "fp64", {"kind": "full"}, merged=True),
+    Written("tied", "fp64", {"kind": "prompt", "virtual_tokens": 5}),
+    Written("plain", "fp32", {"kind": "ptuning", "virtual_tokens": 5, "encoder": "lstm", "hidden": 20}),
+    Written("bias", "fp64", {"kind": "ptuning", "virtual_tokens": 5, "encoder": "mlp", "hidden": 20}),
+    Written("llama3-rope", "fp64", {"kind": "prefix", "virtual_tokens": 5}),
+    Written("plain", "fp32", {"kind": "prefix", "virtual_tokens": 5, "projection": True, "hidden": 20}),
 ]
-BOUND = {"fp32": 1e-5, "fp64": 1e-12}
+# PEFT's settings, none of them the default, and the method that goes on from what PEFT then saves.
+MADE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "lora": (
+        "LoraConfig",
+        {"r": 3, "lora_alpha": 9, "target_modules": "all-linear"},
+        {"kind": "lora", "rank": 3, "alpha": 9.0, "targets": "all-linear"},
+    ),
+    "rslora": (
+        "LoraConfig",
+        {"r": 3, "lora_alpha": 5, "target_modules": ["k_proj", "up_proj"], "use_rslora": True},
+        {"kind": "lora", "rank": 3, "alpha": 5.0, "targets": ["k_proj", "up_proj"], "rslora": True},
+    ),
+    "prefix": (
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 6},
+        {"kind": "prefix", "virtual_tokens": 6},
+    ),
+    "projected": (
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 7, "prefix_projection": True, "encoder_hidden_size": 20},
+        {"kind": "prefix", "virtual_tokens": 7},
+    ),
+    "prompt": (
+        "PromptTuningConfig",
+        {"num_virtual_tokens": 9, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": TEXT},
+        {"kind": "prompt", "virtual_tokens": 9},
+    ),
+    "lstm": (
+        "PromptEncoderConfig",
+        {"num_virtual_tokens": 5, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 20},
+        {"kind": "prompt", "virtual_tokens": 5},
+    ),
+    "mlp": (
+        "PromptEncoderConfig",
+        {"num_virtual_tokens": 5, "encoder_hidden_size": 20},
+        {"kind": "prompt", "virtual_tokens": 5},
+    ),
+}
+# PEFT's own files hold what an encoder gave; ours of the same encoder must make that from its weights.
+MAKE = """
+import json, sys, peft, torch
+from transformers import AutoModelForCausalLM
+base, target, made = sys.argv[1:]
+for name, (config, settings, _) in json.loads(made).items():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if settings.get("prompt_tuning_init") == "TEXT":
+        settings["tokenizer_name_or_path"] = base
+    model = peft.get_peft_model(model, getattr(peft, config)(task_type="CAUSAL_LM", **settings))
+    for leaf, weight in model.named_parameters():
+        if "lora_B" in leaf: torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(f"{target}/{name}")
+"""
+READ = [
+    (name, policy, padding)
+    for name in MADE
+    for policy, padding in (("fp32", "right"), ("fp32", "left"), ("fp64", "left"))
+]
 
 
-def logits(who: str, cases: list[dict], scratch: Path) -> list[np.ndarray]:
+def logits(who: str, cases: list[dict[str, Any]], scratch: Path) -> list[np.ndarray]:
+    """In float64 cases last: transformers' norm and rotary embedding are replaced in that process from then on."""
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "tests/logits.py", who, str(scratch / "cases.json"), str(scratch / "out.npz")]
@@ -53,104 +131,124 @@ def logits(who: str, cases: list[dict], scratch: Path) -> list[np.ndarray]:
         return [found[str(i)] for i in range(len(cases))]
 
 
+def _theirs(cases: list[dict[str, Any]], scratch: Path) -> list[np.ndarray]:
+    order = sorted(range(len(cases)), key=lambda i: cases[i]["dtype"])
+    found = logits("transformers", [cases[i] for i in order], scratch)
+    return [found[order.index(i)] for i in range(len(cases))]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """Logits by (program, case): of ours, and for the same case of transformers and PEFT."""
+
+    ours: dict[tuple[str, str], np.ndarray]
+    theirs: dict[tuple[str, str], np.ndarray]
+    adapters: Path
+
+
 @pytest.fixture(scope="module")
-def exchanged(model_dirs, tmp_path_factory) -> dict[tuple[str, str, bool], tuple[np.ndarray, np.ndarray]]:
-    """(program, case, merged) -> (our logits, those of transformers and PEFT)."""
+def exchanged(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Exchanged:
     root = tmp_path_factory.mktemp("exchange")
     make = recipe_maker(model_dirs, root / "cache")
-    found, foreign, keys, ours = {}, [], [], []
+    adapters = root / "made"
+    subprocess.run(
+        [sys.executable, "-c", MAKE, str(model_dirs["plain"]), str(adapters), json.dumps(MADE)], check=True
+    )
+    ours, foreign = {}, {}
+    text_tokens = _text_tokens(make)
+
+    def recipe_file(name: str, variant: str, policy: str, method: dict[str, Any]) -> str:
+        precision, file = {"policy": policy, "reduce": policy}, root / f"{name}.yaml"
+        recipe = make(variant, method=method, precision=precision, optimizer={"lr": 2e-2})
+        file.write_text(recipe.to_yaml())
+        return str(file)
+
     for program in PROGRAMS:
-        files, outs = [], []
-        for case in CASES:
-            recipe = make(
-                case.variant,
-                method=LORA if case.method == "lora" else {"kind": "full"},
-                precision={"policy": case.policy, "reduce": case.policy},
-                optimizer={"lr": 2e-2},
-            )
-            file, out = root / f"{case}.yaml", root / program / str(case)
-            file.write_text(recipe.to_yaml())
-            files.append(file)
-            outs.append(out)
-            dtype = {"fp32": "float32", "fp64": "float64"}[case.policy]
-            base = str(model_dirs[case.variant])
-            if case.method == "lora":
-                foreign.append({"model": base, "adapter": str(out / "adapter"), "dtype": dtype})
-                keys.append((program, str(case), False))
-                foreign.append({"model": str(out / "merged"), "adapter": None, "dtype": dtype})
-            else:
-                foreign.append({"model": str(out / "model"), "adapter": None, "dtype": dtype})
-            keys.append((program, str(case), True))
-        argvs = [["train", str(f), "--out", str(o)] for f, o in zip(files, outs, strict=True)]
-        for f, o, case in zip(files, outs, CASES, strict=True):
-            argvs.append(["export", str(f), "--out", str(o)])
-            if case.method == "lora":
-                argvs.append(["export", str(f), "--out", str(o), "--merge"])
+        asked, argvs = {}, []
+        for case in WRITTEN:
+            file = recipe_file(str(case), case.variant, case.policy, case.method)
+            out = root / program / str(case)
+            argvs += [["train", file, "--out", str(out)]]
+            argvs += [
+                ["export", file, "--out", str(out), *["--merge"] * (case.merged and case.method is LORA)]
+            ]
+            asked[str(case)] = {"recipe": file, "out": str(out)}
+            base, dtype = str(model_dirs[case.variant]), DTYPE[case.policy]
+            loaded = {"model": base, "adapter": str(out / "adapter")}
+            if case.merged:
+                folder = "merged" if case.method is LORA else "model"
+                loaded = {"model": str(out / folder), "adapter": None}
+            foreign[program, str(case)] = loaded | {"dtype": dtype}
         for argv, result in zip(argvs, run_many(program, argvs, root / program / "many"), strict=True):
             assert result["code"] == 0, f"{program} {argv}: {result}"
-        asked = [{"recipe": str(f), "out": str(o)} for f, o in zip(files, outs, strict=True)]
-        ours += logits(program, asked, root / program / "logits")
-    mine = {
-        (p, str(c)): ours[i * len(CASES) + j] for i, p in enumerate(PROGRAMS) for j, c in enumerate(CASES)
-    }
-    foreign.append({"model": str(model_dirs["plain"]), "adapter": None, "dtype": "float32"})
-    keys.append(("untrained", "plain", False))
-    # float64 cases last: their norm and rotary embedding are replaced in that process from then on.
-    order = sorted(range(len(keys)), key=lambda i: foreign[i]["dtype"])
-    for i, theirs in zip(
-        order, logits("transformers", [foreign[i] for i in order], root / "theirs"), strict=True
-    ):
-        found[keys[i]] = (mine.get(keys[i][:2], theirs), theirs)
-    return found
+        for name, policy, padding in READ:
+            case, method = f"{name}-{policy}-{padding}", MADE[name][2] | {"adapter": str(adapters / name)}
+            asked[case] = {
+                "recipe": recipe_file(case, "plain", policy, method),
+                "out": None,
+                "padding": padding,
+            }
+            made = {"model": str(model_dirs["plain"]), "adapter": str(adapters / name)}
+            foreign[program, case] = made | {"dtype": DTYPE[policy], "padding": padding}
+        from_text = {"kind": "prefix", "virtual_tokens": len(text_tokens), "init": "text", "text": TEXT}
+        asked["from-text"] = {"recipe": recipe_file("from-text", "bias", "fp32", from_text), "out": None}
+        bare = {"model": str(model_dirs["bias"]), "adapter": None, "dtype": "float32"}
+        foreign[program, "from-text"] = bare | {"after": text_tokens}
+        found = logits(program, list(asked.values()), root / program / "logits")
+        ours |= {(program, case): array for case, array in zip(asked, found, strict=True)}
+    foreign["untrained", "tied"] = {"model": str(model_dirs["tied"]), "adapter": None, "dtype": "float32"}
+    unlike = dict.fromkeys(json.dumps(case, sort_keys=True) for case in foreign.values())
+    found = _theirs([json.loads(case) for case in unlike], root / "theirs")
+    by_case = dict(zip(unlike, found, strict=True))
+    theirs = {key: by_case[json.dumps(case, sort_keys=True)] for key, case in foreign.items()}
+    return Exchanged(ours, theirs, adapters)
+
+
+def _text_tokens(make) -> list[int]:
+    from trainspec.tokens import read_codec
+
+    directory = resolve_model(make().model)[1]
+    assert directory is not None
+    return read_codec(directory).encode(TEXT)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_exports_give_our_logits_in_transformers_and_peft(exchanged, program: str, case: Case):
-    for merged in (False, True) if case.method == "lora" else (True,):
-        ours, theirs = exchanged[program, str(case), merged]
-        assert np.abs(ours).max() > 0.1
-        assert np.abs(ours - theirs).max() <= BOUND[case.policy], f"merged={merged}"
+@pytest.mark.parametrize("case", WRITTEN, ids=str)
+def test_exports_give_our_logits_in_transformers_and_peft(exchanged: Exchanged, program: str, case: Written):
+    ours, theirs = exchanged.ours[program, str(case)], exchanged.theirs[program, str(case)]
+    assert np.abs(ours).max() > 0.1
+    assert np.abs(ours - theirs).max() <= BOUND[case.policy]
 
 
-def test_the_bound_tells_a_trained_model_from_an_untrained_one(exchanged):
+def test_the_bound_tells_a_trained_model_from_an_untrained_one(exchanged: Exchanged):
     """Negative control: training moved the logits by far more than any bound, so an ignored adapter would show."""
-    trained, base = (
-        exchanged["jaxtrain", "plain-lora-fp32", False][0],
-        exchanged["untrained", "plain", False][1],
-    )
+    trained, base = exchanged.ours["jaxtrain", str(WRITTEN[0])], exchanged.theirs["untrained", "tied"]
     assert np.abs(trained - base).max() > 1e-2
 
 
-PEFT_MAKES = """
-import sys, torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
-base, target = sys.argv[1:]
-torch.manual_seed(0)
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-model = get_peft_model(model, LoraConfig(r=3, lora_alpha=9, target_modules=["k_proj", "up_proj"], task_type="CAUSAL_LM"))
-for name, weight in model.named_parameters():
-    if "lora_B" in name: torch.nn.init.normal_(weight, std=0.1)
-model.save_pretrained(target)
-"""
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("name", "policy", "padding"), READ)
+def test_adapters_that_peft_made_give_its_logits(exchanged: Exchanged, program, name, policy, padding):
+    ours, theirs = (
+        side[program, f"{name}-{policy}-{padding}"] for side in (exchanged.ours, exchanged.theirs)
+    )
+    real = real_tokens(padding).astype(bool)
+    bound = 1e-9 if policy == "fp64" else BOUND[policy]
+    assert np.abs(ours - theirs)[real].max() <= bound
+    # Negative control: another adapter of the same model is far away.
+    other = exchanged.theirs[program, f"{'mlp' if name != 'mlp' else 'lstm'}-{policy}-{padding}"]
+    assert np.abs(ours - other)[real].max() > 1e-2
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_an_adapter_made_by_peft_is_the_start_of_a_run(model_dirs, tmp_path: Path, program: str):
-    base, adapter = str(model_dirs["plain"]), str(tmp_path / "peft")
-    subprocess.run([sys.executable, "-c", PEFT_MAKES, base, adapter], check=True, capture_output=True)
-    make: Callable[..., Recipe] = recipe_maker(model_dirs, tmp_path / "cache")
-    method = {"kind": "lora", "rank": 3, "alpha": 9.0, "targets": ["k_proj", "up_proj"], "adapter": adapter}
-    # One update with a rate of nearly nothing: what is saved is the adapter that came in.
-    recipe = make(method=method, optimizer={"lr": 1e-12, "weight_decay": 0.0}, run={"steps": 1})
-    file, out = tmp_path / "r.yaml", tmp_path / "out"
-    file.write_text(recipe.to_yaml())
-    for result in run_many(program, [["train", str(file), "--out", str(out)]], tmp_path / "many"):
-        assert result["code"] == 0, result
-    [ours] = logits(program, [{"recipe": str(file), "out": str(out)}], tmp_path / "ours")
-    [theirs] = logits(
-        "transformers", [{"model": base, "adapter": adapter, "dtype": "float32"}], tmp_path / "theirs"
-    )
+def test_behind_a_prefix_of_a_text_the_model_goes_on_as_behind_the_text(exchanged: Exchanged, program: str):
+    ours, theirs = exchanged.ours[program, "from-text"], exchanged.theirs[program, "from-text"]
     assert np.abs(ours - theirs).max() <= BOUND["fp32"]
-    assert export(recipe, out=out, merge=False).is_dir()
+
+
+def test_a_prompt_starts_as_pefts_of_the_same_text(exchanged: Exchanged, model_dirs, tmp_path: Path):
+    method = {"kind": "prompt", "virtual_tokens": 9, "init": "text", "text": TEXT}
+    recipe = recipe_maker(model_dirs, tmp_path / "cache")(method=method)
+    started = {p.name: w[...] for p, w in starting_weights(recipe, resolve_model(recipe.model)[0])}
+    theirs = load_file(exchanged.adapters / "prompt/adapter_model.safetensors")["prompt_embeddings"]
+    assert np.array_equal(started["prompt_encoder.embedding.weight"], theirs)

@@ -20,7 +20,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from trainspec.encoders import encode, has_encoder
 from trainspec.errors import RecipeError, WeightsError
-from trainspec.hf import TensorFiles, read_rows, refuse_non_finite, replaced_directory
+from trainspec.hf import (
+    TensorFiles,
+    check_reads_back,
+    read_rows,
+    refuse_non_finite,
+    replaced_directory,
+)
 from trainspec.methods import (
     ENCODER,
     LSTM_LAYERS,
@@ -96,23 +102,16 @@ def write_adapter(directory: Path, weights: Arrays, *, model: ModelSpec, method:
             raise WeightsError(
                 f"{directory}: {param.name} is {shape}, it should have shape {list(param.shape)}; nothing was written"
             )
+    refuse_non_finite(weights, directory)
     files = adapter_files(method, {param.name: weights[param.name] for param in table})
-    for tensors in files.values():
+    for tensors in files.values():  # what an encoder gives
         refuse_non_finite(tensors, directory)
     config = _config_of(model, method) | {"base_model_name_or_path": base}
     with replaced_directory(directory) as temporary:
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for name, tensors in files.items():
             save_tensors(tensors, temporary / name, metadata={"format": "pt"})
-            _verify(TensorFiles([temporary / name]), tensors, directory)
-
-
-def _verify(files: TensorFiles, expected: Arrays, where: Path) -> None:
-    for name, array in expected.items():
-        if files.shapes.get(name) != array.shape or not np.array_equal(files.read(name), array):
-            raise WeightsError(
-                f"{where}: {name} does not read back as written; the disk may be full or failing"
-            )
+            check_reads_back(tensors, temporary / name)
 
 
 def _config_of(model: ModelSpec, method: Method) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trainspec.errors import RecipeError, WeightsError
-from trainspec.hf import TensorFiles, read_rows
+from trainspec.hf import TensorFiles, check_reads_back, read_rows, refuse_non_finite
 from trainspec.methods import trainable_table
 from trainspec.model import ModelSpec
 from trainspec.plan import STORED_DTYPE
@@ -46,7 +46,11 @@ class Checkpoint:
 
 
 def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe) -> Path:
-    """Write `checkpoint` under OUT and drop all but the newest `recipe.checkpoint.keep`."""
+    """Write `checkpoint` under OUT and drop all but the newest `recipe.checkpoint.keep`.
+
+    Raises WeightsError, and leaves what was there, where a tensor is empty or not finite, a moment has not its weight's
+    shape, or a file does not read back as written.
+    """
     folder = out / "checkpoints"
     path = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f".{path.name}.tmp"
@@ -68,9 +72,15 @@ def _write(folder: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Every file of a checkpoint, flushed to the disk."""
     folder.mkdir(parents=True)
     sums = {}
+    shapes = {name: weight.shape for name, weight in checkpoint.weights.items()}
     for part in PARTS:
         file = folder / f"{part}.safetensors"
-        save_tensors({name: weight[...] for name, weight in getattr(checkpoint, part).items()}, file)
+        arrays = {name: weight[...] for name, weight in getattr(checkpoint, part).items()}
+        if {name: array.shape for name, array in arrays.items()} != shapes:
+            raise WeightsError(f"{file}: has not the shapes of the weights; nothing was written")
+        refuse_non_finite(arrays, file)
+        save_tensors(arrays, file)
+        check_reads_back(arrays, file)
         sums[file.name] = _sha256(file)
         _flush(file)
     head = {"step": checkpoint.step, "sha256": sums, "recipe": recipe.model_dump(mode="json", by_alias=True)}

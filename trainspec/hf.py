@@ -239,3 +239,13 @@ def refuse_non_finite(weights: Mapping[str, NDArray[Any]], where: Path) -> None:
             raise WeightsError(
                 f"{where}: {name} is {'empty' if not array.size else 'not finite'}; nothing was written"
             )
+
+
+def check_reads_back(weights: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """Raises WeightsError where the file does not hold `weights`, bit for bit."""
+    files = TensorFiles([path])
+    for name, array in weights.items():
+        if files.shapes.get(name) != array.shape or not np.array_equal(files.read(name), array):
+            raise WeightsError(
+                f"{path}: {name} does not read back as written; the disk may be full or failing"
+            )

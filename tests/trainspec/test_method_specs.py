@@ -1,0 +1,200 @@
+"""The methods' specs, rows, encoders, starts and files; against PEFT they are held in tests/test_interchange.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from small import SMALL
+
+from trainspec import checkpoint
+from trainspec.adapters import ADAPTER_FILE, ENCODER_FILE, adapter_size, read_adapter, write_adapter
+from trainspec.checkpoint import Checkpoint
+from trainspec.encoders import encode
+from trainspec.errors import RecipeError, WeightsError
+from trainspec.export import export
+from trainspec.from_text import keys_and_values
+from trainspec.init import starting_weights
+from trainspec.methods import (
+    METHODS,
+    Adapter,
+    Full,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    adapter_table,
+    full_table,
+    leading_rows,
+    trainable_table,
+    virtual_tokens,
+)
+from trainspec.params import param_table
+from trainspec.recipe import Recipe, load_recipe
+from trainspec.report import describe
+
+Make = Callable[..., Recipe]
+ADDED: tuple[Method, ...] = (
+    LoRA(rank=4, rslora=True),
+    Adapter(bottleneck=3, activation="gelu"),
+    PromptTuning(virtual_tokens=5),
+    PTuning(virtual_tokens=5, hidden=6),
+    PTuning(virtual_tokens=5, hidden=6, encoder="lstm", dropout=0.2),
+    PrefixTuning(virtual_tokens=5),
+    PrefixTuning(virtual_tokens=5, projection=True, hidden=6),
+)
+WIDTH = SMALL.kv_heads * SMALL.head_dim
+
+
+def label(method: Method) -> str:
+    return "-".join([method.kind, *(str(getattr(method, k, "")) for k in ("encoder", "projection"))])
+
+
+def drawn(method: Method, dtype: str = "float32") -> dict[str, np.ndarray]:
+    draws = np.random.default_rng(0)
+    return {p.name: draws.normal(size=p.shape).astype(dtype) for p in adapter_table(SMALL, method)}
+
+
+@pytest.mark.parametrize("method", ADDED, ids=label)
+def test_a_recipe_keeps_its_method_and_trains_only_its_rows(make_recipe: Make, method: Method):
+    recipe = make_recipe(method=method.model_dump())
+    assert recipe.method == method
+    rows = adapter_table(SMALL, method)
+    assert trainable_table(SMALL, method) == rows
+    assert full_table(SMALL, method) == param_table(SMALL) + rows
+    assert len({p.name for p in full_table(SMALL, method)}) == len(param_table(SMALL)) + len(rows)
+    assert all(len(p.shape) == len(p.axes) and p.role == "adapter" for p in rows)
+    assert all(p.decay == (len(p.shape) > 1) for p in rows)
+
+
+def test_every_kind_is_a_method_of_its_own():
+    assert list(METHODS) == ["full", "lora", "adapter", "prompt", "ptuning", "prefix"]
+    assert adapter_table(SMALL, Full()) == ()
+    assert (virtual_tokens(PrefixTuning()), leading_rows(PrefixTuning())) == (20, 0)
+    assert (virtual_tokens(PTuning()), leading_rows(PTuning())) == (20, 20)
+    assert virtual_tokens(LoRA()) == 0
+    assert LoRA(rank=4, alpha=8.0).scale == 2.0
+    assert LoRA(rank=4, alpha=8.0, rslora=True).scale == 4.0
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"kind": "dora"}, "unknown kind 'dora'; choose one of full, lora, adapter, prompt, ptuning, prefix"),
+        ({"kind": "lora", "use_dora": True}, "method.use_dora: unknown key"),
+        ({"kind": "prompt", "init": "text"}, "method.text is missing"),
+        ({"kind": "prompt", "text": "words"}, "method.text: not used"),
+        ({"kind": "prefix", "init": "zero", "adapter": "a"}, "leave one of the two out"),
+        ({"kind": "prefix", "init": "text", "text": "words", "projection": True}, "projection=false"),
+        ({"kind": "prefix", "hidden": 8}, "set method.projection=true"),
+        ({"kind": "ptuning", "dropout": 0.1}, "set method.encoder=lstm"),
+        ({"kind": "adapter", "bottleneck": 0}, "method.bottleneck"),
+        ({"kind": "ptuning", "encodr": "mlp"}, "did you mean 'encoder'"),
+    ],
+)
+def test_a_method_that_cannot_be_is_one_line(tmp_path: Path, method: dict, message: str):
+    file = tmp_path / "r.yaml"
+    file.write_text(json.dumps({"model": {"from": "x"}, "data": {"train": "x"}, "method": method}))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ADDED, ids=label)
+def test_an_adapter_is_a_start_and_its_files_are_checked(make_recipe: Make, tmp_path: Path, method: Method):
+    weights, out = drawn(method), tmp_path / "a"
+    write_adapter(out, weights, model=SMALL, method=method, base="x")
+    size = sum(a.size for a in load_file(out / ADAPTER_FILE).values())
+    assert size == adapter_size(SMALL, method)
+    recipe = make_recipe(method=method.model_dump() | {"adapter": str(out)})
+    started = {p.name: w[...] for p, w in starting_weights(recipe, SMALL)}
+    assert all(np.array_equal(started[name], array) for name, array in weights.items())
+    for damage, message in (("empty", "empty"), ("partial", "should have shape"), ("missing", "is missing"), ("inf", "not finite")):  # fmt: skip
+        broken, name = dict(weights), next(iter(weights))
+        match damage:
+            case "empty":
+                broken[name] = np.empty((0, 0), np.float32)
+                message = "should have shape"
+            case "partial":
+                broken[name] = weights[name][:-1]
+            case "missing":
+                del broken[name]
+            case _:
+                broken[name] = np.full_like(weights[name], np.inf)
+        with pytest.raises(WeightsError, match=f"{message}.*nothing was written"):
+            write_adapter(out, broken, model=SMALL, method=method, base="x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    assert load_file(out / ADAPTER_FILE).keys() == load_file(out / ADAPTER_FILE).keys()
+
+
+def test_what_peft_drops_is_kept_beside_it_and_has_to_belong_to_it(make_recipe: Make, tmp_path: Path):
+    method, out = PTuning(virtual_tokens=5, hidden=6), tmp_path / "a"
+    weights = drawn(method)
+    write_adapter(out, weights, model=SMALL, method=method, base="x")
+    rows = adapter_table(SMALL, method)
+    saved = load_file(out / ENCODER_FILE)
+    save_file(saved | {"prompt_encoder.embedding.weight": saved["prompt_encoder.embedding.weight"] + 1}, out / ENCODER_FILE)  # fmt: skip
+    with pytest.raises(WeightsError, match="does not make the prompt_embeddings"):
+        read_adapter(out, SMALL, method, rows, dtype=np.float32)
+    (out / ENCODER_FILE).unlink()
+    with pytest.raises(WeightsError, match=r"set method\.kind=prompt to go on from that"):
+        read_adapter(out, SMALL, method, rows, dtype=np.float32)
+    prompt = PromptTuning(virtual_tokens=5)
+    ((_, given),) = read_adapter(out, SMALL, prompt, adapter_table(SMALL, prompt), dtype=np.float64)
+    np.testing.assert_allclose(given[...], encode(method, weights), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "other", "message"),
+    [
+        (PrefixTuning(virtual_tokens=5), PrefixTuning(virtual_tokens=6), "set method.virtual_tokens=5"),
+        (PrefixTuning(virtual_tokens=5), PromptTuning(virtual_tokens=5), "starts from PROMPT_TUNING or P_TUNING"),
+        (PTuning(virtual_tokens=5), PTuning(virtual_tokens=5, encoder="lstm"), "set method.encoder=mlp"),
+        (Adapter(bottleneck=3), Adapter(bottleneck=4), "set method.bottleneck=3"),
+        (Adapter(bottleneck=3), Adapter(bottleneck=3, activation="silu"), "set method.activation=relu"),
+        (LoRA(rslora=True), LoRA(), "set method.rslora=true"),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_other_settings_is_refused(tmp_path: Path, method, other, message: str):
+    write_adapter(tmp_path / "a", drawn(method), model=SMALL, method=method, base="x")
+    with pytest.raises(WeightsError, match=message):
+        read_adapter(tmp_path / "a", SMALL, other, adapter_table(SMALL, other), dtype=np.float32)
+
+
+def test_a_text_is_a_start(make_recipe: Make):
+    text = {"init": "text", "text": "what is the answer", "virtual_tokens": 9}
+    recipe = make_recipe(method={"kind": "prompt"} | text)
+    started = {p.name: w[...] for p, w in starting_weights(recipe, SMALL)}
+    rows, table = started["prompt_encoder.embedding.weight"], started["model.embed_tokens.weight"]
+    found = [np.flatnonzero((table == row).all(-1)).tolist() for row in rows]
+    assert all(len(ids) == 1 for ids in found)
+    prefix = make_recipe(method={"kind": "prefix"} | text)
+    started = {p.name: w for p, w in starting_weights(prefix, SMALL)}
+    given = started["prompt_encoder.embedding.weight"][...].reshape(9, 2 * SMALL.layers, SMALL.kv_heads, -1)
+    expected = keys_and_values(SMALL, started, [ids[0] for ids in found])
+    np.testing.assert_allclose(given, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_only_lora_is_merged(make_recipe: Make, tmp_path: Path):
+    for method in (m for m in ADDED if not isinstance(m, LoRA)):
+        recipe, weights = make_recipe(method=method.model_dump()), drawn(method)
+        checkpoint.save(tmp_path, Checkpoint(1, weights, weights, weights), recipe=recipe)
+        with pytest.raises(RecipeError, match=f"method.kind={method.kind} cannot be merged"):
+            export(recipe, out=tmp_path, merge=True)
+        export(recipe, out=tmp_path, merge=False)
+        config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        assert config["token_dim"] == (WIDTH if isinstance(method, PrefixTuning) else SMALL.embed)
+
+
+def test_what_is_trained_and_saved_is_said():
+    line = describe(SMALL, PTuning(virtual_tokens=8, hidden=6), "fp32")
+    trained = sum(p.size for p in adapter_table(SMALL, PTuning(virtual_tokens=8, hidden=6)))
+    assert f"ptuning trains {trained:,}" in line
+    assert line.endswith(f"its adapter has {8 * SMALL.embed * 4 / 2**20:.2f} MiB")
+    assert "adapter has" not in describe(SMALL, Full(), "fp32")
