@@ -44,6 +44,7 @@ bench: $(MODEL)/made-with.json ## time the train step of both backends, in turns
 docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold results
 	$(BIN)/python benchmarks/memory_and_traffic.py --page docs/memory-and-traffic.md
 	$(BIN)/python benchmarks/pipeline_schedules.py --page docs/pipeline.md
+	$(BIN)/python benchmarks/learning_curves.py --page docs/learning-curves.md
 	$(BIN)/parity faults --precision fp64 --precision fp32 --page docs/faults.md
 	$(BIN)/parity matrix --status docs/parity-status.md
 
