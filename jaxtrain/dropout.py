@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 from jax.extend.random import threefry2x32_p
 
@@ -23,6 +24,10 @@ class DropoutPoint(NamedTuple):
 
     step: Array
     rows: Array
+
+
+class DropoutKey(nnx.Variable):
+    """Two uint32 words, per layer where a module is stacked: constants of the module, never trained."""
 
 
 def keep_mask(

@@ -1,4 +1,4 @@
-"""Attaching a training method to the model: linear layers become LoRA layers in place."""
+"""Attaching a training method to the model: layers become LoRA layers in place, adapters and encoders are put in."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxtrain.dropout import DropoutPoint, keep_mask
+from jaxtrain.adapter import attach_adapters
+from jaxtrain.dropout import DropoutKey, DropoutPoint, keep_mask
 from jaxtrain.model import Linear, Llama, abstract, wide
 from jaxtrain.tensor import matmul
+from jaxtrain.virtual import attach_prefix, attach_prompt
 from jaxtrain.weights import Order, native_module
-from trainspec.methods import Full, LoRA, Method, target_modules
+from trainspec.methods import (
+    Adapter,
+    Full,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    target_modules,
+)
 from trainspec.model import ModelSpec
 from trainspec.rng import name_key
-
-
-class DropoutKey(nnx.Variable):
-    """Two uint32 words per layer: constants of the module, never trained."""
 
 
 class LoRALinear(Linear):
@@ -53,28 +60,42 @@ class LoRALinear(Linear):
 def attach(
     model: Llama, spec: ModelSpec, method: Method, *, seed: int, order: Order
 ) -> dict[str, np.ndarray]:
-    """Change `model` in place and return the method's constants by native name (LoRA's dropout keys), stacks in `order`.
+    """Change `model` in place and return the method's constants by native name (dropout keys), stacks in `order`.
 
-    A module that is adapted in some layers only has A and B in all of them, zero where it is not: both gradients
-    are then zero, so they stay zero. Differs from torchtrain, whose modules hold their constants themselves.
+    Differs from torchtrain, whose modules hold their constants themselves.
     """
     match method:
         case Full():
             return {}
         case LoRA():
-            modules: dict[str, Any] = {
-                ".".join(map(str, path)): module for path, module in nnx.iter_modules(model)
-            }
-            constants: dict[str, np.ndarray] = {}
-            for target in target_modules(spec, method):
-                native, layer = native_module(target)
-                if f"{native}.dropout_key" not in constants:
-                    keys = np.zeros((len(order), 2) if layer is not None else (2,), np.uint32)
-                    constants[f"{native}.dropout_key"] = keys
-                    parent, _, leaf = native.rpartition(".")
-                    setattr(modules[parent], leaf, LoRALinear(modules[native], method, keys))
-                place = ... if layer is None else order.index(layer)
-                constants[f"{native}.dropout_key"][place] = name_key(seed, "dropout", target)
-            return constants
+            return _attach_lora(model, spec, method, seed=seed, order=order)
+        case Adapter():
+            attach_adapters(model, spec, method)
+            return {}
+        case PrefixTuning():
+            attach_prefix(model, spec, method, order=order)
+            return {}
+        case PromptTuning() | PTuning():
+            return attach_prompt(model, spec, method, seed=seed)
         case other:
             assert_never(other)
+
+
+def _attach_lora(
+    model: Llama, spec: ModelSpec, method: LoRA, *, seed: int, order: Order
+) -> dict[str, np.ndarray]:
+    """A module that is adapted in some layers only has A and B in all of them, zero where it is not: both gradients
+    are then zero, so they stay zero.
+    """
+    modules: dict[str, Any] = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    constants: dict[str, np.ndarray] = {}
+    for target in target_modules(spec, method):
+        native, layer = native_module(target)
+        if f"{native}.dropout_key" not in constants:
+            keys = np.zeros((len(order), 2) if layer is not None else (2,), np.uint32)
+            constants[f"{native}.dropout_key"] = keys
+            parent, _, leaf = native.rpartition(".")
+            setattr(modules[parent], leaf, LoRALinear(modules[native], method, keys))
+        place = ... if layer is None else order.index(layer)
+        constants[f"{native}.dropout_key"][place] = name_key(seed, "dropout", target)
+    return constants

@@ -1,13 +1,15 @@
 """The Llama family as flax.nnx modules: the definition only. One block is stacked over layers and scanned.
 
-B batch, S sequence, E embed, H query heads, K kv heads, G query heads per kv head, D head dim, L layers.
+B batch, S sequence, E embed, H query heads, K kv heads, G query heads per kv head, D head dim, L layers,
+N virtual tokens (those of a prompt are rows of the sequence, those of a prefix are not).
 Weights are [in, out]; those of `layers` have L in front. Modules are born abstract (shapes only) and are merged
 with weights (`tensor.Weight`) for each call, so everything around them is a function of plain dicts.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ from jaxtrain.tensor import Constrain, lookup, matmul, matmul_transposed, scale,
 from trainspec.model import ModelSpec, inverse_frequencies
 from trainspec.plan import COMPUTE_DTYPE, Policy
 from trainspec.trace import LAYER_POINTS
+
+# The segment of virtual tokens, which every document sees.
+VIRTUAL = -1
 
 
 class Dim(NamedTuple):
@@ -46,6 +51,30 @@ def wide(dtype: DTypeLike) -> np.dtype:
 def abstract(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
     """A weight that has a shape and no value yet."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))  # pyright: ignore[reportArgumentType]
+
+
+class VirtualTokens(NamedTuple):
+    """What stands before the tokens of every example, in the type that gradients are summed in.
+
+    `rows` [N, E] are in front of the embedded tokens; `prefix` [L, N, 2, K, D] are keys and values of each layer.
+    """
+
+    rows: Array | None = None
+    prefix: Array | None = None
+
+
+class Encoder(Protocol):
+    """Makes virtual tokens."""
+
+    def __call__(self, step: Array | None) -> VirtualTokens:
+        """Those of update `step`; None is without dropout."""
+        ...
+
+
+def in_front(rows: Array, x: Array) -> Array:
+    """`rows` [N, ...] before each x [B, S, ...], in the type of x."""
+    repeated = jnp.broadcast_to(rows, (len(x), *rows.shape)).astype(x.dtype)
+    return jnp.concatenate([repeated, x], axis=1)
 
 
 class Linear(nnx.Module):
@@ -133,7 +162,13 @@ class Attention(nnx.Module):
         self.o_proj = Linear(q_dim, embed, bias=bias, stack=stack, build=build)
 
     def __call__(
-        self, x_BSE: Array, cos: Array, sin: Array, mask_BSS: Array, point: DropoutPoint | None
+        self,
+        x_BSE: Array,
+        cos: Array,
+        sin: Array,
+        mask_BSS: Array,
+        point: DropoutPoint | None,
+        prefix_N2KD: Array | None,
     ) -> Array:
         B, S, _ = x_BSE.shape
         q, k, v = (
@@ -142,7 +177,11 @@ class Attention(nnx.Module):
             )
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask_BSS)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if prefix_N2KD is not None:
+            k = in_front(prefix_N2KD[:, 0], k)
+            v = in_front(prefix_N2KD[:, 1], v)
+        mixed = attend(q, k, v, mask_BSS)
         return self.o_proj(mixed.reshape(B, S, -1), point)
 
 
@@ -160,34 +199,48 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); a bottleneck adapter stands behind each, where there is one."""
 
     def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
         self.input_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, build=build)
         self.self_attn = Attention(spec, stack=stack, build=build)
         self.post_attention_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, build=build)
         self.mlp = SwiGLU(spec, stack=stack, build=build)
+        self.attention_adapter: Callable[[Array], Array] | None = None
+        self.mlp_adapter: Callable[[Array], Array] | None = None
 
     def __call__(
-        self, x_BSE: Array, cos: Array, sin: Array, mask_BSS: Array, point: DropoutPoint | None, tap: Tap
+        self,
+        x_BSE: Array,
+        cos: Array,
+        sin: Array,
+        mask_BSS: Array,
+        point: DropoutPoint | None,
+        prefix_N2KD: Array | None,
+        tap: Tap,
     ) -> Array:
-        mixed = self.self_attn(self.input_layernorm(x_BSE), cos, sin, mask_BSS, point)
+        mixed = self.self_attn(self.input_layernorm(x_BSE), cos, sin, mask_BSS, point, prefix_N2KD)
+        if self.attention_adapter is not None:
+            mixed = self.attention_adapter(mixed)
         x_BSE = x_BSE + tap("attention", mixed)
         inner = self.mlp(self.post_attention_layernorm(x_BSE), point)
+        if self.mlp_adapter is not None:
+            inner = self.mlp_adapter(inner)
         return tap("block", x_BSE + tap("mlp", inner))
 
 
 class Llama(nnx.Module):
-    """Token ids, positions and segments [B, S] to logits [B, S, vocab]."""
+    """Token ids [B, S], positions and segments [B, rows of the sequence] to logits [B, rows, vocab]."""
 
     def __init__(self, spec: ModelSpec, *, remat: str, build: Build) -> None:
-        self.spec, self.remat, self.constrain = spec, remat, build.constrain
+        self.spec, self.remat, self.build = spec, remat, build
         self.embed_tokens = Embedding(spec.vocab, spec.embed, build=build)
         self.layers = Block(spec, stack=(spec.layers,), build=build)
         self.norm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=(), build=build)
         embed, vocab = Dim("embed", spec.embed), Dim("vocab", spec.vocab)
         head = None if spec.tied_embeddings else Linear(embed, vocab, bias=False, stack=(), build=build)
         self.lm_head = head
+        self.prompt_encoder: Encoder | None = None
 
     def __call__(
         self,
@@ -198,21 +251,34 @@ class Llama(nnx.Module):
         point: DropoutPoint | None = None,
         probes: Probes | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """Logits, and the activations [.., B, S, ..] at the points that `probes` has (layers in front)."""
-        tap = Tap(probes or {})
-        x_BSE = self.embed(input_ids, tap)
+        """Logits, and the activations [.., B, rows, ..] at the points that `probes` has (layers in front)."""
+        tap, virtual = Tap(probes or {}), self.virtual(point and point.step)
+        x_BSE = self.embed(input_ids, virtual, tap)
         x_BSE, seen = self.blocks(
-            x_BSE, positions=positions, segments=segments, point=point, probes=probes or {}
+            x_BSE,
+            virtual,
+            positions=positions,
+            segments=segments,
+            point=point,
+            probes=probes or {},
         )
         return self.head(x_BSE, point, tap), seen | tap.seen
 
-    def embed(self, input_ids: Array, tap: Tap) -> Array:
-        """What the first layer is given, [B, S, E]."""
-        return tap("embedding", self.embed_tokens(input_ids))
+    def virtual(self, step: Array | None) -> VirtualTokens:
+        """The virtual tokens of update `step`, which are the same for every example."""
+        return VirtualTokens() if self.prompt_encoder is None else self.prompt_encoder(step)
+
+    def embed(self, input_ids: Array, virtual: VirtualTokens, tap: Tap) -> Array:
+        """What the first layer is given, [B, rows, E]."""
+        x_BSE = self.embed_tokens(input_ids)
+        if virtual.rows is not None:
+            x_BSE = in_front(virtual.rows, x_BSE)
+        return tap("embedding", x_BSE)
 
     def blocks(
         self,
         x_BSE: Array,
+        virtual: VirtualTokens,
         *,
         positions: Array,
         segments: Array,
@@ -226,12 +292,17 @@ class Llama(nnx.Module):
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
         mask_BSS = attention_mask(segments)
+        if virtual.prefix is not None:
+            seen_by_all = ((0, 0), (0, 0), (virtual.prefix.shape[1], 0))
+            mask_BSS = jnp.pad(mask_BSS, seen_by_all, constant_values=True)
         definition, stacked = nnx.split(self.layers)
 
-        def block(x_BSE: Array, layer: tuple[nnx.State, Probes]) -> tuple[Array, dict[str, Array]]:
-            weights, layer_probes = layer
+        def block(
+            x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None]
+        ) -> tuple[Array, dict[str, Array]]:
+            weights, layer_probes, prefix = layer
             inner_tap = Tap(layer_probes)
-            x_BSE = nnx.merge(definition, weights)(x_BSE, cos, sin, mask_BSS, point, inner_tap)
+            x_BSE = nnx.merge(definition, weights)(x_BSE, cos, sin, mask_BSS, point, prefix, inner_tap)
             return x_BSE, inner_tap.seen
 
         if self.remat == "full":
@@ -243,9 +314,10 @@ class Llama(nnx.Module):
             return jnp.where(is_layer, y_BSE, x_BSE), seen
 
         layer_probes = {name: probe for name, probe in probes.items() if name in LAYER_POINTS}
+        layers = (stacked, layer_probes, virtual.prefix)
         if is_layer is None:
-            return lax.scan(block, x_BSE, (stacked, layer_probes))
-        return lax.scan(place, x_BSE, ((stacked, layer_probes), is_layer))
+            return lax.scan(block, x_BSE, layers)
+        return lax.scan(place, x_BSE, (layers, is_layer))
 
     def head(self, x_BSE: Array, point: DropoutPoint | None, tap: Tap) -> Array:
         """Logits [B, S, vocab] of what the last layer gives."""
@@ -255,10 +327,12 @@ class Llama(nnx.Module):
 
 
 def attention_mask(segments_BS: Array) -> Array:
-    """True [B, S, S] where a query may look: at or before itself, in its own document. Padding (segment 0) sees
-    padding, so no row of the softmax is empty."""
+    """True [B, S, S] where a query may look: at or before itself, in its own document or at a virtual token. Padding
+    (segment 0) sees padding, so no row of the softmax is empty."""
     order = jnp.arange(segments_BS.shape[1])
-    return (order[:, None] >= order[None, :]) & (segments_BS[:, :, None] == segments_BS[:, None, :])
+    is_own = segments_BS[:, :, None] == segments_BS[:, None, :]
+    is_virtual = segments_BS[:, None, :] == VIRTUAL
+    return (order[:, None] >= order[None, :]) & (is_own | is_virtual)
 
 
 def build_model(spec: ModelSpec, *, policy: Policy, remat: str, constrain: Constrain) -> Llama:

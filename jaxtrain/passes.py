@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtrain.activations import Probes, Tap, zero_probes
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.loss import token_loss
-from jaxtrain.model import wide
+from jaxtrain.model import VirtualTokens, wide
 from jaxtrain.optim import Weights
 from jaxtrain.parallel import Layout, constrained
 from jaxtrain.pipeline import (
@@ -32,6 +32,7 @@ from jaxtrain.pipeline import (
     forward_work,
     layers_and_ends,
     num_ticks,
+    of_encoder,
 )
 from jaxtrain.tensor import chosen
 from trainspec.model import ModelSpec
@@ -50,7 +51,7 @@ class Passed(NamedTuple):
 
 
 class Whole:
-    """The model in one piece, the rows of a part at a time: batches are [B, T]."""
+    """The model in one piece, the rows of a part at a time: batches are [B, T], but for the ids (`virtual.py`)."""
 
     def __init__(self, spec: ModelSpec, merge: Merge, dtype: DTypeLike) -> None:
         self._spec, self._merge, self._dtype = spec, merge, dtype
@@ -67,7 +68,7 @@ class Whole:
         self, weights: Weights, slots: Weights, batch: Weights, step: Array, *, listen: bool
     ) -> Passed:
         """Loss and gradients, and on request activations [rows, T, ...] (layers in front) with theirs."""
-        B, T = batch["input_ids"].shape
+        B, T = batch["positions"].shape
         probes = zero_probes(self._spec, (B, T), self._dtype) if listen else {}
 
         def loss(slots: Weights, probes: Probes) -> tuple[Array, tuple[Array, Weights]]:
@@ -98,7 +99,7 @@ class Pipelined:
 
     def logits(self, weights: Weights, batch: Weights) -> Array:
         """The model's output [rows, T, vocab], without dropout."""
-        inputs = Inputs(weights, batch, None)
+        inputs = self._stages.encoded({}, Inputs(weights, batch, None))
         x_MBTE, _ = self._forward({}, {}, inputs)
         logits = lax.map(lambda x_BTE: self._stages.logits({}, x_BTE, inputs, None, Tap({})), x_MBTE)
         return logits.reshape(-1, *logits.shape[2:])
@@ -130,6 +131,7 @@ class Pipelined:
 
     def _loss(self, slots: Weights, probes: Probes, inputs: Inputs) -> tuple[Array, tuple[Array, Weights]]:
         """Loss sum, target tokens and what was seen; the logits of one microbatch are there at a time."""
+        inputs = self._stages.encoded(slots, inputs)
         x_MBTE, seen = self._forward(slots, probes, inputs)
 
         def add(
@@ -189,6 +191,7 @@ class _Kept(NamedTuple):
     loss_sum: Array
     tokens: Array
     sums: Weights
+    by_virtual: VirtualTokens
 
 
 class Lockstep(Pipelined):
@@ -202,6 +205,8 @@ class Lockstep(Pipelined):
         """Loss and gradients, and on request activations [rows, T, ...] (layers in front) with theirs."""
         stages, plan, M = self._stages, self._stages.plan, len(batch["rows"])
         inputs, probes = Inputs(weights, batch, step), stages.probes(batch) if listen else {}
+        virtual, pull = jax.vjp(lambda slots: stages.encoded(slots, inputs).virtual, of_encoder(slots))
+        inputs = inputs._replace(virtual=virtual)
 
         def tick(kept: _Kept, number: Array) -> tuple[_Kept, tuple[Weights, Weights]]:
             return self._pass_back(self._pass_on(kept, number, inputs), number, slots, probes, inputs)
@@ -209,7 +214,8 @@ class Lockstep(Pipelined):
         nothing = stages.zeros(batch, ("stage", plan.pipe))
         room = stages.zeros(batch, ("tick", 2 * plan.pipe - 1), ("stage", plan.pipe))
         loss_sum = jnp.zeros((), wide(stages.dtype))
-        start = _Kept(nothing, nothing, room, loss_sum, jnp.zeros((), int), slots)
+        by_virtual = jax.tree.map(jnp.zeros_like, virtual)
+        start = _Kept(nothing, nothing, room, loss_sum, jnp.zeros((), int), slots, by_virtual)
         kept, recorded = lax.scan(tick, start, jnp.arange(num_ticks(plan, M, backward=True)))
         microbatch = np.arange(M)
         at_head = backward_tick(plan, microbatch, plan.pipe - 1)
@@ -220,7 +226,9 @@ class Lockstep(Pipelined):
             )
             for found in recorded
         )
-        return Passed(kept.loss_sum, kept.tokens, kept.sums, seen, by_probe)
+        (by_encoder,) = pull(kept.by_virtual)
+        sums = kept.sums | {name: kept.sums[name] + gradient for name, gradient in by_encoder.items()}
+        return Passed(kept.loss_sum, kept.tokens, sums, seen, by_probe)
 
     def _pass_on(self, kept: _Kept, number: Array, inputs: Inputs) -> _Kept:
         """The forward passes of a tick."""
@@ -245,10 +253,13 @@ class Lockstep(Pipelined):
         layer_slots, end_slots = layers_and_ends(slots)
         x_SBTE = self._given_before(kept.inputs_DSBTE, number)
         y_SBTE, pull, seen = jax.vjp(
-            lambda slots, x, probes: stages.run(slots, x, probes, inputs, microbatch),
+            lambda slots, x, probes, virtual: stages.run(
+                slots, x, probes, inputs._replace(virtual=virtual), microbatch
+            ),
             layer_slots,
             x_SBTE,
             probes_at(LAYER_POINTS, probes),
+            inputs.virtual,
             has_aux=True,
         )
         # No work has no targets: its gradient is zero, and so is all that follows from it, stage after stage.
@@ -257,10 +268,16 @@ class Lockstep(Pipelined):
         )
         (loss_sum, (tokens, head_seen)), (by_head, dy_BTE, by_head_probe) = found
         dy_SBTE = stages.handed_on(kept.dx_SBTE, dy_BTE, numbers == plan.pipe - 1, by=-1)
-        by_layers, dx_SBTE, by_probe = pull(dy_SBTE)
+        by_layers, dx_SBTE, by_probe, by_prefix = pull(dy_SBTE)
         dx_SBTE = stages.constrain(dx_SBTE, "stage")
-        _, pull = jax.vjp(lambda slots: stages.enter(slots, inputs, microbatch[0], Tap({})), end_slots)
-        (by_embedding,) = pull(dx_SBTE[0])
+        _, pull = jax.vjp(
+            lambda slots, virtual: stages.enter(
+                slots, inputs._replace(virtual=virtual), microbatch[0], Tap({})
+            ),
+            end_slots,
+            inputs.virtual,
+        )
+        by_embedding, by_rows = pull(dx_SBTE[0])
 
         by_ends = jax.tree.map(jnp.add, by_head, by_embedding)
         sums = jax.tree.map(jnp.add, kept.sums, by_layers | by_ends)
@@ -269,6 +286,9 @@ class Lockstep(Pipelined):
             loss_sum=kept.loss_sum + loss_sum,
             tokens=kept.tokens + tokens,
             sums=constrained(sums, stages.layout.of["gradients"]),
+            by_virtual=jax.tree.map(
+                lambda *parts: sum(parts[1:], parts[0]), kept.by_virtual, by_prefix, by_rows
+            ),
         )
         if probes:
             head_seen |= {"embedding": x_SBTE[0]}

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from jaxtrain.activations import Probes, Tap, zero_probes
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.loss import token_loss
-from jaxtrain.model import Llama
+from jaxtrain.model import Llama, VirtualTokens
 from jaxtrain.optim import Weights
 from jaxtrain.parallel import Layout
 from jaxtrain.tensor import chosen
 from jaxtrain.weights import is_stacked
 from trainspec.data import IGNORED
+from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
 from trainspec.pipeline import Timeline, Work, stack_order
 from trainspec.plan import Plan
@@ -109,12 +110,19 @@ class Merge(Protocol):
         ...
 
 
+NO_TOKENS = VirtualTokens()
+
+
 class Inputs(NamedTuple):
-    """What passes compute with: weights, the batch [M, B, ...], and the step, which is None where there is no dropout."""
+    """What passes compute with: weights, the batch [M, B, ...], and the step, which is None where there is no dropout.
+
+    `virtual` are the virtual tokens once `Stages.encoded` has made them: one input more, with a gradient.
+    """
 
     weights: Weights
     batch: Weights
     step: Array | None
+    virtual: VirtualTokens = NO_TOKENS
 
     def point(self, rows: Array) -> DropoutPoint | None:
         """Where in the run a pass over these rows is."""
@@ -133,9 +141,15 @@ class Stages:
         is_layer = np.array([layer is not None for layer in order])
         self._is_layer = None if is_layer.all() else is_layer
 
+    def encoded(self, slots: Weights, inputs: Inputs) -> Inputs:
+        """`inputs` with the virtual tokens, which are those of all microbatches."""
+        return inputs._replace(virtual=self._merge(inputs.weights, slots).virtual(inputs.step))
+
     def enter(self, slots: Weights, inputs: Inputs, microbatch: Array, tap: Tap) -> Array:
         """What the first layer is given of a microbatch, [B, T, E]."""
-        return self._merge(inputs.weights, slots).embed(inputs.batch["input_ids"][microbatch], tap)
+        return self._merge(inputs.weights, slots).embed(
+            inputs.batch["input_ids"][microbatch], inputs.virtual, tap
+        )
 
     def run(
         self,
@@ -148,7 +162,8 @@ class Stages:
     ) -> tuple[Array, Weights]:
         """Every stage's pass over its piece, each with a microbatch of its own; and what was seen, [S, K, ...]."""
         layers, ends = layers_and_ends(inputs.weights)
-        own = jax.tree.map(self._by_stage, (layers, layers_and_ends(slots)[0], self._is_layer))
+        stacks = (layers, layers_and_ends(slots)[0], self._is_layer, inputs.virtual.prefix)
+        own = jax.tree.map(self._by_stage, stacks)
         rows = {
             name: self._of_stages(inputs.batch[name], microbatch)
             for name in ("positions", "segments", "rows")
@@ -157,12 +172,14 @@ class Stages:
         def stage(
             x_BTE: Array, own: Any, rows: Weights, piece: Array | None, probes: Probes
         ) -> tuple[Array, Weights]:
-            layers, slots, is_layer = own
+            layers, slots, *rest = own
             if piece is not None:
                 piece = jnp.broadcast_to(piece, self._cut[1:2])
-                is_layer = None if is_layer is None else jax.vmap(chosen)(is_layer, piece)
+                rest = jax.tree.map(lambda pieces: jax.vmap(chosen)(pieces, piece), rest)
+            is_layer, prefix = rest
             return self._merge(ends | layers, slots, piece).blocks(
                 x_BTE,
+                VirtualTokens(prefix=prefix),
                 positions=rows["positions"],
                 segments=rows["segments"],
                 point=inputs.point(rows["rows"]),
@@ -210,13 +227,13 @@ class Stages:
 
     def zeros(self, batch: Weights, *front: tuple[str, int]) -> Array:
         """Room for activations of microbatches, in front the named dimensions."""
-        _, B, T = batch["input_ids"].shape
+        _, B, T = batch["positions"].shape
         shape = (*(size for _, size in front), B, T, self._spec.embed)
         return self.constrain(jnp.zeros(shape, self.dtype), *(name for name, _ in front))
 
     def probes(self, batch: Weights) -> dict[str, Array]:
         """Probes for one tick, those of layers [S, K, B, T, E]."""
-        _, B, T = batch["input_ids"].shape
+        _, B, T = batch["positions"].shape
         S, K, _ = self._cut
         probes = zero_probes(replace(self._spec, layers=K), (B, T), self.dtype)
         return {
@@ -254,3 +271,8 @@ def layers_and_ends(arrays: Weights) -> tuple[Weights, Weights]:
     """Native arrays that are stacks of layers, and those that are not."""
     layers = {name: array for name, array in arrays.items() if is_stacked(name)}
     return layers, {name: array for name, array in arrays.items() if name not in layers}
+
+
+def of_encoder(arrays: Weights) -> Weights:
+    """Those native arrays that make virtual tokens."""
+    return {name: array for name, array in arrays.items() if name.startswith(f"{ENCODER}.")}

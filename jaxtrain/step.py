@@ -25,13 +25,14 @@ from jaxtrain.optim import Moments, Rates, Weights, clip, global_norm, make_opti
 from jaxtrain.parallel import Layout, constrained, make_mesh
 from jaxtrain.passes import passes_of
 from jaxtrain.tensor import Weight, chosen
+from jaxtrain.virtual import all_rows
 from jaxtrain.weights import from_canonical, is_stacked, native_name, native_shapes, to_canonical, to_host
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.loop import Metrics
-from trainspec.methods import full_table, trainable_table
+from trainspec.methods import full_table, leading_rows, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.pipeline import stack_order
@@ -185,8 +186,8 @@ class Program:
         self.optimizer = make_optimizer(recipe.optimizer, decayed)
         self.gradients = jax.jit(self._gradients, static_argnames="listen", keep_unused=True)
         self.update = jax.jit(self._update, donate_argnums=(0, 1, 2), keep_unused=True)
-        self.evaluate = jax.jit(self._passes.evaluate)
-        self.logits = jax.jit(self._passes.logits)
+        self.evaluate = jax.jit(self._evaluate)
+        self.logits = jax.jit(self._logits)
 
     def feed(self, batch: Batch) -> Weights:
         """The arrays of a batch, their rows split over the replicas; in a pipeline with the microbatches in front."""
@@ -268,11 +269,18 @@ class Program:
         values = [(path, variable.replace(leaf(".".join(map(str, path))))) for path, variable in template]
         return nnx.merge(self._definition, nnx.from_flat_state(values))
 
+    def _evaluate(self, weights: Weights, batch: Weights) -> tuple[Array, Array]:
+        return self._passes.evaluate(weights, all_rows(batch, self.recipe.method))
+
+    def _logits(self, weights: Weights, batch: Weights) -> Array:
+        rows = self._passes.logits(weights, all_rows(batch, self.recipe.method))
+        return rows[:, leading_rows(self.recipe.method) :]
+
     def _gradients(
         self, trainable: Weights, frozen: Weights, stacked: Weights, step: Array, *, listen: bool
     ) -> Found:
         """Everything up to the norm, over the global batch; `stacked` has the parts of accumulation in front."""
-        weights = trainable | frozen
+        weights, stacked = trainable | frozen, all_rows(stacked, self.recipe.method)
         nothing = {name: jnp.zeros(w.shape, self.reduce_dtype) for name, w in trainable.items()}
         slots = constrained(nothing, self.layout.of["gradients"])
 

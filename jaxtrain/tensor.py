@@ -76,6 +76,12 @@ def lookup(ids: Array, weight: Weight) -> Array:
     return _lookup(weight.place, ids, weight.value, weight.slot, weight.piece)
 
 
+def read(weight: Weight) -> Array:
+    """The weight itself, whole, in the type of its gradient: what is made of it is summed in that."""
+    like = jnp.zeros((), weight.place.dtype)
+    return _read(weight.place, like, weight.value, weight.slot, weight.piece)
+
+
 def _operation(
     forward: Callable[[Array, Array], Array],
     input_gradient: Callable[[Array, Array], Array | None],
@@ -172,4 +178,9 @@ _lookup = _operation(
     lambda ids, w: w[ids],
     lambda dy, w: None,
     lambda dy, ids, w, dtype: _sum_by_id(dy, ids, w.shape, dtype),
+)
+_read = _operation(
+    lambda like, w: w.astype(like.dtype),
+    lambda dy, w: None,
+    lambda dy, like, w, dtype: dy.astype(dtype),
 )

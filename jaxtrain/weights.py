@@ -1,7 +1,7 @@
 """Canonical weights to native ones and back: every transpose and every stacking of layers lives here.
 
 Native names are paths of the nnx model: `layers.self_attn.q_proj.kernel` is [L, in, out] and stands for
-`model.layers.{i}.self_attn.q_proj.weight`, each [out, in]. Which layer is where in a stack, `order` says
+`model.layers.{i}.self_attn.q_proj.weight`, each [out, in]. The weights of an LSTM and of embeddings are as they are. Which layer is where in a stack, `order` says
 (`trainspec.pipeline.stack_order`): a place without a layer holds zeros.
 """
 
@@ -18,13 +18,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import DTypeLike, NDArray
 
-from trainspec.methods import PEFT_PREFIX
+from trainspec.methods import ENCODER, PEFT_PREFIX
 from trainspec.params import Param
 from trainspec.plan import DimAxes
 from trainspec.weight import WeightLike
 
 LAYER = re.compile(r"^layers\.(\d+)\.")
-LEAVES = {"linear": "kernel", "head": "kernel", "norm": "scale", "embedding": "embedding"}
+LEAVES = {
+    "linear": "kernel",
+    "head": "kernel",
+    "norm": "scale",
+    "embedding": "embedding",
+    "adapter": "kernel",
+}
+# `weight_ih_l0_reverse` of torch.nn.LSTM: a module for each layer and direction here.
+LSTM_LEAF = re.compile(r"\.(?P<leaf>(?:weight|bias)_(?:ih|hh))_(?P<which>l\d+(?:_reverse)?)$")
 TRANSPOSED = ("kernel", "lora_a", "lora_b")
 # Layer (None outside a stack) to what it is made of.
 _Stack = dict[int | None, WeightLike]
@@ -41,11 +49,15 @@ def native_module(module: str) -> tuple[str, int | None]:
 
 def native_name(param: Param) -> tuple[str, int | None]:
     """The native name of a row of the table, and its layer where it is one of a stack."""
-    if param.role == "adapter":
+    if param.name.startswith(PEFT_PREFIX):
         module, matrix, _ = param.name.removeprefix(PEFT_PREFIX).rsplit(".", 2)
         path, layer = native_module(module)
         return f"{path}.{matrix.lower()}", layer
     path, layer = native_module(param.module)
+    if lstm := LSTM_LEAF.search(param.name):
+        return f"{path}.{lstm['which']}.{lstm['leaf']}", layer
+    if param.module == f"{ENCODER}.embedding":
+        return path, layer
     return f"{path}.{'bias' if param.name.endswith('.bias') else LEAVES[param.role]}", layer
 
 

@@ -1,7 +1,8 @@
 """An independent Llama in float64 numpy: one document at a time, no mask, no packing, no batch.
 
 Written from the papers, not from the code under test: RMSNorm (arXiv 1910.07467), RoPE as a complex rotation
-(2104.09864), grouped queries (2305.13245), SwiGLU (2002.05202), LoRA merged into its matrix (2106.09685).
+(2104.09864), grouped queries (2305.13245), SwiGLU (2002.05202), LoRA merged into its matrix (2106.09685), bottleneck
+adapters (1902.00751), rows in front of the embedded tokens (2104.08691), keys and values in front of a layer's (2101.00190).
 """
 
 import math
@@ -21,11 +22,11 @@ def documents(batch: Batch):
             yield example, slice(places[0], places[-1] + 1)
 
 
-def loss_sum(weights, spec: ModelSpec, batch: Batch, *, lora_scale: float = 0.0) -> float:
-    """Sum of the cross-entropies of every label that is not ignored."""
+def loss_sum(weights, spec: ModelSpec, batch: Batch, **method) -> float:
+    """Sum of the cross-entropies of every label that is not ignored; `method` as in `document_logits`."""
     total = 0.0
     for example, where in documents(batch):
-        logits = document_logits(weights, spec, batch.input_ids[example, where], lora_scale=lora_scale)
+        logits = document_logits(weights, spec, batch.input_ids[example, where], **method)
         for place, label in enumerate(batch.labels[example, where]):
             if label != IGNORED:
                 before = logits[place - 1]
@@ -33,8 +34,14 @@ def loss_sum(weights, spec: ModelSpec, batch: Batch, *, lora_scale: float = 0.0)
     return total
 
 
-def document_logits(weights, spec: ModelSpec, ids, *, lora_scale: float = 0.0):
-    """Logits [len(ids), vocab] of one document."""
+def document_logits(
+    weights, spec: ModelSpec, ids, *, lora_scale: float = 0.0, act=None, rows=None, prefix=None
+):
+    """Logits [len(ids), vocab] of one document.
+
+    Adapters are those in `weights`, with `act` in the middle. `rows` [n, embed] stand in front of the embedded tokens,
+    `prefix` [n, 2 layers, kv_heads, head_dim] has a layer's keys and, one further, its values.
+    """
 
     def linear(x, module):
         matrix = weights[f"{module}.weight"]
@@ -48,39 +55,59 @@ def document_logits(weights, spec: ModelSpec, ids, *, lora_scale: float = 0.0):
         size = np.sqrt((x**2).sum(axis=-1, keepdims=True) / spec.embed + spec.norm_eps)
         return x / size * weights[f"{module}.weight"]
 
+    def adapted(x, module):
+        if f"{module}.down.weight" not in weights:
+            return x
+        return x + linear(act(linear(x, f"{module}.down")), f"{module}.up")
+
     x = weights["model.embed_tokens.weight"][ids]
+    if rows is not None:
+        x = np.concatenate([rows, x])
     for i in range(spec.layers):
         layer = f"model.layers.{i}"
         inner = norm(x, f"{layer}.input_layernorm")
         q, k, v = (linear(inner, f"{layer}.self_attn.{name}_proj") for name in "qkv")
-        x = x + linear(attention(q, k, v, spec), f"{layer}.self_attn.o_proj")
+        mixed = attention(q, k, v, spec, () if prefix is None else (prefix[:, 2 * i], prefix[:, 2 * i + 1]))
+        x = x + adapted(linear(mixed, f"{layer}.self_attn.o_proj"), f"{layer}.attention_adapter")
         inner = norm(x, f"{layer}.post_attention_layernorm")
         gate = linear(inner, f"{layer}.mlp.gate_proj")
         gate = gate / (1 + np.exp(-gate))
-        x = x + linear(gate * linear(inner, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
-    x = norm(x, "model.norm")
+        inner = linear(gate * linear(inner, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
+        x = x + adapted(inner, f"{layer}.mlp_adapter")
+    x = norm(x[-len(ids) :], "model.norm")
     return x @ weights["model.embed_tokens.weight"].T if spec.tied_embeddings else linear(x, "lm_head")
 
 
-def attention(q, k, v, spec: ModelSpec):
-    """Causal attention, head by head and query by query; q, k and v are [tokens, heads * head_dim]."""
+def attention(q, k, v, spec: ModelSpec, prefix=()):
+    """Causal attention, head by head and query by query; q, k and v are [tokens, heads * head_dim].
+
+    The keys and values of a `prefix` are [n, kv_heads, head_dim]: not rotated, and seen by all.
+    """
     mixed = np.zeros_like(q)
     d = spec.head_dim
     for head in range(spec.heads):
         kv_head = head * spec.kv_heads // spec.heads
         mine, shared = slice(head * d, (head + 1) * d), slice(kv_head * d, (kv_head + 1) * d)
-        rotated_q, rotated_k = rotated(q[:, mine], spec), rotated(k[:, shared], spec)
+        n = len(prefix[0]) if prefix else 0
+        rotated_q, keys, values = rotated(q[:, mine], spec, n), rotated(k[:, shared], spec, n), v[:, shared]
+        if prefix:
+            keys, values = (
+                np.concatenate([f[:, kv_head], own]) for f, own in zip(prefix, (keys, values), strict=True)
+            )
         for query in range(len(q)):
-            scores = rotated_k[: query + 1] @ rotated_q[query] / math.sqrt(d)
+            scores = keys[: n + query + 1] @ rotated_q[query] / math.sqrt(d)
             shares = np.exp(scores - scores.max())
-            mixed[query, mine] = shares / shares.sum() @ v[: query + 1, shared]
+            mixed[query, mine] = shares / shares.sum() @ values[: n + query + 1]
     return mixed
 
 
-def rotated(x, spec: ModelSpec):
-    """RoPE on one head [tokens, head_dim]: dimensions j and j + head_dim / 2 are one complex number."""
+def rotated(x, spec: ModelSpec, first: int = 0):
+    """RoPE on one head [tokens, head_dim]: dimensions j and j + head_dim / 2 are one complex number.
+
+    `first` is the position of the first token.
+    """
     half = spec.head_dim // 2
-    angles = np.outer(np.arange(len(x)), [frequency(j, spec) for j in range(half)])
+    angles = np.outer(first + np.arange(len(x)), [frequency(j, spec) for j in range(half)])
     turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
     return np.concatenate([turned.real, turned.imag], axis=1)
 

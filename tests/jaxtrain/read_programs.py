@@ -1,7 +1,7 @@
 """What the compiled programs of some plans hold and move, as JSON.
 
-python tests/jaxtrain/read_programs.py CASES.json OUT.json      CASES as for run_plans.py; a case with "held_only"
-has nothing else read, one with "saves_gathered" runs with `saving_matmul`.
+python tests/jaxtrain/read_programs.py CASES.json OUT.json      CASES as for run_plans.py; of a case with "held_only"
+no program's text is read, one with "saves_gathered" runs with `saving_matmul`.
 """
 
 import json
@@ -55,13 +55,12 @@ def facts(recipe: Any, *, held_only: bool) -> dict[str, Any]:
     state = step.init_state(recipe, spec)
     rows = np.zeros((recipe.batch.global_examples, recipe.data.sequence_tokens), np.int32)
     batch = Batch(rows, rows, rows, rows, rows[:, 0])
+    found = {"held": cost.held(state, batch), "elements": by_the_table(state, recipe, spec)}
     if held_only:
-        return {"held": cost.held(state, batch)}
+        return found
     arguments = (state.trainable, state.frozen, state.program.parts(batch), jnp.int32(0))
     text = state.program.gradients.lower(*arguments, listen=False).compile().as_text()
-    return {
-        "held": cost.held(state, batch),
-        "elements": by_the_table(state, recipe, spec),
+    return found | {
         "logits": sorted(set(arrays_of_logits(text or "", spec, recipe))),
         "moved": [vars(c) for c in cost.moved(state, batch)],
         "types": {

@@ -16,6 +16,8 @@ MESHES = {
     "pipe2-fsdp2-tensor2": {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "params"},
     "pipe4-fsdp2": {"pipe": 4, "fsdp": 2, "shards": "gradients"},
 }
+# Of this method every stage takes its part, through an encoder.
+PROJECTION = {"kind": "prefix", "virtual_tokens": 5, "projection": True, "hidden": 20}
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,7 @@ def few(tmp_path_factory) -> Runs:
     adapters = LORA | {"targets": ["lm_head", "k_proj", "o_proj", "up_proj", "down_proj"]}
     batch = {"global_examples": 32, "accumulation": 2}
     lora = COMMON | {"method": adapters, "variant": "bias-5", "batch": batch}
+    prefix = COMMON | {"method": PROJECTION, "variant": "plain-5"}
     data, fsdp = (
         MESHES[mesh] | {"microbatches": 8} for mesh in ("pipe2-data2-tensor2", "pipe2-fsdp2-tensor2")
     )
@@ -35,6 +38,8 @@ def few(tmp_path_factory) -> Runs:
         "gpipe": lora | {"plan": data | {"schedule": "gpipe"}, "first_plan": {"pipe": 1}},
         "1f1b": lora | {"plan": fsdp | {"schedule": "1f1b", "remat": "full"}},
         "interleaved": lora | {"plan": fsdp | {"schedule": "interleaved"}},
+        "prefix": prefix,
+        "prefix-1f1b": prefix | {"plan": fsdp | {"microbatches": 4}},
         "other": lora | {"method": adapters | {"dropout": 0.11}, "plan": {"pipe": 2, "microbatches": 8}},
     }
     return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("few"))[0])
@@ -43,6 +48,10 @@ def few(tmp_path_factory) -> Runs:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_trains_as_one_device_does(few, schedule):
     assert_equal({schedule: worst(few.of(schedule), few.of("one"))}, ROUNDING)
+
+
+def test_a_prefix_is_trained_through_its_projection_in_a_pipeline(few):
+    assert_equal({"prefix": worst(few.of("prefix-1f1b"), few.of("prefix"))}, ROUNDING)
 
 
 def test_a_pipeline_that_trains_something_else_would_show(few):

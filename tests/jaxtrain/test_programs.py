@@ -11,6 +11,7 @@ BF16 = {"policy": "bf16", "reduce": "fp32"}
 WIDTHS = {"fp64": (8, 8, 8), "bf16": (2, 4, 4)}
 # LoRA's dropout keys, 8 bytes for each adapted module, are counted with the weights.
 KEYS = 0.02
+PTUNING = {"kind": "ptuning", "virtual_tokens": 5, "hidden": 24}
 ROWS = {"batch": {"global_examples": 16, "accumulation": 2}, "data": {"sequence_tokens": 100}}
 WIDE = {
     "method": FULL,
@@ -31,7 +32,7 @@ def assert_bytes_are_those_of_the_table(found, precision) -> None:
     assert held["weights"] == pytest.approx(elements["weights"] * weight, rel=KEYS)
     assert held["gradients"] == elements["gradients"] * gradient
     assert held["moments"] == 2 * elements["optimizer"] * moment
-    assert held["master"] == (elements["optimizer"] * moment if precision is BF16 else 0)
+    assert held["master"] == (elements["optimizer"] * moment if precision["policy"] == "bf16" else 0)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def few(tmp_path_factory) -> dict:
     cases = {
         "fsdp": ROWS | {"method": FULL, "precision": FP64, "plan": PLANS["fsdp8-params"]},
         "tensor": ROWS | {"method": FULL, "precision": BF16, "plan": PLANS["fsdp4-tensor2-optimizer"]},
+        "ptuning": ROWS | {"method": PTUNING, "precision": FP64, "plan": PLANS["data8"], "held_only": True},
     }
     return facts(tmp_path_factory.mktemp("few"), cases)
 
@@ -46,6 +48,12 @@ def few(tmp_path_factory) -> dict:
 def test_bytes_are_those_of_the_table(few):
     assert_bytes_are_those_of_the_table(few["fsdp"], FP64)
     assert_bytes_are_those_of_the_table(few["tensor"], BF16)
+
+
+def test_nothing_frozen_has_a_gradient_or_moments(few):
+    assert_bytes_are_those_of_the_table(few["ptuning"], FP64)
+    held = few["ptuning"]["held"]
+    assert 0 < held["gradients"] < 0.2 * held["weights"]
 
 
 def test_no_device_has_the_logits_whole_where_the_vocabulary_is_split(few):

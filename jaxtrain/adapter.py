@@ -1,0 +1,53 @@
+"""Bottleneck adapters behind attention and MLP, before what they give is added to the residual stream.
+
+Houlsby and others, arXiv 1902.00751, figure 2. Every tensor peer holds an adapter whole, as the stream is whole on each.
+
+B examples, S sequence, E embed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, assert_never
+
+import jax
+from flax import nnx
+from jax import Array
+
+from jaxtrain.model import Build, Dim, Linear, Llama, wide
+from trainspec.methods import Adapter
+from trainspec.model import ModelSpec
+
+
+class Bottleneck(nnx.Module):
+    """h + up(act(down(h))), act in the wide type."""
+
+    def __init__(self, spec: ModelSpec, method: Adapter, *, build: Build) -> None:
+        embed, width, stack = Dim("embed", spec.embed), Dim("bottleneck", method.bottleneck), (spec.layers,)
+        self.down = Linear(embed, width, bias=True, stack=stack, build=build)
+        self.up = Linear(width, embed, bias=True, stack=stack, build=build)
+        self.activation: Literal["relu", "gelu", "silu"] = method.activation
+
+    def __call__(self, h_BSE: Array) -> Array:
+        """The same shape."""
+        down = self.down(h_BSE, None)
+        acted = _act(self.activation, down.astype(wide(down.dtype))).astype(down.dtype)
+        return h_BSE + self.up(acted, None)
+
+
+def _act(activation: Literal["relu", "gelu", "silu"], x: Array) -> Array:
+    match activation:
+        case "relu":
+            return jax.nn.relu(x)
+        case "gelu":
+            # The exact one, with erf.
+            return jax.nn.gelu(x, approximate=False)
+        case "silu":
+            return jax.nn.silu(x)
+        case other:
+            assert_never(other)
+
+
+def attach_adapters(model: Llama, spec: ModelSpec, method: Adapter) -> None:
+    """Two adapters for each layer of `model`."""
+    model.layers.attention_adapter = nnx.data(Bottleneck(spec, method, build=model.build))
+    model.layers.mlp_adapter = nnx.data(Bottleneck(spec, method, build=model.build))

@@ -1,0 +1,134 @@
+"""Every method trains under every plan as on one device, in float64 on eight fake devices, and holds what it trains only.
+
+What `make test` runs of it is in test_pipeline.py and test_programs.py, whose launches are there anyway.
+"""
+
+import itertools
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from launch import Runs, launch, worst
+from test_pipeline import MESHES, PROJECTION, SCHEDULES
+from test_plans import COMMON, PLANS, ROUNDING, assert_equal
+from test_programs import ROWS, assert_bytes_are_those_of_the_table
+
+# Five virtual tokens and widths that few devices divide.
+METHODS = {
+    "adapter": {"kind": "adapter", "bottleneck": 6, "activation": "gelu"},
+    "prompt": {"kind": "prompt", "virtual_tokens": 5},
+    "mlp": {"kind": "ptuning", "virtual_tokens": 5, "hidden": 24},
+    "lstm": {"kind": "ptuning", "virtual_tokens": 5, "encoder": "lstm", "hidden": 12, "dropout": 0.3},
+    "prefix": {"kind": "prefix", "virtual_tokens": 5},
+    "projection": PROJECTION,
+    "rslora": {"kind": "lora", "rank": 3, "alpha": 5.0, "rslora": True, "targets": "all-linear"},
+}
+# Five layers: the stages of a pipeline are unequal. A head that is the embedding has no prompt in front of it.
+VARIANT = dict.fromkeys(METHODS, "plain-5") | {"adapter": "bias-5", "prompt": "tied-5", "prefix": "tied-5"}
+PIPELINES = {
+    f"{mesh}-{schedule}": MESHES[mesh] | {"schedule": schedule, "microbatches": 4}
+    for mesh, schedule in itertools.product(("pipe2-data2-tensor2", "pipe2-fsdp2-tensor2"), SCHEDULES)
+}
+SPLIT = {
+    name: PLANS[name] for name in ("data8", "fsdp8-optimizer", "fsdp8-params", "tensor4", "mixed-gradients")
+}
+REMAT = {
+    "mixed-params-remat": PLANS["mixed-params"] | {"remat": "full"},
+    "pipe2-fsdp2-tensor2-remat": PIPELINES["pipe2-fsdp2-tensor2-gpipe"] | {"remat": "full"},
+}
+FEWER = REMAT | {"pipe2-data2-tensor2-1f1b": PIPELINES["pipe2-data2-tensor2-1f1b"]}
+
+
+def case(name: str, **data: object) -> dict:
+    return COMMON | {"method": METHODS[name], "variant": VARIANT[name], "data": COMMON["data"] | data}
+
+
+def differences(scratch, one: dict, plans: dict) -> dict[str, dict[str, float]]:
+    cases = {"one": one} | {name: one | {"plan": plan} for name, plan in plans.items()}
+    runs = Runs(launch("run_plans.py", cases, scratch)[0])
+    return {name: worst(runs.of(name), runs.of("one")) for name in plans}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("plans", [SPLIT, PIPELINES, REMAT], ids=["split", "pipelines", "remat"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_under_every_plan(tmp_path, name, plans):
+    assert_equal(differences(tmp_path, case(name), plans), ROUNDING)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_on_padded_rows(tmp_path, name, side):
+    assert_equal(differences(tmp_path, case(name, packing=False, padding_side=side), FEWER), ROUNDING)
+
+
+@pytest.mark.full
+def test_a_method_that_is_another_would_show(tmp_path):
+    """The negative control: another dropout rate between the layers of the LSTM, another activation."""
+    gelu, lstm = METHODS["adapter"], METHODS["lstm"]
+    cases = {name: case(name) for name in ("adapter", "lstm")}
+    cases |= {
+        "adapter-other": cases["adapter"] | {"method": gelu | {"activation": "silu"}},
+        "lstm-other": cases["lstm"] | {"method": lstm | {"dropout": 0.31}},
+    }
+    runs = Runs(launch("run_plans.py", cases, tmp_path)[0])
+    for name in ("adapter", "lstm"):
+        found = worst(runs.of(f"{name}-other"), runs.of(name))
+        assert found["gradient"] > 1e-3
+        assert found["update"] > 1e-3
+
+
+@pytest.mark.full
+def test_four_processes_are_one(tmp_path):
+    plans = {
+        "lstm": PLANS["fsdp8-params"],
+        "projection": PIPELINES["pipe2-fsdp2-tensor2-1f1b"],
+        "adapter": PLANS["mixed-params"],
+    }
+    cases = {name: case(name) | {"plan": plan} for name, plan in plans.items()}
+    one = Runs(launch("run_plans.py", cases, tmp_path / "one")[0])
+    for out in launch("run_plans.py", cases, tmp_path / "four", processes=4):
+        assert_equal({name: worst(Runs(out).of(name), one.of(name)) for name in cases}, 1e-12)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_stays_near_float64_and_sums_in_float32(tmp_path, name):
+    """Of two microbatches and of four, on two replicas: no gradient is one of bfloat16 numbers."""
+    one = case(name)
+    bf16 = one | {"precision": {"policy": "bf16", "reduce": "fp32"}}
+    plans = {
+        "mixed": PLANS["mixed-params"],
+        "pipe": PIPELINES["pipe2-fsdp2-tensor2-1f1b"],
+        "gpipe": PIPELINES["pipe2-data2-tensor2-gpipe"],
+    }
+    cases = {"one": one} | {plan: bf16 | {"plan": sizes} for plan, sizes in plans.items()}
+    runs = Runs(launch("run_plans.py", cases, tmp_path)[0])
+    for plan in plans:
+        found = runs.of(plan)
+        off = worst(found, runs.of("one"))
+        assert 1e-6 < off["loss"] < 1e-3
+        # The start's: the update makes whole steps of gradients that are small.
+        for key, theirs in runs.of("one").items():
+            if key.startswith("gradient/0/") and theirs.any():
+                mine = found[key]
+                assert 1e-4 < np.linalg.norm(mine - theirs) / np.linalg.norm(theirs) < 0.05, (plan, key)
+                assert (mine != mine.astype(ml_dtypes.bfloat16).astype(mine.dtype)).any(), (plan, key)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "precision", [COMMON["precision"], {"policy": "bf16", "reduce": "fp32"}], ids=["fp64", "bf16"]
+)
+def test_nothing_frozen_has_a_gradient_or_moments(tmp_path, precision):
+    """Bytes of the compiled step: of gradients, masters and moments there are those of the rows that are trained."""
+    common = ROWS | {"precision": precision, "held_only": True}
+    cases = {
+        f"{name}-{plan}": common | {"method": method, "plan": PLANS[plan]}
+        for name, method in METHODS.items()
+        for plan in ("fsdp8-params", "mixed-optimizer")
+    }
+    for found in json.loads(launch("read_programs.py", cases, tmp_path)[0].read_text()).values():
+        assert_bytes_are_those_of_the_table(found, precision)
