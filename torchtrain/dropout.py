@@ -1,4 +1,4 @@
-"""LoRA's dropout masks: the rounds of trainspec/rng.py on torch tensors, bit for bit.
+"""Dropout with shared masks: the rounds of trainspec/rng.py on torch tensors, bit for bit.
 
 torch has no full set of uint32 operations, so words are int32: additions wrap alike, a right shift is made
 logical with a mask, and an unsigned comparison is a signed one with the top bit flipped.
@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainspec.rng import PARITY_CONSTANT, ROTATIONS, drop_threshold, fold
+from trainspec.rng import PARITY_CONSTANT, ROTATIONS, drop_threshold, fold, name_key
 
 
 @dataclass
@@ -35,7 +35,7 @@ def keep_mask(
     key: tuple[int, int], *, step: int, rows: Tensor, sequence_tokens: int, features: int, rate: float,
     first_feature: int = 0,
 ) -> Tensor:  # fmt: skip
-    """True where an element of a LoRA input is kept; bool [B, S, F].
+    """True where an element of a module's input is kept; bool [B, S, F].
 
     `key` belongs to (seed, module); `step` counts from 0; `rows` [B] are the examples' indices in the global
     batch. An element's bits depend on (key, step, row, position, feature) alone, so a mask does not change with
@@ -49,6 +49,40 @@ def keep_mask(
     element_BS = rows.to(torch.int32)[:, None] * sequence_tokens + position_S
     bits_BSF = _threefry_first_word(fold(key, step), feature_F, element_BS[:, :, None])
     return bits_BSF.bitwise_xor_(_int32(1 << 31)) >= drop_threshold(rate) - (1 << 31)
+
+
+class CounterDropout(nn.Module):
+    """x / (1 - rate) where the mask of (seed, module, step, row, position, feature) keeps x, else 0.
+
+    A recomputed forward draws the same mask, as the point moves only between microbatches. Off in eval mode. What is
+    `shared` belongs to no example: all microbatches and replicas draw the mask of row 0.
+    """
+
+    def __init__(
+        self, module: str, *, seed: int, rate: float, point: DropoutPoint, shared: bool = False
+    ) -> None:
+        super().__init__()
+        self.rate = rate
+        self._module = module
+        self._key = name_key(seed, "dropout", module)
+        self._point = point
+        self._shared = shared
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        """The same shape and type."""
+        if not self.training:
+            return x_BSF
+        examples, sequence_tokens, features = x_BSF.shape
+        keep_BSF = keep_mask(
+            self._key,
+            step=self._point.step,
+            rows=x_BSF.new_zeros(examples, dtype=torch.int32) if self._shared else self._point.rows,
+            sequence_tokens=sequence_tokens,
+            features=features,
+            rate=self.rate,
+            first_feature=self._point.first_feature.get(self._module, 0),
+        )
+        return torch.where(keep_BSF, x_BSF / (1.0 - self.rate), 0.0)
 
 
 def _threefry_first_word(key: tuple[int, int], counter0: Tensor, counter1: Tensor) -> Tensor:

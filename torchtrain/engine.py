@@ -4,7 +4,7 @@ Plain torch, DeepSpeed and DeepSpeed's pipeline are one to a step. They differ i
 microbatches' passes, and in what of the model and its training state a process has.
 """
 
-# B examples, S sequence, V vocabulary
+# B examples, S sequence, T rows of a layer, N + S keys with those of N virtual tokens (virtual.py), V vocabulary
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-# `input_ids`, `position_ids` [B, S] and `attention_mask` [B, 1, S, S] of a microbatch, in this process's rows.
+# `input_ids` [B, S], `position_ids` [B, T] and `attention_mask` [B, 1, T, N + S] of a microbatch, in this process's rows.
 Inputs = dict[str, Tensor]
 Stored = Literal["weight", "gradient", "moment1", "moment2"]
 
@@ -34,7 +34,7 @@ class Microbatches(Protocol):
         ...
 
     def loss(self, index: int, logits: Tensor) -> Tensor:
-        """Its share of the batch's loss, from `logits` [B, S, V] of this process's part of the vocabulary."""
+        """Its share of the batch's loss, from `logits` [B, T, V] of this process's part of the vocabulary."""
         ...
 
     def backward(self, index: int) -> None:
@@ -56,7 +56,7 @@ class Engine(Protocol):
         ...
 
     def infer(self, parts: Sequence[Inputs]) -> list[Tensor]:
-        """Logits [B, S, V] of each part; none where the process is not of the pipeline's last stage."""
+        """Logits [B, T, V] of each part; none where the process is not of the pipeline's last stage."""
         ...
 
     def step(self) -> None:

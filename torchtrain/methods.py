@@ -1,6 +1,7 @@
-"""Training methods put into a model with PEFT, with dropout from the shared counter-based generator."""
+"""Training methods put into a model, with dropout from the shared counter-based generator.
 
-# B examples, S sequence, F features
+LoRA's layers are PEFT's; those of the others are in adapter.py and virtual.py.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +10,27 @@ from typing import assert_never
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaForCausalLM
 
-from torchtrain.dropout import DropoutPoint, keep_mask
+from torchtrain.adapter import attach_adapters
+from torchtrain.dropout import CounterDropout, DropoutPoint
 from torchtrain.tensor import Peers, RowLinear, WholeLinear, copy_inputs
-from trainspec.methods import Full, LoRA, Method, target_modules
+from torchtrain.virtual import attach_prefix, attach_prompt
+from trainspec.methods import (
+    Adapter,
+    Full,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    target_modules,
+)
 from trainspec.model import ModelSpec
-from trainspec.rng import name_key
 
 # PEFT's name for the only adapter of a model; weights.py knows it from the parameters' names.
 _ADAPTER = "default"
-
-
-class _CounterDropout(nn.Module):
-    """x / (1 - rate) where the mask of (seed, module, step, row, position, feature) keeps x, else 0.
-
-    A recomputed forward draws the same mask, as the point moves only between microbatches. Off in eval mode.
-    """
-
-    def __init__(self, module: str, *, seed: int, rate: float, point: DropoutPoint) -> None:
-        super().__init__()
-        self.rate = rate
-        self._module = module
-        self._key = name_key(seed, "dropout", module)
-        self._point = point
-
-    def forward(self, x_BSF: Tensor) -> Tensor:
-        if not self.training:
-            return x_BSF
-        _, sequence_tokens, features = x_BSF.shape
-        keep_BSF = keep_mask(
-            self._key,
-            step=self._point.step,
-            rows=self._point.rows,
-            sequence_tokens=sequence_tokens,
-            features=features,
-            rate=self.rate,
-            first_feature=self._point.first_feature.get(self._module, 0),
-        )
-        return torch.where(keep_BSF, x_BSF / (1.0 - self.rate), 0.0)
 
 
 def attach(
@@ -56,15 +38,22 @@ def attach(
 ) -> DropoutPoint:
     """Put `method` into `model` in place; everything it does not train stops requiring gradients.
 
-    Returns the point that LoRA's dropout reads and the step moves. An adapter of a layer that is split over the
+    Returns the point that dropout reads and the step moves. An adapter of a layer that is split over the
     `tensor` peers is split alike.
     """
     point = DropoutPoint()
+    model.requires_grad_(isinstance(method, Full))
     match method:
         case Full():
             pass
         case LoRA():
             _attach_lora(model, spec, method, seed=seed, point=point, tensor=tensor)
+        case Adapter():
+            attach_adapters(model, spec, method)
+        case PromptTuning() | PTuning():
+            attach_prompt(model, spec, method, seed=seed, point=point)
+        case PrefixTuning():
+            attach_prefix(model, spec, method, tensor=tensor)
         case other:
             assert_never(other)
     copy_inputs(model, tensor)
@@ -80,6 +69,7 @@ def _attach_lora(
         # PEFT declares an int, but only ever divides it by the rank.
         lora_alpha=method.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=method.dropout,
+        use_rslora=method.rslora,
         target_modules=list(modules),
         task_type="CAUSAL_LM",
     )
@@ -98,7 +88,7 @@ def _attach_lora(
             point.first_feature[module] = tensor.index * base.in_features
         if method.dropout == 0.0:
             continue
-        layer.lora_dropout[_ADAPTER] = _CounterDropout(module, seed=seed, rate=method.dropout, point=point)
+        layer.lora_dropout[_ADAPTER] = CounterDropout(module, seed=seed, rate=method.dropout, point=point)
 
 
 def _split_adapter(layer: LoraLayer, base: nn.Linear, *, rank: int, tensor: Peers) -> None:

@@ -135,7 +135,7 @@ def make_engine(
     whole = _WholeStore(model, optimizer, mesh.tensor, parts=parts if mesh.tensor.size > 1 else set())
     engine: Engine
     if recipe.plan.pipe > 1:
-        engine = pipeline = PipelineEngine(recipe, spec, model, optimizer)
+        engine = pipeline = PipelineEngine(recipe, spec, model, optimizer, mesh=mesh)
         _open_groups.extend(pipeline.groups)
     elif _runs_on_deepspeed(recipe):
         engine = DeepSpeedEngine(recipe, spec, model, optimizer, mesh=mesh, whole=whole)
@@ -220,7 +220,7 @@ class _PlainEngine:
                 self._mesh.replicas.sum_(parameter.grad)
 
     def infer(self, parts: Sequence[Inputs]) -> list[Tensor]:
-        """Logits [B, S, V] of each part."""
+        """Logits [B, T, V] of each part."""
         return [self._model(**inputs).logits for inputs in parts]
 
     def step(self) -> None:

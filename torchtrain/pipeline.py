@@ -5,7 +5,7 @@ their gradients: every process has the whole batch, so before each pass the engi
 model. The update is not the schedule's: what the loop does between gradients and update comes first.
 """
 
-# B examples, S sequence, E embed, V vocabulary
+# B examples, S sequence, T rows of a layer (virtual.py), E embed, V vocabulary
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from torchtrain.engine import Inputs, Microbatches, Store
+from torchtrain.tensor import Mesh, compute_device
+from torchtrain.virtual import make_prefix
 from torchtrain.zero import FlatStore, import_deepspeed, initialize, quiet
+from trainspec.methods import ENCODER, PrefixTuning
 from trainspec.model import ModelSpec
 from trainspec.pipeline import Timeline, Work, layer_stages, partition_layers
 from trainspec.plan import Plan
@@ -61,6 +64,14 @@ def point_stages(plan: Plan, layers: int) -> dict[str, int]:
     return {first: 0, **dict(zip(inner, of_layers, strict=True)), norm: last, logits: last}
 
 
+def placeholder() -> nn.Parameter:
+    """What the optimizer of a stage updates, and stays 0, where the stage has no weight for one of its groups.
+
+    DeepSpeed asks all stages for their part of the norm group by group, and takes no empty list.
+    """
+    return nn.Parameter(torch.zeros(1, device=compute_device()))
+
+
 class PipelineEngine:
     """DeepSpeed's pipeline, kept from dividing by the number of microbatches and from updating by itself.
 
@@ -68,7 +79,13 @@ class PipelineEngine:
     """
 
     def __init__(
-        self, recipe: Recipe, spec: ModelSpec, model: LlamaForCausalLM, optimizer: torch.optim.AdamW
+        self,
+        recipe: Recipe,
+        spec: ModelSpec,
+        model: LlamaForCausalLM,
+        optimizer: torch.optim.AdamW,
+        *,
+        mesh: Mesh,
     ) -> None:
         # DeepSpeed takes the mean over the replicas, of gradients that are shares of one batch.
         self.loss_scale = float(recipe.plan.replicas)
@@ -76,6 +93,18 @@ class PipelineEngine:
         self._at_hand: dict[str, Any] = {}
         with quiet():
             module = _stages(recipe.plan, model, self._at_hand, loss=lambda logits, _: self._at_end(logits))
+        _add_trained(module, model, optimizer)
+        self._stages = mesh.stages
+        self._on_every_stage: list[nn.Parameter] = []
+        self._prefix: Callable[[], dict[str, Any]] = dict
+        match recipe.method:
+            case PrefixTuning() as method:
+                self._prefix = lambda: {"prefix": make_prefix(model, spec, method, tensor=mesh.tensor)}
+                self._on_every_stage = [*model.get_submodule(ENCODER).parameters()]
+                for parameter in self._on_every_stage:  # the norm counts those of the first stage
+                    parameter.ds_pipe_replicated = mesh.stages.index > 0  # pyright: ignore[reportAttributeAccessIssue]
+            case _:
+                pass
         self._engine = initialize(recipe, spec, module, optimizer)
         self._engine._compute_loss = True
         self.store: Store = FlatStore(self._engine, optimizer)
@@ -85,26 +114,27 @@ class PipelineEngine:
             schedule.LoadMicroBatch: _nothing,  # the forward pass brings its own
             schedule.ForwardPass: self._forward_pass,
             schedule.BackwardPass: self._backward_pass,
+            schedule.ReduceTiedGrads: self._reduce_shared,
             schedule.OptimizerStep: _nothing,  # comes with `step`
         }
 
     def accumulate(self, microbatches: Microbatches) -> None:
         """One run of the pipeline, with its reductions over tied stages and replicas."""
 
-        def loss(logits_BSV: Tensor) -> Tensor:
-            return microbatches.loss(self._forwards, logits_BSV) * self.loss_scale
+        def loss(logits_BTV: Tensor) -> Tensor:
+            return microbatches.loss(self._forwards, logits_BTV) * self.loss_scale
 
         self._microbatches = microbatches
         schedule = _schedule(len(microbatches), self._engine.num_stages, self._engine.stage_id)
         self._run(schedule, microbatches.forward, loss)
 
     def infer(self, parts: Sequence[Inputs]) -> list[Tensor]:
-        """Logits [B, S, V] of each part, on the last stage. The others are through before: a caller waits for all."""
+        """Logits [B, T, V] of each part, on the last stage. The others are through before: a caller waits for all."""
         found: list[Tensor] = []
 
-        def keep(logits_BSV: Tensor) -> Tensor:
-            found.append(logits_BSV)
-            return logits_BSV.new_zeros(())
+        def keep(logits_BTV: Tensor) -> Tensor:
+            found.append(logits_BTV)
+            return logits_BTV.new_zeros(())
 
         self._run(self._engine._inference_schedule(len(parts)), parts.__getitem__, keep)
         return found
@@ -133,6 +163,7 @@ class PipelineEngine:
             position_ids=inputs["position_ids"],
             # Of the first argument only the type counts.
             position_embeddings=self._rotary(self._norm.weight, inputs["position_ids"]),
+            **self._prefix(),
         )
         if engine.is_first_stage():
             engine.pipe_buffers["inputs"][buffer_id] = inputs["input_ids"]
@@ -149,6 +180,14 @@ class PipelineEngine:
             type(engine)._exec_backward_pass(engine, buffer_id)
         self._backwards += 1
 
+    def _reduce_shared(self, engine: Any, **_: Any) -> None:
+        """Every stage makes the prefix of all layers; the gradients of the others' layers are theirs."""
+        type(engine)._exec_reduce_tied_grads(engine)
+        for parameter in self._on_every_stage:
+            # DeepSpeed's optimizer for bf16 that is summed in fp32 has the sum beside the parameter.
+            gradient: Any = parameter.grad if not engine.using_bf16_optimizer else parameter._hp_grad  # pyright: ignore[reportAttributeAccessIssue]
+            self._stages.sum_(gradient)
+
 
 class _Block(nn.Module):
     """A decoder layer, which takes what is at hand of the microbatch beside the hidden states."""
@@ -158,8 +197,8 @@ class _Block(nn.Module):
         self.layer = layer
         self._at_hand = at_hand
 
-    def forward(self, hidden_BSE: Tensor) -> Tensor:
-        return self.layer(hidden_BSE, **self._at_hand)
+    def forward(self, hidden_BTE: Tensor) -> Tensor:
+        return self.layer(hidden_BTE, **self._at_hand)
 
 
 class _Tied(nn.Module):
@@ -186,7 +225,7 @@ def _layers(model: LlamaForCausalLM, at_hand: dict[str, Any]) -> list[Any]:
     return [
         tied("embedding", _Tied, embedding, **shared),
         *middle,
-        tied("embedding", _Tied, embedding, forward_fn=lambda _, hidden_BSE: head(hidden_BSE), **shared),
+        tied("embedding", _Tied, embedding, forward_fn=lambda _, hidden_BTE: head(hidden_BTE), **shared),
     ]
 
 
@@ -211,6 +250,19 @@ def _stages(
         num_pp=plan.pipe, num_mp=plan.tensor, num_dp=plan.replicas
     )
     return Stages(_layers(model, at_hand), topology=topology, loss_fn=loss)
+
+
+def _add_trained(module: nn.Module, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> None:
+    """Give DeepSpeed's module what this stage's optimizer updates beside its layers: an encoder, or placeholders."""
+    for name, child in model.named_children():
+        if name == ENCODER and not any(p.is_meta for p in child.parameters()):
+            module.add_module(name, child)
+    known = set(module.parameters())
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in known:
+                module.register_parameter(f"placeholder_{len(known)}", parameter)
+                known.add(parameter)
 
 
 def _groups(engine: Any) -> list[Any]:

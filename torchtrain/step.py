@@ -1,6 +1,6 @@
 """One update: microbatches in, gradients summed, one step of the engine."""
 
-# B examples, S sequence, V vocabulary
+# B examples, S sequence, T rows of a layer (virtual.py), V vocabulary
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from torchtrain.methods import attach
 from torchtrain.model import attention_mask, build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
 from torchtrain.parallel import is_leader, make_engine, make_mesh
-from torchtrain.pipeline import point_stages
+from torchtrain.pipeline import placeholder, point_stages
 from torchtrain.tensor import Mesh, compute_device, to_numpy
+from torchtrain.virtual import all_labels, all_positions, all_visible
 from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
 from torchtrain.zero import Partitioner
 from trainspec.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.loop import Arrays, Metrics
-from trainspec.methods import full_table, trainable_table
+from trainspec.methods import Method, full_table, leading_rows, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.pipeline import stages_of
@@ -70,19 +71,30 @@ def init_state(recipe: Recipe, spec: ModelSpec) -> State:
         is_mine=lambda p: mesh.stages.index in stages_of(p, recipe.plan, spec),
         settle=Partitioner(recipe, spec, mesh),
     )
-    decays = {p.name: p.decay for p in trainable_table(spec, recipe.method)}
-    parameters = {name: p for name, p in _trainable(model).items() if not p.is_meta}  # of this stage
-    decayed = {name for name in parameters if decays[canonical_name(name)]}
-    optimizer = make_optimizer(recipe.optimizer, decayed, parameters=parameters)
+    optimizer = _optimizer(recipe, spec, model)
     engine = make_engine(recipe, spec, model, optimizer, mesh=mesh)
     state = State(0, recipe, spec, mesh, model, engine, optimizer, point)
     if policy == "bf16":
         # DeepSpeed made its float32 masters from the rounded weights: they start where the other backend's do.
-        trained = ((p, weight) for p, weight in starting_weights(recipe, spec) if p.name in decays)
+        names = {p.name for p in trainable_table(spec, recipe.method)}
+        trained = ((p, weight) for p, weight in starting_weights(recipe, spec) if p.name in names)
         from_canonical(
             trained, _trainable(model), tensor=mesh.tensor, write=partial(engine.store.write, "weight")
         )
     return state
+
+
+def _optimizer(recipe: Recipe, spec: ModelSpec, model: LlamaForCausalLM) -> torch.optim.AdamW:
+    """AdamW over the weights of this process's stage, in the same groups on every stage."""
+    decays = {p.name: p.decay for p in trainable_table(spec, recipe.method)}
+    parameters = {name: p for name, p in _trainable(model).items() if not p.is_meta}
+    decayed = {name for name in parameters if decays[canonical_name(name)]}
+    for decays_too in set(decays.values()) - {name in decayed for name in parameters}:
+        name = f"placeholder.{decays_too}"
+        parameters[name] = placeholder()
+        if decays_too:
+            decayed.add(name)
+    return make_optimizer(recipe.optimizer, decayed, parameters=parameters)
 
 
 def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[State, Metrics]:
@@ -134,12 +146,12 @@ class _Rows:
         if self._recordings is not None:
             self._recordings.append(Recording())
         self._move_dropout(index)
-        return _inputs(self._parts[index])
+        return _inputs(self._parts[index], self._state.recipe.method)
 
     def loss(self, index: int, logits: Tensor) -> Tensor:
         """The share of the batch's loss."""
         part, batch = self._parts[index], self._batch
-        part_loss, _ = token_loss(logits, _tensor(part.labels), tensor=self._state.mesh.tensor)
+        part_loss = _loss_sum(self._state, part, logits)
         self.loss_sum += part_loss.detach()
         return part_loss / batch.target_tokens
 
@@ -156,19 +168,18 @@ class _Rows:
 def eval_step(state: State, batch: Batch) -> tuple[float, int]:
     """(loss sum, target tokens) of a batch, without dropout."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=compute_device())
-    for part, logits_BSV in _inferred(state, batch):
-        part_loss, _ = token_loss(logits_BSV, _tensor(part.labels), tensor=state.mesh.tensor)
-        loss_sum += part_loss
+    for part, logits_BTV in _inferred(state, batch):
+        loss_sum += _loss_sum(state, part, logits_BTV)
     return state.mesh.total(loss_sum).item(), batch.target_tokens
 
 
 @torch.no_grad()
 def logits(state: State, batch: Batch) -> NDArray[Any]:
-    """The model's output [B, S, V], without dropout."""
+    """The model's output [B, S, V] at the tokens, without dropout."""
     mesh = state.mesh
-    parts = [mesh.tensor.gather(part_BSV, -1) for _, part_BSV in _inferred(state, batch)]
-    whole = torch.cat([mesh.replicas.gather(part_BSV, 0) for part_BSV in parts]) if parts else None
-    return to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))
+    parts = [mesh.tensor.gather(part_BTV, -1) for _, part_BTV in _inferred(state, batch)]
+    whole = torch.cat([mesh.replicas.gather(part_BTV, 0) for part_BTV in parts]) if parts else None
+    return to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))[:, leading_rows(state.recipe.method) :]
 
 
 def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
@@ -179,7 +190,8 @@ def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
     state.model.eval()
     microbatches = state.recipe.plan.microbatches_of(len(batch.rows))
     parts = [_mine(state, part) for part in batch.split(microbatches)]
-    return zip(parts, state.engine.infer([_inputs(part) for part in parts]), strict=False)
+    inputs = [_inputs(part, state.recipe.method) for part in parts]
+    return zip(parts, state.engine.infer(inputs), strict=False)
 
 
 def weights_of(state: State, *, frozen: bool = False) -> Arrays:
@@ -244,12 +256,17 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _inputs(batch: Batch) -> Inputs:
+def _inputs(batch: Batch, method: Method) -> Inputs:
     return {
         "input_ids": _tensor(batch.input_ids),
-        "position_ids": _tensor(batch.positions),
-        "attention_mask": attention_mask(_tensor(batch.segments)),
+        "position_ids": all_positions(_tensor(batch.positions), method),
+        "attention_mask": all_visible(attention_mask(_tensor(batch.segments)), method),
     }
+
+
+def _loss_sum(state: State, batch: Batch, logits_BTV: Tensor) -> Tensor:
+    labels_BT = all_labels(_tensor(batch.labels), state.recipe.method)
+    return token_loss(logits_BTV, labels_BT, tensor=state.mesh.tensor)[0]
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -197,6 +197,15 @@ def copy_inputs(model: Any, peers: Peers) -> None:
     model.lm_head.register_forward_pre_hook(positional)
 
 
+def own_part(x: Tensor, dim: int, peers: Peers) -> Tensor:
+    """This process's part along `dim` of an `x` that all peers have; the gradient of `x` is whole again on each."""
+    if peers.size == 1:
+        return x
+    copied = _Copy.apply(x, peers)
+    assert isinstance(copied, Tensor)
+    return copied.chunk(peers.size, dim)[peers.index]
+
+
 def is_split(axis: str) -> bool:
     """Whether tensor parallelism splits this logical axis."""
     return WEIGHT_AXES.get(axis) == "tensor"

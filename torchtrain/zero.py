@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from torchtrain.engine import Inputs, Microbatches, Store, Stored
 from torchtrain.optim import MOMENTS, start_moments
-from torchtrain.tensor import Mesh, Peers
+from torchtrain.tensor import Mesh, Peers, compute_device
 from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
 
@@ -213,7 +213,7 @@ class DeepSpeedEngine:
             self._engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
     def infer(self, parts: Sequence[Inputs]) -> list[Tensor]:
-        """Logits [B, S, V] of each part."""
+        """Logits [B, T, V] of each part."""
         return [self._model(**inputs).logits for inputs in parts]
 
     def step(self) -> None:
@@ -234,6 +234,8 @@ class FlatStore:
     def __init__(self, engine: Any, optimizer: torch.optim.AdamW) -> None:
         self._engine, self._zero, self._optimizer = engine, engine.optimizer, optimizer
         self._is_bf16_optimizer = type(self._zero).__name__ == "BF16_Optimizer"
+        if self._is_bf16_optimizer:
+            _allow_no_share(self._zero)
         start_moments(optimizer, _updated(optimizer))
         # DeepSpeed does so at the first update; moments have to be there to be restored before.
         self._zero._lazy_init_hp_params_optimizer_state()
@@ -275,6 +277,23 @@ class FlatStore:
         else:
             gradients += [t for part in self._zero.averaged_gradients.values() for t in part or ()]
         return by_part(parameters, gradients, masters, self._optimizer)
+
+
+def _allow_no_share(zero: Any) -> None:
+    """Let a process have no gradient of its own in the norm, where DeepSpeed's optimizer for bf16 fails.
+
+    What all tensor peers or all stages have is counted by the first of them, and the others may have nothing else.
+    """
+    own = zero.get_grads_for_norm
+
+    def gradients(for_clipping: bool = False) -> Any:
+        found = own(for_clipping=for_clipping)
+        if for_clipping:
+            return found
+        dense, of_experts = found
+        return dense or [torch.zeros(1, device=compute_device())], of_experts
+
+    zero.get_grads_for_norm = gradients
 
 
 class _PartitionedStore:

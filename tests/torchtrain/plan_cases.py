@@ -26,6 +26,20 @@ METHODS: dict[str, dict[str, Any]] = {
         "targets": ["q_proj", "v_proj", "o_proj", "down_proj"],
     },
     "lora-head": {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": ["lm_head", "k_proj"]},
+    # Nothing in the later stages of a pipeline.
+    "lora-first": {
+        "kind": "lora",
+        "rank": 3,
+        "alpha": 5.0,
+        "rslora": True,
+        "targets": r"model\.layers\.0\..*",
+    },
+    "adapter": {"kind": "adapter", "bottleneck": 5, "activation": "gelu"},
+    "prompt": {"kind": "prompt", "virtual_tokens": 3},
+    "ptuning-mlp": {"kind": "ptuning", "virtual_tokens": 3, "hidden": 7},
+    "ptuning-lstm": {"kind": "ptuning", "virtual_tokens": 4, "encoder": "lstm", "hidden": 6, "dropout": 0.2},
+    "prefix": {"kind": "prefix", "virtual_tokens": 3},
+    "prefix-projection": {"kind": "prefix", "virtual_tokens": 3, "projection": True, "hidden": 5},
 }
 PRECISION = {
     "fp64": {"policy": "fp64", "reduce": "fp64"},
@@ -41,9 +55,11 @@ class Case:
     method: str
     precision: str
     plan: tuple[tuple[str, Any], ...] = ()
+    packing: bool = False
 
     def __str__(self) -> str:
-        return "-".join((self.model, self.method, self.precision, *(f"{k}-{v}" for k, v in self.plan)))
+        rows = ("packed",) if self.packing else ()
+        return "-".join((self.model, self.method, self.precision, *rows, *(f"{k}-{v}" for k, v in self.plan)))
 
     @property
     def alone(self) -> Case:
@@ -54,8 +70,8 @@ class Case:
         return Plan(**dict(self.plan)).devices
 
 
-def case(model: str, method: str, precision: str, **plan: Any) -> Case:
-    return Case(model, method, precision, tuple(plan.items()))
+def case(model: str, method: str, precision: str, *, packing: bool = False, **plan: Any) -> Case:
+    return Case(model, method, precision, tuple(plan.items()), packing)
 
 
 SHARDS = ("optimizer", "gradients", "params")

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan_cases import METHODS, PRECISION, Case, Resumed
+from plan_cases import METHODS, MODELS, PRECISION, Case, Resumed
 from ranks import Command, distance, drift, furthest, run_all, traced
 from safetensors.numpy import load_file
 from small import ROOT
 
 from parity.plant import Edit
+from trainspec.adapters import write_adapter
+from trainspec.init import initial_value
+from trainspec.methods import Full, LoRA, adapter_table
+from trainspec.model import ModelSpec
+from trainspec.params import Normal
 from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 
@@ -27,16 +33,34 @@ HELDOUT = ROOT / "configs/data/qa-heldout.jsonl"
 
 
 def recipe_of(make: Make, case: Case, **run: Any) -> Recipe:
-    return make(
+    recipe = make(
         case.model,
         method=METHODS[case.method],
         precision=PRECISION[case.precision],
         plan=dict(case.plan),
         batch={"global_examples": 24, "accumulation": 2},
-        data={"sequence_tokens": 96, "too_long": "cut"},
+        data={"sequence_tokens": 96, "too_long": "cut", "packing": case.packing},
         optimizer={"lr": LR, "weight_decay": 0.1, "clip_norm": 0.5},
         run={"steps": STEPS} | run,
     )
+    if isinstance(recipe.method, Full | LoRA):
+        return recipe
+    method = recipe.method.model_copy(update={"adapter": str(drawn_adapter(recipe, MODELS[case.model]))})
+    return recipe.model_copy(update={"method": method})
+
+
+def drawn_adapter(recipe: Recipe, spec: ModelSpec) -> Path:
+    """An adapter none of whose weights is zero, so that all gradients count from the first step."""
+    method = recipe.method
+    words = "-".join(str(value) for value in method.model_dump(exclude_none=True).values())
+    directory = Path(recipe.model.from_).parent / f"adapter-{spec.name}-{words}"
+    if not directory.exists():
+        rows = {
+            p.name: initial_value(replace(p, init=Normal(0.3)), seed=4, dtype="float32")
+            for p in adapter_table(spec, method)
+        }
+        write_adapter(directory, rows, model=spec, method=method, base=recipe.model.from_)
+    return directory
 
 
 def stopped_and_resumed(make: Make, resumed: Resumed, out: Path, *edits: Edit) -> list[Command]:

@@ -1,0 +1,61 @@
+"""Bottleneck adapters behind attention and MLP, before what they give is added to the residual stream.
+
+Houlsby and others, arXiv 1902.00751, figure 2. PEFT has no such method. Every tensor peer holds an adapter whole, as the
+stream is whole on each.
+"""
+
+# B examples, S sequence, E embed
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from trainspec.methods import Adapter
+from trainspec.model import ModelSpec
+
+# torch's gelu is the exact one, with erf.
+_ACTIVATIONS: dict[Literal["relu", "gelu", "silu"], Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+class Bottleneck(nn.Module):
+    """h + up(act(down(h)))."""
+
+    def __init__(self, embed: int, method: Adapter) -> None:
+        super().__init__()
+        self.down = nn.Linear(embed, method.bottleneck)
+        self.up = nn.Linear(method.bottleneck, embed)
+        self._act = _ACTIVATIONS[method.activation]
+
+    def forward(self, h_BSE: Tensor) -> Tensor:
+        """The same shape."""
+        return h_BSE + self.up(self._act(self.down(h_BSE)))
+
+
+def attach_adapters(model: LlamaForCausalLM, spec: ModelSpec, method: Adapter) -> None:
+    """Two adapters for each layer of `model`, on the meta device; a layer owns them under their canonical names."""
+    for layer in model.model.layers:
+        _put_behind(layer, layer.self_attn, "attention_adapter", spec, method)  # pyright: ignore[reportArgumentType]
+        _put_behind(layer, layer.mlp, "mlp_adapter", spec, method)  # pyright: ignore[reportArgumentType]
+
+
+def _put_behind(layer: nn.Module, block: nn.Module, name: str, spec: ModelSpec, method: Adapter) -> None:
+    """What `block` gives is what the adapter makes of it."""
+    with torch.device("meta"):
+        adapter = Bottleneck(spec.embed, method)
+    layer.add_module(name, adapter)
+
+    def adapt(_: nn.Module, __: Any, output: Any) -> Any:
+        # Attention gives its weights as well.
+        return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+    block.register_forward_hook(adapt)
