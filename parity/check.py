@@ -19,7 +19,7 @@ from parity.sides import Ran, Side, resolved_recipe, run_side
 from parity.tolerance import Bounds, ProofBounds
 from parity.verdict import Verdict
 from trainspec.errors import UserError
-from trainspec.methods import LoRA
+from trainspec.methods import Adapter, LoRA, virtual_tokens
 from trainspec.plan import Policy
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.schedule import learning_rate
@@ -156,10 +156,15 @@ def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
 def _counts(recipe: Recipe) -> dict[str, float]:
     """What a recipe counts: a factor between two tensors may be one of these."""
     counts = {"accumulation": float(recipe.batch.accumulation)}
-    if isinstance(recipe.method, LoRA):
-        rank = recipe.method.rank
-        counts |= {"rank": float(rank), "sqrt(rank)": rank**0.5, "alpha / rank": recipe.method.scale}
-    return counts
+    match recipe.method:
+        case LoRA(rank=rank, rslora=rslora, scale=scale):
+            by = "alpha / sqrt(rank)" if rslora else "alpha / rank"
+            return counts | {"rank": float(rank), "sqrt(rank)": rank**0.5, by: scale}
+        case Adapter(bottleneck=width):
+            return counts | {"bottleneck": float(width)}
+        case method:
+            count = virtual_tokens(method)
+            return counts | ({"virtual tokens": float(count)} if count else {})
 
 
 def _worth_a_closer_look(comparison: Comparison) -> int | None:

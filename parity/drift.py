@@ -2,13 +2,17 @@
 
 The growth model: a module whose effective weight differs by a share d between the sides (Frobenius norms) moves
 what passes through it by that share, once forward and once backward, and nothing amplifies it on its way. So a
-gradient's relative movement is at most 2 · sum of d over all modules. A low-rank pair is measured against the
-matrix it is added to; a bias likewise (behind a norm the input has unit size, so |bias| compares with |weight|).
-The gradient of A is proportional to B and the reverse: that partner's own relative distance comes on top.
+gradient's relative movement is at most 2 · sum of d over all modules. A bias is measured against its weight (behind a
+norm the input has unit size, so |bias| compares with |weight|). A pair of matrices whose product is added to something
+else is measured against that: LoRA's against the matrix, a bottleneck adapter's against the identity, with norm sqrt(E);
+its outer bias against the projection that it stands behind. The gradient of one of a pair is proportional to the other
+one: that partner's own relative distance comes on top.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -16,10 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.pair import Pair
-from trainspec.methods import PEFT_PREFIX
+from trainspec.methods import ENCODER, PEFT_PREFIX, LoRA, Method
 
 Array = NDArray[Any]
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+Weights = dict[str, tuple[Array, Array]]
+# The ends of the names of both halves of a pair.
+INNER, OUTER = (".lora_A.weight", "_adapter.down.weight"), (".lora_B.weight", "_adapter.up.weight")
+# The projection whose output a bottleneck adapter is given.
+_BEHIND = {"attention_adapter": "self_attn.o_proj", "mlp_adapter": "mlp.down_proj"}
+_ADAPTER = re.compile(r"(attention_adapter|mlp_adapter)\.(down|up)$")
+
+
+def lora_scale(method: Method) -> float:
+    """What a low-rank product is multiplied by; 1 where there is none."""
+    return method.scale if isinstance(method, LoRA) else 1.0
 
 
 def network_drift(pair: Pair, step: int, *, lora_scale: float) -> float:
@@ -27,18 +41,18 @@ def network_drift(pair: Pair, step: int, *, lora_scale: float) -> float:
     weights = pair.weights(step)
     distance: dict[str, float] = defaultdict(float)
     for name, (left, right) in weights.items():
-        module = _module(name)
-        size = _base_size(pair, module, weights)
+        size = _size_beside(pair, name, weights)
         apart = _norm(left - right)
-        if name.endswith((LORA_A, LORA_B)):
-            apart *= lora_scale * _norm(weights[_partner(name)][0]) if _partner(name) in weights else 0.0
-        distance[module] += apart / size if size else 0.0
+        if (partner := _partner(name)) != name:
+            apart *= _norm(weights[partner][0]) if partner in weights else 0.0
+            apart *= lora_scale if name.endswith((INNER[0], OUTER[0])) else 1.0
+        distance[_module(name)] += apart / size if size else 0.0
     return 2.0 * sum(distance.values())
 
 
 def partner_drift(pair: Pair, step: int, name: str) -> float:
-    """The relative distance of the other half of a low-rank pair; 0 for every other weight."""
-    if not name.endswith((LORA_A, LORA_B)) or _partner(name) not in pair.weights(step):
+    """The relative distance of the other half of a pair; 0 for every other weight."""
+    if _partner(name) == name or _partner(name) not in pair.weights(step):
         return 0.0
     left, right = pair.weights(step)[_partner(name)]
     size = max(_norm(left), _norm(right))
@@ -47,22 +61,33 @@ def partner_drift(pair: Pair, step: int, name: str) -> float:
 
 def _module(name: str) -> str:
     plain = name.removeprefix(PEFT_PREFIX)
-    for tail in (LORA_A, LORA_B, ".weight", ".bias"):
+    for tail in (INNER[0], OUTER[0], ".weight", ".bias"):
         if plain.endswith(tail):
             return plain.removesuffix(tail)
-    return plain
+    return plain.replace(".bias_", ".weight_") if plain.startswith(ENCODER) else plain  # an LSTM's
 
 
-def _base_size(pair: Pair, module: str, weights: dict[str, tuple[Array, Array]]) -> float:
-    """The norm of the matrix that the module adds to; where it is frozen, as it started."""
-    name = f"{module}.weight"
-    if name in weights:
-        return _norm(weights[name][0])
-    return pair.starting_size(name)
+def _size_beside(pair: Pair, name: str, weights: Weights) -> float:
+    """The norm of what the weight's module is measured against; where that is frozen, as it started."""
+    module = _module(name)
+    if adapter := _ADAPTER.search(module):
+        if name.endswith(".weight"):
+            return math.sqrt(weights[name][0].shape[1 if adapter.group(2) == "down" else 0])
+        module = _ADAPTER.sub(_BEHIND[adapter.group(1)], module)
+    for base in (f"{module}.weight", module):
+        if base in weights:
+            return _norm(weights[base][0])
+    return pair.starting_size(f"{module}.weight")
 
 
 def _partner(name: str) -> str:
-    return name.replace(LORA_A, LORA_B) if name.endswith(LORA_A) else name.replace(LORA_B, LORA_A)
+    """The other half of a pair (of an inner bias the outer half); the name itself where there is none."""
+    for inner, outer in zip(INNER, OUTER, strict=True):
+        if name.endswith(inner):
+            return name.removesuffix(inner) + outer
+        if name.endswith(outer):
+            return name.removesuffix(outer) + inner
+    return name.replace("_adapter.down.bias", "_adapter.up.weight")
 
 
 def _norm(array: Array) -> float:

@@ -15,9 +15,10 @@ from typing import Any, Literal, get_args
 from parity.batch import Ended, run_cases, training
 from parity.check import bounds_for
 from parity.compare import Comparison, Finding, compare
+from parity.drift import lora_scale
 from parity.pair import Pair
 from parity.plans import refusal, runs_as
-from parity.tiny import LORA, VARIANTS, Tiny, write_tiny
+from parity.tiny import METHODS, VARIANTS, Tiny, write_tiny
 from parity.verdict import explained
 from trainspec.errors import TraceError, UserError
 from trainspec.plan import Backend, Plan, Policy
@@ -26,7 +27,6 @@ from trainspec.trace import Trace
 
 Fields = Mapping[str, Any]
 
-METHODS: dict[str, Fields] = {"full": {"kind": "full"}, "lora": LORA.model_dump(mode="python")}
 _PACKED: Fields = {"packing": True, "sequence_tokens": 64}
 # So that four replicas have a row each in a microbatch of two.
 GLOBAL_EXAMPLES = 8
@@ -69,6 +69,8 @@ PIPELINES: dict[str, tuple[str, str]] = {
     "pipe-4-zero3-2-gpipe": ("deep", "packed-1"),
     "pipe-2-data-2-interleaved": ("deep", "packed-2"),
 }
+# Where every method is run in bf16: whole, split as a weight, as a layer, and over stages.
+COARSE = ("zero2-2", "zero3-2", "tensor-2", "pipe-2-zero1-2-tensor-2")
 # The usual sums in float32, and DeepSpeed's own default, which is also what XLA does where weights are cast before use.
 PRECISIONS: dict[str, Precision] = {
     "fp64": Precision(policy="fp64", reduce="fp64"),
@@ -103,7 +105,7 @@ class Cell:
         data, batch = BATCHES[self.batch]
         return tiny.recipe(
             self.model,
-            method=METHODS[self.method],
+            method=tiny.method(self.method, model=self.model),
             data=data,
             batch={"global_examples": GLOBAL_EXAMPLES, **batch},
             plan=runs_as(PLANS[self.plan], self.policy, backend).model_dump(),
@@ -130,26 +132,45 @@ class Row:
 
 
 def cells() -> list[Cell]:
-    """Every cell: all models, methods and precisions with one batch on one device, then what varies around them."""
+    """Every cell: all methods on all plans, models and ways to fill rows, in the precisions that show something new.
+
+    What all methods share (models, rows, how weights are split) is run in every precision with full training and LoRA.
+    The others are proven in fp64, and in fp32 wherever torch has no fp64, which is where DeepSpeed works; in bf16 where
+    arithmetic is as different as it gets.
+    """
     base, plain = "packed-2", "plain"
     proofs, usual = ("fp64", "fp32"), ("fp64", "fp32", "bf16")
+    shared, others = ("full", "lora"), [name for name in METHODS if name not in ("full", "lora")]
     models = [name for name in VARIANTS if name != "deep"]  # which is there for the pipelines
-    found = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(models, METHODS, usual)]
+    found = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(models, shared, usual)]
+    found += [Cell(plain, a, base, "one-device", p) for a, p in itertools.product(others, usual)]
+    found += [Cell(m, a, base, "one-device", "fp64") for m in models if m != plain for a in others]
     for name in BATCHES:
         if name != base:
-            found += [Cell(plain, a, name, "one-device", p) for a, p in itertools.product(METHODS, proofs)]
+            found += [Cell(plain, a, name, "one-device", p) for a, p in itertools.product(shared, proofs)]
+            found += [Cell(plain, a, name, "one-device", "fp64") for a in others]
     for name in PLANS:
         if name != "one-device":
             model, rows = PIPELINES.get(name, (plain, base))
-            found += [Cell(model, a, rows, name, p) for a, p in itertools.product(METHODS, usual)]
+            found += [Cell(model, a, rows, name, p) for a, p in itertools.product(shared, usual)]
+            found += [Cell(model, a, rows, name, p) for a, p in itertools.product(others, _telling(name))]
     # What of a model is split in a way of its own: a table that is used twice, biases of either kind.
     for variant in ("tied", "bias"):
-        found += [Cell(variant, a, base, "data-2-tensor-2", p) for a, p in itertools.product(METHODS, proofs)]
+        found += [Cell(variant, a, base, "data-2-tensor-2", p) for a, p in itertools.product(shared, proofs)]
         found += [Cell(variant, a, base, "zero3-2-tensor-2", "fp32") for a in METHODS]
     tied_stages = "pipe-2-zero1-2-tensor-2"  # a table that the first and the last stage have
-    found += [Cell("tied", a, base, tied_stages, p) for a, p in itertools.product(METHODS, proofs)]
+    found += [Cell("tied", a, base, tied_stages, p) for a, p in itertools.product(shared, proofs)]
     summed = ("one-device", "zero1-2", "zero3-2", "tensor-2", "zero3-2-tensor-2")
-    return [*found, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in METHODS)]
+    return [*found, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in shared)]
+
+
+def _telling(plan: str) -> list[str]:
+    """The precisions that a method is run in on a plan, where others have been run in all of them."""
+    torch_runs = {p: refusal(PLANS[plan], PRECISIONS[p].policy, "torch") is None for p in PRECISIONS}
+    found = ["fp64"]
+    if torch_runs["fp32"] and not torch_runs["fp64"]:
+        found.append("fp32")
+    return [*found, "bf16"] if plan in COARSE else found
 
 
 def refusals(cell: Cell) -> dict[Backend, str]:
@@ -182,7 +203,7 @@ def judge(cell: Cell, left: Path, right: Path) -> Row:
     """Compare the cell's two traces with the bounds of its precision."""
     try:
         pair = Pair(Trace(left), Trace(right))
-        scale = LORA.scale if METHODS[cell.method]["kind"] == LORA.kind else 1.0
+        scale = lora_scale(METHODS[cell.method])
         return row_of(cell, compare(pair, bounds_for(pair, cell.policy, lora_scale=scale)))
     except TraceError as error:
         return Row(cell, "fail", reason=str(error))

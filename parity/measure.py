@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from parity.adam import AdamRule
+from parity.drift import lora_scale
 from parity.measured import MeasuredBounds, Measurement, Sums
 from parity.pair import Pair
 from parity.perturb import DRAWS
@@ -22,7 +23,7 @@ from parity.tolerance import UNIT, Bounds
 from trainspec.command import EXIT_DONE
 from trainspec.errors import UserError
 from trainspec.hf import resolve_model
-from trainspec.methods import LoRA, full_table, trainable_table
+from trainspec.methods import full_table, trainable_table
 from trainspec.plan import COMPUTE_DTYPE, Backend
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.trace import Trace
@@ -68,8 +69,7 @@ def measured_bounds(
     """
     resolved = load_recipe(recipe, overrides)
     if not _start_as(resolved, pair):
-        scale = resolved.method.scale if isinstance(resolved.method, LoRA) else 1.0
-        return RoundingBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
+        return RoundingBounds(pair, precision, lora_scale=lora_scale(resolved.method), notes=(ESTIMATED,))
     runs = [trace.directory for trace in pair.traces]
     measurement = measure(
         runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at

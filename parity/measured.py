@@ -332,8 +332,10 @@ class MeasuredBounds:
         beta, factor = self._rule.spec.betas[0], max(self._factors(place.step))
         reach = (1.0 - beta) * factor * self._gradient_bound(gradient)
         reach = reach.reshape(moment1.shape[1:])
-        # A gradient that cannot move at all (of A, while B is zero) leaves no noise.
-        return (reach >= np.abs(moment1).max(axis=0)) & (reach > SMALLEST)
+        size = np.abs(moment1).max(axis=0)
+        # A gradient that cannot move at all (of A, while B is zero) leaves no noise, nor does one that is exactly zero on
+        # both sides (behind a ReLU): Adam makes no step of it.
+        return (reach >= size) & (reach > SMALLEST) & (size > 0)
 
 
 def _is_bfloat16(array: Array) -> bool:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from trainspec.methods import PEFT_PREFIX
+from trainspec.methods import ENCODER, PEFT_PREFIX
 
 Kind = Literal["initial", "batch", "row", "tensor", "optional", "derived"]
 
@@ -55,9 +55,12 @@ ROW_TENSORS = {
 
 # The order of modules within one decoder layer, as data flows; what is not listed comes last, by name.
 _WITHIN_LAYER = (
-    "input_layernorm", "q_proj", "k_proj", "v_proj", "query_key_value", "o_proj", "dense", "attention",
-    "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp", "block",
+    "input_layernorm", "q_proj", "k_proj", "v_proj", "query_key_value", "o_proj", "dense", "attention_adapter",
+    "attention", "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp_adapter", "mlp", "block",
 )  # fmt: skip
+# The parts of an encoder of virtual tokens, likewise; it comes before everything that sees them.
+_WITHIN_ENCODER = ("embedding", "lstm_head", "mlp_head", "transform")
+_LSTM_LAYER = re.compile(r"_l(\d+)(?:_reverse)?$")
 # Activation points outside of the layers; the stream is made by the weights before it.
 _POINTS = ("embedding", "norm", "logits")
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)(?:\.|$)")
@@ -76,11 +79,15 @@ class Place:
 
 
 def forward_key(name: str) -> tuple[int, int, int, str]:
-    """Sorts canonical names and activation points as data flows: embedding, layers in order, norm, head.
+    """Sorts canonical names and activation points as data flows: encoder, embedding, layers in order, norm, head.
 
     A point comes behind the weights that make it: `layers.0.mlp` behind those of `model.layers.0.mlp.down_proj`.
     """
     plain = name.removeprefix(PEFT_PREFIX)
+    if plain.startswith(f"{ENCODER}."):
+        part, lstm = plain.split(".")[1], _LSTM_LAYER.search(plain)
+        rank = _WITHIN_ENCODER.index(part) if part in _WITHIN_ENCODER else len(_WITHIN_ENCODER)
+        return -1, rank, int(lstm.group(1)) if lstm else 0, plain
     layer = _LAYER.search(plain)
     if layer:
         parts = plain[layer.end() :].split(".")

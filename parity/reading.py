@@ -31,7 +31,7 @@ MOST_NAMES = 3
 # Rank correlation of error and position from which an error is said to grow with it.
 GROWS = 0.6
 TOKEN_WISE = ("activation", "activation_gradient")
-NOT_DECAYED = re.compile(r"norm|\.bias$")
+NOT_DECAYED = re.compile(r"norm|\.bias$|\.bias_[ih]h_")
 DIGITS = re.compile(r"\.\d+\.")
 
 
@@ -214,9 +214,14 @@ def _ratios(counts: Mapping[str, float]) -> Iterator[tuple[str, float]]:
 
 
 def masked(scene: Scene) -> str | None:
-    """Where in the batch it differs, against where the padding and the documents' boundaries are."""
+    """Where in the batch it differs, against where virtual tokens, padding and the documents' boundaries are."""
     wrong = _wrong_positions(scene)
     if wrong is None or scene.segments is None or not wrong.any() or wrong.all():
+        return None
+    in_front, wrong = np.split(wrong, [wrong.shape[1] - scene.segments.shape[1]], axis=1)
+    if not wrong.any():
+        return "only on virtual tokens, in front of the embedded ones: the prompt or its encoder"
+    if in_front.any():
         return None
     padding = scene.segments == 0
     if padding.any() and not (wrong & ~padding).any():
@@ -234,9 +239,10 @@ def grows(scene: Scene) -> str | None:
     """The error of a position, against how far into its document it stands."""
     if _wrong_positions(scene) is None:
         return None
-    error, positions = _by_position(scene), scene.pair.read(scene.first.place.step, "batch", "positions")[0]
-    if positions is None or scene.segments is None or positions.shape != error.shape:
+    positions = scene.pair.read(scene.first.place.step, "batch", "positions")[0]
+    if positions is None or scene.segments is None or positions.shape != scene.segments.shape:
         return None
+    error = _by_position(scene)[:, -positions.shape[1] :]  # of the tokens of the batch
     real = scene.segments > 0
     at = np.unique(positions[real])
     means = np.array([error[real & (positions == each)].mean() for each in at])
@@ -246,14 +252,17 @@ def grows(scene: Scene) -> str | None:
 
 
 def _by_position(scene: Scene) -> Array:
-    """[examples, sequence_tokens]: the largest difference at each position."""
+    """[examples, rows]: the largest difference at each position."""
     error = np.abs(scene.left - scene.right)
     return error.reshape(*error.shape[:2], -1).max(axis=-1)
 
 
 def _wrong_positions(scene: Scene) -> Array | None:
-    fits = scene.segments is not None and scene.left.shape[:2] == scene.segments.shape
-    if scene.first.place.phase not in TOKEN_WISE or not fits or scene.left.ndim < 3:
+    """[examples, rows]; rows are tokens, and in front of them the virtual tokens of a prompt."""
+    if scene.first.place.phase not in TOKEN_WISE or scene.segments is None or scene.left.ndim < 3:
+        return None
+    examples, tokens = scene.segments.shape
+    if scene.left.shape[0] != examples or scene.left.shape[1] < tokens:
         return None
     return _by_position(scene) > scene.allowed
 

@@ -10,7 +10,7 @@ gradient   tail(N) · sqrt(2) · u · k · max|g|  +  drift · max|g|
            error of u sqrt(n/2) (Higham & Mary 2019, SIAM J. Sci. Comput. 41(5), without their safety factor),
            and one more rounding to store it. Independent errors add in squares along the longest path, each
            carried on with factor one: k² = sum of (1 + n/2) over the contractions of the forward and the
-           backward pass (`path_roundings`). Two sides: sqrt(2). The largest of N such errors, with one false
+           backward pass (`path_roundings`), an encoder's of virtual tokens included. Two sides: sqrt(2). The largest of N such errors, with one false
            alarm in a million tensors: tail(N) = sqrt(2 ln(2N / 1e-6)).
            The tensor as a whole: V(ν) · sqrt(2) · u · k · |g|, and drift · |g|, with Frobenius norms. Its squared
            distance has ν = INDEPENDENT ways or more to be large, and is above its mean by V² in one case in a million.
@@ -53,6 +53,7 @@ from parity.tolerance import (
     as_a_whole,
     largest,
 )
+from trainspec.methods import ENCODER
 
 Array = NDArray[Any]
 
@@ -64,6 +65,8 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 # Roundings of one layer that belong to no contraction: rotation 3, scaling 1, softmax 2, two residual sums 2,
 # SiLU and product 3, two norms 4; the backward pass has as many.
 POINTWISE = 15
+# Of a step of an LSTM: gates summed 2, their non-linearities 4, two products and a sum, tanh and product 2.
+POINTWISE_OF_CELL = 11
 # The independent ways in which a tensor's elements move, per draw: 2 mean² / variance of the squared norm of a
 # tensor's movement, over 12 draws of step 3 of the demo recipe, was 6.8 at the least of 16 tensors, some 30 in the median.
 INDEPENDENT = 6
@@ -90,7 +93,7 @@ class RoundingBounds:
         self.notes = notes
         self._stored, self._summed = UNIT[precision], UNIT["fp32"]
         shapes = pair.starting_shapes()
-        self._vocab = max((shape[0] for shape in shapes.values() if shape), default=1)
+        self._vocab = vocabulary(shapes)
         rows = pair.read(1, "batch", "input_ids")[0]
         self._forward, self._whole = path_roundings(
             shapes,
@@ -225,22 +228,47 @@ def path_roundings(
     norm over its width; attention's scores sum over a head, its softmax and its values over the sequence; the
     head's softmax over the vocabulary; a weight's own gradient over the tokens of the batch (`rows` is
     [examples, sequence_tokens]). Matrices that work side by side are counted one after another: an over-estimate.
+    Virtual tokens make the sequence longer, and their encoder's matrices stand before all others.
     """
-    examples, sequence = rows
-    widths = [shape[0] for shape in shapes.values() if len(shape) == 1]
-    width, vocab = max(widths, default=1), max((shape[0] for shape in shapes.values() if shape), default=1)
-    layers = sum(name.endswith("q_proj.weight") for name in shapes)
-    matrices = [s for name, s in shapes.items() if len(s) == 2 and not name.endswith("embed_tokens.weight")]
-    forward = [shape[1] for shape in matrices] + widths + layers * [width, sequence, sequence] + [vocab]
-    backward = (
-        [shape[0] for shape in matrices] + widths + layers * [width, sequence, sequence, sequence, sequence]
-    )
-    backward += [vocab, examples * sequence]
+    encoder = {name: shape for name, shape in shapes.items() if name.startswith(f"{ENCODER}.")}
+    model = {name: shape for name, shape in shapes.items() if name not in encoder}
+    virtual = encoder.get(f"{ENCODER}.embedding.weight", (0,))[0]
+    examples, sequence = rows[0], rows[1] + virtual
+    widths = [shape[0] for shape in model.values() if len(shape) == 1]
+    width, vocab = max(widths, default=1), vocabulary(model)
+    layers = sum(name.endswith("q_proj.weight") for name in model)
+    matrices = [s for name, s in model.items() if len(s) == 2 and not name.endswith("embed_tokens.weight")]
+    encoded = _in_encoder(encoder, virtual)
+    forward = [shape[1] for shape in (*encoded, *matrices)] + widths
+    forward += layers * [width, sequence, sequence] + [vocab]
+    backward = [shape[0] for shape in (*encoded, *matrices)] + widths
+    backward += layers * [width, sequence, sequence, sequence, sequence] + [vocab, examples * sequence]
+    cells = virtual * sum(".weight_hh_" in name for name in encoder)
 
     def squared(lengths: list[int]) -> float:
-        return (len(lengths) + layers * POINTWISE) * stored**2 + sum(lengths) / 2 * summed**2
+        pointwise = layers * POINTWISE + cells * POINTWISE_OF_CELL
+        return (len(lengths) + pointwise) * stored**2 + sum(lengths) / 2 * summed**2
 
     return squared(forward), squared(forward) + squared(backward)
+
+
+def vocabulary(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The longest first dimension of the model's weights."""
+    rows = [s[0] for name, s in shapes.items() if s and not name.startswith(f"{ENCODER}.")]
+    return max(rows, default=1)
+
+
+def _in_encoder(encoder: Mapping[str, tuple[int, ...]], virtual: int) -> list[tuple[int, ...]]:
+    """[out, in] of every product of an encoder, one after the other: of an LSTM as many as there are virtual tokens.
+
+    A bias is one sum, and behind it a non-linearity: two products of length 1.
+    """
+    found: list[tuple[int, ...]] = []
+    for name, shape in encoder.items():
+        if name != f"{ENCODER}.embedding.weight":
+            times = virtual if ".weight_hh_" in name else 1
+            found += times * [shape] if len(shape) == 2 else 2 * [(1, 1)]
+    return found
 
 
 def tail(size: int) -> float:

@@ -20,7 +20,8 @@ on torch, from the same tiny model, and every gradient, moment and update was co
 compared with its run on one device; the line that it says stands below. `packed-2` is packed rows in two parts of accumulation,
 `right-2` and `left-2` are padded ones; `zero1-2` splits the optimizer over two devices, `zero2-2` gradients as well,
 `zero3-2` everything; `pipe-2` and `pipe-4` are stages of a pipeline, under 1F1B if no other schedule is named; bf16 sums
-gradients in float32, `bf16-sums` in bfloat16. `deep` has five layers, the other models two.
+gradients in float32, `bf16-sums` in bfloat16. `deep` has five layers, the other models two. Adapters start from weights of
+which none is zero, so that all of them take part from the first update.
 
 Error and bound are shares of the tensor's largest entry, at the place that uses most of its bound; in a cell that
 fails, at the first divergence. Used is error / bound, where an earlier difference is handed on the share of the rest.
@@ -48,7 +49,7 @@ def status_page(rows: Sequence[Row]) -> str:
     ran = [row for row in rows if row.verdict != "unsupported"]
     refused = [row for row in rows if row.verdict == "unsupported"]
     names = ("model", "method", "rows", "plan", "precision")
-    parts = [head]
+    parts = [head, "## Methods and plans\n\n" + _methods_by_plans(rows)]
     if ran:
         columns = (*names, "on one device", "verdict", "error", "bound", "used", "noise", "where")
         parts.append("## Run and compared\n\n" + _table(columns, map(_ran, ran)))
@@ -77,6 +78,22 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
 def _counts(rows: Sequence[Row]) -> str:
     counts = Counter(row.verdict for row in rows)
     return ", ".join(f"{counts[word]} {word}" for word in ("pass", "fail", "unsupported"))
+
+
+def _methods_by_plans(rows: Sequence[Row]) -> str:
+    """A line for every plan with what each method was run in; what did not pass, in any model or rows, stands out."""
+    methods = dict.fromkeys(row.cell.method for row in rows)
+
+    def cell(plan: str, method: str) -> str:
+        found: dict[str, set[str]] = {}
+        for row in rows:
+            if (row.cell.plan, row.cell.method) == (plan, method):
+                found.setdefault(row.cell.precision, set()).add(row.verdict)
+        words = [p if v == {"pass"} else f"**{p}: {', '.join(sorted(v))}**" for p, v in found.items()]
+        return " ".join(words) or "**not run**"
+
+    plans = dict.fromkeys(row.cell.plan for row in rows)
+    return _table(("plan", *methods), ([plan, *(cell(plan, m) for m in methods)] for plan in plans))
 
 
 def _names(row: Row) -> list[str]:

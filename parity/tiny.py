@@ -1,7 +1,7 @@
 """A complete training set-up of a few kilobytes, made on the spot: `parity faults` and `parity matrix` need no files.
 
-Model directories (weights, biases and norms all drawn, so that a forgotten one shows), a LoRA adapter whose B is not
-zero, a tokenizer trained on the spot, and question-and-answer records of different lengths.
+Model directories (weights, biases and norms all drawn, so that a forgotten one shows), an adapter for each method
+of which the same is true, a tokenizer trained on the spot, and question-and-answer records of different lengths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trainspec.adapters import write_adapter
 from trainspec.hf import write_model
 from trainspec.init import initial_value
-from trainspec.methods import LoRA, adapter_table
+from trainspec.methods import Adapter, Full, LoRA, Method, PrefixTuning, PromptTuning, PTuning, adapter_table
 from trainspec.model import Llama3Scaling, ModelSpec, config_of
 from trainspec.params import Normal, Param, Zeros, param_table
 from trainspec.recipe import Recipe
@@ -40,6 +40,17 @@ VARIANTS: dict[str, ModelSpec] = {
     "deep": replace(TINY, layers=5),
 }
 LORA = LoRA(rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))
+# Every method, and each of its encoders, under a name of its own. Three virtual tokens: no number of devices divides them.
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "lora": LORA,
+    "adapter": Adapter(bottleneck=8, activation="gelu"),
+    "prompt": PromptTuning(virtual_tokens=3),
+    "ptuning-mlp": PTuning(virtual_tokens=3, encoder="mlp", hidden=16),
+    "ptuning-lstm": PTuning(virtual_tokens=3, encoder="lstm", hidden=8, dropout=0.1),
+    "prefix": PrefixTuning(virtual_tokens=3),
+    "prefix-projection": PrefixTuning(virtual_tokens=3, projection=True, hidden=16),
+}
 
 _NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -53,10 +64,15 @@ class Tiny:
 
     root: Path
 
-    @property
-    def adapter(self) -> Path:
-        """A PEFT directory for `LORA` on the plain model, with B not zero: the adapter takes part from step 1."""
-        return self.root / "adapter"
+    def adapter(self, method: str, *, model: str = "plain") -> Path:
+        """A directory to start a method of `METHODS` from; nothing in it is zero: all of it takes part from step 1."""
+        return self.root / "adapters" / f"{method}-{VARIANTS[model].layers}"
+
+    def method(self, name: str, *, model: str = "plain") -> dict[str, Any]:
+        """The section of a recipe for a method of `METHODS` that starts from its adapter, where it has one."""
+        method = METHODS[name]
+        start = {} if isinstance(method, Full) else {"adapter": str(self.adapter(name, model=model))}
+        return method.model_dump(mode="python") | start
 
     def model(self, variant: str) -> Path:
         """The Hugging Face directory of a variant."""
@@ -104,9 +120,14 @@ def write_tiny(root: Path) -> Tiny:
         tokenizer.save(str(root / variant / "tokenizer.json"))
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
         (root / variant / "tokenizer_config.json").write_text(json.dumps(special))
-    adapter = {p.name: _drawn(p) for p in adapter_table(TINY, LORA)}
-    write_adapter(root / "adapter", adapter, model=TINY, method=LORA, base="tiny")
-    return Tiny(root)
+    tiny = Tiny(root)
+    for name, method in METHODS.items():
+        for variant in () if isinstance(method, Full) else ("plain", "deep"):
+            spec = VARIANTS[variant]
+            weights = {p.name: _drawn(p) for p in adapter_table(spec, method)}
+            directory = tiny.adapter(name, model=variant)
+            write_adapter(directory, weights, model=spec, method=method, base=variant)
+    return tiny
 
 
 def _weights(spec: ModelSpec) -> Iterator[tuple[str, NDArray[Any]]]:

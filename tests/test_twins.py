@@ -18,12 +18,12 @@ from small import recipe_maker
 
 from parity.batch import run_cases, training
 from parity.check import diff
+from parity.tiny import METHODS
 from trainspec.plan import Backend, Plan
 from trainspec.recipe import Recipe
 
 Make = Callable[..., Recipe]
 LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj", "v_proj", "down_proj"]}
-FULL = {"kind": "full"}
 FP64 = {"policy": "fp64", "reduce": "fp64"}
 STEPS = 10
 
@@ -52,13 +52,26 @@ CASES = [Case(m, a, p) for m, a, p in itertools.product(("lora", "full"), (1, 4)
     Case("lora", 2, True, targets=("lm_head", "o_proj")),
     Case("lora", 2, True, targets=r"model\.layers\.1\..*(q|up)_proj"),
 ]
+# Methods that add something else to a model than LoRA does; they start as they do without an adapter.
+CASES += [
+    Case("adapter", 2, True, "bias", remat="full"),
+    Case("ptuning-lstm", 2, True, remat="full"),
+]
+LONG_CASES = [
+    Case("prompt", 2, False, "tied", padding_side="left"),
+    Case("ptuning-mlp", 2, True),
+    Case("prefix", 2, False, padding_side="left", remat="full"),
+    Case("prefix-projection", 4, True),
+]
 FP32_CASES = [Case("lora", 2, True), Case("full", 2, False), Case("full", 2, True, "tied", remat="full")]
 
 
 def recipe_of(make: Make, case: Case, **precision) -> Recipe:
     return make(
         case.variant,
-        method=LORA | {"targets": case.targets} if case.method == "lora" else FULL,
+        method=LORA | {"targets": case.targets}
+        if case.method == "lora"
+        else METHODS[case.method].model_dump(),
         # 320 tokens hold two or three records, so a packed row is one.
         data={
             "packing": case.packing,
@@ -92,13 +105,21 @@ def module_recipes(model_dirs, tmp_path_factory) -> Make:
     return recipe_maker(model_dirs, tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module")
-def proof_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("proof")
-    recipes = {str(case): recipe_of(module_recipes, case) for case in CASES}
+def prove_all(cases: list[Case], make: Make, root: Path) -> Path:
+    recipes = {str(case): recipe_of(make, case) for case in cases}
     for program in ("jaxtrain", "torchtrain"):
         train_all(program, recipes, root)
     return root
+
+
+@pytest.fixture(scope="module")
+def proof_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prove_all(CASES, module_recipes, tmp_path_factory.mktemp("proof"))
+
+
+@pytest.fixture(scope="module")
+def long_proof_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prove_all(LONG_CASES, module_recipes, tmp_path_factory.mktemp("long-proof"))
 
 
 def traces(root: Path, name: str) -> tuple[Path, Path]:
@@ -107,7 +128,17 @@ def traces(root: Path, name: str) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fp64_proof(proof_runs: Path, case: Case, tmp_path: Path, record_property):
-    left, right = traces(proof_runs, str(case))
+    prove(proof_runs, case, tmp_path, record_property)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+def test_fp64_proof_of_the_other_methods(long_proof_runs: Path, case: Case, tmp_path: Path, record_property):
+    prove(long_proof_runs, case, tmp_path, record_property)
+
+
+def prove(runs: Path, case: Case, tmp_path: Path, record_property) -> None:
+    left, right = traces(runs, str(case))
     verdict = diff(left, right, precision="fp64", out=tmp_path)
     found = json.loads((tmp_path / "verdict.json").read_text())
     assert verdict.holds, found["first_divergence"]

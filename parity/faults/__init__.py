@@ -1,6 +1,6 @@
 """Named faults that a check must catch, each at the right place: the negative controls of the proof."""
 
-from parity.faults import forward, loss, methods, pipeline, precision, sharding, update
+from parity.faults import forward, loss, methods, pipeline, precision, sharding, update, virtual
 from parity.faults.fault import Fault, Where
 
 FAULTS: tuple[Fault, ...] = (
@@ -8,6 +8,7 @@ FAULTS: tuple[Fault, ...] = (
     *loss.FAULTS,
     *update.FAULTS,
     *methods.FAULTS,
+    *virtual.FAULTS,
     *precision.FAULTS,
     *sharding.FAULTS,
     *pipeline.FAULTS,

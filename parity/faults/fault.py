@@ -10,7 +10,7 @@ from typing import Any
 from parity.phases import Place
 from parity.plans import refusal, runs_as
 from parity.plant import Edit
-from parity.tiny import LORA, Tiny
+from parity.tiny import METHODS, Tiny
 from trainspec.plan import Backend, Plan, Policy
 from trainspec.recipe import Recipe
 
@@ -66,7 +66,6 @@ class Fault:
 
 # What a fault needs of a recipe to be visible, by name. Rows are padded on the left, where a causal mask alone does
 # not hide the padding.
-_LORA: Mapping[str, Any] = LORA.model_dump()
 _LEFT = {"padding_side": "left"}
 SETUPS: dict[str, str] = {
     "full": "every weight is trained, two microbatches, rows padded on the left, clipped, decayed",
@@ -77,6 +76,12 @@ SETUPS: dict[str, str] = {
     "lora": "a fresh adapter (B is zero), with dropout",
     "adapter": "an adapter whose B is not zero, with dropout",
     "remat": "the same, recomputed in the backward pass",
+    "bottleneck": "bottleneck adapters, every one of them not zero, with gelu",
+    "prompt": "three virtual tokens in front of the embedded ones",
+    "ptuning-mlp": "the same, made by P-tuning's MLP",
+    "ptuning-lstm": "the same, made by P-tuning's LSTM, with dropout",
+    "prefix": "three keys and values in front of every layer's own",
+    "prefix-projection": "the same, made by a projection",
     "tensor": "every weight and bias is trained, each layer split over two devices",
     "tensor-adapter": "an adapter whose B is not zero, with dropout, each layer split over two devices",
     "data": "every weight is trained, the rows of each microbatch split over two devices",
@@ -110,7 +115,6 @@ _VARIANTS = {
 
 def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) -> Recipe:
     """What a backend trains in a set-up of `SETUPS`; a plan that it refuses on one device."""
-    adapter = {**_LORA, "adapter": str(tiny.adapter)}
     sections: dict[str, Mapping[str, Any]] = {
         "data": _LEFT,
         "precision": {"policy": precision},
@@ -126,9 +130,11 @@ def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) ->
         case "warmup":
             sections["schedule"] = {"kind": "cosine", "warmup_steps": 3}
         case "lora":
-            sections["method"] = _LORA
+            sections["method"] = METHODS["lora"].model_dump()
         case "adapter" | "remat" | "tensor-adapter":
-            sections["method"] = adapter
+            sections["method"] = tiny.method("lora")
+        case "bottleneck" | "prompt" | "ptuning-mlp" | "ptuning-lstm" | "prefix" | "prefix-projection":
+            sections["method"] = tiny.method("adapter" if setup == "bottleneck" else setup)
         case other:
             raise ValueError(f"no set-up {other!r}")
     return tiny.recipe(_VARIANTS.get(setup, "plain"), **sections)

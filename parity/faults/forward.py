@@ -9,10 +9,10 @@ from parity.plant import Edit
 MODEL, TORCH_MODEL = "jaxtrain.model", "torchtrain.model"
 FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 TABLES = "cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)"
-MIXED = "mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask_BSS)"
+ROTATED = "q, k = rotate(q, cos, sin), rotate(k, cos, sin)"
 THETA = Edit("trainspec.model", "np.asarray(model.rope_theta, dtype)", "np.asarray(10_000.0, dtype)")
-SAME_SEGMENT = "(segments_BS[:, :, None] == segments_BS[:, None, :])"
-TORCH_SAME_SEGMENT = "segments_BS[:, :, None] == segments_BS[:, None, :]"
+SAME_SEGMENT = "segments_BS[:, :, None] == segments_BS[:, None, :]"
+ANY_SEGMENT = "(segments_BS[:, :, None] > 0) == (segments_BS[:, None, :] > 0)"
 # torchtrain's own norm, which fp64 runs have, in every precision.
 OWN_NORM = Edit(TORCH_MODEL, 'if policy == "fp64":', "if True:")
 
@@ -66,8 +66,8 @@ FAULTS = (
             ),
             Edit(
                 MODEL,
-                MIXED,
-                "mixed = attend(rotate(q, cos[0], sin[0]), rotate(k, cos[1], sin[1]), v, mask_BSS)",
+                ROTATED,
+                "q, k = rotate(q, cos[0], sin[0]), rotate(k, cos[1], sin[1])",
             ),
         ),
         torch=(
@@ -104,9 +104,9 @@ FAULTS = (
         jax=(
             Edit(
                 MODEL,
-                MIXED,
+                ROTATED,
                 "wrong = (q.shape[2] * self.head_dim / x_BSE.shape[-1]) ** 0.5\n        "
-                + MIXED.replace("rotate(q", "rotate(q * wrong"),
+                + ROTATED.replace("rotate(q", "rotate(q * wrong"),
             ),
         ),
         torch=torch_model(
@@ -127,24 +127,16 @@ FAULTS = (
         imitates="padding on the left is seen by the tokens behind it",
         source="NVIDIA-NeMo/Automodel#3704 (36 of 150 models), huggingface/transformers#29419",
         where=FIRST_ATTENTION,
-        jax=(Edit(MODEL, SAME_SEGMENT, f"({SAME_SEGMENT} | (segments_BS[:, None, :] == 0))"),),
-        torch=(
-            Edit(TORCH_MODEL, TORCH_SAME_SEGMENT, f"({TORCH_SAME_SEGMENT}) | (segments_BS[:, None, :] == 0)"),
-        ),
+        jax=(Edit(MODEL, SAME_SEGMENT, f"({SAME_SEGMENT}) | (segments_BS[:, None, :] == 0)"),),
+        torch=(Edit(TORCH_MODEL, SAME_SEGMENT, f"({SAME_SEGMENT}) | (segments_BS[:, None, :] == 0)"),),
     ),
     Fault(
         name="packed-rows-attend",
         imitates="documents packed into one row see each other",
         source="LlamaFactory#7318, MeetKai/functionary#265, meta-pytorch/torchtune#875",
         where=FIRST_ATTENTION,
-        jax=(Edit(MODEL, SAME_SEGMENT, "((segments_BS[:, :, None] > 0) == (segments_BS[:, None, :] > 0))"),),
-        torch=(
-            Edit(
-                TORCH_MODEL,
-                TORCH_SAME_SEGMENT,
-                "(segments_BS[:, :, None] > 0) == (segments_BS[:, None, :] > 0)",
-            ),
-        ),
+        jax=(Edit(MODEL, SAME_SEGMENT, ANY_SEGMENT),),
+        torch=(Edit(TORCH_MODEL, SAME_SEGMENT, ANY_SEGMENT),),
         setup="packed",
     ),
     Fault(

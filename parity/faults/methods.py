@@ -1,4 +1,4 @@
-"""Faults of methods and starting weights: LoRA's parts, what is frozen, what a run starts from."""
+"""Faults of methods and starting weights: LoRA's parts, adapters, what is frozen, what a run starts from."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from parity.faults.fault import Fault, Where
 from parity.plant import Edit
 
 JAX, TORCH, TABLE = "jaxtrain.methods", "torchtrain.methods", "trainspec.methods"
+ADAPTER, TORCH_ADAPTER = "jaxtrain.adapter", "torchtrain.adapter"
 FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 SCALE = "method.scale, method.dropout"
 DROPPED = "dropped = x if point is None or self.rate == 0 else self._dropout(x, point)"
 A_PRODUCT = "matmul(dropped, self.lora_a.get_value())"
 B_PRODUCT = "matmul(low, self.lora_b.get_value())"
 TORCH_DROPOUT = (
-    "layer.lora_dropout[_ADAPTER] = _CounterDropout(module, seed=seed, rate=method.dropout, point=point)"
+    "layer.lora_dropout[_ADAPTER] = CounterDropout(module, seed=seed, rate=method.dropout, point=point)"
 )
+TORCH_MASKS = "torchtrain.dropout"
 SQUARE = "model.layers.0.self_attn.v_proj.weight"  # the right shape when transposed
 STARTS_SWAPPED = (
     Edit(TABLE, '("rank", in_axis), UniformFanIn(in_size))', '("rank", in_axis), Zeros())'),
@@ -55,7 +57,7 @@ FAULTS = (
         source="NVIDIA/TensorRT-LLM#1668; rsLoRA, arXiv 2312.03732",
         where=FIRST_ATTENTION,
         jax=(Edit(JAX, SCALE, "method.alpha / method.rank**0.5, method.dropout"),),
-        torch=(Edit(TORCH, "r=method.rank,", "r=method.rank,\n        use_rslora=True,"),),
+        torch=(Edit(TORCH, "use_rslora=method.rslora,", "use_rslora=True,"),),
         setup="adapter",
     ),
     Fault(
@@ -110,7 +112,9 @@ FAULTS = (
         source="NVIDIA-NeMo/Megatron-Bridge#5257 (one draw too many)",
         where=FIRST_ATTENTION,
         jax=(Edit(JAX, 'seed, "dropout", target', 'seed + 1, "dropout", target'),),
-        torch=(Edit(TORCH, 'name_key(seed, "dropout", module)', 'name_key(seed + 1, "dropout", module)'),),
+        torch=(
+            Edit(TORCH_MASKS, 'name_key(seed, "dropout", module)', 'name_key(seed + 1, "dropout", module)'),
+        ),
         setup="adapter",
     ),
     Fault(
@@ -121,6 +125,42 @@ FAULTS = (
         jax=(TARGET_MISSED,),
         torch=(TARGET_MISSED,),
         setup="lora",
+    ),
+    Fault(
+        name="adapter-behind-the-residual",
+        imitates="the adapter behind the MLP is given the residual stream, with what the MLP adds to it",
+        source="google-research/adapter-bert#7, adapter-hub/adapters#95; arXiv 1902.00751, figure 2",
+        where=Where("activation", r"layers\.0\.mlp"),
+        jax=(
+            Edit(
+                "jaxtrain.model",
+                "inner = self.mlp_adapter(inner)",
+                "inner = self.mlp_adapter(x_BSE + inner) - x_BSE",
+            ),
+        ),
+        torch=(
+            Edit(
+                TORCH_ADAPTER,
+                '_put_behind(layer, layer.mlp, "mlp_adapter"',
+                '_put_behind(layer, layer, "mlp_adapter"',
+            ),
+        ),
+        setup="bottleneck",
+    ),
+    Fault(
+        name="adapter-without-non-linearity",
+        imitates="nothing stands between the adapter's two matrices, which makes them one",
+        source="thuml/Universal-Domain-Adaptation#7; arXiv 1902.00751, figure 2",
+        where=FIRST_ATTENTION,
+        jax=(
+            Edit(
+                ADAPTER,
+                "_act(self.activation, down.astype(wide(down.dtype))).astype(down.dtype)",
+                "down",
+            ),
+        ),
+        torch=(Edit(TORCH_ADAPTER, "self.up(self._act(self.down(h_BSE)))", "self.up(self.down(h_BSE))"),),
+        setup="bottleneck",
     ),
     Fault(
         name="frozen-weight-trained",
@@ -178,8 +218,8 @@ FAULTS = (
         jax=(
             Edit(
                 "jaxtrain.model",
-                "def block(x_BSE: Array, layer: tuple[nnx.State, Probes]) ->",
-                "def block(x_BSE, layer, point=point) ->",
+                "x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None]\n",
+                "x_BSE, layer, point=point\n",
             ),
             # The value is the first pass's, the gradient the second one's.
             Edit(
@@ -193,7 +233,7 @@ FAULTS = (
         ),
         torch=(
             Edit(
-                TORCH,
+                TORCH_MASKS,
                 "step=self._point.step,",
                 "step=self._point.step + (torch._C._current_graph_task_id() != -1),  # in a backward pass",
             ),

@@ -23,7 +23,7 @@ from parity.perturb import folded, perturbed
 from parity.phases import Place
 from parity.rounding import tail, too_large
 from parity.sides import Side, run_side
-from parity.tiny import LORA, Tiny, write_tiny
+from parity.tiny import METHODS, Tiny, write_tiny
 from parity.tolerance import Bound, Contrast, as_a_whole
 from parity.verdict import Verdict, explained
 from trainspec.recipe import load_recipe
@@ -59,7 +59,7 @@ def tiny(tmp_path_factory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def lora(tiny: Tiny, tmp_path_factory) -> Path:
-    method = LORA.model_dump() | {"adapter": str(tiny.adapter)}
+    method = tiny.method("lora")
     return run_both(tmp_path_factory.mktemp("runs") / "lora", tiny, "plain", method=method, data=PACKED)
 
 
@@ -71,7 +71,7 @@ def measured(lora: Path) -> MeasuredBounds:
 @pytest.fixture(scope="module")
 def coarse(tiny: Tiny, tmp_path_factory) -> Path:
     """The same in bf16."""
-    method = LORA.model_dump() | {"adapter": str(tiny.adapter)}
+    method = tiny.method("lora")
     home = tmp_path_factory.mktemp("runs") / "coarse"
     return run_both(home, tiny, "plain", precision="bf16", method=method, data=PACKED)
 
@@ -119,6 +119,17 @@ def test_clean_lora_in_bf16_keeps_its_distance_and_every_gradient_is_proven(
 def test_clean_full_training_keeps_its_distance(variant: str, precision: Low, tiny: Tiny, tmp_path: Path):
     data = PACKED if variant == "tied" else {"padding_side": "left"}
     home = run_both(tmp_path / "full", tiny, variant, precision=precision, method={"kind": "full"}, data=data)
+    keeps_its_distance(*bounds_of(home, precision), noise=0.001 if precision == "fp32" else 0.6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("full", "lora")])
+def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny: Tiny, tmp_path: Path):
+    data = {"padding_side": "left"} if method in ("prompt", "prefix") else PACKED
+    home = run_both(
+        tmp_path / method, tiny, "plain", precision=precision, method=tiny.method(method), data=data
+    )
     keeps_its_distance(*bounds_of(home, precision), noise=0.001 if precision == "fp32" else 0.6)
 
 

@@ -39,6 +39,7 @@ SAMPLE = (
     "update-lost",
     "start-transposed",
     "rope-all-offset",
+    "prefix-positions-from-zero",
     "vocab-offset-in-loss",  # on two devices
     "pipeline-not-drained",  # of which torch has none in fp64
 )

@@ -13,7 +13,7 @@ from parity.compare import places
 from parity.pair import Pair
 from parity.phases import in_order
 from parity.sides import parse_side
-from parity.tiny import LORA, Tiny, write_tiny
+from parity.tiny import Tiny, write_tiny
 from trainspec.trace import Trace, activation_points
 
 
@@ -23,7 +23,7 @@ def tiny(tmp_path_factory) -> Tiny:
 
 
 def checked(tiny: Tiny, out: Path, right: str, precision="fp64"):
-    method = LORA.model_dump() | {"adapter": str(tiny.adapter)}
+    method = tiny.method("lora")
     recipe = out / "r.yaml"
     out.mkdir(exist_ok=True)
     recipe.write_text(

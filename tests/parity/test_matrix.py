@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from synthetic import Q1, Sim, write
 
 from parity.cli import main
 from parity.matrix import BACKENDS, PLANS, PRECISIONS, Cell, Row, cells, judge, refusals, run_matrix, select
+from parity.plans import refusal
 from parity.status import status_page
-from parity.tiny import VARIANTS, Tiny
+from parity.tiny import METHODS, VARIANTS, Tiny
 from trainspec.errors import UserError
 from trainspec.plan import Plan, Policy, check_fits
 
@@ -22,7 +24,8 @@ CELL = Cell("plain", "full", "packed-2", "one-device", "fp64")
 
 
 def names_on(page: str) -> list[str]:
-    page = page.split("## What is refused")[0]
+    start = page.index("\n## ", page.index("## Methods and plans"))
+    page = page[start:].split("## What is refused")[0]
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     return ["/".join(row[:5]) for row in rows if row[0] not in ("model", "---")]
 
@@ -40,6 +43,30 @@ def test_the_cells_are_distinct_and_cover_every_table_entry():
     planned = {(cell.plan, cell.policy) for cell in cells()}
     assert planned == {(plan, p) for plan in PLANS for p in get_args(Policy)}
     assert {cell.model for cell in cells()} == set(VARIANTS)
+
+
+def test_every_method_is_run_on_every_plan_and_none_is_left_out_silently():
+    proven = {(cell.method, cell.plan) for cell in cells() if cell.precision == "fp64"}
+    assert proven == set(itertools.product(METHODS, PLANS))
+    coarse = {(cell.method, cell.plan) for cell in cells() if cell.precision == "fp32"}
+    split = {
+        plan
+        for plan in PLANS
+        if refusal(PLANS[plan], "fp64", "torch") and not refusal(PLANS[plan], "fp32", "torch")
+    }
+    assert coarse >= set(itertools.product(METHODS, split))  # where DeepSpeed works
+    table = (ROOT / "docs/parity-status.md").read_text().split("## Methods and plans")[1].split("\n## ")[0]
+    assert "not run" not in table
+    assert table.count("\n| ") == len(PLANS) + 2
+
+
+def test_what_was_not_run_or_failed_stands_out(tmp_path: Path):
+    left, right = write(Sim(), tmp_path / "left"), write(Sim(gradient_factor=(Q1, 1.1)), tmp_path / "right")
+    passed = judge(CELL, left, left)
+    failed = judge(replace(CELL, method="lora", plan="data-2"), left, right)
+    table = status_page([passed, failed]).split("## Methods and plans")[1].split("\n## ")[0]
+    assert "| one-device | fp64 | **not run** |" in table
+    assert "| data-2 | **not run** | **fp64: fail** |" in table
 
 
 def test_every_plan_runs_on_jax_and_divides_model_and_batch(tmp_path: Path):
@@ -126,7 +153,7 @@ def test_no_cell_of_that_name_is_a_persons_mistake():
 
 
 def test_one_real_cell_runs_on_both_backends(tmp_path: Path, capsys):
-    only = "tied/lora/packed-2/one-device/fp64"
+    only = "tied/prefix-projection/packed-2/one-device/fp64"
     assert main(["matrix", "--only", only, "--out", str(tmp_path)]) == 0, capsys.readouterr().out
     [entry] = json.loads((tmp_path / "matrix.json").read_text())["cells"]
     assert entry["verdict"] == "pass"

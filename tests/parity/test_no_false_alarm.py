@@ -1,4 +1,4 @@
-"""Clean runs must pass: both methods, ten seeds each, rows of up to 512 tokens, in fp64 and in fp32.
+"""Clean runs must pass: every method, ten seeds each, rows of up to 512 tokens, in fp64 and in fp32.
 
 Each prints the largest share of its bounds that it uses (`pytest -m full -s tests/parity/test_no_false_alarm.py`).
 """
@@ -12,12 +12,10 @@ from small import VARIANTS, recipe_maker
 
 from parity.check import check
 from parity.sides import Side
+from parity.tiny import METHODS
 
 LENGTHS = (64, 128, 256, 384, 512)
-METHODS = {
-    "full": {"kind": "full"},
-    "lora": {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"},
-}
+ALL_LINEAR = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"}
 
 
 @pytest.mark.full
@@ -28,7 +26,7 @@ def test_a_clean_run_passes(model_dirs, tmp_path: Path, capsys, method: str, see
     tokens, variant = LENGTHS[seed % len(LENGTHS)], list(VARIANTS)[seed % len(VARIANTS)]
     recipe = recipe_maker(model_dirs, tmp_path / "cache")(
         variant,
-        method=METHODS[method],
+        method=ALL_LINEAR if method == "lora" else METHODS[method].model_dump(),
         data={"sequence_tokens": tokens, "packing": seed % 2 == 0, "too_long": "cut"},
         batch={"global_examples": 4, "accumulation": 1 + seed % 2},
         optimizer={"lr": 2e-3, "weight_decay": 0.1, "clip_norm": 0.5},

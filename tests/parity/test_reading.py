@@ -39,6 +39,7 @@ def leave(home: Path, **changes) -> Trace:
     tensors = {name: random.standard_normal(shape) for name, shape in SHAPES.items()}
     writer.initial(tensors)
     points = {p: random.standard_normal((4, 16, E)) for p in ("layers.0.attention", "layers.0.mlp")}
+    points["layers.1.attention"] = random.standard_normal((4, 2 + 16, E))  # two virtual tokens in front
     groups = {
         g: {n: w.copy() for n, w in tensors.items()} for g in ("gradients", "updates", "moment1", "moment2")
     }
@@ -64,7 +65,7 @@ def noise(shape, seed: int = 5) -> np.ndarray:
 
 def at(where: np.ndarray, point: str = "layers.0.attention"):
     """Noise in the activations where `where` is not zero, and as large as it."""
-    return lambda arrays: arrays | {point: arrays[point] + noise((4, 16, E)) * where[:, :, None]}
+    return lambda arrays: arrays | {point: arrays[point] + noise(arrays[point].shape) * where[:, :, None]}
 
 
 def in_tensors(names, change):
@@ -76,6 +77,7 @@ def all_noise(array: np.ndarray) -> np.ndarray:
 
 
 SEGMENTS = rows().segments
+BEHIND_VIRTUAL = np.pad(SEGMENTS, ((0, 0), (2, 0)), constant_values=-1)
 PATTERNS = {
     "factor": ({"gradients": in_tensors(SHAPES, lambda g: g * 1.25)}, "1.25 times left: a normalisation or a scale"),
     "tokens to rows": (
@@ -85,6 +87,10 @@ PATTERNS = {
     "padding": ({"activations": at(SEGMENTS == 0)}, "only on padded positions"),
     "padded rows": ({"activations": at((SEGMENTS == 0).any(axis=1, keepdims=True) & (SEGMENTS >= 0))}, "rows that have padding"),
     "boundary": ({"activations": at(SEGMENTS == 2)}, "behind a document's boundary"),
+    "virtual": ({"activations": at(BEHIND_VIRTUAL < 0, "layers.1.attention")}, "only on virtual tokens"),
+    "padding behind virtual": (
+        {"activations": at(BEHIND_VIRTUAL == 0, "layers.1.attention")}, "only on padded positions",
+    ),
     "position": ({"activations": at(rows().positions.astype(float))}, "grows with the position"),
     "one family": (
         {"gradients": in_tensors({n for n in SHAPES if "q_proj" in n}, all_noise)},

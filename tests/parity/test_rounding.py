@@ -11,8 +11,11 @@ from synthetic import Q1, SHAPES, Sim, write
 from parity.compare import compare
 from parity.drift import network_drift, partner_drift
 from parity.pair import Pair
-from parity.rounding import RoundingBounds, path_roundings
+from parity.phases import in_order
+from parity.rounding import RoundingBounds, path_roundings, vocabulary
+from parity.tiny import METHODS, TINY
 from trainspec.data import Batch
+from trainspec.methods import full_table
 from trainspec.trace import StepTrace, Trace, TraceWriter
 
 FP32 = Sim(dtype="float32", noise=1e-7, steps=6)
@@ -75,21 +78,110 @@ def test_longer_paths_round_more(width, layers, tokens):
     assert both < whole(layers, width, tokens + 1)[1]
 
 
+def shapes_of(method: str) -> dict[str, tuple[int, ...]]:
+    return {p.name: p.shape for p in full_table(TINY, METHODS[method])}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_s_own_weights_round_as_well(method: str):
+    def whole(shapes):
+        return path_roundings(shapes, (2, 64), stored=2.0**-24, summed=2.0**-24)
+
+    own, model = whole(shapes_of(method)), whole(shapes_of("full"))
+    assert vocabulary(shapes_of(method)) == TINY.vocab
+    for more, less in zip(own, model, strict=True):
+        assert less == more if method == "full" else less < more < 3 * less
+
+
+def test_an_lstm_rounds_once_more_with_every_virtual_token():
+    shapes = shapes_of("ptuning-lstm")
+    table = "prompt_encoder.embedding.weight"
+
+    def whole(virtual: int) -> float:
+        longer = shapes | {table: (virtual, TINY.embed)}
+        return path_roundings(longer, (2, 64 - virtual), stored=2.0**-24, summed=2.0**-24)[1]
+
+    assert whole(30) - whole(3) == pytest.approx(3 * (whole(12) - whole(3)))
+
+
+def test_places_are_in_the_order_of_the_data():
+    """Encoder, embedding, an adapter behind what it is given, and the point behind the adapter."""
+    names = {p.name for m in ("ptuning-lstm", "adapter") for p in full_table(TINY, METHODS[m])}
+    order = in_order(names | {"embedding", "layers.0.attention", "layers.0.mlp"}, backward=False)
+    at = {name: i for i, name in enumerate(order)}
+    first = "model.layers.0"
+    chain = [
+        "prompt_encoder.embedding.weight",
+        "prompt_encoder.lstm_head.weight_hh_l0_reverse",
+        "prompt_encoder.lstm_head.bias_ih_l1",
+        "prompt_encoder.mlp_head.0.weight",
+        "prompt_encoder.mlp_head.2.bias",
+        "model.embed_tokens.weight",
+        f"{first}.self_attn.o_proj.weight",
+        f"{first}.attention_adapter.down.weight",
+        f"{first}.attention_adapter.up.weight",
+        "layers.0.attention",
+        f"{first}.mlp.down_proj.weight",
+        f"{first}.mlp_adapter.up.bias",
+        "layers.0.mlp",
+    ]
+    assert [at[name] for name in chain] == sorted(at[name] for name in chain)
+    assert order[-1] == "lm_head.weight"
+    assert in_order(names, backward=True)[-1] == chain[0]
+
+
+def two_sides(home, starts: dict[str, np.ndarray], moved: dict[str, float]) -> Pair:
+    """Two traces of one step that start from `starts`, the right one `moved` by so much in every element."""
+    empty = Batch(*(np.zeros((1, 4), np.int32) for _ in range(4)), np.zeros(1, np.int32))
+    for side in ("a", "b"):
+        weights = {n: w + (moved.get(n, 0.0) if side == "b" else 0.0) for n, w in starts.items()}
+        writer = TraceWriter(home / side)
+        writer.initial(weights)
+        zero = {name: np.zeros_like(weights[name]) for name in starts if name not in FROZEN}
+        writer.step(StepTrace(1, empty, 1.0, 1, 1.0, 1.0, zero, zero, zero, zero))
+    return Pair(Trace(home / "a"), Trace(home / "b"))
+
+
+FROZEN = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight")
+
+
 def test_drift_measures_a_low_rank_pair_against_its_matrix(tmp_path):
     base, names = np.full((4, 4), 2.0), ("lora_A", "lora_B")
-    full = {n: f"base_model.model.model.layers.0.self_attn.q_proj.{n}.weight" for n in names}
-    empty = Batch(*(np.zeros((1, 4), np.int32) for _ in range(4)), np.zeros(1, np.int32))
-    traces = []
-    for side, moved in (("a", 0.0), ("b", 0.125)):
-        pair_of = {full["lora_A"]: np.full((1, 4), 0.5), full["lora_B"]: np.full((4, 1), 1.0) + moved}
-        writer = TraceWriter(tmp_path / side)
-        writer.initial({"model.layers.0.self_attn.q_proj.weight": base} | pair_of)
-        zero = {name: np.zeros_like(w) for name, w in pair_of.items()}
-        writer.step(StepTrace(1, empty, 1.0, 1, 1.0, 1.0, zero, zero, zero, zero))
-        traces.append(Trace(tmp_path / side))
-    pair = Pair(*traces)
+    full = {n: f"base_model.model.{FROZEN[0].removesuffix('.weight')}.{n}.weight" for n in names}
+    starts = {FROZEN[0]: base, full["lora_A"]: np.full((1, 4), 0.5), full["lora_B"]: np.full((4, 1), 1.0)}
+    pair = two_sides(tmp_path, starts, {full["lora_B"]: 0.125})
     # |ΔB| = 0.25, |A| = 1, |W| = 8, alpha / rank = 2, forward and backward.
     assert network_drift(pair, 1, lora_scale=2.0) == pytest.approx(2 * 2.0 * 0.25 * 1.0 / 8.0)
     assert partner_drift(pair, 1, full["lora_A"]) == pytest.approx(0.25 / (1.125 * 2))
     assert partner_drift(pair, 1, full["lora_B"]) == 0
     assert partner_drift(pair, 1, next(iter(SHAPES))) == 0
+
+
+def test_drift_measures_a_bottleneck_adapter_against_the_identity(tmp_path):
+    at = "model.layers.0.mlp_adapter"
+    starts = {
+        FROZEN[1]: np.full((4, 4), 2.0),
+        f"{at}.down.weight": np.full((1, 4), 0.5),
+        f"{at}.down.bias": np.full(1, 0.5),
+        f"{at}.up.weight": np.full((4, 1), 1.5),
+        f"{at}.up.bias": np.full(4, 0.5),
+    }
+    # |Δ| of each, what it is multiplied by (the other matrix, for the inner bias too), and what it is added to.
+    parts = {
+        "down.weight": (0.25, 3.0, 2.0), "down.bias": (0.125, 3.0, 8.0),
+        "up.weight": (0.25, 1.0, 2.0), "up.bias": (0.25, 1.0, 8.0),
+    }  # fmt: skip
+    for name, (apart, times, size) in parts.items():
+        pair = two_sides(tmp_path / name, starts, {f"{at}.{name}": 0.125})
+        assert network_drift(pair, 1, lora_scale=7.0) == pytest.approx(2 * apart * times / size)
+    pair = two_sides(tmp_path / "partner", starts, {f"{at}.up.weight": 0.125})
+    for name, moves in (("down.weight", True), ("down.bias", True), ("up.weight", False), ("up.bias", False)):
+        expected = 0.25 / (1.625 * 2) if moves else 0.0
+        assert partner_drift(pair, 1, f"{at}.{name}") == pytest.approx(expected)
+
+
+def test_drift_measures_an_lstm_s_bias_against_its_weight(tmp_path):
+    head = "prompt_encoder.lstm_head"
+    starts = {f"{head}.weight_ih_l0": np.full((4, 4), 2.0), f"{head}.bias_ih_l0": np.full(4, 1.0)}
+    pair = two_sides(tmp_path, starts, {f"{head}.bias_ih_l0": 0.5})
+    assert network_drift(pair, 1, lora_scale=1.0) == pytest.approx(2 * 1.0 / 8.0)
