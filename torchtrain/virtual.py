@@ -30,7 +30,7 @@ from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from torchtrain.dropout import CounterDropout, DropoutPoint
-from torchtrain.tensor import Peers, own_part
+from torchtrain.tensor import Peers, compute_device, own_part
 from trainspec.data import IGNORED
 from trainspec.methods import (
     ENCODER,
@@ -116,7 +116,7 @@ def attach_prefix(model: LlamaForCausalLM, spec: ModelSpec, method: PrefixTuning
 def make_prefix(model: LlamaForCausalLM, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers) -> Prefix:
     """The keys and values of every layer, in the kv heads of this process. A layer takes them as `prefix`."""
     encoder = model.get_submodule(ENCODER)
-    tokens_1N = torch.arange(method.virtual_tokens, device=model.device)[None]
+    tokens_1N = torch.arange(method.virtual_tokens, device=compute_device())[None]
     # PEFT's layout: virtual token, layer, keys before values, kv head, head_dim.
     shape = (method.virtual_tokens, 2 * spec.layers, spec.kv_heads, spec.head_dim)
     mine = own_part(encoder(tokens_1N).view(shape), 2, tensor)
@@ -181,5 +181,9 @@ class _LSTM(nn.LSTM):
             if layer > 0:
                 x_BNF = self._between(x_BNF)
             weights: list[Any] = self._flat_weights[layer * each : (layer + 1) * each]
-            x_BNF, _, _ = torch.lstm(x_BNF, (start, start), weights, True, 1, 0.0, self.training, True, True)
+            # cuDNN's would round to TF32, and wants all weights in one piece of memory.
+            with torch.backends.cudnn.flags(enabled=False):
+                x_BNF, _, _ = torch.lstm(
+                    x_BNF, (start, start), weights, True, 1, 0.0, self.training, True, True
+                )
         return x_BNF, None

@@ -90,6 +90,7 @@ SETUPS: dict[str, str] = {
     "pipe": "every weight is trained, two layers as the two stages of a pipeline, four microbatches of a row each",
     "pipe-tied": "the same with a head that is the embedding",
     "pipe-deep": "the same with five layers: stages of three and two",
+    "pipe-prefix": "a prefix made by a projection, in the same two stages",
 }
 _PIPE = Plan(pipe=2, microbatches=4)
 PLANS: dict[str, Plan] = {
@@ -102,6 +103,7 @@ PLANS: dict[str, Plan] = {
     "pipe": _PIPE,
     "pipe-tied": _PIPE,
     "pipe-deep": _PIPE,
+    "pipe-prefix": _PIPE,
 }
 _VARIANTS = {
     "tied": "tied",
@@ -125,6 +127,8 @@ def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) ->
             pass
         case "pipe" | "pipe-tied" | "pipe-deep":
             sections["batch"] = {"accumulation": 1}  # the pipeline's microbatches are all there are
+        case "pipe-prefix":
+            sections |= {"batch": {"accumulation": 1}, "method": tiny.method("prefix-projection")}
         case "packed":
             sections["data"] = {"packing": True, "sequence_tokens": 80}
         case "warmup":

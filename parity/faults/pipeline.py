@@ -172,6 +172,22 @@ FAULTS = (
         note=NO_FLOAT64,
     ),
     Fault(
+        name="prefix-gradients-not-summed-over-stages",
+        imitates="each stage makes the prefix of all layers and keeps the gradient of its own layers' part",
+        source="uw-syfi/piper#13 (likewise of a tied embedding)",
+        where=Where("gradient", r"prompt_encoder\.transform\.2\.weight"),
+        jax=(
+            Edit(
+                PASSES,
+                "pull(kept.by_virtual)",
+                "pull(jax.tree.map(lambda g: g.at[len(g) // plan.pipe :].set(0), kept.by_virtual))",
+            ),
+        ),
+        torch=(Edit(TORCH_PIPELINE, "self._stages.sum_(gradient)", "del gradient"),),
+        setup="pipe-prefix",
+        note=NO_FLOAT64,
+    ),
+    Fault(
         name="later-stages-left-out-of-clip-norm",
         imitates="the norm that gradients are clipped by is that of the first stage's",
         source="pytorch/torchtitan#596, Modalities/modalities#313",

@@ -85,7 +85,6 @@ def test_four_processes_are_one(tmp_path):
     plans = {
         "lstm": PLANS["fsdp8-params"],
         "projection": PIPELINES["pipe2-fsdp2-tensor2-1f1b"],
-        "adapter": PLANS["mixed-params"],
     }
     cases = {name: case(name) | {"plan": plan} for name, plan in plans.items()}
     one = Runs(launch("run_plans.py", cases, tmp_path / "one")[0])

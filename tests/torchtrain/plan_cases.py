@@ -101,6 +101,11 @@ _OTHERS = [
     case("wide", "full", "fp64", data=4, tensor=2),
     *(case("tied", "lora", "fp32", data=2, fsdp=2, tensor=2, shards=s) for s in SHARDS),
 ]  # fmt: skip
+# Of the other methods: a prefix under non-reentrant recomputation and split weights, which PEFT's own refuses.
+FEW_VIRTUAL = [
+    case("wide", "prefix-projection", "fp32", packing=True, fsdp=2, shards="params", remat="full"),
+    case("tied", "prefix", "fp64", packing=True, tensor=2),
+]
 MORE = [c for c in dict.fromkeys(_OTHERS) if c not in FEW]
 
 
@@ -147,6 +152,11 @@ PIPES = [
     case("wide", "full", "fp32", pipe=2, microbatches=4),
     case("deep-tied", "lora", "fp32", pipe=2, microbatches=6, remat="full"),
     case("deep-tied", "full", "bf16", pipe=2, microbatches=4),
+]
+# A stage that trains nothing, and weights that every stage has, one of them without an embedding.
+PIPES_VIRTUAL = [
+    case("deep-tied", "ptuning-lstm", "fp32", pipe=2, microbatches=4),
+    case("wide", "prefix", "bf16", pipe=2, microbatches=4),
 ]
 _THREE_D = {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "optimizer"}
 PIPES_MORE = [

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plan_cases import EVALUATED, EVALUATED_MORE, FEW, MORE, RESUMED, RESUMED_MORE, Case, Resumed, case
+from plan_cases import (
+    EVALUATED,
+    EVALUATED_MORE,
+    FEW,
+    FEW_VIRTUAL,
+    MORE,
+    RESUMED,
+    RESUMED_MORE,
+    Case,
+    Resumed,
+    case,
+)
 from plan_runs import (
     Make,
     check,
@@ -91,7 +102,7 @@ PLANTED_RESUMED = {
 
 @pytest.fixture(scope="module")
 def few(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_cases(make, tmp_path_factory.mktemp("few"), FEW, RESUMED, EVALUATED)
+    return run_cases(make, tmp_path_factory.mktemp("few"), [*FEW, *FEW_VIRTUAL], RESUMED, EVALUATED)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +110,7 @@ def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, tmp_path_factory.mktemp("more"), MORE, RESUMED_MORE, EVALUATED_MORE)
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", [*FEW, *FEW_VIRTUAL], ids=str)
 def test_a_plan_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 

@@ -1,73 +1,255 @@
-"""Every method under every kind of plan is the run of one process, and leaves the same adapter."""
+"""Every method under every kind of plan is the run of one process, leaves the same adapter, and trains nothing else."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import probe_methods
 import pytest
-from plan_cases import case, Case
-from plan_runs import Make, check, run_cases, traces
+import torch
+from plan_cases import METHODS, MODELS, Case, case
+from plan_runs import Make, check, drawn_adapter, recipe_of, run_cases, traces
+from ranks import Command, furthest, run, run_all, traced
+from torch import nn
 
-METHODS = ("adapter", "prompt", "ptuning-mlp", "ptuning-lstm", "prefix", "prefix-projection")
+from parity.plant import Edit
+from torchtrain.dropout import keep_mask
+from torchtrain.parallel import finish, start
+from torchtrain.step import State, init_state, train_step
+from torchtrain.weights import canonical_name
+from trainspec.data import Batch, open_dataset
+from trainspec.hf import resolve_model
+from trainspec.methods import trainable_table
+from trainspec.recipe import Recipe
+from trainspec.rng import name_key
+
+ADDED = ("adapter", "prompt", "ptuning-mlp", "ptuning-lstm", "prefix", "prefix-projection")
 SHARDS = ("optimizer", "gradients", "params")
-CASES = [
-    *(case("tied", m, "fp64", **p) for m in METHODS for p in ({"data": 2}, {"tensor": 2})),
-    *(
-        case("wide", m, "fp32", **p)
-        for m in METHODS
-        for p in ({"data": 2}, {"tensor": 2}, *({"fsdp": 2, "shards": s} for s in SHARDS))
-    ),
-    *(case("wide", m, "fp32", packing=True, fsdp=2, shards="params", remat="full") for m in METHODS),
-    *(case("wide", m, r, fsdp=2, shards=s) for m in METHODS for r in ("bf16", "bf16-bf16") for s in SHARDS),
-    *(case("tied", m, "bf16", tensor=2) for m in METHODS),
-]
-PIPES = [
-    *(case("deep-tied", m, "fp32", pipe=2, microbatches=4) for m in (*METHODS, "lora-first")),
-    *(case("deep-tied", m, "fp32", packing=True, pipe=2, microbatches=3, remat="full") for m in METHODS),
-    *(
-        case("wide", m, r, pipe=2, microbatches=4)
-        for m in (*METHODS, "lora-first")
-        for r in ("bf16", "bf16-bf16")
-    ),
-]
-MORE = [
-    *(case("tied", m, "fp64", data=2, tensor=2, remat="full", packing=True) for m in METHODS),
-    *(case("wide", m, "fp32", fsdp=2, tensor=2, shards=s) for m in METHODS for s in SHARDS),
-    *(case("deep", m, "fp32", pipe=2, fsdp=2, shards="optimizer", microbatches=3) for m in (*METHODS, "lora-first")),
-    *(case("deep", m, r, pipe=2, tensor=2, microbatches=3, remat="full") for m in METHODS for r in ("fp32", "bf16")),
-    *(case("deep", m, "fp32", pipe=4, microbatches=2) for m in METHODS),
-    *(case("deep", m, r, pipe=2, fsdp=2, tensor=2, shards="optimizer", microbatches=3) for m in METHODS for r in ("fp32", "bf16")),
+_THREE_D = {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "optimizer", "microbatches": 3}
+# By the number of processes: one launch each.
+TWO = [
+    *(case("tied", m, "fp64", **p) for m in ADDED for p in ({"data": 2}, {"tensor": 2})),
+    *(case("wide", m, "fp32", **p) for m in ADDED for p in (
+        {"data": 2}, {"tensor": 2}, *({"fsdp": 2, "shards": s} for s in SHARDS))),
+    *(case("wide", m, "fp32", packing=True, fsdp=2, shards="params", remat="full") for m in ADDED),
+    *(case("wide", m, "bf16", fsdp=2, shards=s) for m in ADDED for s in SHARDS),
+    *(case("tied", m, "bf16-bf16", tensor=2) for m in ADDED),
+    *(case("tied", m, "bf16", tensor=2) for m in ADDED),
 ]  # fmt: skip
+PIPES = [
+    *(case("wide", m, r, pipe=2, microbatches=4) for m in (*ADDED, "lora-first") for r in ("fp32", "bf16", "bf16-bf16")),
+    *(case("deep-tied", m, "fp32", packing=True, pipe=2, microbatches=3, remat="full") for m in (*ADDED, "lora-first")),
+]  # fmt: skip
+FOUR = [
+    *(case("tied", m, "fp64", packing=True, data=2, tensor=2, remat="full") for m in ADDED),
+    *(case("wide", m, "fp32", fsdp=2, tensor=2, shards="params") for m in ADDED),
+    *(case("deep", m, "fp32", pipe=2, fsdp=2, shards="optimizer", microbatches=3) for m in (*ADDED, "lora-first")),
+    *(case("deep", m, r, pipe=2, tensor=2, microbatches=3, remat="full") for m in ADDED for r in ("fp32", "bf16")),
+    *(case("deep", m, "fp32", pipe=4, microbatches=2) for m in ADDED),
+]  # fmt: skip
+EIGHT = [case("deep", m, r, **_THREE_D) for m in ADDED for r in ("fp32", "bf16")]
+LAUNCHES = {"two": TWO, "pipes": PIPES, "four": FOUR, "eight": EIGHT}
+
+# A mistake each, and the phase in which the comparison must see it.
+PLANTED = {
+    "each stage with the gradient of its own layers": (
+        case("wide", "prefix-projection", "fp32", pipe=2, microbatches=4),
+        Edit("torchtrain.pipeline", "self._stages.sum_(gradient)", "pass"),
+        "gradient",
+    ),
+    "weights of every stage counted by each": (
+        case("wide", "prefix-projection", "fp32", pipe=2, microbatches=4),
+        Edit("torchtrain.pipeline", "parameter.ds_pipe_replicated = mesh.stages.index > 0", "parameter.ds_pipe_replicated = False"),
+        "moment1",
+    ),
+    "each peer with the gradient of its own heads": (
+        case("wide", "prefix", "fp32", tensor=2),
+        Edit("torchtrain.tensor", "copied = _Copy.apply(x, peers)", "copied = x"),
+        "gradient",
+    ),
+    "an adapter's output summed over the peers": (
+        case("wide", "adapter", "fp32", tensor=2),
+        Edit("torchtrain.adapter", "return h_BSE + self.up", "return h_BSE + 2 * self.up"),
+        "activation",
+    ),
+    "the first replica's mask in front, the second's behind": (
+        case("wide", "ptuning-lstm", "fp32", data=2),
+        Edit("torchtrain.dropout", "x_BSF.new_zeros(examples, dtype=torch.int32) if self._shared", "self._point.rows[:1] if self._shared"),
+        "gradient",
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def two(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_cases(make, tmp_path_factory.mktemp("two"), CASES, [], [])
+def launched(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where the runs of a launch are; each is made when its first test asks for it."""
+    homes: dict[str, Path] = {}
+
+    def home(launch: str) -> Path:
+        if launch not in homes:
+            homes[launch] = run_cases(make, tmp_path_factory.mktemp(launch), LAUNCHES[launch], [], [])
+        return homes[launch]
+
+    return home
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_two(two: Path, case: Case):
-    check(*traces(two, case), case.precision)
+@pytest.mark.parametrize(("launch", "case"), [(n, c) for n, some in LAUNCHES.items() for c in some], ids=str)
+def test_a_method_is_the_run_of_one_process(launched: Callable[[str], Path], launch: str, case: Case):
+    check(*traces(launched(launch), case), case.precision)
 
 
 @pytest.fixture(scope="module")
-def pipes(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_cases(make, tmp_path_factory.mktemp("pipes"), PIPES, [], [])
+def planted(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("planted")
+    commands = [traced(recipe_of(make, case), home / name, edit) for name, (case, edit, _) in PLANTED.items()]
+    run_all(commands, home / "launch", processes=2)
+    return home
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", PIPES, ids=str)
-def test_pipes(pipes: Path, case: Case):
-    check(*traces(pipes, case), case.precision)
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_mistake_is_seen(launched: Callable[[str], Path], planted: Path, fault: str):
+    """Negative control: the same comparisons, with one line of the product changed."""
+    case, _, group = PLANTED[fault]
+    left = traces(launched("pipes" if "pipe" in dict(case.plan) else "two"), case)[0]
+    right = planted / fault / "trace"
+    assert furthest(left, right, group, step=1) > 1e-2
+    with pytest.raises(AssertionError):
+        check(left, right, case.precision)
+
+
+# Saved under each of these from the same weights: the rate of the first update is zero.
+SAVED: tuple[dict[str, Any], ...] = (
+    {},
+    {"fsdp": 2, "shards": "params"},
+    {"tensor": 2},
+    {"pipe": 2, "microbatches": 3},
+)
 
 
 @pytest.fixture(scope="module")
-def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_cases(make, tmp_path_factory.mktemp("more"), MORE, [], [])
+def saved(make: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Of each method the adapters that the plans leave, that of one process first, and the one they started from last."""
+    home = tmp_path_factory.mktemp("saved")
+    commands: dict[int, list[Command]] = {1: [], 2: []}
+    found: dict[str, list[Path]] = {}
+    for method in ADDED:
+        for plan in SAVED:
+            recipe = recipe_of(make, case("wide", method, "fp32", **plan), steps=1)
+            warm = recipe.schedule.model_copy(update={"warmup_steps": 1})
+            recipe = recipe.model_copy(update={"schedule": warm})
+            out = home / method / f"{len(found.setdefault(method, []))}"
+            some = [Command("train", recipe, out), Command("export", recipe, out)]
+            commands[recipe.plan.devices] += some
+            found[method].append(out / "adapter")
+        found[method].append(drawn_adapter(recipe_of(make, case("wide", method, "fp32")), MODELS["wide"]))
+    for processes, some in commands.items():
+        run_all(some, home / f"launch-{processes}", processes=processes)
+    return found
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", MORE, ids=str)
-def test_more(more: Path, case: Case):
-    check(*traces(more, case), case.precision)
+@pytest.mark.parametrize("method", ADDED)
+def test_an_adapter_has_the_same_bytes_under_every_plan(saved: dict[str, list[Path]], method: str):
+    one, *others = ({f.name: f.read_bytes() for f in d.iterdir()} for d in saved[method])
+    assert "adapter_model.safetensors" in one
+    for other in others:
+        assert one == other
+
+
+@pytest.fixture(scope="module")
+def probed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Recipe, Any]]:
+    home = tmp_path_factory.mktemp("probed")
+    plans: dict[str, dict[str, Any]] = {
+        "params": {"fsdp": 2, "shards": "params"},
+        "gradients": {"fsdp": 2, "shards": "gradients"},
+        "pipe": {"pipe": 2, "microbatches": 4},
+    }
+    recipes = {
+        (method, name): recipe_of(make, case("wide", method, precision, **plan))
+        for method in ADDED
+        for (name, plan), precision in zip(plans.items(), ("fp32", "bf16", "bf16"), strict=True)
+    }
+    files = []
+    for i, recipe in enumerate(recipes.values()):
+        files.append(str(home / f"{i}.yaml"))
+        Path(files[-1]).write_text(recipe.to_yaml())
+    run(Path(probe_methods.__file__), files, home, processes=2)
+    results = json.loads((home / "results.json").read_text())
+    return {key: (recipes[key], result) for key, result in zip(recipes, results, strict=True)}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("plan", ["params", "gradients", "pipe"])
+@pytest.mark.parametrize("method", ADDED)
+def test_a_process_holds_state_of_what_is_trained_only(probed: Any, method: str, plan: str):
+    recipe, found = probed[method, plan]
+    rows = trainable_table(MODELS["wide"], recipe.method)
+    processes = recipe.plan.devices
+    assert found["frozen"] == [[]] * processes
+    assert found["alike"] == [True] * processes
+    # Split flat, with padding; stages that all hold an encoder hold it whole.
+    copies = processes if plan == "pipe" and method.startswith("prefix") else 1
+    padding = processes * (2 * len(rows) + 8)
+    assert 0 <= sum(found["moments"]) - copies * sum(p.size for p in rows) <= padding
+
+
+@contextmanager
+def prepared(recipe: Recipe) -> Iterator[tuple[State, Batch]]:
+    start(recipe)
+    try:
+        state = init_state(recipe, resolve_model(recipe.model)[0])
+        yield state, open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    finally:
+        finish()
+
+
+@pytest.mark.parametrize("method", ["lora", *ADDED])
+def test_nothing_frozen_has_a_gradient_or_moments(make: Make, method: str):
+    recipe = recipe_of(make, case("tied", method, "fp64"))
+    names = {p.name for p in trainable_table(MODELS["tied"], recipe.method)}
+    with prepared(recipe) as (state, batch):
+        parameters = {canonical_name(name): p for name, p in state.model.named_parameters()}
+        update, seen = state.engine.step, set()
+
+        def look() -> None:
+            seen.update(name for name, p in parameters.items() if p.grad is not None)
+            update()
+
+        with patch.object(state.engine, "step", look):
+            train_step(state, batch, lr=1e-3)
+        held = set(state.optimizer.state)
+    assert seen == names
+    assert held == {parameters[name] for name in names}
+    assert names < set(parameters)
+
+
+def test_the_lstm_drops_by_the_shared_mask(make: Make):
+    """Against two of torch's own layers, with the mask of update 3 between them; off in evaluation."""
+    recipe = recipe_of(make, case("wide", "ptuning-lstm", "fp64"))
+    sizes = METHODS["ptuning-lstm"]
+    nv, hidden, rate = sizes["virtual_tokens"], sizes["hidden"], sizes["dropout"]
+    with prepared(recipe) as (state, _):
+        lstm: Any = state.model.get_submodule("prompt_encoder.lstm_head")
+        layers = [
+            nn.LSTM(lstm.input_size, hidden, bidirectional=True, batch_first=True).double() for _ in "01"
+        ]
+        layers[1] = nn.LSTM(2 * hidden, hidden, bidirectional=True, batch_first=True).double()
+        for i, layer in enumerate(layers):
+            for name, weight in layer.named_parameters():
+                weight.data = getattr(lstm, name.replace("_l0", f"_l{i}")).detach()
+        x = torch.randn(1, nv, lstm.input_size, dtype=torch.float64)
+        state.point.step, state.point.rows = 3, torch.tensor([5, 6])  # the rows of a batch do not count
+        key = name_key(recipe.run.seed, "dropout", "prompt_encoder.lstm_head")
+        keep = keep_mask(key, step=3, rows=torch.zeros(1), sequence_tokens=nv, features=2 * hidden, rate=rate)
+        assert 0 < (~keep).sum() < keep.numel()
+        inner = layers[0](x)[0]
+        dropped = layers[1](torch.where(keep, inner / (1 - rate), 0.0))[0]
+        torch.testing.assert_close(lstm.train()(x)[0], dropped, rtol=0, atol=1e-14)
+        torch.testing.assert_close(lstm.eval()(x)[0], layers[1](inner)[0], rtol=0, atol=1e-14)

@@ -17,6 +17,7 @@ from plan_cases import (
     PIPES_MORE,
     PIPES_RESUMED,
     PIPES_RESUMED_MORE,
+    PIPES_VIRTUAL,
     Case,
     Resumed,
 )
@@ -74,7 +75,8 @@ PLANTED = {
 
 @pytest.fixture(scope="module")
 def few(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_cases(make, tmp_path_factory.mktemp("few"), PIPES, PIPES_RESUMED, PIPES_EVALUATED)
+    home = tmp_path_factory.mktemp("few")
+    return run_cases(make, home, [*PIPES, *PIPES_VIRTUAL], PIPES_RESUMED, PIPES_EVALUATED)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, home, PIPES_MORE, PIPES_RESUMED_MORE, PIPES_EVALUATED_MORE)
 
 
-@pytest.mark.parametrize("case", PIPES, ids=str)
+@pytest.mark.parametrize("case", [*PIPES, *PIPES_VIRTUAL], ids=str)
 def test_a_pipeline_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 
