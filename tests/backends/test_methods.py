@@ -48,6 +48,7 @@ CASES = [
     ("prefix", "llama3-rope", "packed"),
     ("prefix-projection", "tied", "left"),
 ]
+FAST = (CASES[2], CASES[6], CASES[7])  # one of each way into the model
 ACTS = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: x * np.vectorize(lambda y: 0.5 * (1 + math.erf(y / math.sqrt(2))))(x),
@@ -80,7 +81,11 @@ def in_the_oracle(recipe: Recipe, spec: ModelSpec, weights) -> dict[str, Any]:
     return {"rows": made}
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+def _marked(case: tuple[str, str, str]):
+    return pytest.param(case, id="-".join(case), marks=[] if case in FAST else [pytest.mark.full])
+
+
+@pytest.fixture(params=map(_marked, CASES))
 def prepared(make_recipe, request):
     name, variant, data = request.param
     recipe = make_recipe(variant, method=METHODS[name], precision=FP64, data=DATA[data])
