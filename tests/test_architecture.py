@@ -27,7 +27,7 @@ LAYERS = (
     ("train", "cost"),
     ("step",),
     ("passes",),
-    ("methods", "optim", "parallel", "pipeline", "loss", "zero"),
+    ("methods", "adapter", "virtual", "optim", "parallel", "pipeline", "loss", "zero"),
     ("model", "weights"),
     ("dropout", "activations", "tensor", "engine", "launch"),
 )
@@ -66,6 +66,10 @@ ONE_SIDED = {
         "rotary_tables": "torch's are a module that takes Hugging Face's place",
         "rotate": "torch's come from Hugging Face",
         "attend": "torch's come from Hugging Face",
+        "VIRTUAL": "JAX makes the mask from segments in the model",
+        "VirtualTokens": "an input of the compiled passes; in torch hooks put them in",
+        "Encoder": "an input of the compiled passes; in torch hooks put them in",
+        "in_front": "an input of the compiled passes; in torch hooks put them in",
     },
     "torchtrain/model.py": {
         "RMSNorm": "see jaxtrain/model.py",
@@ -73,6 +77,7 @@ ONE_SIDED = {
     "jaxtrain/weights.py": {
         "native_module": "JAX stacks layers under names of its own",
         "native_name": "JAX stacks layers under names of its own",
+        "LSTM_LEAF": "a module for each layer and direction in JAX",
         "LAYER": "JAX stacks layers under names of its own",
         "LEAVES": "JAX stacks layers under names of its own",
         "TRANSPOSED": "torch's layout is the canonical one",
@@ -88,6 +93,7 @@ ONE_SIDED = {
         "Weight": "a weight of torch is a parameter, which has its gradient",
         "matmul": "for torch autograd and DeepSpeed do this",
         "matmul_transposed": "for torch autograd and DeepSpeed do this",
+        "read": "for torch autograd and DeepSpeed do this",
         "scale": "for torch autograd and DeepSpeed do this",
         "shift": "for torch autograd and DeepSpeed do this",
         "chosen": "a stage of torch has one piece of the model",
@@ -103,7 +109,27 @@ ONE_SIDED = {
     },
     "jaxtrain/methods.py": {
         "LoRALinear": "torch's is PEFT's",
+    },
+    "jaxtrain/dropout.py": {
         "DropoutKey": "torch's is held by CounterDropout",
+    },
+    "torchtrain/dropout.py": {
+        "CounterDropout": "takes the place of PEFT's dropout modules",
+    },
+    "jaxtrain/virtual.py": {
+        "all_rows": "one function that is compiled; torch makes each where it is needed",
+        "all_segments": "JAX makes the mask from segments in the model",
+        "PromptEncoder": "torch's is PEFT's",
+        "PrefixEncoder": "torch's is PEFT's",
+        "PREFIX_AXES": "torch's processes each hold their own part",
+        "LSTM": "torch's is PEFT's",
+        "Recurrence": "torch's is PEFT's",
+    },
+    "torchtrain/virtual.py": {
+        "Prefix": "JAX's model has VirtualTokens",
+        "all_visible": "the mask is made before the model",
+        "make_prefix": "each process takes its own heads",
+        "attend_behind_prefix": "takes the place of Hugging Face's attention",
     },
     "jaxtrain/optim.py": {
         "Moments": "torch's optimizer holds its own",
@@ -124,6 +150,8 @@ ONE_SIDED = {
         name: "the schedules are our own; torch's is DeepSpeed's"
         for name in (
             "N",
+            "NO_TOKENS",
+            "of_encoder",
             "HEAD_POINTS",
             "Inputs",
             "Merge",
@@ -138,6 +166,7 @@ ONE_SIDED = {
     },
     "torchtrain/pipeline.py": {
         "PipelineEngine": "DeepSpeed's; in JAX a pipeline is a loop of the program",
+        "placeholder": "DeepSpeed's optimizer takes no empty list",
         "point_stages": "a process of torch records the points of its own stage",
     },
     "torchtrain/tensor.py": {
@@ -149,6 +178,7 @@ ONE_SIDED = {
         "VocabEmbedding": "layers are split by hand, in JAX by the compiler",
         "split_layers": "layers are split by hand, in JAX by the compiler",
         "copy_inputs": "layers are split by hand, in JAX by the compiler",
+        "own_part": "layers are split by hand, in JAX by the compiler",
         "is_split": "JAX reads weight_axes",
         "to_numpy": "numpy arrays of JAX know bfloat16",
         "cross_entropy_sum": "the vocabulary is split by hand, in JAX by the compiler",
@@ -163,6 +193,10 @@ OTHER_PARAMETERS = {
     "dropout.py:keep_mask": "a torch process draws the features that it has, JAX's compiler splits a whole mask",
     "loss.py:token_loss": "torch is told who has the rest of the vocabulary",
     "methods.py:attach": "torch is told who has the rest of a layer",
+    "virtual.py:attach_prefix": "JAX stacks layers, torch is told who has the rest of them",
+    "virtual.py:attach_prompt": "torch's dropout reads its point from the module",
+    "virtual.py:all_positions": "JAX's batches may have microbatches in front",
+    "virtual.py:all_labels": "JAX's batches may have microbatches in front",
     "model.py:build_model": "JAX is told how to constrain an activation, torch who has the rest of a layer",
     "weights.py:to_canonical": "JAX's arrays are global, torch's parts are gathered",
     "activations.py:by_point": "JAX has layers and microbatches in front, torch a recording for each microbatch",
