@@ -222,7 +222,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _first_line(error: ValidationError) -> str:
     """The first complaint as `section.key: what is wrong; what is right`."""
     detail = error.errors()[0]
-    place = [str(p) for p in detail["loc"] if p not in METHODS or detail["loc"].index(p) == 0]
+    place = [str(p) for p in detail["loc"]]
+    if place[0] == "method" and len(place) > 1 and place[1] in METHODS:
+        del place[1]  # the kind that pydantic has chosen
     where = ".".join(place)
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
