@@ -101,10 +101,9 @@ _OTHERS = [
     case("wide", "full", "fp64", data=4, tensor=2),
     *(case("tied", "lora", "fp32", data=2, fsdp=2, tensor=2, shards=s) for s in SHARDS),
 ]  # fmt: skip
-# Of the other methods: a prefix under non-reentrant recomputation and split weights, which PEFT's own refuses.
+# Of the other methods: a prefix under recomputation and split weights, which PEFT's own refuses.
 FEW_VIRTUAL = [
     case("wide", "prefix-projection", "fp32", packing=True, fsdp=2, shards="params", remat="full"),
-    case("tied", "prefix", "fp64", packing=True, tensor=2),
 ]
 MORE = [c for c in dict.fromkeys(_OTHERS) if c not in FEW]
 
