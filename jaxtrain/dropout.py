@@ -45,3 +45,11 @@ def keep_mask(
     words = (key0, key1, feature, token[..., None])
     bits, _ = threefry2x32_p.bind(*(jnp.broadcast_to(word, shape) for word in words))
     return bits >= jnp.uint32(drop_threshold(rate))
+
+
+def dropped(x_BSF: Array, key: Array, *, step: Array, rows: Array, rate: float) -> Array:
+    """x / (1 - rate), divided in the wide type, where the mask of `keep_mask` keeps x, else 0."""
+    _, S, F = x_BSF.shape
+    keep = keep_mask(key, step=step, rows=rows, sequence_tokens=S, features=F, rate=rate)
+    kept = x_BSF.astype(jnp.promote_types(jnp.float32, x_BSF.dtype)) / (1 - rate)
+    return jnp.where(keep, kept.astype(x_BSF.dtype), 0)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.adapter import attach_adapters
-from jaxtrain.dropout import DropoutKey, DropoutPoint, keep_mask
+from jaxtrain.dropout import DropoutKey, DropoutPoint, dropped
 from jaxtrain.model import Linear, Llama, abstract, wide
 from jaxtrain.tensor import matmul
 from jaxtrain.virtual import attach_prefix, attach_prompt
@@ -51,10 +51,8 @@ class LoRALinear(Linear):
         return super().__call__(x, point) + (self.scale * up.astype(wide(up.dtype))).astype(up.dtype)
 
     def _dropout(self, x: Array, point: DropoutPoint) -> Array:
-        key, (_, S, F) = self.dropout_key[...], x.shape
-        keep = keep_mask(key, step=point.step, rows=point.rows, sequence_tokens=S, features=F, rate=self.rate)
-        kept = (x.astype(wide(x.dtype)) / (1 - self.rate)).astype(x.dtype)
-        return self.constrain(jnp.where(keep, kept, 0), ("batch", "seq", self.in_axis))
+        x = dropped(x, self.dropout_key[...], step=point.step, rows=point.rows, rate=self.rate)
+        return self.constrain(x, ("batch", "seq", self.in_axis))
 
 
 def attach(

@@ -252,7 +252,7 @@ class Llama(nnx.Module):
         probes: Probes | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Logits, and the activations [.., B, rows, ..] at the points that `probes` has (layers in front)."""
-        tap, virtual = Tap(probes or {}), self.virtual(point and point.step)
+        tap, virtual = Tap(probes or {}), self.virtual(None if point is None else point.step)
         x_BSE = self.embed(input_ids, virtual, tap)
         x_BSE, seen = self.blocks(
             x_BSE,

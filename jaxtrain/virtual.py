@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from jaxtrain.dropout import DropoutKey, keep_mask
-from jaxtrain.model import VIRTUAL, Build, Dim, Linear, Llama, VirtualTokens, abstract, wide
+from jaxtrain.dropout import DropoutKey, dropped
+from jaxtrain.model import VIRTUAL, Build, Dim, Linear, Llama, VirtualTokens, abstract
 from jaxtrain.optim import Weights
 from jaxtrain.tensor import matmul_transposed, read, shift
 from jaxtrain.weights import Order
@@ -172,22 +172,10 @@ class LSTM(nnx.Module):
         """Hidden states [N, 2 H] of the last layer."""
         x_NI = jnp.concatenate([self.l0(x_NI), self.l0_reverse(x_NI[::-1])[::-1]], axis=-1)
         if step is not None and self.rate > 0:
-            x_NI = self._dropout(x_NI, step)
+            # Virtual tokens belong to no row of the batch: the mask is that of row 0.
+            row = jnp.zeros(1, jnp.int32)
+            x_NI = dropped(x_NI[None], self.dropout_key[...], step=step, rows=row, rate=self.rate)[0]
         return jnp.concatenate([self.l1(x_NI), self.l1_reverse(x_NI[::-1])[::-1]], axis=-1)
-
-    def _dropout(self, x_NI: Array, step: Array) -> Array:
-        N, F = x_NI.shape
-        # Virtual tokens belong to no row of the batch: the mask is that of row 0.
-        keep = keep_mask(
-            self.dropout_key[...],
-            step=step,
-            rows=jnp.zeros(1, jnp.int32),
-            sequence_tokens=N,
-            features=F,
-            rate=self.rate,
-        )
-        kept = (x_NI.astype(wide(x_NI.dtype)) / (1 - self.rate)).astype(x_NI.dtype)
-        return jnp.where(keep[0], kept, 0)
 
 
 class Recurrence(nnx.Module):

@@ -112,6 +112,7 @@ ONE_SIDED = {
     },
     "jaxtrain/dropout.py": {
         "DropoutKey": "torch's is held by CounterDropout",
+        "dropped": "torch's is a module, CounterDropout",
     },
     "torchtrain/dropout.py": {
         "CounterDropout": "takes the place of PEFT's dropout modules",

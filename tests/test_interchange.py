@@ -21,6 +21,7 @@ from small import recipe_maker
 
 from trainspec.hf import resolve_model
 from trainspec.init import starting_weights
+from trainspec.tokens import read_codec
 
 PROGRAMS = ("jaxtrain", "torchtrain")
 BOUND = {"fp32": 1e-5, "fp64": 1e-12}
@@ -98,7 +99,6 @@ MADE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"kind": "prompt", "virtual_tokens": 5},
     ),
 }
-# PEFT's own files hold what an encoder gave; ours of the same encoder must make that from its weights.
 MAKE = """
 import json, sys, peft, torch
 from transformers import AutoModelForCausalLM
@@ -121,7 +121,6 @@ READ = [
 
 
 def logits(who: str, cases: list[dict[str, Any]], scratch: Path) -> list[np.ndarray]:
-    """In float64 cases last: transformers' norm and rotary embedding are replaced in that process from then on."""
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "tests/logits.py", who, str(scratch / "cases.json"), str(scratch / "out.npz")]
@@ -132,6 +131,7 @@ def logits(who: str, cases: list[dict[str, Any]], scratch: Path) -> list[np.ndar
 
 
 def _theirs(cases: list[dict[str, Any]], scratch: Path) -> list[np.ndarray]:
+    """In float64 cases last: transformers' norm and rotary embedding are replaced in that process from then on."""
     order = sorted(range(len(cases)), key=lambda i: cases[i]["dtype"])
     found = logits("transformers", [cases[i] for i in order], scratch)
     return [found[order.index(i)] for i in range(len(cases))]
@@ -205,8 +205,6 @@ def exchanged(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 
 def _text_tokens(make) -> list[int]:
-    from trainspec.tokens import read_codec
-
     directory = resolve_model(make().model)[1]
     assert directory is not None
     return read_codec(directory).encode(TEXT)

@@ -116,15 +116,6 @@ def write_adapter(directory: Path, weights: Arrays, *, model: ModelSpec, method:
 
 def _config_of(model: ModelSpec, method: Method) -> dict[str, Any]:
     """`adapter_config.json` but for the base model: PEFT's keys and words."""
-    prompt = {
-        "task_type": "CAUSAL_LM",
-        "num_virtual_tokens": getattr(method, "virtual_tokens", None),
-        "num_transformer_submodules": 1,
-        "num_layers": model.layers,
-        "token_dim": model.embed,
-        "num_attention_heads": model.heads,
-        "inference_mode": True,
-    }
     match method:
         case LoRA():
             return {
@@ -149,9 +140,12 @@ def _config_of(model: ModelSpec, method: Method) -> dict[str, Any]:
                 "token_dim": model.embed,
             }
         case PromptTuning():
-            return prompt | {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
+            return _prompt_config(model, method) | {
+                "peft_type": "PROMPT_TUNING",
+                "prompt_tuning_init": "RANDOM",
+            }
         case PTuning():
-            return prompt | {
+            return _prompt_config(model, method) | {
                 "peft_type": "P_TUNING",
                 "encoder_reparameterization_type": method.encoder.upper(),
                 "encoder_hidden_size": method.hidden or model.embed,
@@ -160,7 +154,7 @@ def _config_of(model: ModelSpec, method: Method) -> dict[str, Any]:
             }
         case PrefixTuning():
             width = model.kv_heads * model.head_dim
-            return prompt | {
+            return _prompt_config(model, method) | {
                 "peft_type": "PREFIX_TUNING",
                 "token_dim": width,
                 "num_attention_heads": model.kv_heads,
@@ -169,6 +163,19 @@ def _config_of(model: ModelSpec, method: Method) -> dict[str, Any]:
             }
         case Full():
             raise RecipeError("method.kind=full has no adapter; its weights are the model")
+
+
+def _prompt_config(model: ModelSpec, method: Virtual) -> dict[str, Any]:
+    """What PEFT's methods with virtual tokens have in common."""
+    return {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": method.virtual_tokens,
+        "num_transformer_submodules": 1,
+        "num_layers": model.layers,
+        "token_dim": model.embed,
+        "num_attention_heads": model.heads,
+        "inference_mode": True,
+    }
 
 
 def read_adapter(
@@ -184,8 +191,12 @@ def read_adapter(
             _check_lora(directory, config, method)
         case Adapter():
             _check_type(directory, config, method, (BOTTLENECK,))
-            expected = {"format": FORMAT, "bottleneck": method.bottleneck, "activation": method.activation}
-            _check_settings(directory, config, expected)
+            if config.get("format") != FORMAT:
+                raise WeightsError(
+                    f"{directory}: format {config.get('format')} of {BOTTLENECK}; this twintrain reads {FORMAT}"
+                )
+            _check_setting(directory, config, method, "bottleneck", method.bottleneck)
+            _check_setting(directory, config, method, "activation", method.activation)
         case PromptTuning() | PTuning() | PrefixTuning():
             return _read_virtual(directory, config, model, method, table, dtype)
         case Full():
@@ -207,13 +218,20 @@ def _read_virtual(
             _check_type(directory, config, method, ("PROMPT_TUNING", "P_TUNING"))
         case PTuning():
             _check_type(directory, config, method, ("P_TUNING",))
-            _check_settings(
-                directory, config, {"encoder_reparameterization_type": method.encoder.upper()}, "encoder"
+            kind = method.encoder.upper()
+            _check_setting(
+                directory, config, method, "encoder_reparameterization_type", kind, field="encoder"
             )
         case PrefixTuning():
             _check_type(directory, config, method, ("PREFIX_TUNING",))
-            _check_settings(directory, config, {"num_attention_heads": model.kv_heads})
-    _check_settings(directory, config, {"num_virtual_tokens": method.virtual_tokens}, "virtual_tokens")
+            if config.get("num_attention_heads") != model.kv_heads:
+                raise WeightsError(
+                    f"{directory}: num_attention_heads={config.get('num_attention_heads')}, {model.name} has "
+                    f"{model.kv_heads} kv heads; it is another model's"
+                )
+    _check_setting(
+        directory, config, method, "num_virtual_tokens", method.virtual_tokens, field="virtual_tokens"
+    )
     given = TensorFiles([directory / ADAPTER_FILE])
     unexpected = sorted(set(given.shapes) - {VIRTUAL_ROWS})
     if unexpected:
@@ -264,17 +282,13 @@ def _check_lora(directory: Path, config: dict[str, Any], method: LoRA) -> None:
             raise WeightsError(
                 f"{directory}: {key}={config[key]!r} is unsupported; it would be another method"
             )
-    missing = next((key for key in ("r", "lora_alpha") if config.get(key) is None), None)
-    if missing:
-        raise WeightsError(f"{directory / ADAPTER_CONFIG}: no {missing}; it is not a LoRA configuration")
-    _check_settings(directory, config, {"r": method.rank}, "rank")
-    _check_settings(directory, config, {"lora_alpha": method.alpha}, "alpha")
-    _check_settings(
-        directory,
-        config | {"use_rslora": bool(config.get("use_rslora"))},
-        {"use_rslora": method.rslora},
-        "rslora",
-    )
+    config = config | {"use_rslora": bool(config.get("use_rslora"))}  # older files do not have it
+    for key, field, mine in (
+        ("r", "rank", method.rank),
+        ("lora_alpha", "alpha", method.alpha),
+        ("use_rslora", "rslora", method.rslora),
+    ):
+        _check_setting(directory, config, method, key, mine, field=field)
 
 
 def _check_type(directory: Path, config: dict[str, Any], method: Method, types: Sequence[str]) -> None:
@@ -285,20 +299,26 @@ def _check_type(directory: Path, config: dict[str, Any], method: Method, types: 
         )
 
 
-def _check_settings(
-    directory: Path, config: dict[str, Any], expected: Mapping[str, Any], field: str | None = None
+def _check_setting(
+    directory: Path,
+    config: dict[str, Any],
+    method: Method,
+    key: str,
+    mine: object,
+    *,
+    field: str | None = None,
 ) -> None:
-    """Refuse settings that are not the recipe's; `field` is the method's, where it has another name."""
-    for key, mine in expected.items():
-        theirs = config.get(key)
-        if theirs != mine:
-            value = str(theirs).lower() if isinstance(theirs, str | bool) else theirs
-            way_out = (
-                f"set method.{field or key}={value}"
-                if key != "num_attention_heads"
-                else "it is another model's"
-            )
-            raise WeightsError(f"{directory}: {key}={theirs}, the recipe says {mine}; {way_out}")
+    """Refuse a setting that is not the recipe's; `field` is the method's, where it has another name."""
+    theirs = config.get(key)
+    if theirs is None:
+        raise WeightsError(
+            f"{directory / ADAPTER_CONFIG}: no {key}; it is not a {type(method).__name__} configuration"
+        )
+    if theirs != mine:
+        value = str(theirs).lower() if isinstance(theirs, str | bool) else theirs
+        raise WeightsError(
+            f"{directory}: {key}={theirs}, the recipe says {mine}; set method.{field or key}={value}"
+        )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -76,8 +76,13 @@ def _write(folder: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
     for part in PARTS:
         file = folder / f"{part}.safetensors"
         arrays = {name: weight[...] for name, weight in getattr(checkpoint, part).items()}
-        if {name: array.shape for name, array in arrays.items()} != shapes:
-            raise WeightsError(f"{file}: has not the shapes of the weights; nothing was written")
+        found = {name: array.shape for name, array in arrays.items()}
+        odd = next((n for n in (*shapes, *found) if found.get(n) != shapes.get(n)), None)
+        if odd is not None:
+            raise WeightsError(
+                f"{file}: {odd} is {found.get(odd, 'missing')}, the weight {shapes.get(odd, 'missing')}; "
+                "no checkpoint was written"
+            )
         refuse_non_finite(arrays, file)
         save_tensors(arrays, file)
         check_reads_back(arrays, file)

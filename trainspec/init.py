@@ -7,6 +7,7 @@ so a shard is made where it lives.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, assert_never
@@ -43,12 +44,19 @@ def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, 
         case _ if method.adapter is not None:
             added = read_adapter(Path(method.adapter), model, method, rows, dtype=dtype)
         case PromptTuning(init="text") | PrefixTuning(init="text"):
-            base = {p.name: weight for p, weight in _base_weights(recipe, model, np.float64)}
-            array = text_start(recipe, model, method, base).astype(dtype)
+            array = _text_start(recipe, model).astype(dtype)  # pyright: ignore[reportArgumentType] (a frozen model is hashable)
             added = iter([(rows[0], Weight(array.shape, array.dtype, array.__getitem__))])
         case _:
             added = _all_drawn(rows, seed=seed, dtype=dtype)
     return chain(_base_weights(recipe, model, dtype), added)
+
+
+@lru_cache(maxsize=1)
+def _text_start(recipe: Recipe, model: ModelSpec) -> NDArray[np.float64]:
+    # Once in a process: it may run through the whole model, and a run in bf16 starts its weights twice.
+    assert isinstance(recipe.method, PromptTuning | PrefixTuning)
+    base = {p.name: weight for p, weight in _base_weights(recipe, model, np.float64)}
+    return text_start(recipe, model, recipe.method, base)
 
 
 def _base_weights(recipe: Recipe, model: ModelSpec, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Annotated, Literal, Self, assert_never
+from typing import Annotated, Literal, Self, assert_never, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -162,8 +162,7 @@ def _check_start(init: str, text: str | None, adapter: str | None) -> None:
 Virtual = PromptTuning | PTuning | PrefixTuning
 Method = Annotated[Full | LoRA | Adapter | PromptTuning | PTuning | PrefixTuning, Field(discriminator="kind")]
 METHODS: dict[str, type[_Spec]] = {
-    spec.model_fields["kind"].default: spec
-    for spec in (Full, LoRA, Adapter, PromptTuning, PTuning, PrefixTuning)
+    spec.model_fields["kind"].default: spec for spec in get_args(get_args(Method)[0])
 }
 
 

@@ -8,7 +8,8 @@
         gradient/<name>        after reduction, before clipping
         update/<name>          weight after minus weight before
         moment1/<name>, moment2/<name>
-        activation/<point>, activation_gradient/<point>                  on request, [global_examples, sequence_tokens, ...]
+        activation/<point>, activation_gradient/<point>                  on request, [global_examples, rows, ...]: rows are
+                               the tokens and, where a prompt stands in front of them, its virtual tokens before these
 
 `<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision.
 """

@@ -256,6 +256,20 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(make_recipe: Make, t
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
 
 
+@pytest.mark.parametrize(
+    ("fill", "message"), [("inf", "not finite"), ("partial", "no checkpoint was written")]
+)
+def test_a_broken_moment_is_not_saved(make_recipe: Make, tmp_path: Path, fill: str, message: str):
+    recipe = make_recipe()
+    good = save(tmp_path, recipe, 5)
+    name, array = next(iter(good.moment2.items()))
+    broken = np.full(array.shape, np.inf) if fill == "inf" else array[...][:-1]
+    bad = replace(good, step=10, moment2=dict(good.moment2) | {name: broken})
+    with pytest.raises(WeightsError, match=message):
+        checkpoint.save(tmp_path, bad, recipe=recipe)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
+
+
 def test_the_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path: Path):
     for name in ("step-999950", "step-1000000", "step-000050.bak"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
