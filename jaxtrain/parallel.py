@@ -31,6 +31,10 @@ from trainspec.recipe import Recipe
 _COORDINATOR, _PROCESSES, _PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # How long processes wait for each other: JAX's own patience.
 _PATIENCE_SECONDS = 300.0
+# XLA's CPU devices share one pool of threads, by default one for each device or core, and a thread that waits for the other
+# devices of a sum holds its place. A device may have several sums under way: with all places taken by sums of which the
+# others have no thread left to come, XLA aborts after 40 s.
+_THREADS_PER_CPU_DEVICE = 8
 
 
 class _Cluster(NamedTuple):
@@ -144,6 +148,8 @@ def _make_cpu_devices(devices: int, *, processes: int) -> None:
     """On CPU any number of devices is a setting; it has no effect on a TPU or GPU."""
     local = devices // processes
     made: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if max(local, made) > 1:
+        _make_room_for_threads(_THREADS_PER_CPU_DEVICE * max(local, made))
     if local <= max(made, 1):
         return
     if xla_bridge.backends_are_initialized():
@@ -152,6 +158,11 @@ def _make_cpu_devices(devices: int, *, processes: int) -> None:
             return
         clear_backends()
     jax.config.update("jax_num_cpu_devices", local)
+
+
+def _make_room_for_threads(threads: int) -> None:
+    # The name is XLA's, which has no setting for it.
+    os.environ["NPROC"] = str(max(threads, int(os.environ.get("NPROC") or os.cpu_count() or 1)))
 
 
 def make_mesh(plan: Plan) -> Mesh:

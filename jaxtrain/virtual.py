@@ -48,20 +48,20 @@ def all_rows(batch: Weights, method: Method) -> Weights:
 def all_positions(positions: Array, method: Method) -> Array:
     """Positions of a layer's rows, from those of the tokens in their documents."""
     moved = positions + virtual_tokens(method)
-    return _in_front(jnp.arange(leading_rows(method)), moved)
+    return _with_leading(jnp.arange(leading_rows(method)), moved)
 
 
 def all_labels(labels: Array, method: Method) -> Array:
     """Labels of a layer's rows: a virtual token is nobody's target."""
-    return _in_front(jnp.full(leading_rows(method), IGNORED), labels)
+    return _with_leading(jnp.full(leading_rows(method), IGNORED), labels)
 
 
 def all_segments(segments: Array, method: Method) -> Array:
     """Segments of a layer's rows: the virtual ones have one of their own, which all documents see."""
-    return _in_front(jnp.full(leading_rows(method), VIRTUAL), segments)
+    return _with_leading(jnp.full(leading_rows(method), VIRTUAL), segments)
 
 
-def _in_front(row_N: Array, x: Array) -> Array:
+def _with_leading(row_N: Array, x: Array) -> Array:
     repeated = jnp.broadcast_to(row_N.astype(x.dtype), (*x.shape[:-1], len(row_N)))
     return jnp.concatenate([repeated, x], axis=-1)
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainspec.methods import ENCODER, LSTM_LAYERS, PrefixTuning, PTuning, Virtual
+from trainspec.methods import ENCODER, LSTM_LAYERS, Method, PrefixTuning, PTuning, Virtual
 
 Array = NDArray[Any]
 
 
-def has_encoder(method: Virtual) -> bool:
+def has_encoder(method: Method) -> bool:
     """Whether something stands between the trained embeddings and the virtual tokens."""
     return isinstance(method, PTuning) or (isinstance(method, PrefixTuning) and method.projection)
 
@@ -62,11 +62,12 @@ def _lstm(rows: Mapping[str, Array], which: str, x_VI: Array) -> Array:
     for x_I in x_VI:
         gates = of_input @ x_I + bias_input + of_state @ hidden + bias_state
         i, f, g, o = np.split(gates, 4)
-        cell = _sigmoid(f) * cell + _sigmoid(i) * np.tanh(g)
-        hidden = _sigmoid(o) * np.tanh(cell)
+        cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+        hidden = sigmoid(o) * np.tanh(cell)
         found.append(hidden)
     return np.stack(found)
 
 
-def _sigmoid(x: Array) -> Array:
-    return 1.0 / (1.0 + np.exp(-x))
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), by way of a function that never overflows."""
+    return 0.5 * (1.0 + np.tanh(0.5 * x))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainspec.encoders import sigmoid
 from trainspec.errors import RecipeError
 from trainspec.hf import resolve_model
 from trainspec.methods import PrefixTuning, PromptTuning
@@ -101,7 +102,7 @@ class _Layer:
 
     def mlp(self, x: Array) -> Array:
         gate = self.linear("mlp.gate_proj", x)
-        return self.linear("mlp.down_proj", gate / (1.0 + np.exp(-gate)) * self.linear("mlp.up_proj", x))
+        return self.linear("mlp.down_proj", gate * sigmoid(gate) * self.linear("mlp.up_proj", x))
 
     def _read(self, name: str) -> Array:
         return self._weights[f"{self._base}.{name}"][...].astype(np.float64)

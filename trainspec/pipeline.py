@@ -20,7 +20,7 @@ from trainspec.params import Param
 from trainspec.plan import Backend, Plan
 
 # The logical axes of an encoder that makes every layer's keys and values.
-PREFIX_AXES = frozenset({"prefix", "prefix_hidden"})
+PREFIX_ENCODER_AXES = frozenset({"prefix", "prefix_hidden"})
 
 
 def partition_layers(layers: int, pieces: int) -> tuple[range, ...]:
@@ -45,7 +45,7 @@ def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
     Each stage makes the prefix of all layers and takes that of its own. The rows of a prompt enter at the first.
     """
     last = plan.pipe - 1
-    if PREFIX_AXES.intersection(param.axes):
+    if PREFIX_ENCODER_AXES.intersection(param.axes):
         return tuple(range(plan.pipe))
     if param.module.startswith(ENCODER):
         return (0,)

@@ -16,6 +16,7 @@ from tensorboard.summary import Writer
 from tqdm import tqdm
 
 from trainspec.adapters import adapter_size
+from trainspec.encoders import has_encoder
 from trainspec.methods import Full, Method, adapter_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
@@ -105,7 +106,7 @@ class Silent:
 
 
 def describe(model: ModelSpec, method: Method, policy: Policy) -> str:
-    """The model's size, what of it is trained, and how large the adapter's file is, in one line."""
+    """The model's size, what of it is trained, and how large the adapter's files are, in one line."""
     total = sum(p.size for p in param_table(model))
     trained = sum(p.size for p in trainable_table(model, method))
     extra = sum(p.size for p in adapter_table(model, method))
@@ -115,8 +116,9 @@ def describe(model: ModelSpec, method: Method, policy: Policy) -> str:
     )
     if isinstance(method, Full):
         return line
-    size = adapter_size(model, method) * np.dtype(STORED_DTYPE[policy]).itemsize
-    return f"{line}; its adapter has {size / 2**20:,.2f} MiB"
+    mebi = np.dtype(STORED_DTYPE[policy]).itemsize / 2**20
+    line = f"{line}; its adapter has {adapter_size(model, method) * mebi:,.2f} MiB"
+    return f"{line}, the encoder beside it {trained * mebi:,.2f}" if has_encoder(method) else line
 
 
 def _drop_steps_after(metrics: Path, step: int) -> None:

@@ -134,7 +134,6 @@ def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny
     if (method, precision) == ("ptuning-mlp", "bf16"):
         # In some draws a ReLU goes the other way: the bound before it is as large as the gradient, and the verdict says so.
         failing = [finding for finding in compare(pair, bounds).findings if not finding.holds]
-        assert failing
         assert all(str(finding.reason).startswith("nothing is proven") for finding in failing)
         return
     keeps_its_distance(pair, bounds, noise=0.001 if precision == "fp32" else 0.8)

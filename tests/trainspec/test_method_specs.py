@@ -118,18 +118,14 @@ def test_an_adapter_is_a_start_and_its_files_are_checked(make_recipe: Make, tmp_
     recipe = make_recipe(method=method.model_dump() | {"adapter": str(out)})
     started = {p.name: w[...] for p, w in starting_weights(recipe, SMALL)}
     assert all(np.array_equal(started[name], array) for name, array in weights.items())
-    for damage, message in (("empty", "empty"), ("partial", "should have shape"), ("missing", "is missing"), ("inf", "not finite")):  # fmt: skip
-        broken, name = dict(weights), next(iter(weights))
-        match damage:
-            case "empty":
-                broken[name] = np.empty((0, 0), np.float32)
-                message = "should have shape"
-            case "partial":
-                broken[name] = weights[name][:-1]
-            case "missing":
-                del broken[name]
-            case _:
-                broken[name] = np.full_like(weights[name], np.inf)
+    name, first = next(iter(weights.items()))
+    for damage, message in (
+        ({name: np.empty((0, 0), np.float32)}, "should have shape"),
+        ({name: first[:-1]}, "should have shape"),
+        ({}, "is missing"),
+        ({name: np.full_like(first, np.inf)}, "not finite"),
+    ):
+        broken = {other: array for other, array in weights.items() if other != name} | damage
         with pytest.raises(WeightsError, match=f"{message}.*nothing was written"):
             write_adapter(out, broken, model=SMALL, method=method, base="x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
@@ -199,5 +195,8 @@ def test_what_is_trained_and_saved_is_said():
     line = describe(SMALL, PTuning(virtual_tokens=8, hidden=6), "fp32")
     trained = sum(p.size for p in adapter_table(SMALL, PTuning(virtual_tokens=8, hidden=6)))
     assert f"ptuning trains {trained:,}" in line
-    assert line.endswith(f"its adapter has {8 * SMALL.embed * 4 / 2**20:.2f} MiB")
+    rows, encoder = (size * 4 / 2**20 for size in (8 * SMALL.embed, trained))
+    assert line.endswith(f"its adapter has {rows:.2f} MiB, the encoder beside it {encoder:.2f}")
+    prompt = describe(SMALL, PromptTuning(virtual_tokens=8), "fp32")
+    assert prompt.endswith(f"its adapter has {rows:.2f} MiB")
     assert "adapter has" not in describe(SMALL, Full(), "fp32")
