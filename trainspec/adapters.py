@@ -224,11 +224,14 @@ def _read_virtual(
             )
         case PrefixTuning():
             _check_type(directory, config, method, ("PREFIX_TUNING",))
-            if config.get("num_attention_heads") != model.kv_heads:
-                raise WeightsError(
-                    f"{directory}: num_attention_heads={config.get('num_attention_heads')}, {model.name} has "
-                    f"{model.kv_heads} kv heads; it is another model's"
-                )
+            for key, mine, word in (
+                ("num_layers", model.layers, "layers"),
+                ("num_attention_heads", model.kv_heads, "kv heads"),
+            ):
+                if config.get(key) != mine:
+                    raise WeightsError(
+                        f"{directory}: {key}={config.get(key)}, {model.name} has {mine} {word}; it is another model's"
+                    )
     _check_setting(
         directory, config, method, "num_virtual_tokens", method.virtual_tokens, field="virtual_tokens"
     )

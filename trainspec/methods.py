@@ -156,7 +156,10 @@ def _check_start(init: str, text: str | None, adapter: str | None) -> None:
         missing = "method.init=text: method.text is missing" if init == "text" else "method.text: not used"
         raise ValueError(f"{missing}; give method.init=text and method.text together")
     if adapter is not None and init != "random":
-        raise ValueError(f"method.init={init}: method.adapter says how to start; leave one of the two out")
+        reset = "method.init=random" + (" and method.text=null" if text is not None else "")
+        raise ValueError(
+            f"method.init={init}: method.adapter says how to start; leave it out, or set {reset}"
+        )
 
 
 Virtual = PromptTuning | PTuning | PrefixTuning

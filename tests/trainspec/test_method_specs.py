@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from trainspec.methods import (
     trainable_table,
     virtual_tokens,
 )
+from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.report import describe
@@ -55,9 +57,9 @@ def label(method: Method) -> str:
     return "-".join([method.kind, *(str(getattr(method, k, "")) for k in ("encoder", "projection"))])
 
 
-def drawn(method: Method, dtype: str = "float32") -> dict[str, np.ndarray]:
+def drawn(method: Method, dtype: str = "float32", model: ModelSpec = SMALL) -> dict[str, np.ndarray]:
     draws = np.random.default_rng(0)
-    return {p.name: draws.normal(size=p.shape).astype(dtype) for p in adapter_table(SMALL, method)}
+    return {p.name: draws.normal(size=p.shape).astype(dtype) for p in adapter_table(model, method)}
 
 
 @pytest.mark.parametrize("method", ADDED, ids=label)
@@ -89,7 +91,7 @@ def test_every_kind_is_a_method_of_its_own():
         ({"kind": "lora", "use_dora": True}, "method.use_dora: unknown key"),
         ({"kind": "prompt", "init": "text"}, "method.text is missing"),
         ({"kind": "prompt", "text": "words"}, "method.text: not used"),
-        ({"kind": "prefix", "init": "zero", "adapter": "a"}, "leave one of the two out"),
+        ({"kind": "prefix", "init": "zero", "adapter": "a"}, "leave it out, or set method.init=random"),
         ({"kind": "prefix", "init": "text", "text": "words", "projection": True}, "projection=false"),
         ({"kind": "prefix", "hidden": 8}, "set method.projection=true"),
         ({"kind": "ptuning", "dropout": 0.1}, "set method.encoder=lstm"),
@@ -164,6 +166,20 @@ def test_an_adapter_of_other_settings_is_refused(tmp_path: Path, method, other, 
     write_adapter(tmp_path / "a", drawn(method), model=SMALL, method=method, base="x")
     with pytest.raises(WeightsError, match=message):
         read_adapter(tmp_path / "a", SMALL, other, adapter_table(SMALL, other), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "other", [{"layers": 2 * SMALL.layers, "head_dim": SMALL.head_dim // 2}, {"kv_heads": 4, "head_dim": 6}]
+)
+def test_a_prefix_of_another_model_is_refused_where_its_size_is_the_same(
+    tmp_path: Path, other: dict[str, int]
+):
+    method, model = PrefixTuning(virtual_tokens=5), replace(SMALL, **other)
+    weights = drawn(method, model=model)
+    assert [a.shape for a in weights.values()] == [a.shape for a in drawn(method).values()]
+    write_adapter(tmp_path / "a", weights, model=model, method=method, base="x")
+    with pytest.raises(WeightsError, match="it is another model's"):
+        read_adapter(tmp_path / "a", SMALL, method, adapter_table(SMALL, method), dtype=np.float32)
 
 
 def test_a_text_is_a_start(make_recipe: Make):
