@@ -179,17 +179,23 @@ def children_of(pid: int) -> list[int]:
 @contextmanager
 def running(file: Path, out: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A run behind its first step, in a group of its own, and its processes; they are gone behind it."""
+    # A shell's background ignores an interruption, and so would what is started from there.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         [*PROGRAM, "train", str(file), "--out", str(out)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as parent:  # fmt: skip
-        assert parent.stdout is not None
-        for line in parent.stdout:
-            if line.startswith("step"):
-                break
-        children = children_of(parent.pid)
-        assert len(children) == 2
-        yield parent, children
+        signal.signal(signal.SIGINT, before)
+        try:
+            assert parent.stdout is not None
+            for line in parent.stdout:
+                if line.startswith("step"):
+                    break
+            children = children_of(parent.pid)
+            assert len(children) == 2
+            yield parent, children
+        finally:
+            parent.kill()
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -205,7 +211,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a pr
 def test_a_kill_leaves_no_process(make_recipe, tmp_path, how):
     with running(endless(make_recipe, tmp_path), tmp_path / "run") as (parent, _):
         parent.send_signal(how)
-        parent.communicate()  # ends when the last of them does
+        parent.communicate(timeout=120)  # ends when the last of them does
 
 
 @LINUX
@@ -217,7 +223,7 @@ def test_an_interruption_is_one_line(make_recipe, tmp_path, reaches):
             os.killpg(parent.pid, signal.SIGINT)
         else:
             parent.send_signal(signal.SIGINT)
-        _, told = parent.communicate()
+        _, told = parent.communicate(timeout=120)
     assert parent.returncode == 130
     assert told == "torchtrain: interrupted; what was saved stays, go on with --resume\n"
 
@@ -227,6 +233,6 @@ def test_an_interruption_is_one_line(make_recipe, tmp_path, reaches):
 def test_who_was_killed_is_said(make_recipe, tmp_path):
     with running(endless(make_recipe, tmp_path), tmp_path / "run") as (parent, children):
         os.kill(max(children), signal.SIGKILL)  # the last one started
-        _, told = parent.communicate()
+        _, told = parent.communicate(timeout=120)
     assert parent.returncode == 1
     assert "torchtrain: process 1 of 2 was ended by SIGKILL" in told.splitlines()
