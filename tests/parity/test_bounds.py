@@ -119,7 +119,8 @@ def test_clean_lora_in_bf16_keeps_its_distance_and_every_gradient_is_proven(
 def test_clean_full_training_keeps_its_distance(variant: str, precision: Low, tiny: Tiny, tmp_path: Path):
     data = PACKED if variant == "tied" else {"padding_side": "left"}
     home = run_both(tmp_path / "full", tiny, variant, precision=precision, method={"kind": "full"}, data=data)
-    keeps_its_distance(*bounds_of(home, precision), noise=0.001 if precision == "fp32" else 0.6)
+    # In bf16 two thirds of a tied table's single elements are noise; each tensor as a whole is proven.
+    keeps_its_distance(*bounds_of(home, precision), noise=0.001 if precision == "fp32" else 0.7)
 
 
 @pytest.mark.full
