@@ -84,6 +84,16 @@ class Dataset:
         self.rows = len(self._row_spans)
         self._order = lru_cache(maxsize=2)(self._permutation)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the file's records are to the model: their tokens, which of them count, and where each begins."""
+        return self._store.digest
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of the tokenizer's files."""
+        return self._codec.digest
+
     def batch(self, step: int, examples: int) -> Batch:
         """The global batch of update `step` (counted from 0); epochs follow one another without a gap."""
         positions = range(step * examples, (step + 1) * examples)

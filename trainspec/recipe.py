@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from trainspec.errors import RecipeError, nearest
 from trainspec.methods import METHODS, LoRA, Method
@@ -32,24 +42,57 @@ class ModelSource(Section):
     weights: Literal["pretrained", "random"] = "pretrained"
 
 
-class Data(Section):
-    """Records, how they are rendered (`task`), and how they fill rows of `sequence_tokens`.
+def _as_pairs(value: Any) -> Any:
+    return tuple(sorted(value.items())) if isinstance(value, dict) else value
 
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_date(value: Any) -> Any:
+    # YAML makes a date of an unquoted one; a quoted one is text.
+    return datetime.date.fromisoformat(value) if isinstance(value, str) else value
+
+
+# Written as a mapping, kept as sorted pairs: a recipe is frozen and hashable.
+Columns = Annotated[
+    tuple[tuple[str, str], ...],
+    BeforeValidator(_as_pairs),
+    PlainSerializer(dict, return_type=dict[str, str]),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
+]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class Data(Section):
+    """Records, how they become tokens, and how they fill rows of `sequence_tokens`.
+
+    `train` and `heldout` name a file or `hub:ORG/NAME[:SPLIT]`. `columns` says which field of a record stands for which
+    of ours (`{instruction: question}`), `ignore` which fields are not used. `tokenizer` is a directory, the model's own by
+    default; `chat_template` a jinja file that takes the place of the tokenizer's; `system` a system message for the
+    conversations that have none; `date` what a template is told is today.
     `loss_on: completion` counts the response (and its end token) only; `all` counts the prompt as well.
     `too_long` says what happens to a record that does not fit a row: it is skipped, cut at the row's end, or
-    split over several rows; in each case it is counted and reported. `tokenizer` is a directory with a tokenizer.json, the model's own by
-    default.
+    split over several rows. `bad_records` says whether malformed records stop the run or are skipped. What is skipped,
+    cut or split is counted and reported.
     """
 
     train: str
     heldout: str | None = None
     task: Task = "question_answering"
+    columns: Columns = ()
+    ignore: Names = ()
+    bad_records: Literal["stop", "skip"] = "stop"
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    system: str | None = None
+    date: Annotated[datetime.date, BeforeValidator(_as_date)] = datetime.date(2024, 7, 26)
     sequence_tokens: Positive = 256
     packing: bool = False
     padding_side: Literal["right", "left"] = "right"
     loss_on: Literal["completion", "all"] = "completion"
     too_long: Literal["skip", "cut", "split"] = "skip"
-    tokenizer: str | None = None
     cache: str = "build/cache"
 
 

@@ -53,6 +53,11 @@ class TokenStore:
     offsets: NDArray[np.int64]
     num_empty: int
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        return _digest(self.tokens.tobytes(), self.counts.tobytes(), self.offsets.tobytes())
+
 
 def read_codec(directory: Path) -> TextCodec:
     """The tokenizer of a Hugging Face directory. Raises DataError where there is none."""
