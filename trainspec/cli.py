@@ -6,23 +6,14 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import pairwise
-from typing import get_args
 
 import numpy as np
 
 from trainspec.command import add_recipe, run_command
-from trainspec.cost import cost_of
 from trainspec.data import IGNORED, Batch, Dataset, open_dataset
-from trainspec.errors import PlanError
-from trainspec.hf import resolve_model
-from trainspec.loop import check_plan
-from trainspec.methods import trainable_table
-from trainspec.model import ModelSpec
-from trainspec.plan import Backend
 from trainspec.recipe import Recipe, load_recipe
-from trainspec.report import describe
+from trainspec.show import show
 
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
@@ -36,8 +27,8 @@ def parser() -> ArgumentParser:
     """What the command line takes."""
     parser = ArgumentParser(prog="trainspec", description="What a recipe means, before anything is trained.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    show = commands.add_parser("show", help="the resolved recipe, the model and what is trained")
-    add_recipe(show)
+    shown = commands.add_parser("show", help="the resolved recipe, the model and what is trained")
+    add_recipe(shown)
     data = commands.add_parser("data", help="decoded batches, with what the loss is taken on visibly apart")
     add_recipe(data)
     data.add_argument("--split", choices=("train", "heldout"), default="train")
@@ -54,34 +45,12 @@ def _run(args: Namespace) -> None:
         case "schema":
             print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
         case "show":
-            _show(load_recipe(args.recipe, args.overrides))
+            show(load_recipe(args.recipe, args.overrides))
         case "data":
             recipe = load_recipe(args.recipe, args.overrides)
             dataset = open_dataset(recipe, args.split)
             print(dataset.summary)
             _preview(dataset, dataset.batch(0, args.rows))
-
-
-def _show(recipe: Recipe) -> None:
-    model, _ = resolve_model(recipe.model)
-    rows = trainable_table(model, recipe.method)
-    print(recipe.to_yaml(), end="")
-    print(f"# {describe(model, recipe.method, recipe.precision.policy)}")
-    for param in rows:
-        print(f"#   {param.name} {list(param.shape)}")
-    for backend in get_args(Backend):
-        try:
-            check_plan(recipe, backend)
-            print(f"# {backend}: each of {recipe.plan.devices} devices holds {_held(recipe, model, backend)}")
-        except PlanError as error:
-            print(f"# {backend}: {error}")
-
-
-def _held(recipe: Recipe, model: ModelSpec, backend: Backend) -> str:
-    """The training state on one device, in words."""
-    held = cost_of(recipe, model, backend).held()
-    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in asdict(held).items())
-    return f"{held.total / 2**20:,.1f} MiB of training state ({parts})"
 
 
 def _preview(dataset: Dataset, batch: Batch) -> None:
