@@ -41,6 +41,34 @@ COMPANIONS = (
 )
 
 
+# What transformers may read of a tokenizer: its fast file, the older ones of every kind, and chat templates.
+TOKENIZER_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "*.model",
+    "*.model.v[0-9]*",
+    "*.spm",
+    "*.tiktoken",
+    "vocab.*",
+    "merges.txt",
+    "bpe.codes",
+    "tokenization_*.py",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+HUB_PATTERNS = ["*.json", "*.safetensors", *TOKENIZER_PATTERNS]
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of the tokenizer in `directory`, sorted, relative to it: what an export copies and a digest is of."""
+    found = {path for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(directory) for path in found)
+
+
 def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
     """The model's spec and its directory: a local one, `hub:ORG/NAME`, or `preset:NAME` (no directory).
 
@@ -63,7 +91,7 @@ def _hub_directory(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.from: hub:{name}: {' '.join(str(error).split())}") from None
 
