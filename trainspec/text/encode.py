@@ -1,0 +1,310 @@
+"""Records as token ids, by transformers' own tokenizers and chat templates. Imported by the worker process only.
+
+A record is rendered once and encoded once; what counts is told by characters and brought to tokens by the tokenizer's
+offsets, as transformers does for its `return_assistant_tokens_mask`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Nothing is fetched: whoever names a hub id has had it fetched before.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # the cores are shared by processes, each with one thread
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from trainspec.errors import DataError
+from trainspec.text.locate import Unlocated, assistant_spans
+from trainspec.text.records import BadRecord, Chat, Message, Text
+
+__all__ = ["Encoded", "Encoder", "Unlocated"]
+
+DATE = datetime.date(2024, 7, 26)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass
+class Encoded:
+    """A record as tokens: `counts` says on which the loss is taken, `turns` where turns begin, `notes` what to report."""
+
+    ids: list[int]
+    counts: list[bool]
+    turns: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Calendar(datetime.datetime):
+    """The clock that templates see: `strftime_now` tells a date that the recipe fixes."""
+
+    today_is = DATE
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Midnight of that date."""
+        return datetime.datetime.combine(cls.today_is, datetime.time(), tz)
+
+
+class Encoder:
+    """The tokenizer of a Hugging Face directory with a chat template, its own or `chat_template` (the source).
+
+    Raises DataError where transformers cannot load them, or the tokenizer cannot tell where its tokens stand.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        chat_template: str | None = None,
+        system: str | None = None,
+        date: datetime.date = DATE,
+    ) -> None:
+        logging.disable(logging.WARNING)
+        self.directory, self.system, self.date = directory, system, date
+        self.tokenizer = _load(directory)
+        if chat_template is not None:
+            self.tokenizer.chat_template = chat_template
+        self.bos: int | None = self.tokenizer.bos_token_id
+        self.eos: int | None = self.tokenizer.eos_token_id
+        self.pad: int | None = self.tokenizer.pad_token_id
+        self.ends = {self.eos} | {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        self._check_template()
+
+    @property
+    def special_tokens(self) -> dict[str, tuple[str, int | None]]:
+        """Name -> text and id, of the special tokens that are named."""
+        names = ("bos", "eos", "pad", "unk")
+        found = {name: getattr(self.tokenizer, f"{name}_token") for name in names}
+        return {
+            n: (str(t), getattr(self.tokenizer, f"{n}_token_id")) for n, t in found.items() if t is not None
+        }
+
+    def template(self, tools: object = None) -> str | None:
+        """The source of the chat template for conversations with or without tools; None where there is none."""
+        if self.tokenizer.chat_template is None:
+            return None
+        try:
+            return self.tokenizer.get_chat_template(None, tools)
+        except ValueError as error:  # several, and none called default
+            raise DataError(f"{self.directory}: {_one_line(error)}") from None
+
+    def encode(self, record: Chat | Text) -> Encoded:
+        """One record. Raises BadRecord where the template refuses it, Unlocated where what counts is not found."""
+        if isinstance(record, Text):
+            return self.encode_text(record.stretches, record.turns)
+        return self.encode_chat(record.messages, record.tools, record.learnt)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        learnt: Sequence[bool] | None = None,
+    ) -> Encoded:
+        """A conversation in Hugging Face's shape. `learnt` is per message, by default every turn of the assistant."""
+        if not messages:
+            return Encoded([], [])
+        template = self.template(tools)
+        if template is None:
+            raise BadRecord("no chat template; set data.chat_template")
+        if self.system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": self.system}, *messages]
+            learnt = [False, *learnt] if learnt is not None else None
+        learnt = learnt if learnt is not None else [m["role"] == "assistant" for m in messages]
+        text, marked = self._render(messages, tools, template)
+        encoding = self._tokens(text, special=False)
+        offsets = encoding["offset_mapping"]
+        chosen, turns = self._spans(text, marked, messages, tools, learnt, template)
+        counts = _mask(offsets, chosen)
+        return Encoded(
+            encoding["input_ids"],
+            counts,
+            [at for at in (_token_at(offsets, turn) for turn in turns) if at],
+            self._notes(text, messages, tools, template),
+        )
+
+    def encode_text(self, stretches: Sequence[tuple[str, bool]], turns: Sequence[int] = ()) -> Encoded:
+        """Stretches of text as one, in the tokens that the tokenizer puts around it, and the end token behind it."""
+        text, spans, starts = "", [], []
+        for i, (stretch, counts) in enumerate(stretches):
+            if i in turns and text:
+                starts.append(len(text))
+            if counts:
+                spans.append((len(text), len(text) + len(stretch)))
+            text += stretch
+        encoding = self._tokens(text, special=True)
+        ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
+        counts, notes = _mask(offsets, spans), []
+        is_open = bool(stretches) and stretches[-1][1]
+        # What the tokenizer itself put behind the text ends a response, too.
+        last = max((i for i, (start, end) in enumerate(offsets) if end > start), default=-1)
+        for i in range(last + 1, len(ids)):
+            counts[i] = is_open and last >= 0 and counts[last]
+        if len(ids) > 1 and ids[0] == ids[1] == self.bos:
+            del ids[0], counts[0], offsets[0]
+            counts[0] = False
+            notes.append("had its begin token already")
+        if len(ids) > 1 and ids[-1] == ids[-2] == self.eos:
+            del ids[-1], counts[-1], offsets[-1]
+        elif self.eos is not None and (not ids or ids[-1] != self.eos):
+            # It is learnt only where something before it is: a record whose response is empty teaches nothing.
+            counts.append(is_open and bool(counts) and counts[-1])
+            ids.append(self.eos)
+        return Encoded(ids, counts, [at for at in (_token_at(offsets, s) for s in starts) if at], notes)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of `text`, with the special tokens that the tokenizer itself puts around it."""
+        return self._tokens(text, special=True)["input_ids"]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's word for each id."""
+        return [str(piece) for piece in self.tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens shown."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _tokens(self, text: str, *, special: bool) -> Any:
+        return self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+
+    def _check_template(self) -> None:
+        templates = self.tokenizer.chat_template
+        for source in templates.values() if isinstance(templates, dict) else [templates]:
+            if source is None:
+                continue
+            try:
+                render_jinja_template(conversations=[], chat_template=source)
+            except Exception as error:  # jinja's own, and a TypeError where it is no text
+                raise DataError(f"{self.directory}: chat template: {_one_line(error)}") from None
+
+    def _render(
+        self, messages: Sequence[Message], tools: Any, template: str, *, prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text, and where the template marks what the assistant says; None where it marks nothing."""
+        _Calendar.today_is = self.date
+        chat_template_utils.datetime = _Calendar
+        has_tags = _GENERATION.search(template) is not None
+        # As apply_chat_template does: a key without a value is left out.
+        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        try:
+            [text], spans = render_jinja_template(
+                conversations=[plain],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=has_tags,
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # whatever a template does: its own refusals, and mistakes of every kind
+            raise BadRecord(f"chat template: {_one_line(error)}") from None
+        return text, spans[0] if has_tags else None
+
+    def _spans(
+        self,
+        text: str,
+        marked: list[tuple[int, int]] | None,
+        messages: Sequence[Message],
+        tools: Any,
+        learnt: Sequence[bool],
+        template: str,
+    ) -> tuple[list[tuple[int, int]], list[int]]:
+        """Characters that count, and where turns begin."""
+        wanted = [flag for flag, m in zip(learnt, messages, strict=True) if m["role"] == "assistant"]
+        if marked is not None:
+            if len(marked) != len(wanted) and not all(wanted):
+                raise Unlocated("the template's {% generation %} marks another number of turns")
+            chosen = [span for i, span in enumerate(marked) if i >= len(wanted) or wanted[i]]
+            return chosen, [_skip_blank(text, end) for _, end in marked]
+
+        def render(some: Sequence[Message], prompt: bool) -> str | None:
+            try:
+                return self._render(some, tools, template, prompt=prompt)[0]
+            except BadRecord:
+                return None
+
+        spans = assistant_spans(text, messages, render)
+        return (
+            [(s.start, s.end) for s, flag in zip(spans, wanted, strict=True) if flag],
+            [span.next_turn for span in spans],
+        )
+
+    def _notes(self, text: str, messages: Sequence[Message], tools: Any, template: str) -> list[str]:
+        notes = []
+        if tools and "tools" not in template:
+            notes.append("has tools, of which the template says nothing")
+        for message in messages:
+            said = [message.get(k) for k in ("content", "reasoning_content", "reasoning", "thinking")]
+            if any(isinstance(words, str) and not _is_written(words, text) for words in said):
+                notes.append("loses text in the template")
+                break
+        return notes
+
+
+def _load(directory: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # every kind of damaged file has an exception of its own
+        raise DataError(
+            f"{directory}: transformers cannot load its tokenizer ({_one_line(error)}); set data.tokenizer to a "
+            "directory that has one"
+        ) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{directory}: {type(tokenizer).__name__} does not tell where in a text its tokens stand; "
+            "save it with a tokenizer.json"
+        )
+    return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{text[:300]}" if text else type(error).__name__
+
+
+def _is_written(words: str, text: str) -> bool:
+    """Whether the template has kept what was said, be it as JSON."""
+    words = words.strip()
+    return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
+
+
+def _skip_blank(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Tokens from the first that reaches into a span to the last that does."""
+    counts = [False] * len(offsets)
+    at = 0
+    for start, stop in spans:
+        while at < len(offsets) and offsets[at][1] <= start:
+            at += 1
+        first, last = at, at - 1
+        for i in range(at, len(offsets)):
+            begin, end = offsets[i]
+            if begin >= stop:
+                break
+            if end > begin:
+                last = i
+        counts[first : last + 1] = [True] * (last + 1 - first)
+        at = max(at, last)
+    return counts
+
+
+def _token_at(offsets: Sequence[tuple[int, int]], character: int) -> int | None:
+    """The first token that begins at that character or behind it."""
+    return next((i for i, (start, end) in enumerate(offsets) if start >= character and end > start), None)

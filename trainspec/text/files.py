@@ -1,0 +1,174 @@
+"""The records of a file, one after another, each with its place: jsonl, JSON, plain text, and what `datasets` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainspec.errors import DataError
+from trainspec.text.records import BadRecord, Task
+
+# Read by the library `datasets`, under these names of its builders.
+TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+KNOWN = (".jsonl", ".json", ".txt", *TABLES)
+HUB = "hub:"
+
+
+class Raw(NamedTuple):
+    """A record before it is read: its place, and a line of JSON or the value itself. `end` is the place in bytes."""
+
+    where: str
+    content: Any
+    is_json: bool
+    end: int = 0
+
+    def value(self) -> Any:
+        """The record. Raises BadRecord for what is no JSON, or no text that UTF-8 can hold."""
+        if not self.is_json:
+            _refuse_surrogates(self.content)
+            return self.content
+        try:
+            value = json.loads(self.content)
+        except json.JSONDecodeError as error:
+            raise BadRecord(f"not JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise BadRecord("not read: lists or objects are nested too deep") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise BadRecord(f"not read: {error}") from None
+        if "\\ud" in self.content or "\\uD" in self.content:
+            _refuse_surrogates(value)
+        return value
+
+
+def is_hub(source: str) -> bool:
+    """Whether a source is `hub:ORG/NAME[:SPLIT]`."""
+    return source.startswith(HUB)
+
+
+def check_source(source: str, task: Task) -> None:
+    """Raises DataError where `source` names nothing that is read."""
+    if is_hub(source):
+        return
+    path = Path(source)
+    if not path.exists():
+        raise DataError(
+            f"{source}: no such file; data.train and data.heldout name a file ({', '.join(KNOWN)}), a directory that "
+            "`datasets` saved, or hub:ORG/NAME"
+        )
+    if path.is_dir():
+        return
+    if path.suffix not in KNOWN:
+        raise DataError(f"{source}: {path.suffix or 'no ending'} is not read; known here: {', '.join(KNOWN)}")
+    if path.suffix == ".txt" and task != "text":
+        raise DataError(f"{source}: a .txt file holds plain text; set data.task=text, or give a .jsonl file")
+
+
+def read_raw(source: str) -> Iterator[Raw]:
+    """Every record, in order. A jsonl or text file is read as it goes, a JSON array as a whole."""
+    path = Path(source)
+    try:
+        if is_hub(source) or path.is_dir() or path.suffix in TABLES:
+            yield from (Raw(f"row {i}", row, False) for i, row in enumerate(table(source)))
+        elif path.suffix == ".txt":
+            yield from _documents(path)
+        elif path.suffix == ".json" and (array := _array(path)) is not None:
+            yield from (Raw(f"record {i}", record, False) for i, record in enumerate(array, 1))
+        else:
+            yield from _lines(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _lines(path: Path) -> Iterator[Raw]:
+    end = 0
+    # As bytes, so that the progress is known; a byte-order mark is no text.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            end += len(line)
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                yield Raw(f"line {number}", text, True, end)
+
+
+def _documents(path: Path) -> Iterator[Raw]:
+    """Documents separated by blank lines."""
+    block: list[str] = []
+    first, end = 1, 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+            if text.strip():
+                first = first if block else number
+                block.append(text.rstrip("\n") + "\n")
+            elif block:
+                yield Raw(f"line {first}", {"text": "".join(block)}, False, end)
+                block = []
+            end += len(line)
+    if block:
+        yield Raw(f"line {first}", {"text": "".join(block)}, False, end)
+
+
+def _array(path: Path) -> list[Any] | None:
+    """The records of a JSON array; None where the file is lines of JSON, or one object."""
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # Lines that are arrays are no array.
+        raise DataError(f"{path}: not a JSON array of records: {error or 'nested too deep'}") from None
+
+
+def table(source: str) -> Any:
+    """Rows of what the library `datasets` reads. Raises DataError where it is not installed or cannot read it."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{source}: read by the library datasets, which is not installed; pip install 'twintrain[datasets]'"
+        ) from None
+    datasets.disable_progress_bars()
+    path = Path(source)
+    try:
+        if is_hub(source):
+            name, _, split = source.removeprefix(HUB).partition(":")
+            return datasets.load_dataset(name, split=split or "train")
+        if path.is_dir():
+            found = datasets.load_from_disk(source)
+            if isinstance(found, datasets.DatasetDict):
+                raise DataError(
+                    f"{source}: holds several splits; name one: {', '.join(f'{source}/{k}' for k in found)}"
+                )
+            return found
+        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        builder = TABLES[path.suffix]
+        return datasets.load_dataset(builder, data_files=source, split="train", **options)
+    except DataError:
+        raise
+    except Exception as error:  # each of its readers has errors of its own
+        raise DataError(f"{source}: datasets cannot read it: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _refuse_surrogates(value: Any) -> None:
+    match value:
+        case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise BadRecord(
+                    f"half of a surrogate pair ({value[error.start]!a}), which is no text; remove it"
+                ) from None
+        case dict():
+            for key, item in value.items():
+                _refuse_surrogates(key)
+                _refuse_surrogates(item)
+        case list():
+            for item in value:
+                _refuse_surrogates(item)

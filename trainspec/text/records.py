@@ -1,0 +1,373 @@
+"""Records as people keep them, checked and brought into two shapes: a conversation, or text in stretches.
+
+{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}     OpenAI's shapes; `weight` or `train` on a turn
+{"conversations": [{"from": "human", "value": ...}, ...]}              ShareGPT's
+{"prompt": ..., "completion": ...}                                     texts, or lists of messages
+{"instruction": ..., "input": ..., "output": ..., "system": ...}       `input` and `system` may be absent
+{"text": ...}                                                          task `text`
+
+A field that is null is absent. Every other field is used, named in `data.ignore`, or refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainspec.errors import nearest
+
+Task = Literal["question_answering", "summarisation", "translation", "reading_comprehension", "text"]
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Names of the roles in ShareGPT's conversations.
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+    **{role: role for role in ROLES},
+}
+# What a message may have beside these, a template must name.
+MESSAGE_FIELDS = (
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+LOSS_FIELDS = ("weight", "train")
+# The fields of each shape of record; the first ones say which shape it is.
+SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("tools",)),
+    "conversations": (("conversations",), ("tools", "system")),
+    "prompt and completion": (("prompt", "completion"), ("tools",)),
+    "instruction": (("instruction", "output"), ("input", "system")),
+    "text": (("text",), ()),
+}
+FIELDS = tuple(dict.fromkeys(name for needed, more in SHAPES.values() for name in (*needed, *more)))
+# How an instruction record reads, by task: lines, of which that of an absent input falls out. The response follows
+# on a line of its own.
+PROMPTS: dict[Task, tuple[str, ...]] = {
+    "question_answering": ("Question: {instruction}", "{input}", "Answer:"),
+    "summarisation": ("{instruction}", "{input}", "Summary:"),
+    "translation": ("{instruction}", "{input}", "Translation:"),
+    "reading_comprehension": ("{input}", "Question: {instruction}", "Answer:"),
+}
+
+
+class BadRecord(Exception):
+    """A record is malformed; the text says what is wrong with it and the way out, without its place in the file."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation in Hugging Face's shape; `learnt` says of each message whether the loss is taken on it."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    learnt: list[bool]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Stretches of text, and of each whether the loss is taken on it. `turns`: the stretches that begin a turn."""
+
+    stretches: list[tuple[str, bool]]
+    turns: list[int] = field(default_factory=list)
+
+    @property
+    def is_blank(self) -> bool:
+        """No text at all in it."""
+        return not any(text.strip() for text, _ in self.stretches)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How the records of a file are read: the settings of `data` that decide it. Raises BadRecord."""
+
+    task: Task
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignore: frozenset[str] = frozenset()
+    system: str | None = None
+
+    def read(self, record: object, template: str | None) -> Chat | Text:
+        """One record; `template` is the source of the chat template, which may name more roles and fields."""
+        if not isinstance(record, dict):
+            raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
+        fields = self._renamed({k: v for k, v in record.items() if v is not None})
+        shape = self._shape(fields)
+        self._refuse_unused(fields, shape)
+        match shape:
+            case "messages":
+                return self._chat(fields["messages"], fields, template)
+            case "conversations":
+                return self._chat(_from_sharegpt(fields["conversations"]), fields, template)
+            case "prompt and completion":
+                return self._completion(fields, template)
+            case "text":
+                self._no_system(shape)
+                return Text([(_text(fields, "text"), True)])
+            case _:
+                return self._instruction(fields)
+
+    def _renamed(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Under our names, without what is ignored."""
+        kept = {key: value for key, value in record.items() if key not in self.ignore}
+        ours = {theirs: name for name, theirs in self.columns.items()}
+        renamed = {ours.get(key, key): value for key, value in kept.items()}
+        if len(renamed) < len(kept):
+            name = next(name for name, theirs in self.columns.items() if name in kept and theirs in kept)
+            raise BadRecord(
+                f"both {name!r} and {self.columns[name]!r}, which data.columns takes for it; name one of them in data.ignore"
+            )
+        return renamed
+
+    def _shape(self, fields: Mapping[str, Any]) -> str:
+        if self.task == "text" and "text" in fields:
+            return "text"
+        for shape, (needed, _) in SHAPES.items():
+            if needed[0] in fields and shape != "text":
+                missing = [name for name in needed if name not in fields]
+                if missing:
+                    raise BadRecord(
+                        f"{needed[0]!r} without {missing[0]!r}{self._as_columns(fields, missing)}"
+                    )
+                return shape
+        if self.task == "text":
+            raise BadRecord(f"no 'text'{self._as_columns(fields, ('text',))}")
+        if "text" in fields:
+            raise BadRecord("'text' is for data.task=text; set it")
+        raise BadRecord(
+            f"no 'instruction' and 'output', 'messages', 'conversations' or 'prompt' and 'completion'"
+            f"{self._as_columns(fields, ('instruction', 'output'))}"
+        )
+
+    def _as_columns(self, fields: Mapping[str, Any], missing: Sequence[str]) -> str:
+        """The way out where fields have other names."""
+        unknown = [name for name in fields if name not in FIELDS]
+        if not unknown:
+            return f" among {', '.join(map(repr, fields))}" if fields else ": the record is empty"
+        pairs = ", ".join(
+            f"{name}: {other}" for name, other in zip(missing, [*unknown, *["FIELD"] * 9], strict=False)
+        )
+        return f" among {', '.join(map(repr, fields))}; say which is which, such as data.columns={{{pairs}}}"
+
+    def _refuse_unused(self, fields: Mapping[str, Any], shape: str) -> None:
+        needed, more = SHAPES[shape]
+        for name in fields:
+            if name not in (*needed, *more):
+                open_ = [known for known in more if known not in fields]
+                known = f"; map it (data.columns={{{open_[0]}: {name}}})" if open_ else ""
+                raise BadRecord(
+                    f"field {name!r} is not used beside {needed[0]!r}{nearest(name, (*needed, *more))}"
+                    f"{known}{', or' if known else ';'} name it in data.ignore"
+                )
+
+    def _no_system(self, shape: str) -> None:
+        if self.system is not None:
+            raise BadRecord(
+                f"data.system is given, and a record of {shape!r} has no place for it; leave it out"
+            )
+
+    def _instruction(self, fields: Mapping[str, Any]) -> Text:
+        texts = {
+            key: _text(fields, key) if key in fields else "" for key in ("instruction", "input", "system")
+        }
+        output = _text(fields, "output")
+        if self.task == "text":
+            raise BadRecord(
+                "'instruction' with data.task=text; set data.task to what the instructions ask for"
+            )
+        texts = {key: value.strip() for key, value in texts.items()}
+        system = texts["system"] or (self.system or "").strip()
+        if not texts["instruction"] and not texts["input"]:
+            return Text([])
+        lines = [line for line in PROMPTS[self.task] if texts["input"] or line != "{input}"]
+        prompt = "".join(line.format(**texts) + "\n" for line in lines)
+        return Text([(f"{system}\n" * bool(system) + prompt, False), (output, True)])
+
+    def _completion(self, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
+        prompt, completion = fields["prompt"], fields["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            chat = self._chat([*prompt, *completion], fields, template)
+            start = len(chat.learnt) - len(completion) if isinstance(chat, Chat) else 0
+            if isinstance(chat, Chat):
+                learnt = [flag and i >= start for i, flag in enumerate(chat.learnt)]
+                return Chat(chat.messages, chat.tools, learnt)
+            raise BadRecord("messages as prompt and completion need a chat template; set data.chat_template")
+        if "tools" in fields:
+            raise BadRecord("'tools' beside a prompt that is a text; give 'messages'")
+        self._no_system("prompt and completion")
+        return Text([(_text(fields, "prompt"), False), (_text(fields, "completion"), True)])
+
+    def _chat(self, value: object, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
+        if not isinstance(value, list):
+            raise BadRecord(f"'messages' must be a list, not {_kind(value)}")
+        messages, learnt = [], []
+        for message in value:
+            read, is_learnt = self._message(message, template)
+            messages.append(read)
+            learnt.append(is_learnt)
+        system = _text(fields, "system") if "system" in fields else self.system
+        has_own = bool(messages) and messages[0]["role"] in ("system", "developer")
+        if "system" in fields and has_own:
+            raise BadRecord("a 'system' field beside a conversation that begins with one")
+        if system and not has_own and messages:
+            messages, learnt = [{"role": "system", "content": system}, *messages], [False, *learnt]
+        tools = _tools(fields["tools"]) if "tools" in fields else None
+        return (
+            Chat(messages, tools, learnt) if template is not None else _written_out(messages, tools, learnt)
+        )
+
+    def _message(self, value: object, template: str | None) -> tuple[Message, bool]:
+        """A message in Hugging Face's shape, and whether the loss is taken on it."""
+        if not isinstance(value, dict):
+            raise BadRecord(f"a message is a JSON object, not {_kind(value)}")
+        message = {k: v for k, v in value.items() if v is not None and k not in self.ignore}
+        role = message.get("role")
+        if not isinstance(role, str):
+            raise BadRecord(f"every message needs a text 'role', not {message!r:.80}")
+        if role == "developer" and "developer" not in (template or ""):
+            message["role"] = "system"  # its older name
+        elif role not in ROLES and not _names(template, role):
+            raise BadRecord(f"unknown role {role!r}{nearest(role, ROLES)}")
+        for name in message:
+            if name not in (*MESSAGE_FIELDS, *LOSS_FIELDS) and not _names(template, name):
+                raise BadRecord(
+                    f"field {name!r} of a message is not used{nearest(name, (*MESSAGE_FIELDS, *LOSS_FIELDS))}; "
+                    "name it in data.ignore"
+                )
+        learnt = _learnt(message)
+        for name in LOSS_FIELDS:
+            message.pop(name, None)
+        if "tool_calls" in message:
+            message["tool_calls"] = _tool_calls(message["tool_calls"])
+        if "content" in message:
+            message["content"] = _joined(message["content"])
+        elif "tool_calls" not in message:
+            raise BadRecord(f"every message needs a text 'content', or tool calls, not {value!r:.80}")
+        return message, learnt
+
+
+def _names(template: str | None, word: str) -> bool:
+    return template is not None and any(quote in template for quote in (f"'{word}'", f'"{word}"', f".{word}"))
+
+
+def _kind(value: object) -> str:
+    names = {type(None): "null", dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def _text(fields: Mapping[str, Any], key: str) -> str:
+    if not isinstance(fields[key], str):
+        raise BadRecord(f"{key!r} must be text, not {fields[key]!r:.80}")
+    return fields[key]
+
+
+def _joined(content: object) -> str:
+    """The text of a message, which may come in parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRecord(f"'content' must be text or a list of parts, not {content!r:.80}")
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise BadRecord(f"a part of 'content' is {kind!r:.40}; only parts of type 'text' are trained")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _learnt(message: Message) -> bool:
+    is_assistant = message["role"] == "assistant"
+    values = {name: message[name] for name in LOSS_FIELDS if name in message}
+    for name, value in values.items():
+        if value not in (0, 1):
+            raise BadRecord(f"{name!r} is {value!r:.40}; a turn is learnt or not: give 0 or 1, true or false")
+        if value and not is_assistant:
+            raise BadRecord(
+                f"{name!r} on a turn of role {message['role']!r}: only the assistant's are learnt"
+            )
+    return is_assistant and all(map(bool, values.values()))
+
+
+def _tool_calls(value: object) -> list[dict[str, Any]]:
+    """Calls as templates read them: arguments are an object, not JSON text."""
+    if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
+        raise BadRecord(f"'tool_calls' must be a list of objects, not {value!r:.80}")
+    calls = []
+    for call in value:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRecord(f"a tool call needs a function with a name, not {call!r:.80}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments, "the arguments of a tool call") if arguments.strip() else {}
+        function = function | {"arguments": arguments}
+        calls.append(call | {"function": function} if "function" in call else function)
+    return calls
+
+
+def _tools(value: object) -> list[dict[str, Any]] | None:
+    """Descriptions of tools, also where they are JSON text; None where there are none."""
+    if isinstance(value, str):
+        value = _parsed(value, "'tools'") if value.strip() else []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRecord(f"'tools' must be a list of JSON schemas, not {value!r:.80}")
+    return value or None
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise BadRecord(f"{what} are no JSON: {text!r:.80}") from None
+
+
+def _from_sharegpt(value: object) -> list[Message]:
+    if not isinstance(value, list):
+        raise BadRecord(f"'conversations' must be a list, not {_kind(value)}")
+    messages = []
+    for turn in value:
+        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+            messages.append(turn)  # OpenAI's messages under ShareGPT's name
+            continue
+        if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
+            raise BadRecord(f"every turn needs 'from' and 'value', not {turn!r:.80}")
+        if turn["from"] not in SHAREGPT_ROLES:
+            raise BadRecord(
+                f"unknown 'from' {turn['from']!r:.40}{nearest(str(turn['from']), SHAREGPT_ROLES)}"
+            )
+        message = {k: v for k, v in turn.items() if k not in ("from", "value")}
+        message["role"] = SHAREGPT_ROLES[turn["from"]]
+        if turn["from"] == "function_call":
+            calls = (
+                _parsed(turn["value"], "the calls of a 'function_call'")
+                if isinstance(turn["value"], str)
+                else turn["value"]
+            )
+            message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+        else:
+            message["content"] = turn["value"]
+        messages.append(message)
+    return messages
+
+
+def _written_out(messages: Iterable[Message], tools: object, learnt: Sequence[bool]) -> Text:
+    """A conversation without a template: the role on a line, and what was said."""
+    stretches: list[tuple[str, bool]] = []
+    turns = []
+    for message, is_learnt in zip(messages, learnt, strict=True):
+        if tools or "tool_calls" in message:
+            raise BadRecord("tools need a chat template, and the tokenizer has none; set data.chat_template")
+        turns.append(len(stretches))
+        stretches.append((f"{message['role'].capitalize()}:\n", False))
+        stretches.append((message["content"].strip() + "\n", is_learnt))
+    return Text(stretches, turns)
