@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from pathlib import Path
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 from trainspec.errors import DataError
 from trainspec.hf import resolve_model
 from trainspec.methods import virtual_tokens
+from trainspec.model import ModelSpec
 from trainspec.recipe import Data, Recipe
 from trainspec.rng import name_key, threefry2x32
-from trainspec.tokens import TextCodec, TokenStore, read_codec, tokenise
+from trainspec.text.store import COUNTS, TURN, Tokenizer, TokenStore, find_tokenizer, tokenise
 
 # Hugging Face's and torch's mark for a position without loss.
 IGNORED = -100
 Ints = NDArray[np.int32]
-# From this share of skipped records on a person is warned.
-MANY_SKIPPED = 0.1
+# From this share of lost tokens on a person is warned.
+MANY_LOST = 0.03
 
 
 @dataclass(frozen=True)
@@ -56,32 +57,54 @@ class Batch:
         return tuple(Batch(*arrays) for arrays in zip(*columns, strict=True))
 
 
+class Piece(NamedTuple):
+    """Tokens `start` to `stop` of a store, behind the begin token at `begin` where a piece needs one of its own."""
+
+    start: int
+    stop: int
+    begin: int | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has in a row."""
+        return self.stop - self.start + (self.begin is not None)
+
+
+@dataclass
+class _Pieces:
+    """What rows are made of, and what became of the rest. Tokens are lost where records are skipped or cut."""
+
+    usable: list[Piece] = field(default_factory=list)
+    too_long: int = 0
+    lost_tokens: int = 0
+    without_target: int = 0
+
+
 class Dataset:
     """One split of the data as rows of `sequence_tokens`, each holding one record (padded) or several (packed)."""
 
-    def __init__(self, store: TokenStore, codec: TextCodec, data: Data, *, seed: int, where: str) -> None:
-        self._store, self._codec, self._data, self._seed = store, codec, data, seed
-        spans, skipped, cut, masked = _usable_spans(store, data)
-        records = len(store.offsets) - 1 + store.num_empty
-        self.summary = (
-            f"{where}: {records} records make {len(spans)} pieces, {cut} cut, "
-            f"skipped: {skipped} too long, {store.num_empty} empty, {masked} without a target"
+    def __init__(
+        self, store: TokenStore, tokenizer: Tokenizer, data: Data, *, vocab: int, seed: int, where: str
+    ) -> None:
+        self._store, self._tokenizer, self._data, self._seed = store, tokenizer, data, seed
+        self._pad = next((i for i in map(store.special, ("pad", "eos")) if i is not None and i < vocab), 0)
+        found = _pieces(store, data)
+        self._pieces = found.usable
+        lengths = np.array([piece.length for piece in found.usable], np.int64)
+        self._row_pieces = (
+            _pack(lengths, data.sequence_tokens) if data.packing else [[i] for i in range(len(lengths))]
         )
-        if skipped > records * MANY_SKIPPED:
-            self.summary += f"\nwarning: {skipped} of {records} records are longer than data.sequence_tokens={data.sequence_tokens} and skipped; raise it, or set data.too_long=cut or split"
-        if not len(spans):
+        self.rows = len(self._row_pieces)
+        self.summary = "\n".join(
+            [_summary(store, found, data, self.rows, where), *self._warnings(found, vocab)]
+        )
+        if not found.usable:
             way_out = (
                 "raise data.sequence_tokens or set data.too_long=cut"
-                if skipped
+                if found.too_long
                 else "give records with a response"
             )
             raise DataError(f"{self.summary}; no usable record: {way_out}")
-        self._spans = spans
-        lengths = spans[:, 1] - spans[:, 0]
-        self._row_spans = (
-            _pack(lengths, data.sequence_tokens) if data.packing else [[i] for i in range(len(spans))]
-        )
-        self.rows = len(self._row_spans)
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     @property
@@ -92,7 +115,17 @@ class Dataset:
     @property
     def tokenizer_digest(self) -> str:
         """SHA-256 of the tokenizer's files."""
-        return self._codec.digest
+        return self._tokenizer.digest
+
+    @property
+    def records(self) -> int:
+        """How many records became tokens."""
+        return len(self._store.offsets) - 1
+
+    def record(self, number: int) -> tuple[Ints, NDArray[np.bool_]]:
+        """A record's tokens, uncut, and on which the loss is taken."""
+        start, stop = (int(at) for at in self._store.offsets[number : number + 2])
+        return np.array(self._store.tokens[start:stop]), _targets(self._store, self._data, Piece(start, stop))
 
     def batch(self, step: int, examples: int) -> Batch:
         """The global batch of update `step` (counted from 0); epochs follow one another without a gap."""
@@ -105,9 +138,9 @@ class Dataset:
             rows: list[int | None] = list(range(start, min(start + examples, self.rows)))
             yield self._fill(rows + [None] * (examples - len(rows)))
 
-    def decode(self, ids: Ints) -> str:
-        """The text of `ids`, special tokens shown."""
-        return self._codec.decode(ids)
+    def pieces(self, rows: list[Ints]) -> list[tuple[list[str], str]]:
+        """Of each row of ids the vocabulary's words and the text, special tokens shown."""
+        return self._tokenizer.pieces([ids.tolist() for ids in rows])
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         # Sorting random words, ties broken by the index: integers only, equal on every platform.
@@ -117,75 +150,141 @@ class Dataset:
 
     def _fill(self, rows: list[int] | list[int | None]) -> Batch:
         shape = (len(rows), self._data.sequence_tokens)
-        input_ids = np.full(shape, self._codec.pad, np.int32)
+        input_ids = np.full(shape, self._pad, np.int32)
         labels = np.full(shape, IGNORED, np.int32)
         positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for i, row in enumerate(rows):
-            spans = [] if row is None else [self._spans[j] for j in self._row_spans[row]]
-            used = sum(int(stop - start) for start, stop in spans)
+            pieces = [] if row is None else [self._pieces[j] for j in self._row_pieces[row]]
+            used = sum(piece.length for piece in pieces)
             at = shape[1] - used if self._data.padding_side == "left" else 0
-            for number, (start, stop) in enumerate(spans, 1):
-                to = at + int(stop - start)
-                input_ids[i, at:to] = self._store.tokens[start:stop]
-                labels[i, at:to] = np.where(
-                    _targets(self._store, self._data, start, stop), input_ids[i, at:to], IGNORED
-                )
+            for number, piece in enumerate(pieces, 1):
+                to = at + piece.length
+                if piece.begin is not None:
+                    input_ids[i, at] = self._store.tokens[piece.begin]
+                real = slice(to - (piece.stop - piece.start), to)
+                input_ids[i, real] = self._store.tokens[piece.start : piece.stop]
+                targets = _targets(self._store, self._data, piece)
+                labels[i, real] = np.where(targets, input_ids[i, real], IGNORED)
                 positions[i, at:to] = np.arange(to - at)
                 segments[i, at:to] = number
                 at = to
         return Batch(input_ids, labels, positions, segments, np.arange(len(rows), dtype=np.int32))
 
+    def _warnings(self, found: _Pieces, vocab: int) -> Iterator[str]:
+        """What a person should know of the data, a line each."""
+        about, limit, total = self._store.about, self._data.sequence_tokens, len(self._store.tokens)
+        if found.lost_tokens > total * MANY_LOST:
+            yield (
+                f"warning: {100 * found.lost_tokens / total:.0f} % of the tokens are lost, in {found.too_long} records "
+                f"longer than data.sequence_tokens={limit}; raise it, or set data.too_long=split"
+            )
+        if about["targets"] and not about["end_targets"] and self._data.loss_on == "completion":
+            yield "warning: no end token is among the targets, so the model does not learn to stop; see how the chat template ends a turn"
+        for note, count in about["notes"].items():
+            yield f"warning: {count} of {about['records']} records: {note}"
+        for line in about["bad"]:
+            yield f"skipped as bad: {line}"
+        pad = self._store.special("pad")
+        if pad is not None and pad >= vocab:
+            yield f"padding is {self._pad}: the tokenizer's padding token has id {pad}, the model {vocab} tokens (padding takes no part in training)"
+
 
 def open_dataset(recipe: Recipe, split: Literal["train", "heldout"]) -> Dataset:
     """One split of the recipe's data. Raises DataError where a record is malformed or none is usable."""
     model, directory = resolve_model(recipe.model)
-    tokenizer = Path(recipe.data.tokenizer) if recipe.data.tokenizer else directory
-    if tokenizer is None:
-        raise DataError(
-            f"data.tokenizer: {recipe.model.from_} has no tokenizer; name a directory with a tokenizer.json"
-        )
-    path = recipe.data.train if split == "train" else recipe.data.heldout
-    if path is None:
+    data = recipe.data
+    source = data.train if split == "train" else data.heldout
+    if source is None:
         raise DataError("data.heldout: not given; it names the records to measure on")
-    codec = read_codec(tokenizer)
+    check_positions(recipe, model)
+    tokenizer = find_tokenizer(data, directory, recipe.model.from_)
+    store = tokenise(source, tokenizer, data)
+    largest = int(store.about["largest"])
+    if largest >= model.vocab:
+        names = [
+            f"its {name} token {text!r}"
+            for name, (text, i) in store.about["special_tokens"].items()
+            if i == largest
+        ]
+        raise DataError(
+            f"{source}: {tokenizer.directory} gives it token {largest}{f', {names[0]}' if names else ''}; {model.name} has only "
+            f"{model.vocab}; set data.tokenizer to the model's own"
+        )
+    return Dataset(store, tokenizer, data, vocab=model.vocab, seed=recipe.run.seed, where=source)
+
+
+def check_positions(recipe: Recipe, model: ModelSpec) -> None:
+    """Raises DataError where a row, with virtual tokens in front, has more positions than the model."""
     virtual = virtual_tokens(recipe.method)
     if recipe.data.sequence_tokens + virtual > model.max_positions:
         beside = f" and method.virtual_tokens={virtual}" if virtual else ""
         raise DataError(
             f"data.sequence_tokens={recipe.data.sequence_tokens}{beside}: {model.name} has {model.max_positions} positions"
         )
-    store = tokenise(Path(path), codec, task=recipe.data.task, cache=Path(recipe.data.cache))
-    largest = int(store.tokens.max(initial=0))
-    if largest >= model.vocab:
-        raise DataError(f"{path}: {tokenizer} gives it token {largest}, {model.name} has only {model.vocab}")
-    return Dataset(store, codec, recipe.data, seed=recipe.run.seed, where=path)
 
 
-def _targets(store: TokenStore, data: Data, start: int, stop: int) -> NDArray[np.bool_]:
-    """Which tokens of a span the loss is taken on; never the first, which nothing precedes."""
-    targets = np.ones(stop - start, np.bool_) if data.loss_on == "all" else np.array(store.counts[start:stop])
-    targets[0] = False
+def _targets(store: TokenStore, data: Data, piece: Piece) -> NDArray[np.bool_]:
+    """Which tokens of a piece the loss is taken on, its own begin token left out; never the first, which nothing precedes."""
+    if data.loss_on == "all":
+        targets = np.ones(piece.stop - piece.start, np.bool_)
+    else:
+        targets = (np.asarray(store.marks[piece.start : piece.stop]) & COUNTS) > 0
+    if piece.begin is None:
+        targets[:1] = False
     return targets
 
 
-def _usable_spans(store: TokenStore, data: Data) -> tuple[NDArray[np.int64], int, int, int]:
-    """Token ranges [n, 2] that rows are made of, and how many records were skipped as too long, cut, and
-    skipped as fully masked."""
-    limit, skipped, cut, masked = data.sequence_tokens, 0, 0, 0
-    spans: list[tuple[int, int]] = []
-    for start, stop in zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist(), strict=True):
-        pieces = [(start, stop)]
+def _pieces(store: TokenStore, data: Data) -> _Pieces:
+    """What rows are made of: whole records, and of those that do not fit what `too_long` says."""
+    found, limit = _Pieces(), data.sequence_tokens
+    bos = store.special("bos")
+    for start, stop in pairwise(store.offsets.tolist()):
+        pieces = [Piece(start, stop)]
         if stop - start > limit:
-            if data.too_long == "skip":
-                skipped += 1
-                continue
-            cut += 1
-            ends = range(start, stop, limit) if data.too_long == "split" else (start,)
-            pieces = [(at, min(at + limit, stop)) for at in ends]
-        kept = [(at, to) for at, to in pieces if _targets(store, data, at, to).any()]
-        masked += not kept
-        spans += kept
-    return np.array(spans, np.int64).reshape(-1, 2), skipped, cut, masked
+            found.too_long += 1
+            match data.too_long:
+                case "skip":
+                    found.lost_tokens += stop - start
+                    continue
+                case "cut":
+                    found.lost_tokens += stop - start - limit
+                    pieces = [Piece(start, start + limit)]
+                case "split":
+                    pieces = list(_split(store, start, stop, limit, begins=store.tokens[start] == bos))
+        kept = [piece for piece in pieces if _targets(store, data, piece).any()]
+        found.without_target += not kept
+        found.usable += kept
+    return found
+
+
+def _split(store: TokenStore, start: int, stop: int, limit: int, *, begins: bool) -> Iterator[Piece]:
+    """Pieces that fill a row or end where a turn does; those behind the first have the record's begin token again."""
+    at = start
+    while at < stop:
+        begin = start if begins and at > start else None
+        room = limit - (begin is not None)
+        to = min(at + room, stop)
+        if to < stop:
+            turns = np.flatnonzero(np.asarray(store.marks[at + 1 : to + 1]) & TURN)
+            to = at + 1 + int(turns[-1]) if len(turns) else to
+        yield Piece(at, to, begin)
+        at = to
+
+
+def _summary(store: TokenStore, found: _Pieces, data: Data, rows: int, where: str) -> str:
+    """What the file has and what is made of it."""
+    about = store.about
+    filled = sum(piece.length for piece in found.usable)
+    share = 100 * filled / max(1, rows * data.sequence_tokens)
+    targets = sum(int(_targets(store, data, piece).sum()) for piece in found.usable)
+    does = {"skip": "skipped", "cut": "cut", "split": "split"}[data.too_long]
+    skipped = {"without a target": found.without_target, **about["skipped"]}
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()) if count)
+    return (
+        f"{where}: {about['records']} records make {len(found.usable)} pieces in {rows} rows of {data.sequence_tokens} "
+        f"tokens, {share:.0f} % filled, {targets} targets; {found.too_long} too long ({does}); "
+        f"skipped: {left_out or 'none'}"
+    )
 
 
 def _pack(lengths: NDArray[np.int64], limit: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from trainspec.hf import resolve_model
 from trainspec.methods import PrefixTuning, PromptTuning
 from trainspec.model import ModelSpec, inverse_frequencies
 from trainspec.recipe import Recipe
-from trainspec.tokens import read_codec
+from trainspec.text.store import find_tokenizer
 from trainspec.weight import Weight
 
 Array = NDArray[Any]
@@ -42,17 +42,13 @@ def _text_ids(recipe: Recipe, model: ModelSpec, method: PromptTuning | PrefixTun
     """The tokens of the text, repeated or cut to the number of virtual tokens, as PEFT does it."""
     assert method.text is not None  # the recipe is refused without it
     directory = resolve_model(recipe.model)[1]
-    tokenizer = Path(recipe.data.tokenizer) if recipe.data.tokenizer else directory
-    if tokenizer is None:
-        raise RecipeError(
-            f"method.init=text: {recipe.model.from_} has no tokenizer; set data.tokenizer to a directory that has one"
-        )
-    ids = read_codec(tokenizer).encode(method.text)
+    tokenizer = find_tokenizer(recipe.data, directory, recipe.model.from_)
+    ids = tokenizer.encode(method.text, Path(recipe.data.cache))
     if not ids:
         raise RecipeError(f"method.text: {method.text!r} has no tokens; write some words")
     if max(ids) >= model.vocab:
         raise RecipeError(
-            f"method.text: {tokenizer} gives it token {max(ids)}, {model.name} has only {model.vocab}"
+            f"method.text: {tokenizer.directory} gives it token {max(ids)}, {model.name} has only {model.vocab}"
         )
     times = -(-method.virtual_tokens // len(ids))
     return (ids * times)[: method.virtual_tokens]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,33 +21,49 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
 from trainspec.errors import RecipeError, nearest
 from trainspec.methods import METHODS, LoRA, Method
 from trainspec.plan import Plan, Policy
-from trainspec.records import Task
+from trainspec.text.records import Task
 from trainspec.schedule import Schedule
 
 Positive = Annotated[int, Field(ge=1)]
+# A file, a directory or `hub:ORG/NAME`.
+Source = Annotated[str, Field(min_length=1)]
+# What fits a file's 64-bit integers; a longer number is a slip of the hand.
+LARGEST = 2**63 - 1
+DEFAULT_STEPS = 200
 
 
 class Section(BaseModel):
     """A part of the recipe: frozen, unknown keys refused, no silent conversion of types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, populate_by_name=True, allow_inf_nan=False
+    )
 
 
 class ModelSource(Section):
     """Where the model comes from: a Hugging Face directory, a hub id, or `preset:NAME` (random weights only)."""
 
-    from_: Annotated[str, Field(alias="from")]
+    from_: Annotated[Source, Field(alias="from")]
     weights: Literal["pretrained", "random"] = "pretrained"
 
 
 def _as_pairs(value: Any) -> Any:
-    return tuple(sorted(value.items())) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a mapping such as {{instruction: question}}, not {_shown(value)}")
+    for pair in value.items():
+        for name in pair:
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"maps a field's name to a field's name; {_shown(name)} is no text: write it in quotes"
+                )
+    return tuple(sorted(value.items()))
 
 
 def _as_tuple(value: Any) -> Any:
@@ -52,7 +72,10 @@ def _as_tuple(value: Any) -> Any:
 
 def _as_date(value: Any) -> Any:
     # YAML makes a date of an unquoted one; a quoted one is text.
-    return datetime.date.fromisoformat(value) if isinstance(value, str) else value
+    try:
+        return datetime.date.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"{_shown(value)} is no date; write one such as 2024-07-26") from None
 
 
 # Written as a mapping, kept as sorted pairs: a recipe is frozen and hashable.
@@ -78,14 +101,14 @@ class Data(Section):
     cut or split is counted and reported.
     """
 
-    train: str
-    heldout: str | None = None
+    train: Source
+    heldout: Source | None = None
     task: Task = "question_answering"
     columns: Columns = ()
     ignore: Names = ()
     bad_records: Literal["stop", "skip"] = "stop"
-    tokenizer: str | None = None
-    chat_template: str | None = None
+    tokenizer: Source | None = None
+    chat_template: Source | None = None
     system: str | None = None
     date: Annotated[datetime.date, BeforeValidator(_as_date)] = datetime.date(2024, 7, 26)
     sequence_tokens: Positive = 256
@@ -93,7 +116,7 @@ class Data(Section):
     padding_side: Literal["right", "left"] = "right"
     loss_on: Literal["completion", "all"] = "completion"
     too_long: Literal["skip", "cut", "split"] = "skip"
-    cache: str = "build/cache"
+    cache: Source = "build/cache"
 
 
 class Batch(Section):
@@ -152,6 +175,15 @@ class AdamW(Section):
             return value | {"betas": tuple(value["betas"])}
         return value
 
+    @field_validator("clip_norm", mode="before")
+    @classmethod
+    def _not_off(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+            raise ValueError(
+                f"{_shown(value)} is no length to clip a gradient to; for no clipping write optimizer.clip_norm=null"
+            )
+        return value
+
 
 class Checkpoint(Section):
     """How often the training state is saved, and how many of the newest are kept."""
@@ -160,21 +192,53 @@ class Checkpoint(Section):
     keep: Positive = 2
 
 
+@dataclass(frozen=True)
+class Span:
+    """How long a run is: its schedule spans `steps` updates, it ends behind update `last`."""
+
+    steps: int
+    last: int
+    epochs: float | None
+
+    def said(self, *, rows: int, examples: int) -> str:
+        """The length in updates and in epochs of `rows` rows, `examples` an update."""
+        stop = "" if self.last == self.steps else f", of which this run makes {self.last}"
+        if self.epochs is not None:
+            return f"{_epochs(self.epochs)} of {rows} rows: {self.steps} updates{stop}"
+        return f"{self.steps} updates: {_epochs(self.steps * examples / rows)} of {rows} rows{stop}"
+
+
+def _epochs(number: float) -> str:
+    return f"{number:.4g} epoch{'' if number == 1 else 's'}"
+
+
 class Run(Section):
     """How long to train, from which seed, and how often to measure the held-out loss.
 
-    The schedule spans `steps`; `stop_after_steps` ends a run earlier without changing it.
+    The schedule spans `steps` updates (200 by default), or `epochs` passes over the rows, which need not be whole;
+    `stop_after_steps` ends a run earlier without changing it. Both need the rows to mean something: `Recipe.span`.
     """
 
-    steps: Positive = 200
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
     stop_after_steps: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     eval_every_steps: Positive = 50
 
-    @property
-    def last_step(self) -> int:
-        """The number of updates that this run makes."""
-        return min(self.steps, self.stop_after_steps or self.steps)
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("steps") is None and value.get("epochs") is None:
+            return value | {"steps": DEFAULT_STEPS}
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"run.steps={self.steps} and run.epochs={self.epochs:g}: give one of them and set the other to null"
+            )
+        return self
 
 
 class Recipe(Section):
@@ -199,6 +263,21 @@ class Recipe(Section):
             return value | {"method": {"kind": LoRA().kind} | method}
         return value
 
+    def span(self, rows: Callable[[], int]) -> Span:
+        """How long the run is; `rows` is asked for the dataset's where that depends on them."""
+        run, steps = self.run, self.run.steps
+        if steps is None:
+            # As the person wrote it: 1.1 epochs of 100 rows are 110 of them, and in floating point a little more.
+            seen = Fraction(str(run.epochs)) * rows()
+            steps = math.ceil(seen / self.batch.global_examples)
+        return Span(steps, min(steps, run.stop_after_steps or steps), run.epochs)
+
+    def spanning(self, span: Span) -> Recipe:
+        """The recipe with its number of updates in place of its epochs."""
+        return self.model_copy(
+            update={"run": self.run.model_copy(update={"steps": span.steps, "epochs": None})}
+        )
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `load_recipe` reads it back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
@@ -207,21 +286,55 @@ class Recipe(Section):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `a.b=value` overrides on top. Raises RecipeError in one line."""
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
+        tree = _parse(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(
             f"{path}: {error.strerror}; give the path of a recipe, such as configs/demo.yaml"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except _NOT_YAML as error:
+        raise RecipeError(f"{path}: not YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections such as model, method and data")
     for override in overrides:
         _apply(tree, override)
+    for key, complaint in _unusable(tree, "", set()):
+        raise RecipeError(f"{path}: {key}: {complaint}")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(f"{path}: {_first_line(error)}") from None
+
+
+def _unusable(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]:
+    """Values that no setting can have, each with its key: text that no file can hold, numbers beyond all sense.
+
+    `seen` holds the collections visited: with anchors, YAML's may hold themselves, or one another many times over.
+    """
+    match value:
+        case dict() | list():
+            if id(value) in seen:
+                return
+            seen.add(id(value))
+            inside = value.items() if isinstance(value, dict) else ((None, inner) for inner in value)
+            for name, inner in inside:
+                yield from _unusable(name, key or "a key", seen)
+                yield from _unusable(inner, key if name is None else f"{key}.{name}".lstrip("."), seen)
+        case str():
+            if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+                yield _printable(key), f"{_shown(value)} has a character that is no text"
+        case int():
+            if abs(value) > LARGEST:
+                yield _printable(key), f"{_shown(value)} is larger than any setting"
+        case _:
+            pass
+
+
+# A scalar that is not what its tag says (2024-13-01, !!int x) leaves PyYAML as one of Python's own errors.
+_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 class _Loader(yaml.SafeLoader):
@@ -254,12 +367,56 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise RecipeError(f"--set {override}: {parent!r} is a value, not a section")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from None
+        value = _parse(text)
+    except _NOT_YAML as error:
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value: {_one_line(error)}") from None
     if key == "method.kind" and node.get("kind", value) != value:
         node.clear()  # another method has other fields: those of the old one don't carry over
     node[leaf] = value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _shown(value: Any) -> str:
+    """A value as a recipe has it, cut to what fits a line."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() if abs(value) > LARGEST:  # Python refuses to write some of these
+            return f"a number of {math.ceil(value.bit_length() * math.log10(2))} digits"
+        case datetime.date():
+            return str(value)
+        case _:
+            return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 3
+
+
+# What pydantic's kinds of error mean to the author of a recipe.
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "date_type": "a date such as 2024-07-26",
+    "date_from_datetime_inexact": "a date without a time",
+    "model_type": "a mapping of settings",
+    "model_attributes_type": "a mapping of settings",
+}
 
 
 def _first_line(error: ValidationError) -> str:
@@ -268,18 +425,29 @@ def _first_line(error: ValidationError) -> str:
     place = [str(p) for p in detail["loc"]]
     if place[0] == "method" and len(place) > 1 and place[1] in METHODS:
         del place[1]  # the kind that pydantic has chosen
-    where = ".".join(place)
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
+    where = ".".join(place[:2])  # behind it come pydantic's own words, and the elements of a list
+    message, kind, value = detail["msg"].removeprefix("Value error, "), detail["type"], detail["input"]
+    element = detail["loc"][-1] if len(place) > 2 else None
+    number = f" (element {element + 1})" if isinstance(element, int) else ""
+    if kind == "extra_forbidden":
         return f"{where}: unknown key{nearest(place[-1], _fields(place[:-1], detail['loc']))}"
-    if detail["type"] == "missing":
-        return f"{where}: missing; the recipe must say it"
-    if detail["type"].startswith("union_tag"):
-        kind = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
-        return f"{where}.kind: {'missing' if kind is None else f'unknown kind {kind!r}'}; choose one of {', '.join(METHODS)}"
-    if detail["type"] == "value_error":
-        return message
-    return f"{where}: {message[0].lower()}{message[1:]}, not {detail['input']!r}"
+    if kind == "missing":
+        return f"{where}: missing{number}; the recipe must say it"
+    if kind.startswith("union_tag"):
+        given = value.get("kind") if isinstance(value, dict) else value
+        return f"{where}.kind: {'missing' if given is None else f'unknown kind {_shown(given)}'}; choose one of {', '.join(METHODS)}"
+    if kind == "value_error":
+        names_itself = message.startswith(tuple(f"{section}." for section in Recipe.model_fields))
+        return message if names_itself else f"{where}: {message}"
+    if kind not in _WANTED:
+        return f"{where}: {message[0].lower()}{message[1:]}, not {_shown(value)}{number}"
+    # Of a union each branch complains: all that are about this value.
+    kinds = [d["type"] for d in error.errors() if d["loc"][0] == detail["loc"][0] and d["input"] is value]
+    wanted = " or ".join(dict.fromkeys(_WANTED[k] for k in kinds if k in _WANTED))
+    quotes = (
+        "; write it in quotes" if wanted == "text" and isinstance(value, int | float | datetime.date) else ""
+    )
+    return f"{where}: must be {wanted}, not {_shown(value)}{number}{quotes}"
 
 
 def _fields(place: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:

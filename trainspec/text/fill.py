@@ -1,0 +1,226 @@
+"""A file's records into a folder of tokens: the work of the worker process, over all cores where the file is large."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trainspec.errors import DataError
+from trainspec.text.encode import Encoder
+from trainspec.text.files import Raw, is_hub, read_raw
+from trainspec.text.locate import Unlocated
+from trainspec.text.parent import end_with_parent
+from trainspec.text.records import BadRecord, Reader, Text
+
+COUNTS, TURN = 1, 2  # bits of a token's mark
+_CHUNK_RECORDS = 128
+# A file below this is done before more processes would have started.
+_LARGE_BYTES = 8 * 2**20
+_SHOWN_ERRORS = 5
+_REPORT_SECONDS = 15.0
+
+
+@dataclass
+class _Done:
+    """A chunk of records as tokens, and what became of those that left none."""
+
+    tokens: bytes = b""
+    marks: bytes = b""
+    lengths: list[int] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)
+    num_bad: int = 0
+    targets: int = 0
+    end_targets: int = 0
+    largest: int = 0
+    end: int = 0
+
+
+class _Chunks:
+    """Turns chunks of raw records into tokens; copied into every process that helps."""
+
+    def __init__(self, encoder: Encoder, reader: Reader) -> None:
+        self.encoder, self.reader = encoder, reader
+
+    def encode(self, chunk: list[Raw]) -> _Done:
+        """Every record of a chunk; a bad one is an entry of `errors`."""
+        done = _Done(end=chunk[-1].end)
+        ids: list[int] = []
+        marks: list[int] = []
+        for raw in chunk:
+            try:
+                self._one(raw, done, ids, marks)
+            except Unlocated as reason:
+                done.skipped[f"not located ({reason})"] += 1
+            except BadRecord as error:
+                done.num_bad += 1
+                if len(done.errors) < _SHOWN_ERRORS:
+                    done.errors.append(f"{raw.where}: {error}")
+        tokens, flags = np.asarray(ids, np.int32), np.asarray(marks, np.uint8)
+        learnt = tokens[(flags & COUNTS) > 0]
+        done.targets, done.largest = int(learnt.size), int(tokens.max(initial=0))
+        done.end_targets = int(np.isin(learnt, [i for i in self.encoder.ends if i is not None]).sum())
+        done.tokens, done.marks = tokens.tobytes(), flags.tobytes()
+        return done
+
+    def _one(self, raw: Raw, done: _Done, ids: list[int], marks: list[int]) -> None:
+        value = raw.value()
+        tools = isinstance(value, dict) and value.get("tools")
+        record = self.reader.read(value, self.encoder.template(tools or None))
+        if isinstance(record, Text) and record.is_blank:
+            done.skipped["empty"] += 1
+            return
+        encoded = self.encoder.encode(record)
+        done.notes.update(encoded.notes)
+        if isinstance(record, Text) and record.turns:
+            done.notes["written as `User:` and `Assistant:`, as the tokenizer has no chat template"] += 1
+        flags = [COUNTS if counts else 0 for counts in encoded.counts]
+        for turn in encoded.turns:
+            flags[turn] |= TURN
+        ids.extend(encoded.ids)
+        marks.extend(flags)
+        done.lengths.append(len(encoded.ids))
+
+
+@lru_cache(maxsize=4)
+def encoder_of(directory: str, chat_template: str | None, date: str) -> Encoder:
+    """The encoder, loaded once in a process."""
+    return Encoder(Path(directory), chat_template, date=datetime.date.fromisoformat(date))
+
+
+def fill(job: dict[str, Any]) -> dict[str, Any]:
+    """Write tokens.bin, marks.bin and offsets.npy into `job["folder"]`; gives what about.json is to hold.
+
+    Raises DataError for bad records, all told at once, unless `job["bad_records"]` is `skip`.
+    """
+    encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"])
+    columns, ignore = dict(job["columns"]), frozenset(job["ignore"])
+    chunks = _Chunks(encoder, Reader(job["task"], columns, ignore, job["system"]))
+    source, folder = job["source"], Path(job["folder"])
+    total = _Done()
+    lengths = [0]
+    num_records = 0
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "marks.bin").open("wb") as marks:
+        for count, done in _progress(source, _encoded(chunks, source)):
+            num_records += count
+            tokens.write(done.tokens)
+            marks.write(done.marks)
+            lengths += done.lengths
+            total.skipped.update(done.skipped)
+            total.notes.update(done.notes)
+            total.errors = [*total.errors, *done.errors][:_SHOWN_ERRORS]
+            total.num_bad += done.num_bad
+            total.targets += done.targets
+            total.end_targets += done.end_targets
+            total.largest = max(total.largest, done.largest)
+    if total.num_bad and job["bad_records"] == "stop":
+        raise DataError(_all_bad(source, total, num_records))
+    if total.num_bad:
+        total.skipped["bad"] = total.num_bad
+    np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
+    return {
+        "records": num_records,
+        "skipped": dict(total.skipped),
+        "notes": dict(total.notes),
+        "bad": total.errors,
+        "targets": total.targets,
+        "end_targets": total.end_targets,
+        "largest": total.largest,
+        "special_tokens": encoder.special_tokens,
+        "has_template": encoder.template() is not None,
+    }
+
+
+def _all_bad(source: str, total: _Done, num_records: int) -> str:
+    rest = total.num_bad - len(total.errors)
+    more = f"; and {rest} more" if rest else ""
+    said = f"{source} {'; '.join(total.errors)}{more}"
+    if total.num_bad == 1:
+        return f"{said}; mend it, or set data.bad_records=skip"
+    return f"{said} ({total.num_bad} bad records of {num_records}); mend them, or set data.bad_records=skip"
+
+
+def _encoded(chunks: _Chunks, source: str) -> Iterator[tuple[int, _Done]]:
+    """Each chunk's number of records and its tokens, in the file's order."""
+    raw = read_raw(source)
+    parts = iter(lambda: list(islice(raw, _CHUNK_RECORDS)), [])
+    processes = len(os.sched_getaffinity(0)) if _size(source) >= _LARGE_BYTES else 1
+    if processes == 1:
+        yield from ((len(part), chunks.encode(part)) for part in parts)
+        return
+    global _shared
+    _shared = chunks  # what a forked process starts with
+    with multiprocessing.get_context("fork").Pool(processes, _start_helper) as pool:
+        yield from _in_order(pool, parts, at_once=4 * processes)
+
+
+_shared: _Chunks | None = None
+
+
+def _start_helper() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker ends its helpers
+    end_with_parent()
+
+
+def _encode_shared(chunk: list[Raw]) -> _Done:
+    assert _shared is not None
+    return _shared.encode(chunk)
+
+
+def _in_order(pool: Any, parts: Iterable[list[Raw]], *, at_once: int) -> Iterator[tuple[int, _Done]]:
+    """A bounded number of chunks is under way, so that memory does not grow with the file."""
+    waiting: deque[tuple[int, Any]] = deque()
+    for part in parts:
+        waiting.append((len(part), pool.apply_async(_encode_shared, (part,))))
+        if len(waiting) >= at_once:
+            count, result = waiting.popleft()
+            yield count, result.get()
+    for count, result in waiting:
+        yield count, result.get()
+
+
+def _size(source: str) -> int:
+    """Bytes of the file or directory."""
+    if is_hub(source):
+        return _LARGE_BYTES
+    path = Path(source)
+    return sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+def _progress(source: str, chunks: Iterable[tuple[int, _Done]]) -> Iterator[tuple[int, _Done]]:
+    """A bar where a person is watching, else a line now and then; nothing for what takes a moment."""
+    size, said = _size(source), time.monotonic()
+    bar = tqdm(
+        total=size, desc=f"tokenising {source}", unit="B", unit_scale=True, delay=2.0, disable=not sys.stderr.isatty()
+    )  # fmt: skip
+    with bar:
+        for count, done in chunks:
+            bar.update(max(0, done.end - bar.n))
+            if bar.disable and done.end and time.monotonic() - said > _REPORT_SECONDS:
+                said = time.monotonic()
+                print(f"tokenising {source}: {100 * done.end // size} %", file=sys.stderr, flush=True)
+            yield count, done
+
+
+def identify(source: str) -> str:
+    """What stands for the content of a source that is no file of ours: the fingerprint of its rows."""
+    from trainspec.text.files import table
+
+    rows = table(source)
+    return json.dumps([rows._fingerprint, len(rows), str(rows.features)])

@@ -1,0 +1,130 @@
+"""Asking the worker process, which has transformers, from a process that has not."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trainspec.errors import DataError
+
+# A worker that nobody has asked for so long is ended; the next request starts another.
+_IDLE_SECONDS = 20.0
+_END_SECONDS = 2.0
+
+
+def versions() -> str:
+    """The versions of the libraries that decide which tokens a text becomes. Raises DataError where one is missing."""
+    try:
+        return " ".join(
+            f"{name} {metadata.version(name)}" for name in ("transformers", "tokenizers", "jinja2")
+        )
+    except metadata.PackageNotFoundError as error:
+        raise DataError(
+            f"{error.name} is not installed; it reads tokenizers: pip install 'twintrain[jax]' or 'twintrain[torch]'"
+        ) from None
+
+
+def ask(**request: Any) -> Any:
+    """The worker's result. Raises DataError for what a person has wrong, OSError where the machine failed."""
+    return _worker.ask(request)
+
+
+class _Worker:
+    """One worker process, started when it is asked and ended when it is idle or this process ends."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        with self._lock:
+            self._stop_timer()
+            process = self._running()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            if not line:
+                raise OSError(
+                    f"the process that tokenises ended with code {self._end()}; mostly the memory was full"
+                )
+            self._timer = threading.Timer(_IDLE_SECONDS, self.close)
+            self._timer.daemon = True
+            self._timer.start()
+        return _result(json.loads(line))
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        with self._lock:
+            self._stop_timer()
+            self._end()
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._owner != os.getpid():  # a fork has no worker of its own yet
+            self._process, self._owner = None, os.getpid()
+        if self._process is None or self._process.poll() is not None:
+            here = str(Path(__file__).parents[2])
+            path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+            # Of a launcher's environment the worker is no part, and it takes no accelerator.
+            quiet = {"CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1", "PYTHONPATH": path}
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "trainspec.text.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+                env=os.environ | quiet,
+            )
+        return self._process
+
+    def _end(self) -> int | None:
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            code = process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:  # it is at work for somebody who is gone
+            process.kill()
+            code = process.wait()
+        process.stdout.close()
+        return code
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _result(answer: dict[str, Any]) -> Any:
+    match answer:
+        case {"result": result}:
+            return result
+        case {"error": line}:
+            raise DataError(line)
+        case {"os_error": [number, text, filename]}:
+            raise OSError(number, text, filename)
+        case {"crash": line, "stack": stack}:
+            raise DataError(f"the tokenizer or its template failed: {line}") from RuntimeError(stack)
+        case other:
+            raise AssertionError(f"no answer: {other}")
+
+
+_worker = _Worker()
+atexit.register(_worker.close)

@@ -1,0 +1,203 @@
+"""The cache of tokens: a file's records, tokenised once, memory-mapped, keyed by all that decides them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainspec.errors import DataError, nearest
+from trainspec.hf import tokenizer_files
+from trainspec.recipe import Data
+from trainspec.text.files import check_source, is_hub
+from trainspec.text.process import ask, versions
+from trainspec.text.records import FIELDS, PROMPTS
+
+CACHE_FORMAT = 3
+# The bits of a token's mark: the loss is taken on it; a turn begins at it.
+COUNTS, TURN = 1, 2
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer's directory and the chat template in its place, known by their content; nothing is loaded."""
+
+    directory: Path
+    template: str | None
+    date: str
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its files, and of the template where another takes the place of its own."""
+        files = tokenizer_files(self.directory)
+        if not files:
+            raise DataError(
+                f"{self.directory}: no tokenizer there; set data.tokenizer to a directory that has one"
+            )
+        parts = [part for f in files for part in (str(f).encode(), (self.directory / f).read_bytes())]
+        return _digest(*parts, (self.template or "").encode())
+
+    def encode(self, text: str, cache: Path) -> list[int]:
+        """The ids of `text`, with the special tokens that the tokenizer itself puts around it."""
+        key = _digest(self.digest.encode(), text.encode(), versions().encode())
+        file = cache / "texts" / f"{key[:20]}.json"
+        if not file.is_file():
+            ids = ask(do="encode", tokenizer=str(self.directory), date=self.date, text=text)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(ids), encoding="utf-8")
+            temporary.rename(file)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def pieces(self, rows: list[list[int]]) -> list[tuple[list[str], str]]:
+        """Of each row of ids the vocabulary's words, and the text."""
+        answers = ask(do="pieces", tokenizer=str(self.directory), date=self.date, ids=rows)
+        return [(pieces, text) for pieces, text in answers]
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All records of one file, end to end. Record i is tokens[offsets[i]:offsets[i + 1]].
+
+    `marks` has a byte for each token, with the bits COUNTS and TURN; `about` what was counted on the way.
+    """
+
+    tokens: NDArray[np.int32]
+    marks: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    about: Mapping[str, Any]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of tokens, marks and offsets."""
+        return _digest(*(np.ascontiguousarray(a).data for a in (self.tokens, self.marks, self.offsets)))
+
+    def special(self, name: str) -> int | None:
+        """The id of `bos`, `eos`, `pad` or `unk`."""
+        return self.about["special_tokens"].get(name, (None, None))[1]
+
+
+def find_tokenizer(data: Data, directory: Path | None, model: str) -> Tokenizer:
+    """The tokenizer of a recipe: `data.tokenizer`, or the model's. Raises DataError where there is none."""
+    home = Path(data.tokenizer) if data.tokenizer else directory
+    if home is None:
+        raise DataError(f"data.tokenizer: {model} has no tokenizer; name a directory that has one")
+    if not home.is_dir():
+        raise DataError(f"{home}: no such directory; set data.tokenizer to one that has a tokenizer")
+    return Tokenizer(home, read_template(data.chat_template), data.date.isoformat())
+
+
+def read_template(file: str | None) -> str | None:
+    """The source in `data.chat_template`."""
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"data.chat_template: no file {file}; give a jinja file") from None
+    except IsADirectoryError:
+        raise DataError(f"data.chat_template: {file} is a directory; give a jinja file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data.chat_template: {file}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+
+
+def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
+    """The tokens of a source, from the cache where an equal one was tokenised equally before."""
+    check_source(source, data.task)
+    for name, _ in data.columns:
+        if name not in FIELDS:
+            raise DataError(f"data.columns.{name}: no field of a record has that name{nearest(name, FIELDS)}")
+    settings = {
+        "task": data.task,
+        "columns": data.columns,
+        "ignore": sorted(data.ignore),
+        "bad_records": data.bad_records,
+        "system": data.system,
+        "date": data.date.isoformat(),
+    }
+    about = (CACHE_FORMAT, PROMPTS, settings, versions(), Path(source).suffix)
+    key = _digest(repr(about).encode(), _content(source).encode(), tokenizer.digest.encode())
+    folder = Path(data.cache) / key[:20]
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            if not folder.is_dir():  # nobody else has made it since
+                job = {
+                    "source": source,
+                    "tokenizer": str(tokenizer.directory),
+                    "chat_template": tokenizer.template,
+                }
+                _fill(folder, settings | job)
+    return TokenStore(
+        tokens=_map(folder / "tokens.bin", np.dtype(np.int32)),
+        marks=_map(folder / "marks.bin", np.dtype(np.uint8)),
+        offsets=np.load(folder / "offsets.npy", allow_pickle=False),
+        about=json.loads((folder / "about.json").read_text(encoding="utf-8")),
+    )
+
+
+def _content(source: str) -> str:
+    """What stands for a source's content: the digest of its bytes, or `datasets`' fingerprint of what is no file."""
+    path = Path(source)
+    if is_hub(source):
+        return ask(do="identify", source=source)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file())
+        return _digest(*(f"{f.relative_to(path)} {_sha256(f)}".encode() for f in files))
+    return _sha256(path)
+
+
+def _fill(folder: Path, job: dict[str, Any]) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=folder.parent))
+    try:
+        about = ask(do="fill", folder=str(temporary), **job)
+        (temporary / "about.json").write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        try:
+            os.rename(temporary, folder)
+        except OSError:  # another process was quicker, where files cannot be locked; its cache is the same
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """One process at a time, where the disk knows locks; the lock ends with the process that holds it."""
+    with file.open("w") as held:
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    file.unlink(missing_ok=True)
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()

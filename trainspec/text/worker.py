@@ -1,0 +1,65 @@
+"""The process that has transformers: `python -m trainspec.text.worker` answers one line of JSON with one.
+
+A request is {"do": "fill" | "encode" | "pieces" | "identify", ...}; an answer is {"result": ...} or, for a person's
+mistake, {"error": its line}. It ends when its input does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
+from trainspec.text.parent import end_with_parent
+
+
+def main() -> None:
+    """Serve until the input ends. What libraries print goes to the error output, not among the answers."""
+    end_with_parent()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        for line in sys.stdin:
+            answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+            answers.flush()
+    except KeyboardInterrupt:  # whoever asked has had it too, and says so
+        os._exit(128 + signal.SIGINT)
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    from trainspec.errors import UserError
+
+    try:
+        return {"result": _do(request)}
+    except UserError as error:
+        return {"error": str(error)}
+    except OSError as error:
+        return {"os_error": [error.errno, error.strerror or str(error), error.filename]}
+    except Exception as error:
+        return {"crash": f"{type(error).__name__}: {error}", "stack": traceback.format_exc()}
+
+
+def _do(request: dict[str, Any]) -> Any:
+    # Loaded with the first request, so that a failure of it is an answer too.
+    from trainspec.text.fill import encoder_of, fill, identify
+
+    match request["do"]:
+        case "fill":
+            return fill(request)
+        case "identify":
+            return identify(request["source"])
+    encoder = encoder_of(request["tokenizer"], None, request["date"])
+    match request["do"]:
+        case "encode":
+            return encoder.encode_plain(request["text"])
+        case "pieces":
+            return [[encoder.pieces(ids), encoder.decode(ids)] for ids in request["ids"]]
+        case other:
+            raise AssertionError(f"no such request: {other}")
+
+
+if __name__ == "__main__":
+    main()
