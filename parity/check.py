@@ -18,10 +18,11 @@ from parity.rounding import RoundingBounds
 from parity.sides import Ran, Side, resolved_recipe, run_side
 from parity.tolerance import Bounds, ProofBounds
 from parity.verdict import Verdict
+from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.methods import Adapter, LoRA, virtual_tokens
 from trainspec.plan import Policy
-from trainspec.recipe import Recipe, load_recipe
+from trainspec.recipe import Recipe, Span, load_recipe
 from trainspec.schedule import learning_rate
 from trainspec.trace import Trace
 
@@ -45,12 +46,11 @@ def check(
     are trained again up to that step, with its activations, to find where it went wrong first.
     """
     recipe = load_recipe(recipe_path, overrides)
-    steps = steps or min(DEFAULT_STEPS, recipe.run.last_step)
-    if steps > recipe.run.last_step:
-        raise UserError(
-            f"--steps {steps}: {recipe_path} makes {recipe.run.last_step} updates; compare at most those"
-        )
-    _check_rates(recipe, steps)
+    span = recipe.span(lambda: open_dataset(recipe, "train").rows)
+    steps = steps or min(DEFAULT_STEPS, span.last)
+    if steps > span.last:
+        raise UserError(f"--steps {steps}: {recipe_path} makes {span.last} updates; compare at most those")
+    _check_rates(recipe, span, steps)
     # A mistake in the second must not wait for the first to be trained.
     sides = [load_recipe(recipe_path, (*overrides, *side.overrides)) for side in (left, right)]
     for name, side, resolved in zip(NAMES, (left, right), sides, strict=True):
@@ -73,10 +73,10 @@ def check(
     return verdict
 
 
-def _check_rates(recipe: Recipe, steps: int) -> None:
+def _check_rates(recipe: Recipe, span: Span, steps: int) -> None:
     """Raises UserError where no compared update moves a weight: agreement would prove nothing."""
     made = (
-        learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step, steps=recipe.run.steps)
+        learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step, steps=span.steps)
         for step in range(steps)
     )
     if not any(made):

@@ -73,6 +73,7 @@ class Replayer:
         self.spec, self.directory = resolve_model(recipe.model)
         self.job = job
         self.dataset = open_dataset(self.recipe, "train")
+        self.span = self.recipe.span(lambda: self.dataset.rows)
         self.trained = {p.name for p in trainable_table(self.spec, recipe.method)}
         importlib.import_module(f"{job.backend}train.parallel").start(self.recipe)
         self.backend = cast(Backend[Any], importlib.import_module(f"{job.backend}train.step"))
@@ -102,7 +103,7 @@ class Replayer:
     def lr(self, step: int) -> float:
         """The recipe's rate at `step`."""
         recipe = self.recipe
-        return learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step - 1, steps=recipe.run.steps)
+        return learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step - 1, steps=self.span.steps)
 
     def _with_weights_of(self, trace: Trace, draw: int | None) -> Recipe:
         """The recipe on a model directory with the starting weights of `trace`.

@@ -26,7 +26,7 @@ from trainspec.model import ModelSpec
 from trainspec.pipeline import check_trains
 from trainspec.plan import Backend as BackendName
 from trainspec.plan import check_fits, check_supported
-from trainspec.recipe import Recipe
+from trainspec.recipe import Recipe, Span
 from trainspec.report import Reporter, Silent, StepReport, describe
 from trainspec.schedule import learning_rate
 from trainspec.trace import Keep, StepTrace, TraceRequest, TraceWriter, check_free
@@ -129,6 +129,8 @@ def train(
     spec, _ = resolve_model(recipe.model)
     dataset = open_dataset(recipe, "train")
     heldout = open_dataset(recipe, "heldout") if recipe.data.heldout else None
+    span = recipe.span(lambda: dataset.rows)
+    recipe = recipe.spanning(span)
     out.mkdir(parents=True, exist_ok=True)
     state = backend.init_state(recipe, spec)
     if saved:
@@ -140,16 +142,17 @@ def train(
         start = backend.weights_of(state, frozen=True)
         if writer:
             writer.initial(start)
-    last = recipe.run.last_step
+    last = span.last
     with (
         Reporter(out, backend=name, steps=last, resumed_at=state.step) if is_leader else Silent()
     ) as reporter:
         reporter.say(describe(spec, recipe.method, recipe.precision.policy))
         reporter.say(dataset.summary)
+        reporter.say(span.said(rows=dataset.rows, examples=recipe.batch.global_examples))
         if saved:
             reporter.say(f"going on behind step {state.step} of {last}, from {saved}")
         while state.step < last:
-            state, report = _update(backend, state, recipe, dataset, trace, writer)
+            state, report = _update(backend, state, recipe, span, dataset, trace, writer)
             if heldout and _is_due(state.step, recipe.run.eval_every_steps, last):
                 report = report.with_heldout(heldout_loss(backend, state, heldout, recipe))
             reporter.step(report)
@@ -183,12 +186,13 @@ def _update(
     backend: Backend[S],
     state: S,
     recipe: Recipe,
+    span: Span,
     dataset: Dataset,
     trace: TraceRequest | None,
     writer: TraceWriter | None,
 ) -> tuple[S, StepReport]:
     batch = dataset.batch(state.step, recipe.batch.global_examples)
-    lr = learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=state.step, steps=recipe.run.steps)
+    lr = learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=state.step, steps=span.steps)
     before = backend.weights_of(state) if trace else {}
     began = time.perf_counter()
     keep = trace.keep(state.step + 1) if trace else "nothing"

@@ -28,7 +28,7 @@ _Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Full(_Spec):

@@ -28,8 +28,8 @@ from pydantic import (
 from trainspec.errors import RecipeError, nearest
 from trainspec.methods import METHODS, LoRA, Method
 from trainspec.plan import Plan, Policy
-from trainspec.text.records import Task
 from trainspec.schedule import Schedule
+from trainspec.text.records import Task
 
 Positive = Annotated[int, Field(ge=1)]
 # A file, a directory or `hub:ORG/NAME`.
@@ -391,7 +391,7 @@ def _shown(value: Any) -> str:
         case bool():
             return str(value).lower()
         case int() if abs(value) > LARGEST:  # Python refuses to write some of these
-            return f"a number of {math.ceil(value.bit_length() * math.log10(2))} digits"
+            return f"a number of some {int((abs(value).bit_length() - 1) * math.log10(2)) + 1} digits"
         case datetime.date():
             return str(value)
         case _:

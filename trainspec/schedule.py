@@ -2,31 +2,49 @@
 
 Warm-up and decay follow Hugging Face's `get_*_schedule_with_warmup`: steps count from 0, the first update of
 a warm-up has rate 0, and the decay reaches `final_ratio` at `steps`. Past the end the rate stays there
-(Hugging Face's cosine would rise again).
+(Hugging Face's cosine would rise again). A warm-up given as a share is rounded up, as its Trainer does.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Literal, Self, assert_never
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Schedule(BaseModel):
-    """The shape of the learning rate over the run; `final_ratio` is its end as a share of the peak."""
+    """The shape of the learning rate over the run; `final_ratio` is its end as a share of the peak.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    The warm-up is given in updates, or as a share of the run's updates.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     kind: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"schedule.warmup_steps={self.warmup_steps} and schedule.warmup_ratio={self.warmup_ratio}: "
+                "give one of them and set the other to 0"
+            )
+        return self
+
+    def warmup(self, steps: int) -> int:
+        """How many of a run's `steps` updates warm up."""
+        return math.ceil(self.warmup_ratio * steps) if self.warmup_ratio else self.warmup_steps
 
 
 def learning_rate(schedule: Schedule, *, peak: float, step: int, steps: int) -> float:
     """The rate of update `step` (counted from 0) in a run of `steps` updates."""
-    if step < schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
-    progress = min(1.0, (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps))
+    warmup = schedule.warmup(steps)
+    if step < warmup:
+        return peak * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     match schedule.kind:
         case "constant":
             return peak

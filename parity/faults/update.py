@@ -25,8 +25,8 @@ OFF_BY_ONE = Edit(
 )
 TWICE_ZERO = Edit(
     "trainspec.schedule",
-    "return peak * step / schedule.warmup_steps",
-    "return peak * max(0, step - 1) / schedule.warmup_steps",
+    "return peak * step / warmup",
+    "return peak * max(0, step - 1) / warmup",
 )
 NOT_DEEPSPEED = "in fp32 DeepSpeed clips: the torch edit reaches the plain engine of fp64 runs only"
 

@@ -1,6 +1,9 @@
 """Schedules and random bits: plain numbers with independent oracles."""
 
+import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -72,3 +75,48 @@ def test_rates_by_hand(kind, step, expected):
     assert learning_rate(Schedule(kind=kind, warmup_steps=4), peak=1.0, step=step, steps=14) == pytest.approx(
         expected, abs=1e-15
     )
+
+
+ORACLE = """
+import json, sys
+import torch
+from transformers import TrainingArguments, get_constant_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+def rates(kind, ratio, steps):
+    warmup = TrainingArguments(output_dir="unused", warmup_steps=ratio, use_cpu=True).get_warmup_steps(steps)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    match kind:
+        case "constant":
+            schedule = get_constant_schedule_with_warmup(optimizer, warmup)
+        case "linear":
+            schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+        case "cosine":
+            schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    return [schedule.lr_lambdas[0](step) for step in range(steps)]
+
+print(json.dumps([rates(*case) for case in json.loads(sys.argv[1])]))
+"""
+
+
+def test_warm_up_as_a_share_follows_hugging_face():
+    """Every rate of every kind, where the share is a whole number of updates and where it is not."""
+    cases = [
+        (kind, ratio, steps)
+        for kind in ("constant", "linear", "cosine")
+        for ratio, steps in ((0.1, 20), (0.03, 100), (0.07, 100), (0.5, 7), (0.001, 5), (0.99, 3), (0.0, 4))
+    ]
+    command = [sys.executable, "-c", ORACLE, json.dumps(cases)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    for (kind, ratio, steps), theirs in zip(cases, json.loads(done.stdout), strict=True):
+        schedule = Schedule(kind=kind, warmup_ratio=ratio)
+        ours = [learning_rate(schedule, peak=1.0, step=step, steps=steps) for step in range(steps)]
+        assert ours == pytest.approx(theirs, abs=1e-15), (kind, ratio, steps)
+    # Rounded down, as is tempting, it is another schedule: 0.07 * 100 is a little more than 7 in floating point.
+    assert Schedule(warmup_ratio=0.07).warmup(100) == 8
+    assert Schedule(warmup_ratio=0.03).warmup(100) == 3
+
+
+def test_a_warm_up_is_given_once():
+    with pytest.raises(ValueError, match=r"warmup_steps=5 and schedule\.warmup_ratio=0\.1: give one"):
+        Schedule(warmup_steps=5, warmup_ratio=0.1)

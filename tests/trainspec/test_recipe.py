@@ -1,9 +1,15 @@
+import datetime
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from small import ROOT
 
 from trainspec.errors import RecipeError
+from trainspec.methods import METHODS
 from trainspec.recipe import Recipe, load_recipe
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -70,6 +76,49 @@ def test_schema_names_every_section():
         ("run", "write KEY=VALUE"),
         ("run.steps.x=1", "is a value, not a section"),
         ("run.steps=[", "not a YAML value"),
+        ("data.date=tomorrow", "data.date: 'tomorrow' is no date; write one such as 2024-07-26"),
+        ("data.date=2024-13-01", "data.date=2024-13-01: '2024-13-01' is not a YAML value: month must be in"),
+        ("data.date='2024-13-01'", "data.date: '2024-13-01' is no date"),
+        (
+            "data.date=2024-01-01 10:00:00",
+            "data.date: must be a date such as 2024-07-26, not 2024-01-01 10:00:00",
+        ),
+        ("data.columns=question", "data.columns: must be a mapping such as {instruction: question}"),
+        (
+            "data.columns={instruction: 5}",
+            "data.columns: maps a field's name to a field's name; 5 is no text",
+        ),
+        (
+            "data.columns={1: x, output: y}",
+            "data.columns: maps a field's name to a field's name; 1 is no text",
+        ),
+        ("data.ignore=id", "data.ignore: must be a list, not 'id'"),
+        ("data.ignore=[id, 5]", "data.ignore: must be text, not 5 (element 2); write it in quotes"),
+        ("data.train=''", "data.train"),
+        ("method.targets=5", "method.targets: must be a list or text, not 5"),
+        ("method.alpha=.inf", "method.alpha: must be a finite number, not inf"),
+        ("optimizer.lr=.inf", "optimizer.lr: must be a finite number"),
+        ("optimizer.lr=.nan", "optimizer.lr: must be a finite number"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: missing (element 2)"),
+        ("optimizer.clip_norm=0", "for no clipping write optimizer.clip_norm=null"),
+        ("optimizer.clip_norm=-1", "for no clipping write optimizer.clip_norm=null"),
+        ("optimizer=", "optimizer: must be a mapping of settings, not null"),
+        (
+            "checkpoint.keep=99999999999999999999",
+            "checkpoint.keep: a number of some 20 digits is larger than any",
+        ),
+        ('data.train="\\ud800"', "data.train: '\\ud800' has a character that is no text"),
+        ('data.train="a\\0b"', "data.train: 'a\\x00b' has a character that is no text"),
+        ("run.epochs=0", "run.epochs"),
+        (
+            "run={steps: 5, epochs: 2}",
+            "run.steps=5 and run.epochs=2: give one of them and set the other to null",
+        ),
+        (
+            "schedule={warmup_steps: 5, warmup_ratio: 0.1}",
+            "schedule.warmup_steps=5 and schedule.warmup_ratio=0.1",
+        ),
+        ("schedule.warmup_ratio=1", "schedule.warmup_ratio: input should be less than 1"),
     ],
 )
 def test_bad_overrides_get_one_clear_line(recipe_file: Path, override: str, message: str):
@@ -81,7 +130,22 @@ def test_bad_overrides_get_one_clear_line(recipe_file: Path, override: str, mess
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1, 2]", "model: [", "model: {from: x}\n", MINIMAL + "run: {steps: 3, steps: 4}\n"]
+    "text",
+    [
+        "",
+        "[1, 2]",
+        "model: [",
+        "model: {from: x}\n",
+        MINIMAL + "run: {steps: 3, steps: 4}\n",
+        MINIMAL + "run: {steps: !!int x}\n",
+        MINIMAL + "run: !!map [1]\n",
+        MINIMAL + "run: !!timestamp x\n",
+        MINIMAL + "run: &a {steps: *a}\n",
+        "model: " + "[" * 2000 + "]" * 2000,
+        # Sixteen lists of lists of lists: what it stands for does not fit in memory.
+        "a: &a [x, x]\n"
+        + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else '*a'] * 9)}]\n" for i in range(16)),
+    ],
 )
 def test_bad_files_get_one_clear_line(tmp_path: Path, text: str):
     path = tmp_path / "r.yaml"
@@ -100,3 +164,99 @@ def test_missing_file(tmp_path: Path):
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
 def test_shipped_recipes_load(path: Path):
     load_recipe(path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load_recipe(path).data.train == "x.jsonl"
+
+
+def test_a_length_is_in_updates_or_in_epochs(recipe_file: Path):
+    def span(*overrides: str, rows: int = 120):
+        return load_recipe(recipe_file, overrides).span(lambda: rows)
+
+    assert span().steps == 200
+    for epochs, rows, steps in ((2, 120, 15), (1, 120, 8), (0.5, 120, 4), (1, 128, 8), (1e-6, 120, 1)):
+        assert span(f"run.epochs={epochs}", rows=rows).steps == steps
+    two = span("run.epochs=2")
+    assert two.said(rows=120, examples=16) == "2 epochs of 120 rows: 15 updates"
+    assert span("run.steps=15").said(rows=120, examples=16) == "15 updates: 2 epochs of 120 rows"
+    # 1.1 * 100 is a little more than 110 in floating point: rounded up it would be an update too many.
+    assert span("run.epochs=1.1", "batch.global_examples=1", rows=100).steps == 110
+    stopped = span("run.epochs=2", "run.stop_after_steps=3")
+    assert (stopped.steps, stopped.last) == (15, 3)
+    assert stopped.said(rows=120, examples=16).endswith(", of which this run makes 3")
+    # An earlier setting gives way by null, and what is written has no epochs any more.
+    recipe_file.write_text(MINIMAL + "run: {steps: 60}\n")
+    recipe = load_recipe(recipe_file, ["run.steps=null", "run.epochs=2"])
+    run = recipe.spanning(recipe.span(lambda: 120)).run
+    assert (run.steps, run.epochs) == (15, None)
+
+
+def test_rows_are_counted_only_where_the_length_depends_on_them(recipe_file: Path):
+    def rows() -> int:
+        raise AssertionError("the data were read")
+
+    assert load_recipe(recipe_file, ["run.steps=7"]).span(rows).steps == 7
+    with pytest.raises(AssertionError, match="were read"):
+        load_recipe(recipe_file, ["run.epochs=7"]).span(rows)
+
+
+# One of every type that YAML has, and what a slip of the hand makes of the right ones.
+VALUES: list[Any] = [
+    None, True, 5, 0, -1, 1.5, 0.5, "x", "", [], {}, [1], ["a"], ["a", 1], [None], {"a": 1}, {"a": "b"}, {1: 2, "b": 3},
+    {1: "x"}, datetime.date(2024, 1, 1), datetime.datetime(2024, 1, 1, 3), float("nan"), float("inf"), 10**400, b"x",
+    "\ud800", [[["a"]]], [0.9, 0.99], [0.9, "x"], [0.9], {"a": ["b"]},
+]  # fmt: skip
+
+
+def settings() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every section and every setting of every section, with a recipe around the place of its value."""
+    base = {"model": {"from": "preset:tiny", "weights": "random"}, "data": {"train": "x.jsonl"}}
+    for name, section in Recipe.model_fields.items():
+        yield name, base
+        if name == "method":
+            for kind, spec in METHODS.items():
+                yield from (
+                    (f"method.{key}", base | {"method": {"kind": kind}})
+                    for key in spec.model_fields
+                    if key != "kind"
+                )
+        else:
+            fields = section.annotation.model_fields  # type: ignore[union-attr]
+            yield from ((f"{name}.{field.alias or key}", base) for key, field in fields.items())
+
+
+@pytest.mark.parametrize(
+    "value", VALUES, ids=lambda value: repr(value)[:20].encode("unicode_escape").decode()
+)
+def test_a_setting_of_any_type_is_taken_whole_or_refused_by_name(value: Any, tmp_path: Path):
+    file = tmp_path / "r.yaml"
+    for key, base in settings():
+        tree = deepcopy(base)
+        *parents, leaf = key.split(".")
+        node = tree.setdefault(parents[0], {}) if parents else tree
+        node[leaf] = value
+        file.write_text(yaml.dump(tree))
+        try:
+            recipe = load_recipe(file)
+        except RecipeError as error:
+            line = str(error).removeprefix(f"{file}: ")
+            assert line.startswith(key), key
+            assert len(line) < 250, key
+            assert "\n" not in line, key
+            continue
+        file.write_text(recipe.to_yaml())
+        assert load_recipe(file) == recipe, key
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("data.columns", {"a": "b"}), ("data.ignore", ["a"]), ("run.steps", 5)]
+)
+def test_settings_of_the_right_type_are_taken(key: str, value: Any, tmp_path: Path):
+    """The control of the test above: it would also pass where everything is refused."""
+    section, name = key.split(".")
+    base = next(base for at, base in settings() if at == key)
+    (tmp_path / "r.yaml").write_text(yaml.dump(base | {section: base.get(section, {}) | {name: value}}))
+    load_recipe(tmp_path / "r.yaml")
