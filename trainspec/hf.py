@@ -12,35 +12,36 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
 from trainspec.errors import ModelError, WeightsError
-from trainspec.model import ModelSpec, preset, read_model_spec
+from trainspec.model import ModelSpec, preset
+from trainspec.model_config import config_notes, read_config, read_model_spec
 from trainspec.params import Param
-from trainspec.recipe import ModelSource
+from trainspec.recipe import ModelSource, Recipe
 from trainspec.tensors import save_tensors
 from trainspec.weight import Index, Weight
+from trainspec.weight_files import MODEL_FILE, MODEL_INDEX, weight_files
 
-MODEL_FILE, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
-FLOATS = ("F64", "F32", "F16", "BF16")
-# Beside the weights, a Hugging Face directory is these; they travel with a merged model.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
-
+# safetensors' words for what weights may be stored as, and numpy's.
+FLOATS: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPARED_BYTES = 2**26
+GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 # What transformers may read of a tokenizer: its fast file, the older ones of every kind, and chat templates.
 TOKENIZER_PATTERNS = (
     "tokenizer.json",
@@ -56,7 +57,7 @@ TOKENIZER_PATTERNS = (
     "merges.txt",
     "bpe.codes",
     "tokenization_*.py",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
@@ -72,7 +73,7 @@ def tokenizer_files(directory: Path) -> list[Path]:
 def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
     """The model's spec and its directory: a local one, `hub:ORG/NAME`, or `preset:NAME` (no directory).
 
-    Only `hub:` reaches for the network.
+    Only `hub:` reaches for the network. A head of its own is one whatever the config says of ties, as in transformers.
     """
     kind, colon, name = source.from_.partition(":")
     if colon and kind == "preset":
@@ -81,7 +82,65 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
             raise ModelError(f"model.from: {source.from_} has no trained weights; set model.weights=random")
         return spec, None
     directory = _hub_directory(name) if colon and kind == "hub" else Path(source.from_)
-    return read_model_spec(directory), directory
+    spec = read_model_spec(directory)
+    if source.weights == "pretrained":
+        if (directory / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model.from: {directory} holds an adapter beside the model (adapter_config.json), which transformers would "
+                "put on top; move it to a directory of its own and name that with method.adapter, or remove it"
+            )
+        if spec.tied_embeddings and _has_own_head(directory):
+            spec = replace(spec, tied_embeddings=False)
+    return spec, directory
+
+
+def model_notes(source: ModelSource) -> list[str]:
+    """A line for everything in which the model's files say two things, and which of them is trained."""
+    spec, directory = resolve_model(source)
+    if directory is None:
+        return []
+    config = read_config(directory)
+    notes = config_notes(config, where=str(directory / "config.json"))
+    if source.weights == "random":
+        return notes
+    if (directory / MODEL_FILE).is_file() and (directory / MODEL_INDEX).is_file():
+        notes.append(
+            f"{directory}: there are two sets of weights; {MODEL_FILE} is read, as in transformers, {MODEL_INDEX} is not"
+        )
+    if config.get("tie_word_embeddings") and not spec.tied_embeddings:
+        notes.append(
+            f"{directory}: tie_word_embeddings is true, but {HEAD} and {EMBEDDING} are two different weights; both are "
+            "kept, as in transformers, and an export says false"
+        )
+    return notes
+
+
+def tokenizer_directory(recipe: Recipe) -> Path | None:
+    """Where the tokenizer is: `data.tokenizer`, or else the model's directory."""
+    return Path(recipe.data.tokenizer) if recipe.data.tokenizer else resolve_model(recipe.model)[1]
+
+
+def _has_own_head(directory: Path) -> bool:
+    try:
+        stats = [(path, path.stat()) for path in weight_files(directory)]
+        return _heads_differ(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
+    except (WeightsError, OSError):
+        return False  # whoever reads the weights says what is wrong with them
+
+
+@cache
+def _heads_differ(stamped: tuple[tuple[Path, int, int], ...]) -> bool:
+    """Whether head and embedding are both there, and not equal. Once in a process, as both may be large."""
+    files = TensorFiles([path for path, *_ in stamped])
+    if not {EMBEDDING, HEAD} <= files.shapes.keys():
+        return False
+    first, second = (files.weight(name, np.float64) for name in (EMBEDDING, HEAD))
+    if first.shape != second.shape or len(first.shape) != 2:
+        return first.shape != second.shape
+    rows, width = first.shape
+    step = max(1, COMPARED_BYTES // (8 * max(1, width)))
+    parts = ((slice(at, at + step), slice(None)) for at in range(0, rows, step))
+    return not all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 @cache
@@ -100,8 +159,9 @@ class TensorFiles:
     """The safetensors files of one directory: every header is read at birth, data one tensor at a time."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._file_of: dict[str, Path] = {}
+        self._place: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype[Any]] = {}
         for path in files:
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -110,16 +170,24 @@ class TensorFiles:
                         raise WeightsError(
                             f"{path}: {name} is stored as {view.get_dtype()}; use one of {', '.join(FLOATS)}"
                         )
-                    self._file_of[name], self.shapes[name] = path, tuple(view.get_shape())
+                    self._place[name], self.shapes[name] = (path, name), tuple(view.get_shape())
+                    self.dtypes[name] = FLOATS[view.get_dtype()]
+
+    def alias(self, name: str, stored: str) -> None:
+        """Call the tensor `stored` by `name`, too."""
+        for column in (self._place, self.shapes, self.dtypes):
+            column[name] = column[stored]  # type: ignore[assignment]
 
     def read(self, name: str, index: Index | None = None) -> NDArray[Any]:
         """One tensor, or the part of it at `index`, in its stored type."""
-        with _opened(self._file_of[name]) as file:
-            return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        path, stored = self._place[name]
+        with _opened(path) as file:
+            return file.get_tensor(stored) if index is None else file.get_slice(stored)[index]
 
-    def weight(self, name: str, dtype: DTypeLike) -> Weight:
-        """One tensor as `dtype`, read as far as it is asked for."""
-        return Weight(self.shapes[name], np.dtype(dtype), lambda index: self.read(name, index))
+    def weight(self, name: str, dtype: DTypeLike | None) -> Weight:
+        """One tensor as `dtype` (None: as stored), read as far as it is asked for."""
+        wanted = self.dtypes[name] if dtype is None else np.dtype(dtype)
+        return Weight(self.shapes[name], wanted, lambda index: self.read(name, index))
 
 
 @contextmanager
@@ -129,31 +197,26 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise WeightsError(f"{path}: missing; the directory is incomplete") from None
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise WeightsError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
 
 
 def model_files(directory: Path) -> TensorFiles:
-    """The weights of a Hugging Face directory: one safetensors file, or shards with an index."""
-    index = directory / MODEL_INDEX
-    if not index.is_file():
-        if not (directory / MODEL_FILE).is_file():
-            raise WeightsError(
-                f"{directory}: neither {MODEL_FILE} nor {MODEL_INDEX}; weights are read from safetensors only "
-                f"(for random ones set model.weights=random)"
-            )
-        return TensorFiles([directory / MODEL_FILE])
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return TensorFiles([directory / shard for shard in shards])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
-        raise WeightsError(f"{index}: not a safetensors index; copy or download it again") from None
+    """The weights of a Hugging Face directory."""
+    return TensorFiles(weight_files(directory))
 
 
 def read_rows(
-    files: TensorFiles, table: Sequence[Param], *, dtype: DTypeLike, where: Path, ignored: Iterable[str] = ()
+    files: TensorFiles,
+    table: Sequence[Param],
+    *,
+    dtype: DTypeLike | None,
+    where: Path,
+    ignored: Iterable[str] = (),
 ) -> Iterator[tuple[Param, Weight]]:
-    """Each row's weight as `dtype`, in the table's order, to be read tensor by tensor or part by part.
+    """Each row's weight as `dtype` (None: as stored), in the table's order, to be read tensor by tensor or part by part.
 
     Raises WeightsError before the first read where a row is missing or misshapen or a tensor is unexpected;
     names in `ignored` may be there.
@@ -177,21 +240,27 @@ def read_rows(
 
 
 def read_model(
-    directory: Path, model: ModelSpec, table: Sequence[Param], *, dtype: DTypeLike
+    directory: Path, model: ModelSpec, table: Sequence[Param], *, dtype: DTypeLike | None
 ) -> Iterator[tuple[Param, Weight]]:
-    """The weights of a Hugging Face directory, row by row of `table`, as `dtype`."""
-    # Old checkpoints store RoPE's frequencies, and some store the tied head a second time: both are derived.
+    """The weights of a Hugging Face directory, row by row of `table`, as `dtype` (None: as stored).
+
+    Of tied weights either may be there, or both.
+    """
+    files = model_files(directory)
+    # Old checkpoints store RoPE's frequencies, which are derived.
     ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(model.layers)}
     if model.tied_embeddings:
-        ignored.add("lm_head.weight")
-    return read_rows(model_files(directory), table, dtype=dtype, where=directory, ignored=ignored)
+        ignored.add(HEAD)
+        if EMBEDDING not in files.shapes and HEAD in files.shapes:
+            files.alias(EMBEDDING, HEAD)
+    return read_rows(files, table, dtype=dtype, where=directory, ignored=ignored)
 
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place once everything in it is written.
 
-    What a person has put there (a model card, say) moves along; weights of an earlier export do not.
+    What a person has put there (a model card, say) moves along; weights and tokenizer of an earlier export do not.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -199,8 +268,11 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         if target.exists():
+            exported = {path.parts[0] for path in tokenizer_files(target)}
             for file in target.iterdir():
-                if not (temporary / file.name).exists() and not file.name.endswith(WEIGHT_ENDINGS):
+                if file.name in exported or file.name.endswith(WEIGHT_ENDINGS):
+                    continue
+                if not (temporary / file.name).exists():
                     os.rename(file, temporary / file.name)
             retired = temporary.with_name(temporary.name + "-old")
             target.rename(retired)
@@ -218,18 +290,32 @@ def write_model(
     *,
     companions_from: Path | None,
     config: Mapping[str, Any],
+    tokenizer_from: Path | None = None,
+    chat_template: Path | None = None,
     shard_bytes: int = 4 * 2**30,
 ) -> None:
     """A Hugging Face directory that `AutoModelForCausalLM` loads: shards of at most `shard_bytes`, with an index.
 
-    One shard is in memory at a time. Tokenizer and generation settings are copied from `companions_from`.
+    One shard is in memory at a time. Generation settings are copied from `companions_from`, and the tokenizer, too, where
+    `tokenizer_from` does not say otherwise; `chat_template` takes the place of the tokenizer's.
     """
     with replaced_directory(directory) as temporary:
-        for name in COMPANIONS:
-            if companions_from is not None and (companions_from / name).is_file():
-                shutil.copyfile(companions_from / name, temporary / name)
-        (temporary / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        if companions_from is not None and (companions_from / GENERATION_CONFIG).is_file():
+            shutil.copyfile(companions_from / GENERATION_CONFIG, temporary / GENERATION_CONFIG)
+        copy_tokenizer(tokenizer_from or companions_from, temporary, chat_template=chat_template)
+        text = json.dumps(dict(config), indent=2) + "\n"
+        (temporary / "config.json").write_text(text, encoding="utf-8")
         _write_shards(temporary, weights, shard_bytes)
+
+
+def copy_tokenizer(source: Path | None, target: Path, *, chat_template: Path | None) -> None:
+    """Every file of the tokenizer in `source`, with `chat_template` in place of its own."""
+    if source is not None:
+        for path in tokenizer_files(source):
+            (target / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / path, target / path)
+    if chat_template is not None:
+        shutil.copyfile(chat_template, target / CHAT_TEMPLATE)
 
 
 def _write_shards(directory: Path, weights: Iterable[tuple[str, NDArray[Any]]], shard_bytes: int) -> None:
@@ -257,7 +343,7 @@ def _write_shards(directory: Path, weights: Iterable[tuple[str, NDArray[Any]]], 
         os.rename(directory / f"shard-{i}", directory / name)
     weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_non_finite(weights: Mapping[str, NDArray[Any]], where: Path) -> None:

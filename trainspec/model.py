@@ -1,20 +1,16 @@
-"""ModelSpec: the sizes and rules of a Llama-family model, read from a Hugging Face `config.json`."""
+"""ModelSpec: the sizes and rules of a Llama-family model, and the `config.json` that says them."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from trainspec.errors import ModelError, nearest
 
-ARCHITECTURE = "LlamaForCausalLM"
-_Size = Annotated[int, Field(ge=1)]
+ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,26 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_positions: int
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor` (rope_type `linear`; position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """A base that grows behind `max_positions` (rope_type `dynamic`, NTK-aware); up to there it is none.
+
+    Rows behind `max_positions` are refused, so in training it changes nothing; it is kept for the files that are written.
+    """
+
+    factor: float
+
+
+RopeScaling = Llama3Scaling | LinearScaling | DynamicScaling
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class ModelSpec:
     mlp: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    rope_scaling: RopeScaling | None
     max_positions: int
     tied_embeddings: bool
     attention_bias: bool
@@ -52,15 +68,21 @@ class ModelSpec:
 def inverse_frequencies(model: ModelSpec, dtype: DTypeLike) -> NDArray[Any]:
     """RoPE's angle per position for each pair of a head, shape [head_dim / 2], computed in `dtype`.
 
-    Source: RoFormer, arXiv 2104.09864; the Llama 3 stretch follows Hugging Face's
-    `_compute_llama3_parameters`: long wavelengths are divided by `factor`, short ones kept, and those
-    between interpolated.
+    Source: RoFormer, arXiv 2104.09864; the scalings are Hugging Face's (`modeling_rope_utils.py`).
     """
     exponent = np.arange(0, model.head_dim, 2).astype(dtype) / np.asarray(model.head_dim, dtype)
     inverse = (1.0 / np.power(np.asarray(model.rope_theta, dtype), exponent)).astype(dtype)
-    scaling = model.rope_scaling
-    if scaling is None:
-        return inverse
+    match model.rope_scaling:
+        case Llama3Scaling() as scaling:
+            return _llama3(inverse, scaling).astype(dtype)
+        case LinearScaling(factor):
+            return (inverse / factor).astype(dtype)
+        case DynamicScaling() | None:
+            return inverse
+
+
+def _llama3(inverse: NDArray[Any], scaling: Llama3Scaling) -> NDArray[Any]:
+    """Long wavelengths are divided by `factor`, short ones kept, and those between interpolated."""
     wavelength = 2 * np.pi / inverse
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     stretched = inverse / scaling.factor
@@ -68,145 +90,30 @@ def inverse_frequencies(model: ModelSpec, dtype: DTypeLike) -> NDArray[Any]:
     between = (1 - smooth) * stretched + smooth * inverse
     is_long = wavelength > scaling.original_positions / low
     is_short = wavelength < scaling.original_positions / high
-    return np.where(is_long, stretched, np.where(is_short, inverse, between)).astype(dtype)
-
-
-def read_model_spec(directory: Path) -> ModelSpec:
-    """The ModelSpec of a Hugging Face model directory. Raises ModelError where it can't be trained here."""
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise ModelError(
-            f"model.from: no directory {directory}; give a Hugging Face model directory, hub:ORG/NAME or preset:NAME "
-            f"(the demo's is made by `make model`)"
-        )
-    if not path.is_file():
-        raise ModelError(f"{path}: missing; a Hugging Face model directory holds a config.json")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not JSON: {error}") from None
-    return model_spec_from_config(config, name=directory.name, where=str(path))
-
-
-class _Rope(BaseModel):
-    """Rotary settings; `rope_type` was called `type` before."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-    rope_type: Literal["default", "llama3"] = Field(
-        "default", validation_alias=AliasChoices("rope_type", "type")
-    )
-    rope_theta: Annotated[float, Field(gt=0)] | None = None
-    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
-    factor: Annotated[float, Field(gt=0)] | None = None
-    low_freq_factor: Annotated[float, Field(gt=0)] | None = None
-    high_freq_factor: Annotated[float, Field(gt=0)] | None = None
-    original_max_position_embeddings: _Size | None = None
-
-    def scaling(self, where: str) -> Llama3Scaling | None:
-        """Llama 3's stretch, where the type says so. Raises ModelError where a field of it is missing."""
-        if self.rope_type == "default":
-            return None
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        factor, low, high, positions = (self.model_dump()[name] for name in names)
-        for name in names:
-            if self.model_dump()[name] is None:
-                raise ModelError(f"{where}: rope_type llama3 needs {name}")
-        if high <= low:
-            raise ModelError(f"{where}: high_freq_factor {high} must be more than low_freq_factor {low}")
-        return Llama3Scaling(factor, low, high, positions)
-
-
-class _Config(BaseModel):
-    """The fields of a Llama's `config.json` that decide its arithmetic, checked; the others are not read."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-    vocab_size: _Size
-    hidden_size: _Size
-    intermediate_size: _Size
-    num_hidden_layers: _Size
-    num_attention_heads: _Size
-    num_key_value_heads: _Size | None = None
-    head_dim: _Size | None = None
-    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
-    max_position_embeddings: _Size = 2048
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    initializer_range: Annotated[float, Field(ge=0)] = 0.02
-    # What would change the arithmetic in a way that is not supported must have the one value that does not.
-    hidden_act: Literal["silu"] = "silu"
-    pretraining_tp: Literal[1] = 1
-    attention_dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
-    # transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood side by side.
-    rope_parameters: _Rope | None = None
-    rope_theta: Annotated[float, Field(gt=0)] | None = None
-    rope_scaling: _Rope | None = None
-
-    @property
-    def rope(self) -> _Rope:
-        """The rotary settings, wherever they stand."""
-        return self.rope_parameters or self.rope_scaling or _Rope.model_validate({})
-
-
-def model_spec_from_config(config: Any, *, name: str, where: str) -> ModelSpec:
-    """The ModelSpec of a parsed `config.json`; `where` names the source in errors.
-
-    Raises ModelError for another architecture, and for a field that is missing, malformed or unsupported.
-    """
-    architectures = config.get("architectures") if isinstance(config, dict) else None
-    if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
-        raise ModelError(
-            f"{where}: architecture {architectures or 'not given'} is unsupported; supported: {ARCHITECTURE}"
-        )
-    try:
-        fields = _Config.model_validate(config)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        key = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
-        got = "" if detail["type"] == "missing" else f", not {detail['input']!r}"
-        raise ModelError(f"{where}: {key}: {detail['msg'][0].lower()}{detail['msg'][1:]}{got}") from None
-    heads, kv_heads = fields.num_attention_heads, fields.num_key_value_heads or fields.num_attention_heads
-    head_dim = fields.head_dim or fields.hidden_size // heads
-    if heads % kv_heads:
-        raise ModelError(
-            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
-    if head_dim % 2:
-        raise ModelError(f"{where}: head_dim {head_dim} is odd; rotary embedding turns pairs")
-    return ModelSpec(
-        name=name,
-        vocab=fields.vocab_size,
-        embed=fields.hidden_size,
-        layers=fields.num_hidden_layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp=fields.intermediate_size,
-        norm_eps=fields.rms_norm_eps,
-        rope_theta=fields.rope.rope_theta or fields.rope_theta or 1e4,
-        rope_scaling=fields.rope.scaling(where),
-        max_positions=fields.max_position_embeddings,
-        tied_embeddings=fields.tie_word_embeddings,
-        attention_bias=fields.attention_bias,
-        mlp_bias=fields.mlp_bias,
-        init_std=fields.initializer_range,
-    )
+    return np.where(is_long, stretched, np.where(is_short, inverse, between))
 
 
 def config_of(model: ModelSpec) -> dict[str, Any]:
     """The `config.json` of a spec, without its stored type: what `model_spec_from_config` reads back."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    if model.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": model.rope_scaling.factor,
-            "low_freq_factor": model.rope_scaling.low_freq_factor,
-            "high_freq_factor": model.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": model.rope_scaling.original_positions,
-        }
+    match model.rope_scaling:
+        case Llama3Scaling() as scaling:
+            rope |= {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_positions,
+            }
+        case LinearScaling(factor):
+            rope |= {"rope_type": "linear", "factor": factor}
+        case DynamicScaling(factor):
+            rope |= {"rope_type": "dynamic", "factor": factor}
+        case None:
+            pass
     return {
         "architectures": [ARCHITECTURE],
-        "model_type": "llama",
+        "model_type": MODEL_TYPE,
         "vocab_size": model.vocab,
         "hidden_size": model.embed,
         "intermediate_size": model.mlp,

@@ -11,18 +11,25 @@ from trainspec.hf import resolve_model
 from trainspec.init import initial_value
 from trainspec.methods import LoRA, adapter_table, target_modules
 from trainspec.model import (
+    DynamicScaling,
+    LinearScaling,
     ModelSpec,
     config_of,
     inverse_frequencies,
-    model_spec_from_config,
     preset,
-    read_model_spec,
 )
+from trainspec.model_config import config_notes, exported_config, model_spec_from_config, read_model_spec
 from trainspec.params import Normal, Param, UniformFanIn, param_table
 from trainspec.recipe import ModelSource
 
+SCALED = {
+    "linear": replace(VARIANTS["plain"], rope_scaling=LinearScaling(4.0)),
+    "dynamic": replace(VARIANTS["plain"], rope_scaling=DynamicScaling(2.0)),
+}
+SPECS = VARIANTS | SCALED
 
-@pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_config_reads_back(spec: ModelSpec):
     assert model_spec_from_config(config_of(spec), name=spec.name, where="here") == spec
 
@@ -43,8 +50,23 @@ def test_published_sizes():
     ("change", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "supported: LlamaForCausalLM"),
-        ({"architectures": None}, "not given"),
+        (
+            {"architectures": ["ChatGLMModel"], "model_type": "chatglm"},
+            "ChatGLMModel.*'chatglm'.* supported: Llama",
+        ),
+        ({"model_type": "mistral"}, "model_type 'mistral' are unsupported"),
+        ({"architectures": None, "model_type": None}, "not given"),
+        ({"architectures": 5}, "architectures 5"),
         ({"hidden_act": "gelu"}, "hidden_act: input should be 'silu'"),
+        ({"hidden_size": 34}, "hidden_size 34 is no multiple of num_attention_heads 4"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quantization_config is unsupported: quantized",
+        ),
+        ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config is unsupported"),
+        ({"transformers_weights": "x.safetensors"}, "rename the file to model.safetensors"),
+        ({"is_causal": False}, "is_causal"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"hidden_size": "x"}, "hidden_size: input should be a valid integer, not 'x'"),
         ({"hidden_size": True}, "hidden_size: input should be a valid integer"),
         ({"num_key_value_heads": 3}, "no multiple"),
@@ -55,8 +77,21 @@ def test_published_sizes():
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"rope_parameters": [1]}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": "abc"}}, "rope_parameters.rope_theta"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "should be 'default' or 'llama3'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor 0.5 with rope_type linear is unsupported",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "'linear', 'dynamic' or 'llama3', not 'yarn'",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "not 'longrope'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type linear needs factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor: input should be greater than 0"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_theta": 5e5}},
+            r"rope_scaling says theta 10000, LinearScaling\(factor=2.0\), rope_parameters theta 500000, no scaling",
+        ),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "needs factor"),
     ],
 )
@@ -81,10 +116,65 @@ def test_missing_models(source: str, weights: str, message: str):
         resolve_model(ModelSource.model_validate({"from": source, "weights": weights}))
 
 
-def test_a_config_that_is_no_object_is_refused(tmp_path: Path):
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ModelError, match="not given"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1]", "not a JSON object"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "not JSON"),
+    ],
+)
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=message) as caught:
         read_model_spec(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is an adapter; set method.adapter to it"):
+        read_model_spec(tmp_path)
+
+
+CHANGES: list[tuple[dict, str]] = [
+    ({"rope_theta": 1e3}, "rope_theta is 10000, as its rope settings say; the 1000 beside them is not used"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not used"),
+    (
+        {"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}},
+        "rope_parameters has 'factor', which rope_type default does",
+    ),
+    ({"auto_map": {"AutoModel": "x.Y"}}, "is not run"),
+    ({"pad_token_id": 320}, "pad_token_id 320 is behind the 320 rows"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_settings_that_say_two_things_are_noted(change: dict, message: str):
+    config = config_of(VARIANTS["plain"])
+    assert config_notes(config, where="here") == []
+    assert model_spec_from_config(config | change, name="small", where="here") == VARIANTS["plain"]
+    (note,) = config_notes(config | change, where="here")
+    assert message in note
+    assert "\n" not in note
+
+
+@pytest.mark.parametrize("change", [change for change, _ in CHANGES])
+def test_an_exported_config_says_one_thing(change: dict):
+    written = exported_config(config_of(VARIANTS["plain"]) | change, VARIANTS["plain"])
+    assert model_spec_from_config(written, name="small", where="here") == VARIANTS["plain"]
+    assert not [note for note in config_notes(written, where="") if "rope_theta" in note or "pad" in note]
+
+
+def test_an_exported_config_has_no_null_switches():
+    nulls = dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "rope_theta"))
+    written = exported_config(
+        config_of(VARIANTS["plain"]) | nulls | {"architectures": None}, VARIANTS["plain"]
+    )
+    assert not [key for key in nulls if key in written and written[key] is None]
+    assert written["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
