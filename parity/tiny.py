@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from trainspec.adapters import write_adapter
 from trainspec.hf import write_model
@@ -89,7 +89,7 @@ class Tiny:
             "data": {
                 "train": str(self.root / "train.jsonl"),
                 "sequence_tokens": 40,
-                "cache": str(self.root / "cache"),
+                "cache": str(Path("build/cache").absolute()),
             },
             "batch": {"global_examples": 4, "accumulation": 2},
             "precision": {"policy": "fp64"},
@@ -166,4 +166,8 @@ def _tokenizer(texts: list[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, "Question: \nAnswer:\n"] * 2, trainer)
+    # Like Llama's, it puts the begin token in front by itself.
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     return tokenizer

@@ -31,6 +31,6 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def make_recipe(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Recipe]:
-    """`recipe_maker` with a cache of the test's own."""
-    return recipe_maker(model_dirs, tmp_path / "cache")
+def make_recipe(model_dirs: dict[str, Path]) -> Callable[..., Recipe]:
+    """`recipe_maker` of these models."""
+    return recipe_maker(model_dirs)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from trainspec.hf import write_model
 from trainspec.init import initial_value
@@ -19,6 +19,9 @@ from trainspec.recipe import Recipe
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "configs/data/text-train.txt"
 QA = ROOT / "configs/data/qa-train.jsonl"
+
+# Keyed by content, so all tests share it: what one has tokenised no other has to.
+CACHE = ROOT / "build/test-cache"
 
 # Grouped kv heads, and head_dim is not embed / heads.
 SMALL = replace(
@@ -52,6 +55,10 @@ def write_tokenizer(directory: Path) -> None:
         show_progress=False,
     )
     tokenizer.train([str(TEXT)], trainer)
+    # Like Llama's, it puts the begin token in front by itself.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     tokenizer.save(str(directory / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     (directory / "tokenizer_config.json").write_text(
@@ -72,14 +79,14 @@ def write_checkpoint(
     return directory
 
 
-def recipe_maker(model_dirs: dict[str, Path], cache: Path) -> Callable[..., Recipe]:
+def recipe_maker(model_dirs: dict[str, Path]) -> Callable[..., Recipe]:
     """Makes small recipes; arguments replace whole sections' fields, `method` the whole section."""
 
     def make(variant: str = "plain", **sections: dict[str, Any]) -> Recipe:
         tree: dict[str, Any] = {
             "model": {"from": str(model_dirs[variant])},
             "method": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]},
-            "data": {"train": str(QA), "sequence_tokens": 160, "cache": str(cache)},
+            "data": {"train": str(QA), "sequence_tokens": 160, "cache": str(CACHE)},
             "batch": {"global_examples": 4, "accumulation": 1},
             "optimizer": {"lr": 1e-3},
             "schedule": {"kind": "constant"},

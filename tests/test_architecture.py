@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("trainspec", "jaxtrain", "torchtrain", "parity")
 JAX_WORLD = {"jax", "jaxlib", "flax", "optax", "orbax"}
 TORCH_WORLD = {"torch", "deepspeed", "peft", "transformers", "accelerate"}
+# The process that tokenises runs this (docs/decisions/0014).
+MAY_IMPORT = {"trainspec/text/encode.py": {"transformers"}}
 FORBIDDEN = {
     "trainspec": {*JAX_WORLD, *TORCH_WORLD, "jaxtrain", "torchtrain", "parity"},
     "parity": {*JAX_WORLD, *TORCH_WORLD, "jaxtrain", "torchtrain"},
@@ -225,8 +227,23 @@ def imports(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_import_rule(package: str):
     for path in modules(package):
-        roots = {name.split(".")[0] for name in imports(path)}
+        roots = {name.split(".")[0] for name in imports(path)} - MAY_IMPORT.get(
+            str(path.relative_to(ROOT)), set()
+        )
         assert not roots & FORBIDDEN[package], f"{path} imports {roots & FORBIDDEN[package]}"
+
+
+def test_transformers_stays_in_the_process_that_tokenises():
+    """What may import it is imported by the worker's modules alone, and the worker by nobody."""
+    importers = {"encode": {"fill"}, "fill": {"worker"}, "worker": set()}
+    for module, allowed in importers.items():
+        found = {
+            path.stem
+            for package in PACKAGES
+            for path in modules(package)
+            if f"trainspec.text.{module}" in set(imports(path))
+        }
+        assert found == allowed, module
 
 
 def test_the_neutral_half_runs_without_a_framework():
@@ -362,6 +379,6 @@ def test_no_pickle_and_no_remote_code():
     for package in PACKAGES:
         for path in modules(package):
             text = path.read_text()
-            assert not re.search(
-                r"\bpickle\b(?!=)|torch\.load\b|trust_remote_code", text.replace("allow_pickle=False", "")
-            ), path
+            for safe in ("allow_pickle=False", "trust_remote_code=False"):
+                text = text.replace(safe, "")
+            assert not re.search(r"\bpickle\b(?!=)|torch\.load\b|trust_remote_code", text), path

@@ -17,11 +17,11 @@ import pytest
 from logits import real_tokens
 from many import ROOT, run_many
 from safetensors.numpy import load_file
-from small import recipe_maker
+from small import CACHE, recipe_maker
 
 from trainspec.hf import resolve_model
 from trainspec.init import starting_weights
-from trainspec.tokens import read_codec
+from trainspec.text.store import Tokenizer
 
 PROGRAMS = ("jaxtrain", "torchtrain")
 BOUND = {"fp32": 1e-5, "fp64": 1e-12}
@@ -149,7 +149,7 @@ class Exchanged:
 @pytest.fixture(scope="module")
 def exchanged(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Exchanged:
     root = tmp_path_factory.mktemp("exchange")
-    make = recipe_maker(model_dirs, root / "cache")
+    make = recipe_maker(model_dirs)
     adapters = root / "made"
     subprocess.run(
         [sys.executable, "-c", MAKE, str(model_dirs["plain"]), str(adapters), json.dumps(MADE)], check=True
@@ -207,7 +207,7 @@ def exchanged(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 def _text_tokens(make) -> list[int]:
     directory = resolve_model(make().model)[1]
     assert directory is not None
-    return read_codec(directory).encode(TEXT)
+    return Tokenizer(directory, None, "2024-07-26").encode(TEXT, CACHE)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -246,7 +246,7 @@ def test_behind_a_prefix_of_a_text_the_model_goes_on_as_behind_the_text(exchange
 
 def test_a_prompt_starts_as_pefts_of_the_same_text(exchanged: Exchanged, model_dirs, tmp_path: Path):
     method = {"kind": "prompt", "virtual_tokens": 9, "init": "text", "text": TEXT}
-    recipe = recipe_maker(model_dirs, tmp_path / "cache")(method=method)
+    recipe = recipe_maker(model_dirs)(method=method)
     started = {p.name: w[...] for p, w in starting_weights(recipe, resolve_model(recipe.model)[0])}
     theirs = load_file(exchanged.adapters / "prompt/adapter_model.safetensors")["prompt_embeddings"]
     assert np.array_equal(started["prompt_encoder.embedding.weight"], theirs)

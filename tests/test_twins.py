@@ -102,7 +102,7 @@ def train_all(program: str, recipes: dict[str, Recipe], root: Path, *extra: str)
 @pytest.fixture(scope="module")
 def module_recipes(model_dirs, tmp_path_factory) -> Make:
     """`make_recipe` for fixtures that live as long as the module."""
-    return recipe_maker(model_dirs, tmp_path_factory.mktemp("cache"))
+    return recipe_maker(model_dirs)
 
 
 def prove_all(cases: list[Case], make: Make, root: Path) -> Path:

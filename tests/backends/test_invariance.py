@@ -20,7 +20,7 @@ ROUNDING = 1e-12  # sums of a few hundred terms in another order, each to 1e-16
 def run(tmp_path_factory):
     """(gradients, loss, tokens) of a batch split into microbatches, from the same starting weights."""
     root = tmp_path_factory.mktemp("invariance")
-    make = recipe_maker({"plain": write_checkpoint(root / "plain", SMALL)}, root / "cache")
+    make = recipe_maker({"plain": write_checkpoint(root / "plain", SMALL)})
 
     @cache
     def prepared(method: str, accumulation: int):

@@ -40,7 +40,7 @@ def recipe_of(scratch: Path, variant: str, sections: dict[str, Any]) -> Any:
     directory = scratch / f"model-{variant}"
     if not directory.exists():
         write_checkpoint(directory, variants[variant])
-    return recipe_maker({variant: directory}, scratch / "cache")(variant, **sections)
+    return recipe_maker({variant: directory})(variant, **sections)
 
 
 def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:

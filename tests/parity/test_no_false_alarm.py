@@ -30,7 +30,7 @@ def test_a_clean_run_passes(model_dirs, tmp_path: Path, capsys, method: str, see
     tokens = min(
         LENGTHS[seed % len(LENGTHS)], VARIANTS[variant].max_positions - virtual_tokens(METHODS[method])
     )
-    recipe = recipe_maker(model_dirs, tmp_path / "cache")(
+    recipe = recipe_maker(model_dirs)(
         variant,
         method=ALL_LINEAR if method == "lora" else METHODS[method].model_dump(),
         data={"sequence_tokens": tokens, "packing": seed % 2 == 0, "too_long": "cut"},

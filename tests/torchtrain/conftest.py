@@ -12,4 +12,4 @@ from small import recipe_maker, write_checkpoint
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     root = tmp_path_factory.mktemp("models")
     dirs = {name: write_checkpoint(root / name, spec) for name, spec in MODELS.items()}
-    return recipe_maker(dirs, tmp_path_factory.mktemp("cache"))
+    return recipe_maker(dirs)

@@ -43,7 +43,7 @@ ACCUMULATION = 2
 @pytest.fixture(scope="module")
 def counted(model_dirs, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Any]:
     home = tmp_path_factory.mktemp("cost")
-    make = recipe_maker(model_dirs, home / "cache")
+    make = recipe_maker(model_dirs)
     files, recipes = [], []
     for i, (method, precision, plan) in enumerate(CASES):
         recipe = make(

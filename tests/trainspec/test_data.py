@@ -1,5 +1,5 @@
 import json
-import shutil
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from trainspec.data import IGNORED, Dataset, open_dataset
 from trainspec.errors import DataError
 from trainspec.recipe import Recipe
-from trainspec.records import ChatTemplate, read_records
-from trainspec.tokens import read_codec
 
 Make = Callable[..., Recipe]
 RECORDS = [
@@ -44,8 +42,9 @@ def documents(data: Dataset, step: int, examples: int) -> list[tuple[str, str]]:
         for number in range(1, batch.segments[i].max() + 1):
             at = batch.segments[i] == number
             counted = at & (batch.labels[i] != IGNORED)
-            found.append((data.decode(batch.input_ids[i, at]), data.decode(batch.input_ids[i, counted])))
-    return found
+            found += [batch.input_ids[i, at], batch.input_ids[i, counted]]
+    texts = [text for _, text in data.pieces(found)]
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def test_only_completions_count(dataset):
@@ -137,17 +136,19 @@ def test_every_unusable_record_is_counted(dataset):
         {"instruction": "no answer", "output": ""},
         {"messages": [{"role": "user", "content": "anybody?"}]},
     ]
-    counts, warning = dataset(records).summary.splitlines()
-    assert counts.endswith("7 records make 3 pieces, 0 cut, skipped: 1 too long, 1 empty, 2 without a target")
-    assert warning.startswith("warning: 1 of 7 records are longer than data.sequence_tokens=160")
-    assert "make 4 pieces, 1 cut, skipped: 0 too long" in dataset(records, too_long="cut").summary
+    counts, warning, *_ = dataset(records).summary.splitlines()
+    assert "7 records make 3 pieces in 3 rows of 160 tokens" in counts
+    assert counts.endswith("1 too long (skipped); skipped: 1 empty, 2 without a target")
+    assert re.search(r"^warning: \d\d % of the tokens are lost, in 1 records longer than", warning)
+    assert "make 4 pieces" in dataset(records, too_long="cut").summary
+    assert "1 too long (cut)" in dataset(records, too_long="cut").summary
     assert dataset(records, too_long="split").rows > 10
 
 
 def test_a_record_cut_inside_its_prompt_has_no_target(dataset):
     data = dataset([*RECORDS, {"instruction": "word " * 400, "output": "x"}], too_long="cut")
-    assert "make 3 pieces, 1 cut" in data.summary
-    assert data.summary.endswith("1 without a target")
+    assert "make 3 pieces" in data.summary
+    assert "1 too long (cut); skipped: 1 without a target" in data.summary
 
 
 def test_plain_text_documents(make_recipe: Make, tmp_path: Path):
@@ -163,7 +164,7 @@ def test_plain_text_documents(make_recipe: Make, tmp_path: Path):
 
 def test_the_cache_is_used_and_follows_the_file(make_recipe: Make, tmp_path: Path):
     path, cache = tmp_path / "d.jsonl", tmp_path / "cache"
-    recipe = make_recipe(data={"train": write(path, RECORDS)})
+    recipe = make_recipe(data={"train": write(path, RECORDS), "cache": str(cache)})
     open_dataset(recipe, "train")
     [folder] = cache.iterdir()
     stamp = (folder / "tokens.bin").stat().st_mtime_ns
@@ -174,75 +175,17 @@ def test_the_cache_is_used_and_follows_the_file(make_recipe: Make, tmp_path: Pat
     assert len(list(cache.iterdir())) == 2
 
 
-CHATML = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def test_chat_template_of_the_checkpoint(tmp_path: Path):
-    messages = [
-        {"role": r, "content": c}
-        for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    ]
-    write(tmp_path / "d.jsonl", [{"messages": messages}])
-    chat = ChatTemplate(CHATML, {"bos_token": "<s>"})
-    [record] = read_records(tmp_path / "d.jsonl", task="question_answering", chat=chat)
-    assert [(s.text, s.counts) for s in record.segments] == [
-        ("<|user|>a<|end|>\n<|assistant|>", False),
-        ("b<|end|>\n", True),
-        ("<|user|>c<|end|>\n<|assistant|>", False),
-        ("d<|end|>\n", True),
-    ]
-
-
 def test_the_input_keeps_its_blank_lines(dataset):
     [(whole, _)] = documents(dataset([{"instruction": "Why?", "input": "a\n\n\nb", "output": "x"}]), 0, 1)
     assert whole == "<s>Question: Why?\na\n\n\nb\nAnswer:\nx</s>"
-
-
-def test_templates_may_mark_generation_and_break_loops(tmp_path: Path):
-    write(tmp_path / "d.jsonl", [RECORDS[1]])
-    source = (
-        "{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}{{ m.role }}: "
-        "{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
-    )
-    [record] = read_records(tmp_path / "d.jsonl", task="question_answering", chat=ChatTemplate(source, {}))
-    assert [(s.text, s.counts) for s in record.segments] == [
-        ("user: Hi;", False),
-        ("assistant: Hello.;", True),
-    ]
-
-
-def test_of_several_templates_the_default_one_counts(model_dirs: dict[str, Path], tmp_path: Path):
-    shutil.copyfile(model_dirs["plain"] / "tokenizer.json", tmp_path / "tokenizer.json")
-    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    chat = read_codec(tmp_path).chat
-    assert chat is not None
-    assert chat.source == CHATML
-    for broken, message in (
-        (json.dumps({"chat_template": named[:1]}), "none called default"),
-        ("[1]", "not a JSON object"),
-    ):
-        (tmp_path / "tokenizer_config.json").write_text(broken)
-        with pytest.raises(DataError, match=message):
-            read_codec(tmp_path)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path):
-    write(tmp_path / "d.jsonl", [RECORDS[1]])
-    chat = ChatTemplate("{{ messages | length }}{{ add_generation_prompt }}", {})
-    with pytest.raises(DataError, match="line 1: the chat template rewrites"):
-        list(read_records(tmp_path / "d.jsonl", task="question_answering", chat=chat))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"instruction": "a", "output": "b"', "line 2: not JSON"),
-        ("[1]", "line 2: a record is a JSON object, not list"),
-        ('{"instruction": "a"}', "line 2: no 'output'"),
+        ("[1]", "line 2: a record is a JSON object, not a list"),
+        ('{"instruction": "a"}', "line 2: 'instruction' without 'output'"),
         ('{"instruction": "a", "output": 3}', "line 2: 'output' must be text, not 3"),
         ('{"messages": "hi"}', "line 2: 'messages' must be a list"),
         ('{"messages": [{"role": "user"}]}', "line 2: every message needs"),
@@ -251,7 +194,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path):
             "line 2: unknown role 'usr'; did you mean 'user'",
         ),
         ('{"text": "x"}', "set data.task=text"),
-        ('{"prompt": "a", "completion": "b"}', "among 'prompt', 'completion'; a record has"),
+        ('{"question": "a", "answer": "b"}', r"data\.columns=\{instruction: question, output: answer\}"),
+        ('{"instruction": "a", "output": "b", "context": "c"}', r"data\.columns=\{input: context\}"),
+        ('{"instruction": "a", "output": "b", "messages": []}', "line 2: field 'instruction' is not used"),
+        ('{"instruction": "a", "output": "b", "history": []}', "data.ignore"),
     ],
 )
 def test_malformed_records_name_the_line(dataset, line: str, message: str):
@@ -273,6 +219,8 @@ def test_no_usable_record(dataset):
         ({"train": "nowhere.jsonl"}, "no such file"),
         ({"sequence_tokens": 4096}, "has 512 positions"),
         ({"tokenizer": "nowhere"}, "set data.tokenizer"),
+        ({"columns": {"instructon": "question"}}, "did you mean 'instruction'"),
+        ({"chat_template": "nowhere.jinja"}, "data.chat_template: no file"),
     ],
 )
 def test_bad_data_settings(make_recipe: Make, fields: dict, message: str):
@@ -284,8 +232,3 @@ def test_text_files_need_the_text_task(make_recipe: Make, tmp_path: Path):
     (tmp_path / "t.txt").write_text("hello\n")
     with pytest.raises(DataError, match=r"data\.task=text"):
         open_dataset(make_recipe(data={"train": str(tmp_path / "t.txt")}), "train")
-
-
-def test_codec_knows_its_special_tokens(model_dirs: dict[str, Path]):
-    codec = read_codec(model_dirs["plain"])
-    assert (codec.pad, codec.bos, codec.eos) == (0, 1, 2)

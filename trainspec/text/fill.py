@@ -80,9 +80,7 @@ class _Chunks:
         return done
 
     def _one(self, raw: Raw, done: _Done, ids: list[int], marks: list[int]) -> None:
-        value = raw.value()
-        tools = isinstance(value, dict) and value.get("tools")
-        record = self.reader.read(value, self.encoder.template(tools or None))
+        record = self.reader.read(raw.value(), self.encoder.template)
         if isinstance(record, Text) and record.is_blank:
             done.skipped["empty"] += 1
             return

@@ -12,7 +12,7 @@ A field that is null is absent. Every other field is used, named in `data.ignore
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -96,13 +96,14 @@ class Reader:
     ignore: frozenset[str] = frozenset()
     system: str | None = None
 
-    def read(self, record: object, template: str | None) -> Chat | Text:
-        """One record; `template` is the source of the chat template, which may name more roles and fields."""
+    def read(self, record: object, template_for: Callable[[object], str | None]) -> Chat | Text:
+        """One record; `template_for(tools)` is the source of the chat template, which may name more roles and fields."""
         if not isinstance(record, dict):
             raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
         fields = self._renamed({k: v for k, v in record.items() if v is not None})
         shape = self._shape(fields)
         self._refuse_unused(fields, shape)
+        template = template_for(fields.get("tools") or None)
         match shape:
             case "messages":
                 return self._chat(fields["messages"], fields, template)
@@ -142,7 +143,7 @@ class Reader:
         if self.task == "text":
             raise BadRecord(f"no 'text'{self._as_columns(fields, ('text',))}")
         if "text" in fields:
-            raise BadRecord("'text' is for data.task=text; set it")
+            raise BadRecord("a record with 'text' is plain text; set data.task=text")
         raise BadRecord(
             f"no 'instruction' and 'output', 'messages', 'conversations' or 'prompt' and 'completion'"
             f"{self._as_columns(fields, ('instruction', 'output'))}"
