@@ -32,6 +32,6 @@ def _run(args: Namespace) -> None:
         case "export":
             # Files to files: one process does it, and does not wait for the others.
             if is_leader():
-                print(f"wrote {export(recipe, out=out, merge=args.merge)}")
+                print(f"wrote {export(recipe, out=out, merge=args.merge, dtype=args.dtype)}")
         case other:
             raise AssertionError(f"the parser let {other!r} through")

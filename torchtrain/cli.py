@@ -70,6 +70,6 @@ def _run(args: Namespace, words: Sequence[str]) -> int | None:
                 print(f"held-out loss {loss:.6f} of {whose}")
         case "export":
             if is_leader():
-                print(f"wrote {export(recipe, out=out, merge=args.merge)}")
+                print(f"wrote {export(recipe, out=out, merge=args.merge, dtype=args.dtype)}")
         case other:
             raise AssertionError(f"the parser let {other!r} through")

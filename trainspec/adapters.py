@@ -23,6 +23,7 @@ from trainspec.errors import RecipeError, WeightsError
 from trainspec.hf import (
     TensorFiles,
     check_reads_back,
+    copy_tokenizer,
     read_rows,
     refuse_non_finite,
     replaced_directory,
@@ -89,8 +90,19 @@ def adapter_size(model: ModelSpec, method: Method) -> int:
             return sum(p.size for p in adapter_table(model, method))
 
 
-def write_adapter(directory: Path, weights: Arrays, *, model: ModelSpec, method: Method, base: str) -> None:
+def write_adapter(
+    directory: Path,
+    weights: Arrays,
+    *,
+    model: ModelSpec,
+    method: Method,
+    base: str,
+    tokenizer_from: Path | None = None,
+    chat_template: Path | None = None,
+) -> None:
     """An adapter directory; PEFT's methods load with `PeftModel.from_pretrained`. `base` is the model it belongs to.
+
+    The tokenizer stands beside it, as Hugging Face's Trainer has it, with `chat_template` in place of its own.
 
     Raises WeightsError, and leaves what was there, where one of the method's rows is missing, misshapen, empty or not finite,
     or the files do not read back as written.
@@ -108,7 +120,8 @@ def write_adapter(directory: Path, weights: Arrays, *, model: ModelSpec, method:
         refuse_non_finite(tensors, directory)
     config = _config_of(model, method) | {"base_model_name_or_path": base}
     with replaced_directory(directory) as temporary:
-        (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        copy_tokenizer(tokenizer_from, temporary, chat_template=chat_template)
+        (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, tensors in files.items():
             save_tensors(tensors, temporary / name, metadata={"format": "pt"})
             check_reads_back(tensors, temporary / name)
@@ -201,7 +214,18 @@ def read_adapter(
             return _read_virtual(directory, config, model, method, table, dtype)
         case Full():
             raise RecipeError("method.kind=full starts from the model's weights, not from an adapter")
-    return read_rows(TensorFiles([directory / ADAPTER_FILE]), table, dtype=dtype, where=directory)
+    return read_rows(_adapter_tensors(directory), table, dtype=dtype, where=directory)
+
+
+def _adapter_tensors(directory: Path) -> TensorFiles:
+    path, older = directory / ADAPTER_FILE, directory / "adapter_model.bin"
+    if older.is_file() and not path.is_file():
+        raise WeightsError(
+            f"{older}: is not read, only {ADAPTER_FILE} is; convert it: python -c "
+            f'"from peft import AutoPeftModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
+        )
+    return TensorFiles([path])
 
 
 def _read_virtual(
@@ -235,7 +259,7 @@ def _read_virtual(
     _check_setting(
         directory, config, method, "num_virtual_tokens", method.virtual_tokens, field="virtual_tokens"
     )
-    given = TensorFiles([directory / ADAPTER_FILE])
+    given = _adapter_tensors(directory)
     unexpected = sorted(set(given.shapes) - {VIRTUAL_ROWS})
     if unexpected:
         raise WeightsError(f"{directory / ADAPTER_FILE}: {unexpected[0]} is unexpected; of virtual tokens it holds {VIRTUAL_ROWS} alone")  # fmt: skip
@@ -327,10 +351,10 @@ def _check_setting(
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise WeightsError(f"method.adapter: {path}: missing; give an adapter directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"method.adapter: {path}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise WeightsError(f"method.adapter: {path}: not a JSON object")

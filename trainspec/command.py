@@ -57,6 +57,11 @@ def backend_parser(program: str) -> ArgumentParser:
             command.add_argument(
                 "--merge", action="store_true", help="fold the adapter into the weights of the whole model"
             )
+            command.add_argument(
+                "--dtype",
+                choices=("float64", "float32", "bfloat16", "float16"),
+                help="how a whole model is stored; as trained by default, with --merge as its base is",
+            )
     return parser
 
 

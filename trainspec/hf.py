@@ -198,7 +198,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise WeightsError(f"{path}: missing; the directory is incomplete") from None
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     except SafetensorError as error:
         raise WeightsError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
 
