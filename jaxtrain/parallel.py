@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from jaxtrain.tensor import Place
 from jaxtrain.weights import native_name, native_spec
+from trainspec.accelerators import Devices, accelerators, hides_gpus
 from trainspec.errors import PlanError
 from trainspec.loop import check_plan
 from trainspec.params import Param
@@ -58,6 +59,7 @@ def start(recipe: Recipe) -> None:
     )
     devices, processes = recipe.plan.devices, _join_cluster()
     _make_cpu_devices(devices, processes=processes)
+    check_accelerators()
     available = jax.device_count()
     if available < devices or (processes > 1 and available != devices):
         raise PlanError(
@@ -68,6 +70,37 @@ def start(recipe: Recipe) -> None:
 
 def finish() -> None:
     """The end of what `start` began. Differs from torchtrain: JAX leaves its cluster when the process ends."""
+
+
+def check_accelerators() -> None:
+    """Raises PlanError where this machine has a GPU or TPU that JAX cannot use, and nobody said to do without."""
+    asked: str = jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # none of those that were asked for is there
+        raise PlanError(f"JAX_PLATFORMS={asked}: {error or 'there is none'}; set it to cpu to train there") from None
+    if backend != "cpu" or asked.split(",")[0] == "cpu":
+        return
+    for found in accelerators():
+        if found.kind == "GPU" and hides_gpus(os.environ):
+            continue
+        platform, package = ("cuda", "jax[cuda13]") if found.kind == "GPU" else ("tpu", "jax[tpu]")
+        try:
+            jax.devices(platform)
+        except RuntimeError as error:
+            raise PlanError(
+                f"{found}, and JAX cannot use it: {error}; pip install '{package}=={jax.__version__}', or what that says "
+                "is missing, or set JAX_PLATFORMS=cpu to train on the cores"
+            ) from None
+
+
+def describe_devices(plan: Plan) -> Devices:
+    """What a run with this plan computes on."""
+    device = jax.local_devices()[0]
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    memory = None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+    count, processes = jax.device_count(), jax.process_count()
+    return Devices("jax", device.device_kind, plan.devices, count, processes, packages, memory)
 
 
 def is_leader() -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 from parity.plant import CRASHED, Edit
 from parity.sides import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
-from trainspec.command import EXIT_DONE
+from trainspec.errors import EXIT_DONE
 from trainspec.plan import Backend
 
 # One thread for each process: as many as there are devices share the machine's cores. Of tiny models compilation is

@@ -16,8 +16,8 @@ from parity.matrix import run_matrix, select
 from parity.sides import parse_side
 from parity.status import status_lines, write_json, write_status
 from parity.verdict import Verdict
-from trainspec.command import EXIT_DONE, EXIT_FAILED, add_recipe, run_command
-from trainspec.errors import UserError
+from trainspec.command import add_recipe, run_command
+from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
 from trainspec.plan import Policy
 
 STATUS_PAGE = Path("docs/parity-status.md")

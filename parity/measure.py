@@ -20,8 +20,7 @@ from parity.perturb import DRAWS
 from parity.rounding import RoundingBounds
 from parity.sides import run_program
 from parity.tolerance import UNIT, Bounds
-from trainspec.command import EXIT_DONE
-from trainspec.errors import UserError
+from trainspec.errors import EXIT_DONE, UserError
 from trainspec.hf import resolve_model
 from trainspec.methods import full_table, trainable_table
 from trainspec.plan import COMPUTE_DTYPE, Backend

@@ -14,10 +14,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import assert_never
 
-from trainspec.command import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
-from trainspec.errors import UserError, nearest
+from trainspec.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_MACHINE,
+    EXIT_USER_ERROR,
+    MachineError,
+    UserError,
+    nearest,
+)
+from trainspec.failures import NOTHING_SAVED
 from trainspec.plan import Backend, Policy
 from trainspec.trace import Trace
 
@@ -77,7 +86,8 @@ def run_side(
 
     With `activations_at` the trace has that step's activations and their gradients.
 
-    Raises UserError, with the side named, for what the backend calls a person's mistake, and where it crashed.
+    Raises UserError, with the side named, for what the backend calls a person's mistake, and where it crashed;
+    MachineError where its machine failed.
     """
     home = out / name
     for old in (home / "run", home / "trace"):
@@ -91,15 +101,22 @@ def run_side(
         command += ["--activations", str(activations_at)]
     code, last = run_program(command, log=home / "log.txt")
     where, speaker = f"{name} ({side})", f"{side.backend}train: "
+    # A check saves nothing before its last step, so that says nothing.
+    said = last.removeprefix(speaker).removesuffix(f"; {NOTHING_SAVED}")
     if code == EXIT_DONE:
         return Ran(Trace(home / "trace"))
-    if code == EXIT_FAILED and last.startswith(speaker):  # a traceback exits with 1, too
+    if code == EXIT_FAILED and last.startswith(speaker):  # Python itself ends with 1 where a program cannot be loaded
         rows = home / "trace" / "trace.jsonl"
         made_a_step = rows.is_file() and rows.stat().st_size > 0
-        return Ran(Trace(home / "trace") if made_a_step else None, stopped=last.removeprefix(speaker))
+        return Ran(Trace(home / "trace") if made_a_step else None, stopped=said)
     if code == EXIT_USER_ERROR:
-        raise UserError(f"{where}: {last.removeprefix(speaker)}")
-    raise UserError(f"{where}: crashed with exit code {code}: {last}; the whole log is {home / 'log.txt'}")
+        raise UserError(f"{where}: {said}")
+    log = f"the whole log is {home / 'log.txt'}"
+    if code == EXIT_MACHINE:
+        raise MachineError(f"{where}: {said}; {log}")
+    if code < 0:
+        raise MachineError(f"{where}: was ended by {Signals(-code).name}: {said}; {log}")
+    raise UserError(f"{where}: crashed with exit code {code}: {said}; {log}")
 
 
 def resolved_recipe(out: Path, name: str) -> str:

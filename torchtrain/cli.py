@@ -14,14 +14,8 @@ from functools import partial
 from torchtrain.launch import count_processes, has_launcher, launch
 from torchtrain.parallel import is_leader
 from torchtrain.train import evaluate, train
-from trainspec.command import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    backend_parser,
-    out_directory,
-    run_command,
-    trace_request,
-)
+from trainspec.command import backend_parser, out_directory, run_command, trace_request
+from trainspec.errors import EXIT_DONE, EXIT_INTERRUPTED
 from trainspec.export import export
 from trainspec.loop import check_plan
 from trainspec.recipe import load_recipe

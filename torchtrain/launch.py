@@ -20,8 +20,7 @@ from functools import partial
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainspec.command import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
-from trainspec.errors import PlanError
+from trainspec.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, PlanError
 
 _POLL_SECONDS = 0.05
 # How long processes may take to end by themselves once one has, before they are ended.

@@ -26,6 +26,7 @@ from torchtrain.pipeline import PipelineEngine
 from torchtrain.tensor import Mesh, Peers, is_split
 from torchtrain.weights import canonical_name
 from torchtrain.zero import DeepSpeedEngine, by_part, import_deepspeed
+from trainspec.accelerators import Devices, accelerators, hides_gpus
 from trainspec.errors import PlanError
 from trainspec.loop import check_plan
 from trainspec.methods import trainable_table
@@ -60,6 +61,7 @@ def start(recipe: Recipe) -> None:
             f"the launcher started {processes} processes, the plan takes {recipe.plan.devices}; start as many, or make "
             f"plan.pipe × plan.data × plan.fsdp × plan.tensor {processes}"
         )
+    check_accelerators()
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 means fp32
     if torch.cuda.is_available():
         # Slurm does not say how many are here; a place is refused where there are too few before it.
@@ -90,8 +92,11 @@ def finish() -> None:
     """Undo `start`, but for the group of several processes: the next run in them finds it joined."""
     while _open_engines:
         _open_engines.pop().close()
-    # Nobody closes a connection that another still reads from; but a process that failed waits for nobody.
-    if _open_groups and sys.exc_info()[0] is None:
+    # Nobody closes a connection that another still reads from. A process that failed waits for nobody, and leaves it to
+    # its end to close them: the others are not to fail before it has said why.
+    if _open_groups and sys.exc_info()[0] is not None:
+        return
+    if _open_groups:
         dist.barrier()
     deepspeed = sys.modules.get("deepspeed")
     # DeepSpeed's, not torch's, where it is in use: it also drops the groups that it remembers.
@@ -102,6 +107,35 @@ def finish() -> None:
         deepspeed.utils.groups.mpu = None
         if dist.is_initialized() and dist.get_world_size() == 1:
             deepspeed.comm.destroy_process_group()
+
+
+def check_accelerators() -> None:
+    """Raises PlanError where this machine has a GPU or TPU that torch cannot use, and nobody said to do without."""
+    if torch.cuda.is_available() or hides_gpus(os.environ):
+        return
+    for found in accelerators():
+        way_out = "or set CUDA_VISIBLE_DEVICES= to train on the cores"
+        if found.kind == "TPU":
+            raise PlanError(f"{found}, which torchtrain does not use; train with jaxtrain, {way_out}")
+        try:
+            torch.cuda.init()
+            reason = f"it sees none (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'is not set')})"
+        except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+            reason = str(error)
+        raise PlanError(
+            f"{found}, and torch {torch.__version__} cannot use it: {reason}; install a driver and a build of torch that "
+            f"go with each other, {way_out}"
+        )
+
+
+def describe_devices(plan: Plan) -> Devices:
+    """What a run with this plan computes on: a device for each process."""
+    packages = ("torch", "transformers", "peft", "deepspeed", "numpy")
+    if not torch.cuda.is_available():
+        return Devices("torch", "cpu", plan.devices, plan.devices, plan.devices, packages)
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    kind, count = f"{gpu.name} (CUDA {torch.version.cuda})", max(plan.devices, torch.cuda.device_count())
+    return Devices("torch", kind, plan.devices, count, plan.devices, packages, gpu.total_memory)
 
 
 def is_leader() -> bool:

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from torchtrain import step
-from torchtrain.parallel import finish, is_leader, start
+from torchtrain.parallel import describe_devices, finish, is_leader, start
 from trainspec import loop
+from trainspec.failures import explained
 from trainspec.recipe import Recipe
 from trainspec.trace import TraceRequest
 
 
-def train(recipe: Recipe, *, out: Path, trace: TraceRequest | None = None, resume: bool = False) -> None:
+def train(
+    recipe: Recipe,
+    *,
+    out: Path,
+    trace: TraceRequest | None = None,
+    resume: bool = False,
+    allow: Collection[str] = (),
+) -> None:
     """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`'s directory.
 
     Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
     """
-    start(recipe)
-    try:
-        loop.train(
-            step,
-            recipe,
-            name="torchtrain",
-            out=out,
-            trace=trace,
-            resume=resume,
-            is_leader=is_leader(),
-        )
-    finally:
-        finish()
+    with explained(recipe, partial(describe_devices, recipe.plan), out=out):
+        start(recipe)
+        try:
+            loop.train(
+                step,
+                recipe,
+                name="torchtrain",
+                out=out,
+                trace=trace,
+                resume=resume,
+                allow=allow,
+                is_leader=is_leader(),
+                devices=describe_devices(recipe.plan),
+            )
+        finally:
+            finish()
 
 
 def evaluate(recipe: Recipe, *, out: Path) -> tuple[float, str]:
     """Held-out loss per target token, and whose: the newest checkpoint's in `out`, or else the starting weights'."""
-    start(recipe)
-    try:
-        return loop.evaluate(step, recipe, out=out)
-    finally:
-        finish()
+    with explained(recipe, partial(describe_devices, recipe.plan)):
+        start(recipe)
+        try:
+            return loop.evaluate(step, recipe, out=out)
+        finally:
+            finish()

@@ -1,19 +1,24 @@
-"""The command line that both backends share, and what a person sees of an error."""
+"""The command line that both backends share, and what a person sees of an error.
+
+Exit codes, of every program: 0 done, or the verdict is pass; 1 the verdict is fail, or training stopped itself; 2 a
+mistake of the person; 3 the machine failed (an OSError, its memory, a device, a driver, the network); 130 interrupted;
+70 a mistake of ours, which alone is told with its stack.
+"""
 
 from __future__ import annotations
 
 import os
+import select
 import sys
+import traceback
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from trainspec.errors import NonFiniteLossError, UserError
+from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, UserError
+from trainspec.failures import outcome
 from trainspec.trace import TraceRequest
-
-EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
-EXIT_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 def add_recipe(parser: ArgumentParser) -> None:
@@ -66,8 +71,11 @@ def backend_parser(program: str) -> ArgumentParser:
 
 
 def out_directory(args: Namespace, program: str) -> Path:
-    """Where the run's files go: `--out`, or `runs/RECIPE-PROGRAM`."""
-    return args.out or Path("runs") / f"{args.recipe.stem}-{program}"
+    """Where the run's files go: `--out`, or `runs/RECIPE-PROGRAM`. Raises UserError where a file is in its place."""
+    out = args.out or Path("runs") / f"{args.recipe.stem}-{program}"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a directory")
+    return out
 
 
 def trace_request(args: Namespace) -> TraceRequest | None:
@@ -88,27 +96,41 @@ def _step_or_all(text: str) -> int | Literal["all"]:
 
 
 def run_command(
-    main: Callable[[Namespace], int | None], parser: ArgumentParser, argv: Sequence[str] | None
+    main: Callable[[Namespace], int | None],
+    parser: ArgumentParser,
+    argv: Sequence[str] | None,
+    *,
+    tell: Callable[[int, str], None] | None = None,
 ) -> int:
-    """Parse, run, and turn a person's mistake into one line and exit code 2, a stopped training into 1."""
+    """Parse, run, and turn what ended it into an exit code and one line.
+
+    The line goes to stderr, behind the stack of a mistake of ours, or with the code to `tell`, which is called while
+    the error is being handled.
+    """
     args = parser.parse_args(argv)
     try:
         return main(args) or EXIT_DONE
-    except UserError as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; what was saved stays, go on with --resume", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-    except OSError as error:
-        print(
-            f"{parser.prog}: {error.filename or 'a file'}: {error.strerror}; nothing else was changed",
-            file=sys.stderr,
-        )
-        return EXIT_USER_ERROR
-    except NonFiniteLossError as error:
-        print(f"{parser.prog}: stopped before the update: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        code, line = outcome(error)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            # Whoever read our output has seen enough, as `| head` does; Python would complain once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_FAILED
+            if not hasattr(error, "__notes__"):
+                return code
+        if tell:
+            tell(code, line)
+            return code
+        if code == EXIT_CRASHED:
+            traceback.print_exc()
+        print(f"{parser.prog}: {line}", file=sys.stderr)
+        return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe of which the other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

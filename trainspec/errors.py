@@ -1,13 +1,18 @@
-"""What a person can get wrong. Every command turns these into one line on stderr and exit code 2."""
+"""What ends a command: a person's mistake, a machine that failed, a loss that is no number. One line each."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+# What every program ends with. A failed verdict, or a training that stopped itself, is 1.
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_MACHINE = 0, 1, 2, 3
+EXIT_CRASHED = 70  # a mistake of ours, told with its stack: EX_SOFTWARE of sysexits.h
+EXIT_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
 
 class UserError(Exception):
-    """A mistake of the person at the command line: says what, where, and the way out, in one line."""
+    """A mistake of the person at the command line: says what, where, and the way out, in one line. Exit code 2."""
 
 
 class RecipeError(UserError):
@@ -34,8 +39,16 @@ class TraceError(UserError):
     """A trace is missing, incomplete or not comparable with the other."""
 
 
+class MachineError(Exception):
+    """The machine failed: its memory, a device, a driver, a disk, the network. Exit code 3, as for every OSError."""
+
+
 class NonFiniteLossError(Exception):
     """The loss is NaN or infinite. Raised before the update, so the weights are still good; exit code 1."""
+
+
+class Note(str):
+    """What an error's line ends with, said by whoever knows more than the one that raised it (`add_note`)."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

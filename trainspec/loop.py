@@ -11,6 +11,7 @@ can have wrong is looked at by all of them, before the first waits.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,16 +19,19 @@ from typing import Any, Protocol, TypeVar
 from numpy.typing import NDArray
 
 from trainspec import checkpoint
+from trainspec.accelerators import Devices
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch, Dataset, open_dataset
-from trainspec.hf import resolve_model
+from trainspec.hf import model_notes, resolve_model
+from trainspec.identity import identity_of
 from trainspec.methods import trainable_table
 from trainspec.model import ModelSpec
 from trainspec.pipeline import check_trains
 from trainspec.plan import Backend as BackendName
 from trainspec.plan import check_fits, check_supported
-from trainspec.recipe import Recipe, Span
-from trainspec.report import Reporter, Silent, StepReport, describe
+from trainspec.recipe import Recipe, Span, idle_settings
+from trainspec.report import Reporter, Silent, StepReport, describe, opening
+from trainspec.resume import check_goes_on
 from trainspec.schedule import learning_rate
 from trainspec.trace import Keep, StepTrace, TraceRequest, TraceWriter, check_free
 
@@ -117,19 +121,30 @@ def train(
     out: Path,
     trace: TraceRequest | None,
     resume: bool,
+    allow: Collection[str],
     is_leader: bool,
+    devices: Devices,
 ) -> None:
     """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`'s directory.
 
+    With `resume` from the newest checkpoint in `out`; `allow` names what may be another than it was made with.
     Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
     """
     saved = checkpoint.start_from(out, resume=resume)
     if trace:
         check_free(trace.directory)
+    if is_leader:  # before anything that takes long
+        lines = [*opening(recipe, devices, name=name, out=out), *model_notes(recipe.model)]
+        print("\n".join(lines), flush=True)
     spec, _ = resolve_model(recipe.model)
     dataset = open_dataset(recipe, "train")
     heldout = open_dataset(recipe, "heldout") if recipe.data.heldout else None
     span = recipe.span(lambda: dataset.rows)
+    told = idle_settings(recipe, span)
+    identity = identity_of(recipe, spec, dataset)
+    if saved:
+        made = checkpoint.read_made(saved)
+        told += check_goes_on(made, recipe, identity, steps=span.steps, allow=allow)
     recipe = recipe.spanning(span)
     out.mkdir(parents=True, exist_ok=True)
     state = backend.init_state(recipe, spec)
@@ -149,8 +164,11 @@ def train(
         reporter.say(describe(spec, recipe.method, recipe.precision.policy))
         reporter.say(dataset.summary)
         reporter.say(span.said(rows=dataset.rows, examples=recipe.batch.global_examples))
+        for line in told:
+            reporter.say(line)
         if saved:
-            reporter.say(f"going on behind step {state.step} of {last}, from {saved}")
+            done = "; nothing is left to do: raise run.steps" if state.step >= last else ""
+            reporter.say(f"going on behind step {state.step} of {last}, from {saved}{done}")
         while state.step < last:
             state, report = _update(backend, state, recipe, span, dataset, trace, writer)
             if heldout and _is_due(state.step, recipe.run.eval_every_steps, last):
@@ -159,7 +177,7 @@ def train(
             if _is_due(state.step, recipe.checkpoint.every_steps, last):
                 saving = Checkpoint(state.step, backend.weights_of(state), *backend.moments_of(state))
                 if is_leader:
-                    checkpoint.save(out, saving, recipe=recipe)
+                    checkpoint.save(out, saving, recipe=recipe, identity=identity)
         reporter.say(f"wrote {checkpoint.latest(out) or out}")
 
 

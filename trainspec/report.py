@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import sys
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,12 +18,15 @@ import numpy as np
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
+from trainspec.accelerators import Devices
 from trainspec.adapters import adapter_size
 from trainspec.encoders import has_encoder
+from trainspec.memory import host_memory
 from trainspec.methods import Full, Method, adapter_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
-from trainspec.plan import STORED_DTYPE, Policy
+from trainspec.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan, Policy
+from trainspec.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,32 @@ class Silent:
 
     def step(self, report: StepReport) -> None:
         """Nothing."""
+
+
+def opening(recipe: Recipe, devices: Devices, *, name: str, out: Path) -> list[str]:
+    """What a run says first: versions, platform, devices, plan, precision, and where it writes."""
+    packages = ", ".join(f"{package} {version(package)}" for package in devices.packages)
+    memory, _ = host_memory()
+    policy = recipe.precision.policy
+    system = " ".join((platform.system(), platform.release(), platform.machine()))
+    return [
+        f"{name} {version('twintrain')} with {packages} on Python {platform.python_version()}",
+        f"host: {platform.node()}, {system}, {os.cpu_count()} cores, {memory / 2**30:,.1f} GiB of memory",
+        f"devices: {devices}",
+        f"plan: {_plan_in_words(recipe.plan)}",
+        f"precision: {policy}, stored in {STORED_DTYPE[policy]}, computed in {COMPUTE_DTYPE[policy]}, "
+        f"gradients summed in {COMPUTE_DTYPE[recipe.precision.reduce]}",
+        f"writes: {out}",
+    ]
+
+
+def _plan_in_words(plan: Plan) -> str:
+    axes = [f"{axis} {size}" for axis in MESH_AXES if (size := getattr(plan, axis)) > 1]
+    words = [" × ".join(axes) or "one device", f"shards {plan.shards}", f"remat {plan.remat}"]
+    if plan.pipe > 1:
+        chunks = f" of {plan.chunks} chunks a stage" if plan.pieces > 1 else ""
+        words.append(f"schedule {plan.schedule}{chunks}, {plan.microbatches} microbatches")
+    return ", ".join(words)
 
 
 def describe(model: ModelSpec, method: Method, policy: Policy) -> str:

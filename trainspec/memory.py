@@ -1,0 +1,133 @@
+"""Out of memory: what was asked for, what there is, and what helps. Frameworks say it each in words of their own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainspec.accelerators import Devices
+from trainspec.errors import PlanError, UserError
+from trainspec.plan import Backend, Plan, check_supported
+from trainspec.recipe import Recipe
+
+GIB = 2**30
+# XLA writes 15.75G for gibibytes, numpy "128. TiB", torch "20.00 MiB", all of them "N bytes" for exact numbers.
+_UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_SIZE = r"([\d.]+) ?(bytes|[KMGTP]?i?B|[KMGTP])\b"
+# What says that memory was the matter. XLA's RESOURCE_EXHAUSTED alone may be a quota or a message's size.
+_LACK = re.compile(
+    r"out of memory|ran out of memory|can.t allocate memory|cannot allocate memory|error allocating device buffer"
+    r"|attempting to (allocate|reserve)|OUT_OF_MEMORY|STATUS_ALLOC_FAILED|std::bad_alloc",
+    re.IGNORECASE,
+)
+_ASKED = (
+    re.compile(r"(?:allocate|allocating|reserve) " + _SIZE, re.IGNORECASE),
+    re.compile(r"\bUsed " + _SIZE + r" of", re.IGNORECASE),  # a TPU's compiler
+)
+_THERE = (
+    re.compile(r"total capacity of " + _SIZE),  # torch on a GPU
+    re.compile(r"\bUsed [\d.]+\w+ of " + _SIZE + r" \w*hbm"),  # a TPU's compiler
+)
+_FREE = (
+    re.compile(r"of which " + _SIZE + r" is free"),  # torch on a GPU
+    re.compile(r"[Tt]here are " + _SIZE + r" free"),  # a TPU
+)
+# The machine's memory, whatever the run computes on.
+_HOST = re.compile(r"DefaultCPUAllocator|for an array with shape|unable to mmap|std::bad_alloc")
+
+
+@dataclass(frozen=True)
+class Lack:
+    """An allocation that failed: sizes in bytes where they were told, of the device's memory or of the machine's."""
+
+    where: Literal["device", "machine"]
+    asked: float | None = None
+    there: float | None = None
+    free: float | None = None
+
+
+def lack_of_memory(error: BaseException) -> Lack | None:
+    """What an error says of memory that was not there; None for an error of another kind."""
+    if isinstance(error, UserError):
+        return None
+    text = str(error)
+    ours = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    theirs = isinstance(error, RuntimeError) and _LACK.search(text)
+    if not ours and not theirs:
+        return None
+    where = "machine" if ours or _HOST.search(text) else "device"
+    return Lack(where, *(_first_size(patterns, text) for patterns in (_ASKED, _THERE, _FREE)))
+
+
+def told(lack: Lack, *, devices: Devices | None = None, recipe: Recipe | None = None) -> str:
+    """The lack in one line, with what helps the recipe where it is known."""
+    on_host = lack.where == "machine" or (devices is not None and devices.memory_bytes is None)
+    parts = [f"asked for {_gib(lack.asked)}"] if lack.asked else []
+    if on_host:
+        size, whose = host_memory()
+        parts.append(f"{whose} {_gib(size)}")
+    elif there := lack.there or (devices.memory_bytes if devices else None):
+        free = f", {_gib(lack.free)} of it free" if lack.free is not None else ""
+        parts.append(f"a device has {_gib(there)}{free}")
+    line = ": ".join([f"out of {'memory' if on_host else 'device memory'}", *([", ".join(parts)] if parts else [])])
+    if recipe is None or devices is None:
+        return line
+    if on_host and devices.memory_bytes is not None:
+        return f"{line}; what helps: fewer processes on this machine, or one with more memory"
+    return f"{line}; what helps, in this order: {', '.join(what_helps(recipe, devices.backend))}"
+
+
+def what_helps(recipe: Recipe, backend: Backend) -> list[str]:
+    """Settings that need less memory for the same training, cheapest first; the last one changes the rows."""
+    plan, batch = recipe.plan, recipe.batch
+    found = ["plan.remat=full"] if plan.remat == "none" else []
+    parts = plan.microbatches * plan.replicas
+    more = (n for n in range(batch.accumulation + 1, batch.global_examples // parts + 1))
+    fits = next((n for n in more if batch.global_examples % (n * parts) == 0), None)
+    if fits:
+        found.append(f"batch.accumulation={fits} or more")
+    wider = plan.fsdp if plan.fsdp > 1 else 2
+    sharded = plan.model_copy(update={"fsdp": wider, "shards": "params"})
+    if plan.shards != "params" and _is_supported(sharded, recipe, backend):
+        found.append("plan.shards=params" + (" with plan.fsdp=2 or more" if plan.fsdp == 1 else ""))
+    elif plan.shards != "nothing":
+        found.append(f"plan.fsdp above {plan.fsdp}")
+    return [*found, f"data.sequence_tokens below {recipe.data.sequence_tokens}"]
+
+
+def host_memory() -> tuple[int, str]:
+    """How much memory this process may have, and whose limit that is: the machine's, a container's or the shell's."""
+    limits = [(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine has")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        file = Path("/sys/fs/cgroup") / name
+        if file.is_file() and (text := file.read_text().strip()).isdecimal():
+            limits.append((int(text), "this container has"))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append((soft, "this process may have (ulimit -v)"))
+    return min(limits)
+
+
+def _is_supported(plan: Plan, recipe: Recipe, backend: Backend) -> bool:
+    try:
+        check_supported(plan, recipe.precision.policy, backend)
+    except PlanError:
+        return False
+    return True
+
+
+def _first_size(patterns: tuple[re.Pattern[str], ...], text: str) -> float | None:
+    match = next((match for pattern in patterns if (match := pattern.search(text))), None)
+    if match is None:
+        return None
+    unit = match[2].lower().removesuffix("ytes")
+    return float(match[1]) * 1024 ** _UNITS[unit.rstrip("b").rstrip("i")]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB"
