@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxtrain.parallel import is_leader
 from jaxtrain.train import evaluate, train
-from trainspec.command import backend_parser, out_directory, run_command, trace_request
+from trainspec.command import allowed, backend_parser, out_directory, run_command, trace_request
 from trainspec.export import export
 from trainspec.recipe import load_recipe
 
@@ -24,7 +24,7 @@ def _run(args: Namespace) -> None:
     out = out_directory(args, PROGRAM)
     match args.command:
         case "train":
-            train(recipe, out=out, trace=trace_request(args), resume=args.resume)
+            train(recipe, out=out, trace=trace_request(args), resume=args.resume, allow=allowed(args))
         case "eval":
             loss, whose = evaluate(recipe, out=out)
             if is_leader():

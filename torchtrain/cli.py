@@ -14,7 +14,7 @@ from functools import partial
 from torchtrain.launch import count_processes, has_launcher, launch
 from torchtrain.parallel import is_leader
 from torchtrain.train import evaluate, train
-from trainspec.command import backend_parser, out_directory, run_command, trace_request
+from trainspec.command import allowed, backend_parser, out_directory, run_command, trace_request
 from trainspec.errors import EXIT_DONE, EXIT_INTERRUPTED
 from trainspec.export import export
 from trainspec.loop import check_plan
@@ -51,13 +51,14 @@ def _run(args: Namespace, words: Sequence[str]) -> int | None:
     recipe = load_recipe(args.recipe, args.overrides)
     out = out_directory(args, PROGRAM)
     trace = trace_request(args) if args.command == "train" else None
+    allow = allowed(args) if args.command == "train" else ()
     processes = recipe.plan.devices
     if args.command != "export" and processes > 1 and not has_launcher(os.environ):
         check_plan(recipe, "torch")  # a mistake in the plan must not wait for its processes
         return launch(PROGRAM, words, processes=processes)
     match args.command:
         case "train":
-            train(recipe, out=out, trace=trace, resume=args.resume)
+            train(recipe, out=out, trace=trace, resume=args.resume, allow=allow)
         case "eval":
             loss, whose = evaluate(recipe, out=out)
             if is_leader():

@@ -1,6 +1,6 @@
 """The portable checkpoint: trained weights, optimizer moments and the step, in canonical names.
 
-    OUT/checkpoints/step-000050/checkpoint.json         step, the recipe it belongs to, a SHA-256 per file
+    OUT/checkpoints/step-000050/checkpoint.json         step, recipe, what it was made of (`identity`), a SHA-256 per file
     OUT/checkpoints/step-000050/weights.safetensors     <name>: trainable weights only
     OUT/checkpoints/step-000050/moment1.safetensors     <name>; moment2 alike
 
@@ -15,24 +15,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.hf import TensorFiles, check_reads_back, read_rows, refuse_non_finite
+from trainspec.identity import Identity
 from trainspec.methods import trainable_table
 from trainspec.model import ModelSpec
 from trainspec.plan import STORED_DTYPE
-from trainspec.recipe import Recipe
+from trainspec.recipe import Recipe, recipe_from
+from trainspec.resume import Made, check_reads
 from trainspec.tensors import save_tensors
 from trainspec.weight import WeightLike
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
 PARTS = ("weights", "moment1", "moment2")
-# What may differ when a run goes on: where and how it runs, how long, and how often it reports.
-MAY_DIFFER = ("plan", "precision", "checkpoint", "run")
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class Checkpoint:
     moment2: Mapping[str, WeightLike]
 
 
-def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe) -> Path:
+def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe, identity: Identity | None = None) -> Path:
     """Write `checkpoint` under OUT and drop all but the newest `recipe.checkpoint.keep`.
 
+    Without `identity` only recipes are compared where a run goes on from it.
     Raises WeightsError, and leaves what was there, where a tensor is empty or not finite, a moment has not its weight's
     shape, or a file does not read back as written.
     """
@@ -56,7 +58,7 @@ def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe) -> Path:
     temporary = folder / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, checkpoint, recipe)
+        _write(temporary, checkpoint, recipe, identity)
     except BaseException:  # what is half written would only fill the disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -68,7 +70,7 @@ def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe) -> Path:
     return path
 
 
-def _write(folder: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
+def _write(folder: Path, checkpoint: Checkpoint, recipe: Recipe, identity: Identity | None) -> None:
     """Every file of a checkpoint, flushed to the disk."""
     folder.mkdir(parents=True)
     sums = {}
@@ -88,8 +90,13 @@ def _write(folder: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
         check_reads_back(arrays, file)
         sums[file.name] = _sha256(file)
         _flush(file)
-    head = {"step": checkpoint.step, "sha256": sums, "recipe": recipe.model_dump(mode="json", by_alias=True)}
-    (folder / "checkpoint.json").write_text(json.dumps(head, indent=2) + "\n")
+    head = {
+        "step": checkpoint.step,
+        "sha256": sums,
+        "identity": asdict(identity) if identity else None,
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+    }
+    (folder / "checkpoint.json").write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
     _flush(folder / "checkpoint.json")
 
 
@@ -111,24 +118,32 @@ def start_from(out: Path, *, resume: bool) -> Path | None:
     return found
 
 
+def read_made(path: Path) -> Made:
+    """How a checkpoint was made. Raises WeightsError where it does not say."""
+    head = _read_head(path)
+    with _complete(path):
+        identity = head.get("identity")  # not there before digests were kept
+        return Made(
+            path,
+            int(head["step"]),
+            _recipe_of(path, head["recipe"]),
+            Identity(**identity) if identity else None,
+        )
+
+
 def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
     """Verify a checkpoint and give it in the run's precision, each weight to be read part by part.
 
-    Raises WeightsError for a damaged file and RecipeError where it belongs to a different recipe.
+    Raises WeightsError for a damaged file and RecipeError where it is of another model or method.
     """
-    try:
-        head = json.loads((path / "checkpoint.json").read_text())
+    head, made = _read_head(path), read_made(path)
+    with _complete(path):
         for name in (f"{part}.safetensors" for part in PARTS):
             if _sha256(path / name) != head["sha256"][name]:
                 raise WeightsError(
                     f"{path / name}: damaged (its SHA-256 is not the recorded one); remove {path} to use the one before it"
                 )
-        _check_same_recipe(path, head["recipe"], recipe)
-        step = int(head["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(
-            f"{path}: incomplete checkpoint ({type(error).__name__}); remove it to use the one before it"
-        ) from None
+    check_reads(made, recipe, model)
     table, dtype = trainable_table(model, recipe.method), STORED_DTYPE[recipe.precision.policy]
     weights, moment1, moment2 = (
         {
@@ -139,24 +154,30 @@ def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
         }
         for part in PARTS
     )
-    return Checkpoint(step, weights, moment1, moment2)
+    return Checkpoint(made.step, weights, moment1, moment2)
 
 
-def _check_same_recipe(path: Path, theirs: dict[str, Any], recipe: Recipe) -> None:
-    mine = recipe.model_dump(mode="json", by_alias=True)
-    for section, fields in mine.items():
-        if section in MAY_DIFFER:
-            continue
-        for key, value in fields.items():
-            if theirs.get(section, {}).get(key) != value:
-                raise RecipeError(
-                    f"{path}: was made with {section}.{key}={theirs.get(section, {}).get(key)!r}, the recipe says {value!r}; "
-                    f"use the recipe it was made with, {path.parent.parent / 'recipe.yaml'}"
-                )
-    if theirs["run"]["seed"] != recipe.run.seed:
-        raise RecipeError(
-            f"{path}: was made with run.seed={theirs['run']['seed']}, the recipe says {recipe.run.seed}"
-        )
+def _read_head(path: Path) -> dict[str, Any]:
+    with _complete(path):
+        return dict(json.loads((path / "checkpoint.json").read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[None]:
+    """What is missing or of another type is told as what it is: a checkpoint that is not whole."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{path}: incomplete checkpoint ({type(error).__name__}); remove it to use the one before it"
+        ) from None
+
+
+def _recipe_of(path: Path, tree: dict[str, Any]) -> Recipe:
+    try:
+        return recipe_from(dict(tree))
+    except RecipeError as error:
+        raise WeightsError(f"{path}: holds a recipe that this version does not know: {error}") from None
 
 
 def _all(out: Path) -> list[Path]:

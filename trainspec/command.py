@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, UserError
+from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, UserError, nearest
 from trainspec.failures import outcome
+from trainspec.resume import ALLOWABLE
 from trainspec.trace import TraceRequest
 
 
@@ -58,6 +59,12 @@ def backend_parser(program: str) -> ArgumentParser:
             command.add_argument(
                 "--resume", action="store_true", help="go on from the newest checkpoint under --out"
             )
+            command.add_argument(
+                "--allow",
+                default="",
+                metavar="WHAT",
+                help=f"with --resume: what may be another than before, of {', '.join(ALLOWABLE)}",
+            )
         if name == "export":
             command.add_argument(
                 "--merge", action="store_true", help="fold the adapter into the weights of the whole model"
@@ -85,6 +92,18 @@ def trace_request(args: Namespace) -> TraceRequest | None:
     if args.trace and args.resume:
         raise UserError("--trace with --resume: a trace starts at step 1; leave one of them out")
     return TraceRequest(args.trace, args.activations) if args.trace else None
+
+
+def allowed(args: Namespace) -> frozenset[str]:
+    """What `--allow` names, such as `data,schedule`."""
+    words = frozenset(args.allow.replace(",", " ").split())
+    for word in sorted(words - set(ALLOWABLE)):
+        raise UserError(f"--allow {word}: no such thing{nearest(word, ALLOWABLE)}")
+    if words and not args.resume:
+        raise UserError(
+            f"--allow {args.allow}: says what may change where a run goes on; give --resume as well"
+        )
+    return words
 
 
 def _step_or_all(text: str) -> int | Literal["all"]:

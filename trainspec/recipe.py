@@ -56,12 +56,12 @@ class ModelSource(Section):
 
 def _as_pairs(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"must be a mapping such as {{instruction: question}}, not {_shown(value)}")
+        raise ValueError(f"must be a mapping such as {{instruction: question}}, not {shown(value)}")
     for pair in value.items():
         for name in pair:
             if not isinstance(name, str):
                 raise ValueError(
-                    f"maps a field's name to a field's name; {_shown(name)} is no text: write it in quotes"
+                    f"maps a field's name to a field's name; {shown(name)} is no text: write it in quotes"
                 )
     return tuple(sorted(value.items()))
 
@@ -75,7 +75,7 @@ def _as_date(value: Any) -> Any:
     try:
         return datetime.date.fromisoformat(value) if isinstance(value, str) else value
     except ValueError:
-        raise ValueError(f"{_shown(value)} is no date; write one such as 2024-07-26") from None
+        raise ValueError(f"{shown(value)} is no date; write one such as 2024-07-26") from None
 
 
 # Written as a mapping, kept as sorted pairs: a recipe is frozen and hashable.
@@ -180,7 +180,7 @@ class AdamW(Section):
     def _not_off(cls, value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
             raise ValueError(
-                f"{_shown(value)} is no length to clip a gradient to; for no clipping write optimizer.clip_norm=null"
+                f"{shown(value)} is no length to clip a gradient to; for no clipping write optimizer.clip_norm=null"
             )
         return value
 
@@ -283,6 +283,35 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
+def idle_settings(recipe: Recipe, span: Span) -> list[str]:
+    """What a recipe says and does not mean: a line for every setting without an effect."""
+    plan, schedule, run = recipe.plan, recipe.schedule, recipe.run
+    warmup = schedule.warmup(span.steps)
+    has_chunks = plan.pipe > 1 and plan.schedule == "interleaved"
+    idle = {
+        f"plan.schedule={plan.schedule}: there is no pipeline with plan.pipe=1": plan.pipe == 1
+        and _is_set(plan, "schedule"),
+        f"plan.chunks={plan.chunks}: only a pipeline of plan.schedule=interleaved has chunks": not has_chunks
+        and _is_set(plan, "chunks"),
+        f"schedule.final_ratio={schedule.final_ratio:g}: schedule.kind=constant has no decay": schedule.kind
+        == "constant"
+        and _is_set(schedule, "final_ratio"),
+        f"run.eval_every_steps={run.eval_every_steps}: data.heldout is not given": recipe.data.heldout is None
+        and _is_set(run, "eval_every_steps"),
+    }
+    lines = [f"no effect: {line}" for line, is_idle in idle.items() if is_idle]
+    if warmup >= span.steps:
+        lines.append(
+            f"the rate never reaches its peak: the warm-up takes {warmup} of the schedule's {span.steps} updates"
+        )
+    return lines
+
+
+def _is_set(section: BaseModel, name: str) -> bool:
+    """Whether a setting is another than its default; whether the recipe says the default cannot be known."""
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `a.b=value` overrides on top. Raises RecipeError in one line."""
     try:
@@ -300,9 +329,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for key, complaint in _unusable(tree, "", set()):
         raise RecipeError(f"{path}: {key}: {complaint}")
     try:
+        return recipe_from(tree)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def recipe_from(tree: dict[str, Any]) -> Recipe:
+    """The recipe of a tree of plain values. Raises RecipeError in one line that begins with the setting."""
+    try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first_line(error)}") from None
+        raise RecipeError(_first_line(error)) from None
 
 
 def _unusable(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]:
@@ -321,10 +358,10 @@ def _unusable(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]
                 yield from _unusable(inner, key if name is None else f"{key}.{name}".lstrip("."), seen)
         case str():
             if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-                yield _printable(key), f"{_shown(value)} has a character that is no text"
+                yield _printable(key), f"{shown(value)} has a character that is no text"
         case int():
             if abs(value) > LARGEST:
-                yield _printable(key), f"{_shown(value)} is larger than any setting"
+                yield _printable(key), f"{shown(value)} is larger than any setting"
         case _:
             pass
 
@@ -383,7 +420,7 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as a recipe has it, cut to what fits a line."""
     match value:
         case None:
@@ -435,19 +472,19 @@ def _first_line(error: ValidationError) -> str:
         return f"{where}: missing{number}; the recipe must say it"
     if kind.startswith("union_tag"):
         given = value.get("kind") if isinstance(value, dict) else value
-        return f"{where}.kind: {'missing' if given is None else f'unknown kind {_shown(given)}'}; choose one of {', '.join(METHODS)}"
+        return f"{where}.kind: {'missing' if given is None else f'unknown kind {shown(given)}'}; choose one of {', '.join(METHODS)}"
     if kind == "value_error":
         names_itself = message.startswith(tuple(f"{section}." for section in Recipe.model_fields))
         return message if names_itself else f"{where}: {message}"
     if kind not in _WANTED:
-        return f"{where}: {message[0].lower()}{message[1:]}, not {_shown(value)}{number}"
+        return f"{where}: {message[0].lower()}{message[1:]}, not {shown(value)}{number}"
     # Of a union each branch complains: all that are about this value.
     kinds = [d["type"] for d in error.errors() if d["loc"][0] == detail["loc"][0] and d["input"] is value]
     wanted = " or ".join(dict.fromkeys(_WANTED[k] for k in kinds if k in _WANTED))
     quotes = (
         "; write it in quotes" if wanted == "text" and isinstance(value, int | float | datetime.date) else ""
     )
-    return f"{where}: must be {wanted}, not {_shown(value)}{number}{quotes}"
+    return f"{where}: must be {wanted}, not {shown(value)}{number}{quotes}"
 
 
 def _fields(place: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:

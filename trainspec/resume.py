@@ -1,0 +1,188 @@
+"""Whether a run may go on from a checkpoint: what must be the same, what `--allow` lets change, and what is free.
+
+Compared are contents (`trainspec.identity`), not paths. Free are where and how a run computes (plan, precision, how a
+batch is accumulated), how long it is and how often it reports and saves, and what is measured on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainspec.errors import RecipeError
+from trainspec.identity import RANDOM, Identity, model_digest, weights_digest
+from trainspec.methods import Full
+from trainspec.model import ModelSpec
+from trainspec.recipe import Recipe, shown
+from trainspec.schedule import learning_rate
+
+# What `--allow` takes: settings that may change on the way, if it is wanted.
+ALLOWABLE: dict[str, tuple[str, ...]] = {
+    "data": ("data.sequence_tokens", "data.packing", "data.padding_side", "data.loss_on", "data.too_long"),
+    "schedule": (
+        "schedule.kind",
+        "schedule.warmup_steps",
+        "schedule.warmup_ratio",
+        "schedule.final_ratio",
+        "optimizer.lr",
+    ),
+}
+# What may not.
+FIXED = (
+    "model.weights",
+    "run.seed",
+    "batch.global_examples",
+    "optimizer.betas",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a checkpoint was made; `identity` is None where an earlier version wrote it, which did not say."""
+
+    path: Path
+    step: int
+    recipe: Recipe
+    identity: Identity | None
+
+    @property
+    def own_recipe(self) -> Path:
+        """The recipe that lies beside it."""
+        return self.path.parent.parent / "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A setting, or what stands for a content, as the checkpoint and as the recipe has it, in words."""
+
+    key: str
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.was} and is {self.now}"
+
+
+def check_reads(made: Made, recipe: Recipe, model: ModelSpec) -> None:
+    """Raises RecipeError where the weights of a checkpoint mean nothing to the model and method of `recipe`."""
+    _refuse(made, _method_changes(made.recipe, recipe))
+    was = made.identity
+    if was is None:
+        return
+    _refuse_model(made, recipe, was.model, model_digest(model), "the model's settings (config.json)")
+    if not isinstance(recipe.method, Full):  # of which a checkpoint has every weight
+        _refuse_model(made, recipe, was.weights, weights_digest(recipe.model, model), "the model's weights")
+
+
+def check_goes_on(
+    made: Made, recipe: Recipe, identity: Identity, *, steps: int, allow: Collection[str]
+) -> list[str]:
+    """What a person is told who goes on from a checkpoint with `recipe`, whose schedule spans `steps` updates.
+
+    Raises RecipeError, in one line, where something is not as it was and is not allowed to change.
+    """
+    _refuse(made, [*_method_changes(made.recipe, recipe), *_changes(FIXED, made.recipe, recipe)])
+    changed = {group: _changes(keys, made.recipe, recipe) for group, keys in ALLOWABLE.items()}
+    lines = []
+    if made.identity is None:
+        lines.append(
+            f"{made.path} is of an earlier version, which kept no digests: model, tokenizer and data were not compared"
+        )
+    else:
+        _refuse_contents(made, recipe, made.identity, identity)
+        if made.identity.data != identity.data:
+            was, now = (
+                f"{r.data.train} (digest {i.data[:8]})"
+                for r, i in ((made.recipe, made.identity), (recipe, identity))
+            )
+            changed["data"].insert(0, _Change("data.train", was, now))
+    changed = {group: changes for group, changes in changed.items() if changes}
+    forbidden = [group for group in changed if group not in allow]
+    if forbidden:
+        told = ", ".join(str(change) for group in forbidden for change in changed[group])
+        raise RecipeError(
+            f"{made.path}: {told}; go on all the same with --resume --allow {','.join(changed)}, or use the recipe it was "
+            f"made with, {made.own_recipe}"
+        )
+    lines += [f"allowed: {change}" for changes in changed.values() for change in changes]
+    return lines + _schedule_lines(made, recipe, steps)
+
+
+def _schedule_lines(made: Made, recipe: Recipe, steps: int) -> list[str]:
+    """A line where the schedule spans another number of updates: the rate jumps."""
+    planned = made.recipe.run.steps
+    if planned is None or planned == steps:
+        return []
+    old, new = (
+        learning_rate(r.schedule, peak=r.optimizer.lr, step=made.step, steps=span)
+        for r, span in ((made.recipe, planned), (recipe, steps))
+    )
+    rate = f"{new:.3g} as before" if old == new else f"{new:.3g} instead of {old:.3g}"
+    return [
+        f"the schedule spanned {planned} updates, now {steps}: the rate at step {made.step + 1} is {rate}"
+    ]
+
+
+def _refuse_contents(made: Made, recipe: Recipe, was: Identity, now: Identity) -> None:
+    """Raises RecipeError where model, tokenizer or the method's start are others."""
+    theirs = made.recipe
+    _refuse_model(made, recipe, was.model, now.model, "the model's settings (config.json)")
+    _refuse_model(made, recipe, was.weights, now.weights, "the model's weights")
+    if was.tokenizer != now.tokenizer:
+        old, new = (r.data.tokenizer or r.model.from_ for r in (theirs, recipe))
+        raise RecipeError(
+            f"{made.path}: the tokenizer's files (chat template included) are not those it was made with: {old!r} was "
+            f"{was.tokenizer[:8]}, {new!r} is {now.tokenizer[:8]}; name a directory that has them in data.tokenizer"
+        )
+    if was.method != now.method:
+        old, new = (getattr(r.method, "adapter", None) for r in (theirs, recipe))
+        raise RecipeError(
+            f"{made.path}: method.adapter was {_with_digest(old, was.method)} and is {_with_digest(new, now.method)}; "
+            + (f"set method.adapter to that of {old}" if old else "set method.adapter=null")
+        )
+
+
+def _with_digest(name: str | None, digest: str) -> str:
+    return f"{name!r} (digest {digest[:8]})" if name else "null"
+
+
+def _refuse_model(made: Made, recipe: Recipe, was: str, now: str, what: str) -> None:
+    if was == now:
+        return
+    old, new = (digest if digest == RANDOM else digest[:8] for digest in (was, now))
+    raise RecipeError(
+        f"{made.path}: {what} are not those it was made with: {made.recipe.model.from_!r} was {old}, "
+        f"{recipe.model.from_!r} is {new}; set model.from to the model it was made with"
+    )
+
+
+def _refuse(made: Made, changes: list[_Change]) -> None:
+    """Raises RecipeError for the first of `changes`."""
+    for change in changes:
+        raise RecipeError(
+            f"{made.path}: was made with {change.key}={change.was}, the recipe says {change.now}; use the recipe it "
+            f"was made with, {made.own_recipe}"
+        )
+
+
+def _method_changes(was: Recipe, now: Recipe) -> list[_Change]:
+    """Settings of the method, all but where its start lies."""
+    if was.method.kind != now.method.kind:
+        return [_Change("method.kind", was.method.kind, now.method.kind)]
+    keys = (f"method.{key}" for key in type(now.method).model_fields if key != "adapter")
+    return _changes(keys, was, now)
+
+
+def _changes(keys: Iterable[str], was: Recipe, now: Recipe) -> list[_Change]:
+    pairs = ((key, _setting(was, key), _setting(now, key)) for key in keys)
+    return [_Change(key, shown(old), shown(new)) for key, old, new in pairs if old != new]
+
+
+def _setting(recipe: Recipe, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
