@@ -235,6 +235,26 @@ CONVERSATIONS: dict[str, Record] = {
             _answer("It is 6.") | {"reasoning_content": "\nthree\nand three\n"},
         ]
     },
+    "think_odd": {
+        "messages": [
+            _user("<think>?"),
+            _answer("<think>\nnever ends"),
+            _user("</think>?"),
+            _answer("</think>One.</think>Two."),
+            _user("And?"),
+            _answer("<think>\nnothing to say\n</think>\n\n"),
+        ]
+    },
+    "think_repeated": {
+        "messages": [
+            _user("6?"),
+            _answer("<think>\n6\n</think>\n\n6"),
+            _user("<think>\n6\n</think>\n\n6"),
+            _answer("<think>\n6\n</think>\n\n6"),
+            _user("6?"),
+            _answer("<think>\n6\n</think>\n\n6"),
+        ]
+    },
     "repeated": {
         "messages": [
             _user("Say: A pear."),
@@ -244,6 +264,33 @@ CONVERSATIONS: dict[str, Record] = {
             _user("A pear. A pear."),
             _answer("A pear. A pear."),
         ]
+    },
+    "system_repeated": {
+        "messages": [
+            _system("A pear."),
+            _user("A pear."),
+            _answer("A pear."),
+            _user("A pear.\n\nA pear."),
+            _answer("A pear."),
+        ]
+    },
+    "two_systems": {
+        "messages": [
+            _system("Be short."),
+            _user("Hi"),
+            _answer("Hello"),
+            _system("Be long."),
+            _user("Hi"),
+            _answer("Hello!"),
+        ]
+    },
+    "tool_last": {
+        "messages": [
+            _user("Is it dry in Rome?"),
+            {"role": "assistant", "tool_calls": [_call("weather", {"town": "Rome"}, id="call00001")]},
+            {"role": "tool", "content": "dry", "name": "weather", "tool_call_id": "call00001"},
+        ],
+        "tools": [WEATHER],
     },
     "echo": {
         "messages": [

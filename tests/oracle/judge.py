@@ -54,8 +54,11 @@ class Judge:
 
     def __init__(self, directory: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        # Some post-processors leave blanks out of the offsets, and add nothing where no special tokens are asked for.
+        # Byte-level post-processors may leave blanks out of the offsets; they do nothing else to a chat, which is
+        # encoded without special tokens.
         self._exact = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        self._exact.no_truncation()
+        self._exact.no_padding()
         self._exact.post_processor = None
 
     def verdict(self, template: str, messages: Messages, tools: list[dict[str, Any]] | None) -> Verdict:

@@ -185,6 +185,7 @@ QWEN3 = """\
 """
 
 # The system text comes first, wherever it stood. Behind a tool's outputs the assistant has no header.
+# The generation prompt's <think> is dropped with what was thought; where it stays, it is no target either.
 R1 = """\
 {%- set ns = namespace(system='', outputs=false) %}
 {%- for message in messages if message['role'] == 'system' %}
@@ -204,8 +205,13 @@ R1 = """\
             {{- '<｜Assistant｜>' }}
         {%- endif %}
         {%- set ns.outputs = false %}
+        {%- set text = (message['content'] or '').split('</think>')[-1] %}
+        {%- if text.startswith('<think>\\n') %}
+            {{- '<think>\\n' }}
+            {%- set text = text[8:] %}
+        {%- endif %}
 {%- generation %}
-        {{- (message['content'] or '').split('</think>')[-1] }}
+        {{- text }}
         {%- if message.tool_calls %}
             {{- '<｜tool▁calls▁begin｜>' }}
             {%- for call in message.tool_calls %}
@@ -449,6 +455,55 @@ VICUNA = """\
 {%- endif %}
 """
 
+# Behind the last turn, where no answer is asked for, the template closes the text with the end token: nobody's turn.
+PHI3 = """\
+{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>\\n' }}
+    {%- if message['role'] == 'assistant' %}
+{%- generation %}
+        {{- message['content'] + '<|end|>' }}
+{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>\\n' }}
+{%- else %}
+    {{- eos_token }}
+{%- endif %}
+"""
+
+# gpt-oss's way: what was thought is a message of its own, kept in the last turn only, and the last turn ends with
+# another token than those before it.
+HARMONY = """\
+{{- '<|start|>system<|message|>Today: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|start|>assistant' }}
+{%- generation %}
+        {%- if message.reasoning_content is defined and loop.last %}
+            {{- '<|channel|>analysis<|message|>' + message.reasoning_content + '<|end|><|start|>assistant' }}
+        {%- endif %}
+        {%- if message.tool_calls %}
+            {%- set call = message.tool_calls[0].function %}
+            {{- ' to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
+            {{- call.arguments | tojson + '<|call|>' }}
+        {%- else %}
+            {{- '<|channel|>final<|message|>' + message.content }}
+            {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+        {%- endif %}
+{%- endgeneration %}
+    {%- else %}
+        {{- '<|start|>' + message['role'] + '<|message|>' + message['content'] + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant' }}
+{%- endif %}
+"""
+
 _TAG_LINE = re.compile(r"^\{%- (?:end)?generation %\}\n", re.MULTILINE)
 
 TAGGED: dict[str, str] = {
@@ -465,5 +520,7 @@ TAGGED: dict[str, str] = {
     "end_in_front": END_IN_FRONT,
     "generation": GENERATION,
     "vicuna": VICUNA,
+    "phi3": PHI3,
+    "harmony": HARMONY,
 }
 TEMPLATES: dict[str, str] = {name: _TAG_LINE.sub("", source) for name, source in TAGGED.items()}

@@ -43,6 +43,7 @@ TOKENIZERS = (
     "strip",
     "flags_fast",
     "flags_llama",
+    "cutting",
     "mistral_v1",
     "mistral_v3",
     "tekken",

@@ -71,6 +71,12 @@ MARKS = [
     "<｜tool▁outputs▁end｜>",
     "<｜tool▁output▁begin｜>",
     "<｜tool▁output▁end｜>",
+    "<|end|>",
+    "<|start|>",
+    "<|channel|>",
+    "<|message|>",
+    "<|return|>",
+    "<|call|>",
 ]
 # Added tokens, but no special ones: decoding shows them.
 SHOWN = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
@@ -188,6 +194,11 @@ def _begin_and_end(write: Any, config: dict[str, Any]) -> None:
     # With a tokenizer.json transformers takes the post-processor's word and not these settings'.
     flags = {"add_bos_token": False, "add_eos_token": True}
     write("flags_fast", _bytes_bpe(), tokenizer_config=config | flags)
+    # A tokenizer.json that would cut and fill every text, which transformers switches off for each call.
+    cutting = _bytes_bpe()
+    cutting.enable_truncation(16)
+    cutting.enable_padding(pad_token="<pad>", length=512)
+    write("cutting", cutting, tokenizer_config=config | {"model_max_length": 16})
     # LlamaTokenizer builds the tokenizer anew from a tokenizer.json's vocabulary and merges, with Metaspace.
     llama = _metaspace_bpe(pre_tokenizer=None)
     llama.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
