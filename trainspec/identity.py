@@ -77,8 +77,8 @@ def _sampled(name: str, weight: Weight) -> Iterator[bytes]:
 
 def _places(shape: tuple[int, ...]) -> list[Index]:
     """The start of the first, the middle and the last row."""
-    *leading, _ = shape
-    start = slice(0, SAMPLE)
+    *leading, width = shape
+    start = slice(0, min(SAMPLE, width))
     if not leading:
         return [(start,)]
     rows = sorted({0, leading[0] // 2, leading[0] - 1})

@@ -200,11 +200,13 @@ class Span:
     last: int
     epochs: float | None
 
-    def said(self, *, rows: int, examples: int) -> str:
-        """The length in updates and in epochs of `rows` rows, `examples` an update."""
+    def said(self, *, rows: int | None, examples: int) -> str:
+        """The length in updates and in epochs of `rows` rows (None: not counted), `examples` an update."""
         stop = "" if self.last == self.steps else f", of which this run makes {self.last}"
         if self.epochs is not None:
             return f"{_epochs(self.epochs)} of {rows} rows: {self.steps} updates{stop}"
+        if rows is None:
+            return f"{self.steps} updates{stop}"
         return f"{self.steps} updates: {_epochs(self.steps * examples / rows)} of {rows} rows{stop}"
 
 

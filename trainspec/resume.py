@@ -114,18 +114,18 @@ def check_goes_on(
 
 
 def _schedule_lines(made: Made, recipe: Recipe, steps: int) -> list[str]:
-    """A line where the schedule spans another number of updates: the rate jumps."""
+    """A line where the schedule spans another number of updates or has another shape: the rate may jump."""
     planned = made.recipe.run.steps
-    if planned is None or planned == steps:
+    if planned is None:  # a checkpoint's recipe says steps, not epochs
         return []
     old, new = (
         learning_rate(r.schedule, peak=r.optimizer.lr, step=made.step, steps=span)
         for r, span in ((made.recipe, planned), (recipe, steps))
     )
-    rate = f"{new:.3g} as before" if old == new else f"{new:.3g} instead of {old:.3g}"
-    return [
-        f"the schedule spanned {planned} updates, now {steps}: the rate at step {made.step + 1} is {rate}"
-    ]
+    if planned == steps and old == new:
+        return []
+    rate = f"the rate at step {made.step + 1} is {new:.3g} {f'instead of {old:.3g}' if old != new else 'as before'}"
+    return [rate if planned == steps else f"the schedule spanned {planned} updates, now {steps}: {rate}"]
 
 
 def _refuse_contents(made: Made, recipe: Recipe, was: Identity, now: Identity) -> None:
