@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from trainspec.hf import write_model
 from trainspec.init import initial_value
-from trainspec.model import PRESETS, Llama3Scaling, ModelSpec, config_of
+from trainspec.model import PRESETS, LinearScaling, Llama3Scaling, ModelSpec, config_of
 from trainspec.params import Normal, param_table
 from trainspec.recipe import Recipe
 
@@ -39,6 +39,7 @@ VARIANTS: dict[str, ModelSpec] = {
     "plain": SMALL,
     "tied": replace(SMALL, tied_embeddings=True),
     "bias": replace(SMALL, attention_bias=True, mlp_bias=True),
+    "linear-rope": replace(SMALL, rope_scaling=LinearScaling(4.0)),
     "llama3-rope": replace(SMALL, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64), max_positions=512),
 }
 

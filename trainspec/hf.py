@@ -122,10 +122,11 @@ def tokenizer_directory(recipe: Recipe) -> Path | None:
 
 def _has_own_head(directory: Path) -> bool:
     try:
-        stats = [(path, path.stat()) for path in weight_files(directory)]
-        return _heads_differ(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
-    except (WeightsError, OSError):
+        files = weight_files(directory)
+    except WeightsError:
         return False  # whoever reads the weights says what is wrong with them
+    stats = [(path, path.stat()) for path in files]
+    return _heads_differ(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
 
 
 @cache
@@ -139,7 +140,7 @@ def _heads_differ(stamped: tuple[tuple[Path, int, int], ...]) -> bool:
         return first.shape != second.shape
     rows, width = first.shape
     step = max(1, COMPARED_BYTES // (8 * max(1, width)))
-    parts = ((slice(at, at + step), slice(None)) for at in range(0, rows, step))
+    parts = ((slice(at, min(at + step, rows)), slice(None)) for at in range(0, rows, step))
     return not all(np.array_equal(first[part], second[part]) for part in parts)
 
 

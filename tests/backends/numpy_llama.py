@@ -11,7 +11,7 @@ import numpy as np
 
 from trainspec.data import IGNORED, Batch
 from trainspec.methods import PEFT_PREFIX
-from trainspec.model import ModelSpec
+from trainspec.model import LinearScaling, Llama3Scaling, ModelSpec
 
 
 def documents(batch: Batch):
@@ -113,10 +113,12 @@ def rotated(x, spec: ModelSpec, first: int = 0):
 
 
 def frequency(j: int, spec: ModelSpec) -> float:
-    """The angle per position of pair j, with Llama 3's stretch where the spec has one."""
+    """The angle per position of pair j, with Llama 3's stretch or divided positions where the spec has them."""
     plain = spec.rope_theta ** (-2 * j / spec.head_dim)
     scaling = spec.rope_scaling
-    if scaling is None:
+    if isinstance(scaling, LinearScaling):
+        return plain / scaling.factor
+    if not isinstance(scaling, Llama3Scaling):
         return plain
     turns = scaling.original_positions * plain / (2 * math.pi)
     if turns < scaling.low_freq_factor:

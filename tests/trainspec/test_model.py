@@ -12,7 +12,6 @@ from trainspec.init import initial_value
 from trainspec.methods import LoRA, adapter_table, target_modules
 from trainspec.model import (
     DynamicScaling,
-    LinearScaling,
     ModelSpec,
     config_of,
     inverse_frequencies,
@@ -22,11 +21,7 @@ from trainspec.model_config import config_notes, exported_config, model_spec_fro
 from trainspec.params import Normal, Param, UniformFanIn, param_table
 from trainspec.recipe import ModelSource
 
-SCALED = {
-    "linear": replace(VARIANTS["plain"], rope_scaling=LinearScaling(4.0)),
-    "dynamic": replace(VARIANTS["plain"], rope_scaling=DynamicScaling(2.0)),
-}
-SPECS = VARIANTS | SCALED
+SPECS = VARIANTS | {"dynamic-rope": replace(VARIANTS["plain"], rope_scaling=DynamicScaling(2.0))}
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
