@@ -1,0 +1,91 @@
+"""Six small Llama directories of different shapes, made by transformers' own `save_pretrained` and a few edits.
+
+Nothing of ours makes the models: what reads them can be judged by transformers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from small import write_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES = ("tied", "untied", "own-head", "sharded", "stale-index", "bf16")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def small_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> LlamaForCausalLM:
+    """Random weights, biases and norms too; `changes` are those of its LlamaConfig."""
+    sizes: dict[str, object] = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_((1.0 if "norm" in name else 0.0) + 0.15 * torch.randn(weight.shape))
+    return model.to(dtype)
+
+
+def make_model_shapes(root: Path) -> dict[str, Path]:
+    """The directories by name (SHAPES), each with the tokenizer of `write_tokenizer`."""
+    paths = {name: root / name for name in SHAPES}
+    small_llama(seed=1, tie_word_embeddings=True).save_pretrained(paths["tied"])
+    small_llama(seed=2, attention_bias=True, mlp_bias=True).save_pretrained(paths["untied"])
+    small_llama(seed=3).save_pretrained(paths["own-head"])
+    edit_config(paths["own-head"], tie_word_embeddings=True)
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}
+    small_llama(seed=4, rope_parameters=rope).save_pretrained(paths["sharded"], max_shard_size="40KB")
+    # Shards and index of an older model stayed behind beside the newer one's single file.
+    small_llama(seed=5).save_pretrained(paths["stale-index"], max_shard_size="40KB")
+    save_file(
+        small_llama(seed=6).state_dict(),
+        paths["stale-index"] / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    small_llama(seed=7, rope_parameters=llama3, dtype=torch.bfloat16).save_pretrained(paths["bf16"])
+    for path in paths.values():
+        write_tokenizer(path)
+    return paths
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    """Set keys of a directory's `config.json`; None is written as null."""
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=1))
+
+
+def edit_weights(directory: Path, *, remove: tuple[str, ...] = (), **tensors: torch.Tensor) -> None:
+    """Take tensors out of `model.safetensors` and put others in, named with `__` for the dots."""
+    file = directory / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if name not in remove}
+    added = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(kept | added, file, metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    for name, path in make_model_shapes(Path(sys.argv[1])).items():
+        print(name, path)
