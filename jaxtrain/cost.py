@@ -86,7 +86,9 @@ def _partitioned(lowered: Lowered) -> str:
         lowered.compile(
             compiler_options={"xla_dump_to": directory, "xla_dump_hlo_pass_re": "spmd-partitioning"}
         )
-        return "".join(p.read_text() for p in Path(directory).glob("*after_spmd-partitioning*.txt"))
+        return "".join(
+            p.read_text(encoding="utf-8") for p in Path(directory).glob("*after_spmd-partitioning*.txt")
+        )
 
 
 @contextmanager

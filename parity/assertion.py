@@ -62,5 +62,5 @@ def _file(recipe: Path | str | Recipe, scratch: Path) -> Path:
     if not isinstance(recipe, Recipe):
         return Path(recipe)
     path = scratch / "recipe.yaml"
-    path.write_text(recipe.to_yaml())
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
     return path

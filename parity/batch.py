@@ -108,7 +108,7 @@ class _Launch:
             old.unlink()
         program = f"{self.backend}train"
         written = [{"program": program, "argv": c.argv, "edits": [asdict(e) for e in c.edits]} for c in cases]
-        file.write_text(json.dumps(written))
+        file.write_text(json.dumps(written), encoding="utf-8")
         why = self._watch([*self._launcher(), "-m", "parity.plant", str(file), str(results)], results)
         found = _ends(results)
         if len(found) < len(cases) and all(ended.code == EXIT_DONE for ended in found[-1:]):
@@ -129,7 +129,7 @@ class _Launch:
 
     def _watch(self, command: Sequence[str], results: Path) -> str:
         """Run `command` until it ends or nothing more happens; how it ended. Leaves no process behind."""
-        with self._log.open("a") as log:
+        with self._log.open("a", encoding="utf-8") as log:
             # What the person has set goes before what is set here.
             cache = {"JAX_COMPILATION_CACHE_DIR": str(self.home / "jax-cache")}
             environment = ENVIRONMENT | cache | os.environ | CPU_ONLY
@@ -172,7 +172,7 @@ def _ends(results: Path) -> list[Ended]:
 
 def _records(file: Path) -> list[dict[str, Any]]:
     """A process that was killed may leave its last line cut short."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 

@@ -134,9 +134,11 @@ def _faults(args: Namespace) -> int:
     precisions: Sequence[Precision] = list(dict.fromkeys(args.precision or ["fp64"]))
     for precision in precisions:
         outcomes += run_faults(faults, backends, args.out / precision, precision=precision, keep=args.keep)
-    (args.out / "faults.json").write_text(json.dumps([o.as_json() for o in outcomes], indent=2) + "\n")
+    (args.out / "faults.json").write_text(
+        json.dumps([o.as_json() for o in outcomes], indent=2) + "\n", encoding="utf-8"
+    )
     if args.page:
-        args.page.write_text(page(outcomes))
+        args.page.write_text(page(outcomes), encoding="utf-8")
     print("\n".join(result_lines(outcomes)))
     print(summary(outcomes))
     return EXIT_DONE if all(outcome.as_expected for outcome in outcomes) else EXIT_FAILED

@@ -230,7 +230,7 @@ def _train(supported: Sequence[Cell], out: Path) -> dict[Cell, str]:
             recipe = cell.recipe(tiny, backend)
             cases.append(training(home / "recipe.yaml", home, devices=recipe.plan.devices))
             home.mkdir(parents=True)
-            (home / "recipe.yaml").write_text(recipe.to_yaml())
+            (home / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         return run_cases(backend, cases, home=out / "launches")
 
     with ThreadPoolExecutor() as pool:

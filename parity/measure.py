@@ -102,7 +102,7 @@ def measure(
         [str(r) for r in runs],
         str(home),
     )
-    (home / "job.json").write_text(json.dumps(asdict(job)) + "\n")
+    (home / "job.json").write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "parity.replay", str(home / "job.json")]
     code, last = run_program(command, log=home / "log.txt")
     if code != EXIT_DONE:

@@ -127,10 +127,10 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     mine = results if rank == 0 else results.with_name(f"{results.name}.{rank}")
-    for number, case in enumerate(json.loads(cases.read_text())):
+    for number, case in enumerate(json.loads(cases.read_text(encoding="utf-8"))):
         ended = run_case(case["program"], case["argv"], [Edit(**edit) for edit in case["edits"]])
         if rank == 0 or ended["code"]:
-            with mine.open("a") as file:
+            with mine.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"case": number, "at": time.time(), **ended}) + "\n")
         if ended["code"] and processes > 1:
             _wait_for_the_leader(results, number)
@@ -148,7 +148,7 @@ def _wait_for_the_leader(results: Path, number: int) -> None:
     """Give the first process time for its own account of a case that ended badly in all of them."""
     until = time.monotonic() + LEADER_SECONDS
     while time.monotonic() < until:
-        lines = results.read_text().count("\n") if results.exists() else 0
+        lines = results.read_text(encoding="utf-8").count("\n") if results.exists() else 0
         if lines > number:
             return
         time.sleep(0.1)

@@ -170,7 +170,7 @@ def _moved(metrics: Metrics, reference: Trace, step: int) -> Iterator[tuple[str,
 
 def main() -> None:
     """Do the job of the file named on the command line."""
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     replayer, out = Replayer(job), Path(job.out)
     for number, run in enumerate(job.runs):
         write_reference(replayer, Trace(Path(run)), out / f"reference-{number}")

@@ -72,7 +72,7 @@ def status_lines(rows: Sequence[Row]) -> list[str]:
 def write_json(path: Path, rows: Sequence[Row]) -> None:
     """Write the versions and an object for every cell; numbers that do not exist are null."""
     content = {"versions": dict(versions()), "cells": [_object(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _counts(rows: Sequence[Row]) -> str:

@@ -107,7 +107,9 @@ def write_tiny(root: Path) -> Tiny:
     """Write everything a `Tiny` names under `root`."""
     root.mkdir(parents=True, exist_ok=True)
     records = list(_records())
-    (root / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (root / "train.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+    )
     tokenizer = _tokenizer([text for record in records for text in record.values()])
     for variant, spec in VARIANTS.items():
         config = config_of(spec) | {
@@ -119,7 +121,7 @@ def write_tiny(root: Path) -> Tiny:
         write_model(root / variant, _weights(spec), companions_from=None, config=config)
         tokenizer.save(str(root / variant / "tokenizer.json"))
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-        (root / variant / "tokenizer_config.json").write_text(json.dumps(special))
+        (root / variant / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     tiny = Tiny(root)
     for name, method in METHODS.items():
         for variant in () if isinstance(method, Full) else ("plain", "deep"):

@@ -70,7 +70,7 @@ class Verdict:
         """Write verdict.json into `out`."""
         out.mkdir(parents=True, exist_ok=True)
         path = out / "verdict.json"
-        path.write_text(json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n")
+        path.write_text(json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return path
 
     def lines(self, *, colour: bool) -> list[str]:

@@ -87,4 +87,4 @@ def _vfio_tpus() -> tuple[str, ...]:
 
 
 def _line(file: Path) -> str:
-    return file.read_text().strip() if file.is_file() else ""
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

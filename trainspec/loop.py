@@ -151,7 +151,7 @@ def train(
     if saved:
         state = backend.restore(state, checkpoint.load(saved, recipe=recipe, model=spec))
     if is_leader:
-        (out / "recipe.yaml").write_text(recipe.to_yaml())
+        (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     writer = TraceWriter(trace.directory) if trace and is_leader else None
     if trace:
         start = backend.weights_of(state, frozen=True)

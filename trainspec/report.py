@@ -53,7 +53,7 @@ class Reporter:
         out.mkdir(parents=True, exist_ok=True)
         metrics = out / "metrics.jsonl"
         _drop_steps_after(metrics, resumed_at)
-        self._metrics = metrics.open("a")
+        self._metrics = metrics.open("a", encoding="utf-8")
         self._events = Writer(str(out))
         self._bar = tqdm(
             total=steps,
@@ -157,5 +157,8 @@ def _drop_steps_after(metrics: Path, step: int) -> None:
     """A resumed run repeats the steps behind its checkpoint: their first lines go."""
     if metrics.is_file():
         # A killed run may have left half a line at the end: only whole ones count.
-        whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("}\n")]
+        metrics.write_text(
+            "".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8"
+        )

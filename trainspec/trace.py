@@ -95,7 +95,7 @@ class TraceWriter:
         directory.mkdir(parents=True, exist_ok=True)
         for old in (*directory.glob("step-??????.safetensors"), directory / "initial.safetensors"):
             old.unlink(missing_ok=True)
-        (directory / "trace.jsonl").write_text("")
+        (directory / "trace.jsonl").write_text("", encoding="utf-8")
         self._rows = directory / "trace.jsonl"
 
     def initial(self, weights: Arrays) -> None:
@@ -122,7 +122,7 @@ class TraceWriter:
             trace.grad_norm,
             trace.lr,
         )
-        with self._rows.open("a") as file:
+        with self._rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(zip(ROW_KEYS, values, strict=True))) + "\n")
 
 

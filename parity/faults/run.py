@@ -132,7 +132,7 @@ def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Reci
     """Train all of them; why it ended badly, for each that did."""
     cases = []
     for setup, recipe in recipes.items():
-        (out / f"{setup}-{backend}.yaml").write_text(recipe.to_yaml())
+        (out / f"{setup}-{backend}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     for fault in faults:
         home, devices = home_of(out, backend, fault), recipes[fault.setup].plan.devices
         file, edits = out / f"{fault.setup}-{backend}.yaml", fault.edits(backend) or ()
