@@ -15,7 +15,7 @@ PROGRAM = "jaxtrain"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 (training stopped itself) or 2 (the person's mistake)."""
+    """Run one command; the exit code is one of those that `trainspec.command` lists."""
     return run_command(_run, backend_parser(PROGRAM), argv)
 
 

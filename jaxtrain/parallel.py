@@ -78,7 +78,8 @@ def check_accelerators() -> None:
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # none of those that were asked for is there
-        raise PlanError(f"JAX_PLATFORMS={asked}: {error or 'there is none'}; set it to cpu to train there") from None
+        why = str(error) or "there is none"
+        raise PlanError(f"JAX_PLATFORMS={asked}: {why}; set it to cpu to train on the cores") from None
     if backend != "cpu" or asked.split(",")[0] == "cpu":
         return
     for found in accelerators():

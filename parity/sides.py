@@ -105,7 +105,8 @@ def run_side(
     said = last.removeprefix(speaker).removesuffix(f"; {NOTHING_SAVED}")
     if code == EXIT_DONE:
         return Ran(Trace(home / "trace"))
-    if code == EXIT_FAILED and last.startswith(speaker):  # Python itself ends with 1 where a program cannot be loaded
+    # Python itself ends with 1 where a program cannot be loaded.
+    if code == EXIT_FAILED and last.startswith(speaker):
         rows = home / "trace" / "trace.jsonl"
         made_a_step = rows.is_file() and rows.stat().st_size > 0
         return Ran(Trace(home / "trace") if made_a_step else None, stopped=said)
@@ -121,7 +122,7 @@ def run_side(
 
 def resolved_recipe(out: Path, name: str) -> str:
     """The recipe that a side trained, every default written out, as it left it under `out`/`name`."""
-    return (out / name / "run" / "recipe.yaml").read_text()
+    return (out / name / "run" / "recipe.yaml").read_text(encoding="utf-8")
 
 
 def _check_settings(precision: Policy, steps: int) -> list[str]:
@@ -144,7 +145,7 @@ def run_program(command: Sequence[str], *, log: Path) -> tuple[int, str]:
     """
     watched, last = sys.stderr.isatty(), ""
     environment = QUIET_THREADS | COMPILE_CACHE | os.environ | CPU_ONLY
-    with log.open("w") as file, subprocess.Popen(
+    with log.open("w", encoding="utf-8") as file, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
     ) as child:  # fmt: skip
         assert child.stdout is not None

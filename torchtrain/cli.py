@@ -11,12 +11,13 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torchtrain.launch import count_processes, has_launcher, launch
-from torchtrain.parallel import is_leader
+from torchtrain.launch import count_processes, has_launcher, launch, report_to_launcher
+from torchtrain.parallel import check_accelerators, describe_devices, is_leader
 from torchtrain.train import evaluate, train
 from trainspec.command import allowed, backend_parser, out_directory, run_command, trace_request
 from trainspec.errors import EXIT_DONE, EXIT_INTERRUPTED
 from trainspec.export import export
+from trainspec.failures import explained
 from trainspec.loop import check_plan
 from trainspec.recipe import load_recipe
 
@@ -27,10 +28,11 @@ _FOLLOWER_DELAY_SECONDS = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 (training stopped itself) or 2 (the person's mistake)."""
+    """Run one command; the exit code is one of those that `trainspec.command` lists."""
     words = list(sys.argv[1:] if argv is None else argv)
-    command = partial(run_command, lambda args: _run(args, words), backend_parser(PROGRAM), words)
-    return command() if is_leader() else _follow(command)
+    tell = report_to_launcher()
+    command = partial(run_command, lambda args: _run(args, words), backend_parser(PROGRAM), words, tell=tell)
+    return command() if tell or is_leader() else _follow(command)
 
 
 def _follow(command: Callable[[], int]) -> int:
@@ -54,8 +56,12 @@ def _run(args: Namespace, words: Sequence[str]) -> int | None:
     allow = allowed(args) if args.command == "train" else ()
     processes = recipe.plan.devices
     if args.command != "export" and processes > 1 and not has_launcher(os.environ):
-        check_plan(recipe, "torch")  # a mistake in the plan must not wait for its processes
-        return launch(PROGRAM, words, processes=processes)
+        # A mistake in the plan must not wait for its processes.
+        check_plan(recipe, "torch")
+        check_accelerators()
+        saving = out if args.command == "train" else None
+        with explained(recipe, partial(describe_devices, recipe.plan), out=saving):
+            return launch(PROGRAM, words, processes=processes, logs=out / "logs")
     match args.command:
         case "train":
             train(recipe, out=out, trace=trace, resume=args.resume, allow=allow)

@@ -3,31 +3,54 @@
 torchrun, DeepSpeed's launcher and Slurm say who is who in the environment; with one of them this starts nothing.
 Not torch's own elastic launcher: a kill of it leaves its processes running, and a person's mistake comes out as a
 page of its own.
+
+Of several processes the first that fails is the cause, the others fail of its connections. So none says itself why it
+failed: each hands its line to this one through a pipe, and writes its stack, like all that its libraries say, to a log.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainspec.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, PlanError
+from trainspec.errors import EXIT_CRASHED, EXIT_DONE, MachineError, PlanError
 
 _POLL_SECONDS = 0.05
 # How long processes may take to end by themselves once one has, before they are ended.
 _GRACE_SECONDS = 5.0
 # A Ctrl-C reaches all of them, a `kill -INT` this process alone: who is still there so much later has not had it.
 _INTERRUPT_SECONDS = 1.0
+# How long a process that is stuck may take to write its stack.
+_STACK_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Where a process that `launch` started finds the pipe for its line and, if it leads, the console.
+_REPORTS, _CONSOLE = "TWINTRAIN_REPORTS_FD", "TWINTRAIN_CONSOLE_FD"
+# What several processes write to a pipe stays apart up to 4096 bytes; a character is at most four.
+_LONGEST_CHARACTERS = 900
+
+
+class _Failure(NamedTuple):
+    """Which process failed, and why; `code` is what it ends with, None where it ended without a word."""
+
+    rank: int
+    code: int | None
+    line: str
 
 
 def describe_cluster(environment: Mapping[str, str]) -> dict[str, str]:
@@ -85,11 +108,15 @@ def check_gpus(processes: int) -> None:
         )
 
 
-def launch(program: str, argv: Sequence[str], *, processes: int) -> int:
+def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> int:
     """Run `python -m PROGRAM ARGV` that many times, as one group; the exit code is 0 or that of the first to fail.
 
-    All of them end with the first that fails, and with this process, however it ends. Raises PlanError where there
-    are not enough GPUs.
+    What that one has to say is printed, in one line. What the processes say beside it goes to the directory `logs`, but
+    for what the leader prints and shows. All of them end with the first that fails, and with this process, however it
+    ends.
+
+    Raises PlanError where there are not enough GPUs, MachineError where a process ended without a word, and
+    KeyboardInterrupt when all have ended of it.
     """
     check_gpus(processes)
     # Held here, so that its port is one that is free.
@@ -106,46 +133,161 @@ def launch(program: str, argv: Sequence[str], *, processes: int) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     command = [sys.executable, "-m", program, *argv]
-    end_with_us = partial(_end_with, os.getpid())
     children: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(processes):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment = os.environ | group | place
-            children.append(subprocess.Popen(command, env=environment, preexec_fn=end_with_us))
-        return _wait(program, children)
-    except KeyboardInterrupt:  # the leader says what there is to say
-        _wait_for_all(children, _INTERRUPT_SECONDS)
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(signal.SIGINT)
-        _wait_for_all(children, _GRACE_SECONDS)
-        return EXIT_INTERRUPTED
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
+    with _pipe() as (reports, end), _logs(logs, processes) as files:
+        try:
+            for rank, log in enumerate(files):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                children.append(_start(command, group | place, log, reports=end, leads=rank == 0))
+            first, told = _first_failure(children, reports)
+            if first is None:
+                return EXIT_DONE
+            # The others fail of its connections or are stuck in them: either way their stacks are of interest.
+            _end(children, signal.SIGUSR1, _GRACE_SECONDS, _STACK_SECONDS)
+        except KeyboardInterrupt:
+            _end(children, signal.SIGINT, _INTERRUPT_SECONDS, _GRACE_SECONDS)
+            raise
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+                child.wait()
+        told += _received(reports)
+    who, stacks = f"process {first.rank} of {processes}", f"the stacks of all are in {logs}"
+    if first.code is None:
+        raise MachineError(f"{who} {first.line}; {stacks}")
+    # What every process says is about none of them.
+    is_common = len(told) == processes and len({failure.line for failure in told}) == 1
+    print(f"{program}: {'' if is_common else f'{who} ({stacks}): '}{first.line}", file=sys.stderr)
+    return first.code
 
 
-def _wait(program: str, children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit code of the group, as soon as one has failed or all are done.
+def report_to_launcher() -> Callable[[int, str], None] | None:
+    """How a process that `launch` started tells an exit code and its line; None in any other.
 
-    Processes mostly fail of the same, and then the leader's word and code stand for all. A signal that ended one
-    (SIGKILL: mostly the memory was full) is said here, as the others only see that a connection broke.
+    From here on only what Python writes to stderr is on the leader's console: not what its libraries in C++ do.
     """
-    while not any(codes := [child.poll() for child in children]):
+    if _REPORTS not in os.environ:
+        return None
+    log, rank = sys.stderr, int(os.environ["RANK"])
+    # Nothing that is started from here inherits either of the two.
+    reports = int(os.environ.pop(_REPORTS))
+    os.set_inheritable(reports, False)
+    if _CONSOLE in os.environ:
+        console = int(os.environ.pop(_CONSOLE))
+        os.set_inheritable(console, False)
+        sys.stderr = os.fdopen(console, "w", buffering=1, errors="backslashreplace")
+    faulthandler.enable(log)
+    faulthandler.register(signal.SIGUSR1, log)
+
+    def tell(code: int, line: str) -> None:
+        traceback.print_exc(file=log)
+        log.flush()
+        text = json.dumps([rank, code, line[:_LONGEST_CHARACTERS]], ensure_ascii=False)
+        os.write(reports, f"{text}\n".encode(errors="backslashreplace"))
+
+    return tell
+
+
+def _start(
+    command: Sequence[str], place: Mapping[str, str], log: IO[bytes], *, reports: int, leads: bool
+) -> subprocess.Popen[bytes]:
+    console = os.dup(2) if leads else None
+    mine = {_REPORTS: str(reports)} | ({_CONSOLE: str(console)} if leads else {})
+    try:
+        return subprocess.Popen(
+            command,
+            env=os.environ | place | mine,
+            stdout=None if leads else log,
+            stderr=log,
+            pass_fds=[reports] if console is None else [reports, console],
+            preexec_fn=partial(_end_with, os.getpid()),
+        )
+    finally:
+        if console is not None:
+            os.close(console)
+
+
+@contextmanager
+def _pipe() -> Iterator[tuple[int, int]]:
+    """Both ends of a pipe; who reads from it does not wait."""
+    reads, writes = os.pipe()
+    os.set_blocking(reads, False)
+    try:
+        yield reads, writes
+    finally:
+        os.close(reads)
+        os.close(writes)
+
+
+@contextmanager
+def _logs(directory: Path, processes: int) -> Iterator[list[IO[bytes]]]:
+    """A file for each process. Those that stay empty are removed, and so is a directory that was made for nothing."""
+    made = [path for path in (directory, directory.parent) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        files = [directory / f"process-{rank}.txt" for rank in range(processes)]
+        try:
+            yield [stack.enter_context(file.open("wb")) for file in files]
+        finally:
+            for file in files:
+                if not file.stat().st_size:
+                    file.unlink()
+            for path in made:
+                with suppress(OSError):  # it holds something
+                    path.rmdir()
+
+
+def _first_failure(
+    children: Sequence[subprocess.Popen[bytes]], reports: int
+) -> tuple[_Failure | None, list[_Failure]]:
+    """Wait for the first process that fails, or for all to end well; with it all that have told their line by then.
+
+    A signal that ended one goes before what others tell, who only see that a connection broke. But not SIGABRT, with
+    which NCCL ends a process whose peer is gone.
+    """
+    while True:
+        # In this order: who tells of a broken connection does so when the process at its other end has ended.
+        told = _received(reports)
+        codes = [child.poll() for child in children]
+        if told or any(codes):
+            break
         if None not in codes:
-            return EXIT_DONE
+            return None, told
         time.sleep(_POLL_SECONDS)
-    killed = {rank: signal.Signals(-code).name for rank, code in enumerate(codes) if code and code < 0}
-    for rank, name in killed.items():
-        print(f"{program}: process {rank} of {len(children)} was ended by {name}", file=sys.stderr)
-    _wait_for_all(children[:1], _GRACE_SECONDS)
-    if killed:
-        return EXIT_FAILED
-    code = children[0].returncode or next(code for code in codes if code)
-    return code if code > 0 else EXIT_FAILED
+    told += _received(reports)  # who ended between the two
+    killed = [rank for rank, code in enumerate(codes) if code and code < 0 and -code != signal.SIGABRT]
+    if told and not killed:
+        return told[0], told
+    rank = next(iter(killed or [rank for rank, code in enumerate(codes) if code]))
+    return _Failure(rank, None, _how_it_ended(codes[rank] or 0)), told
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code} and did not say why"
+    name = signal.Signals(-code).name
+    return f"was ended by {name}" + (", as the kernel does where memory is full" if name == "SIGKILL" else "")
+
+
+def _received(reports: int) -> list[_Failure]:
+    """What processes have told since the last call."""
+    try:
+        lines = os.read(reports, 2**20).splitlines()
+    except BlockingIOError:
+        return []
+    return [_Failure(*json.loads(line)) for line in lines]
+
+
+def _end(
+    children: Sequence[subprocess.Popen[bytes]], with_signal: signal.Signals, before: float, after: float
+) -> None:
+    """Give processes that many seconds to end by themselves, and as many more behind a signal."""
+    _wait_for_all(children, before)
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(with_signal)
+    _wait_for_all(children, after)
 
 
 def _wait_for_all(children: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
@@ -164,4 +306,4 @@ def _end_with(parent: int) -> None:
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the kernel was asked
-            os._exit(EXIT_FAILED)
+            os._exit(EXIT_CRASHED)

@@ -117,9 +117,9 @@ def check_accelerators() -> None:
         way_out = "or set CUDA_VISIBLE_DEVICES= to train on the cores"
         if found.kind == "TPU":
             raise PlanError(f"{found}, which torchtrain does not use; train with jaxtrain, {way_out}")
+        reason = f"it sees {torch.cuda.device_count()} (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')})"
         try:
             torch.cuda.init()
-            reason = f"it sees none (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'is not set')})"
         except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
             reason = str(error)
         raise PlanError(

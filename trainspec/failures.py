@@ -79,8 +79,8 @@ def words_of(error: OSError) -> str:
     """Which file, where it is known, and the system's own words; of an error that carries only text, the text."""
     if error.strerror is None:
         return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
-    names = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
-    files = " -> ".join(map(os.fsdecode, names))
+    names = (error.filename, error.filename2)
+    files = " -> ".join(os.fsdecode(n) for n in names if isinstance(n, str | bytes | os.PathLike))
     return f"{files}: {error.strerror}" if files else error.strerror
 
 

@@ -74,7 +74,8 @@ def told(lack: Lack, *, devices: Devices | None = None, recipe: Recipe | None = 
     elif there := lack.there or (devices.memory_bytes if devices else None):
         free = f", {_gib(lack.free)} of it free" if lack.free is not None else ""
         parts.append(f"a device has {_gib(there)}{free}")
-    line = ": ".join([f"out of {'memory' if on_host else 'device memory'}", *([", ".join(parts)] if parts else [])])
+    figures = f": {', '.join(parts)}" if parts else ""
+    line = f"out of {'memory' if on_host else 'device memory'}{figures}"
     if recipe is None or devices is None:
         return line
     if on_host and devices.memory_bytes is not None:
@@ -105,7 +106,7 @@ def host_memory() -> tuple[int, str]:
     limits = [(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine has")]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         file = Path("/sys/fs/cgroup") / name
-        if file.is_file() and (text := file.read_text().strip()).isdecimal():
+        if file.is_file() and (text := file.read_text(encoding="utf-8").strip()).isdecimal():
             limits.append((int(text), "this container has"))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
