@@ -1,9 +1,9 @@
 """What transformers says of a conversation: ids from the template, what counts from its tagged twin.
 
 The ids are `apply_chat_template`'s. What counts are the characters that the twin marks; a token counts where it holds
-one of them. `return_assistant_tokens_mask` is this but for three gaps of transformers 5.23, which looks up the first
-and the last of the characters only, and of each the first token (`gap` names them). Where it has none of them its
-mask is what is compared.
+one of them. `return_assistant_tokens_mask` is the same but for gaps of transformers 5.23, which looks up the first and
+the last of the characters only, and of each the first token. `Verdict.gap` names which of them it is where the two
+differ; a difference that is none of them is a mistake of this judge, and the test says so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`counts` by the marked characters, `transformers` by its own mask; they differ where there is a `gap`."""
+    """`counts` by the marked characters, `transformers` by its own mask; `gap` says why they differ where they do."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -87,14 +87,10 @@ class Judge:
         )
         exact = self._exact.encode(text, add_special_tokens=False)
         assert exact.ids == ids
-        return Verdict(
-            text,
-            spans,
-            ids,
-            [any(a < end and start < b for a, b in spans) for start, end in exact.offsets],
-            [bool(flag) for flag in masked["assistant_masks"]],
-            _gap(spans, masked.encodings[0]),
-        )
+        counts = [any(a < end and start < b for a, b in spans) for start, end in exact.offsets]
+        theirs = [bool(flag) for flag in masked["assistant_masks"]]
+        gap = _gap(spans, masked.encodings[0]) if counts != theirs else None
+        return Verdict(text, spans, ids, counts, theirs, gap)
 
 
 def fix_clock(monkeypatch: Any, date: datetime.date) -> None:

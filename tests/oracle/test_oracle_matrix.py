@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
+import jinja2
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from oracle import judge
-from oracle.conversations import CONVERSATIONS
+from oracle.conversations import CONVERSATIONS, RAW, Record
 from oracle.judge import Judge, Refused, Verdict
-from oracle.templates import TEMPLATES
-from oracle.tokenizers import make_tokenizers
+from oracle.random_chats import random_records
+from oracle.templates import TAGGED, TEMPLATES
+from oracle.tokenizers import PLAIN, make_tokenizers
 from trainspec.text.encode import Encoder, Unlocated
-from trainspec.text.records import BadRecord
+from trainspec.text.records import BadRecord, Chat, Reader
 
 # Not the default of `data.date`, so that whoever forgets to pass it on is found.
 DATE = datetime.date(2025, 3, 9)
@@ -48,7 +52,8 @@ TOKENIZERS = (
     "mistral_v3",
     "tekken",
 )
-UNLOCATED: dict[tuple[str, str, str], int] = {}
+# Of a template and a conversation, by reason: how many tokenizers cannot have them.
+UNLOCATED: dict[str, int] = {}
 SUMMARY = ""
 
 
@@ -59,9 +64,8 @@ class Outcome:
     rendered: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     gaps: Counter[str] = field(default_factory=Counter)
-    unlocated: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    unlocated: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    shifted: int = 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,11 +85,11 @@ def outcome(directories: dict[str, Path]) -> Callable[[str], Outcome]:
     return cache(lambda name: _compare(directories[name]))
 
 
-def _compare(directory: Path) -> Outcome:
+def _compare(directory: Path, records: Mapping[str, Record] = CONVERSATIONS) -> Outcome:
     outcome, transformers = Outcome(), Judge(directory)
     for template in TEMPLATES:
         encoder = Encoder(directory, chat_template=TEMPLATES[template], date=DATE)
-        for name, record in CONVERSATIONS.items():
+        for name, record in records.items():
             messages, tools = record["messages"], record.get("tools")
             here = f"{directory.name} x {template} x {name}"
             try:
@@ -103,15 +107,16 @@ def _compare(directory: Path) -> Outcome:
             try:
                 got = encoder.encode_chat(messages, tools)
             except Unlocated as error:
-                outcome.unlocated[template, name, str(error)] += 1
+                outcome.unlocated[f"{template} x {name}: {error}"] += 1
                 continue
-            if got.ids != expected.ids:
-                outcome.wrong.append(f"{here}: ids: {got.ids} instead of {expected.ids}")
-            elif got.counts != expected.counts:
-                outcome.wrong.append(f"{here}: {_difference(expected, got.counts)}")
-            if any(expected.counts):
-                outcome.shifted += [False, *got.counts[:-1]] != expected.counts
+            outcome.wrong += [f"{here}: {what}" for what in _mismatch(expected, got.ids, got.counts)]
     return outcome
+
+
+def _mismatch(expected: Verdict, ids: list[int], counts: list[bool]) -> list[str]:
+    if ids != expected.ids:
+        return [f"ids: {ids} instead of {expected.ids}"]
+    return [_difference(expected, counts)] if counts != expected.counts else []
 
 
 def _difference(expected: Verdict, counts: list[bool]) -> str:
@@ -152,3 +157,129 @@ def test_the_matrix_in_one_line(outcome: Callable[[str], Outcome], capsys: pytes
                 print(f"  {title}: {n} {what}")
     assert unlocated == Counter(UNLOCATED)
     assert line == SUMMARY
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_twin_renders_what_its_template_does(template: str):
+    def render(source: str, record: Record) -> str:
+        try:
+            [text], _ = render_jinja_template(
+                conversations=[record["messages"]],
+                tools=record.get("tools"),
+                chat_template=source,
+                bos_token="<s>",
+                eos_token="</s>",
+            )
+        except jinja2.TemplateError as error:
+            return f"refused: {error}"
+        return text
+
+    texts = {name: render(TEMPLATES[template], record) for name, record in CONVERSATIONS.items()}
+    assert texts == {name: render(TAGGED[template], record) for name, record in CONVERSATIONS.items()}
+    assert sum(not text.startswith("refused: ") for text in texts.values()) >= 13
+    assert "endgeneration" in TAGGED[template]
+    assert ("endgeneration" in TEMPLATES[template]) == (template == "generation")
+
+
+def test_at_least_two_tokenizers_have_the_marks_as_plain_text(directories: dict[str, Path]):
+    for name in TOKENIZERS:
+        tokenizer = Judge(directories[name]).tokenizer
+        pieces = [tokenizer.tokenize(mark) for mark in ("<|im_start|>", "<|eot_id|>", "<start_of_turn>")]
+        assert all(len(piece) > 1 for piece in pieces) == (name in PLAIN), name
+    assert len(PLAIN) >= 2
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_records_in_openais_shape_become_the_canonical_ones(name: str):
+    # A template that names the role `developer`, or it would become `system`.
+    template = TEMPLATES["chatml"] + "{# 'developer' #}"
+    read = Reader("question_answering").read(RAW[name], lambda tools: template)
+    assert isinstance(read, Chat)
+    assert read.messages == CONVERSATIONS[name]["messages"]
+    assert read.tools == CONVERSATIONS[name].get("tools")
+    assert read.learnt == [message["role"] == "assistant" for message in read.messages]
+
+
+RANDOM = {f"number {i}": record for i, record in enumerate(random_records(40, seed=14))}
+MORE_RANDOM = {f"number {i}": record for i, record in enumerate(random_records(1000, seed=41))}
+
+
+@pytest.mark.parametrize("name", ["bytes_bos", "plain_prepend"])
+def test_random_conversations(name: str, directories: dict[str, Path]):
+    outcome = _compare(directories[name], RANDOM)
+    assert not outcome.wrong, f"{len(outcome.wrong)} of {outcome.rendered}, the first: {outcome.wrong[0]}"
+    assert outcome.unlocated.total() <= outcome.rendered / 100
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["bytes_bos", "plain_bytes", "metaspace_always", "strip", "wordpiece"])
+def test_many_random_conversations(name: str, directories: dict[str, Path]):
+    outcome = _compare(directories[name], MORE_RANDOM)
+    assert not outcome.wrong, f"{len(outcome.wrong)} of {outcome.rendered}, the first: {outcome.wrong[0]}"
+    assert outcome.unlocated.total() <= outcome.rendered / 100
+
+
+# ---------------------------------------------------------------- what must fail
+
+
+def test_a_mask_that_is_off_by_one_token_is_seen(directories: dict[str, Path]):
+    transformers = Judge(directories["bytes_bos"])
+    for name, record in CONVERSATIONS.items():
+        expected = transformers.verdict("qwen3", record["messages"], record.get("tools"))
+        shifted = [False, *expected.counts[:-1]]
+        assert _mismatch(expected, expected.ids, shifted), name
+        assert not _mismatch(expected, expected.ids, expected.counts)
+
+
+def test_the_end_token_left_out_or_the_prompt_put_in_is_seen(directories: dict[str, Path]):
+    transformers = Judge(directories["bytes_bos"])
+    expected = transformers.verdict("chatml", CONVERSATIONS["many_turns"]["messages"], None)
+    end = transformers.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    without = [flag and i != end for i, flag in zip(expected.ids, expected.counts, strict=True)]
+    assert _mismatch(expected, expected.ids, without)
+    assert _mismatch(expected, expected.ids, [True] * len(expected.ids))
+
+
+@pytest.mark.parametrize("name", ["prepend", "metaspace_always", "plain_prepend"])
+def test_stretches_encoded_by_themselves_are_other_ids(name: str, directories: dict[str, Path]):
+    transformers = Judge(directories[name])
+    wrong = 0
+    for record in CONVERSATIONS.values():
+        expected = transformers.verdict("qwen3", record["messages"], record.get("tools"))
+        borders = sorted({0, len(expected.text), *(at for span in expected.spans for at in span)})
+        stretches = [expected.text[start:end] for start, end in pairwise(borders)]
+        ids = [i for s in stretches for i in transformers.tokenizer(s, add_special_tokens=False).input_ids]
+        wrong += bool(_mismatch(expected, ids, expected.counts))
+    assert wrong > len(CONVERSATIONS) / 2
+
+
+def test_special_tokens_put_around_a_chat_are_other_ids(directories: dict[str, Path]):
+    transformers = Judge(directories["bytes_bos"])
+    expected = transformers.verdict("gemma", CONVERSATIONS["one_turn"]["messages"], None)
+    ids = transformers.tokenizer(expected.text).input_ids
+    assert _mismatch(expected, ids, expected.counts)
+
+
+@pytest.mark.parametrize("template", ["llama3", "qwen3", "mistral", "r1", "glm4"])
+def test_jinjas_own_tojson_is_another_text(template: str, directories: dict[str, Path]):
+    transformers = Judge(directories["bytes_bos"])
+    record = CONVERSATIONS["tool_markup"]
+    expected = transformers.verdict(template, record["messages"], record["tools"])
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["strftime_now"] = DATE.strftime
+    source = TEMPLATES[template].replace("(indent=4)", "")
+    text = environment.from_string(source).render(
+        messages=record["messages"], tools=record["tools"], bos_token="<s>", eos_token="</s>"
+    )
+    ids = transformers.tokenizer(text, add_special_tokens=False).input_ids
+    assert "\\u003cb\\u003e" in text
+    assert "\\u003cb\\u003e" not in expected.text
+    assert _mismatch(expected, ids, expected.counts)
+
+
+def test_another_date_is_other_ids(directories: dict[str, Path]):
+    messages = CONVERSATIONS["one_turn"]["messages"]
+    expected = Judge(directories["bytes_bos"]).verdict("llama3", messages, None)
+    ours = Encoder(directories["bytes_bos"], chat_template=TEMPLATES["llama3"]).encode_chat(messages, None)
+    assert "09 Mar 2025" in expected.text
+    assert _mismatch(expected, ours.ids, ours.counts)

@@ -80,7 +80,7 @@ MARKS = [
 ]
 # Added tokens, but no special ones: decoding shows them.
 SHOWN = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-PLAIN = {"plain_bytes", "plain_prepend", "wordpiece_plain", "mistral_v1"}
+PLAIN = {"plain_bytes", "plain_prepend", "wordpiece_plain", "mistral_v1", "mistral_v3"}
 
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>"}
