@@ -287,21 +287,19 @@ class Recipe(Section):
 
 def idle_settings(recipe: Recipe, span: Span) -> list[str]:
     """What a recipe says and does not mean: a line for every setting without an effect."""
-    plan, schedule, run = recipe.plan, recipe.schedule, recipe.run
+    plan, schedule = recipe.plan, recipe.schedule
+    lines = []
+    if plan.pipe == 1 and _is_set(plan, "schedule"):
+        lines.append(f"no effect: plan.schedule={plan.schedule}: there is no pipeline with plan.pipe=1")
+    if _is_set(plan, "chunks") and not (plan.pipe > 1 and plan.schedule == "interleaved"):
+        lines.append(
+            f"no effect: plan.chunks={plan.chunks}: only a pipeline of plan.schedule=interleaved has chunks"
+        )
+    if schedule.kind == "constant" and _is_set(schedule, "final_ratio"):
+        lines.append(
+            f"no effect: schedule.final_ratio={schedule.final_ratio:g}: schedule.kind=constant has no decay"
+        )
     warmup = schedule.warmup(span.steps)
-    has_chunks = plan.pipe > 1 and plan.schedule == "interleaved"
-    idle = {
-        f"plan.schedule={plan.schedule}: there is no pipeline with plan.pipe=1": plan.pipe == 1
-        and _is_set(plan, "schedule"),
-        f"plan.chunks={plan.chunks}: only a pipeline of plan.schedule=interleaved has chunks": not has_chunks
-        and _is_set(plan, "chunks"),
-        f"schedule.final_ratio={schedule.final_ratio:g}: schedule.kind=constant has no decay": schedule.kind
-        == "constant"
-        and _is_set(schedule, "final_ratio"),
-        f"run.eval_every_steps={run.eval_every_steps}: data.heldout is not given": recipe.data.heldout is None
-        and _is_set(run, "eval_every_steps"),
-    }
-    lines = [f"no effect: {line}" for line, is_idle in idle.items() if is_idle]
     if warmup >= span.steps:
         lines.append(
             f"the rate never reaches its peak: the warm-up takes {warmup} of the schedule's {span.steps} updates"

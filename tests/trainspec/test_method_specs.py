@@ -97,7 +97,7 @@ def test_every_kind_is_a_method_of_its_own():
         ({"kind": "ptuning", "dropout": 0.1}, "set method.encoder=lstm"),
         ({"kind": "adapter", "bottleneck": 0}, "method.bottleneck"),
         ({"kind": "full", "adapter": "d"}, "method.adapter: unknown key"),
-        ({"kind": "lora", "adapter": 3}, "method.adapter: input should be"),
+        ({"kind": "lora", "adapter": 3}, "method.adapter: must be text, not 3"),
         ({"kind": "ptuning", "encodr": "mlp"}, "did you mean 'encoder'"),
     ],
 )

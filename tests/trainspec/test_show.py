@@ -1,0 +1,152 @@
+"""`trainspec show` says what a recipe means, and ends with 2 where it cannot be trained as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from many import ended
+from small import SMALL
+
+from trainspec.cli import main
+from trainspec.methods import Full, LoRA, trainable_table
+from trainspec.model import PRESETS
+from trainspec.recipe import Recipe
+from trainspec.show import grouped
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def show(make_recipe: Make, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Exit code, output and errors of `trainspec show` with settings on top of a small recipe."""
+
+    def run(*settings: str, **sections: Any) -> dict[str, Any]:
+        file = tmp_path / "r.yaml"
+        file.write_text(make_recipe(**sections).to_yaml())
+        return ended(main, ["show", str(file), *(word for s in settings for word in ("--set", s))])
+
+    return run
+
+
+def refused(result: dict[str, Any], message: str) -> None:
+    assert result["code"] == 2, result
+    [line] = result["err"].splitlines()
+    assert message in line
+    # Everything else is shown all the same, and still a recipe.
+    assert yaml.safe_load(result["out"])["method"]["kind"] == "lora"
+    assert "lora_A.weight" in result["out"]
+
+
+def test_a_recipe_that_can_be_trained_is_shown_with_0(show):
+    result = show("plan.fsdp=2", "plan.shards=optimizer")
+    assert (result["code"], result["err"]) == (0, "")
+    for line in (
+        "#   base_model.model.model.layers.{0..1}.self_attn.q_proj.lora_A.weight [4, 32] x 2",
+        "# 3 updates",
+        "# jax: each of 2 devices holds",
+        "# torch: each of 2 devices holds",
+    ):
+        assert any(shown.startswith(line) for shown in result["out"].splitlines()), line
+    assert "no effect" not in result["out"]
+
+
+def test_a_plan_that_one_backend_refuses_is_shown_with_0(show):
+    result = show("plan.pipe=2", "plan.microbatches=2", "plan.schedule=gpipe")
+    assert result["code"] == 0
+    assert "# torch: plan.schedule=gpipe: DeepSpeed's pipeline runs 1f1b" in result["out"]
+
+
+def test_a_plan_that_both_refuse(show):
+    refused(show("plan.tensor=3"), "no backend runs this plan: plan.tensor=3 cannot split heads=4")
+    # Each has its own reason: both are told.
+    result = show(
+        "plan.fsdp=5",
+        "plan.shards=params",
+        "batch.global_examples=5",
+        "precision.policy=fp64",
+        "precision.reduce=fp64",
+    )
+    refused(result, "no backend runs this plan: jax: plan.fsdp=5 cannot split embed=32")
+    assert "; torch: plan.shards=params with precision.policy=fp64" in result["err"]
+
+
+def test_positions_that_the_model_has_not(show):
+    refused(
+        show(f"data.sequence_tokens={SMALL.max_positions + 1}"), f"plain has {SMALL.max_positions} positions"
+    )
+    assert show(f"data.sequence_tokens={SMALL.max_positions}")["code"] == 0
+
+
+def test_files_that_cannot_be_read(show, model_dirs: dict[str, Path], tmp_path: Path):
+    shutil.copytree(model_dirs["plain"], tmp_path / "m")
+    at = f"model.from={tmp_path / 'm'}"
+    weights = tmp_path / "m/model.safetensors"
+    whole = weights.read_bytes()
+    assert show(at)["code"] == 0
+    weights.write_bytes(whole[:-64])
+    refused(show(at), "damaged or cut short")
+    weights.unlink()
+    refused(show(at), "neither model.safetensors nor")
+    assert show(at, "model.weights=random")["code"] == 0  # they are not read
+    weights.write_bytes(whole)
+    refused(show(at, f"method.adapter={tmp_path / 'nowhere'}"), "nowhere")
+
+
+def test_the_data_are_read_only_where_the_length_depends_on_them(show):
+    assert show("data.train=nowhere.jsonl")["code"] == 0
+    refused(show("data.train=nowhere.jsonl", "run.steps=null", "run.epochs=2"), "nowhere.jsonl")
+    result = show("run.steps=null", "run.epochs=2", "run.stop_after_steps=5", "schedule.warmup_ratio=0.1")
+    [line] = [line for line in result["out"].splitlines() if "epochs of" in line]
+    words = line.split()
+    rows, updates = int(words[4]), int(words[6])
+    assert line == f"# 2 epochs of {rows} rows: {updates} updates, of which this run makes 5"
+    assert updates == -(-2 * rows // 4)
+    assert f"# the rate warms up over {-(-updates // 10)} of {updates} updates" in result["out"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("plan.schedule=gpipe", "no effect: plan.schedule=gpipe: there is no pipeline with plan.pipe=1"),
+        ("plan.chunks=3", "no effect: plan.chunks=3: only a pipeline of plan.schedule=interleaved has chunks"),
+        ("schedule.final_ratio=0.1", "no effect: schedule.final_ratio=0.1: schedule.kind=constant has no decay"),
+        ("schedule.warmup_steps=3", "the rate never reaches its peak: the warm-up takes 3 of the schedule's 3 updates"),
+    ],
+)  # fmt: skip
+def test_settings_without_an_effect_are_said(show, setting: str, line: str):
+    assert f"# {line}\n" in show(setting)["out"]
+    plain = show()["out"]
+    assert "no effect" not in plain
+    assert "peak" not in plain
+
+
+def test_what_a_models_files_say_twice_is_shown(show, model_dirs: dict[str, Path], tmp_path: Path):
+    shutil.copytree(model_dirs["plain"], tmp_path / "m")
+    (tmp_path / "m/model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "old.safetensors"}})
+    )
+    assert "there are two sets of weights" in show(f"model.from={tmp_path / 'm'}")["out"]
+
+
+def test_rows_of_the_table_are_grouped_by_their_layers():
+    model = PRESETS["llama2-7b"]
+    lora = grouped(trainable_table(model, LoRA(targets=("q_proj",))))
+    assert lora == [
+        "base_model.model.model.layers.{0..31}.self_attn.q_proj.lora_A.weight [8, 4096] x 32",
+        "base_model.model.model.layers.{0..31}.self_attn.q_proj.lora_B.weight [4096, 8] x 32",
+    ]
+    some = grouped(trainable_table(model, LoRA(targets=r"model\.layers\.(0|2|3|7|1\d)\.mlp\.up_proj")))
+    assert some[0].startswith(
+        "base_model.model.model.layers.{0,2..3,7,10..19}.mlp.up_proj.lora_A.weight [8, 4096] x 14"
+    )
+    one = grouped(trainable_table(model, LoRA(targets=r"model\.layers\.5\.mlp\.up_proj")))
+    assert one[0] == "base_model.model.model.layers.5.mlp.up_proj.lora_A.weight [8, 4096]"
+    full = grouped(trainable_table(model, Full()))
+    assert full[0] == "model.embed_tokens.weight [32000, 4096]"
+    assert len(full) == 3 + 9
