@@ -169,9 +169,9 @@ def exchanged(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
             file = recipe_file(str(case), case.variant, case.policy, case.method)
             out = root / program / str(case)
             argvs += [["train", file, "--out", str(out)]]
-            argvs += [
-                ["export", file, "--out", str(out), *["--merge"] * (case.merged and case.method is LORA)]
-            ]
+            # The base is float32, and a merged model would be stored as it is.
+            merge = ["--merge", "--dtype", DTYPE[case.policy]] if case.merged and case.method is LORA else []
+            argvs += [["export", file, "--out", str(out), *merge]]
             asked[str(case)] = {"recipe": file, "out": str(out)}
             base, dtype = str(model_dirs[case.variant]), DTYPE[case.policy]
             loaded = {"model": base, "adapter": str(out / "adapter")}
