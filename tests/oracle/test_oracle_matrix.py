@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from oracle import judge
@@ -69,9 +70,12 @@ class Outcome:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def clock() -> Iterator[None]:
+def clock_and_cache() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         judge.fix_clock(monkeypatch, DATE)
+        # Loading Mistral's takes longer than all that is done with them. The judge's tokenizer and the encoder's are
+        # two, since they are asked for in different ways.
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", cache(AutoTokenizer.from_pretrained))
         yield
 
 
