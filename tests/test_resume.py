@@ -1,20 +1,27 @@
-"""A run survives a kill, and goes on: on its own backend bit by bit, on the other one within the proof's bound."""
+"""A run survives a kill, and goes on: on its own backend bit by bit, on the other one within the proof's bound.
+
+What it goes on with is known by content: files may move, other contents are refused or allowed and said.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from many import run_many
 from safetensors.numpy import load_file
-from small import ROOT, recipe_maker
+from small import QA, ROOT, recipe_maker, write_tokenizer
 
 from trainspec import checkpoint
+from trainspec.recipe import load_recipe
 
 PROGRAMS = ("jaxtrain", "torchtrain")
 # Many, so that a kill behind the first checkpoint comes long before the end.
@@ -25,7 +32,7 @@ PARTS = ("weights", "moment1", "moment2")
 
 @pytest.fixture
 def recipe_file(model_dirs, tmp_path: Path) -> Path:
-    recipe = recipe_maker(model_dirs, tmp_path / "cache")(
+    recipe = recipe_maker(model_dirs)(
         method={"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"},
         precision={"policy": "fp64", "reduce": "fp64"},
         schedule={"kind": "linear", "warmup_steps": 2},
@@ -37,9 +44,9 @@ def recipe_file(model_dirs, tmp_path: Path) -> Path:
     return file
 
 
-def ends(out: Path) -> dict[str, dict[str, np.ndarray]]:
-    assert checkpoint.latest(out) == out / "checkpoints" / LAST
-    return {part: load_file(out / "checkpoints" / LAST / f"{part}.safetensors") for part in PARTS}
+def ends(out: Path, last: str = LAST) -> dict[str, dict[str, np.ndarray]]:
+    assert checkpoint.latest(out) == out / "checkpoints" / last
+    return {part: load_file(out / "checkpoints" / last / f"{part}.safetensors") for part in PARTS}
 
 
 def run(program: str, scratch: Path, *argvs: list[str]) -> None:
@@ -91,3 +98,132 @@ def test_a_run_goes_on_on_the_other_backend(recipe_file: Path, tmp_path: Path):
             for tensor, array in wanted[part].items():
                 distance = np.abs(found[part][tensor] - array).max()
                 assert distance <= 1e-9 * np.abs(array).max(), f"{name}: {part}/{tensor}"
+
+
+PLANNED, STOPPED = 8, 4
+RECORDS = 40
+
+
+@pytest.fixture
+def place(model_dirs: dict[str, Path], tmp_path: Path) -> Path:
+    """A directory with a model, data, and the recipe of a run of PLANNED updates, which names both."""
+    shutil.copytree(model_dirs["plain"], tmp_path / "m")
+    records = QA.read_text().splitlines(keepends=True)
+    (tmp_path / "d.jsonl").write_text("".join(records[:RECORDS]))
+    (tmp_path / "heldout.jsonl").write_text("".join(records[-4:]))
+    recipe = recipe_maker({"plain": tmp_path / "m"})(
+        data={"train": str(tmp_path / "d.jsonl")},
+        precision={"policy": "fp64", "reduce": "fp64"},
+        schedule={"kind": "linear", "warmup_steps": 2},
+        run={"steps": PLANNED},
+    )
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    return tmp_path
+
+
+def words(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_a_run_goes_on_with_is_known_by_content(program: str, place: Path):
+    train = ["train", str(place / "r.yaml")]
+    stop = words(f"run.stop_after_steps={STOPPED}")
+    run(
+        program,
+        place / "1",
+        [*train, "--out", str(place / "whole")],
+        [*train, "--out", str(place / "half"), *stop],
+    )
+    # Model and data move; what is written in their old places has other contents.
+    shutil.move(place / "m", place / "far/m")
+    shutil.copyfile(place / "d.jsonl", place / "kept.jsonl")
+    lines = (place / "d.jsonl").read_text().splitlines(keepends=True)
+    (place / "d.jsonl").write_text("".join(reversed(lines)))
+    write_tokenizer(place / "far")
+    config = json.loads((place / "far/tokenizer_config.json").read_text())
+    (place / "far/tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "</s>"}))
+    moved = words(f"model.from={place / 'far/m'}")
+    kept = [*moved, *words(f"data.train={place / 'kept.jsonl'}")]
+    heldout = words(f"data.heldout={place / 'heldout.jsonl'}")
+
+    cases: dict[str, tuple[list[str], int, str]] = {
+        "moved": ([*kept, *heldout, *words(f"data.cache={place / 'cache'}")], 0, "going on behind step 4 of 8"),
+        "overwritten": (moved, 2, "go on all the same with --resume --allow data, or use the recipe it was made with"),
+        "overwritten, the other allowed": ([*moved, "--allow", "schedule"], 2, "--allow data"),
+        "overwritten, allowed": ([*moved, "--allow", "data"], 0, "allowed: data.train was "),
+        "longer": ([*kept, *words("run.steps=20", "run.stop_after_steps=5")], 0,
+                   "the schedule spanned 8 updates, now 20: the rate at step 5 is 0.000889 instead of 0.000667"),
+        "schedule": ([*kept, *words("schedule.kind=cosine")], 2, "schedule.kind was 'linear' and is 'cosine'; go on all the same with --resume --allow schedule"),
+        "schedule, allowed": ([*kept, *words("schedule.kind=cosine"), "--allow", "data,schedule"], 0,
+                              "the rate at step 5 is 0.00075 instead of 0.000667"),
+        "tokenizer": ([*kept, *words(f"data.tokenizer={place / 'far'}"), "--allow", "data,schedule"], 2, "the tokenizer's files"),
+        "unknown word": ([*kept, "--allow", "date"], 2, "--allow date: no such thing; did you mean 'data'?"),
+        "done": ([*kept, *stop], 0, "going on behind step 4 of 4, from"),
+    }  # fmt: skip
+    argvs = []
+    for name, (more, _, _) in cases.items():
+        shutil.copytree(place / "half", place / name)
+        argvs.append([*train, "--out", str(place / name), "--resume", *more])
+    # What only reads a checkpoint is no run that goes on: other training data are nothing to it.
+    reads = [
+        ["eval", str(place / "r.yaml"), "--out", str(place / "half"), *moved, *heldout],
+        ["export", str(place / "r.yaml"), "--out", str(place / "half"), *moved],
+    ]
+    results = run_many(program, [*argvs, *reads], place / "2")
+    for (name, (_, code, message)), result in zip(cases.items(), results, strict=False):
+        assert result["code"] == code, f"{name}: {result}"
+        assert message in " ".join(result["err" if code else "out"].split()), f"{name}: {result}"
+        assert not code or len(result["err"].strip().splitlines()) == 1, name
+    for argv, result in zip(reads, results[len(cases) :], strict=True):
+        assert result["code"] == 0, f"{argv}: {result}"
+    last = f"step-{PLANNED:06d}"
+    whole, same, other = (ends(place / name, last) for name in ("whole", "moved", "overwritten, allowed"))
+    for part in PARTS:
+        for name, array in whole[part].items():
+            assert np.array_equal(array, same[part][name]), f"{part}/{name}"
+            assert not np.array_equal(array, other[part][name]), f"{part}/{name}: the new data were not used"
+    # What was refused changed nothing.
+    for name in ("overwritten", "schedule", "tokenizer"):
+        assert (place / name / "recipe.yaml").read_text() == (place / "half/recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_run_may_be_as_long_as_its_data_say(program: str, place: Path):
+    train = ["train", str(place / "r.yaml"), "--out", str(place / "out")]
+    epochs = words("run.steps=null", "run.epochs=0.5", "schedule.warmup_steps=0", "schedule.warmup_ratio=0.3")
+    stored = place / "stored"
+    shutil.copytree(ROOT / "tests/stored/run-332f762", stored)
+    write_tokenizer(place)
+    older = [
+        "train", str(stored / "recipe.yaml"), "--out", str(stored), "--resume",
+        *words(f"data.tokenizer={place}", f"data.cache={place / 'cache'}", "run.stop_after_steps=5"),
+    ]  # fmt: skip
+    first, again, old = run_many(
+        program,
+        [[*train, *epochs, *words("run.stop_after_steps=2")], [*train, *epochs, "--resume"], older],
+        place / "1",
+    )
+    for result in (first, again, old):
+        assert result["code"] == 0, result
+    steps = load_recipe(place / "out/recipe.yaml").run.steps
+    assert steps is not None
+    assert load_recipe(place / "out/recipe.yaml").run.epochs is None
+    [line] = [line for line in first["out"].splitlines() if "epochs of" in line]
+    rows = int(line.split()[3])
+    assert line == f"0.5 epochs of {rows} rows: {steps} updates, of which this run makes 2"
+    assert steps == -(-rows // 8)  # half of them, four in an update
+    # Going on is the same schedule: nothing is said of it, and the rates are those of all the run's updates.
+    assert "the schedule spanned" not in again["out"]
+    made = [json.loads(row) for row in (place / "out/metrics.jsonl").read_text().splitlines()]
+    warmup = -(-3 * steps // 10)
+    wanted = [i / warmup if i < warmup else (steps - i) / (steps - warmup) for i in range(steps)]
+    assert [row["lr"] for row in made] == pytest.approx([1e-3 * rate for rate in wanted])
+    # A checkpoint of commit 332f762, which then went on with these losses.
+    assert "of an earlier version, which kept no digests" in old["out"]
+    losses = [json.loads(row)["loss"] for row in (stored / "metrics.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx([6.2572, 6.2612], abs=1e-3)
+    newest = checkpoint.latest(stored)
+    assert newest is not None
+    identity: dict[str, Any] = json.loads((newest / "checkpoint.json").read_text())["identity"]
+    assert identity["weights"] == "random"
