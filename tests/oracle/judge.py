@@ -39,11 +39,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`counts` by the marked characters, `transformers` by its own mask; `gap` says why they differ where they do."""
+    """`counts` by the marked characters, `transformers` by its own mask; `gap` says why they differ where they do.
+
+    `starts` are the characters that the tokens begin at.
+    """
 
     text: str
     spans: list[tuple[int, int]]
     ids: list[int]
+    starts: list[int]
     counts: list[bool]
     transformers: list[bool]
     gap: str | None
@@ -90,7 +94,7 @@ class Judge:
         counts = [any(a < end and start < b for a, b in spans) for start, end in exact.offsets]
         theirs = [bool(flag) for flag in masked["assistant_masks"]]
         gap = _gap(spans, masked.encodings[0]) if counts != theirs else None
-        return Verdict(text, spans, ids, counts, theirs, gap)
+        return Verdict(text, spans, ids, [start for start, _ in exact.offsets], counts, theirs, gap)
 
 
 def fix_clock(monkeypatch: Any, date: datetime.date) -> None:

@@ -55,7 +55,11 @@ TOKENIZERS = (
 )
 # Of a template and a conversation, by reason: how many tokenizers cannot have them.
 UNLOCATED: dict[str, int] = {}
-SUMMARY = ""
+SUMMARY = (
+    "22 tokenizers x 15 templates x 33 conversations = 10890: 1404 refused by transformers (645 the template needs "
+    "`content`, and beside the calls there is none; 607 the template refuses (raise_exception); 152 the template adds a "
+    "begin or end token that the tokenizer does not name), 9486 rendered, 9486 with equal ids and mask, 0 not located"
+)
 
 
 @dataclass
@@ -114,6 +118,7 @@ def _compare(directory: Path, records: Mapping[str, Record] = CONVERSATIONS) -> 
                 outcome.unlocated[f"{template} x {name}: {error}"] += 1
                 continue
             outcome.wrong += [f"{here}: {what}" for what in _mismatch(expected, got.ids, got.counts)]
+            outcome.wrong += [f"{here}: {what}" for what in _cut(expected, got.turns)]
     return outcome
 
 
@@ -121,6 +126,14 @@ def _mismatch(expected: Verdict, ids: list[int], counts: list[bool]) -> list[str
     if ids != expected.ids:
         return [f"ids: {ids} instead of {expected.ids}"]
     return [_difference(expected, counts)] if counts != expected.counts else []
+
+
+def _cut(expected: Verdict, turns: list[int]) -> list[str]:
+    """Where a turn is said to begin and does not: within what the assistant says, or at no token behind the first."""
+    if sorted({*turns} & {*range(1, len(expected.ids))}) != turns:
+        return [f"turns at {turns} of {len(expected.ids)} tokens"]
+    inside = [t for t in turns if any(a < expected.starts[t] < b for a, b in expected.spans)]
+    return [f"turns at {inside} are in the middle of what the assistant says"] if inside else []
 
 
 def _difference(expected: Verdict, counts: list[bool]) -> str:
