@@ -48,7 +48,7 @@ def _follow(command: Callable[[], int]) -> int:
             sys.stderr.write(said.getvalue())
 
 
-def _run(args: Namespace, words: Sequence[str]) -> int | None:
+def _run(args: Namespace, words: Sequence[str]) -> None:
     count_processes(os.environ)  # refuses what no launcher would have said
     recipe = load_recipe(args.recipe, args.overrides)
     out = out_directory(args, PROGRAM)
@@ -61,7 +61,8 @@ def _run(args: Namespace, words: Sequence[str]) -> int | None:
         check_accelerators()
         saving = out if args.command == "train" else None
         with explained(recipe, partial(describe_devices, recipe.plan), out=saving):
-            return launch(PROGRAM, words, processes=processes, logs=out / "logs")
+            launch(PROGRAM, words, processes=processes, logs=out / "logs")
+        return
     match args.command:
         case "train":
             train(recipe, out=out, trace=trace, resume=args.resume, allow=allow)

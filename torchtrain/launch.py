@@ -29,7 +29,7 @@ from typing import IO, NamedTuple
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainspec.errors import EXIT_CRASHED, EXIT_DONE, MachineError, PlanError
+from trainspec.errors import EXIT_CRASHED, MachineError, PlanError, ProcessError
 
 _POLL_SECONDS = 0.05
 # How long processes may take to end by themselves once one has, before they are ended.
@@ -108,15 +108,14 @@ def check_gpus(processes: int) -> None:
         )
 
 
-def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> int:
-    """Run `python -m PROGRAM ARGV` that many times, as one group; the exit code is 0 or that of the first to fail.
+def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> None:
+    """Run `python -m PROGRAM ARGV` that many times, as one group.
 
-    What that one has to say is printed, in one line. What the processes say beside it goes to the directory `logs`, but
-    for what the leader prints and shows. All of them end with the first that fails, and with this process, however it
-    ends.
+    All of them end with the first that fails, and with this process, however it ends. What they say goes to the
+    directory `logs`, but for what the leader prints and shows.
 
-    Raises PlanError where there are not enough GPUs, MachineError where a process ended without a word, and
-    KeyboardInterrupt when all have ended of it.
+    Raises ProcessError with the line of the first that failed, MachineError where it ended without a word, PlanError
+    where there are not enough GPUs, and KeyboardInterrupt when all have ended of it.
     """
     check_gpus(processes)
     # Held here, so that its port is one that is free.
@@ -141,25 +140,25 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
                 children.append(_start(command, group | place, log, reports=end, leads=rank == 0))
             first, told = _first_failure(children, reports)
             if first is None:
-                return EXIT_DONE
+                return
             # The others fail of its connections or are stuck in them: either way their stacks are of interest.
-            _end(children, signal.SIGUSR1, _GRACE_SECONDS, _STACK_SECONDS)
+            told = _wait_for_words(children, told, reports)
         except KeyboardInterrupt:
-            _end(children, signal.SIGINT, _INTERRUPT_SECONDS, _GRACE_SECONDS)
+            _wait_for_all(children, _INTERRUPT_SECONDS)
+            _signal(children, signal.SIGINT)
+            _wait_for_all(children, _GRACE_SECONDS)
             raise
         finally:
             for child in children:
                 if child.poll() is None:
                     child.kill()
                 child.wait()
-        told += _received(reports)
     who, stacks = f"process {first.rank} of {processes}", f"the stacks of all are in {logs}"
     if first.code is None:
         raise MachineError(f"{who} {first.line}; {stacks}")
     # What every process says is about none of them.
     is_common = len(told) == processes and len({failure.line for failure in told}) == 1
-    print(f"{program}: {'' if is_common else f'{who} ({stacks}): '}{first.line}", file=sys.stderr)
-    return first.code
+    raise ProcessError(first.line if is_common else f"{who} ({stacks}): {first.line}", first.code)
 
 
 def report_to_launcher() -> Callable[[int, str], None] | None:
@@ -279,15 +278,26 @@ def _received(reports: int) -> list[_Failure]:
     return [_Failure(*json.loads(line)) for line in lines]
 
 
-def _end(
-    children: Sequence[subprocess.Popen[bytes]], with_signal: signal.Signals, before: float, after: float
-) -> None:
-    """Give processes that many seconds to end by themselves, and as many more behind a signal."""
-    _wait_for_all(children, before)
+def _wait_for_words(
+    children: Sequence[subprocess.Popen[bytes]], told: list[_Failure], reports: int
+) -> list[_Failure]:
+    """Wait until every process has ended or told its line; who does neither is stuck, and writes where."""
+    deadline, silent = time.monotonic() + _GRACE_SECONDS, list(children)
+    while silent and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        told = [*told, *_received(reports)]
+        ranks = {failure.rank for failure in told}
+        silent = [child for rank, child in enumerate(children) if rank not in ranks and child.poll() is None]
+    _signal(silent, signal.SIGUSR1)
+    _wait_for_all(silent, _STACK_SECONDS)
+    return told
+
+
+def _signal(children: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    """Send a signal to those that are still there."""
     for child in children:
         if child.poll() is None:
-            child.send_signal(with_signal)
-    _wait_for_all(children, after)
+            child.send_signal(number)
 
 
 def _wait_for_all(children: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, UserError, nearest
-from trainspec.failures import outcome
+from trainspec.failures import notes_of, outcome
 from trainspec.resume import ALLOWABLE
 from trainspec.trace import TraceRequest
 
@@ -123,8 +123,8 @@ def run_command(
 ) -> int:
     """Parse, run, and turn what ended it into an exit code and one line.
 
-    The line goes to stderr, behind the stack of a mistake of ours, or with the code to `tell`, which is called while
-    the error is being handled.
+    The line goes to stderr, behind the stack of a mistake of ours; or with the code, but without what is saved, to
+    `tell`, which is called while the error is being handled.
     """
     args = parser.parse_args(argv)
     try:
@@ -133,18 +133,19 @@ def run_command(
         raise
     except BaseException as error:
         code, line = outcome(error)
+        notes = notes_of(error)
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             # Whoever read our output has seen enough, as `| head` does; Python would complain once more at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = EXIT_FAILED
-            if not hasattr(error, "__notes__"):
+            if not notes:
                 return code
         if tell:
             tell(code, line)
             return code
         if code == EXIT_CRASHED:
             traceback.print_exc()
-        print(f"{parser.prog}: {line}", file=sys.stderr)
+        print("; ".join([f"{parser.prog}: {line}", *notes]), file=sys.stderr)
         return code
 
 

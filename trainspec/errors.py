@@ -43,6 +43,14 @@ class MachineError(Exception):
     """The machine failed: its memory, a device, a driver, a disk, the network. Exit code 3, as for every OSError."""
 
 
+class ProcessError(Exception):
+    """One of several processes ended the run: its line, and the exit code that it has by itself."""
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line)
+        self.code = code
+
+
 class NonFiniteLossError(Exception):
     """The loss is NaN or infinite. Raised before the update, so the weights are still good; exit code 1."""
 

@@ -22,6 +22,7 @@ from trainspec.errors import (
     MachineError,
     NonFiniteLossError,
     Note,
+    ProcessError,
     UserError,
 )
 from trainspec.recipe import Recipe
@@ -44,10 +45,12 @@ NOTHING_SAVED = Note("nothing was saved yet")
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
-    """The exit code that an error ends a command with, and its line."""
+    """The exit code that an error ends a command with, and its line, but for its notes."""
     match error:
         case UserError():
             code, text = EXIT_USER_ERROR, str(error)
+        case ProcessError():
+            code, text = error.code, str(error)
         case NonFiniteLossError():
             code, text = EXIT_FAILED, f"stopped before the update: {error}"
         case KeyboardInterrupt():
@@ -56,10 +59,14 @@ def outcome(error: BaseException) -> tuple[int, str]:
             code, text = EXIT_MACHINE, words
         case _:
             code, text = EXIT_CRASHED, f"{type(error).__name__}: {error}"
-    notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, Note)]
     if code in (EXIT_MACHINE, EXIT_CRASHED):
         text = _STACK.sub("", text)[:_LONGEST_CHARACTERS]
-    return code, " ".join("; ".join([text, *notes]).split())
+    return code, " ".join(text.split())
+
+
+def notes_of(error: BaseException) -> list[Note]:
+    """What its line ends with; libraries have notes of their own, for whoever reads the stack."""
+    return [note for note in getattr(error, "__notes__", ()) if isinstance(note, Note)]
 
 
 def _of_machine(error: BaseException) -> str | None:
@@ -97,7 +104,7 @@ def explained(recipe: Recipe, devices: Callable[[], Devices], *, out: Path | Non
         told = error
         if lack := memory.lack_of_memory(error):
             told = MachineError(memory.told(lack, devices=devices(), recipe=recipe))
-        if out is not None and (not isinstance(error, UserError) or _newest(out) != before):
+        if out is not None and (outcome(error)[0] != EXIT_USER_ERROR or _newest(out) != before):
             told.add_note(saved_in(out))
         if told is error:
             raise
