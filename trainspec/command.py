@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, UserError, nearest
+from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, ProcessError, UserError, nearest
 from trainspec.failures import notes_of, outcome
 from trainspec.resume import ALLOWABLE
 from trainspec.trace import TraceRequest
@@ -143,7 +143,7 @@ def run_command(
         if tell:
             tell(code, line)
             return code
-        if code == EXIT_CRASHED:
+        if code == EXIT_CRASHED and not isinstance(error, ProcessError):
             traceback.print_exc()
         print("; ".join([f"{parser.prog}: {line}", *notes]), file=sys.stderr)
         return code
