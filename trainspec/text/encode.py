@@ -11,13 +11,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Nothing is fetched: whoever names a hub id has had it fetched before.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault(
     "TOKENIZERS_PARALLELISM", "false"
 )  # the cores are shared by processes, each with one thread
@@ -122,10 +120,9 @@ class Encoder:
             messages = [{"role": "system", "content": self.system}, *messages]
             learnt = [False, *learnt] if learnt is not None else None
         learnt = learnt if learnt is not None else [m["role"] == "assistant" for m in messages]
-        text, marked = self._render(messages, tools, template)
+        text, chosen, turns = self._located(messages, tools, template, learnt)
         encoding = self._tokens(text, special=False)
         offsets = encoding["offset_mapping"]
-        chosen, turns = self._spans(text, marked, messages, tools, learnt, template)
         counts = _mask(offsets, chosen)
         return Encoded(
             encoding["input_ids"],
@@ -189,55 +186,41 @@ class Encoder:
                 raise DataError(f"{self.directory}: chat template: {_one_line(error)}") from None
 
     def _render(
-        self, messages: Sequence[Message], tools: Any, template: str, *, prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        """The text, and where the template marks what the assistant says; None where it marks nothing."""
+        self, conversations: Sequence[Sequence[Message]], tools: Any, template: str, *, prompt: bool = False
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """Each conversation as text, and where the template marks what the assistant says."""
         _Calendar.today_is = self.date
-        chat_template_utils.datetime = _Calendar
-        has_tags = _GENERATION.search(template) is not None
-        # As apply_chat_template does: a key without a value is left out.
-        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        chat_template_utils.__dict__["datetime"] = _Calendar
+        render: Any = render_jinja_template  # its annotation leaves the second result out
         try:
-            [text], spans = render_jinja_template(
-                conversations=[plain],
+            return render(
+                conversations=conversations,
                 tools=tools,
                 chat_template=template,
-                return_assistant_tokens_mask=has_tags,
+                return_assistant_tokens_mask=_has_tags(template),
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # whatever a template does: its own refusals, and mistakes of every kind
             raise BadRecord(f"chat template: {_one_line(error)}") from None
-        return text, spans[0] if has_tags else None
 
-    def _spans(
-        self,
-        text: str,
-        marked: list[tuple[int, int]] | None,
-        messages: Sequence[Message],
-        tools: Any,
-        learnt: Sequence[bool],
-        template: str,
-    ) -> tuple[list[tuple[int, int]], list[int]]:
-        """Characters that count, and where turns begin."""
+    def _located(
+        self, messages: Sequence[Message], tools: Any, template: str, learnt: Sequence[bool]
+    ) -> tuple[str, list[tuple[int, int]], list[int]]:
+        """The text of a conversation, the characters that count, and where turns begin."""
+        # As apply_chat_template does: a key without a value is left out.
+        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
         wanted = [flag for flag, m in zip(learnt, messages, strict=True) if m["role"] == "assistant"]
-        if marked is not None:
+        if _has_tags(template):
+            [text], [marked] = self._render([plain], tools, template)
             if len(marked) != len(wanted) and not all(wanted):
                 raise Unlocated("the template's {% generation %} marks another number of turns")
             chosen = [span for i, span in enumerate(marked) if i >= len(wanted) or wanted[i]]
-            return chosen, [_skip_blank(text, end) for _, end in marked]
-
-        def render(some: Sequence[Message], prompt: bool) -> str | None:
-            try:
-                return self._render(some, tools, template, prompt=prompt)[0]
-            except BadRecord:
-                return None
-
-        spans = assistant_spans(text, messages, render)
-        return (
-            [(s.start, s.end) for s, flag in zip(spans, wanted, strict=True) if flag],
-            [span.next_turn for span in spans],
-        )
+            return text, chosen, [_skip_blank(text, end) for _, end in marked]
+        renders = _Renders(lambda some, prompt: self._render(some, tools, template, prompt=prompt)[0], plain)
+        spans = assistant_spans(renders.text, plain, renders.render)
+        chosen = [(s.start, s.end) for s, flag in zip(spans, wanted, strict=True) if flag]
+        return renders.text, chosen, [span.next_turn for span in spans]
 
     def _notes(self, text: str, messages: Sequence[Message], tools: Any, template: str) -> list[str]:
         notes = []
@@ -249,6 +232,47 @@ class Encoder:
                 notes.append("loses text in the template")
                 break
         return notes
+
+
+class _Renders:
+    """A conversation as text, and its beginnings, all with one call of the template's renderer where it takes them."""
+
+    def __init__(
+        self, render: Callable[[Sequence[Sequence[Message]], bool], list[str]], messages: list[Message]
+    ) -> None:
+        self._render = render
+        stops = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        self._known: dict[tuple[int, bool], str] = {}
+        self._length = len(messages)
+        self._messages = messages
+        for prompt, lengths in ((False, sorted({*(i + 1 for i in stops), self._length})), (True, stops)):
+            lengths = [n for n in lengths if n]
+            try:
+                texts = render([messages[:n] for n in lengths], prompt) if lengths else []
+            except BadRecord:  # it refuses one of them: each is asked for by itself
+                continue
+            self._known |= {(n, prompt): text for n, text in zip(lengths, texts, strict=True)}
+
+    @property
+    def text(self) -> str:
+        """The whole conversation. Raises BadRecord."""
+        known = self._known.get((self._length, False))
+        return self._render([self._messages], False)[0] if known is None else known
+
+    def render(self, some: Sequence[Message], prompt: bool) -> str | None:
+        """Any messages as text, None where the template refuses them."""
+        is_beginning = all(mine is message for mine, message in zip(some, self._messages, strict=False))
+        known = self._known.get((len(some), prompt)) if is_beginning else None
+        if known is not None:
+            return known
+        try:
+            return self._render([some], prompt)[0]
+        except BadRecord:
+            return None
+
+
+def _has_tags(template: str) -> bool:
+    return _GENERATION.search(template) is not None
 
 
 def _load(directory: Path) -> Any:

@@ -143,9 +143,8 @@ def table(source: str) -> Any:
                     f"{source}: holds several splits; name one: {', '.join(f'{source}/{k}' for k in found)}"
                 )
             return found
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        builder = TABLES[path.suffix]
-        return datasets.load_dataset(builder, data_files=source, split="train", **options)
+        options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        return datasets.load_dataset(TABLES[path.suffix], data_files=source, split="train", **options)
     except DataError:
         raise
     except Exception as error:  # each of its readers has errors of its own

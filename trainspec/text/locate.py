@@ -16,6 +16,9 @@ Message = dict[str, Any]
 # Messages and whether a generation prompt is asked for -> text; None where the template refuses them.
 Render = Callable[[Sequence[Message], bool], str | None]
 
+# What stands before and behind the mark.
+Around = tuple[str, str]
+
 _MARK = "Zq7wMARKv1Xk"
 # How much of a text's end tells a place from others.
 _TAIL = 8
@@ -69,25 +72,26 @@ class _Turn:
         ends = after is not None and self._text.startswith(after)
         if before is not None and after is not None and begins and ends and len(before) <= len(after):
             return len(before), len(after)
-        marked = self._marked()
+        message = self._messages[self._i]
+        marked, alone = self._around(message | {"content": _MARK})
+        if marked is None and message.get(
+            "tool_calls"
+        ):  # some templates write calls and drop the content beside them
+            marked, alone = self._around(message | {"tool_calls": _mark_call(message["tool_calls"])})
+        if marked is None or alone is None:
+            raise Unlocated("the template does not write an assistant's content once")
         start = len(before) if before is not None and begins else self._start(before, after, marked)
-        end = len(after) if after is not None and ends else self._end(marked)
+        end = len(after) if after is not None and ends else self._end(marked, alone)
         return start, end
 
-    def _marked(self) -> tuple[str, str] | None:
-        """What stands before and behind this turn's content, in the whole conversation."""
-        text = self._render(self._with_mark(len(self._messages)), False)
-        return _around_mark(text)
+    def _around(self, marked: Message) -> tuple[Around | None, Around | None]:
+        """What stands around the mark, in the whole conversation and where it ends with this turn."""
+        before, behind = self._messages[: self._i], self._messages[self._i + 1 :]
+        whole, alone = ([*before, marked, *behind], [*before, marked])
+        return _around_mark(self._render(whole, False)), _around_mark(self._render(alone, False))
 
-    def _with_mark(self, stop: int) -> list[Message]:
-        messages = list(self._messages[:stop])
-        messages[self._i] = messages[self._i] | {"content": _MARK}
-        return messages
-
-    def _start(self, before: str | None, after: str | None, marked: tuple[str, str] | None) -> int:
+    def _start(self, before: str | None, after: str | None, marked: Around) -> int:
         """Behind the generation prompt, where the conversation up to it is written in another way."""
-        if marked is None:
-            raise Unlocated("the template does not write an assistant's content once")
         content = _common_prefix(self._text, marked[0])
         if content < len(marked[0]) and content <= self.done:
             raise Unlocated("the template writes the turns before this one in another way")
@@ -96,11 +100,9 @@ class _Turn:
             at = self._text.rfind(prompt, self.done, content)
             return content if at < 0 else at + len(prompt)
         # No prompt of its own: the turn starts where the text before it ends.
-        start = content
-        while start > self.done and self._text[start - 1].isspace():
-            start -= 1
         tail = (before or "")[-_TAIL:]
-        return start if tail and self._text[:start].endswith(tail) else content
+        at = self._text.rfind(tail, self.done, content) if tail else -1
+        return content if at < 0 else at + len(tail)
 
     def _prompt(self, before: str | None, after: str | None) -> str | None:
         """What the template writes when it is asked for a generation prompt."""
@@ -112,18 +114,27 @@ class _Turn:
             return None
         return before[len(plain) :]
 
-    def _end(self, marked: tuple[str, str] | None) -> int:
+    def _end(self, marked: Around, alone: Around) -> int:
         """Before the rest of the conversation, which is what stands behind the mark, less what closes the turn."""
-        alone = _around_mark(self._render(self._with_mark(self._i + 1), False))
-        if marked is None or alone is None:
-            raise Unlocated("the template does not write an assistant's content once")
         rest = marked[1][_common_prefix(marked[1], alone[1]) :]
         if not self._text.endswith(rest):
             raise Unlocated("the template writes the turns behind this one in another way")
         return len(self._text) - len(rest)
 
 
-def _around_mark(text: str | None) -> tuple[str, str] | None:
+def _mark_call(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The calls, the first under a name that is the mark."""
+    first, *others = calls
+    function = first.get("function")
+    marked = (
+        first | {"function": function | {"name": _MARK}}
+        if isinstance(function, dict)
+        else first | {"name": _MARK}
+    )
+    return [marked, *others]
+
+
+def _around_mark(text: str | None) -> Around | None:
     if text is None or text.count(_MARK) != 1:
         return None
     before, _, behind = text.partition(_MARK)

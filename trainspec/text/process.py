@@ -32,15 +32,19 @@ def versions() -> str:
         ) from None
 
 
-def ask(**request: Any) -> Any:
-    """The worker's result. Raises DataError for what a person has wrong, OSError where the machine failed."""
-    return _worker.ask(request)
+def ask(*, online: bool = False, **request: Any) -> Any:
+    """The worker's result. Only one that is `online`, for a hub id that a person named, may reach for the network.
+
+    Raises DataError for what a person has wrong, OSError where the machine failed.
+    """
+    return (_online if online else _offline).ask(request)
 
 
 class _Worker:
     """One worker process, started when it is asked and ended when it is idle or this process ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._environment = environment
         self._process: subprocess.Popen[str] | None = None
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
@@ -86,7 +90,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
-                env=os.environ | quiet,
+                env=os.environ | quiet | self._environment,
             )
         return self._process
 
@@ -126,5 +130,6 @@ def _result(answer: dict[str, Any]) -> Any:
             raise AssertionError(f"no answer: {other}")
 
 
-_worker = _Worker()
-atexit.register(_worker.close)
+_offline, _online = _Worker({"HF_HUB_OFFLINE": "1"}), _Worker({})
+atexit.register(_offline.close)
+atexit.register(_online.close)

@@ -154,7 +154,7 @@ def _content(source: str) -> str:
     """What stands for a source's content: the digest of its bytes, or `datasets`' fingerprint of what is no file."""
     path = Path(source)
     if is_hub(source):
-        return ask(do="identify", source=source)
+        return ask(do="identify", source=source, online=True)
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file())
         return _digest(*(f"{f.relative_to(path)} {_sha256(f)}".encode() for f in files))
@@ -164,7 +164,7 @@ def _content(source: str) -> str:
 def _fill(folder: Path, job: dict[str, Any]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=folder.parent))
     try:
-        about = ask(do="fill", folder=str(temporary), **job)
+        about = ask(do="fill", folder=str(temporary), online=is_hub(job["source"]), **job)
         (temporary / "about.json").write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         try:
@@ -179,7 +179,7 @@ def _fill(folder: Path, job: dict[str, Any]) -> None:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """One process at a time, where the disk knows locks; the lock ends with the process that holds it."""
-    with file.open("w") as held:
+    with file.open("w", encoding="utf-8") as held:
         with suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_EX)
         yield
