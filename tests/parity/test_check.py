@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity.check import check as run_check
 from parity.cli import main
 from parity.sides import Side, parse_side
+from trainspec.data import open_dataset
 from trainspec.errors import UserError
 
 RECIPE = "model: {from: somewhere}\ndata: {train: some.jsonl}\nrun: {steps: 2}\n"
@@ -118,6 +120,17 @@ def test_a_person_s_mistake_is_one_line_before_anything_runs(flags, word, check,
     assert word in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_in_epochs_is_compared_over_the_updates_that_its_data_make(make_recipe, tmp_path):
+    recipe = make_recipe(run={"steps": None, "epochs": 0.01})
+    updates = -(-open_dataset(recipe, "train").rows // 400)
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    with pytest.raises(UserError, match=f"r.yaml makes {updates} updates; compare at most those"):
+        run_check(
+            tmp_path / "r.yaml", left=Side("jax"), right=Side("torch"), precision="fp64", steps=updates + 1,
+            overrides=(), out=tmp_path / "check",
+        )  # fmt: skip
 
 
 def test_sides_are_read_as_words():
