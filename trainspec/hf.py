@@ -41,6 +41,7 @@ FLOATS: dict[str, np.dtype[Any]] = {
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED_BYTES = 2**26
+LFS_POINTER = b"version https://git-lfs"
 GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 # What transformers may read of a tokenizer: its fast file, the older ones of every kind, and chat templates.
 TOKENIZER_PATTERNS = (
@@ -201,6 +202,11 @@ def _opened(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     except SafetensorError as error:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise WeightsError(
+                    f"{path}: only a pointer of Git LFS; run `git lfs pull` in its directory"
+                ) from None
         raise WeightsError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
 
 
@@ -249,7 +255,7 @@ def read_model(
     """
     files = model_files(directory)
     # Old checkpoints store RoPE's frequencies, which are derived.
-    ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(model.layers)}
+    ignored = {name for name in files.shapes if name.endswith("rotary_emb.inv_freq")}
     if model.tied_embeddings:
         ignored.add(HEAD)
         if EMBEDDING not in files.shapes and HEAD in files.shapes:

@@ -6,6 +6,7 @@ What transformers honours is honoured or refused by name; where two settings say
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from trainspec.model import (
 # Checkpoints converted before transformers 4.28 spell it in the second way.
 ARCHITECTURES = (ARCHITECTURE, "LLaMAForCausalLM")
 DEFAULT_THETA = 1e4
+LONGEST = 120  # characters of a wrong value that are shown
 _Size = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # What transformers would honour and nothing here does, and the way out.
@@ -178,11 +180,16 @@ class _Config(BaseModel):
 
 
 def _words(theta: float, scaling: RopeScaling | None) -> str:
-    return f"theta {theta:g}, {scaling or 'no scaling'}"
+    if scaling is None:
+        return f"rope_type default, theta {theta:g}"
+    kind = {LinearScaling: "linear", DynamicScaling: "dynamic", Llama3Scaling: "llama3"}[type(scaling)]
+    numbers = ", ".join(f"{value:g}" for value in asdict(scaling).values())
+    return f"rope_type {kind} ({numbers}), theta {theta:g}"
 
 
 def _said(value: object) -> str:
-    return "not given" if value is None else repr(value)
+    words = "not given" if value is None else repr(value)
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
 
 
 def _parsed(config: dict[str, Any], where: str) -> _Config:
@@ -203,7 +210,7 @@ def _parsed(config: dict[str, Any], where: str) -> _Config:
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
-        got = "" if detail["type"] == "missing" else f", not {detail['input']!r}"
+        got = "" if detail["type"] == "missing" else f", not {_said(detail['input'])}"
         raise ModelError(f"{where}: {key}: {detail['msg'][0].lower()}{detail['msg'][1:]}{got}") from None
 
 
@@ -286,8 +293,9 @@ def exported_config(config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
     """`config` for the weights of `model`: as it is, but for nulls and settings beside others that say something else."""
     kept = {key: value for key, value in config.items() if value is not None or key not in SWITCHES}
     for key in ("rope_parameters", "rope_scaling"):
-        if isinstance(kept.get(key), dict):
-            kept[key] = {name: value for name, value in kept[key].items() if value is not None}
+        rope = kept.get(key)
+        if isinstance(rope, dict):
+            kept[key] = {name: value for name, value in rope.items() if value is not None}
     if "rope_theta" in kept:
         kept["rope_theta"] = model.rope_theta
     if bool(kept.get("tie_word_embeddings")) != model.tied_embeddings:

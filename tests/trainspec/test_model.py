@@ -62,6 +62,7 @@ def test_published_sizes():
         ({"transformers_weights": "x.safetensors"}, "rename the file to model.safetensors"),
         ({"is_causal": False}, "is_causal"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"hidden_size": "x" * 10_000}, "hidden_size: input should be a valid integer, not 'x{119}[.]{3}$"),
         ({"hidden_size": "x"}, "hidden_size: input should be a valid integer, not 'x'"),
         ({"hidden_size": True}, "hidden_size: input should be a valid integer"),
         ({"num_key_value_heads": 3}, "no multiple"),
@@ -85,7 +86,7 @@ def test_published_sizes():
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor: input should be greater than 0"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_theta": 5e5}},
-            r"rope_scaling says theta 10000, LinearScaling\(factor=2.0\), rope_parameters theta 500000, no scaling",
+            r"rope_scaling says rope_type linear \(2\), theta 10000, rope_parameters rope_type default, theta 500000",
         ),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "needs factor"),
     ],

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from model_shapes import EMBEDDING, HEAD, SHAPES, edit_config, edit_weights, make_model_shapes, small_llama
 from safetensors.numpy import load_file
 from small import ROOT, write_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trainspec import checkpoint
@@ -87,26 +88,69 @@ def a_config(**changes: object) -> dict:
     return sizes | changes
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_is_the_llama_that_transformers_makes_of_it(tmp_path: Path, name: str, monkeypatch):
-    config = a_config(**CONFIGS[name])
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    ours, theirs = model_spec_from_config(config, name="x", where="x"), AutoConfig.from_pretrained(tmp_path)
-    fields = {
-        "vocab": "vocab_size", "embed": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers",
-        "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-        "norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings", "attention_bias": "attention_bias",
-        "mlp_bias": "mlp_bias", "tied_embeddings": "tie_word_embeddings", "init_std": "initializer_range",
-    }  # fmt: skip
-    assert {name: getattr(ours, name) for name in fields} == {
-        name: getattr(theirs, field) for name, field in fields.items()
+FIELDS = {
+    "vocab": "vocab_size", "embed": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings", "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias", "tied_embeddings": "tie_word_embeddings", "init_std": "initializer_range",
+}  # fmt: skip
+
+
+def assert_same_llama(ours: ModelSpec, theirs: LlamaConfig) -> None:
+    assert {name: getattr(ours, name) for name in FIELDS} == {
+        name: getattr(theirs, field) for name, field in FIELDS.items()
     }
     single = LlamaRotaryEmbedding(theirs).inv_freq.numpy()
     assert np.abs(inverse_frequencies(ours, np.float32) / single - 1).max() < 1e-6
-    monkeypatch.setattr(torch, "float", torch.float64)  # in which transformers' own functions then compute
-    double = LlamaRotaryEmbedding(theirs).inv_freq.numpy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float", torch.float64)  # in which transformers' own functions then compute
+        double = LlamaRotaryEmbedding(theirs).inv_freq.numpy()
     assert double.dtype == np.float64
     assert np.abs(inverse_frequencies(ours, np.float64) / double - 1).max() < 1e-14
+
+
+def their_config(config: dict, directory: Path) -> LlamaConfig:
+    (directory / "config.json").write_text(json.dumps(config))
+    found = AutoConfig.from_pretrained(directory)
+    assert isinstance(found, LlamaConfig)
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_the_llama_that_transformers_makes_of_it(tmp_path: Path, name: str):
+    config = a_config(**CONFIGS[name])
+    assert_same_llama(model_spec_from_config(config, name="x", where="x"), their_config(config, tmp_path))
+
+
+# What the settings of one kind may be, beside one another; null is left out, as transformers 5 takes none.
+CHOICES: dict[str, list] = {
+    "rope_scaling": [c["rope_scaling"] for c in CONFIGS.values() if "rope_scaling" in c],
+    "rope_parameters": [c["rope_parameters"] for c in CONFIGS.values() if "rope_parameters" in c],
+    "rope_theta": [1e4, 5e5, 100_000],
+    "partial_rotary_factor": [None, 0.5, 1.0],
+    "original_max_position_embeddings": [256, 4096],
+    "head_dim": [None, 16, 24],
+    "num_key_value_heads": [None, 1, 4],
+    "max_position_embeddings": [128, 4096],
+    "hidden_size": [64, 66, 128],
+    "hidden_act": ["silu", "swish", "gelu"],
+    "attention_bias": [True],
+    "tie_word_embeddings": [True, False],
+}
+
+
+def test_random_configs_are_transformers_llamas_or_refused(tmp_path: Path):
+    draws, alike = random.Random(0), 0
+    for _ in range(200):
+        keys = draws.sample(list(CHOICES), draws.randint(1, 6))
+        config = a_config(**{key: draws.choice(CHOICES[key]) for key in keys})
+        try:
+            spec = model_spec_from_config(config, name="x", where="x")
+        except ModelError:
+            continue
+        assert_same_llama(spec, their_config(config, tmp_path))
+        alike += 1
+    assert alike > 100
 
 
 def test_a_dynamic_base_is_the_plain_one_up_to_max_positions_and_not_behind(tmp_path: Path):
@@ -216,10 +260,26 @@ def test_an_index_that_names_absent_shards_is_one_line(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
-def run_python(code: str) -> None:
-    """The command after `python -c` that an error names."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+def run_named_command(message: str) -> None:
+    """What stands behind `python -c` in an error."""
+    exec(message.split('python -c "')[1].removesuffix('"'), {})
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path):
+    small_llama().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    spec, _ = resolve_model(source_of(tmp_path))
+    with pytest.raises(WeightsError, match="only a pointer of Git LFS"):
+        read_model(tmp_path, spec, param_table(spec), dtype=np.float32)
+
+
+def test_stored_frequencies_are_passed_over(tmp_path: Path):
+    a_model(tmp_path)
+    old = {f"model__{at}rotary_emb__inv_freq": torch.ones(6) for at in ("", "layers__0__self_attn__")}
+    edit_weights(tmp_path, **old)
+    assert_read_alike(tmp_path)
 
 
 def test_pytorch_weights_are_named_and_the_named_command_converts_them(tmp_path: Path):
@@ -230,7 +290,7 @@ def test_pytorch_weights_are_named_and_the_named_command_converts_them(tmp_path:
     spec, _ = resolve_model(source_of(tmp_path))
     with pytest.raises(WeightsError, match=r"pytorch_model.bin is not read") as caught:
         read_model(tmp_path, spec, param_table(spec), dtype=np.float32)
-    run_python(str(caught.value).split('python -c "')[1].removesuffix('"'))
+    run_named_command(str(caught.value))
     assert_read_alike(tmp_path)
 
 
@@ -250,7 +310,7 @@ def test_a_pytorch_adapter_is_named_and_the_named_command_converts_it(tmp_path: 
     table = adapter_table(spec, method)
     with pytest.raises(WeightsError, match=r"adapter_model.bin: is not read") as caught:
         read_adapter(directory, spec, method, table, dtype=np.float32)
-    run_python(str(caught.value).split('python -c "')[1].removesuffix('"'))
+    run_named_command(str(caught.value))
     assert len(list(read_adapter(directory, spec, method, table, dtype=np.float32))) == len(table)
 
 
