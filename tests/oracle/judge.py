@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from oracle.templates import TAGGED, TEMPLATES
+from oracle.templates import without_tags
 
 Messages = list[dict[str, Any]]
 
@@ -65,18 +65,18 @@ class Judge:
         self._exact.no_padding()
         self._exact.post_processor = None
 
-    def verdict(self, template: str, messages: Messages, tools: list[dict[str, Any]] | None) -> Verdict:
-        """Raises Refused."""
+    def verdict(self, tagged: str, messages: Messages, tools: list[dict[str, Any]] | None) -> Verdict:
+        """Of the source of a tagged twin. Raises Refused."""
         try:
             ids = self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=TEMPLATES[template], tokenize=True, return_dict=False
+                messages, tools=tools, chat_template=without_tags(tagged), tokenize=True, return_dict=False
             )
         except jinja2.TemplateError as error:
             raise Refused(_reason(error)) from error
         masked = self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
-            chat_template=TAGGED[template],
+            chat_template=tagged,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -85,7 +85,7 @@ class Judge:
         [text], [spans] = render_jinja_template(
             conversations=[messages],
             tools=tools,
-            chat_template=TAGGED[template],
+            chat_template=tagged,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )

@@ -504,6 +504,120 @@ HARMONY = """\
 {%- endif %}
 """
 
+# ---------------------------------------------------------------- templates that nobody should write, and some do
+
+# Only the last three messages are written.
+WINDOW = """\
+{%- for message in messages[-3:] %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+{%- generation %}
+        {{- message['content'] + '<|im_end|>' }}
+{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# The number of messages stands in front, and each is numbered from the end.
+COUNTED = """\
+{{- messages | length | string + ' messages\\n' }}
+{%- for message in messages %}
+    {{- '<|im_start|>' + loop.revindex | string + ' ' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+{%- generation %}
+        {{- message['content'] + '<|im_end|>' }}
+{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>0 assistant\\n' }}
+{%- endif %}
+"""
+
+# What was said is changed.
+UPPER = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+{%- generation %}
+        {{- message['content'] | upper | replace('A', 'AA') + '<|im_end|>' }}
+{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] | upper + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# All that was said stands in front, once more.
+TWICE = """\
+{{- 'In short: ' + messages | map(attribute='content') | join(' ') + '\\n' }}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+{%- generation %}
+        {{- message['content'] + '<|im_end|>' }}
+{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# Messages of one role in a row are one turn.
+MERGED = """\
+{%- for message in messages %}
+    {%- set goes_on = not loop.first and messages[loop.index0 - 1]['role'] == message['role'] %}
+    {%- set ends = loop.last or messages[loop.index0 + 1]['role'] != message['role'] %}
+    {{- '' if goes_on else '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+{%- generation %}
+        {{- ('\\n\\n' if goes_on else '') + message['content'] + ('<|im_end|>' if ends else '') }}
+{%- endgeneration %}
+    {%- else %}
+        {{- ('\\n\\n' if goes_on else '') + message['content'] + ('<|im_end|>' if ends else '') }}
+    {%- endif %}
+    {{- '\\n' if ends else '' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# An answer without words is not written at all.
+SKIPS_EMPTY = """\
+{%- for message in messages if message['content'] | trim %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+{%- generation %}
+        {{- message['content'] + '<|im_end|>' }}
+{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
 _TAG_LINE = re.compile(r"^\{%- (?:end)?generation %\}\n", re.MULTILINE)
 
 TAGGED: dict[str, str] = {
@@ -523,4 +637,19 @@ TAGGED: dict[str, str] = {
     "phi3": PHI3,
     "harmony": HARMONY,
 }
-TEMPLATES: dict[str, str] = {name: _TAG_LINE.sub("", source) for name, source in TAGGED.items()}
+ODD_TAGGED: dict[str, str] = {
+    "window": WINDOW,
+    "counted": COUNTED,
+    "upper": UPPER,
+    "twice": TWICE,
+    "merged": MERGED,
+    "skips_empty": SKIPS_EMPTY,
+}
+
+
+def without_tags(tagged: str) -> str:
+    """The template of a twin."""
+    return _TAG_LINE.sub("", tagged)
+
+
+TEMPLATES: dict[str, str] = {name: without_tags(source) for name, source in TAGGED.items()}
