@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
@@ -23,6 +25,7 @@ from jaxtrain.tensor import Place
 from jaxtrain.weights import native_name, native_spec
 from trainspec.accelerators import Devices, accelerators, hides_gpus
 from trainspec.errors import PlanError
+from trainspec.failures import outcome
 from trainspec.loop import check_plan
 from trainspec.params import Param
 from trainspec.plan import ACTIVATION_AXES, MESH_AXES, Part, Plan, weight_axes
@@ -32,6 +35,8 @@ from trainspec.recipe import Recipe
 _COORDINATOR, _PROCESSES, _PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # How long processes wait for each other: JAX's own patience.
 _PATIENCE_SECONDS = 300.0
+# How long a process that failed waits for the others, which mostly fail of the same.
+_FAREWELL_SECONDS = 5.0
 # XLA's CPU devices share one pool of threads, by default one for each device or core, and a thread that waits for the other
 # devices of a sum holds its place. A device may have several sums under way: with all places taken by sums of which the
 # others have no thread left to come, XLA aborts after 40 s.
@@ -52,6 +57,7 @@ _ALONE = _Cluster("", 1, 0)
 def start(recipe: Recipe) -> None:
     """Set this process up for the recipe, before JAX makes its first array. Raises PlanError."""
     check_plan(recipe, "jax")
+    atexit.unregister(_leave)
     jax.config.update("jax_enable_x64", recipe.precision.policy == "fp64")
     # On TPU a float32 matmul is a few bfloat16 passes unless told otherwise; on CPU this changes nothing.
     jax.config.update(
@@ -70,6 +76,21 @@ def start(recipe: Recipe) -> None:
 
 def finish() -> None:
     """The end of what `start` began. Differs from torchtrain: JAX leaves its cluster when the process ends."""
+    error = sys.exc_info()[1]
+    if error is not None and jax.distributed.is_initialized():
+        atexit.register(_leave, outcome(error)[0])
+
+
+def _leave(code: int) -> None:
+    """The end of a process that failed. JAX's own would wait five minutes for others that wait for this one."""
+    client = distributed.global_state.client
+    assert client is not None
+    try:
+        client.wait_at_barrier("failed", int(1000 * _FAREWELL_SECONDS))
+    except jax.errors.JaxRuntimeError:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def check_accelerators() -> None:

@@ -1,10 +1,11 @@
 """The proof: runs both backends as subprocesses and compares their traces. Imports trainspec only.
 
 For other programs and test suites: `assert_parity` checks a recipe, `Recorder` writes a trace that `parity diff` reads
-(docs/record-a-trace.md). Importing this loads neither framework.
+(docs/record-a-trace.md), `read_results` reads what a check or the matrix wrote. Importing this loads neither framework.
 """
 
 from parity.assertion import assert_parity
 from parity.record import Recorder
+from parity.verdict import read_results
 
-__all__ = ["Recorder", "assert_parity"]
+__all__ = ["Recorder", "assert_parity", "read_results"]

@@ -48,7 +48,7 @@ def loss_curves(left: Sequence[float], right: Sequence[float]) -> Markup:
 
 
 def loss_difference(points: Sequence[tuple[int, float, float]]) -> Markup:
-    """(step, error, bound) as decades: the distance between the dots and the line is the headroom.
+    """(step, error, bound) as decades: the further the dots are below the line, the less of the bound is used.
 
     Steps where both sides agree to the last bit have no logarithm: they stand on the floor as hollow dots.
     """

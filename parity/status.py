@@ -147,6 +147,6 @@ def _object(row: Row) -> dict[str, Any]:
             "tensor": shown.place.tensor,
             "error": finite(shown.error),
             "bound": finite(shown.bound),
-            "headroom": finite(shown.used),
+            "bound_used": finite(shown.used),
         }
     return entry

@@ -42,8 +42,8 @@ EXACT_PHASES = ("initial", "batch", "tokens")
 class Bound:
     """How far apart two arrays may be: `handed` on by earlier, already judged differences, plus the phase's `own`.
 
-    Both are absolute and broadcast to the arrays' shape. The sum decides; how much of `own` is used up by what
-    goes beyond `handed` is the headroom.
+    Both are absolute and broadcast to the arrays' shape. The sum decides; the share of `own` that is used up by
+    what goes beyond `handed` is what is told as `bound_used`.
     """
 
     own: Array

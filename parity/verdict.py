@@ -94,6 +94,15 @@ class Verdict:
         return [head, *table, *end, *(f"note: {note}" for note in self.notes)]
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """A verdict.json or matrix.json. Older ones call the share of the bound that is used `headroom`: here it is `bound_used`."""
+    return json.loads(path.read_text(), object_hook=_renamed)
+
+
+def _renamed(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"bound_used" if name == "headroom" else name: value for name, value in entry.items()}
+
+
 def number(value: float | None) -> str:
     """A number short enough for a table; a dash where there is none."""
     if value is None or not isfinite(value):
@@ -137,7 +146,7 @@ def _entry(finding: Finding) -> dict[str, Any]:
         "step": finding.place.step,
         "error": finite(finding.error),
         "bound": finite(finding.bound),
-        "headroom": finite(finding.used),
+        "bound_used": finite(finding.used),
     }
     if finding.values is not None and finding.index is not None:
         entry["values"] = {name: finite(v) for name, v in zip(finding.names, finding.values, strict=True)}

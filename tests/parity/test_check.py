@@ -33,10 +33,15 @@ write(Sim(steps=steps), Path(args[args.index("--trace") + 1]))
 """
 STOPS = """
 write(Sim(steps=1), Path(args[args.index("--trace") + 1]))
-print("torchtrain: stopped before the update: the loss is nan at step 2", file=sys.stderr)
+print("torchtrain: stopped before the update: the loss is nan at step 2; nothing was saved yet", file=sys.stderr)
 raise SystemExit(1)
 """
 REFUSES = 'print("torchtrain: plan.data=2: not so far", file=sys.stderr)\nraise SystemExit(2)'
+
+
+def says(line: str, code: int) -> str:
+    """What a side does that ends so."""
+    return f"print('torchtrain: ' + {line + '; nothing was saved yet'!r}, file=sys.stderr)\nraise SystemExit({code})"
 
 
 @pytest.fixture
@@ -82,18 +87,34 @@ def test_a_side_that_stops_itself_fails_the_check(check, tmp_path, capsys):
     first = json.loads((tmp_path / "runs/parity-demo/verdict.json").read_text())["first_divergence"]
     assert first["step"] == 2
     assert "nan at step 2" in first["reason"]
+    assert "saved" not in first["reason"]  # a check saves nothing
     assert "FAIL" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("torch", "said"),
+    ("torch", "code", "said"),
     [
-        (REFUSES, "parity: right (torch): plan.data=2: not so far\n"),
-        ("raise KeyError('x')", "parity: right (torch): crashed with exit code 1: KeyError: 'x'"),
+        (REFUSES, 2, "parity: right (torch): plan.data=2: not so far\n"),
+        ("raise KeyError('x')", 2, "parity: right (torch): crashed with exit code 1: KeyError: 'x'"),
+        (
+            says("KeyError: 'x'", 70),
+            2,
+            "parity: right (torch): crashed with exit code 70: KeyError: 'x'; the whole log",
+        ),
+        (
+            says("/x: No space left on device", 3),
+            3,
+            "parity: right (torch): /x: No space left on device; the whole log",
+        ),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            3,
+            "parity: right (torch): was ended by SIGKILL",
+        ),
     ],
 )
-def test_what_a_side_says_is_passed_on_in_one_line(torch, said, check, capsys):
-    assert check(torch=torch) == 2
+def test_what_a_side_says_is_passed_on_in_one_line(torch, code, said, check, capsys):
+    assert check(torch=torch) == code
     error = capsys.readouterr().err
     assert error.startswith(said)
     assert error.count("\n") == 1

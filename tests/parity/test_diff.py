@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from synthetic import Q1, SHAPES, Sim, start, write
 
+from parity import read_results
 from parity.cli import main
 
 DEEPER = "model.layers.1.mlp.down_proj.weight"
@@ -55,7 +56,7 @@ def test_equal_runs_pass_and_verdict_json_has_the_documented_keys(base, tmp_path
         "update",
     ):
         entry = verdict["worst"][phase]
-        assert {"tensor", "step", "error", "bound", "headroom"} <= set(entry), phase
+        assert {"tensor", "step", "error", "bound", "bound_used"} <= set(entry), phase
         assert entry["error"] == 0
     said = capsys.readouterr().out
     assert said.startswith("PASS")
@@ -148,6 +149,24 @@ def test_learning_rate_zero_is_not_called_untrained(tmp_path, capsys):
 def test_the_proof_stands_at_a_billionth(factor, code, base, tmp_path):
     other = write(Sim(gradient_factor=(Q1, factor)), tmp_path / "b")
     assert diff(base["float64"], other, tmp_path / "out")[0] == code
+
+
+def test_bound_used_is_the_share_that_is_used_not_what_is_left(base, tmp_path):
+    out, other = tmp_path / "out", write(Sim(gradient_factor=(Q1, 1 + 1e-10)), tmp_path / "b")
+    _, verdict = diff(base["float64"], other, out)
+    entry = verdict["worst"]["gradient"]
+    assert entry["error"] == pytest.approx(1e-10, rel=1e-3)
+    assert entry["bound_used"] == pytest.approx(entry["error"] / entry["bound"])
+    assert entry["bound_used"] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_file_of_before_bound_used_had_its_name_is_read_as_what_it_said(base, tmp_path):
+    _, verdict = diff(base["float64"], write(Sim(gradient_factor=(Q1, 1 + 1e-10)), tmp_path / "b"), tmp_path)
+    file = tmp_path / "verdict.json"
+    assert read_results(file) == verdict
+    file.write_text(file.read_text().replace('"bound_used"', '"headroom"'))
+    assert "bound_used" not in file.read_text()
+    assert read_results(file) == verdict
 
 
 def test_an_update_lost_in_its_weight_is_not_held_to_a_billionth_of_itself(tmp_path):

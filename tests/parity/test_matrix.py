@@ -132,6 +132,8 @@ def test_a_failing_cell_shows_as_fail_with_its_first_divergence(planted: Row, tm
     assert f"step 1, gradients, `{Q1}`" in page
     [entry] = json.loads((tmp_path / "matrix.json").read_text())["cells"]
     assert (entry["verdict"], entry["phase"], entry["tensor"]) == ("fail", "gradient", Q1)
+    assert entry["bound_used"] == pytest.approx(entry["error"] / entry["bound"])
+    assert entry["bound_used"] > 1
 
 
 def test_a_cell_without_a_difference_passes(tmp_path: Path, monkeypatch):
@@ -158,6 +160,7 @@ def test_one_real_cell_runs_on_both_backends(tmp_path: Path, capsys):
     [entry] = json.loads((tmp_path / "matrix.json").read_text())["cells"]
     assert entry["verdict"] == "pass"
     assert 0 < entry["error"] < entry["bound"] < 1e-8
+    assert 0 < entry["bound_used"] < 1
     assert names_on((tmp_path / "parity-status.md").read_text()) == [only]
 
 
