@@ -59,12 +59,14 @@ def test_the_program_as_a_person_starts_it(make_recipe, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    model, data, *steps, wrote = done.stdout.splitlines()
+    *first, model, data, length, one, two, wrote = done.stdout.splitlines()
     assert wrote == f"wrote {out / 'checkpoints/step-000002'}"
+    assert first[-1] == f"writes: {out}"
     assert "lora trains" in model
     assert "records" in data
-    assert [line.split()[:2] for line in steps] == [["step", "1"], ["step", "2"]]
-    assert "held-out" in steps[-1]
+    assert length.startswith("2 updates: ")
+    assert [line.split()[:2] for line in (one, two)] == [["step", "1"], ["step", "2"]]
+    assert "held-out" in two
     assert len(list((tmp_path / "trace").glob("step-*.safetensors"))) == 2
     if Path("/dev/shm").is_dir():
         assert not {name for name in set(os.listdir("/dev/shm")) - shared if "deepspeed" in name}
