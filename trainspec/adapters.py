@@ -98,7 +98,7 @@ def write_adapter(
     method: Method,
     base: str,
     tokenizer_from: Path | None = None,
-    chat_template: Path | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """An adapter directory; PEFT's methods load with `PeftModel.from_pretrained`. `base` is the model it belongs to.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from trainspec.hf import (
     read_model,
     read_rows,
     resolve_model,
-    tokenizer_directory,
     write_model,
 )
 from trainspec.init import starting_weights
 from trainspec.methods import PEFT_PREFIX, Full, LoRA, Method
-from trainspec.model import ModelSpec, config_of
+from trainspec.model import MODEL_TYPE, ModelSpec, config_of
 from trainspec.model_config import exported_config, read_config
 from trainspec.params import Param, param_table
 from trainspec.recipe import Recipe
+from trainspec.text.store import find_tokenizer
 from trainspec.weight import Array, WeightLike
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -46,13 +46,19 @@ NOT_MERGED = {
 
 
 def export(
-    recipe: Recipe, *, out: Path, merge: bool, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    recipe: Recipe,
+    *,
+    out: Path,
+    merge: bool,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Write the newest checkpoint under OUT for others to load, read it back, and return its directory.
 
     Full gives `OUT/model` (Hugging Face), every other method `OUT/adapter`, LoRA with `merge` `OUT/merged`; with the tokenizer
     that was trained with. A model is stored as `dtype`, or else as it was trained, a merged one as its base is.
-    Raises RecipeError where nothing was trained yet, or the method cannot be merged.
+    Raises RecipeError where nothing was trained yet, the method cannot be merged, or the tokenizer would be another.
     """
     path = checkpoint.latest(out)
     if path is None:
@@ -65,40 +71,72 @@ def export(
     method = recipe.method
     if merge and not isinstance(method, LoRA):
         raise RecipeError(f"method.kind={method.kind} {NOT_MERGED[method.kind]}; leave --merge out")
-    tokenizer = {"tokenizer_from": tokenizer_directory(recipe), "chat_template": _chat_template(recipe)}
-    if not merge and not isinstance(method, Full):
-        if dtype is not None:
-            way_out = ", or fold the adapter into one with --merge" if isinstance(method, LoRA) else ""
-            raise RecipeError(
-                f"--dtype {dtype}: says how a whole model is stored, and this is an adapter; leave it out{way_out}"
-            )
-        base = str(source.resolve()) if source else recipe.model.from_
-        write_adapter(out / "adapter", trained, model=model, method=method, base=base, **tokenizer)
-        return out / "adapter"
-    table = param_table(model)
-    if isinstance(method, LoRA):
-        target, rows = out / "merged", list(_base_rows(recipe, model, source))
-    else:
-        target, rows = out / "model", [(param, trained[param.name]) for param in table]
-    stored = {param.name: DTYPES[dtype] if dtype else weight.dtype for param, weight in rows}
-    config = _config(model, source, set(stored.values()))
+    identity = checkpoint.read_made(path).identity
+    tokenizer = _tokenizer(recipe, source, identity.tokenizer if identity else None, say)
+    if merge or isinstance(method, Full):
+        target = out / ("merged" if merge else "model")
+        config, weights = _model(recipe, model, source, trained, DTYPES[dtype] if dtype else None)
+        write_model(
+            target, weights, companions_from=source, config=config, shard_bytes=shard_bytes, **tokenizer
+        )
+        table = param_table(model)
+        for _, weight in read_rows(model_files(target), table, dtype=np.float32, where=target):
+            weight[...]  # it reads back
+        return target
+    if dtype is not None:
+        way_out = ", or fold the adapter into one with --merge" if isinstance(method, LoRA) else ""
+        raise RecipeError(
+            f"--dtype {dtype}: says how a whole model is stored, and this is an adapter; leave it out{way_out}"
+        )
+    base = str(source.resolve()) if source else recipe.model.from_
+    write_adapter(out / "adapter", trained, model=model, method=method, base=base, **tokenizer)
+    return out / "adapter"
+
+
+def _tokenizer(
+    recipe: Recipe, source: Path | None, was: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Where the tokenizer is that an export holds, and the template in place of its own; `was` is the run's digest of both.
+
+    Raises RecipeError where transformers would make another tokenizer of its files beside a Llama.
+    """
+    tokenizer = find_tokenizer(recipe.data, source, recipe.model.from_)
+    home, now = tokenizer.directory, tokenizer.digest
+    kind = read_config(home).get("model_type") if (home / "config.json").is_file() else None
+    if kind not in (None, MODEL_TYPE):
+        raise RecipeError(
+            f"data.tokenizer: {home} is that of a model_type {kind!r}, by which transformers chooses the tokenizer's class; "
+            "beside a Llama it would be another. Write it down: python -c "
+            f"\"from transformers import AutoTokenizer as T; T.from_pretrained('{home}').save_pretrained('NEW')\", "
+            "and set data.tokenizer=NEW"
+        )
+    if was not in (None, now):
+        say(
+            f"{home}: the tokenizer's files are not those of the run (digest {was[:8]}, now {now[:8]}); these are exported"
+        )
+    return {"tokenizer_from": home, "chat_template": tokenizer.template}
+
+
+def _model(
+    recipe: Recipe,
+    model: ModelSpec,
+    source: Path | None,
+    trained: Mapping[str, Array],
+    dtype: np.dtype[Any] | None,
+) -> tuple[dict[str, Any], Iterator[tuple[str, Array]]]:
+    """The `config.json` of a whole model and its weights, one after the other, as `dtype` or as each is stored."""
+    method, table = recipe.method, param_table(model)
+    rows: Sequence[tuple[Param, WeightLike]] = (
+        [(param, trained[param.name]) for param in table]
+        if isinstance(method, Full)
+        else list(_base_rows(recipe, model, source))
+    )
+    stored = {param.name: dtype or weight.dtype for param, weight in rows}
     weights = (
         (p.name, _cast(_merged(p, weight[...], method, trained), p.name, stored[p.name]))
         for p, weight in rows
     )
-    write_model(target, weights, companions_from=source, config=config, shard_bytes=shard_bytes, **tokenizer)
-    for _, weight in read_rows(model_files(target), table, dtype=np.float32, where=target):
-        weight[...]  # it reads back
-    return target
-
-
-def _chat_template(recipe: Recipe) -> Path | None:
-    path = Path(recipe.data.chat_template) if recipe.data.chat_template else None
-    if path and not path.is_file():
-        raise RecipeError(
-            f"data.chat_template: no file {path}; an export holds the template that was trained with"
-        )
-    return path
+    return _config(model, source, set(stored.values())), weights
 
 
 def _base_rows(recipe: Recipe, model: ModelSpec, source: Path | None) -> Iterable[tuple[Param, WeightLike]]:

@@ -26,7 +26,7 @@ from trainspec.errors import ModelError, WeightsError
 from trainspec.model import ModelSpec, preset
 from trainspec.model_config import config_notes, read_config, read_model_spec
 from trainspec.params import Param
-from trainspec.recipe import ModelSource, Recipe
+from trainspec.recipe import ModelSource
 from trainspec.tensors import save_tensors
 from trainspec.weight import Index, Weight
 from trainspec.weight_files import MODEL_FILE, MODEL_INDEX, weight_files
@@ -114,11 +114,6 @@ def model_notes(source: ModelSource) -> list[str]:
             "kept, as in transformers, and an export says false"
         )
     return notes
-
-
-def tokenizer_directory(recipe: Recipe) -> Path | None:
-    """Where the tokenizer is: `data.tokenizer`, or else the model's directory."""
-    return Path(recipe.data.tokenizer) if recipe.data.tokenizer else resolve_model(recipe.model)[1]
 
 
 def _has_own_head(directory: Path) -> bool:
@@ -298,7 +293,7 @@ def write_model(
     companions_from: Path | None,
     config: Mapping[str, Any],
     tokenizer_from: Path | None = None,
-    chat_template: Path | None = None,
+    chat_template: str | None = None,
     shard_bytes: int = 4 * 2**30,
 ) -> None:
     """A Hugging Face directory that `AutoModelForCausalLM` loads: shards of at most `shard_bytes`, with an index.
@@ -315,14 +310,16 @@ def write_model(
         _write_shards(temporary, weights, shard_bytes)
 
 
-def copy_tokenizer(source: Path | None, target: Path, *, chat_template: Path | None) -> None:
-    """Every file of the tokenizer in `source`, with `chat_template` in place of its own."""
+def copy_tokenizer(source: Path | None, target: Path, *, chat_template: str | None) -> None:
+    """Every file of the tokenizer in `source`, with `chat_template` (the text) in place of all of its own."""
     if source is not None:
         for path in tokenizer_files(source):
-            (target / path).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / path, target / path)
+            is_template = path.suffix == ".jinja" or path.name == "chat_template.json"
+            if chat_template is None or not is_template:
+                (target / path).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / path, target / path)
     if chat_template is not None:
-        shutil.copyfile(chat_template, target / CHAT_TEMPLATE)
+        (target / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def _write_shards(directory: Path, weights: Iterable[tuple[str, NDArray[Any]]], shard_bytes: int) -> None:

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import peft
 import pytest
 import torch
 from model_shapes import EMBEDDING, HEAD, SHAPES, edit_config, edit_weights, make_model_shapes, small_llama
+from oracle.tokenizers import make_tokenizers
 from safetensors.numpy import load_file
 from small import ROOT, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -23,14 +25,16 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from trainspec import checkpoint
 from trainspec.adapters import read_adapter, write_adapter
 from trainspec.checkpoint import Checkpoint
-from trainspec.errors import ModelError, RecipeError, WeightsError
+from trainspec.errors import DataError, ModelError, RecipeError, WeightsError
 from trainspec.export import export
-from trainspec.hf import model_notes, read_model, resolve_model, tokenizer_files
+from trainspec.hf import copy_tokenizer, model_notes, read_model, resolve_model, tokenizer_files
+from trainspec.identity import model_digest, weights_digest
 from trainspec.methods import LoRA, adapter_table, trainable_table
 from trainspec.model import ModelSpec, inverse_frequencies
 from trainspec.model_config import model_spec_from_config
 from trainspec.params import param_table
 from trainspec.recipe import ModelSource, Recipe
+from trainspec.text.store import find_tokenizer
 
 Make = Callable[..., Recipe]
 LLAMA3 = {
@@ -461,14 +465,74 @@ def test_an_export_has_the_chat_template_that_was_trained_with(make_recipe: Make
     base, file = a_model(tmp_path / "base"), tmp_path / "mine.jinja"
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "the model's own"}))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tool_use.jinja").write_text("the model's own, for tools")
     file.write_text("{{ messages[0].content }} – mine", encoding="utf-8")
     recipe = trained_lora(make_recipe, base, tmp_path, chat_template=str(file))
     for merge in (False, True):
         target = export(recipe, out=tmp_path, merge=merge)
         assert AutoTokenizer.from_pretrained(target).chat_template == file.read_text(encoding="utf-8")
     file.unlink()
-    with pytest.raises(RecipeError, match=r"data.chat_template: no file"):
+    with pytest.raises(DataError, match=r"data.chat_template: no file"):
         export(recipe, out=tmp_path, merge=True)
+
+
+def test_a_tokenizer_that_has_changed_since_the_run_is_said(make_recipe: Make, tmp_path: Path):
+    base = a_model(tmp_path / "base")
+    recipe = trained_lora(make_recipe, base, tmp_path)
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    head = json.loads((newest / "checkpoint.json").read_text())
+    spec = resolve_model(recipe.model)[0]
+    digests = {
+        "model": model_digest(spec),
+        "weights": weights_digest(recipe.model, spec),
+        "tokenizer": find_tokenizer(recipe.data, base, "").digest,
+        "data": "",
+        "method": "",
+    }
+    (newest / "checkpoint.json").write_text(json.dumps(head | {"identity": digests}))
+    said: list[str] = []
+    export(recipe, out=tmp_path, merge=True, say=said.append)
+    assert said == []
+    (base / "added_tokens.json").write_text("{}")
+    export(recipe, out=tmp_path, merge=True, say=said.append)
+    (line,) = said
+    assert "the tokenizer's files are not those of the run" in line
+
+
+def ids_of(directory: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    texts = ("Größe  a\n def f():\n", " b", "<s>[INST] hi [/INST]</s> x", "<|im_start|>user\n12<|im_end|>")
+    return [tokenizer.encode(text, add_special_tokens=add) for text in texts for add in (True, False)]
+
+
+def test_a_copied_tokenizer_gives_the_same_ids_beside_a_llama_and_alone(tmp_path: Path):
+    for name, path in make_tokenizers(tmp_path / "made").items():
+        alone, beside = tmp_path / f"{name}-alone", tmp_path / f"{name}-beside"
+        for target in (alone, beside):
+            target.mkdir()
+            copy_tokenizer(path, target, chat_template=None)
+        (beside / "config.json").write_text(json.dumps(a_config()))
+        assert ids_of(alone) == ids_of(beside) == ids_of(path), name
+
+
+def test_a_tokenizer_that_would_be_another_class_is_refused_and_the_named_command_keeps_it(
+    make_recipe: Make, tmp_path: Path, monkeypatch
+):
+    """transformers reads Llama's tokenizer.json as Qwen's beside a config.json that says qwen2."""
+    base, other = a_model(tmp_path / "base"), tmp_path / "other"
+    shutil.copytree(make_tokenizers(tmp_path / "made")["prepend"], other)
+    alone = ids_of(other)
+    (other / "config.json").write_text(json.dumps(a_config(model_type="qwen2")))
+    assert ids_of(other) != alone
+    recipe = trained_lora(make_recipe, base, tmp_path, tokenizer=str(other))
+    with pytest.raises(RecipeError, match="model_type 'qwen2', by which transformers chooses") as caught:
+        export(recipe, out=tmp_path, merge=True)
+    monkeypatch.chdir(tmp_path)
+    run_named_command(str(caught.value).split(", and set data")[0])
+    kept = trained_lora(make_recipe, base, tmp_path / "again", tokenizer=str(tmp_path / "NEW"))
+    for merge in (False, True):
+        assert ids_of(export(kept, out=tmp_path / "again", merge=merge)) == ids_of(other)
 
 
 def test_exports_of_odd_configs_are_loaded_by_transformers(make_recipe: Make, tmp_path: Path):
