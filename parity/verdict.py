@@ -96,7 +96,7 @@ class Verdict:
 
 def read_results(path: Path) -> dict[str, Any]:
     """A verdict.json or matrix.json. Older ones call the share of the bound that is used `headroom`: here it is `bound_used`."""
-    return json.loads(path.read_text(), object_hook=_renamed)
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=_renamed)
 
 
 def _renamed(entry: dict[str, Any]) -> dict[str, Any]:
