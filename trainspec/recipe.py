@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-import re
-import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,17 +23,17 @@ from pydantic import (
     model_validator,
 )
 
-from trainspec.errors import RecipeError, nearest
-from trainspec.methods import METHODS, LoRA, Method
+from trainspec.complaint import complaint, shown
+from trainspec.errors import RecipeError
+from trainspec.methods import LoRA, Method
 from trainspec.plan import Plan, Policy
+from trainspec.recipe_file import read_tree
 from trainspec.schedule import Schedule
 from trainspec.text.records import Task
 
 Positive = Annotated[int, Field(ge=1)]
 # A file, a directory or `hub:ORG/NAME`.
 Source = Annotated[str, Field(min_length=1)]
-# What fits a file's 64-bit integers; a longer number is a slip of the hand.
-LARGEST = 2**63 - 1
 DEFAULT_STEPS = 200
 
 
@@ -314,20 +312,7 @@ def _is_set(section: BaseModel, name: str) -> bool:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with `a.b=value` overrides on top. Raises RecipeError in one line."""
-    try:
-        tree = _parse(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise RecipeError(
-            f"{path}: {error.strerror}; give the path of a recipe, such as configs/demo.yaml"
-        ) from None
-    except _NOT_YAML as error:
-        raise RecipeError(f"{path}: not YAML: {_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections such as model, method and data")
-    for override in overrides:
-        _apply(tree, override)
-    for key, complaint in _unusable(tree, "", set()):
-        raise RecipeError(f"{path}: {key}: {complaint}")
+    tree = read_tree(path, overrides)
     try:
         return recipe_from(tree)
     except RecipeError as error:
@@ -339,160 +324,4 @@ def recipe_from(tree: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_first_line(error)) from None
-
-
-def _unusable(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]:
-    """Values that no setting can have, each with its key: text that no file can hold, numbers beyond all sense.
-
-    `seen` holds the collections visited: with anchors, YAML's may hold themselves, or one another many times over.
-    """
-    match value:
-        case dict() | list():
-            if id(value) in seen:
-                return
-            seen.add(id(value))
-            inside = value.items() if isinstance(value, dict) else ((None, inner) for inner in value)
-            for name, inner in inside:
-                yield from _unusable(name, key or "a key", seen)
-                yield from _unusable(inner, key if name is None else f"{key}.{name}".lstrip("."), seen)
-        case str():
-            if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-                yield _printable(key), f"{shown(value)} has a character that is no text"
-        case int():
-            if abs(value) > LARGEST:
-                yield _printable(key), f"{shown(value)} is larger than any setting"
-        case _:
-            pass
-
-
-# A scalar that is not what its tag says (2024-13-01, !!int x) leaves PyYAML as one of Python's own errors.
-_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-4` as a string and takes a key twice; a recipe means a number, and a key once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; a key that stands there twice is an error."""
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key!r} is given twice, line {node.start_mark.line + 1} and on")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {override!r}: write KEY=VALUE, such as --set run.steps=10")
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise RecipeError(f"--set {override}: {parent!r} is a value, not a section")
-    try:
-        value = _parse(text)
-    except _NOT_YAML as error:
-        raise RecipeError(f"--set {override}: {text!r} is not a YAML value: {_one_line(error)}") from None
-    if key == "method.kind" and node.get("kind", value) != value:
-        node.clear()  # another method has other fields: those of the old one don't carry over
-    node[leaf] = value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
-
-
-def shown(value: Any) -> str:
-    """A value as a recipe has it, cut to what fits a line."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int() if abs(value) > LARGEST:  # Python refuses to write some of these
-            return f"a number of some {int((abs(value).bit_length() - 1) * math.log10(2)) + 1} digits"
-        case datetime.date():
-            return str(value)
-        case _:
-            return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SHORT.maxlevel = 3
-
-
-# What pydantic's kinds of error mean to the author of a recipe.
-_WANTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "tuple_type": "a list",
-    "date_type": "a date such as 2024-07-26",
-    "date_from_datetime_inexact": "a date without a time",
-    "model_type": "a mapping of settings",
-    "model_attributes_type": "a mapping of settings",
-}
-
-
-def _first_line(error: ValidationError) -> str:
-    """The first complaint as `section.key: what is wrong; what is right`."""
-    detail = error.errors()[0]
-    place = [str(p) for p in detail["loc"]]
-    if place[0] == "method" and len(place) > 1 and place[1] in METHODS:
-        del place[1]  # the kind that pydantic has chosen
-    where = ".".join(place[:2])  # behind it come pydantic's own words, and the elements of a list
-    message, kind, value = detail["msg"].removeprefix("Value error, "), detail["type"], detail["input"]
-    element = detail["loc"][-1] if len(place) > 2 else None
-    number = f" (element {element + 1})" if isinstance(element, int) else ""
-    if kind == "extra_forbidden":
-        return f"{where}: unknown key{nearest(place[-1], _fields(place[:-1], detail['loc']))}"
-    if kind == "missing":
-        return f"{where}: missing{number}; the recipe must say it"
-    if kind.startswith("union_tag"):
-        given = value.get("kind") if isinstance(value, dict) else value
-        return f"{where}.kind: {'missing' if given is None else f'unknown kind {shown(given)}'}; choose one of {', '.join(METHODS)}"
-    if kind == "value_error":
-        names_itself = message.startswith(tuple(f"{section}." for section in Recipe.model_fields))
-        return message if names_itself else f"{where}: {message}"
-    if kind not in _WANTED:
-        return f"{where}: {message[0].lower()}{message[1:]}, not {shown(value)}{number}"
-    # Of a union each branch complains: all that are about this value.
-    kinds = [d["type"] for d in error.errors() if d["loc"][0] == detail["loc"][0] and d["input"] is value]
-    wanted = " or ".join(dict.fromkeys(_WANTED[k] for k in kinds if k in _WANTED))
-    quotes = (
-        "; write it in quotes" if wanted == "text" and isinstance(value, int | float | datetime.date) else ""
-    )
-    return f"{where}: must be {wanted}, not {shown(value)}{number}{quotes}"
-
-
-def _fields(place: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:
-    """The known keys of the section at `place`."""
-    if place == ["method"]:
-        section: type[BaseModel] = METHODS[str(loc[1])]
-    else:
-        section = Recipe
-        for part in place:
-            section = section.model_fields[part].annotation  # type: ignore[assignment]
-    return [field.alias or name for name, field in section.model_fields.items()]
+        raise RecipeError(complaint(error, Recipe)) from None

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainspec.complaint import shown
 from trainspec.errors import RecipeError
 from trainspec.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.methods import Full
 from trainspec.model import ModelSpec
-from trainspec.recipe import Recipe, shown
+from trainspec.recipe import Recipe
 from trainspec.schedule import learning_rate
 
 # What `--allow` takes: settings that may change on the way, if it is wanted.

@@ -1,0 +1,95 @@
+"""What is wrong with a recipe, in its author's words: the setting, what it is, and what it should be."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from trainspec.errors import nearest
+from trainspec.methods import METHODS
+
+# What fits a file's 64-bit integers; a longer number is a slip of the hand.
+LARGEST = 2**63 - 1
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe has it, cut to what fits a line."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() if abs(value) > LARGEST:  # Python refuses to write some of these
+            return f"a number of some {int((abs(value).bit_length() - 1) * math.log10(2)) + 1} digits"
+        case datetime.date():
+            return str(value)
+        case _:
+            return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 3
+
+
+# What pydantic's kinds of error mean to the author of a recipe.
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "date_type": "a date such as 2024-07-26",
+    "date_from_datetime_inexact": "a date without a time",
+    "model_type": "a mapping of settings",
+    "model_attributes_type": "a mapping of settings",
+}
+
+
+def complaint(error: ValidationError, recipe: type[BaseModel]) -> str:
+    """The first error of a `recipe` as `section.key: what is wrong; what is right`."""
+    detail = error.errors()[0]
+    place = [str(p) for p in detail["loc"]]
+    if place[0] == "method" and len(place) > 1 and place[1] in METHODS:
+        del place[1]  # the kind that pydantic has chosen
+    where = ".".join(place[:2])  # behind it come pydantic's own words, and the elements of a list
+    message, kind, value = detail["msg"].removeprefix("Value error, "), detail["type"], detail["input"]
+    element = detail["loc"][-1] if len(place) > 2 else None
+    number = f" (element {element + 1})" if isinstance(element, int) else ""
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key{nearest(place[-1], _fields(recipe, place[:-1], detail['loc']))}"
+    if kind == "missing":
+        return f"{where}: missing{number}; the recipe must say it"
+    if kind.startswith("union_tag"):
+        given = value.get("kind") if isinstance(value, dict) else value
+        return f"{where}.kind: {'missing' if given is None else f'unknown kind {shown(given)}'}; choose one of {', '.join(METHODS)}"
+    if kind == "value_error":
+        names_itself = message.startswith(tuple(f"{section}." for section in recipe.model_fields))
+        return message if names_itself else f"{where}: {message}"
+    if kind not in _WANTED:
+        return f"{where}: {message[0].lower()}{message[1:]}, not {shown(value)}{number}"
+    # Of a union each branch complains: all that are about this value.
+    kinds = [d["type"] for d in error.errors() if d["loc"][0] == detail["loc"][0] and d["input"] is value]
+    wanted = " or ".join(dict.fromkeys(_WANTED[k] for k in kinds if k in _WANTED))
+    quotes = (
+        "; write it in quotes" if wanted == "text" and isinstance(value, int | float | datetime.date) else ""
+    )
+    return f"{where}: must be {wanted}, not {shown(value)}{number}{quotes}"
+
+
+def _fields(recipe: type[BaseModel], place: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the section at `place`."""
+    if place == ["method"]:
+        section: type[BaseModel] = METHODS[str(loc[1])]
+    else:
+        section = recipe
+        for part in place:
+            section = section.model_fields[part].annotation  # type: ignore[assignment]
+    return [field.alias or name for name, field in section.model_fields.items()]

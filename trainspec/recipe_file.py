@@ -1,0 +1,110 @@
+"""A recipe's YAML as plain values, with `--set a.b=c` on top; `trainspec.recipe` says what they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainspec.complaint import LARGEST, shown
+from trainspec.errors import RecipeError
+
+
+def read_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The sections in a YAML file with `a.b=value` overrides on top. Raises RecipeError in one line."""
+    try:
+        tree = _parse(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: {error.strerror}; give the path of a recipe, such as configs/demo.yaml"
+        ) from None
+    except _NOT_YAML as error:
+        raise RecipeError(f"{path}: not YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections such as model, method and data")
+    for override in overrides:
+        _apply(tree, override)
+    for key, what in _unusable(tree, "", set()):
+        raise RecipeError(f"{path}: {key}: {what}")
+    return tree
+
+
+# A scalar that is not what its tag says (2024-13-01, !!int x) leaves PyYAML as one of Python's own errors.
+_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-4` as a string and takes a key twice; a recipe means a number, and a key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; a key that stands there twice is an error."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} is given twice, line {node.start_mark.line + 1} and on")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override!r}: write KEY=VALUE, such as --set run.steps=10")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {override}: {parent!r} is a value, not a section")
+    try:
+        value = _parse(text)
+    except _NOT_YAML as error:
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value: {_one_line(error)}") from None
+    if key == "method.kind" and node.get("kind", value) != value:
+        node.clear()  # another method has other fields: those of the old one don't carry over
+    node[leaf] = value
+
+
+def _unusable(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]:
+    """Values that no setting can have, each with its key: text that no file can hold, numbers beyond all sense.
+
+    `seen` holds the collections visited: with anchors, YAML's may hold themselves, or one another many times over.
+    """
+    match value:
+        case dict() | list():
+            if id(value) in seen:
+                return
+            seen.add(id(value))
+            inside = value.items() if isinstance(value, dict) else ((None, inner) for inner in value)
+            for name, inner in inside:
+                yield from _unusable(name, key or "a key", seen)
+                yield from _unusable(inner, key if name is None else f"{key}.{name}".lstrip("."), seen)
+        case str():
+            if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+                yield _printable(key), f"{shown(value)} has a character that is no text"
+        case int():
+            if abs(value) > LARGEST:
+                yield _printable(key), f"{shown(value)} is larger than any setting"
+        case _:
+            pass
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
