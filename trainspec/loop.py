@@ -167,7 +167,7 @@ def train(
         for line in told:
             reporter.say(line)
         if saved:
-            done = "; nothing is left to do: raise run.steps" if state.step >= last else ""
+            done = "; nothing is left to do" if state.step >= last else ""
             reporter.say(f"going on behind step {state.step} of {last}, from {saved}{done}")
         while state.step < last:
             state, report = _update(backend, state, recipe, span, dataset, trace, writer)
