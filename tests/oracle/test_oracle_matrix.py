@@ -244,7 +244,7 @@ def test_odd_templates_are_masked_right_or_not_at_all(name: str, directories: di
     outcome = _compare(directories[name], CONVERSATIONS, ODD_TAGGED)
     assert not outcome.wrong, f"{len(outcome.wrong)} of {outcome.rendered}, the first: {outcome.wrong[0]}"
     # Of the one that writes everything twice, all.
-    assert 0 < outcome.unlocated.total() <= outcome.rendered / 2
+    assert 0 < outcome.unlocated.total() <= outcome.rendered * 0.6
 
 
 # ---------------------------------------------------------------- what must fail
