@@ -19,14 +19,15 @@ GIB = 2**30
 # XLA writes 15.75G for gibibytes, numpy "128. TiB", torch "20.00 MiB", all of them "N bytes" for exact numbers.
 _UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = r"([\d.]+) ?(bytes|[KMGTP]?i?B|[KMGTP])\b"
-# What says that memory was the matter. XLA's RESOURCE_EXHAUSTED alone may be a quota or a message's size.
+# What says that memory was the matter. XLA's RESOURCE_EXHAUSTED alone may be a quota, or the size of a message; a TPU's
+# other memories (vmem, smem) are a kernel's business, and no setting of a recipe helps.
 _LACK = re.compile(
-    r"out of memory|ran out of memory|can.t allocate memory|cannot allocate memory|error allocating device buffer"
-    r"|attempting to (allocate|reserve)|OUT_OF_MEMORY|STATUS_ALLOC_FAILED|std::bad_alloc",
+    r"out of memory(?! in memory space (?!hbm))|(can.t|cannot|failed to) allocate|attempting to (allocate|reserve)"
+    r"|OUT_OF_MEMORY|STATUS_ALLOC_FAILED|std::bad_alloc",
     re.IGNORECASE,
 )
 _ASKED = (
-    re.compile(r"(?:allocate|allocating|reserve) " + _SIZE, re.IGNORECASE),
+    re.compile(r"(?:allocate|allocating|reserve)(?: request for)? " + _SIZE, re.IGNORECASE),
     re.compile(r"\bUsed " + _SIZE + r" of", re.IGNORECASE),  # a TPU's compiler
 )
 _THERE = (

@@ -17,7 +17,9 @@ _cli, _dropout, _parallel, _step, _train = (
     importlib.import_module(f"{PROGRAM}.{name}") for name in ("cli", "dropout", "parallel", "step", "train")
 )
 main = _cli.main
-finish = _parallel.finish
+finish, check_accelerators, describe_devices = (
+    getattr(_parallel, name) for name in ("finish", "check_accelerators", "describe_devices")
+)
 eval_step, logits, moments_of, restore, train_step, weights_of = (
     getattr(_step, name)
     for name in ("eval_step", "logits", "moments_of", "restore", "train_step", "weights_of")

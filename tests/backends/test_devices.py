@@ -1,0 +1,148 @@
+"""A GPU or TPU that is there and cannot be used ends a run with its reason; nothing falls back to the CPU unless told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from backend import NAME, PROGRAM, check_accelerators, describe_devices
+from small import ROOT
+
+from trainspec.errors import PlanError
+from trainspec.plan import Plan
+
+# Every program of these tests is told to stay on the CPU, or is one that has nothing else.
+UNTOLD = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")
+TOLD = {"jax": {"JAX_PLATFORMS": "cpu"}, "torch": {"CUDA_VISIBLE_DEVICES": ""}}[NAME]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch) -> Path:
+    """The root of a machine with no device, of which nobody said that the CPU is to be used."""
+    root = tmp_path / "machine"
+    (root / "dev").mkdir(parents=True)
+    monkeypatch.setattr("trainspec.accelerators.ROOT", root)
+    for name in UNTOLD:
+        monkeypatch.delenv(name, raising=False)
+    if NAME == "jax":
+        import jax
+
+        before = jax.config.jax_platforms
+        jax.config.update("jax_platforms", None)
+        yield root
+        jax.config.update("jax_platforms", before)
+    else:
+        yield root
+
+
+def test_a_machine_without_any_needs_no_word(machine):
+    check_accelerators()
+
+
+@pytest.mark.skipif(NAME == "torch", reason="its line is below")
+def test_jax_says_why_it_cannot_use_what_is_there(machine):
+    reasons = {"GPU": "Unknown backend cuda", "TPU": "Backend 'tpu' failed to initialize"}
+    for file, kind, package in (("nvidia0", "GPU", "cuda13"), ("accel0", "TPU", "tpu")):
+        (machine / "dev" / file).touch()
+        with pytest.raises(PlanError) as raised:
+            check_accelerators()
+        said = str(raised.value)
+        assert said.startswith(
+            f"this machine has a {kind} (/dev/{file}), and JAX cannot use it: {reasons[kind]}"
+        )
+        assert f"pip install 'jax[{package}]==" in said
+        assert "set JAX_PLATFORMS=cpu" in said
+        (machine / "dev" / file).unlink()
+
+
+@pytest.mark.skipif(NAME == "jax", reason="its line is above")
+def test_torch_says_why_it_cannot_use_what_is_there(machine, monkeypatch):
+    import torch
+
+    (machine / "dev/nvidia0").touch()
+    if torch.version.cuda is None:
+        with pytest.raises(PlanError, match="cannot use it: Torch not compiled with CUDA enabled; install"):
+            check_accelerators()
+
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.init", too_old)
+    with pytest.raises(
+        PlanError, match=r"torch \S+ cannot use it: The NVIDIA driver .* too old .*set CUDA_VISIBLE"
+    ):
+        check_accelerators()
+    monkeypatch.setattr("torch.cuda.init", lambda: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(PlanError, match=r"it sees 0 \(CUDA_VISIBLE_DEVICES=7\)"):
+        check_accelerators()
+    (machine / "dev/nvidia0").unlink()
+    (machine / "dev/accel0").touch()
+    with pytest.raises(PlanError, match=r"a TPU .*, which torchtrain does not use; train with jaxtrain"):
+        check_accelerators()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_accelerators()
+
+
+def test_who_hides_the_gpus_is_not_asked_again(machine, monkeypatch):
+    (machine / "dev/nvidia0").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check_accelerators()
+
+
+def program(recipe_file: Path, out: Path, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`PROGRAM train` on a machine whose device files lie under `root`."""
+    code = (
+        "import sys\nfrom pathlib import Path\nimport trainspec.accelerators as accelerators\n"
+        f"accelerators.ROOT = Path({str(root)!r})\n"
+        f"from {PROGRAM}.cli import main\nsys.exit(main({['train', str(recipe_file), '--out', str(out)]!r}))"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in UNTOLD}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=False
+    )  # fmt: skip
+
+
+def test_the_program_ends_with_the_reason_or_trains_where_it_was_told(make_recipe, tmp_path):
+    file, root = tmp_path / "recipe.yaml", tmp_path / "machine"
+    file.write_text(make_recipe(run={"steps": 1}).to_yaml())
+    (root / "dev").mkdir(parents=True)
+    (root / "dev/nvidia0").touch()
+    untold = program(file, tmp_path / "untold", root)
+    assert untold.returncode == 2
+    assert untold.stderr.startswith(f"{PROGRAM}: this machine has a GPU (/dev/nvidia0), and ")
+    assert untold.stderr.count("\n") == 1
+    assert not (tmp_path / "untold").exists()
+    told = program(file, tmp_path / "told", root, **TOLD)
+    assert (told.returncode, told.stderr) == (0, "")
+    versions, host, devices, plan, precision, writes, *_ = told.stdout.splitlines()
+    assert versions.startswith(f"{PROGRAM} {version('twintrain')} with {NAME} {version(NAME)}, ")
+    assert host.startswith("host: ")
+    assert devices == "devices: 1 × cpu, 1 process"
+    assert plan == "plan: one device, shards nothing, remat none"
+    assert precision == "precision: fp32, stored in float32, computed in float32, gradients summed in float32"
+    assert writes == f"writes: {tmp_path / 'told'}"
+
+
+@pytest.mark.skipif(NAME == "torch", reason="JAX's way to ask for one")
+def test_a_platform_that_was_asked_for_and_is_not_there_is_one_line(make_recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(make_recipe(run={"steps": 1}).to_yaml())
+    for platform in ("cuda", "tpu"):
+        done = program(file, tmp_path / "run", tmp_path, JAX_PLATFORMS=platform)
+        assert done.returncode == 2, done.stderr
+        [line] = done.stderr.splitlines()
+        assert line.startswith(f"jaxtrain: JAX_PLATFORMS={platform}: ")
+        assert line.endswith("; set it to cpu to train on the cores")
+
+
+def test_devices_are_described(make_recipe):
+    devices = describe_devices(Plan())
+    assert (devices.backend, devices.kind, devices.used, devices.processes) == (NAME, "cpu", 1, 1)
+    assert devices.memory_bytes is None
+    assert all(version(package) for package in devices.packages)
