@@ -21,6 +21,7 @@ os.environ.setdefault(
 )  # the cores are shared by processes, each with one thread
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -78,6 +79,9 @@ class Encoder:
         self.eos: int | None = self.tokenizer.eos_token_id
         self.pad: int | None = self.tokenizer.pad_token_id
         self.ends = {self.eos} | {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        tokens = sorted(map(str, self.tokenizer.added_tokens_encoder), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        self._exact = _exact_offsets(self.tokenizer)
         self._check_template()
 
     @property
@@ -121,11 +125,10 @@ class Encoder:
             learnt = [False, *learnt] if learnt is not None else None
         learnt = learnt if learnt is not None else [m["role"] == "assistant" for m in messages]
         text, chosen, turns = self._located(messages, tools, template, learnt)
-        encoding = self._tokens(text, special=False)
-        offsets = encoding["offset_mapping"]
+        ids, offsets = self._tokens(text, special=False)
         counts = _mask(offsets, chosen)
         return Encoded(
-            encoding["input_ids"],
+            ids,
             counts,
             [at for at in (_token_at(offsets, turn) for turn in turns) if at],
             self._notes(text, messages, tools, template),
@@ -140,8 +143,7 @@ class Encoder:
             if counts:
                 spans.append((len(text), len(text) + len(stretch)))
             text += stretch
-        encoding = self._tokens(text, special=True)
-        ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
+        ids, offsets = self._tokens(text, special=True)
         counts, notes = _mask(offsets, spans), []
         is_open = bool(stretches) and stretches[-1][1]
         # What the tokenizer itself put behind the text ends a response, too.
@@ -162,7 +164,7 @@ class Encoder:
 
     def encode_plain(self, text: str) -> list[int]:
         """The ids of `text`, with the special tokens that the tokenizer itself puts around it."""
-        return self._tokens(text, special=True)["input_ids"]
+        return self._tokens(text, special=True)[0]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary's word for each id."""
@@ -172,8 +174,24 @@ class Encoder:
         """The text of `ids`, special tokens shown."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _tokens(self, text: str, *, special: bool) -> Any:
-        return self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    def _tokens(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, and where in it each stands; an empty place for what the tokenizer puts around it."""
+        found = self.tokenizer(
+            text,
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=special,
+            verbose=False,
+        )
+        ids, offsets = list(found["input_ids"]), list(found["offset_mapping"])
+        if self._exact is not None:
+            exact = self._exact.encode(text, add_special_tokens=False)
+            front = (
+                found["special_tokens_mask"].index(0) if special and 0 in found["special_tokens_mask"] else 0
+            )
+            if ids[front : front + len(exact.ids)] == exact.ids:
+                offsets[front : front + len(exact.ids)] = exact.offsets
+        return ids, offsets
 
     def _check_template(self) -> None:
         templates = self.tokenizer.chat_template
@@ -218,7 +236,7 @@ class Encoder:
             chosen = [span for i, span in enumerate(marked) if i >= len(wanted) or wanted[i]]
             return text, chosen, [_skip_blank(text, end) for _, end in marked]
         renders = _Renders(lambda some, prompt: self._render(some, tools, template, prompt=prompt)[0], plain)
-        spans = assistant_spans(renders.text, plain, renders.render)
+        spans = assistant_spans(renders.text, plain, renders.render, self._special)
         chosen = [(s.start, s.end) for s, flag in zip(spans, wanted, strict=True) if flag]
         return renders.text, chosen, [span.next_turn for span in spans]
 
@@ -291,6 +309,18 @@ def _load(directory: Path) -> Any:
             "save it with a tokenizer.json"
         )
     return tokenizer
+
+
+def _exact_offsets(tokenizer: Any) -> Tokenizer | None:
+    """The same tokenizer without the step that trims blanks off the places of tokens; None where there is no such step."""
+    source = tokenizer.backend_tokenizer.to_str()
+    if '"trim_offsets":true' not in source:
+        return None
+    exact = Tokenizer.from_str(source)
+    exact.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    exact.no_truncation()
+    exact.no_padding()
+    return exact
 
 
 def _one_line(error: Exception) -> str:
