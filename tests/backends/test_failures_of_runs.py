@@ -1,0 +1,122 @@
+"""What ends a run in the middle is one line with what is saved, and where memory was the matter with what helps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from backend import PROGRAM, main
+from small import ROOT
+
+from trainspec.data import Dataset
+
+
+def full_disk() -> None:
+    raise OSError(28, "No space left on device", "a/b")
+
+
+def driver() -> None:
+    raise OSError("CUDA driver missing")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def memory() -> None:
+    raise MemoryError("Unable to allocate 3.00 GiB for an array with shape (3,) and data type float32")
+
+
+def mistake_of_ours() -> None:
+    raise KeyError("x")
+
+
+ENDINGS = {
+    full_disk: (3, "a/b: No space left on device; "),
+    driver: (3, "CUDA driver missing; "),
+    interrupt: (130, "interrupted; "),
+    memory: (3, "out of memory: asked for 3.00 GiB, this "),
+    mistake_of_ours: (70, "KeyError: 'x'; "),
+}
+
+
+@pytest.mark.parametrize("what", ENDINGS, ids=lambda what: what.__name__)
+@pytest.mark.parametrize("at", [1, 3], ids=["before the first checkpoint", "behind it"])
+def test_the_line_ends_with_what_is_saved(what, at, make_recipe, tmp_path, monkeypatch, capsys):
+    file, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(make_recipe(run={"steps": 6}, checkpoint={"every_steps": 2}).to_yaml())
+    whole = Dataset.batch
+
+    def batch(self: Dataset, step: int, *args: object, **kwargs: object) -> object:
+        if step == at:
+            what()
+        return whole(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Dataset, "batch", batch)
+    code, start = ENDINGS[what]
+    assert main(["train", str(file), "--out", str(out)]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 or code == 70
+    assert lines[-1].startswith(f"{PROGRAM}: {start}")
+    saved = {1: "nothing was saved yet", 3: f"saved: {out}/checkpoints/step-000002; go on with --resume"}[at]
+    assert lines[-1].endswith(f"; {saved}")
+    if at == 3:  # and it is true
+        monkeypatch.undo()
+        assert main(["train", str(file), "--out", str(out), "--resume"]) == 0
+
+
+def test_a_loss_that_is_no_number_says_what_is_saved(make_recipe, tmp_path, capsys):
+    file, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe = make_recipe(
+        method={"kind": "full"}, optimizer={"lr": 1e38}, run={"steps": 9}, checkpoint={"every_steps": 1},
+        schedule={"kind": "linear", "warmup_steps": 3},
+    )  # fmt: skip
+    file.write_text(recipe.to_yaml())
+    assert main(["train", str(file), "--out", str(out)]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    made = len((out / "metrics.jsonl").read_text().splitlines())
+    assert line.startswith(f"{PROGRAM}: stopped before the update: step {made + 1}: loss sum ")
+    assert line.endswith(f"; saved: {out}/checkpoints/step-{made:06d}; go on with --resume")
+
+
+# Behind the first update, so that what is loaded and compiled is not what there was no memory for.
+LIMITED = """
+import resource, sys
+from trainspec.data import Dataset
+from {program}.cli import main
+whole = Dataset.batch
+def batch(self, step, rows):
+    if step == 1:
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + {free}, resource.RLIM_INFINITY))
+        rows = {rows}
+    return whole(self, step, rows)
+Dataset.batch = batch
+sys.exit(main({argv!r}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux for less memory")
+def test_a_real_lack_of_memory_is_one_line(make_recipe, tmp_path):
+    """A batch of 8192 rows where 4 were asked for: its logits alone are 1.6 GiB."""
+    file, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe = make_recipe(
+        batch={"global_examples": 4, "accumulation": 1}, run={"steps": 3}, checkpoint={"every_steps": 1}
+    )
+    file.write_text(recipe.to_yaml())
+    code = LIMITED.format(
+        program=PROGRAM, free=2**29, rows=8192, argv=["train", str(file), "--out", str(out)]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"{PROGRAM}: out of memory: asked for ")
+    assert "this process may have (ulimit -v) " in line
+    assert (
+        "what helps, in this order: plan.remat=full, batch.accumulation=2 or more, plan.shards=params with plan.fsdp=2 or more, "
+        "data.sequence_tokens below 160"
+    ) in line
+    assert line.endswith(f"; saved: {out}/checkpoints/step-000001; go on with --resume")
