@@ -45,3 +45,6 @@ def _run(args: Namespace) -> None:
             recipe = load_recipe(args.recipe, args.overrides)
             dataset = open_dataset(recipe, args.split)
             preview(dataset, dataset.batch(0, args.rows))
+            if args.split == "train":
+                span = recipe.span(lambda: dataset.rows)
+                print(span.said(rows=dataset.rows, examples=recipe.batch.global_examples))

@@ -100,7 +100,7 @@ def test_files_that_cannot_be_read(show, model_dirs: dict[str, Path], tmp_path: 
     refused(show(at, f"method.adapter={tmp_path / 'nowhere'}"), "nowhere")
 
 
-def test_the_data_are_read_only_where_the_length_depends_on_them(show):
+def test_the_data_are_read_only_where_the_length_depends_on_them(show, tmp_path: Path):
     assert show("data.train=nowhere.jsonl")["code"] == 0
     refused(show("data.train=nowhere.jsonl", "run.steps=null", "run.epochs=2"), "nowhere.jsonl")
     result = show("run.steps=null", "run.epochs=2", "run.stop_after_steps=5", "schedule.warmup_ratio=0.1")
@@ -110,6 +110,12 @@ def test_the_data_are_read_only_where_the_length_depends_on_them(show):
     assert line == f"# 2 epochs of {rows} rows: {updates} updates, of which this run makes 5"
     assert updates == -(-2 * rows // 4)
     assert f"# the rate warms up over {-(-updates // 10)} of {updates} updates" in result["out"]
+    # `trainspec data`, which reads them anyway, says the same.
+    file = str(tmp_path / "r.yaml")
+    length = ["--set", "run.steps=null", "--set", "run.epochs=2"]
+    data = ended(main, ["data", file, "--rows", "1", *length])
+    assert data["out"].splitlines()[-1] == f"2 epochs of {rows} rows: {updates} updates"
+    assert "epochs of" not in ended(main, ["data", file, "--split", "heldout", *length])["out"]
 
 
 @pytest.mark.parametrize(
