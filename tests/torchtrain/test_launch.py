@@ -30,6 +30,24 @@ def plan_file(make_recipe, tmp_path: Path, **sections) -> Path:
     return file
 
 
+PLANTED = str(ROOT / "tests/planted")
+PEER = "Connection closed by peer"  # what gloo says, and nobody else
+
+
+def planted(file: Path, out: Path, where: str, what: str) -> tuple[int, str, dict[int, str]]:
+    """A run in two processes, of which those named do `what` behind its second update, where a checkpoint was written.
+
+    Gives the exit code, what is on the console beside the leader's steps, and the log of each process.
+    """
+    done = run(
+        "train", file, "--out", out, "--set", "checkpoint.every_steps=2", "--set", "run.steps=4",
+        PYTHONPATH=PLANTED, PLANTED_IN=where, PLANTED=what,
+    )  # fmt: skip
+    assert done.stdout.count("\nstep ") == 2
+    logs = {rank: out / f"logs/process-{rank}.txt" for rank in range(2)}
+    return done.returncode, done.stderr, {n: f.read_text() if f.exists() else "" for n, f in logs.items()}
+
+
 def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*PROGRAM, *map(str, words)],
@@ -113,12 +131,12 @@ def test_who_follows_says_only_why_it_failed(make_recipe, tmp_path, monkeypatch,
     assert not slept
     assert "went wrong" in ended(PlanError("went wrong"))
     assert len(slept) == 1
-    with pytest.raises(ZeroDivisionError):
-        ended(ZeroDivisionError())
+    crashed = ended(ZeroDivisionError())
+    assert "a warning" in crashed
+    assert crashed.endswith("torchtrain: ZeroDivisionError: \n")
     with pytest.raises(SystemExit):
         main(["train"])
-    assert "a warning" in (told := capsys.readouterr().err)
-    assert "usage: torchtrain train" in told
+    assert "usage: torchtrain train" in capsys.readouterr().err
     assert main(["export", str(file), "--out", str(out)]) == 0  # the leader writes it
     assert not out.exists()
 
@@ -149,6 +167,86 @@ def test_processes_are_started_and_a_mistake_that_they_find_is_one_line(make_rec
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
     assert "go on with --resume" in again.stderr
+
+
+MISTAKE = "from trainspec.errors import DataError; raise DataError('line 7: no record')"
+
+
+def test_of_several_processes_the_one_that_failed_first_speaks(make_recipe, tmp_path):
+    """And not the leader, whose connection it broke."""
+    file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
+    code, told, logs = planted(file, out, "1", MISTAKE)
+    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    where = f"torchtrain: process 1 of 2 (the stacks of all are in {out}/logs): "
+    assert (code, told) == (2, f"{where}line 7: no record; {saved}\n")
+    assert "DataError: line 7: no record" in logs[1]
+    assert PEER not in logs[1]
+    assert PEER in logs[0]
+    assert logs[0].count("Traceback (most recent call last)") == 1
+
+
+def test_a_crash_of_one_process_is_one_line_too(make_recipe, tmp_path):
+    file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
+    code, told, logs = planted(file, out, "1", "{}['x']")
+    assert code == 70
+    assert told.startswith(
+        f"torchtrain: process 1 of 2 (the stacks of all are in {out}/logs): KeyError: 'x'; saved: "
+    )
+    assert told.count("\n") == 1
+    assert "KeyError: 'x'" in logs[1]
+    assert PEER in logs[0]
+
+
+def test_a_killed_process_is_the_first_to_fail(make_recipe, tmp_path):
+    file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
+    code, told, logs = planted(file, out, "1", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    assert (code, told) == (
+        3,
+        "torchtrain: process 1 of 2 was ended by SIGKILL, as the kernel does where memory is full; "
+        f"the stacks of all are in {out}/logs; {saved}\n",
+    )
+    assert PEER in logs[0]
+
+
+@pytest.mark.full
+def test_the_leader_may_be_the_first_to_fail(make_recipe, tmp_path):
+    file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
+    code, told, logs = planted(file, out, "0", "raise OSError(28, 'No space left on device', 'a/b')")
+    where = f"torchtrain: process 0 of 2 (the stacks of all are in {out}/logs): "
+    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    assert (code, told) == (3, f"{where}a/b: No space left on device; {saved}\n")
+    assert "OSError: [Errno 28]" in logs[0]
+    assert PEER in logs[1]
+
+
+@pytest.mark.full
+def test_a_process_that_is_stuck_is_asked_where_and_ended(make_recipe, tmp_path):
+    file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
+    waits = f"import os, time\nif os.environ['RANK'] == '0': time.sleep(10**6)\n{MISTAKE}"
+    code, told, logs = planted(file, out, "0 1", waits)
+    assert code == 2
+    assert told.startswith("torchtrain: process 1 of 2 (the stacks of all are in ")
+    assert 'File "<string>", line 2 in <module>' in logs[0]  # written from within the sleep
+    assert "torchtrain/cli.py" in logs[0]
+
+
+@pytest.mark.full
+def test_what_all_processes_say_is_about_none_of_them(make_recipe, tmp_path):
+    file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
+    code, told, _ = planted(file, out, "0 1", MISTAKE)
+    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    assert (code, told) == (2, f"torchtrain: line 7: no record; {saved}\n")
+
+
+def test_a_process_that_ends_without_a_word_is_named(make_recipe, tmp_path):
+    file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
+    code, told, _ = planted(file, out, "1", "import os; os._exit(9)")
+    assert code == 3
+    assert told.startswith(
+        "torchtrain: process 1 of 2 ended with exit code 9 and did not say why; the stacks of all"
+    )
+    assert told.count("\n") == 1
 
 
 @pytest.mark.full
@@ -225,7 +323,7 @@ def test_an_interruption_is_one_line(make_recipe, tmp_path, reaches):
             parent.send_signal(signal.SIGINT)
         _, told = parent.communicate(timeout=120)
     assert parent.returncode == 130
-    assert told == "torchtrain: interrupted; what was saved stays, go on with --resume\n"
+    assert told == "torchtrain: interrupted; nothing was saved yet\n"
 
 
 @LINUX
@@ -234,5 +332,8 @@ def test_who_was_killed_is_said(make_recipe, tmp_path):
     with running(endless(make_recipe, tmp_path), tmp_path / "run") as (parent, children):
         os.kill(max(children), signal.SIGKILL)  # the last one started
         _, told = parent.communicate(timeout=120)
-    assert parent.returncode == 1
-    assert "torchtrain: process 1 of 2 was ended by SIGKILL" in told.splitlines()
+    assert parent.returncode == 3
+    assert told.startswith(
+        "torchtrain: process 1 of 2 was ended by SIGKILL, as the kernel does where memory is full; "
+    )
+    assert told.count("\n") == 1
