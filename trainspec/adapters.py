@@ -252,7 +252,7 @@ def _read_virtual(
                 ("num_layers", model.layers, "layers"),
                 ("num_attention_heads", model.kv_heads, "kv heads"),
             ):
-                if config.get(key) != mine:
+                if not _is_equal(config.get(key), mine):
                     raise WeightsError(
                         f"{directory}: {key}={config.get(key)}, {model.name} has {mine} {word}; it is another model's"
                     )
@@ -309,7 +309,7 @@ def _check_lora(directory: Path, config: dict[str, Any], method: LoRA) -> None:
             raise WeightsError(
                 f"{directory}: {key}={config[key]!r} is unsupported; it would be another method"
             )
-    config = config | {"use_rslora": bool(config.get("use_rslora"))}  # older files do not have it
+    config = config | {"use_rslora": config.get("use_rslora") or False}  # older files do not have it
     for key, field, mine in (
         ("r", "rank", method.rank),
         ("lora_alpha", "alpha", method.alpha),
@@ -341,11 +341,21 @@ def _check_setting(
         raise WeightsError(
             f"{directory / ADAPTER_CONFIG}: no {key}; it is not a {type(method).__name__} configuration"
         )
+    if type(theirs) is not type(mine) and (isinstance(mine, str | bool) or not _is_number(theirs)):
+        raise WeightsError(f"{directory / ADAPTER_CONFIG}: {key} is {theirs!r:.80}, the recipe says {mine!r}")
     if theirs != mine:
         value = str(theirs).lower() if isinstance(theirs, str | bool) else theirs
         raise WeightsError(
             f"{directory}: {key}={theirs}, the recipe says {mine}; set method.{field or key}={value}"
         )
+
+
+def _is_equal(theirs: object, mine: int) -> bool:
+    return _is_number(theirs) and theirs == mine
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ mistake of the person; 3 the machine failed (an OSError, its memory, a device, a
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
@@ -127,6 +128,8 @@ def run_command(
     `tell`, which is called while the error is being handled.
     """
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what an encoding does not have is written out
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(args) or EXIT_DONE
     except (SystemExit, GeneratorExit):

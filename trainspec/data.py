@@ -261,7 +261,8 @@ def _split(store: TokenStore, start: int, stop: int, limit: int, *, begins: bool
     """Pieces that fill a row or end where a turn does; those behind the first have the record's begin token again."""
     at = start
     while at < stop:
-        begin = start if begins and at > start else None
+        # In a row of one token there is no room for a begin token before another.
+        begin = start if begins and at > start and limit > 1 else None
         room = limit - (begin is not None)
         to = min(at + room, stop)
         if to < stop:

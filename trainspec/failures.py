@@ -58,10 +58,18 @@ def outcome(error: BaseException) -> tuple[int, str]:
         case _ if (words := _of_machine(error)) is not None:
             code, text = EXIT_MACHINE, words
         case _:
-            code, text = EXIT_CRASHED, f"{type(error).__name__}: {error}"
+            code, text = EXIT_CRASHED, ": ".join(filter(None, (type(error).__name__, str(error))))
     if code in (EXIT_MACHINE, EXIT_CRASHED):
         text = _STACK.sub("", text)[:_LONGEST_CHARACTERS]
-    return code, " ".join(text.split())
+    return code, _one_line(text)
+
+
+def _one_line(text: str) -> str:
+    """Text of any kind as one line of a bounded length; what a terminal would not show is written out."""
+    line = " ".join(text.split())
+    if len(line) > 2 * _LONGEST_CHARACTERS:  # its end may have the way out
+        line = f"{line[: _LONGEST_CHARACTERS - 100]} ... {line[-_LONGEST_CHARACTERS + 500 :]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def notes_of(error: BaseException) -> list[Note]:

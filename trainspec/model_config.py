@@ -210,7 +210,8 @@ def _parsed(config: dict[str, Any], where: str) -> _Config:
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
-        got = "" if detail["type"] == "missing" else f", not {_said(detail['input'])}"
+        value = "null" if detail["input"] is None else _said(detail["input"])
+        got = "" if detail["type"] == "missing" else f", not {value}"
         raise ModelError(f"{where}: {key}: {detail['msg'][0].lower()}{detail['msg'][1:]}{got}") from None
 
 

@@ -51,9 +51,10 @@ def show(recipe: Recipe) -> None:
         raise problems[0]
 
 
-def _say(line: str) -> None:
+def _say(text: str) -> None:
     # What stands behind the recipe is a comment of it.
-    print(f"# {line}")
+    for line in text.splitlines():
+        print(f"# {line}")
 
 
 def _problem(check: Callable[[], None]) -> UserError | None:

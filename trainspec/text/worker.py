@@ -17,10 +17,10 @@ from trainspec.text.parent import end_with_parent
 
 
 def main() -> None:
-    """Serve until the input ends. What libraries print goes to the error output, not among the answers."""
+    """Serve until the input ends. What libraries print, such as `Ignored unknown kwarg option`, is for nobody."""
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
         for line in sys.stdin:
             answers.write(json.dumps(_answer(json.loads(line))) + "\n")
