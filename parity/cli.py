@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import assert_never, get_args
 
 from parity.check import DEFAULT_STEPS, check, diff
+from parity.faults import SHARED
 from parity.faults.run import BACKENDS, Precision, chosen, run_faults
-from parity.faults.table import listed, page, result_lines, summary
+from parity.faults.table import listed, listed_shared, page, result_lines, summary
 from parity.matrix import run_matrix, select
 from parity.sides import parse_side
 from parity.status import status_lines, write_json, write_status
@@ -126,7 +127,7 @@ def _matrix(args: Namespace) -> int:
 def _faults(args: Namespace) -> int:
     faults = chosen(args.only)
     if args.list:
-        print("\n".join(listed(faults)))
+        print("\n".join([*listed(faults), *listed_shared(() if args.only else SHARED)]))
         return EXIT_DONE
     if args.page and (args.only or args.backend):
         raise UserError("--page: a page holds the whole registry; leave --only and --backend out")

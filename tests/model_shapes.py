@@ -28,7 +28,7 @@ def small_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 12,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -2,6 +2,7 @@
 
 from parity.faults import forward, loss, methods, pipeline, precision, sharding, update, virtual
 from parity.faults.fault import Fault, Where
+from parity.faults.shared import SHARED, SharedFault
 
 FAULTS: tuple[Fault, ...] = (
     *forward.FAULTS,
@@ -14,4 +15,4 @@ FAULTS: tuple[Fault, ...] = (
     *pipeline.FAULTS,
 )
 
-__all__ = ["FAULTS", "Fault", "Where"]
+__all__ = ["FAULTS", "SHARED", "Fault", "SharedFault", "Where"]

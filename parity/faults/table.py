@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from parity.faults.fault import SETUPS, Fault
 from parity.faults.run import Outcome
+from parity.faults.shared import SharedFault
 
 PAGE_HEAD = """# Faults that must be caught
 
@@ -30,6 +31,14 @@ def listed(faults: Sequence[Fault]) -> Iterator[str]:
             yield f"    below the bound in {', '.join(fault.below_bound_in)}"
         if fault.note:
             yield f"    note:   {fault.note}"
+
+
+def listed_shared(faults: Sequence[SharedFault]) -> Iterator[str]:
+    """What `parity faults --list` shows of what parity cannot see."""
+    for fault in faults:
+        yield f"{fault.name}: {fault.imitates}"
+        yield f"    source: {fault.source}"
+        yield "    shows:  nowhere in parity, as both backends share it; transformers catches it (docs/data.md)"
 
 
 def result_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:

@@ -47,7 +47,16 @@ class Tokenizer:
                 f"{self.directory}: no tokenizer there; set data.tokenizer to a directory that has one"
             )
         parts = [part for f in files for part in (str(f).encode(), (self.directory / f).read_bytes())]
-        return _digest(*parts, (self.template or "").encode())
+        return _digest(*parts, (self.template or "").encode(), self._class_in_config().encode())
+
+    def _class_in_config(self) -> str:
+        """What `config.json` says of the tokenizer's class, which transformers chooses by the model's type."""
+        try:
+            config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+        is_object = isinstance(config, dict)
+        return repr([config.get(k) for k in ("model_type", "tokenizer_class")]) if is_object else ""
 
     def encode(self, text: str, cache: Path) -> list[int]:
         """The ids of `text`, with the special tokens that the tokenizer itself puts around it."""

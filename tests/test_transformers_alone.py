@@ -1,0 +1,95 @@
+"""From a chat file and a model directory to loss and gradients: both backends beside transformers alone, end to end.
+
+The judge is `transformers_alone.py`, which shares nothing with us. Six directories of different shapes; conversations with
+system texts, tools, calls, thoughts, code and emoji, by a template that drops earlier thoughts.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from many import ROOT, run_many
+from model_shapes import SHAPES, make_model_shapes
+from oracle.conversations import CONVERSATIONS
+from oracle.templates import TAGGED
+from safetensors.numpy import load_file
+from small import CACHE
+
+PROGRAMS = ("jaxtrain", "torchtrain")
+CHATS = ("many_turns", "system", "tool_markup", "code", "emoji", "think_many")
+CONTROL = "prompt-trained"
+BOUND = {"exact": 1e-12, "as-is": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Traces of both backends and what transformers finds, for every directory."""
+    home = tmp_path_factory.mktemp("alone")
+    shapes = make_model_shapes(home)
+    records = [CONVERSATIONS[name] for name in CHATS]
+    (home / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    commands = []
+    for name, directory in shapes.items():
+        (directory / "chat_template.jinja").write_text(TAGGED["qwen3"])
+        recipe = {
+            "model": {"from": str(directory)},
+            "method": {"kind": "full"},
+            "data": {
+                "train": str(home / "chats.jsonl"),
+                "sequence_tokens": 1280,
+                "padding_side": "left",
+                "cache": str(CACHE),
+            },
+            "batch": {"global_examples": len(records), "accumulation": 2},
+            "precision": {"policy": "fp64"},
+            "run": {"steps": 1},
+        }
+        (home / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        commands.append(["train", str(home / f"{name}.yaml")])
+    script = [sys.executable, str(ROOT / "tests/transformers_alone.py"), str(home / "chats.jsonl"), str(home)]
+    subprocess.run([*script, *map(str, shapes.values())], check=True, cwd=ROOT)
+    commands.append(["train", str(home / "tied.yaml"), "--set", "data.loss_on=all"])
+    for program in PROGRAMS:
+        outs = [home / program / name for name in (*shapes, CONTROL)]
+        lines = [
+            [*c, "--out", str(o), "--trace", str(o / "trace")] for c, o in zip(commands, outs, strict=True)
+        ]
+        for result in run_many(program, lines, home / program):
+            assert result["code"] == 0, result
+    return home
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest error as a share of the largest entry."""
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("kind", BOUND)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_loss_and_gradients_are_those_of_transformers(home: Path, program: str, shape: str, kind: str):
+    wanted = np.load(home / f"{shape}-{kind}.npz")
+    trace = home / program / shape / "trace"
+    row = json.loads((trace / "trace.jsonl").read_text())
+    step = load_file(trace / "step-000001.safetensors")
+    assert row["tokens"] == wanted["tokens"]
+    assert abs(row["loss"] - wanted["loss"]) <= BOUND[kind] * wanted["loss"]
+    gradients = {name.removeprefix("gradient/") for name in step if name.startswith("gradient/")}
+    assert gradients == set(wanted.files) - {"loss", "tokens"}
+    for name in gradients:
+        assert distance(step[f"gradient/{name}"], wanted[name]) <= BOUND[kind], name
+
+
+def test_the_bounds_see_what_is_wrong(home: Path):
+    """Controls: a norm in float32 is outside the exact bound, a prompt that counts outside both."""
+    exact, as_is = (np.load(home / f"tied-{kind}.npz") for kind in BOUND)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert distance(as_is[name], exact[name]) > 10 * BOUND["exact"]
+    step = load_file(home / "jaxtrain" / CONTROL / "trace/step-000001.safetensors")
+    assert distance(step[f"gradient/{name}"], as_is[name]) > 1e3 * BOUND["as-is"]
