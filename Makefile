@@ -19,6 +19,9 @@ setup: .venv/.done ## make .venv with everything that training, checking and tes
 
 model: $(MODEL)/made-with.json ## make the small Llama that the demo's recipe starts from
 
+# What is proven is arithmetic, whatever device is there.
+demo: export JAX_PLATFORMS := cpu
+demo: export CUDA_VISIBLE_DEVICES :=
 demo: $(MODEL)/made-with.json ## train a small model on both backends and prove the two runs equal
 	rm -rf build/demo
 	$(BIN)/jaxtrain train configs/demo.yaml --out build/demo/jax

@@ -11,6 +11,9 @@ from small import ROOT, VARIANTS, recipe_maker, write_checkpoint
 
 from trainspec.recipe import Recipe
 
+# Tests of arithmetic take no GPU or TPU that happens to be there.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # Test processes share two cores, so waiting threads must not spin. Read when torch is loaded, and inherited.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

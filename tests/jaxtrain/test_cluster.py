@@ -1,12 +1,16 @@
 """Several processes are one run whatever the plan is; a cluster that is described wrongly is one line."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from launch import launch
-from small import QA
+from small import QA, ROOT
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -74,3 +78,39 @@ def test_two_processes_have_one_leader(recipe_file, tmp_path):
     # There is no checkpoint yet: the one that exports says so.
     assert (leader["export"]["code"], follower["export"]["code"]) == (2, 0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_failed_does_not_wait_for_those_that_wait_for_it(recipe_file, tmp_path):
+    """JAX's own end would, for five minutes, and all that time nobody would know."""
+    out, address = tmp_path / "out", f"127.0.0.1:{closed_port()}"
+    command = [sys.executable, "-m", "jaxtrain", "train", str(recipe_file), "--out", str(out)]
+    command += ["--set", "plan.data=2", "--set", "checkpoint.every_steps=2", "--set", "run.steps=4"]
+    plant = {
+        "PYTHONPATH": str(ROOT / "tests/planted"),
+        "PLANTED_IN": "1",
+        "PLANTED": "from trainspec.errors import DataError; raise DataError('line 7: no record')",
+    }
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env=os.environ | plant | dict(zip(NAMES, (address, "2", str(number)), strict=True)) | {"JAX_PLATFORMS": "cpu"},
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        told = processes[1].communicate(timeout=240)[1].splitlines()
+        ended = time.monotonic()
+        leader = processes[0].communicate(timeout=60)[1].splitlines()
+    finally:
+        for process in processes:
+            process.kill()
+    assert time.monotonic() - ended < 30
+    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    assert processes[1].returncode == 2
+    assert told[-1].startswith("jaxtrain: line 7: no record")
+    # The one whose connection broke says no more than that, and not that it was a person's mistake.
+    assert processes[0].returncode == 3
+    assert leader[-1].startswith("jaxtrain: ")
+    assert "onnection" in leader[-1]
+    assert leader[-1].endswith(f"; {saved}")
+    assert not [line for line in (*told, *leader) if line.startswith("Traceback")]

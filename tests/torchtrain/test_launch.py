@@ -133,7 +133,7 @@ def test_who_follows_says_only_why_it_failed(make_recipe, tmp_path, monkeypatch,
     assert len(slept) == 1
     crashed = ended(ZeroDivisionError())
     assert "a warning" in crashed
-    assert crashed.endswith("torchtrain: ZeroDivisionError: \n")
+    assert crashed.endswith("\ntorchtrain: ZeroDivisionError\n")
     with pytest.raises(SystemExit):
         main(["train"])
     assert "usage: torchtrain train" in capsys.readouterr().err
