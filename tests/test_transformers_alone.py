@@ -82,8 +82,16 @@ def test_loss_and_gradients_are_those_of_transformers(home: Path, program: str, 
     assert abs(row["loss"] - wanted["loss"]) <= BOUND[kind] * wanted["loss"]
     gradients = {name.removeprefix("gradient/") for name in step if name.startswith("gradient/")}
     assert gradients == set(wanted.files) - {"loss", "tokens"}
-    for name in gradients:
-        assert distance(step[f"gradient/{name}"], wanted[name]) <= BOUND[kind], name
+    if kind == "exact":
+        for name in gradients:
+            assert distance(step[f"gradient/{name}"], wanted[name]) <= BOUND[kind], name
+    else:  # what transformers rounds to float32 reaches every tensor: the gradient is compared as one vector
+        names = sorted(gradients)
+        ours, theirs = (
+            np.concatenate([tensors[f"{prefix}{n}"].ravel() for n in names])
+            for tensors, prefix in ((step, "gradient/"), (wanted, ""))
+        )
+        assert np.linalg.norm(ours - theirs) <= BOUND[kind] * np.linalg.norm(theirs)
 
 
 def test_the_bounds_see_what_is_wrong(home: Path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from small import ROOT
 
 from trainspec.text.files import Raw, read_raw
-from trainspec.text.locate import Unlocated, assistant_spans
+from trainspec.text.locate import Style, Unlocated, assistant_spans
 from trainspec.text.records import BadRecord, Chat, Reader, Text
 
+NO_TOKENS = re.compile("(?!)")
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Rome"}}}
 TEMPLATE = (
     "{{ tools }}{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.reasoning_content }}{% endfor %}"
@@ -249,7 +251,7 @@ def rendered(messages: list[dict], prompt: bool) -> str:
     words = [
         f"[{system + '|' if i == last and system else ''}{m['content']}]"
         if m["role"] == "user"
-        else f" {m['content'].strip()}<e>\n"
+        else f" {m.get('content', '').strip()}<e>\n"
         for i, m in enumerate(said)
     ]
     return "".join(words)
@@ -258,7 +260,7 @@ def rendered(messages: list[dict], prompt: bool) -> str:
 def test_turns_are_found_where_a_template_writes_earlier_ones_anew():
     messages = [{"role": "system", "content": "S"}, user("a"), assistant("b "), user("b"), assistant("b")]
     whole = rendered(messages, False)
-    spans = assistant_spans(whole, messages, rendered)
+    spans = assistant_spans(whole, messages, rendered, Style.of(rendered, NO_TOKENS))
     assert [whole[s.start : s.end] for s in spans] == [" b<e>", " b<e>"]
     assert [whole[s.next_turn :][:3] for s in spans] == ["[S|", ""]
 
@@ -267,7 +269,7 @@ def test_what_cannot_be_found_is_said():
     messages = [user("a"), assistant("b")]
     counted = lambda some, prompt: f"{len(some)}{prompt}"  # noqa: E731
     with pytest.raises(Unlocated):
-        assistant_spans(counted(messages, False), messages, counted)
+        assistant_spans(counted(messages, False), messages, counted, Style.of(counted, NO_TOKENS))
 
 
 def test_nothing_here_needs_the_locale(tmp_path: Path):

@@ -27,7 +27,7 @@ from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainspec.errors import DataError
-from trainspec.text.locate import Unlocated, assistant_spans
+from trainspec.text.locate import Style, Unlocated, assistant_spans
 from trainspec.text.records import BadRecord, Chat, Message, Text
 
 __all__ = ["Encoded", "Encoder", "Unlocated"]
@@ -79,8 +79,9 @@ class Encoder:
         self.eos: int | None = self.tokenizer.eos_token_id
         self.pad: int | None = self.tokenizer.pad_token_id
         self.ends = {self.eos} | {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        tokens = sorted(map(str, self.tokenizer.added_tokens_encoder), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        longest_first = sorted(filter(None, self.tokenizer.added_tokens_encoder), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._styles: dict[str, Style] = {}
         self._exact = _exact_offsets(self.tokenizer)
         self._check_template()
 
@@ -236,9 +237,22 @@ class Encoder:
             chosen = [span for i, span in enumerate(marked) if i >= len(wanted) or wanted[i]]
             return text, chosen, [_skip_blank(text, end) for _, end in marked]
         renders = _Renders(lambda some, prompt: self._render(some, tools, template, prompt=prompt)[0], plain)
-        spans = assistant_spans(renders.text, plain, renders.render, self._special)
+        spans = assistant_spans(renders.text, plain, renders.render, self._style(template))
         chosen = [(s.start, s.end) for s, flag in zip(spans, wanted, strict=True) if flag]
         return renders.text, chosen, [span.next_turn for span in spans]
+
+    def _style(self, template: str) -> Style:
+        """What the template writes around an answer, asked once."""
+
+        def render(messages: Sequence[Message], prompt: bool) -> str | None:
+            try:
+                return self._render([messages], None, template, prompt=prompt)[0][0]
+            except BadRecord:
+                return None
+
+        if template not in self._styles:
+            self._styles[template] = Style.of(render, self._added)
+        return self._styles[template]
 
     def _notes(self, text: str, messages: Sequence[Message], tools: Any, template: str) -> list[str]:
         notes = []

@@ -4,7 +4,8 @@ A turn of the assistant is what the model has to write by itself: from behind wh
 for a generation prompt, up to and with the token that ends the turn. It is found by rendering the conversation up to
 the turn, and up to and with it: where the whole text begins with both, the difference is the turn. Templates that
 write earlier turns anew (Qwen3 and R1 drop what was thought, Mistral moves the system text) do not begin so; there
-the turn's content is replaced by a mark, and what stands around the mark is looked up in the whole text.
+the turn's content is replaced by a mark, and what stands around the mark is looked up in the whole text. What a
+template writes around any answer is asked once, of two short conversations (`Style`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ Message = dict[str, Any]
 # Messages and whether a generation prompt is asked for -> text; None where the template refuses them.
 Render = Callable[[Sequence[Message], bool], str | None]
 
+# What stands before and behind the mark.
+Around = tuple[str, str]
+
 _MARK = "Zq7wMARKv1Xk"
-# How much of a text's end tells a place from others.
-_TAIL = 8
-_CLOSING = re.compile(r"\s*\S+")
+_QUESTION: Message = {"role": "user", "content": "Hi?"}
 
 
 class Unlocated(Exception):
@@ -36,173 +38,188 @@ class Span(NamedTuple):
     next_turn: int
 
 
-def assistant_spans(
-    text: str, messages: Sequence[Message], render: Render, special: re.Pattern[str] | None = None
-) -> list[Span]:
-    """One span for each assistant message, in order; `special` matches a special token. Raises Unlocated."""
+@dataclass(frozen=True)
+class Style:
+    """What a template writes around an answer; None where it refuses to say.
+
+    `prompt` asks for an answer; `lead` and `call_lead` stand between it and the answer's content, or the name of its
+    call, and are the model's to write; `closing` is behind the content, with the blank space behind an end token.
+    `endings` stand behind the last turn, by whether it is the assistant's, and are nobody's (Phi-3's end of text).
+    """
+
+    prompt: str | None
+    lead: str | None
+    call_lead: str | None
+    closing: str | None
+    endings: dict[bool, str]
+
+    @classmethod
+    def of(cls, render: Render, tokens: re.Pattern[str]) -> Style:
+        """Ask the template. `render` is for conversations without tools, `tokens` matches the added tokens."""
+        question: Message = {"role": "user", "content": _MARK}
+        call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": _MARK, "arguments": {}}}
+        answer, calling = (
+            [question | {"content": "Hi?"}, {"role": "assistant", **said}]
+            for said in ({"content": _MARK}, {"tool_calls": [call]})
+        )
+        asked, plain = (_around_mark(render([question], prompt)) for prompt in (True, False))
+        shared = _shared(asked[1], plain[1], tokens) if asked and plain else 0
+        prompt = asked[1][shared:] if asked else None
+        start = render(answer[:1], True)
+        said, last = (_around_mark(render(answer, prompt)) for prompt in (True, False))
+        called = _around_mark(render(calling, False))
+        closing = (
+            said[1].removesuffix(prompt) if said and prompt is not None and said[1].endswith(prompt) else None
+        )
+        ending = ""
+        if last and closing and closing.strip() and last[1].startswith(closing):
+            ending = last[1].removeprefix(closing)
+        endings = {False: plain[1][shared:] if plain else "", True: ending}
+        return cls(prompt, _behind(last, start), _behind(called, start), closing, endings)
+
+    def without_ending(self, text: str, last: Message) -> str:
+        """A conversation's text, without what stands behind its last turn."""
+        return text.removesuffix(self.endings[last["role"] == "assistant"])
+
+    def learnt_length(self, turn: str, message: Message) -> int:
+        """Blank space that the template writes behind the end of a turn is not the model's to write."""
+        closing = self.closing
+        if closing is None:
+            closed, content = turn.rstrip(), message.get("content", "").rstrip()
+            ends_with_content = content and not message.get("tool_calls") and closed.endswith(content[-32:])
+            return len(turn) if ends_with_content or not closed else len(closed)
+        return len(turn.rstrip()) if closing.strip() else len(turn.removesuffix(closing))
+
+
+def _behind(around: Around | None, start: str | None) -> str | None:
+    if around is None or start is None or not around[0].startswith(start):
+        return None
+    return around[0][len(start) :]
+
+
+def _shared(a: str, b: str, tokens: re.Pattern[str]) -> int:
+    """How many characters two texts begin with alike, up to a place where a piece of them may begin."""
+    shared = _common_prefix(a, b)
+    if shared in (len(a), len(b)):
+        return shared
+    inside = [t.start() for text in (a, b) for t in tokens.finditer(text) if t.start() < shared < t.end()]
+    if inside:
+        return min(inside)
+    borders = [t.end() for t in tokens.finditer(a[:shared])]
+    borders += [i + 1 for i, character in enumerate(a[:shared]) if character.isspace()]
+    return max(borders, default=0)
+
+
+def assistant_spans(text: str, messages: Sequence[Message], render: Render, style: Style) -> list[Span]:
+    """One span for each assistant message, in order. Raises Unlocated."""
     spans: list[Span] = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            done = spans[-1].next_turn if spans else 0
-            span = _Turn(text, messages, i, done, render, special).span()
-            if not (done <= span.start <= span.end <= span.next_turn <= len(text)):
+            turn = _Turn(text, messages, i, spans[-1].next_turn if spans else 0, render, style)
+            start, end = turn.bounds()
+            if not (turn.done <= start <= end <= len(text)):
                 raise Unlocated("the template writes the turns in another order")
-            spans.append(span)
+            spans.append(Span(start, start + style.learnt_length(text[start:end], message), end))
     return spans
-
-
-@dataclass(frozen=True)
-class _Around:
-    """What stands around the mark: in the whole conversation, and behind it where the conversation ends with the turn.
-
-    `in_call`: the mark stands in a tool call, as the template writes no content there.
-    """
-
-    before: str
-    behind: str
-    behind_alone: str
-    in_call: bool = False
 
 
 class _Turn:
     """One assistant message of a conversation that was rendered as `text`; turns before it end at `done`."""
 
     def __init__(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        i: int,
-        done: int,
-        render: Render,
-        special: re.Pattern[str] | None,
+        self, text: str, messages: Sequence[Message], i: int, done: int, render: Render, style: Style
     ) -> None:
-        self._text, self._messages, self._i, self._done = text, messages, i, done
-        self._render, self._special = render, special
-        self._message = messages[i]
+        self.done = done
+        self._text, self._messages, self._i, self._render, self._style = text, messages, i, render, style
 
-    def span(self) -> Span:
-        """Where it stands. Raises Unlocated."""
+    def bounds(self) -> tuple[int, int]:
+        """Where it starts and ends, with what the template writes behind it before the next turn."""
         before = self._render(self._messages[: self._i], True) if self._i else None
-        after = self._render(self._messages[: self._i + 1], False)
-        begins = before is not None and self._text.startswith(before)
-        ends = after is not None and self._text.startswith(after)
-        if before is not None and after is not None and begins and ends and len(before) <= len(after):
-            turn = self._text[len(before) : len(after)]
-            return Span(len(before), len(before) + self._learnt_length(turn), len(after))
-        around = self._around()
-        start = len(before) if before is not None and begins else self._start(before, around)
-        end, next_turn = self._end(around)
-        return Span(start, end, next_turn)
-
-    def _learnt_length(self, turn: str) -> int:
-        """How much of a turn is the model's to write: not what the template writes behind the turn's end."""
-        closed = len(turn.rstrip())
-        content = self._message.get("content", "").rstrip()
-        at = turn.find(content) + len(content) if content else -1
-        closing = turn[at:].strip() if at >= len(content) > 0 else ""
-        if self._message.get("tool_calls"):
-            is_plain = not turn[:closed].endswith(content) if content else True
-        else:
-            is_plain = len(closing.split()) == 1
-        if is_plain or not turn.strip():
-            return closed if turn.strip() else len(turn)
-        behind = self._around().behind_alone
-        if not turn.endswith(behind):
-            return closed
-        return len(turn) - len(behind) + len(self._closing(behind))
-
-    def _closing(self, behind: str) -> str:
-        """What ends the turn, of what the template writes behind its content: a token, and no blanks behind it."""
-        if self._message.get("tool_calls"):
-            return behind.rstrip()
-        found = _CLOSING.match(behind)
-        return found[0] if found else ""
-
-    def _around(self) -> _Around:
-        """What stands around this turn's content, or where a template drops it, around the first call's name."""
-        found = self._around_mark(self._message | {"content": _MARK})
-        if found is None and self._message.get("tool_calls"):
-            calls = _mark_call(self._message["tool_calls"])
-            found = self._around_mark(self._message | {"tool_calls": calls}, in_call=True)
-        if found is None:
+        start = len(before) if before is not None and self._text.startswith(before) else None
+        end = self._end()
+        if start is not None and end is not None and start <= end:
+            return start, end
+        message, lead = self._messages[self._i], self._style.lead
+        whole, closing = self._around(message | {"content": _MARK})
+        if whole is None and message.get("tool_calls"):
+            # Some templates write calls and drop the content beside them.
+            whole, closing = self._around(message | {"tool_calls": _mark_call(message["tool_calls"])})
+            lead = self._style.call_lead
+        if whole is None or closing is None:
             raise Unlocated("the template does not write an assistant's content once")
-        return found
+        return (
+            self._start_before(whole[0], lead) if start is None else start,
+            self._end_behind(whole[1], closing) if end is None else end,
+        )
 
-    def _around_mark(self, marked: Message, *, in_call: bool = False) -> _Around | None:
+    def _end(self) -> int | None:
+        """Where the conversation up to and with this turn ends, if the whole begins with it."""
+        with_this = self._messages[: self._i + 1]
+        plain = self._render(with_this, False)
+        if plain is not None:
+            plain = self._style.without_ending(plain, with_this[-1])
+            if self._text.startswith(plain):
+                return len(plain)
+        # A last turn may end in another way than one before others: ask for one more.
+        asked, prompt = self._render(with_this, True), self._style.prompt
+        if asked is not None and prompt and asked.endswith(prompt):
+            asked = asked.removesuffix(prompt)
+            return len(asked) if self._text.startswith(asked) else None
+        return None
+
+    def _around(self, marked: Message) -> tuple[Around | None, str | None]:
+        """What stands around the mark in the whole conversation, and what of it closes the turn."""
         before, behind = self._messages[: self._i], self._messages[self._i + 1 :]
-        whole, alone = self._render([*before, marked, *behind], False), self._render([*before, marked], False)
-        if whole is None or alone is None or whole.count(_MARK) != 1 or alone.count(_MARK) != 1:
-            return None
-        first, _, rest = whole.partition(_MARK)
-        return _Around(first, rest, alone.partition(_MARK)[2], in_call)
+        whole = _around_mark(self._render([*before, marked, *behind], False))
+        if whole is None or not behind:
+            return whole, self._style.without_ending(whole[1], marked) if whole else None
+        asked, prompt = _around_mark(self._render([*before, marked], True)), self._style.prompt
+        if asked is not None and prompt is not None and asked[1].endswith(prompt):
+            return whole, asked[1].removesuffix(prompt)
+        alone = _around_mark(self._render([*before, marked], False))
+        return whole, self._style.without_ending(alone[1], marked) if alone else None
 
-    def _start(self, before: str | None, around: _Around) -> int:
+    def _start_before(self, marked: str, lead: str | None) -> int:
         """Behind the generation prompt, where the conversation up to it is written in another way."""
-        content = _common_prefix(self._text, around.before)
-        if content < len(around.before) and content <= self._done:
+        content = _common_prefix(self._text, marked)
+        if content < len(marked) and content <= self.done:
             raise Unlocated("the template writes the turns before this one in another way")
-        prompt = self._prompt(before)
-        at = self._text.rfind(prompt, self._done, content) if prompt else -1
-        if at >= 0:
-            return at + len(prompt)
-        # No prompt of its own: the turn starts where the text before it ends.
-        for size in range(min(_TAIL, len(before or "")), 0, -1):
-            tail = (before or "")[-size:]
-            at = self._text.rfind(tail, self._done, content)
-            gap = self._text[at + size : content]
-            if at >= 0 and (size == _TAIL if around.in_call else gap.isspace()):
-                return at + size
-        if around.in_call:
-            raise Unlocated("the template does not tell where a turn of calls begins")
-        return content
+        prompt = self._style.prompt
+        if prompt:
+            at = self._text.rfind(prompt, self.done, content)
+            return content if at < 0 else at + len(prompt)
+        # No prompt of its own: the turn starts with what leads to its content.
+        if lead is None or not self._text.endswith(lead, self.done, content):
+            raise Unlocated("the template begins this turn in another way than one by itself")
+        return content - len(lead)
 
-    def _prompt(self, before: str | None) -> str:
-        """What the template writes when it is asked for a generation prompt."""
-        earlier = self._messages[: self._i] or [{"role": "user", "content": _MARK}]
-        plain = self._render(earlier, False)
-        asked = before if before is not None else self._render(earlier, True)
-        if asked is None or plain is None or not asked.startswith(plain):
-            return ""
-        return asked[len(plain) :]
-
-    def _end(self, around: _Around) -> tuple[int, int]:
-        """Where the turn's closing ends, and where the rest of the conversation begins."""
-        length = self._closing_length(around)
-        rest = around.behind[length:]
+    def _end_behind(self, marked: str, closing: str) -> int:
+        """Before the rest of the conversation, which is what stands behind the mark, less what closes the turn."""
+        rest = marked[len(closing) :]
+        if not marked.startswith(closing):
+            raise Unlocated("the template ends this turn in another way than a last one")
         if not self._text.endswith(rest):
             raise Unlocated("the template writes the turns behind this one in another way")
-        next_turn = len(self._text) - len(rest)
-        return next_turn - length + len(self._closing(around.behind[:length])), next_turn
-
-    def _closing_length(self, around: _Around) -> int:
-        """How much of what stands behind the content belongs to the turn: what is there without a next turn, too."""
-        behind, alone = around.behind, around.behind_alone
-        common = _common_prefix(behind, alone)
-        if common == len(alone):
-            return common
-        # A conversation's last turn is closed in another way than those before it.
-        if not self._message.get("tool_calls"):
-            first, last = (self._leading_special(part) for part in (behind, alone))
-            if first and last:
-                return first
-            blank = max((m.end() for m in re.finditer(r"\s+", behind[:common])), default=0)
-            if behind[:blank].strip():
-                return blank
-        raise Unlocated("the template closes a turn in another way where another turn follows")
-
-    def _leading_special(self, text: str) -> int:
-        """Where a special token ends that a text begins with, blanks before it aside; 0 where it begins with none."""
-        blank = len(text) - len(text.lstrip())
-        found = self._special.match(text, blank) if self._special else None
-        return found.end() if found else 0
+        return len(self._text) - len(rest)
 
 
 def _mark_call(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The calls, the first under a name that is the mark."""
     first, *others = calls
     function = first.get("function")
-    name = {"name": _MARK}
-    return [first | {"function": function | name} if isinstance(function, dict) else first | name, *others]
+    marked = (
+        first | {"function": function | {"name": _MARK}}
+        if isinstance(function, dict)
+        else first | {"name": _MARK}
+    )
+    return [marked, *others]
+
+
+def _around_mark(text: str | None) -> Around | None:
+    if text is None or text.count(_MARK) != 1:
+        return None
+    before, _, behind = text.partition(_MARK)
+    return before, behind
 
 
 def _common_prefix(a: str, b: str) -> int:
