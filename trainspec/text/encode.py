@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,10 @@ class Encoder:
         self,
         directory: Path,
         chat_template: str | None = None,
-        system: str | None = None,
         date: datetime.date = DATE,
     ) -> None:
         logging.disable(logging.WARNING)
-        self.directory, self.system, self.date = directory, system, date
+        self.directory, self.date = directory, date
         self.tokenizer = _load(directory)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
@@ -121,9 +121,6 @@ class Encoder:
         template = self.template(tools)
         if template is None:
             raise BadRecord("no chat template; set data.chat_template")
-        if self.system is not None and messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "system", "content": self.system}, *messages]
-            learnt = [False, *learnt] if learnt is not None else None
         learnt = learnt if learnt is not None else [m["role"] == "assistant" for m in messages]
         text, chosen, turns = self._located(messages, tools, template, learnt)
         ids, offsets = self._tokens(text, special=False)
@@ -212,7 +209,7 @@ class Encoder:
         chat_template_utils.__dict__["datetime"] = _Calendar
         render: Any = render_jinja_template  # its annotation leaves the second result out
         try:
-            return render(
+            texts, marked = render(
                 conversations=conversations,
                 tools=tools,
                 chat_template=template,
@@ -220,6 +217,9 @@ class Encoder:
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
+            for text in texts:
+                text.encode()  # half of a surrogate pair is no text
+            return texts, marked
         except Exception as error:  # whatever a template does: its own refusals, and mistakes of every kind
             raise BadRecord(f"chat template: {_one_line(error)}") from None
 
@@ -313,9 +313,11 @@ def _load(directory: Path) -> Any:
             str(directory), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # every kind of damaged file has an exception of its own
+        way_out = "set data.tokenizer to a directory that has one"
+        if (directory / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+            way_out = "its tokenizer.model is read with the package sentencepiece: pip install sentencepiece"
         raise DataError(
-            f"{directory}: transformers cannot load its tokenizer ({_one_line(error)}); set data.tokenizer to a "
-            "directory that has one"
+            f"{directory}: transformers cannot load its tokenizer ({_one_line(error)}); {way_out}"
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(

@@ -28,7 +28,7 @@ def versions() -> str:
         )
     except metadata.PackageNotFoundError as error:
         raise DataError(
-            f"{error.name} is not installed; it reads tokenizers: pip install 'twintrain[jax]' or 'twintrain[torch]'"
+            f"{error.name} is not installed; it reads tokenizers: pip install 'twintrain[tokenizers]'"
         ) from None
 
 

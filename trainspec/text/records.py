@@ -328,7 +328,7 @@ def _tools(value: object) -> list[dict[str, Any]] | None:
 def _parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRecord(f"{what} are no JSON: {text!r:.80}") from None
 
 
@@ -342,7 +342,7 @@ def _from_sharegpt(value: object) -> list[Message]:
             continue
         if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
             raise BadRecord(f"every turn needs 'from' and 'value', not {turn!r:.80}")
-        if turn["from"] not in SHAREGPT_ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
             raise BadRecord(
                 f"unknown 'from' {turn['from']!r:.40}{nearest(str(turn['from']), SHAREGPT_ROLES)}"
             )
