@@ -28,6 +28,8 @@ ARCHITECTURES = (ARCHITECTURE, "LLaMAForCausalLM")
 DEFAULT_THETA = 1e4
 LONGEST = 120  # characters of a wrong value that are shown
 _Size = Annotated[int, Field(ge=1)]
+# Every layer has rows in the table of weights. The deepest Llama, 3.1 405B, has 126.
+_Layers = Annotated[int, Field(ge=1, le=10_000)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # What transformers would honour and nothing here does, and the way out.
 REFUSED = {
@@ -107,7 +109,7 @@ class _Config(BaseModel):
     vocab_size: _Size
     hidden_size: _Size
     intermediate_size: _Size
-    num_hidden_layers: _Size
+    num_hidden_layers: _Layers
     num_attention_heads: _Size
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
