@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from backend import PROGRAM, main
@@ -80,7 +81,7 @@ def test_a_loss_that_is_no_number_says_what_is_saved(make_recipe, tmp_path, caps
     assert line.endswith(f"; saved: {out}/checkpoints/step-{made:06d}; go on with --resume")
 
 
-# Behind the first update, so that what is loaded and compiled is not what there was no memory for.
+# Behind the first update, so that what is loaded, compiled and cached is not what there was no room for.
 LIMITED = """
 import resource, sys
 from trainspec.data import Dataset
@@ -88,31 +89,35 @@ from {program}.cli import main
 whole = Dataset.batch
 def batch(self, step, rows):
     if step == 1:
-        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + {free}, resource.RLIM_INFINITY))
-        rows = {rows}
+        {limit}
     return whole(self, step, rows)
 Dataset.batch = batch
 sys.exit(main({argv!r}))
 """
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux for less room")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux for less memory")
-def test_a_real_lack_of_memory_is_one_line(make_recipe, tmp_path):
-    """A batch of 8192 rows where 4 were asked for: its logits alone are 1.6 GiB."""
+def limited(limit: str, make_recipe, tmp_path: Path) -> tuple[int, str, Path]:
+    """A program of its own that saves behind each update and meets a limit behind the first; what ended it, in one line."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe = make_recipe(
-        batch={"global_examples": 4, "accumulation": 1}, run={"steps": 3}, checkpoint={"every_steps": 1}
-    )
-    file.write_text(recipe.to_yaml())
-    code = LIMITED.format(
-        program=PROGRAM, free=2**29, rows=8192, argv=["train", str(file), "--out", str(out)]
-    )
+    file.write_text(make_recipe(run={"steps": 3}, checkpoint={"every_steps": 1}).to_yaml())
+    code = LIMITED.format(program=PROGRAM, limit=limit, argv=["train", str(file), "--out", str(out)])
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )  # fmt: skip
-    assert done.returncode == 3, done.stderr
-    [line] = done.stderr.splitlines()
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.returncode, done.stderr.strip(), out
+
+
+@LINUX
+def test_a_real_lack_of_memory_is_one_line(make_recipe, tmp_path):
+    """A batch of 8192 rows where 4 were asked for: its logits alone are 1.6 GiB."""
+    limit = (
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, resource.RLIM_INFINITY)); rows = 8192"
+    )
+    code, line, out = limited(limit, make_recipe, tmp_path)
+    assert code == 3
     assert line.startswith(f"{PROGRAM}: out of memory: asked for ")
     assert "this process may have (ulimit -v) " in line
     assert (
@@ -120,3 +125,16 @@ def test_a_real_lack_of_memory_is_one_line(make_recipe, tmp_path):
         "data.sequence_tokens below 160"
     ) in line
     assert line.endswith(f"; saved: {out}/checkpoints/step-000001; go on with --resume")
+
+
+@LINUX
+def test_a_disk_that_takes_no_more_is_one_line(make_recipe, tmp_path):
+    """Files may be of 4 KiB from then on: too little for the weights of the next checkpoint, enough for the metrics."""
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))"
+    code, line, out = limited(limit, make_recipe, tmp_path)
+    assert code == 3
+    weights = out / "checkpoints/.step-000002.tmp/weights.safetensors"
+    assert line.startswith(f"{PROGRAM}: {weights}: not written: ")
+    assert "File too large" in line
+    assert line.endswith(f"; saved: {out}/checkpoints/step-000001; go on with --resume")
+    assert not weights.exists()
