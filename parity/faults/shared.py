@@ -28,7 +28,7 @@ SHARED = (
     SharedFault(
         name="blank-at-every-turn",
         imitates="each turn is encoded by itself, so a SentencePiece tokenizer puts a blank in front of every one",
-        source="huggingface/trl#4147, axolotl#2089",
+        source="this project, at commit 332f762",
         edit=Edit(
             ENCODE,
             "        ids, offsets = self._tokens(text, special=False)\n",
@@ -43,7 +43,7 @@ SHARED = (
     SharedFault(
         name="json-escaped",
         imitates="the template runs in jinja's own environment, whose tojson escapes markup and sorts keys",
-        source="transformers' chat_template_utils has a tojson of its own",
+        source="this project, at commit 332f762",
         edit=Edit(
             ENCODE,
             "        render: Any = render_jinja_template",
@@ -56,7 +56,7 @@ SHARED = (
     SharedFault(
         name="end-token-not-trained",
         imitates="the mask stops before the token that ends the turn: the model never learns to stop",
-        source="NVIDIA-NeMo/Automodel#3739, axolotl#3098",
+        source="masks wrong by template: axolotl#2089, axolotl#3098, Automodel#3739",
         edit=Edit(
             ENCODE,
             "        counts = _mask(offsets, chosen)\n",
@@ -67,7 +67,7 @@ SHARED = (
     SharedFault(
         name="prompt-trained",
         imitates="the loss is taken on the user's turns as well",
-        source="huggingface/trl#4201",
+        source="masks wrong by template: huggingface/trl#4147, huggingface/trl#4201",
         edit=Edit(
             ENCODE,
             "        counts = _mask(offsets, chosen)\n",

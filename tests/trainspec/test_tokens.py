@@ -112,6 +112,12 @@ def test_templates_see_transformers_environment_and_the_recipe_s_date(open_):
     assert shown(other)[0].startswith("02 Jan 2025")
 
 
+def test_two_begin_tokens_of_a_template_are_said(open_):
+    data = open_([{"messages": CHAT}], template="{{ bos_token }}{{ bos_token }}" + CHATML)
+    assert "1 of 1 records: begins with two begin tokens" in data.summary
+    assert "two begin" not in open_([{"messages": CHAT}], template="{{ bos_token }}" + CHATML).summary
+
+
 def test_odd_ends_are_without_a_target(open_):
     records = [
         {"messages": [*CHAT, CHAT[0]]},

@@ -129,8 +129,12 @@ class Encoder:
             ids,
             counts,
             [at for at in (_token_at(offsets, turn) for turn in turns) if at],
-            self._notes(text, messages, tools, template),
+            [*self._notes(text, messages, tools, template), *self._doubled(ids)],
         )
+
+    def _doubled(self, ids: Sequence[int]) -> list[str]:
+        is_doubled = len(ids) > 1 and ids[0] == ids[1] == self.bos
+        return ["begins with two begin tokens, as its chat template writes it"] if is_doubled else []
 
     def encode_text(self, stretches: Sequence[tuple[str, bool]], turns: Sequence[int] = ()) -> Encoded:
         """Stretches of text as one, in the tokens that the tokenizer puts around it, and the end token behind it."""
