@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,7 +83,7 @@ class Encoder:
         longest_first = sorted(filter(None, self.tokenizer.added_tokens_encoder), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._styles: dict[str, Style] = {}
-        self._exact = _exact_offsets(self.tokenizer)
+        self._exact = _exact_offsets(self.tokenizer, directory)
         self._check_template()
 
     @property
@@ -313,10 +314,13 @@ def _has_tags(template: str) -> bool:
 
 def _load(directory: Path) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # every kind of damaged file has an exception of its own
+        with _silence():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
+    except BaseException as error:  # every kind of damaged file has an exception of its own
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
         way_out = "set data.tokenizer to a directory that has one"
         if (directory / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
             way_out = "its tokenizer.model is read with the package sentencepiece: pip install sentencepiece"
@@ -331,19 +335,40 @@ def _load(directory: Path) -> Any:
     return tokenizer
 
 
-def _exact_offsets(tokenizer: Any) -> Tokenizer | None:
+def _exact_offsets(tokenizer: Any, directory: Path) -> Tokenizer | None:
     """The same tokenizer without the step that trims blanks off the places of tokens; None where there is no such step."""
     source = tokenizer.backend_tokenizer.to_str()
     if '"trim_offsets":true' not in source:
         return None
-    exact = Tokenizer.from_str(source)
+    try:
+        exact = Tokenizer.from_str(source)
+    except Exception as error:  # loaded it was, but two of its tokens have one id
+        raise DataError(f"{directory}: tokenizer.json is damaged ({_one_line(error)})") from None
     exact.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     exact.no_truncation()
     exact.no_padding()
     return exact
 
 
-def _one_line(error: Exception) -> str:
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing is printed inside: a panic of the tokenizers library writes its stack before it is an exception."""
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether it is one of the tokenizers library, whose class cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{text[:300]}" if text else type(error).__name__
 

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ from trainspec.errors import DataError
 # A worker that nobody has asked for so long is ended; the next request starts another.
 _IDLE_SECONDS = 20.0
 _END_SECONDS = 2.0
+# One that has closed its output is at its end, and has only to be told how it ended.
+_DYING_SECONDS = 30.0
 
 
 def versions() -> str:
@@ -63,9 +66,7 @@ class _Worker:
             except BrokenPipeError:
                 line = ""
             if not line:
-                raise OSError(
-                    f"the process that tokenises ended with code {self._end()}; mostly the memory was full"
-                )
+                raise _ended(self._end(_DYING_SECONDS), request)
             self._timer = threading.Timer(_IDLE_SECONDS, self.close)
             self._timer.daemon = True
             self._timer.start()
@@ -94,7 +95,7 @@ class _Worker:
             )
         return self._process
 
-    def _end(self) -> int | None:
+    def _end(self, patience: float = _END_SECONDS) -> int | None:
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return None
@@ -103,7 +104,7 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         try:
-            code = process.wait(_END_SECONDS)
+            code = process.wait(patience)
         except subprocess.TimeoutExpired:  # it is at work for somebody who is gone
             process.kill()
             code = process.wait()
@@ -114,6 +115,16 @@ class _Worker:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _ended(code: int | None, request: dict[str, Any]) -> Exception:
+    """What to raise for a worker that is gone: the kernel has killed it, or a library has crashed on its input."""
+    if code == -signal.SIGKILL or "tokenizer" not in request:
+        return OSError(f"the process that tokenises ended with code {code}; mostly the memory was full")
+    how = f"by {signal.Signals(-code).name}" if code and code < 0 else f"with code {code}"
+    return DataError(
+        f"{request['tokenizer']}: the process that reads it ended {how}; mostly a file of the tokenizer is damaged"
+    )
 
 
 def _result(answer: dict[str, Any]) -> Any:

@@ -38,7 +38,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
     except OSError as error:
         return {"os_error": [error.errno, error.strerror or str(error), error.filename]}
-    except Exception as error:
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         return {"crash": f"{type(error).__name__}: {error}", "stack": traceback.format_exc()}
 
 
