@@ -41,8 +41,8 @@ _STACK_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Where a process that `launch` started finds the pipe for its line and, if it leads, the console.
 _REPORTS, _CONSOLE = "TWINTRAIN_REPORTS_FD", "TWINTRAIN_CONSOLE_FD"
-# What several processes write to a pipe stays apart up to 4096 bytes; a character is at most four.
-_LONGEST_CHARACTERS = 900
+# What several processes write to a pipe stays apart up to 4096 bytes (POSIX asks for 512).
+_LONGEST_BYTES = 3900
 
 
 class _Failure(NamedTuple):
@@ -182,8 +182,9 @@ def report_to_launcher() -> Callable[[int, str], None] | None:
     def tell(code: int, line: str) -> None:
         traceback.print_exc(file=log)
         log.flush()
-        text = json.dumps([rank, code, line[:_LONGEST_CHARACTERS]], ensure_ascii=False)
-        os.write(reports, f"{text}\n".encode(errors="backslashreplace"))
+        if len(line.encode()) > _LONGEST_BYTES:  # a character is at most four
+            line = f"{line[: _LONGEST_BYTES // 10]} ... {line[-_LONGEST_BYTES // 10 :]}"
+        os.write(reports, f"{json.dumps([rank, code, line], ensure_ascii=False)}\n".encode())
 
     return tell
 

@@ -16,7 +16,7 @@ import pytest
 from small import ROOT
 
 from torchtrain.cli import main
-from torchtrain.launch import check_gpus, count_processes, describe_cluster, has_launcher
+from torchtrain.launch import _received, check_gpus, count_processes, describe_cluster, has_launcher
 from trainspec.errors import PlanError
 
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -237,6 +237,27 @@ def test_what_all_processes_say_is_about_none_of_them(make_recipe, tmp_path):
     code, told, _ = planted(file, out, "0 1", MISTAKE)
     saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
     assert (code, told) == (2, f"torchtrain: line 7: no record; {saved}\n")
+
+
+@pytest.mark.parametrize("letter", ["x", "字"])
+def test_a_long_line_reaches_the_launcher_with_both_its_ends(letter):
+    reads, writes = os.pipe()
+    code = (
+        "from torchtrain.launch import report_to_launcher\n"
+        f"report_to_launcher()(2, 'a ' + 5000 * {letter!r} + ' z')"
+    )
+    group = {"RANK": "1", "TWINTRAIN_REPORTS_FD": str(writes)}
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | group, pass_fds=[writes], check=True,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    raw = os.read(reads, 2**16)
+    os.write(writes, raw)
+    [failure] = _received(reads)
+    os.close(writes)
+    os.close(reads)
+    assert len(raw) < 4096
+    assert (failure.rank, failure.code, failure.line[:2], failure.line[-2:]) == (1, 2, "a ", " z")
 
 
 def test_a_process_that_ends_without_a_word_is_named(make_recipe, tmp_path):

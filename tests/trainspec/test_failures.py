@@ -66,7 +66,7 @@ OUTCOMES = {
     "NCCL": (DistBackendError(NCCL), 3, " ".join(NCCL.split("\nException")[0].split())),
     "CUDA": (AcceleratorError(CUDA), 3, " ".join(CUDA.split("\nFor")[0].split())),
     "mistake": (PlanError("plan.data=2:\n no"), 2, "plan.data=2: no"),
-    "long mistake": (PlanError("x " * 2000), 2, ("x " * 2000).strip()),
+    "long mistake": (PlanError("x " * 900), 2, ("x " * 900).strip()),
     "no number": (NonFiniteLossError("step 3: loss sum nan"), 1, "stopped before the update: step 3: loss sum nan"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted"),
     "a process's": (ProcessError("process 1 of 2: interrupted", 130), 130, "process 1 of 2: interrupted"),
