@@ -30,7 +30,7 @@ def assert_parity(
     A side is a backend and what is set differently for it, such as "torch optimizer.eps=1e-6"; `overrides` such as
     "run.seed=3" go to both. Each side is a program of its own: the caller's process loads neither framework. With
     `out`, verdict.json, report.html and both traces stay there. Raises UserError, in one line, for what the recipe or
-    its files have wrong.
+    its files have wrong, MachineError where a side's machine failed.
     """
     __tracebackhide__ = True
     if precision not in get_args(Policy):
