@@ -10,7 +10,6 @@ failed: each hands its line to this one through a pipe, and writes its stack, li
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import json
 import os
@@ -29,7 +28,8 @@ from typing import IO, NamedTuple
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainspec.errors import EXIT_CRASHED, MachineError, PlanError, ProcessError
+from trainspec.errors import MachineError, PlanError, ProcessError
+from trainspec.parent import end_with
 
 _POLL_SECONDS = 0.05
 # How long processes may take to end by themselves once one has, before they are ended.
@@ -38,7 +38,6 @@ _GRACE_SECONDS = 5.0
 _INTERRUPT_SECONDS = 1.0
 # How long a process that is stuck may take to write its stack.
 _STACK_SECONDS = 0.5
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Where a process that `launch` started finds the pipe for its line and, if it leads, the console.
 _REPORTS, _CONSOLE = "TWINTRAIN_REPORTS_FD", "TWINTRAIN_CONSOLE_FD"
 # What several processes write to a pipe stays apart up to 4096 bytes (POSIX asks for 512).
@@ -201,7 +200,7 @@ def _start(
             stdout=None if leads else log,
             stderr=log,
             pass_fds=[reports] if console is None else [reports, console],
-            preexec_fn=partial(_end_with, os.getpid()),
+            preexec_fn=partial(end_with, os.getpid()),
         )
     finally:
         if console is not None:
@@ -306,15 +305,3 @@ def _wait_for_all(children: Sequence[subprocess.Popen[bytes]], seconds: float) -
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(_POLL_SECONDS)
-
-
-# Loaded here, not between fork and exec.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, also where nothing else of the parent could."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the kernel was asked
-            os._exit(EXIT_CRASHED)

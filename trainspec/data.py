@@ -182,8 +182,8 @@ class Dataset:
             yield "warning: no end token is among the targets, so the model does not learn to stop; see how the chat template ends a turn"
         for note, count in about["notes"].items():
             yield f"warning: {count} of {about['records']} records: {note}"
-        for line in about["bad"]:
-            yield f"skipped as bad: {line}"
+        if about["bad"]:
+            yield f"warning: skipped as bad: {'; '.join(about['bad'])}"
         pad = self._store.special("pad")
         if pad is not None and pad >= vocab:
             yield f"padding is {self._pad}: the tokenizer's padding token has id {pad}, the model {vocab} tokens (padding takes no part in training)"
@@ -252,7 +252,7 @@ def _pieces(store: TokenStore, data: Data) -> _Pieces:
                 case "split":
                     pieces = list(_split(store, start, stop, limit, begins=store.tokens[start] == bos))
         kept = [piece for piece in pieces if _targets(store, data, piece).any()]
-        found.without_target += not kept
+        found.without_target += len(pieces) - len(kept)
         found.usable += kept
     return found
 

@@ -29,7 +29,7 @@ from trainspec.methods import LoRA, Method
 from trainspec.plan import Plan, Policy
 from trainspec.recipe_file import read_tree
 from trainspec.schedule import Schedule
-from trainspec.text.records import Task
+from trainspec.text.records import DATE, Task
 
 Positive = Annotated[int, Field(ge=1)]
 # A file, a directory or `hub:ORG/NAME`.
@@ -108,7 +108,7 @@ class Data(Section):
     tokenizer: Source | None = None
     chat_template: Source | None = None
     system: str | None = None
-    date: Annotated[datetime.date, BeforeValidator(_as_date)] = datetime.date(2024, 7, 26)
+    date: Annotated[datetime.date, BeforeValidator(_as_date)] = DATE
     sequence_tokens: Positive = 256
     packing: bool = False
     padding_side: Literal["right", "left"] = "right"

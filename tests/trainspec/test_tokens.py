@@ -1,14 +1,17 @@
 """Tokens as transformers makes them, through the worker process and the cache: what is learnt, cut, counted and refused."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from small import write_tokenizer
+from small import ROOT, write_tokenizer
 
 from trainspec.data import IGNORED, Dataset, open_dataset
 from trainspec.errors import DataError
@@ -142,13 +145,58 @@ def test_text_that_has_its_begin_and_end_tokens_gets_no_more(open_):
 def test_bad_records_are_told_all_at_once(open_):
     lines = ['{"instruction": "a", "output": "b"}', *["{"] * 7, '{"instruction": "c"}']
     with pytest.raises(
-        DataError, match=r"line 2: not JSON.*line 6: .*; and 3 more \(8 bad records of 9\)"
+        DataError, match=r"line 2: not JSON.*line 6: [^;]*; 8 bad records of 9: line 2-9; mend"
     ) as caught:
         open_(lines)
     assert len(str(caught.value).splitlines()) == 1
     data = open_(lines, bad_records="skip")
     assert "skipped: 8 bad" in data.summary
-    assert "skipped as bad: line 2: not JSON" in data.summary
+    assert re.search("skipped as bad: line 2: not JSON.*; line 2-9$", data.summary, re.MULTILINE)
+
+
+def test_a_line_that_is_no_utf8_is_a_bad_record(open_, make_recipe: Callable[..., Any], tmp_path: Path):
+    file = tmp_path / "latin.jsonl"
+    file.write_bytes(b'{"instruction": "a", "output": "b"}\n{"instruction": "caf\xe9", "output": "b"}\n')
+    with pytest.raises(DataError, match=r"line 2: not UTF-8 text \(.* at byte 20 of the line\)"):
+        open_dataset(make_recipe(data={"train": str(file)}), "train")
+    data = open_dataset(make_recipe(data={"train": str(file), "bad_records": "skip"}), "train")
+    assert data.records == 1
+
+
+def test_task_text_takes_no_chat(open_):
+    with pytest.raises(DataError, match=r"'messages' with data\.task=text, which takes a 'text'"):
+        open_([{"messages": CHAT}], task="text")
+
+
+def test_a_tokenizer_that_is_edited_is_read_again(open_, tokenizer: Path, tmp_path: Path):
+    """The worker lives on between the two."""
+    before = open_([RECORD], tokenizer=str(tokenizer), cache=str(tmp_path / "one")).record(0)[0]
+    file = tokenizer / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["post_processor"] = None
+    file.write_text(json.dumps(content), encoding="utf-8")
+    after = open_([RECORD], tokenizer=str(tokenizer), cache=str(tmp_path / "two")).record(0)[0]
+    assert after.tolist() == before[1:].tolist()
+
+
+def test_a_killed_helper_ends_the_filling(tmp_path: Path, tokenizer: Path):
+    """Of a large file, on several processes: one line, not a wait for ever."""
+    file = tmp_path / "large.jsonl"
+    line = json.dumps({"instruction": "q " * 50, "output": "a " * 50}) + "\n"
+    file.write_text(line * 60_000)
+    code = (
+        "import json, os, sys; from trainspec.text import fill; fill._LARGE_BYTES = 1\n"
+        "encode = fill._Chunks.encode\n"
+        "fill._Chunks.encode = lambda self, chunk: os.kill(os.getpid(), 9) if chunk[0].where == 'line 1281' else encode(self, chunk)\n"
+        "fill.fill(json.loads(sys.argv[1]))"
+    )
+    job = {"task": "question_answering", "columns": [], "ignore": [], "bad_records": "stop", "system": None}
+    job |= {"source": str(file), "folder": str(tmp_path), "tokenizer": str(tokenizer), "chat_template": None}
+    job |= {"date": "2024-07-26", "digest": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(job)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )  # fmt: skip
+    assert "a process that tokenises was killed" in done.stderr.splitlines()[-1]
 
 
 def test_a_template_that_refuses_a_record_is_a_bad_record(open_):
@@ -296,6 +344,29 @@ def test_the_text_of_a_prompt_is_encoded_once_in_a_cache(tokenizer: Path, tmp_pa
     [file] = (tmp_path / "texts").iterdir()
     file.write_text("[7]")
     assert found.encode("what is", tmp_path) == [7]
+
+
+def test_chats_of_a_table_are_those_of_lines(open_, make_recipe: Callable[..., Any], tmp_path: Path):
+    """A table gives every struct the fields of all: what one record has not is no null in it."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    call = lambda arguments: {"function": {"name": "f", "arguments": arguments}}  # noqa: E731
+    records = [
+        {"messages": [CHAT[0], {"role": "assistant", "tool_calls": [call({"city": "Rome"})]}, *CHAT]},
+        {"messages": [CHAT[0], {"role": "assistant", "tool_calls": [call({"when": "noon"})]}, *CHAT]},
+    ]
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content if 'content' in m }}{{ m.tool_calls | tojson if "
+        "'tool_calls' in m }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    lines = open_(records, template=template)
+    datasets.Dataset.from_list(records).to_parquet(str(tmp_path / "d.parquet"))
+    data = {"train": str(tmp_path / "d.parquet"), "chat_template": str(tmp_path / "t.jinja")}
+    table = open_dataset(make_recipe(data=data), "train")
+    assert table.digest == lines.digest
+    assert "None" not in shown(table)[0]
+    assert "null" not in shown(table)[0]
 
 
 @pytest.mark.parametrize("form", ["parquet", "csv", "saved"])

@@ -30,11 +30,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainspec.errors import DataError
 from trainspec.text.locate import Style, Unlocated, assistant_spans
-from trainspec.text.records import BadRecord, Chat, Message, Text
+from trainspec.text.records import DATE, BadRecord, Chat, Message, Text
 
 __all__ = ["Encoded", "Encoder", "Unlocated"]
 
-DATE = datetime.date(2024, 7, 26)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -79,7 +78,8 @@ class Encoder:
         self.bos: int | None = self.tokenizer.bos_token_id
         self.eos: int | None = self.tokenizer.eos_token_id
         self.pad: int | None = self.tokenizer.pad_token_id
-        self.ends = {self.eos} | {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        self.ends = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        self.ends |= {self.eos} - {None}
         longest_first = sorted(filter(None, self.tokenizer.added_tokens_encoder), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._styles: dict[str, Style] = {}

@@ -17,7 +17,10 @@ HUB = "hub:"
 
 
 class Raw(NamedTuple):
-    """A record before it is read: its place, and a line of JSON or the value itself. `end` is the place in bytes."""
+    """A record before it is read: its place, and a line of JSON or the value itself; bytes are a line that is no UTF-8.
+
+    `end` is how far into the file, in bytes, the records up to and with this one reach.
+    """
 
     where: str
     content: Any
@@ -26,6 +29,8 @@ class Raw(NamedTuple):
 
     def value(self) -> Any:
         """The record. Raises BadRecord for what is no JSON, or no text that UTF-8 can hold."""
+        if isinstance(self.content, bytes):
+            raise BadRecord(_not_utf8(self.content))
         if not self.is_json:
             _refuse_surrogates(self.content)
             return self.content
@@ -70,7 +75,8 @@ def read_raw(source: str) -> Iterator[Raw]:
     path = Path(source)
     try:
         if is_hub(source) or path.is_dir() or path.suffix in TABLES:
-            yield from (Raw(f"row {i}", row, False) for i, row in enumerate(table(source)))
+            # A table has every field in every row: null stands for what a record has not.
+            yield from (Raw(f"row {i}", _without_nulls(row), False) for i, row in enumerate(table(source)))
         elif path.suffix == ".txt":
             yield from _documents(path)
         elif path.suffix == ".json" and (array := _array(path)) is not None:
@@ -87,9 +93,44 @@ def _lines(path: Path) -> Iterator[Raw]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             end += len(line)
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = _decoded(number, line)
             if text.strip():
                 yield Raw(f"line {number}", text, True, end)
+
+
+def _decoded(number: int, line: bytes) -> str | bytes:
+    """A line's text; the line as it is where it is no UTF-8."""
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError:
+        return line
+
+
+def _is_one_object(text: str) -> bool:
+    """Whether a text is one JSON object over several lines."""
+    if len(text.strip().splitlines()) < 2:
+        return False
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _not_utf8(line: bytes) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+    raise AssertionError("it is UTF-8")
+
+
+def _without_nulls(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        case list():
+            return [_without_nulls(item) for item in value]
+    return value
 
 
 def _documents(path: Path) -> Iterator[Raw]:
@@ -98,7 +139,10 @@ def _documents(path: Path) -> Iterator[Raw]:
     first, end = 1, 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+            text = _decoded(number, line)
+            if isinstance(text, bytes):
+                raise DataError(f"{path} line {number}: {_not_utf8(line)}")
+            text = text.replace("\r\n", "\n")
             if text.strip():
                 first = first if block else number
                 block.append(text.rstrip("\n") + "\n")
@@ -111,14 +155,16 @@ def _documents(path: Path) -> Iterator[Raw]:
 
 
 def _array(path: Path) -> list[Any] | None:
-    """The records of a JSON array; None where the file is lines of JSON, or one object."""
+    """The records of a JSON array; None where the file is lines of JSON."""
     text = path.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):
+        if _is_one_object(text):
+            raise DataError(f"{path}: a JSON object, not an array of records; give the list that is in it")
         return None
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        # Lines that are arrays are no array.
+        # A file of lines that are each an array lands here, too.
         raise DataError(f"{path}: not a JSON array of records: {error or 'nested too deep'}") from None
 
 
@@ -131,6 +177,7 @@ def table(source: str) -> Any:
             f"{source}: read by the library datasets, which is not installed; pip install 'twintrain[datasets]'"
         ) from None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it raises says the same
     path = Path(source)
     try:
         if is_hub(source):

@@ -10,7 +10,9 @@ import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -21,17 +23,18 @@ import numpy as np
 from tqdm import tqdm
 
 from trainspec.errors import DataError
+from trainspec.parent import end_with
 from trainspec.text.encode import Encoder
 from trainspec.text.files import Raw, is_hub, read_raw
 from trainspec.text.locate import Unlocated
-from trainspec.text.parent import end_with_parent
 from trainspec.text.records import BadRecord, Reader, Text
+from trainspec.text.store import COUNTS, TURN
 
-COUNTS, TURN = 1, 2  # bits of a token's mark
 _CHUNK_RECORDS = 128
 # A file below this is done before more processes would have started.
 _LARGE_BYTES = 8 * 2**20
 _SHOWN_ERRORS = 5
+_SHOWN_PLACES = 60
 _REPORT_SECONDS = 15.0
 
 
@@ -45,11 +48,21 @@ class _Done:
     skipped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
-    num_bad: int = 0
+    bad: list[str] = field(default_factory=list)
     targets: int = 0
     end_targets: int = 0
     largest: int = 0
     end: int = 0
+
+    def add(self, chunk: _Done) -> None:
+        """Count what a chunk has, but for its tokens."""
+        self.skipped.update(chunk.skipped)
+        self.notes.update(chunk.notes)
+        self.errors = [*self.errors, *chunk.errors][:_SHOWN_ERRORS]
+        self.bad += chunk.bad
+        self.targets += chunk.targets
+        self.end_targets += chunk.end_targets
+        self.largest = max(self.largest, chunk.largest)
 
 
 class _Chunks:
@@ -69,13 +82,13 @@ class _Chunks:
             except Unlocated as reason:
                 done.skipped[f"not located ({reason})"] += 1
             except BadRecord as error:
-                done.num_bad += 1
+                done.bad.append(raw.where)
                 if len(done.errors) < _SHOWN_ERRORS:
                     done.errors.append(f"{raw.where}: {error}")
         tokens, flags = np.asarray(ids, np.int32), np.asarray(marks, np.uint8)
         learnt = tokens[(flags & COUNTS) > 0]
         done.targets, done.largest = int(learnt.size), int(tokens.max(initial=0))
-        done.end_targets = int(np.isin(learnt, [i for i in self.encoder.ends if i is not None]).sum())
+        done.end_targets = int(np.isin(learnt, list(self.encoder.ends)).sum())
         done.tokens, done.marks = tokens.tobytes(), flags.tobytes()
         return done
 
@@ -97,8 +110,8 @@ class _Chunks:
 
 
 @lru_cache(maxsize=4)
-def encoder_of(directory: str, chat_template: str | None, date: str) -> Encoder:
-    """The encoder, loaded once in a process."""
+def encoder_of(directory: str, chat_template: str | None, date: str, digest: str) -> Encoder:
+    """The encoder, loaded once for files of that digest."""
     return Encoder(Path(directory), chat_template, date=datetime.date.fromisoformat(date))
 
 
@@ -107,7 +120,7 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
 
     Raises DataError for bad records, all told at once, unless `job["bad_records"]` is `skip`.
     """
-    encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"])
+    encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"], job["digest"])
     columns, ignore = dict(job["columns"]), frozenset(job["ignore"])
     chunks = _Chunks(encoder, Reader(job["task"], columns, ignore, job["system"]))
     source, folder = job["source"], Path(job["folder"])
@@ -120,23 +133,17 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
             tokens.write(done.tokens)
             marks.write(done.marks)
             lengths += done.lengths
-            total.skipped.update(done.skipped)
-            total.notes.update(done.notes)
-            total.errors = [*total.errors, *done.errors][:_SHOWN_ERRORS]
-            total.num_bad += done.num_bad
-            total.targets += done.targets
-            total.end_targets += done.end_targets
-            total.largest = max(total.largest, done.largest)
-    if total.num_bad and job["bad_records"] == "stop":
+            total.add(done)
+    if total.bad and job["bad_records"] == "stop":
         raise DataError(_all_bad(source, total, num_records))
-    if total.num_bad:
-        total.skipped["bad"] = total.num_bad
+    if total.bad:
+        total.skipped["bad"] = len(total.bad)
     np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
     return {
         "records": num_records,
         "skipped": dict(total.skipped),
         "notes": dict(total.notes),
-        "bad": total.errors,
+        "bad": [*total.errors, places(total.bad)] if total.bad else [],
         "targets": total.targets,
         "end_targets": total.end_targets,
         "largest": total.largest,
@@ -146,12 +153,27 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _all_bad(source: str, total: _Done, num_records: int) -> str:
-    rest = total.num_bad - len(total.errors)
-    more = f"; and {rest} more" if rest else ""
-    said = f"{source} {'; '.join(total.errors)}{more}"
-    if total.num_bad == 1:
+    said = f"{source} {'; '.join(total.errors)}"
+    if len(total.bad) == 1:
         return f"{said}; mend it, or set data.bad_records=skip"
-    return f"{said} ({total.num_bad} bad records of {num_records}); mend them, or set data.bad_records=skip"
+    return (
+        f"{said}; {len(total.bad)} bad records of {num_records}: {places(total.bad)}; mend them, or set "
+        "data.bad_records=skip"
+    )
+
+
+def places(bad: Sequence[str]) -> str:
+    """Every place of `line 2`, `line 3`, `line 7`, as `line 2-3, 7`; of very many the first."""
+    word = bad[0].split()[0]
+    numbers = [int(place.split()[1]) for place in bad]
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    shown = ", ".join("-".join(map(str, run)) for run in runs[:_SHOWN_PLACES])
+    return f"{word} {shown}{', ...' if len(runs) > _SHOWN_PLACES else ''}"
 
 
 def _encoded(chunks: _Chunks, source: str) -> Iterator[tuple[int, _Done]]:
@@ -164,16 +186,22 @@ def _encoded(chunks: _Chunks, source: str) -> Iterator[tuple[int, _Done]]:
         return
     global _shared
     _shared = chunks  # what a forked process starts with
-    with multiprocessing.get_context("fork").Pool(processes, _start_helper) as pool:
-        yield from _in_order(pool, parts, at_once=4 * processes)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, fork, _start_helper, (os.getpid(),)) as pool:
+        try:
+            yield from _in_order(pool, parts, at_once=4 * processes)
+        except BrokenProcessPool:
+            raise OSError("a process that tokenises was killed; mostly the memory was full") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _shared: _Chunks | None = None
 
 
-def _start_helper() -> None:
+def _start_helper(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker ends its helpers
-    end_with_parent()
+    end_with(worker)
 
 
 def _encode_shared(chunk: list[Raw]) -> _Done:
@@ -181,16 +209,16 @@ def _encode_shared(chunk: list[Raw]) -> _Done:
     return _shared.encode(chunk)
 
 
-def _in_order(pool: Any, parts: Iterable[list[Raw]], *, at_once: int) -> Iterator[tuple[int, _Done]]:
+def _in_order(pool: Executor, parts: Iterable[list[Raw]], *, at_once: int) -> Iterator[tuple[int, _Done]]:
     """A bounded number of chunks is under way, so that memory does not grow with the file."""
-    waiting: deque[tuple[int, Any]] = deque()
+    waiting: deque[tuple[int, Future[_Done]]] = deque()
     for part in parts:
-        waiting.append((len(part), pool.apply_async(_encode_shared, (part,))))
+        waiting.append((len(part), pool.submit(_encode_shared, part)))
         if len(waiting) >= at_once:
             count, result = waiting.popleft()
-            yield count, result.get()
+            yield count, result.result()
     for count, result in waiting:
-        yield count, result.get()
+        yield count, result.result()
 
 
 def _size(source: str) -> int:
@@ -217,7 +245,7 @@ def _progress(source: str, chunks: Iterable[tuple[int, _Done]]) -> Iterator[tupl
 
 
 def identify(source: str) -> str:
-    """What stands for the content of a source that is no file of ours: the fingerprint of its rows."""
+    """What stands for the content of a dataset of the hub: the fingerprint of its rows."""
     from trainspec.text.files import table
 
     rows = table(source)

@@ -87,7 +87,7 @@ class _Worker:
             # Of a launcher's environment the worker is no part, and it takes no accelerator.
             quiet = {"CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1", "PYTHONPATH": path}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "trainspec.text.worker"],
+                [sys.executable, "-m", "trainspec.text.worker", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
@@ -119,12 +119,11 @@ class _Worker:
 
 def _ended(code: int | None, request: dict[str, Any]) -> Exception:
     """What to raise for a worker that is gone: the kernel has killed it, or a library has crashed on its input."""
-    if code == -signal.SIGKILL or "tokenizer" not in request:
-        return OSError(f"the process that tokenises ended with code {code}; mostly the memory was full")
-    how = f"by {signal.Signals(-code).name}" if code and code < 0 else f"with code {code}"
-    return DataError(
-        f"{request['tokenizer']}: the process that reads it ended {how}; mostly a file of the tokenizer is damaged"
-    )
+    if code == -signal.SIGABRT and "tokenizer" in request:
+        return DataError(
+            f"{request['tokenizer']}: the library that reads it crashed; mostly a file of the tokenizer is damaged"
+        )
+    return OSError(f"the process that tokenises ended with code {code}; mostly the memory was full")
 
 
 def _result(answer: dict[str, Any]) -> Any:
@@ -136,7 +135,7 @@ def _result(answer: dict[str, Any]) -> Any:
         case {"os_error": [number, text, filename]}:
             raise OSError(number, text, filename)
         case {"crash": line, "stack": stack}:
-            raise DataError(f"the tokenizer or its template failed: {line}") from RuntimeError(stack)
+            raise RuntimeError(f"the process that tokenises: {line}\n{stack}")
         case other:
             raise AssertionError(f"no answer: {other}")
 

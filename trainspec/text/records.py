@@ -11,6 +11,7 @@ A field that is null is absent. Every other field is used, named in `data.ignore
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from trainspec.errors import nearest
 
 Task = Literal["question_answering", "summarisation", "translation", "reading_comprehension", "text"]
 Message = dict[str, Any]
+
+# What templates are told is today, so that a run does not depend on the day.
+DATE = datetime.date(2024, 7, 26)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Names of the roles in ShareGPT's conversations.
@@ -31,16 +35,8 @@ SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
 }
 # What a message may have beside these, a template must name.
-MESSAGE_FIELDS = (
-    "role",
-    "content",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)
+TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+MESSAGE_FIELDS = ("role", "content", "tool_calls", *TEXT_FIELDS)
 LOSS_FIELDS = ("weight", "train")
 # The fields of each shape of record; the first ones say which shape it is.
 SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -139,6 +135,10 @@ class Reader:
                     raise BadRecord(
                         f"{needed[0]!r} without {missing[0]!r}{self._as_columns(fields, missing)}"
                     )
+                if self.task == "text":
+                    raise BadRecord(
+                        f"{needed[0]!r} with data.task=text, which takes a 'text'; leave data.task out"
+                    )
                 return shape
         if self.task == "text":
             raise BadRecord(f"no 'text'{self._as_columns(fields, ('text',))}")
@@ -181,10 +181,6 @@ class Reader:
             key: _text(fields, key) if key in fields else "" for key in ("instruction", "input", "system")
         }
         output = _text(fields, "output")
-        if self.task == "text":
-            raise BadRecord(
-                "'instruction' with data.task=text; set data.task to what the instructions ask for"
-            )
         texts = {key: value.strip() for key, value in texts.items()}
         system = texts["system"] or (self.system or "").strip()
         if not texts["instruction"] and not texts["input"]:
@@ -244,11 +240,18 @@ class Reader:
                     f"field {name!r} of a message is not used{nearest(name, (*MESSAGE_FIELDS, *LOSS_FIELDS))}; "
                     "name it in data.ignore"
                 )
+        for name in TEXT_FIELDS:
+            if name in message:
+                _text(message, name)
         learnt = _learnt(message)
         for name in LOSS_FIELDS:
             message.pop(name, None)
         if "tool_calls" in message:
+            if role != "assistant":
+                raise BadRecord(f"'tool_calls' on a turn of role {role!r}: only the assistant calls tools")
             message["tool_calls"] = _tool_calls(message["tool_calls"])
+            if not message["tool_calls"]:
+                del message["tool_calls"]
         if "content" in message:
             message["content"] = _joined(message["content"])
         elif "tool_calls" not in message:
@@ -282,6 +285,8 @@ def _joined(content: object) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
             raise BadRecord(f"a part of 'content' is {kind!r:.40}; only parts of type 'text' are trained")
+        if more := [name for name in part if name not in ("type", "text")]:
+            raise BadRecord(f"field {more[0]!r} of a part of 'content' is not used; name it in data.ignore")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -308,9 +313,13 @@ def _tool_calls(value: object) -> list[dict[str, Any]]:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRecord(f"a tool call needs a function with a name, not {call!r:.80}")
-        arguments = function.get("arguments", {})
+        arguments = {} if function.get("arguments") is None else function["arguments"]
         if isinstance(arguments, str):
             arguments = _parsed(arguments, "the arguments of a tool call") if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            raise BadRecord(f"the arguments of a tool call must be an object, not {arguments!r:.80}")
+        if more := [name for name in (*call, *function) if name in LOSS_FIELDS]:
+            raise BadRecord(f"{more[0]!r} on a tool call: a turn is learnt as a whole, or not")
         function = function | {"arguments": arguments}
         calls.append(call | {"function": function} if "function" in call else function)
     return calls
@@ -346,6 +355,8 @@ def _from_sharegpt(value: object) -> list[Message]:
             raise BadRecord(
                 f"unknown 'from' {turn['from']!r:.40}{nearest(str(turn['from']), SHAREGPT_ROLES)}"
             )
+        if more := [name for name in ("role", "content", "tool_calls") if name in turn]:
+            raise BadRecord(f"{more[0]!r} beside 'from' and 'value'; leave one of them out")
         message = {k: v for k, v in turn.items() if k not in ("from", "value")}
         message["role"] = SHAREGPT_ROLES[turn["from"]]
         if turn["from"] == "function_call":
@@ -368,6 +379,11 @@ def _written_out(messages: Iterable[Message], tools: object, learnt: Sequence[bo
     for message, is_learnt in zip(messages, learnt, strict=True):
         if tools or "tool_calls" in message:
             raise BadRecord("tools need a chat template, and the tokenizer has none; set data.chat_template")
+        if more := [name for name in TEXT_FIELDS if name in message]:
+            raise BadRecord(
+                f"field {more[0]!r} of a message needs a chat template, and the tokenizer has none; "
+                "set data.chat_template, or name it in data.ignore"
+            )
         turns.append(len(stretches))
         stretches.append((f"{message['role'].capitalize()}:\n", False))
         stretches.append((message["content"].strip() + "\n", is_learnt))

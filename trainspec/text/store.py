@@ -47,7 +47,7 @@ class Tokenizer:
                 f"{self.directory}: no tokenizer there; set data.tokenizer to a directory that has one"
             )
         parts = [part for f in files for part in (str(f).encode(), (self.directory / f).read_bytes())]
-        return _digest(*parts, (self.template or "").encode(), self._class_in_config().encode())
+        return _digest(*parts, repr(self.template).encode(), self._class_in_config().encode())
 
     def _class_in_config(self) -> str:
         """What `config.json` says of the tokenizer's class, which transformers chooses by the model's type."""
@@ -63,16 +63,20 @@ class Tokenizer:
         key = _digest(self.digest.encode(), text.encode(), versions().encode())
         file = cache / "texts" / f"{key[:20]}.json"
         if not file.is_file():
-            ids = ask(do="encode", tokenizer=str(self.directory), date=self.date, text=text)
+            ids = ask(do="encode", text=text, **self._asked)
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps(ids), encoding="utf-8")
             temporary.rename(file)
         return json.loads(file.read_text(encoding="utf-8"))
 
+    @property
+    def _asked(self) -> dict[str, Any]:
+        return {"tokenizer": str(self.directory), "date": self.date, "digest": self.digest}
+
     def pieces(self, rows: list[list[int]]) -> list[tuple[list[str], str]]:
         """Of each row of ids the vocabulary's words, and the text."""
-        answers = ask(do="pieces", tokenizer=str(self.directory), date=self.date, ids=rows)
+        answers = ask(do="pieces", ids=rows, **self._asked)
         return [(pieces, text) for pieces, text in answers]
 
 
@@ -130,6 +134,9 @@ def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
     for name, _ in data.columns:
         if name not in FIELDS:
             raise DataError(f"data.columns.{name}: no field of a record has that name{nearest(name, FIELDS)}")
+    doubled = [theirs for _, theirs in data.columns if [t for _, t in data.columns].count(theirs) > 1]
+    if doubled:
+        raise DataError(f"data.columns: two fields of ours cannot both come from {doubled[0]!r}")
     settings = {
         "task": data.task,
         "columns": data.columns,
@@ -148,6 +155,7 @@ def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
                 job = {
                     "source": source,
                     "tokenizer": str(tokenizer.directory),
+                    "digest": tokenizer.digest,
                     "chat_template": tokenizer.template,
                 }
                 _fill(folder, settings | job)
@@ -191,8 +199,10 @@ def _locked(file: Path) -> Iterator[None]:
     with file.open("w", encoding="utf-8") as held:
         with suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-    file.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""The process that has transformers: `python -m trainspec.text.worker` answers one line of JSON with one.
+"""The process that has transformers: `python -m trainspec.text.worker PARENT` answers one line of JSON with one.
 
 A request is {"do": "fill" | "encode" | "pieces" | "identify", ...}; an answer is {"result": ...} or, for a person's
 mistake, {"error": its line}. It ends when its input does.
@@ -13,12 +13,12 @@ import sys
 import traceback
 from typing import Any
 
-from trainspec.text.parent import end_with_parent
+from trainspec.parent import end_with
 
 
 def main() -> None:
-    """Serve until the input ends. What libraries print, such as `Ignored unknown kwarg option`, is for nobody."""
-    end_with_parent()
+    """Serve until the input ends. What libraries print, such as `Ignored unknown kwarg option`, is discarded."""
+    end_with(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
@@ -53,7 +53,7 @@ def _do(request: dict[str, Any]) -> Any:
             return fill(request)
         case "identify":
             return identify(request["source"])
-    encoder = encoder_of(request["tokenizer"], None, request["date"])
+    encoder = encoder_of(request["tokenizer"], None, request["date"], request["digest"])
     match request["do"]:
         case "encode":
             return encoder.encode_plain(request["text"])
