@@ -167,7 +167,7 @@ def _complete(path: Path) -> Iterator[None]:
     """What is missing or of another type is told as what it is: a checkpoint that is not whole."""
     try:
         yield
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(
             f"{path}: incomplete checkpoint ({type(error).__name__}); remove it to use the one before it"
         ) from None

@@ -189,14 +189,13 @@ def evaluate(backend: Backend[S], recipe: Recipe, *, out: Path) -> tuple[float, 
     saved = checkpoint.latest(out)
     if saved:
         state = backend.restore(state, checkpoint.load(saved, recipe=recipe, model=spec))
+    loss = heldout_loss(backend, state, heldout, recipe)
     if not saved:
-        return heldout_loss(
-            backend, state, heldout, recipe
-        ), f"the starting weights (no checkpoint under {out})"
+        return loss, f"the starting weights (no checkpoint under {out})"
     made = checkpoint.read_made(saved).identity
     is_another = made is not None and made.tokenizer != heldout.tokenizer_digest
     note = "; the tokenizer's files are not those that it was trained with" if is_another else ""
-    return heldout_loss(backend, state, heldout, recipe), f"{out} at step {state.step}{note}"
+    return loss, f"{out} at step {state.step}{note}"
 
 
 def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, recipe: Recipe) -> float:

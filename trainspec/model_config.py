@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainspec.errors import ModelError
 from trainspec.model import (
@@ -90,6 +90,14 @@ class _Rope(BaseModel):
     low_freq_factor: _Positive | None = None
     high_freq_factor: _Positive | None = None
     original_max_position_embeddings: _Size | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_type(cls, value: Any) -> Any:
+        # Of two that are given transformers takes `rope_type`; a null one hides `type` and is none itself.
+        if isinstance(value, dict) and value.get("rope_type", "") is None and value.get("type") is not None:
+            raise ValueError(f"rope_type null beside type {value['type']!r}; leave one of them out")
+        return value
 
 
 # Which settings a rope_type reads; the others are there for nothing.

@@ -20,9 +20,10 @@ def preview(dataset: Dataset, batch: Batch) -> None:
     """Print the summary, the first and the last record of the file, and the rows of a batch."""
     print(dataset.summary)
     documents: list[tuple[str, Ints, NDArray[np.bool_]]] = []
-    for name, number in (("first", 0), ("last", dataset.records - 1)):
+    ends = [("first", 0), ("last", dataset.records - 1)]
+    for name, number in ends if dataset.records > 1 else ends[:1]:
         ids, targets = dataset.record(number)
-        documents.append((f"{name} record of the file: {_count(ids, targets)}", ids, targets))
+        documents.append((f"{name} usable record of the file: {_count(ids, targets)}", ids, targets))
     for i in range(len(batch.input_ids)):
         segments, row_targets = batch.segments[i], batch.labels[i] != IGNORED
         row = (

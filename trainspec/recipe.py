@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainspec.complaint import complaint, shown
+from trainspec.complaint import LARGEST, complaint, shown
 from trainspec.errors import RecipeError
 from trainspec.methods import LoRA, Method
 from trainspec.plan import Plan, Policy
@@ -270,6 +270,10 @@ class Recipe(Section):
             # As the person wrote it: 1.1 epochs of 100 rows are 110 of them, and in floating point a little more.
             seen = Fraction(str(run.epochs)) * rows()
             steps = math.ceil(seen / self.batch.global_examples)
+            if steps > LARGEST:
+                raise RecipeError(
+                    f"run.epochs={run.epochs:g}: more updates than can be counted; give less, or run.steps"
+                )
         return Span(steps, min(steps, run.stop_after_steps or steps), run.epochs)
 
     def spanning(self, span: Span) -> Recipe:
@@ -284,7 +288,7 @@ class Recipe(Section):
 
 
 def idle_settings(recipe: Recipe, span: Span) -> list[str]:
-    """What a recipe says and does not mean: a line for every setting without an effect."""
+    """A line for every setting that has no effect in this recipe."""
     plan, schedule = recipe.plan, recipe.schedule
     lines = []
     if plan.pipe == 1 and _is_set(plan, "schedule"):
@@ -306,7 +310,7 @@ def idle_settings(recipe: Recipe, span: Span) -> list[str]:
 
 
 def _is_set(section: BaseModel, name: str) -> bool:
-    """Whether a setting is another than its default; whether the recipe says the default cannot be known."""
+    """Whether a setting differs from its default. A default that the recipe spells out is not told apart."""
     return getattr(section, name) != type(section).model_fields[name].default
 
 

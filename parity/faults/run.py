@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from parity.batch import run_cases, training
 from parity.compare import Finding, compare
-from parity.faults import FAULTS
+from parity.faults import FAULTS, SHARED
 from parity.faults.fault import Fault, setup_recipe
 from parity.pair import Pair
 from parity.phases import Place
@@ -83,6 +83,10 @@ def chosen(names: Sequence[str]) -> tuple[Fault, ...]:
     known = {fault.name: fault for fault in FAULTS}
     for name in names:
         if name not in known:
+            if name in {fault.name for fault in SHARED}:
+                raise UserError(
+                    f"--only {name}: parity cannot see it, as both backends share it; see docs/data.md"
+                )
             raise UserError(f"--only {name}: no such fault{nearest(name, known)}")
     return tuple(known[name] for name in dict.fromkeys(names)) or FAULTS
 

@@ -235,3 +235,11 @@ def test_initial_values_have_the_named_distribution_and_depend_on_seed_and_name(
     assert not np.array_equal(normal, initial_value(_row(Normal(0.02)), seed=4, dtype=np.float64))
     other = initial_value(replace(_row(Normal(0.02)), name="v.weight"), seed=3, dtype=np.float64)
     assert not np.array_equal(normal, other)
+
+
+def test_a_null_rope_type_beside_another_is_refused():
+    rope = {"rope_type": None, "type": "linear", "factor": 2.0}
+    with pytest.raises(ModelError, match="rope_type null beside type 'linear'"):
+        model_spec_from_config(
+            config_of(PRESETS["tiny"]) | {"rope_parameters": None, "rope_scaling": rope}, name="x", where="x"
+        )
