@@ -241,5 +241,7 @@ def test_a_null_rope_type_beside_another_is_refused():
     rope = {"rope_type": None, "type": "linear", "factor": 2.0}
     with pytest.raises(ModelError, match="rope_type null beside type 'linear'"):
         model_spec_from_config(
-            config_of(PRESETS["tiny"]) | {"rope_parameters": None, "rope_scaling": rope}, name="x", where="x"
+            config_of(VARIANTS["plain"]) | {"rope_parameters": None, "rope_scaling": rope},
+            name="x",
+            where="x",
         )
