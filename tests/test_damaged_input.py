@@ -203,6 +203,11 @@ def a_token_as_older_files_have_it(folder: Path, whole: Whole) -> list[str]:
     return a_tokenizer(folder, whole, lambda t: t.update(eos_token=token), "tokenizer_config.json")
 
 
+def a_named_template_that_is_null(folder: Path, whole: Whole) -> list[str]:
+    named = [{"name": "default", "template": None}, {"name": "tool_use", "template": "x"}]
+    return a_tokenizer(folder, whole, lambda t: t.update(chat_template=named), "tokenizer_config.json")
+
+
 FOUND: list[tuple[Callable[[Path, Whole], list[str]], str]] = [
     (a_row_of_one_token, "no usable record: raise data.sequence_tokens"),
     (a_message_of_several_lines, "no usable record"),
@@ -218,9 +223,11 @@ FOUND: list[tuple[Callable[[Path, Whole], list[str]], str]] = [
     (reasoning_that_is_a_number, "'reasoning_content' must be text, not 5"),
     (a_line_in_another_encoding, "d.jsonl line 2: not UTF-8 text"),
     (a_template_that_writes_half_a_letter, "chat template: 'utf-8' codec can't encode character '\\ud800'"),
+    (a_named_template_that_is_null, "a chat template must be text, not None"),
     (a_tokenizer_that_makes_its_library_panic, "transformers cannot load its tokenizer (slice index"),
     (a_token_as_older_files_have_it, ""),
-    (a_tokenizer_that_makes_its_library_crash, "/tokenizer: "),  # the last: behind it another worker has to start
+    # The last one, since another worker has to start behind it.
+    (a_tokenizer_that_makes_its_library_crash, "/tokenizer: "),
 ]
 
 

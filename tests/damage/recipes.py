@@ -12,7 +12,7 @@ import yaml
 from small import ROOT
 
 from damage.case import Case, Tree, Whole
-from damage.values import ODD, damage_text, damage_values, written
+from damage.values import ODD, damage_text, damage_values, near, written
 from trainspec.recipe import recipe_from
 
 TRAIN = str(ROOT / "configs/data/qa-heldout.jsonl")
@@ -78,6 +78,9 @@ def damage_override(folder: Path, rng: random.Random, whole: Whole) -> Case:
     overrides = []
     for _ in range(rng.choice((1, 1, 1, 2))):
         key, word = rng.choice((*keys, *keys, *keys, *resolved)), rng.choice(words)
+        if "." in key and rng.random() < 0.4:
+            section, leaf = key.split(".")
+            word = json.dumps(near(resolved[section][leaf], rng))
         if rng.random() < 0.1:
             key = rng.choice((key + ".x", key + "x", "." + key, key.upper(), "", "x" * 3000, "\ud800", "\0"))
         overrides += ["--set", key + word if rng.random() < 0.02 else f"{key}={word}"]

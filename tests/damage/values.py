@@ -38,6 +38,40 @@ def odd(rng: random.Random) -> Any:
     return value
 
 
+def near(value: Any, rng: random.Random) -> Any:
+    """A value that is nearly the right one, or right in another type."""
+    match value:
+        case bool():
+            return rng.choice((not value, int(value), str(value), str(value).lower(), float(value)))
+        case int():
+            return rng.choice(
+                (value + 1, value * 2, value // 2, -value, float(value), value + 0.5, str(value), bool(value))
+            )
+        case float():
+            return rng.choice(
+                (value * 2, value / 3, 1 - value, -value, int(value), str(value), f"{value:e}", value * 1e30)
+            )
+        case str():
+            return rng.choice(
+                (value.upper(), value.title(), f" {value}", f"{value}\n", value[:-1], value * 2, [value])
+            )
+        case list():
+            return rng.choice(
+                (
+                    value[1:],
+                    value[::-1],
+                    value * 2,
+                    [*value, None],
+                    dict.fromkeys(map(str, value)),
+                    str(value),
+                )
+            )
+        case dict():
+            return rng.choice((list(value), [value], dict(list(value.items())[1:]), str(value)))
+        case _:
+            return odd(rng)
+
+
 def damage_values(tree: Any, rng: random.Random, *, keys: tuple[str, ...] = ()) -> Any:
     """A copy with one or two values replaced, removed, renamed, doubled or wrapped; `keys` are those that may be added."""
     tree = copy.deepcopy(tree)
@@ -46,7 +80,7 @@ def damage_values(tree: Any, rng: random.Random, *, keys: tuple[str, ...] = ()) 
         if not found:
             return odd(rng)
         inside, key = rng.choice(found)
-        match rng.randrange(10):
+        match rng.randrange(13):
             case 0:
                 del inside[key]
             case 1 if isinstance(inside, dict):
@@ -61,7 +95,9 @@ def damage_values(tree: Any, rng: random.Random, *, keys: tuple[str, ...] = ()) 
                 )
             case 4 if isinstance(inside, dict):
                 inside[rng.choice(keys) if keys else "new"] = odd(rng)
-            case 5 if isinstance(inside[key], str):
+            case 5 | 6 | 7:
+                inside[key] = near(inside[key], rng)
+            case 8 if isinstance(inside[key], str):
                 inside[key] = damage_text(inside[key], rng)
             case _:
                 inside[key] = odd(rng)

@@ -198,12 +198,14 @@ class Encoder:
 
     def _check_template(self) -> None:
         templates = self.tokenizer.chat_template
+        if templates is None:
+            return
         for source in templates.values() if isinstance(templates, dict) else [templates]:
-            if source is None:
-                continue
+            if not isinstance(source, str):
+                raise DataError(f"{self.directory}: a chat template must be text, not {source!r:.80}")
             try:
                 render_jinja_template(conversations=[], chat_template=source)
-            except Exception as error:  # jinja's own, and a TypeError where it is no text
+            except Exception as error:
                 raise DataError(f"{self.directory}: chat template: {_one_line(error)}") from None
 
     def _render(
