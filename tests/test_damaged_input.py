@@ -198,6 +198,13 @@ def a_tokenizer_that_makes_its_library_crash(folder: Path, whole: Whole) -> list
     )
 
 
+def a_tokenizer_that_puts_an_unknown_token_in_front(folder: Path, whole: Whole) -> list[str]:
+    token = {"SpecialToken": {"id": "<", "type_id": 0}}
+    return a_tokenizer(
+        folder, whole, lambda t: t["post_processor"]["single"].insert(0, token), "tokenizer.json"
+    )
+
+
 def a_token_as_older_files_have_it(folder: Path, whole: Whole) -> list[str]:
     token = {"content": "</s>", "lstrip": False, "special": True, "__type": "AddedToken"}
     return a_tokenizer(folder, whole, lambda t: t.update(eos_token=token), "tokenizer_config.json")
@@ -225,6 +232,10 @@ FOUND: list[tuple[Callable[[Path, Whole], list[str]], str]] = [
     (a_template_that_writes_half_a_letter, "chat template: 'utf-8' codec can't encode character '\\ud800'"),
     (a_named_template_that_is_null, "a chat template must be text, not None"),
     (a_tokenizer_that_makes_its_library_panic, "transformers cannot load its tokenizer (slice index"),
+    (
+        a_tokenizer_that_puts_an_unknown_token_in_front,
+        "transformers cannot load its tokenizer (no entry found",
+    ),
     (a_token_as_older_files_have_it, ""),
     # The last one, since another worker has to start behind it.
     (a_tokenizer_that_makes_its_library_crash, "/tokenizer: "),
