@@ -36,6 +36,8 @@ _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 # A Ctrl-C reaches all of them, a `kill -INT` this process alone: who is still there so much later has not had it.
 _INTERRUPT_SECONDS = 1.0
+# How long a process that was killed may take to be known as ended, behind what others see of it.
+_SETTLE_SECONDS = 0.5
 # How long a process that is stuck may take to write its stack.
 _STACK_SECONDS = 0.5
 # Where a process that `launch` started finds the pipe for its line and, if it leads, the console.
@@ -242,23 +244,26 @@ def _first_failure(
 ) -> tuple[_Failure | None, list[_Failure]]:
     """Wait for the first process that fails, or for all to end well; with it all that have told their line by then.
 
-    A signal that ended one goes before what others tell, who only see that a connection broke. But not SIGABRT, with
+    One that ended without a word goes before those that tell of a broken connection. But not if it was by SIGABRT, with
     which NCCL ends a process whose peer is gone.
     """
-    while True:
-        # In this order: who tells of a broken connection does so when the process at its other end has ended.
-        told = _received(reports)
-        codes = [child.poll() for child in children]
-        if told or any(codes):
-            break
+    told: list[_Failure] = []
+    codes: list[int | None] = [None]
+    while not told and not any(codes):
         if None not in codes:
             return None, told
         time.sleep(_POLL_SECONDS)
-    told += _received(reports)  # who ended between the two
-    killed = [rank for rank, code in enumerate(codes) if code and code < 0 and -code != signal.SIGABRT]
-    if told and not killed:
+        told, codes = _received(reports), [child.poll() for child in children]
+    # The kernel closes the connections of a process before it says that the process has ended.
+    time.sleep(_SETTLE_SECONDS)
+    codes = [child.poll() for child in children]
+    told += _received(reports)
+    spoke = {failure.rank for failure in told}
+    silent = [rank for rank, code in enumerate(codes) if code and rank not in spoke]
+    causes = [rank for rank in silent if codes[rank] != -signal.SIGABRT]
+    if told and not causes:
         return told[0], told
-    rank = next(iter(killed or [rank for rank, code in enumerate(codes) if code]))
+    rank = (causes or silent)[0]
     return _Failure(rank, None, _how_it_ended(codes[rank] or 0)), told
 
 

@@ -16,7 +16,15 @@ import pytest
 from small import ROOT
 
 from torchtrain.cli import main
-from torchtrain.launch import _received, check_gpus, count_processes, describe_cluster, has_launcher
+from torchtrain.launch import (
+    _Failure,
+    _first_failure,
+    _received,
+    check_gpus,
+    count_processes,
+    describe_cluster,
+    has_launcher,
+)
 from trainspec.errors import PlanError
 
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -258,6 +266,42 @@ def test_a_long_line_reaches_the_launcher_with_both_its_ends(letter):
     os.close(reads)
     assert len(raw) < 4096
     assert (failure.rank, failure.code, failure.line[:2], failure.line[-2:]) == (1, 2, "a ", " z")
+
+
+class Child:
+    """A process whose ends are seen one after the other; the last one stays."""
+
+    def __init__(self, *codes: int | None) -> None:
+        self._codes = list(codes)
+
+    def poll(self) -> int | None:
+        return self._codes.pop(0) if len(self._codes) > 1 else self._codes[0]
+
+
+@pytest.mark.parametrize(
+    ("children", "told", "first"),
+    [
+        ([Child(0), Child(None, 0)], [], None),
+        ([Child(None, 3), Child(None, 2)], [(1, 2, "cause"), (0, 3, "connection")], (1, 2, "cause")),
+        # The connection of a process that was killed breaks before the kernel says that it has ended.
+        ([Child(None), Child(None, -9)], [(0, 3, "connection")], (1, None, "was ended by SIGKILL, as the kernel")),
+        ([Child(None), Child(None, 9)], [(0, 3, "connection")], (1, None, "ended with exit code 9 and did")),
+        # NCCL's way to end a process whose peer is gone; but it may also be the only one that ended.
+        ([Child(-6), Child(2)], [(1, 2, "cause")], (1, 2, "cause")),
+        ([Child(-6), Child(None)], [], (0, None, "was ended by SIGABRT")),
+        ([Child(-6), Child(-11)], [], (1, None, "was ended by SIGSEGV")),
+    ],
+)  # fmt: skip
+def test_who_was_the_first_to_fail(children, told, first, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    rest = [[_Failure(*failure) for failure in told]]
+    monkeypatch.setattr("torchtrain.launch._received", lambda reports: rest.pop() if rest else [])
+    found, _ = _first_failure(children, 0)
+    if first is None:
+        assert found is None
+    else:
+        assert found[:2] == first[:2]
+        assert found.line.startswith(first[2])
 
 
 def test_a_process_that_ends_without_a_word_is_named(make_recipe, tmp_path):
