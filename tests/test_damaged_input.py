@@ -215,6 +215,11 @@ def a_named_template_that_is_null(folder: Path, whole: Whole) -> list[str]:
     return a_tokenizer(folder, whole, lambda t: t.update(chat_template=named), "tokenizer_config.json")
 
 
+def a_template_whose_name_is_a_number(folder: Path, whole: Whole) -> list[str]:
+    named = [{"name": 5, "template": "x"}, {"name": "tool_use", "template": "x"}]
+    return a_tokenizer(folder, whole, lambda t: t.update(chat_template=named), "tokenizer_config.json")
+
+
 FOUND: list[tuple[Callable[[Path, Whole], list[str]], str]] = [
     (a_row_of_one_token, "no usable record: raise data.sequence_tokens"),
     (a_message_of_several_lines, "no usable record"),
@@ -231,6 +236,7 @@ FOUND: list[tuple[Callable[[Path, Whole], list[str]], str]] = [
     (a_line_in_another_encoding, "d.jsonl line 2: not UTF-8 text"),
     (a_template_that_writes_half_a_letter, "chat template: 'utf-8' codec can't encode character '\\ud800'"),
     (a_named_template_that_is_null, "a chat template must be text, not None"),
+    (a_template_whose_name_is_a_number, "/tokenizer: '<' not supported"),
     (a_tokenizer_that_makes_its_library_panic, "transformers cannot load its tokenizer (slice index"),
     (
         a_tokenizer_that_puts_an_unknown_token_in_front,

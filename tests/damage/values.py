@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def near(value: Any, rng: random.Random) -> Any:
             return rng.choice(
                 (value + 1, value * 2, value // 2, -value, float(value), value + 0.5, str(value), bool(value))
             )
-        case float():
+        case float() if math.isfinite(value):
             return rng.choice(
                 (value * 2, value / 3, 1 - value, -value, int(value), str(value), f"{value:e}", value * 1e30)
             )

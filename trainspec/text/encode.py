@@ -23,6 +23,7 @@ os.environ.setdefault(
 )  # the cores are shared by processes, each with one thread
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
@@ -73,6 +74,7 @@ class Encoder:
         logging.disable(logging.WARNING)
         self.directory, self.date = directory, date
         self.tokenizer = _load(directory)
+        self._template_of = str(directory) if chat_template is None else "data.chat_template"
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
         self.bos: int | None = self.tokenizer.bos_token_id
@@ -101,7 +103,7 @@ class Encoder:
             return None
         try:
             return self.tokenizer.get_chat_template(None, tools)
-        except ValueError as error:  # several, and none called default
+        except (ValueError, TypeError) as error:  # several, and none called default
             raise DataError(f"{self.directory}: {_one_line(error)}") from None
 
     def encode(self, record: Chat | Text) -> Encoded:
@@ -202,11 +204,12 @@ class Encoder:
             return
         for source in templates.values() if isinstance(templates, dict) else [templates]:
             if not isinstance(source, str):
-                raise DataError(f"{self.directory}: a chat template must be text, not {source!r:.80}")
+                raise DataError(f"{self._template_of}: a chat template must be text, not {source!r:.80}")
             try:
                 render_jinja_template(conversations=[], chat_template=source)
             except Exception as error:
-                raise DataError(f"{self.directory}: chat template: {_one_line(error)}") from None
+                line = f" line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+                raise DataError(f"{self._template_of}: chat template{line}: {_one_line(error)}") from None
 
     def _render(
         self, conversations: Sequence[Sequence[Message]], tools: Any, template: str, *, prompt: bool = False
@@ -270,6 +273,9 @@ class Encoder:
             if any(isinstance(words, str) and not _is_written(words, text) for words in said):
                 notes.append("loses text in the template")
                 break
+        calls = [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
+        if any(call["name"] not in text for call in calls):
+            notes.append("loses tool calls in the template")
         return notes
 
 
