@@ -71,7 +71,13 @@ def export(
     method = recipe.method
     if merge and not isinstance(method, LoRA):
         raise RecipeError(f"method.kind={method.kind} {NOT_MERGED[method.kind]}; leave --merge out")
-    identity = checkpoint.read_made(path).identity
+    made = checkpoint.read_made(path)
+    identity, template = made.identity, made.recipe.data.chat_template
+    if template is not None and recipe.data.chat_template is None:
+        raise RecipeError(
+            f"{out}: was trained with data.chat_template={template}, the recipe has none, and the export would answer in another "
+            f"format; export with the run's own recipe, {out / 'recipe.yaml'}"
+        )
     tokenizer = _tokenizer(recipe, source, identity.tokenizer if identity else None, say)
     if merge or isinstance(method, Full):
         target = out / ("merged" if merge else "model")

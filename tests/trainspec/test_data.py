@@ -196,7 +196,10 @@ def test_the_input_keeps_its_blank_lines(dataset):
         ('{"text": "x"}', "set data.task=text"),
         ('{"question": "a", "answer": "b"}', r"data\.columns=\{instruction: question, output: answer\}"),
         ('{"instruction": "a", "output": "b", "context": "c"}', r"data\.columns=\{input: context\}"),
-        ('{"instruction": "a", "output": "b", "messages": []}', "line 2: field 'instruction' is not used"),
+        (
+            '{"instruction": "a", "output": "b", "messages": []}',
+            "line 2: fields 'instruction', 'output' are not used",
+        ),
         ('{"instruction": "a", "output": "b", "history": []}', "data.ignore"),
     ],
 )

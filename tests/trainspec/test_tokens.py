@@ -103,6 +103,19 @@ def test_tools_of_which_a_template_says_nothing_are_counted(open_):
     assert shown(data)[0].startswith('[{"type": "function", "function": {"name": "f"}}]')
 
 
+def test_tool_calls_that_a_template_drops_are_counted(open_):
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}],
+    }
+    record = {"messages": [CHAT[0], call, *CHAT]}
+    silent = CHATML.replace("m['content']", "m['content'] if 'content' in m")
+    assert "1 of 1 records: loses tool calls in the template" in open_([record], template=silent).summary
+    written = silent.replace("</s>", "{{ m.tool_calls | tojson if 'tool_calls' in m }}</s>")
+    assert "loses tool calls" not in open_([record], template=written).summary
+
+
 def test_templates_see_transformers_environment_and_the_recipe_s_date(open_):
     template = (
         "{{ strftime_now('%d %b %Y') }} {{ bos_token }} {{ {'a': '<é>'} | tojson }} {{ documents is none }} "
@@ -145,7 +158,8 @@ def test_text_that_has_its_begin_and_end_tokens_gets_no_more(open_):
 def test_bad_records_are_told_all_at_once(open_):
     lines = ['{"instruction": "a", "output": "b"}', *["{"] * 7, '{"instruction": "c"}']
     with pytest.raises(
-        DataError, match=r"line 2: not JSON.*line 6: [^;]*; 8 bad records of 9: line 2-9; mend"
+        DataError,
+        match=r"line 2: not JSON: [^;]* \(in 7 records\); line 9: [^;]*; 8 bad records of 9: line 2-9; mend",
     ) as caught:
         open_(lines)
     assert len(str(caught.value).splitlines()) == 1
@@ -209,7 +223,7 @@ def test_a_template_that_refuses_a_record_is_a_bad_record(open_):
     ("template", "says"),
     [
         (b"\xff\xfe{", "t.jinja: not UTF-8 text"),
-        ("{% for %}", "chat template: Expected an expression"),
+        ("{% for %}", "data.chat_template: chat template line 1: Expected an expression"),
         ("{% include 'x' %}", "line 1: chat template: "),
         ("{{ ''.__class__.__mro__ }}", "line 1: chat template: access to attribute '__class__'"),
     ],
@@ -344,6 +358,16 @@ def test_the_text_of_a_prompt_is_encoded_once_in_a_cache(tokenizer: Path, tmp_pa
     [file] = (tmp_path / "texts").iterdir()
     file.write_text("[7]")
     assert found.encode("what is", tmp_path) == [7]
+
+
+def test_cells_of_a_csv_are_text(make_recipe: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "d.csv").write_text('instruction,input,output\nIs it?,NA,007\n"a, b",,"x\ny"\n')
+    data = open_dataset(make_recipe(data={"train": str(tmp_path / "d.csv")}), "train")
+    assert shown(data, 0) == ("<s>Question: Is it?\nNA\nAnswer:\n007</s>", "007</s>")
+    assert shown(data, 1) == ("<s>Question: a, b\nAnswer:\nx\ny</s>", "x\ny</s>")
+    (tmp_path / "d.csv").write_text("instruction;output\na;b\n")
+    with pytest.raises(DataError, match="not by ';'"):
+        open_dataset(make_recipe(data={"train": str(tmp_path / "d.csv")}), "train")
 
 
 def test_chats_of_a_table_are_those_of_lines(open_, make_recipe: Callable[..., Any], tmp_path: Path):

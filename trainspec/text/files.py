@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ from trainspec.errors import DataError
 from trainspec.text.records import BadRecord, Task
 
 # Read by the library `datasets`, under these names of its builders.
-TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
-KNOWN = (".jsonl", ".json", ".txt", *TABLES)
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}
+# Read as text: a cell is what stands there, and an empty one is absent.
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+KNOWN = (".jsonl", ".json", ".txt", *SEPARATORS, *TABLES)
 HUB = "hub:"
 
 
@@ -35,9 +38,9 @@ class Raw(NamedTuple):
             _refuse_surrogates(self.content)
             return self.content
         try:
-            value = json.loads(self.content)
+            value = json.loads(self.content.rstrip())
         except json.JSONDecodeError as error:
-            raise BadRecord(f"not JSON: {error.msg} at column {error.colno}") from None
+            raise BadRecord(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
         except RecursionError:
             raise BadRecord("not read: lists or objects are nested too deep") from None
         except ValueError as error:  # a number of thousands of digits
@@ -77,6 +80,8 @@ def read_raw(source: str) -> Iterator[Raw]:
         if is_hub(source) or path.is_dir() or path.suffix in TABLES:
             # A table has every field in every row: null stands for what a record has not.
             yield from (Raw(f"row {i}", _without_nulls(row), False) for i, row in enumerate(table(source)))
+        elif path.suffix in SEPARATORS:
+            yield from _cells(path, SEPARATORS[path.suffix])
         elif path.suffix == ".txt":
             yield from _documents(path)
         elif path.suffix == ".json" and (array := _array(path)) is not None:
@@ -131,6 +136,26 @@ def _without_nulls(value: Any) -> Any:
         case list():
             return [_without_nulls(item) for item in value]
     return value
+
+
+def _cells(path: Path, separator: str) -> Iterator[Raw]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=separator, strict=True)
+        try:
+            names = list(reader.fieldnames or ())
+            if len(names) == 1 and ";" in names[0]:
+                raise DataError(
+                    f"{path}: one column, {names[0]!r}; cells are separated by {separator!r}, not by ';'"
+                )
+            for row in reader:
+                where = f"line {reader.line_num}"
+                if None in row:
+                    raise DataError(
+                        f"{path} {where}: more cells than the {len(names)} columns of the first line"
+                    )
+                yield Raw(where, {name: cell for name, cell in row.items() if cell}, False)
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num}: not read: {error}") from None
 
 
 def _documents(path: Path) -> Iterator[Raw]:
@@ -190,8 +215,7 @@ def table(source: str) -> Any:
                     f"{source}: holds several splits; name one: {', '.join(f'{source}/{k}' for k in found)}"
                 )
             return found
-        options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        return datasets.load_dataset(TABLES[path.suffix], data_files=source, split="train", **options)
+        return datasets.load_dataset(TABLES[path.suffix], data_files=source, split="train")
     except DataError:
         raise
     except Exception as error:  # each of its readers has errors of its own

@@ -47,7 +47,7 @@ class _Done:
     lengths: list[int] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    errors: list[str] = field(default_factory=list)
+    errors: dict[str, list[str]] = field(default_factory=dict)  # what is wrong -> where
     bad: list[str] = field(default_factory=list)
     targets: int = 0
     end_targets: int = 0
@@ -58,7 +58,8 @@ class _Done:
         """Count what a chunk has, but for its tokens."""
         self.skipped.update(chunk.skipped)
         self.notes.update(chunk.notes)
-        self.errors = [*self.errors, *chunk.errors][:_SHOWN_ERRORS]
+        for error, where in chunk.errors.items():
+            self.errors.setdefault(error, []).extend(where)
         self.bad += chunk.bad
         self.targets += chunk.targets
         self.end_targets += chunk.end_targets
@@ -83,8 +84,7 @@ class _Chunks:
                 done.skipped[f"not located ({reason})"] += 1
             except BadRecord as error:
                 done.bad.append(raw.where)
-                if len(done.errors) < _SHOWN_ERRORS:
-                    done.errors.append(f"{raw.where}: {error}")
+                done.errors.setdefault(str(error), []).append(raw.where)
         tokens, flags = np.asarray(ids, np.int32), np.asarray(marks, np.uint8)
         learnt = tokens[(flags & COUNTS) > 0]
         done.targets, done.largest = int(learnt.size), int(tokens.max(initial=0))
@@ -143,7 +143,7 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
         "records": num_records,
         "skipped": dict(total.skipped),
         "notes": dict(total.notes),
-        "bad": [*total.errors, places(total.bad)] if total.bad else [],
+        "bad": [*_told(total), places(total.bad)] if total.bad else [],
         "targets": total.targets,
         "end_targets": total.end_targets,
         "largest": total.largest,
@@ -153,13 +153,24 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _all_bad(source: str, total: _Done, num_records: int) -> str:
-    said = f"{source} {'; '.join(total.errors)}"
+    said = f"{source} {'; '.join(_told(total))}"
     if len(total.bad) == 1:
         return f"{said}; mend it, or set data.bad_records=skip"
     return (
         f"{said}; {len(total.bad)} bad records of {num_records}: {places(total.bad)}; mend them, or set "
         "data.bad_records=skip"
     )
+
+
+def _told(total: _Done) -> list[str]:
+    """The first few kinds of what is wrong, each with its first place and how often it is so."""
+    kinds = list(total.errors.items())
+    shown = [
+        f"{where[0]}: {error}{f' (in {len(where)} records)' if len(where) > 1 else ''}"
+        for error, where in kinds[:_SHOWN_ERRORS]
+    ]
+    more = len(kinds) - len(shown)
+    return [*shown, f"{more} more kinds of mistakes"] if more else shown
 
 
 def places(bad: Sequence[str]) -> str:

@@ -47,6 +47,16 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
 }
 FIELDS = tuple(dict.fromkeys(name for needed, more in SHAPES.values() for name in (*needed, *more)))
+# What people call some of them.
+ALIASES = {
+    "question": "instruction",
+    "query": "instruction",
+    "context": "input",
+    "answer": "output",
+    "response": "output",
+    "functions": "tools",
+    "system_prompt": "system",
+}
 # How an instruction record reads, by task: lines, of which that of an absent input falls out. The response follows
 # on a line of its own.
 PROMPTS: dict[Task, tuple[str, ...]] = {
@@ -154,21 +164,22 @@ class Reader:
         unknown = [name for name in fields if name not in FIELDS]
         if not unknown:
             return f" among {', '.join(map(repr, fields))}" if fields else ": the record is empty"
-        pairs = ", ".join(
-            f"{name}: {other}" for name, other in zip(missing, [*unknown, *["FIELD"] * 9], strict=False)
-        )
+        likely = {ALIASES[name]: name for name in unknown if name in ALIASES}
+        pairs = ", ".join(f"{name}: {likely.get(name, 'YOUR_FIELD')}" for name in missing)
         return f" among {', '.join(map(repr, fields))}; say which is which, such as data.columns={{{pairs}}}"
 
     def _refuse_unused(self, fields: Mapping[str, Any], shape: str) -> None:
         needed, more = SHAPES[shape]
-        for name in fields:
-            if name not in (*needed, *more):
-                open_ = [known for known in more if known not in fields]
-                known = f"; map it (data.columns={{{open_[0]}: {name}}})" if open_ else ""
-                raise BadRecord(
-                    f"field {name!r} is not used beside {needed[0]!r}{nearest(name, (*needed, *more))}"
-                    f"{known}{', or' if known else ';'} name it in data.ignore"
-                )
+        unused = [name for name in fields if name not in (*needed, *more)]
+        if unused:
+            named = ", ".join(map(repr, unused))
+            likely = {ALIASES[name]: name for name in unused if ALIASES.get(name) in more}
+            pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in likely.items() if ours not in fields)
+            raise BadRecord(
+                f"field{'s' * (len(unused) > 1)} {named} {'are' if len(unused) > 1 else 'is'} not used beside {needed[0]!r}"
+                f"{nearest(unused[0], (*needed, *more))}; set data.ignore=[{', '.join(unused)}]"
+                f"{f', or map it: data.columns={{{pairs}}}' if pairs else ''}"
+            )
 
     def _no_system(self, shape: str) -> None:
         if self.system is not None:
