@@ -57,7 +57,8 @@ def _not_as_configured(file: Path) -> Iterator[str]:
     config, model = json.loads(file.read_text()), read_model_spec(file.parent)
     for key, name in CONFIGURED.items():
         given, taken = config.get(key), getattr(model, name)
-        is_as_given = given == taken and (type(given) is type(taken) or _is_number(given, taken))
+        is_as_given = _is_number(given, taken) and float(given) == float(taken)
+        is_as_given = is_as_given or (type(given) is type(taken) and given == taken)
         if given is not None and not is_as_given:
             yield f"{key} is {given!r:.200}, taken as {taken!r}"
 
