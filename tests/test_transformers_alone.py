@@ -24,14 +24,17 @@ from small import CACHE
 PROGRAMS = ("jaxtrain", "torchtrain")
 CHATS = ("many_turns", "system", "tool_markup", "code", "emoji", "think_many")
 CONTROL = "prompt-trained"
+# Of each run of the fast tests: a tied model, and one whose config says so and whose head is its own.
+FAST = ("tied", "own-head")
 BOUND = {"exact": 1e-12, "as-is": 1e-6}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Traces of both backends and what transformers finds, for every directory."""
+def home(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Traces of both backends and what transformers finds, for every directory that is asked for."""
     home = tmp_path_factory.mktemp("alone")
-    shapes = make_model_shapes(home)
+    asked = FAST if request.config.option.markexpr == "not full" else SHAPES
+    shapes = {name: path for name, path in make_model_shapes(home).items() if name in asked}
     records = [CONVERSATIONS[name] for name in CHATS]
     (home / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     commands = []
@@ -71,7 +74,9 @@ def distance(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", BOUND)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(name, marks=[] if name in FAST else pytest.mark.full) for name in SHAPES]
+)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_loss_and_gradients_are_those_of_transformers(home: Path, program: str, shape: str, kind: str):
     wanted = np.load(home / f"{shape}-{kind}.npz")

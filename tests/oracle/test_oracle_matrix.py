@@ -226,7 +226,7 @@ RANDOM = {f"number {i}": record for i, record in enumerate(random_records(40, se
 MORE_RANDOM = {f"number {i}": record for i, record in enumerate(random_records(1000, seed=41))}
 
 
-@pytest.mark.parametrize("name", ["bytes_bos", "plain_prepend"])
+@pytest.mark.parametrize("name", ["bytes_bos", pytest.param("plain_prepend", marks=pytest.mark.full)])
 def test_random_conversations(name: str, directories: dict[str, Path]):
     outcome = _compare(directories[name], RANDOM)
     assert not outcome.wrong, f"{len(outcome.wrong)} of {outcome.rendered}, the first: {outcome.wrong[0]}"
@@ -241,7 +241,7 @@ def test_many_random_conversations(name: str, directories: dict[str, Path]):
     assert outcome.unlocated.total() <= outcome.rendered / 100
 
 
-@pytest.mark.parametrize("name", ["bytes_bos", "plain_prepend"])
+@pytest.mark.parametrize("name", ["bytes_bos", pytest.param("plain_prepend", marks=pytest.mark.full)])
 def test_odd_templates_are_masked_right_or_not_at_all(name: str, directories: dict[str, Path]):
     outcome = _compare(directories[name], CONVERSATIONS, ODD_TAGGED)
     assert not outcome.wrong, f"{len(outcome.wrong)} of {outcome.rendered}, the first: {outcome.wrong[0]}"

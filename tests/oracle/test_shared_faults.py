@@ -27,7 +27,6 @@ from parity.faults import SHARED, SharedFault
 from trainspec.text.encode import DATE
 
 TEMPLATE, TOKENIZER = "qwen3", "prepend"
-FAST = "tools-dropped"
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,7 @@ def test_transformers_catches_it(fault: SharedFault, filled, judge: Judge, monke
 
 @pytest.mark.parametrize(
     "name",
-    ["-", *(pytest.param(f.name, marks=[] if f.name == FAST else pytest.mark.full) for f in SHARED)],
+    ["-", *(pytest.param(f.name, marks=pytest.mark.full) for f in SHARED)],
 )
 def test_parity_passes_all_the_same(name: str, filled, tmp_path: Path):
     """With nothing planted too: tools, a prefix and packed rows, in float64."""
