@@ -1,8 +1,9 @@
 """A GPU or TPU that is there and cannot be used ends a run with its reason; nothing falls back to the CPU unless told."""
 
-from __future__ import re
+from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
