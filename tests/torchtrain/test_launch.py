@@ -39,7 +39,8 @@ def plan_file(make_recipe, tmp_path: Path, **sections) -> Path:
 
 
 PLANTED = str(ROOT / "tests/planted")
-PEER = "Connection closed by peer"  # what gloo says, and nobody else
+# What gloo says, and nobody else: it closes where it can, and is reset where the kernel ends a process with data under way.
+PEER = re.compile("Connection (closed|reset) by peer")
 
 
 def planted(file: Path, out: Path, where: str, what: str) -> tuple[int, str, dict[int, str]]:
@@ -188,8 +189,8 @@ def test_of_several_processes_the_one_that_failed_first_speaks(make_recipe, tmp_
     where = f"torchtrain: process 1 of 2 (the stacks of all are in {out}/logs): "
     assert (code, told) == (2, f"{where}line 7: no record; {saved}\n")
     assert "DataError: line 7: no record" in logs[1]
-    assert PEER not in logs[1]
-    assert PEER in logs[0]
+    assert not PEER.search(logs[1])
+    assert PEER.search(logs[0])
     assert logs[0].count("Traceback (most recent call last)") == 1
 
 
@@ -202,7 +203,7 @@ def test_a_crash_of_one_process_is_one_line_too(make_recipe, tmp_path):
     )
     assert told.count("\n") == 1
     assert "KeyError: 'x'" in logs[1]
-    assert PEER in logs[0]
+    assert PEER.search(logs[0])
 
 
 def test_a_killed_process_is_the_first_to_fail(make_recipe, tmp_path):
@@ -214,7 +215,7 @@ def test_a_killed_process_is_the_first_to_fail(make_recipe, tmp_path):
         "torchtrain: process 1 of 2 was ended by SIGKILL, as the kernel does where memory is full; "
         f"the stacks of all are in {out}/logs; {saved}\n",
     )
-    assert PEER in logs[0]
+    assert PEER.search(logs[0])
 
 
 @pytest.mark.full
@@ -225,7 +226,7 @@ def test_the_leader_may_be_the_first_to_fail(make_recipe, tmp_path):
     saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
     assert (code, told) == (3, f"{where}a/b: No space left on device; {saved}\n")
     assert "OSError: [Errno 28]" in logs[0]
-    assert PEER in logs[1]
+    assert PEER.search(logs[1])
 
 
 @pytest.mark.full
