@@ -72,7 +72,7 @@ def test_there_are_5000():
 def recipe(whole: Whole, folder: Path, *, command: str, **sections: dict[str, Any]) -> list[str]:
     tree: dict[str, Any] = {
         "model": {"from": str(whole.model)},
-        "data": {"train": str(folder / "d.jsonl"), "sequence_tokens": 64, "cache": str(whole.cache)},
+        "data": {"train": str(folder / "d.jsonl"), "sequence_tokens": 64, "cache": "cache"},
         "run": {"steps": 1},
     }
     for name, fields in sections.items():
@@ -220,10 +220,15 @@ def a_template_whose_name_is_a_number(folder: Path, whole: Whole) -> list[str]:
     return a_tokenizer(folder, whole, lambda t: t.update(chat_template=named), "tokenizer_config.json")
 
 
+def a_name_that_no_disk_can_hold(folder: Path, whole: Whole) -> list[str]:
+    return recipe(whole, folder, command="data", data={"chat_template": "x" * 5000})
+
+
 FOUND: list[tuple[Callable[[Path, Whole], list[str]], str]] = [
     (a_row_of_one_token, "no usable record: raise data.sequence_tokens"),
     (a_message_of_several_lines, "no usable record"),
     (a_word_as_long_as_a_page, "xxx: unknown key; known here: batch,"),
+    (a_name_that_no_disk_can_hold, "xxx...: File name too long"),
     (an_adapter_with_half_a_letter, "peft_type '\\ud800'; method.kind=lora starts from"),
     (an_adapter_that_is_true, "r is True, the recipe says 1"),
     (an_adapter_that_says_false_in_quotes, "use_rslora is 'false', the recipe says False"),

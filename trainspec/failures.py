@@ -5,6 +5,7 @@ Errors of the frameworks are known by their names and words: nothing of a framew
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -53,6 +54,8 @@ def outcome(error: BaseException) -> tuple[int, str]:
             code, text = error.code, str(error)
         case NonFiniteLossError():
             code, text = EXIT_FAILED, f"stopped before the update: {error}"
+        case OSError(errno=errno.ENAMETOOLONG):  # whoever wrote the name has to mend it
+            code, text = EXIT_USER_ERROR, f"{error.filename!s:.200}...: {error.strerror}"
         case KeyboardInterrupt():
             code, text = EXIT_INTERRUPTED, "interrupted"
         case _ if (words := _of_machine(error)) is not None:

@@ -29,12 +29,11 @@ CHATML = (
 
 @dataclass(frozen=True)
 class Whole:
-    """What is undamaged: a model with its tokenizer, one that has a chat template, adapters, and where tokens are kept."""
+    """What is undamaged: a model with its tokenizer, one that has a chat template, and adapters."""
 
     model: Path
     chat: Path
     adapters: Path
-    cache: Path
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def write_whole(root: Path) -> Whole:
     for name, method in ADAPTERS.items():
         weights = {p.name: np.ones(p.shape, np.float32) for p in adapter_table(MODEL, method)}
         write_adapter(root / "adapters" / name, weights, model=MODEL, method=method, base=str(model))
-    return Whole(model, chat, root / "adapters", root / "cache")
+    return Whole(model, chat, root / "adapters")
 
 
 def linked(source: Path, target: Path, *but: str) -> Path:

@@ -45,7 +45,7 @@ def recipe_tree(whole: Whole, rng: random.Random, **data: Any) -> Tree:
     tree: Tree = {
         "model": {"from": str(whole.model)},
         "method": dict(rng.choice(METHODS)),
-        "data": {"train": TRAIN, "sequence_tokens": 64, "cache": str(whole.cache), "too_long": "cut"} | data,
+        "data": {"train": TRAIN, "sequence_tokens": 64, "cache": "cache", "too_long": "cut"} | data,
         "batch": {"global_examples": 8, "accumulation": 2},
         "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95], "clip_norm": 1.0},
         "schedule": {"kind": "linear", "warmup_steps": 2},
