@@ -181,21 +181,16 @@ class Encoder:
 
     def _tokens(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a text, and where in it each stands; an empty place for what the tokenizer puts around it."""
+        exact = self._exact.encode(text, add_special_tokens=False)
+        if not special:
+            return exact.ids, exact.offsets
         found = self.tokenizer(
-            text,
-            add_special_tokens=special,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=special,
-            verbose=False,
+            text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
         )
         ids, offsets = list(found["input_ids"]), list(found["offset_mapping"])
-        if self._exact is not None:
-            exact = self._exact.encode(text, add_special_tokens=False)
-            front = (
-                found["special_tokens_mask"].index(0) if special and 0 in found["special_tokens_mask"] else 0
-            )
-            if ids[front : front + len(exact.ids)] == exact.ids:
-                offsets[front : front + len(exact.ids)] = exact.offsets
+        front = found["special_tokens_mask"].index(0) if 0 in found["special_tokens_mask"] else 0
+        if ids[front : front + len(exact.ids)] == exact.ids:
+            offsets[front : front + len(exact.ids)] = exact.offsets
         return ids, offsets
 
     def _check_template(self) -> None:
@@ -344,16 +339,14 @@ def _load(directory: Path) -> Any:
     return tokenizer
 
 
-def _exact_offsets(tokenizer: Any, directory: Path) -> Tokenizer | None:
-    """The same tokenizer without the step that trims blanks off the places of tokens; None where there is no such step."""
-    source = tokenizer.backend_tokenizer.to_str()
-    if '"trim_offsets":true' not in source:
-        return None
+def _exact_offsets(tokenizer: Any, directory: Path) -> Tokenizer:
+    """The same tokenizer without what it puts around a text, and without the step that trims blanks off places."""
     try:
-        exact = Tokenizer.from_str(source)
+        exact = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # loaded it was, but two of its tokens have one id
         raise DataError(f"{directory}: tokenizer.json is damaged ({_one_line(error)})") from None
     exact.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    exact.encode_special_tokens = tokenizer.split_special_tokens
     exact.no_truncation()
     exact.no_padding()
     return exact

@@ -186,8 +186,10 @@ class _Turn:
             raise Unlocated("the template writes the turns before this one in another way")
         prompt = self._style.prompt
         if prompt:
-            at = self._text.rfind(prompt, self.done, content)
-            return content if at < 0 else at + len(prompt)
+            times = self._text.count(prompt, self.done, content)
+            if times > 1:  # the model may have written one of them itself, as between thoughts and answer
+                raise Unlocated("the template begins this turn in another way than one by itself")
+            return self._text.index(prompt, self.done, content) + len(prompt) if times else content
         # No prompt of its own: the turn starts with what leads to its content.
         if lead is None or not self._text.endswith(lead, self.done, content):
             raise Unlocated("the template begins this turn in another way than one by itself")
