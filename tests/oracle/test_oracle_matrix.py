@@ -135,7 +135,9 @@ def _cut(expected: Verdict, turns: list[int]) -> list[str]:
     """Where a turn is said to begin and does not: within what the assistant says, or at no token behind the first."""
     if sorted({*turns} & {*range(1, len(expected.ids))}) != turns:
         return [f"turns at {turns} of {len(expected.ids)} tokens"]
-    inside = [t for t in turns if any(a < expected.starts[t] < b for a, b in expected.spans)]
+    # A blank that a turn begins with may be in no token: inside is behind another token of the same turn.
+    starts = expected.starts
+    inside = [t for t in turns if any(a <= starts[t - 1] and starts[t] < b for a, b in expected.spans)]
     return [f"turns at {inside} are in the middle of what the assistant says"] if inside else []
 
 
