@@ -1,4 +1,4 @@
-# A person's entry points; `make` alone lists them.
+# A user's entry points; `make` alone lists them.
 PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := build/demo-model

@@ -76,7 +76,7 @@ def ours(file: Path, model: Path, cache: Path) -> None:
 
 
 def peer(file: Path, model: Path, cache: Path, processes: int) -> None:
-    """What a person would write with datasets and transformers."""
+    """What a user would write with datasets and transformers."""
     import datasets
     from transformers import AutoTokenizer
 

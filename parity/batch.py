@@ -3,7 +3,7 @@
 A launch is `parity.plant`. JAX takes all of them in one process, those with most devices first, as the first run
 makes the process's fake devices. torch takes one launch for each number of devices: with more than one it is
 torch's elastic launcher with a process for each. Whatever happens in a launch, every run gets an end: one that
-crashed, or in which nothing more happened, is reported so, and those behind it go on in a new launch.
+crashed, or in which nothing more happened, is reported so, and those after it go on in a new launch.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class _Launch:
     def _watch(self, command: Sequence[str], results: Path) -> str:
         """Run `command` until it ends or nothing more happens; how it ended. Leaves no process behind."""
         with self._log.open("a", encoding="utf-8") as log:
-            # What the person has set goes before what is set here.
+            # What the user has set goes before what is set here.
             cache = {"JAX_COMPILATION_CACHE_DIR": str(self.home / "jax-cache")}
             environment = ENVIRONMENT | cache | os.environ | CPU_ONLY
             child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

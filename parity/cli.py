@@ -25,7 +25,7 @@ STATUS_PAGE = Path("docs/parity-status.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0 (pass), 1 (fail) or 2 (the person's mistake)."""
+    """Run one command; the exit code is 0 (pass), 1 (fail) or 2 (the user's mistake)."""
     return run_command(_run, parser(), argv)
 
 

@@ -269,7 +269,7 @@ def _as_a_whole(place: Place, contrast: Contrast, norm: float) -> Finding:
 def _nothing_shown(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
     """Two ways of agreeing that prove nothing: no update was made, or a bound would let another tensor through.
 
-    Gradients and updates alone are asked: behind the gradient everything is computed from what has been judged.
+    Gradients and updates alone are asked: after the gradient everything is computed from what has been judged.
     """
     moving = [step for step in range(1, pair.common_steps + 1) if max(pair.scalar(step, "lr")) > 0]
     updates = [f for f in findings if f.place.phase == "update"]

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that shows a verdict to a person."""
+"""report.html: one self-contained page that shows a verdict to a user."""
 
 from __future__ import annotations
 

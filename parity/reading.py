@@ -1,6 +1,6 @@
 """What kind of cause a first divergence looks like: one line where the pattern is known.
 
-A reading is a hint for a person, drawn from the two tensors at the first divergence and from which other places
+A reading is a hint for a user, drawn from the two tensors at the first divergence and from which other places
 differ; the verdict does not depend on it.
 """
 
@@ -228,10 +228,10 @@ def masked(scene: Scene) -> str | None:
         return "only on padded positions: the mask of the padding"
     padded_rows = padding.any(axis=1)
     if padded_rows.any() and not padded_rows.all() and not wrong[~padded_rows].any():
-        return "only in rows that have padding: the mask of the padding, or positions behind it"
+        return "only in rows that have padding: the mask of the padding, or positions after it"
     later = scene.segments > 1
     if later.any() and not (wrong & ~later & ~padding).any():
-        return "only behind a document's boundary in a packed row: the block mask or restarted positions"
+        return "only after a document's boundary in a packed row: the block mask or restarted positions"
     return None
 
 

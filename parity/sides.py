@@ -86,7 +86,7 @@ def run_side(
 
     With `activations_at` the trace has that step's activations and their gradients.
 
-    Raises UserError, with the side named, for what the backend calls a person's mistake, and where it crashed;
+    Raises UserError, with the side named, for what the backend calls a user's mistake, and where it crashed;
     MachineError where its machine failed.
     """
     home = out / name
@@ -139,7 +139,7 @@ def _check_settings(precision: Policy, steps: int) -> list[str]:
 
 
 def run_program(command: Sequence[str], *, log: Path) -> tuple[int, str]:
-    """Run to the end with everything it says in `log`, shown as well where a person is watching.
+    """Run to the end with everything it says in `log`, shown as well where a user is watching.
 
     Returns the exit code and the last line that says something.
     """

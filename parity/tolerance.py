@@ -78,7 +78,7 @@ def as_a_whole(
 class Bounds(Protocol):
     """Says what is compared at `place`, and how far apart it may be.
 
-    Places are asked in causal order, each once. `notes` are what a person should know of how the bounds were made.
+    Places are asked in causal order, each once. `notes` are what a user should know of how the bounds were made.
     """
 
     @property

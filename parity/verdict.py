@@ -38,7 +38,7 @@ class Verdict:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know beside the verdict."""
+        """What a user should know beside the verdict."""
         share, notes = self.comparison.undetermined, []
         if share:
             notes.append(

@@ -1,4 +1,4 @@
-"""A person's mistake gets one line that says what, where and the way out, and exit code 2, from every program."""
+"""A user's mistake gets one line that says what, where and the way out, and exit code 2, from every program."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
 """Starting the processes of a run, where no launcher has: one for every device of the plan, on this machine.
 
 torchrun, DeepSpeed's launcher and Slurm say who is who in the environment; with one of them this starts nothing.
-Not torch's own elastic launcher: a kill of it leaves its processes running, and a person's mistake comes out as a
+Not torch's own elastic launcher: a kill of it leaves its processes running, and a user's mistake comes out as a
 page of its own.
 
 Of several processes the first that fails is the cause, the others fail of its connections. So none says itself why it
@@ -129,7 +129,7 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
         # torch's words for "the store is there already".
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
-        # Processes share the cores: each takes one, unless a person says otherwise.
+        # Processes share the cores: each takes one, unless a user says otherwise.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     command = [sys.executable, "-m", program, *argv]

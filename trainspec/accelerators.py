@@ -68,7 +68,7 @@ def accelerators() -> list[Accelerator]:
 
 
 def hides_gpus(environment: Mapping[str, str]) -> bool:
-    """Whether a person has said, in CUDA's own way, that no GPU is to be used."""
+    """Whether a user has said, in CUDA's own way, that no GPU is to be used."""
     return environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
 
 

@@ -1,7 +1,7 @@
-"""The command line that both backends share, and what a person sees of an error.
+"""The command line that both backends share, and what a user sees of an error.
 
 Exit codes, of every program: 0 done, or the verdict is pass; 1 the verdict is fail, or training stopped itself; 2 a
-mistake of the person; 3 the machine failed (an OSError, its memory, a device, a driver, the network); 130 interrupted;
+mistake of the user; 3 the machine failed (an OSError, its memory, a device, a driver, the network); 130 interrupted;
 70 a mistake of ours, which alone is told with its stack.
 """
 
@@ -124,7 +124,7 @@ def run_command(
 ) -> int:
     """Parse, run, and turn what ended it into an exit code and one line.
 
-    The line goes to stderr, behind the stack of a mistake of ours; or with the code, but without what is saved, to
+    The line goes to stderr, after the stack of a mistake of ours; or with the code, but without what is saved, to
     `tell`, which is called while the error is being handled.
     """
     args = parser.parse_args(argv)

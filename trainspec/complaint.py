@@ -59,7 +59,7 @@ def complaint(error: ValidationError, recipe: type[BaseModel]) -> str:
     place = [str(p) for p in detail["loc"]]
     if place[0] == "method" and len(place) > 1 and place[1] in METHODS:
         del place[1]  # the kind that pydantic has chosen
-    where = ".".join(place[:2])  # behind it come pydantic's own words, and the elements of a list
+    where = ".".join(place[:2])  # after it come pydantic's own words, and the elements of a list
     message, kind, value = detail["msg"].removeprefix("Value error, "), detail["type"], detail["input"]
     element = detail["loc"][-1] if len(place) > 2 else None
     number = f" (element {element + 1})" if isinstance(element, int) else ""

@@ -27,7 +27,7 @@ from trainspec.text.store import COUNTS, TURN, Tokenizer, TokenStore, find_token
 # Hugging Face's and torch's mark for a position without loss.
 IGNORED = -100
 Ints = NDArray[np.int32]
-# From this share of lost tokens on a person is warned.
+# From this share of lost tokens on a user is warned.
 MANY_LOST = 0.03
 
 
@@ -58,7 +58,7 @@ class Batch:
 
 
 class Piece(NamedTuple):
-    """Tokens `start` to `stop` of a store, behind the begin token at `begin` where a piece needs one of its own."""
+    """Tokens `start` to `stop` of a store, after the begin token at `begin` where a piece needs one of its own."""
 
     start: int
     stop: int
@@ -171,7 +171,7 @@ class Dataset:
         return Batch(input_ids, labels, positions, segments, np.arange(len(rows), dtype=np.int32))
 
     def _warnings(self, found: _Pieces, vocab: int) -> Iterator[str]:
-        """What a person should know of the data, a line each."""
+        """What a user should know of the data, a line each."""
         about, limit, total = self._store.about, self._data.sequence_tokens, len(self._store.tokens)
         if found.lost_tokens > total * MANY_LOST:
             yield (
@@ -258,7 +258,7 @@ def _pieces(store: TokenStore, data: Data) -> _Pieces:
 
 
 def _split(store: TokenStore, start: int, stop: int, limit: int, *, begins: bool) -> Iterator[Piece]:
-    """Pieces that fill a row or end where a turn does; those behind the first have the record's begin token again."""
+    """Pieces that fill a row or end where a turn does; those after the first have the record's begin token again."""
     at = start
     while at < stop:
         # In a row of one token there is no room for a begin token before another.

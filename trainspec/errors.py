@@ -1,4 +1,4 @@
-"""What ends a command: a person's mistake, a machine that failed, a loss that is no number. One line each."""
+"""What ends a command: a user's mistake, a machine that failed, a loss that is no number. One line each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXIT_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 class UserError(Exception):
-    """A mistake of the person at the command line: says what, where, and the way out, in one line. Exit code 2."""
+    """A mistake of the user at the command line: says what, where, and the way out, in one line. Exit code 2."""
 
 
 class RecipeError(UserError):

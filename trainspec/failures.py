@@ -106,7 +106,7 @@ def words_of(error: OSError) -> str:
 def explained(recipe: Recipe, devices: Callable[[], Devices], *, out: Path | None = None) -> Iterator[None]:
     """An error inside says, where memory was the matter, what helps, and, where `out` is given, what a run has saved there.
 
-    A person's mistake that was found before anything was trained is told as it is.
+    A user's mistake that was found before anything was trained is told as it is.
     """
     before = _newest(out)
     try:

@@ -143,7 +143,7 @@ def _heads_differ(stamped: tuple[tuple[Path, int, int], ...]) -> bool:
 @cache
 def _hub_directory(name: str) -> Path:
     # Once in a process: it asks the network, and a run resolves its model several times.
-    # Imported here so that nothing which talks to a network is loaded unless the person named a hub id.
+    # Imported here so that nothing which talks to a network is loaded unless the user named a hub id.
     from huggingface_hub import snapshot_download
 
     try:
@@ -262,7 +262,7 @@ def read_model(
 def replaced_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place once everything in it is written.
 
-    What a person has put there (a model card, say) moves along; weights and tokenizer of an earlier export do not.
+    What a user has put there (a model card, say) moves along; weights and tokenizer of an earlier export do not.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

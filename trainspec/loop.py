@@ -4,7 +4,7 @@ A backend is its `step` module: any module with these functions will do, and the
 No numerics here; what a step does is the backend's.
 
 Every process of a run goes through the same calls in the same order, as any of them may wait for the others; only
-the leader has the console and writes files (but for the cache of tokens, which whoever comes first fills). What a person
+the leader has the console and writes files (but for the cache of tokens, which whoever comes first fills). What a user
 can have wrong is looked at by all of them, before the first waits.
 """
 
@@ -69,7 +69,7 @@ S = TypeVar("S", bound=HasStep)
 def check_plan(recipe: Recipe, backend: BackendName) -> None:
     """Raises PlanError where the backend cannot run the recipe's plan, or where it does not divide model or batch.
 
-    A backend asks before it takes its devices, so that a person's mistake costs nothing.
+    A backend asks before it takes its devices, so that a user's mistake costs nothing.
     """
     check_supported(recipe.plan, recipe.precision.policy, backend)
     spec, _ = resolve_model(recipe.model)

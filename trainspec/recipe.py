@@ -192,7 +192,7 @@ class Checkpoint(Section):
 
 @dataclass(frozen=True)
 class Span:
-    """How long a run is: its schedule spans `steps` updates, it ends behind update `last`."""
+    """How long a run is: its schedule spans `steps` updates, it ends after update `last`."""
 
     steps: int
     last: int
@@ -267,7 +267,7 @@ class Recipe(Section):
         """How long the run is; `rows` is asked for the dataset's where that depends on them."""
         run, steps = self.run, self.run.steps
         if steps is None:
-            # As the person wrote it: 1.1 epochs of 100 rows are 110 of them, and in floating point a little more.
+            # As the user wrote it: 1.1 epochs of 100 rows are 110 of them, and in floating point a little more.
             seen = Fraction(str(run.epochs)) * rows()
             steps = math.ceil(seen / self.batch.global_examples)
             if steps > LARGEST:

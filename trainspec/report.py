@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar, a line per step, metrics.jsonl and TensorBoard events."""
+"""What a user sees of a run: a progress bar, a line per step, metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def describe(model: ModelSpec, method: Method, policy: Policy) -> str:
 
 
 def _drop_steps_after(metrics: Path, step: int) -> None:
-    """A resumed run repeats the steps behind its checkpoint: their first lines go."""
+    """A resumed run repeats the steps after its checkpoint: their first lines go."""
     if metrics.is_file():
         # A killed run may have left half a line at the end: only whole ones count.
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)

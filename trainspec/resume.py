@@ -83,7 +83,7 @@ def check_reads(made: Made, recipe: Recipe, model: ModelSpec) -> None:
 def check_goes_on(
     made: Made, recipe: Recipe, identity: Identity, *, steps: int, allow: Collection[str]
 ) -> list[str]:
-    """What a person is told who goes on from a checkpoint with `recipe`, whose schedule spans `steps` updates.
+    """What a user is told who goes on from a checkpoint with `recipe`, whose schedule spans `steps` updates.
 
     Raises RecipeError, in one line, where something is not as it was and is not allowed to change.
     """

@@ -52,7 +52,7 @@ def show(recipe: Recipe) -> None:
 
 
 def _say(text: str) -> None:
-    # What stands behind the recipe is a comment of it.
+    # What stands after the recipe is a comment of it.
     for line in text.splitlines():
         print(f"# {line}")
 

@@ -1,4 +1,4 @@
-"""Writing safetensors files: whole, readable by whom the person lets, and one line where it fails."""
+"""Writing safetensors files: whole, readable by whom the user lets, and one line where it fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save_tensors(
     except SafetensorError as error:
         path.unlink(missing_ok=True)
         raise OSError(None, f"not written: {error}", str(path)) from None
-    # safetensors makes its files the owner's alone; a run's files are whoever's the person's umask says.
+    # safetensors makes its files the owner's alone; a run's files are whoever's the user's umask says.
     path.chmod(0o666 & ~_umask())
 
 

@@ -1,4 +1,4 @@
-"""Whole runs: resume, the program as a person starts it, and adapters that PEFT loads."""
+"""Whole runs: resume, the program as a user starts it, and adapters that PEFT loads."""
 
 import json
 import os

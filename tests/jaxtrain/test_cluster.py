@@ -108,7 +108,7 @@ def test_a_process_that_failed_does_not_wait_for_those_that_wait_for_it(recipe_f
     saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
     assert processes[1].returncode == 2
     assert told[-1].startswith("jaxtrain: line 7: no record")
-    # The one whose connection broke says no more than that, and not that it was a person's mistake.
+    # The one whose connection broke says no more than that, and not that it was a user's mistake.
     assert processes[0].returncode == 3
     assert leader[-1].startswith("jaxtrain: ")
     assert "onnection" in leader[-1]

@@ -437,7 +437,7 @@ VICUNA = """\
     {{- messages[0]['content'].strip() + ' ' }}
     {%- set turns = messages[1:] %}
 {%- else %}
-    {{- 'A chat of a person and an assistant. ' }}
+    {{- 'A chat of a user and an assistant. ' }}
     {%- set turns = messages %}
 {%- endif %}
 {%- for message in turns %}

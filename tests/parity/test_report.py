@@ -1,4 +1,4 @@
-"""The page a person looks at: self-contained, escaped, and drawn for any numbers."""
+"""The page a user looks at: self-contained, escaped, and drawn for any numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting the processes of a run: who is who, one line for a person's mistake, and nothing left behind."""
+"""Starting the processes of a run: who is who, one line for a user's mistake, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class Encoder:
         return ["begins with two begin tokens, as its chat template writes it"] if is_doubled else []
 
     def encode_text(self, stretches: Sequence[tuple[str, bool]], turns: Sequence[int] = ()) -> Encoded:
-        """Stretches of text as one, in the tokens that the tokenizer puts around it, and the end token behind it."""
+        """Stretches of text as one, in the tokens that the tokenizer puts around it, and the end token after it."""
         text, spans, starts = "", [], []
         for i, (stretch, counts) in enumerate(stretches):
             if i in turns and text:
@@ -151,7 +151,7 @@ class Encoder:
         ids, offsets = self._tokens(text, special=True)
         counts, notes = _mask(offsets, spans), []
         is_open = bool(stretches) and stretches[-1][1]
-        # What the tokenizer itself put behind the text ends a response, too.
+        # What the tokenizer itself put after the text ends a response, too.
         last = max((i for i, (start, end) in enumerate(offsets) if end > start), default=-1)
         for i in range(last + 1, len(ids)):
             counts[i] = is_open and last >= 0 and counts[last]
@@ -407,5 +407,5 @@ def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) 
 
 
 def _token_at(offsets: Sequence[tuple[int, int]], character: int) -> int | None:
-    """The first token that begins at that character or behind it."""
+    """The first token that begins at that character or after it."""
     return next((i for i, (start, end) in enumerate(offsets) if start >= character and end > start), None)

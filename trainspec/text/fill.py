@@ -241,7 +241,7 @@ def _size(source: str) -> int:
 
 
 def _progress(source: str, chunks: Iterable[tuple[int, _Done]]) -> Iterator[tuple[int, _Done]]:
-    """A bar where a person is watching, else a line now and then; nothing for what takes a moment."""
+    """A bar where a user is watching, else a line now and then; nothing for what takes a moment."""
     size, said = _size(source), time.monotonic()
     bar = tqdm(
         total=size, desc=f"tokenising {source}", unit="B", unit_scale=True, delay=2.0, disable=not sys.stderr.isatty()

@@ -1,6 +1,6 @@
 """Where in a rendered conversation the assistant's turns stand, for templates without `{% generation %}`.
 
-A turn of the assistant is what the model has to write by itself: from behind what the template writes when it is asked
+A turn of the assistant is what the model has to write by itself: from after what the template writes when it is asked
 for a generation prompt, up to and with the token that ends the turn. It is found by rendering the conversation up to
 the turn, and up to and with it: where the whole text begins with both, the difference is the turn. Templates that
 write earlier turns anew (Qwen3 and R1 drop what was thought, Mistral moves the system text) do not begin so; there
@@ -19,7 +19,7 @@ Message = dict[str, Any]
 # Messages and whether a generation prompt is asked for -> text; None where the template refuses them.
 Render = Callable[[Sequence[Message], bool], str | None]
 
-# What stands before and behind the mark.
+# What stands before and after the mark.
 Around = tuple[str, str]
 
 _MARK = "Zq7wMARKv1Xk"
@@ -43,8 +43,8 @@ class Style:
     """What a template writes around an answer; None where it refuses to say.
 
     `prompt` asks for an answer; `lead` and `call_lead` stand between it and the answer's content, or the name of its
-    call, and are the model's to write; `closing` is behind the content, with the blank space behind an end token.
-    `endings` stand behind the last turn, by whether it is the assistant's, and are nobody's (Phi-3's end of text).
+    call, and are the model's to write; `closing` is after the content, with the blank space after an end token.
+    `endings` stand after the last turn, by whether it is the assistant's, and are nobody's (Phi-3's end of text).
     """
 
     prompt: str | None
@@ -75,14 +75,14 @@ class Style:
         if last and closing and closing.strip() and last[1].startswith(closing):
             ending = last[1].removeprefix(closing)
         endings = {False: plain[1][shared:] if plain else "", True: ending}
-        return cls(prompt, _behind(last, start), _behind(called, start), closing, endings)
+        return cls(prompt, _after(last, start), _after(called, start), closing, endings)
 
     def without_ending(self, text: str, last: Message) -> str:
-        """A conversation's text, without what stands behind its last turn."""
+        """A conversation's text, without what stands after its last turn."""
         return text.removesuffix(self.endings[last["role"] == "assistant"])
 
     def learnt_length(self, turn: str, message: Message) -> int:
-        """Blank space that the template writes behind the end of a turn is not the model's to write."""
+        """Blank space that the template writes after the end of a turn is not the model's to write."""
         closing = self.closing
         if closing is None:
             closed, content = turn.rstrip(), message.get("content", "").rstrip()
@@ -91,7 +91,7 @@ class Style:
         return len(turn.rstrip()) if closing.strip() else len(turn.removesuffix(closing))
 
 
-def _behind(around: Around | None, start: str | None) -> str | None:
+def _after(around: Around | None, start: str | None) -> str | None:
     if around is None or start is None or not around[0].startswith(start):
         return None
     return around[0][len(start) :]
@@ -133,7 +133,7 @@ class _Turn:
         self._text, self._messages, self._i, self._render, self._style = text, messages, i, render, style
 
     def bounds(self) -> tuple[int, int]:
-        """Where it starts and ends, with what the template writes behind it before the next turn."""
+        """Where it starts and ends, with what the template writes after it before the next turn."""
         before = self._render(self._messages[: self._i], True) if self._i else None
         start = len(before) if before is not None and self._text.startswith(before) else None
         end = self._end()
@@ -149,7 +149,7 @@ class _Turn:
             raise Unlocated("the template does not write an assistant's content once")
         return (
             self._start_before(whole[0], lead) if start is None else start,
-            self._end_behind(whole[1], closing) if end is None else end,
+            self._end_after(whole[1], closing) if end is None else end,
         )
 
     def _end(self) -> int | None:
@@ -169,9 +169,9 @@ class _Turn:
 
     def _around(self, marked: Message) -> tuple[Around | None, str | None]:
         """What stands around the mark in the whole conversation, and what of it closes the turn."""
-        before, behind = self._messages[: self._i], self._messages[self._i + 1 :]
-        whole = _around_mark(self._render([*before, marked, *behind], False))
-        if whole is None or not behind:
+        before, after = self._messages[: self._i], self._messages[self._i + 1 :]
+        whole = _around_mark(self._render([*before, marked, *after], False))
+        if whole is None or not after:
             return whole, self._style.without_ending(whole[1], marked) if whole else None
         asked, prompt = _around_mark(self._render([*before, marked], True)), self._style.prompt
         if asked is not None and prompt is not None and asked[1].endswith(prompt):
@@ -195,13 +195,13 @@ class _Turn:
             raise Unlocated("the template begins this turn in another way than one by itself")
         return content - len(lead)
 
-    def _end_behind(self, marked: str, closing: str) -> int:
-        """Before the rest of the conversation, which is what stands behind the mark, less what closes the turn."""
+    def _end_after(self, marked: str, closing: str) -> int:
+        """Before the rest of the conversation, which is what stands after the mark, less what closes the turn."""
         rest = marked[len(closing) :]
         if not marked.startswith(closing):
             raise Unlocated("the template ends this turn in another way than a last one")
         if not self._text.endswith(rest):
-            raise Unlocated("the template writes the turns behind this one in another way")
+            raise Unlocated("the template writes the turns after this one in another way")
         return len(self._text) - len(rest)
 
 
@@ -220,8 +220,8 @@ def _mark_call(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _around_mark(text: str | None) -> Around | None:
     if text is None or text.count(_MARK) != 1:
         return None
-    before, _, behind = text.partition(_MARK)
-    return before, behind
+    before, _, after = text.partition(_MARK)
+    return before, after
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -36,9 +36,9 @@ def versions() -> str:
 
 
 def ask(*, online: bool = False, **request: Any) -> Any:
-    """The worker's result. Only one that is `online`, for a hub id that a person named, may reach for the network.
+    """The worker's result. Only one that is `online`, for a hub id that a user named, may reach for the network.
 
-    Raises DataError for what a person has wrong, OSError where the machine failed.
+    Raises DataError for what a user has wrong, OSError where the machine failed.
     """
     return (_online if online else _offline).ask(request)
 

@@ -1,6 +1,6 @@
 """The process that has transformers: `python -m trainspec.text.worker PARENT` answers one line of JSON with one.
 
-A request is {"do": "fill" | "encode" | "pieces" | "identify", ...}; an answer is {"result": ...} or, for a person's
+A request is {"do": "fill" | "encode" | "pieces" | "identify", ...}; an answer is {"result": ...} or, for a user's
 mistake, {"error": its line}. It ends when its input does.
 """
 
