@@ -86,7 +86,7 @@ PATTERNS = {
     ),
     "padding": ({"activations": at(SEGMENTS == 0)}, "only on padded positions"),
     "padded rows": ({"activations": at((SEGMENTS == 0).any(axis=1, keepdims=True) & (SEGMENTS >= 0))}, "rows that have padding"),
-    "boundary": ({"activations": at(SEGMENTS == 2)}, "behind a document's boundary"),
+    "boundary": ({"activations": at(SEGMENTS == 2)}, "after a document's boundary"),
     "virtual": ({"activations": at(BEHIND_VIRTUAL < 0, "layers.1.attention")}, "only on virtual tokens"),
     "padding behind virtual": (
         {"activations": at(BEHIND_VIRTUAL == 0, "layers.1.attention")}, "only on padded positions",
