@@ -61,23 +61,14 @@ def edited(source: str, edits: Iterable[Edit]) -> ast.Module:
 
 
 def _make(edit: Edit, tree: ast.Module) -> None:
-    scope = _definition(edit, tree)
-    pattern, replacement = _parsed(edit, edit.pattern), _parsed(edit, edit.replacement)
+    scope, (pattern, replacement) = _definition(edit, tree), _parts(edit)
     if not pattern:
         at = _beginning(scope.body)
         like = scope.body[min(at, len(scope.body) - 1)]
         scope.body[at:at] = _Filled(edit, {}, []).all(replacement, like)
         return
-    values = _value(pattern), _value(replacement)
-    if None in values:
-        candidates = [run for node in _inside(scope) for run in _runs(node, len(pattern))]
-        run, bound = _only_match(edit, pattern, candidates)
-        new = _Filled(edit, bound, run).all(replacement, run[0])
-    else:
-        candidates = [[node] for node in _inside(scope) if isinstance(node, ast.expr)]
-        run, bound = _only_match(edit, [values[0]], candidates)
-        new = _Filled(edit, bound | {MATCHED: run[0]}, []).all([values[1]], run[0])
-    _Exchanged(run, new).visit(scope)
+    found, bound = _only_match(edit, pattern, scope)
+    _Exchanged(found, _Filled(edit, bound, found).all(replacement, found[0])).visit(scope)
 
 
 def _definition(edit: Edit, tree: ast.Module) -> _Scope:
@@ -101,20 +92,20 @@ def _definitions(node: ast.AST) -> Iterator[_Definition]:
             yield from _definitions(child)
 
 
+def _parts(edit: Edit) -> tuple[list[ast.AST], list[ast.AST]]:
+    """Pattern and replacement: an expression each, or statements."""
+    match _parsed(edit, edit.pattern), _parsed(edit, edit.replacement):
+        case [ast.Expr(value)], [ast.Expr(other)]:
+            return [value], [other]
+        case pattern, replacement:
+            return [*pattern], [*replacement]
+
+
 def _parsed(edit: Edit, text: str) -> list[ast.stmt]:
     try:
         return ast.parse(text).body
     except SyntaxError as error:
         raise PlantError(f"{edit.at}: {text!r} is not Python: {error}") from None
-
-
-def _value(statements: Sequence[ast.stmt]) -> ast.expr | None:
-    """The expression, where there is nothing else."""
-    match statements:
-        case [ast.Expr(value)]:
-            return value
-        case _:
-            return None
 
 
 def _beginning(body: Sequence[ast.stmt]) -> int:
@@ -146,21 +137,22 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
             yield from (part for part in parts if isinstance(part, ast.AST))
 
 
-def _runs(node: ast.AST, length: int) -> Iterator[list[ast.AST]]:
-    """`length` statements behind one another, in any of the bodies that `node` has."""
-    for _, body in ast.iter_fields(node):
-        if isinstance(body, list) and all(isinstance(part, ast.stmt) for part in body):
-            yield from (body[at : at + length] for at in range(len(body) - length + 1))
+def _candidates(scope: _Scope, length: int) -> Iterator[list[ast.AST]]:
+    """Every expression, and `length` statements behind one another in any of the bodies."""
+    for node in _inside(scope):
+        if isinstance(node, ast.expr):
+            yield [node]
+        for _, body in ast.iter_fields(node):
+            if isinstance(body, list) and all(isinstance(part, ast.stmt) for part in body):
+                yield from (body[at : at + length] for at in range(len(body) - length + 1))
 
 
-def _only_match(
-    edit: Edit, pattern: Sequence[ast.AST | None], candidates: Sequence[list[ast.AST]]
-) -> tuple[list[ast.AST], _Bound]:
+def _only_match(edit: Edit, pattern: list[ast.AST], scope: _Scope) -> tuple[list[ast.AST], _Bound]:
     found: list[tuple[list[ast.AST], _Bound]] = []
-    for run in candidates:
+    for candidate in _candidates(scope, len(pattern)):
         bound: _Bound = {}
-        if _matches(pattern, run, bound):
-            found.append((run, bound))
+        if _matches(pattern, candidate, bound):
+            found.append((candidate, bound))
     if len(found) != 1:
         raise PlantError(f"{edit.at}: {edit.pattern!r} is there {len(found)} times, not once")
     return found[0]
@@ -194,11 +186,16 @@ class _Filled(ast.NodeTransformer):
 
     def __init__(self, edit: Edit, bound: _Bound, matched: Sequence[ast.AST]) -> None:
         self._edit, self._bound, self._matched = edit, bound, matched
+        match matched:
+            case [ast.expr() as value]:
+                self._bound = bound | {MATCHED: value}
+            case _:
+                pass
 
-    def all(self, parts: Sequence[ast.AST | None], like: ast.AST) -> list[ast.AST]:
-        """The parts, where `like` stands in the source."""
-        new: list[ast.AST] = []
-        for part in filter(None, parts):
+    def all(self, parts: Sequence[ast.AST], like: ast.AST) -> list[Any]:
+        """The parts, with the line numbers of `like`."""
+        new: list[Any] = []
+        for part in parts:
             for node in ast.walk(part):
                 ast.copy_location(node, like)
             filled = self.visit(part)
@@ -207,8 +204,8 @@ class _Filled(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | list[ast.AST]:
         """`__it` as a statement is the statements that were matched."""
-        match node.value:
-            case ast.Name(id=name) if name == MATCHED and self._matched:
+        match node.value, self._matched:
+            case ast.Name(id=name), [ast.stmt(), *_] if name == MATCHED:
                 return copy.deepcopy([*self._matched])
             case _:
                 return self.generic_visit(node)

@@ -116,8 +116,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.passes:Lockstep._pass_back",
-                    "__layers, __dx, __by_probe, __prefix = pull(__dy)",
-                    "__layers, __dx, __by_probe, __prefix = pull(__dy * (number < num_ticks(plan, M, backward=True) - 1))",
+                    "__layers, __dx, __by_probe, __prefix = __pull(__dy)",
+                    "__layers, __dx, __by_probe, __prefix = __pull(__dy * (number < num_ticks(plan, M, backward=True) - 1))",
                 ),
             ),
             "torch": (
@@ -160,7 +160,7 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.passes:Lockstep._pass_back",
-                    "__by_embedding, __by_rows = pull(__dx)\n__by_ends = jax.tree.map(jnp.add, __by_head, __by_embedding)",
+                    "__by_embedding, __by_rows = __pull(__dx)\n__by_ends = jax.tree.map(jnp.add, __by_head, __by_embedding)",
                     "__it\n__by_ends |= {n: __by_embedding[n] for n in __by_head if n.startswith('embed_tokens')}",
                 ),
             ),
@@ -180,8 +180,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.passes:Lockstep.gradients",
-                    "pull(__by_virtual)",
-                    "pull(jax.tree.map(lambda g: g.at[len(g) // plan.pipe :].set(0), __by_virtual))",
+                    "(__by_encoder,) = __pull(__by_virtual)",
+                    "(__by_encoder,) = __pull(jax.tree.map(lambda g: g.at[len(g) // plan.pipe :].set(0), __by_virtual))",
                 ),
             ),
             "torch": (

@@ -115,7 +115,7 @@ def run_faults(
     with ThreadPoolExecutor() as pool:
         trained = pool.map(lambda b: _train(b, [*clean, *planted[b]], recipes[b], out), BACKENDS)
         crashes: Crashes = {at: why for found in trained for at, why in found.items()}
-    pairs = [(fault, b) for fault in clean for b in BACKENDS[1:]]
+    pairs: list[tuple[Fault, Backend]] = [(fault, b) for fault in clean for b in BACKENDS[1:]]
     cases = [*pairs, *((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])]
     outcomes = [_judge(fault, b, precision, crashes, out) for fault, b in cases]
     for outcome in outcomes[len(pairs) :]:
@@ -156,8 +156,9 @@ def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Reci
 def _judge(fault: Fault, backend: Backend, precision: Precision, crashes: Crashes, out: Path) -> Outcome:
     """The planted backend against the clean run of the first other one."""
     other = next(b for b in BACKENDS if b != backend)
-    planted_in = {other: clean_pair(fault.setup), backend: fault}
-    sides = [(b, planted_in[b]) for b in BACKENDS if b in planted_in]
+    sides: list[tuple[Backend, Fault]] = [
+        (b, fault if b == backend else clean_pair(fault.setup)) for b in BACKENDS if b in (backend, other)
+    ]
     for b, side in sides:
         if why := crashes.get((b, side.name)):
             return Outcome(fault, backend, precision, None, crash=why)

@@ -207,7 +207,7 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.tensor:_operation",
-                    "weight_gradient(__dy, __x, __value, __dtype)",
+                    "__gradient(__dy, __x, __value, __place.dtype)",
                     "lax.reduce_precision(__it, 8, 7)",
                 ),
             ),

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 
-def put_into(model: LlamaForCausalLM) -> None:
-    """Have every layer of `model` attend by `attention`."""
+def put_into(model: Any) -> None:
+    """Have every layer of a LlamaForCausalLM attend by `attention`."""
     for layer in model.model.layers:
         layer.self_attn.forward = MethodType(attention, layer.self_attn)
 

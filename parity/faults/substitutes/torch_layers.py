@@ -18,7 +18,7 @@ class _Again(_Block):
         self._first = [first.layer]  # in a list: its weights are not this layer's
 
     def forward(self, hidden_BTE: Tensor) -> Tensor:
-        weights = dict(self._first[0].named_parameters())
+        weights: dict[str, Tensor] = {name: p for name, p in self._first[0].named_parameters()}
         found = torch.func.functional_call(self.layer, weights, (hidden_BTE,), self._at_hand)
         return found + 0 * sum(p.sum() for p in self.layer.parameters())
 
