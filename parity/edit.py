@@ -6,7 +6,7 @@ replacement. There `__it` stands for all that was matched. So
 
     Edit("jaxtrain.model:attention_mask", "__query >= __key", "__query + 1 >= __key")
 
-fits whatever the mask's variables are called, and goes on fitting when the line is formatted in another way.
+fits whatever the variables of the mask are called and however the line is formatted.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ _Bound = dict[str, ast.expr]
 
 @dataclass(frozen=True)
 class Edit:
-    """In the definition `at` what `pattern` matches, which has to be there exactly once, becomes `replacement`.
+    """In the definition `at` what `pattern` matches, exactly once, becomes `replacement`.
 
-    `at` is `module:Class.function`, with all that is defined inside; `module` is what stands outside its definitions.
-    Two expressions: the pattern is looked for wherever a value is read. Else both are statements, and the pattern is
-    a run of neighbours. An empty pattern is the beginning of the definition, behind its docstring.
+    `at` is `module:Class.function`, including definitions nested in it, or `module`: what is outside its definitions.
+    If pattern and replacement are one expression each, the pattern matches wherever a value is read. Otherwise both are
+    statements, and the pattern matches consecutive ones. An empty pattern is the beginning of the definition, after its
+    docstring.
     """
 
     at: str
@@ -52,7 +53,7 @@ class PlantError(Exception):
 def edited(source: str, edits: Iterable[Edit]) -> ast.Module:
     """The tree of `source` with every edit made, one after the other. Raises PlantError where one does not fit.
 
-    What is put in has the line numbers of what it takes the place of.
+    A replacement has the line numbers of what it replaces.
     """
     tree = ast.parse(source)
     for edit in edits:
@@ -109,7 +110,7 @@ def _parsed(edit: Edit, text: str) -> list[ast.stmt]:
 
 
 def _beginning(body: Sequence[ast.stmt]) -> int:
-    """Where the first statement is that does something: behind a docstring and imports from the future."""
+    """The index of the first statement after a docstring and imports from the future."""
     for at, statement in enumerate(body):
         match statement:
             case ast.Expr(ast.Constant(str())) | ast.ImportFrom(module="__future__"):
@@ -138,7 +139,7 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _candidates(scope: _Scope, length: int) -> Iterator[list[ast.AST]]:
-    """Every expression, and `length` statements behind one another in any of the bodies."""
+    """Every expression, and every `length` consecutive statements of a body."""
     for node in _inside(scope):
         if isinstance(node, ast.expr):
             yield [node]
@@ -159,12 +160,12 @@ def _only_match(edit: Edit, pattern: list[ast.AST], scope: _Scope) -> tuple[list
 
 
 def _matches(pattern: object, found: object, bound: _Bound) -> bool:
-    """Whether they are the same; `bound` gets what the wildcards stand for."""
+    """Whether `found` is what `pattern` says; `bound` gets what the wildcards stand for."""
     match pattern:
         case ast.Name(id=name) if WILDCARD.fullmatch(name):
             if not isinstance(found, ast.expr):
                 return False
-            # Unparsed, as a name that is written to and the same name read are other nodes.
+            # As text: the nodes of a name that is read and of the same name assigned to differ.
             return ast.unparse(bound.setdefault(name, found)) == ast.unparse(found)
         case ast.AST():
             return type(pattern) is type(found) and all(
@@ -223,7 +224,7 @@ class _Filled(ast.NodeTransformer):
 
 
 def _in_context(node: ast.expr, context: ast.expr_context) -> ast.expr:
-    """`node` to be read or to be written to."""
+    """`node` as it is where it is read or assigned to."""
     match node:
         case ast.Tuple() | ast.List():
             node.ctx = context
@@ -238,7 +239,7 @@ def _in_context(node: ast.expr, context: ast.expr_context) -> ast.expr:
 
 
 class _Exchanged(ast.NodeTransformer):
-    """A tree with `new` in the place of `old`."""
+    """A tree with `new` in place of `old`."""
 
     def __init__(self, old: Sequence[ast.AST], new: Sequence[ast.AST]) -> None:
         self._new: dict[int, Sequence[ast.AST]] = {id(node): () for node in old} | {id(old[0]): new}

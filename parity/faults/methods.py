@@ -13,7 +13,7 @@ MASK_KEY, OTHER_MASK_KEY = (
 SQUARE = "model.layers.0.self_attn.v_proj.weight"  # the right shape when transposed
 
 
-def dropout_behind(matrix: str) -> tuple[Edit, ...]:
+def dropout_after(matrix: str) -> tuple[Edit, ...]:
     """LoRA's layer with its dropout on what `matrix` gives out."""
     layer = "jaxtrain.methods:LoRALinear.__call__"
     return (
@@ -26,7 +26,7 @@ def dropout_behind(matrix: str) -> tuple[Edit, ...]:
     )
 
 
-def torch_dropout_behind(matrix: str) -> tuple[Edit, ...]:
+def torch_dropout_after(matrix: str) -> tuple[Edit, ...]:
     """PEFT's layer with its dropout on what `matrix` gives out."""
     return (
         Edit(
@@ -90,8 +90,8 @@ FAULTS = (
         source="paiml/aprender#2170, axolotl-ai-cloud/axolotl#3528",
         where=FIRST_ATTENTION,
         edits={
-            "jax": dropout_behind("lora_a"),
-            "torch": torch_dropout_behind("lora_A"),
+            "jax": dropout_after("lora_a"),
+            "torch": torch_dropout_after("lora_A"),
         },
         setup="adapter",
     ),
@@ -101,8 +101,8 @@ FAULTS = (
         source="axolotl-ai-cloud/axolotl#3528, huggingface/peft#1178",
         where=FIRST_ATTENTION,
         edits={
-            "jax": dropout_behind("lora_b"),
-            "torch": torch_dropout_behind("lora_B"),
+            "jax": dropout_after("lora_b"),
+            "torch": torch_dropout_after("lora_B"),
         },
         setup="adapter",
     ),

@@ -32,8 +32,8 @@ SHARED = (
         edit=Edit(
             f"{ENCODER}.encode_chat",
             "__ids, __offsets = self._tokens(__text, special=False)",
-            "from parity.faults.substitutes.text import piece_by_piece\n"
-            "__ids, __offsets = piece_by_piece(self, __text, chosen)",
+            "from parity.faults.substitutes.text import encoded_apart\n"
+            "__ids, __offsets = encoded_apart(self, __text, chosen)",
         ),
         conversation="many_turns",
     ),

@@ -112,10 +112,10 @@ def test_renamed_variables_do_not_count():
     [
         ("m:mean", "__a - __b", 0),
         ("m:mean", "__values.sum()", 0),
-        ("m:Scaled", "__self.factor", 1),  # read once, written to once
+        ("m:Scaled", "__self.factor", 1),  # read once, assigned to once
         ("m:mean", "__f(values)", 2),
-        ("m:mean", "float", 0),  # of annotations nothing is changed
-        ("m", "__a / __b", 0),  # it stands in a function
+        ("m:mean", "float", 0),  # annotations are not looked at
+        ("m", "__a / __b", 0),  # it is in a function
         ("m:mean", "1", 0),
         ("m:Scaled.of", "1.0", 0),  # not 1
         ("m:Scaled.of", "True", 0),
@@ -152,7 +152,7 @@ def test_a_wildcard_is_the_same_everywhere():
         made(("m", "__x - 1", "__x - __y"), source="a - 1")
 
 
-def test_what_was_read_can_be_written_to():
+def test_what_was_read_can_be_assigned_to():
     swapped = ("m", "__a, __b = __x", "__b, __a = __x")
     compile(edited("(a.b, c), *d[0] = e", [Edit(*swapped)]), "m", "exec")
     assert made(swapped, source="(a.b, c), *d[0] = e") == "*d[0], (a.b, c) = e"
@@ -190,12 +190,12 @@ def test_a_substitute_is_new_for_every_case(tmp_path: Path):
     program.mkdir()
     (program / "__init__.py").touch()
     (program / "cli.py").write_text(
-        "from parity.faults.substitutes.text import piece_by_piece\n"
+        "from parity.faults.substitutes.text import encoded_apart\n"
         "class Encoder:\n"
         "    def _tokens(self, text, special): return [len(text)], [(0, len(text))]\n"
-        "def main(argv): print(*piece_by_piece(Encoder(), 'abcde', [(1, 3)])[0])\n"
+        "def main(argv): print(*encoded_apart(Encoder(), 'abcde', [(1, 3)])[0])\n"
     )
-    found = Edit("parity.faults.substitutes.text:piece_by_piece", "ids += __part", "ids += [-1]")
+    found = Edit("parity.faults.substitutes.text:encoded_apart", "ids += __part", "ids += [-1]")
     edits = ([], [vars(found)], [], [vars(Edit("trainspec.rng", "", "pass"))])
     cases = [{"program": "jaxtrain", "argv": [], "edits": some} for some in edits]
     (tmp_path / "cases.json").write_text(json.dumps(cases))

@@ -1,4 +1,4 @@
-"""Conversations that are encoded piece by piece."""
+"""Conversations that are encoded in several calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 Spans = list[tuple[int, int]]
 
 
-def piece_by_piece(encoder: Any, text: str, chosen: Sequence[tuple[int, int]]) -> tuple[list[int], Spans]:
+def encoded_apart(encoder: Any, text: str, chosen: Sequence[tuple[int, int]]) -> tuple[list[int], Spans]:
     """Ids and where each stands, cut before they are encoded where a span of `chosen` begins or ends."""
     ids: list[int] = []
     offsets: Spans = []
