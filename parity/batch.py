@@ -21,7 +21,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from parity.plant import CRASHED, Edit
+from parity.edit import Edit
+from parity.plant import CRASHED
 from parity.sides import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
 from trainspec.errors import EXIT_DONE
 from trainspec.plan import Backend

@@ -2,11 +2,11 @@
 
     python -m parity.plant CASES.json RESULTS.jsonl
 
-A mistake is an edit of a module's source text while it is loaded: nothing of it stands in the product, and one whose
-text is no longer there is an error. Many cases run in one process: the backend's own modules are loaded anew for each,
-its framework once.
+A mistake is an edit of a module while it is loaded (`parity.edit`): nothing of it stands in the product, and one that
+no longer fits is an error. Many cases run in one process: the backend's own modules are loaded anew for each, its
+framework once.
 
-CASES is a list of {"program": "jaxtrain", "argv": [...], "edits": [{"module": ..., "old": ..., "new": ...}]}.
+CASES is a list of {"program": "jaxtrain", "argv": [...], "edits": [{"at": ..., "pattern": ..., "replacement": ...}]}.
 RESULTS gets a line {"case": ..., "code": ..., "out": ..., "err": ..., "at": ...} when a case has ended. Of several
 processes (torch's launcher starts them) the first writes it; the others write RESULTS.1, ... where a case ended
 badly. Then the launch ends, too: one of them would else wait for the others forever.
@@ -24,40 +24,18 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from parity.edit import Edit, edited
+
 CRASHED = 70
 LEADER_SECONDS = 10.0
-OWN = ("trainspec", "jaxtrain", "torchtrain")
-
-
-@dataclass(frozen=True)
-class Edit:
-    """In the source of `module`, `old` (which stands there exactly once) becomes `new`."""
-
-    module: str
-    old: str
-    new: str
-
-
-class PlantError(Exception):
-    """An edit does not fit the source it is for."""
-
-
-def edited(source: str, edits: Sequence[Edit]) -> str:
-    """`source` with every edit made. Raises PlantError where one's text is not there exactly once."""
-    for edit in edits:
-        if source.count(edit.old) != 1:
-            raise PlantError(
-                f"{edit.module}: {edit.old!r} stands there {source.count(edit.old)} times, not once"
-            )
-        source = source.replace(edit.old, edit.new)
-    return source
+# What a case has edited is loaded anew for the next one.
+OWN = ("trainspec", "jaxtrain", "torchtrain", "parity.faults.substitutes")
 
 
 class _EditedLoader(SourceFileLoader):
@@ -66,8 +44,8 @@ class _EditedLoader(SourceFileLoader):
         self._edits = edits
 
     def get_code(self, fullname: str) -> CodeType:
-        source = edited(self.get_data(self.path).decode(), self._edits)
-        return compile(source, self.path, "exec", dont_inherit=True)
+        tree = edited(self.get_data(self.path).decode(), self._edits)
+        return compile(tree, self.path, "exec", dont_inherit=True)
 
 
 class _EditedFinder(MetaPathFinder):
@@ -99,7 +77,7 @@ def planted(edits: Sequence[Edit]) -> Any:
 
 
 def _forget() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
+    for name in [name for name in sys.modules if f"{name}.".startswith(tuple(f"{own}." for own in OWN))]:
         del sys.modules[name]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
+from parity.edit import Edit
 from parity.phases import Place
 from parity.plans import refusal, runs_as
-from parity.plant import Edit
 from parity.tiny import METHODS, Tiny
 from trainspec.plan import Backend, Plan, Policy
 from trainspec.recipe import Recipe
@@ -37,7 +37,7 @@ class Fault:
     """A mistake that the field has made, as edits of each backend's source.
 
     `where` is where it must show first; None says that it cannot show in fp64, because the arithmetic is the same:
-    then the check must pass, and `note` says why. A backend whose edits are None cannot have it (`note`).
+    then the check must pass, and `note` says why. A backend without `edits` cannot have it (`note`).
     `below_bound_in` names the precisions in which the difference is smaller than what rounding explains: there it may
     pass. `fp64_only` names the backends in which another part does the work in other precisions, out of the edit's reach.
     """
@@ -46,22 +46,22 @@ class Fault:
     imitates: str
     source: str
     where: Where | None
-    jax: tuple[Edit, ...] | None
-    torch: tuple[Edit, ...] | None
+    edits: Mapping[Backend, tuple[Edit, ...]] = field(hash=False)
     setup: str = "full"
     below_bound_in: tuple[Policy, ...] = ()
     fp64_only: tuple[Backend, ...] = ()
     note: str = ""
 
-    def edits(self, backend: Backend) -> tuple[Edit, ...] | None:
-        """What is changed in the source of `backend`; None where it does not apply."""
-        return self.jax if backend == "jax" else self.torch
-
     def applies(self, backend: Backend, precision: Policy) -> bool:
         """Whether it can be planted in `backend` in a run of `precision`: not where that refuses the set-up's plan."""
         is_out_of_reach = precision != "fp64" and backend in self.fp64_only
         is_refused = refusal(PLANS.get(self.setup, Plan()), precision, backend) is not None
-        return self.edits(backend) is not None and not (is_out_of_reach or is_refused)
+        return backend in self.edits and not (is_out_of_reach or is_refused)
+
+
+def in_every_backend(*edits: Edit) -> dict[Backend, tuple[Edit, ...]]:
+    """The same edits, of what the backends share, planted in one of them at a time."""
+    return dict.fromkeys(get_args(Backend), edits)
 
 
 # What a fault needs of a recipe to be visible, by name. Rows are padded on the left, where a causal mask alone does

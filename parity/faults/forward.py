@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from parity.faults.fault import Fault, Where
-from parity.faults.written_out import torch_attention, torch_model
-from parity.plant import Edit
+from parity.edit import Edit
+from parity.faults.fault import Fault, Where, in_every_backend
+from parity.faults.written_out import ATTENTION, ATTENTION_WRITTEN_OUT
 
-MODEL, TORCH_MODEL = "jaxtrain.model", "torchtrain.model"
 FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
-TABLES = "cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)"
-ROTATED = "q, k = rotate(q, cos, sin), rotate(k, cos, sin)"
-THETA = Edit("trainspec.model", "np.asarray(model.rope_theta, dtype)", "np.asarray(10_000.0, dtype)")
-SAME_SEGMENT = "segments_BS[:, :, None] == segments_BS[:, None, :]"
-ANY_SEGMENT = "(segments_BS[:, :, None] > 0) == (segments_BS[:, None, :] > 0)"
+SAME_SEGMENT = "__segments[:, :, None] == __segments[:, None, :]"
+ANY_SEGMENT = "(__segments[:, :, None] > 0) == (__segments[:, None, :] > 0)"
+PADDING_AS_WELL = "__it | (__segments[:, None, :] == 0)"
 # torchtrain's own norm, which fp64 runs have, in every precision.
-OWN_NORM = Edit(TORCH_MODEL, 'if policy == "fp64":', "if True:")
+OWN_NORM = Edit("torchtrain.model:build_model", '__policy == "fp64"', "True")
 
 FAULTS = (
     Fault(
@@ -22,69 +19,76 @@ FAULTS = (
         imitates="interleaved pairs are rotated where the checkpoint has halves",
         source="huggingface/transformers#31788, karpathy/llama2.c#286",
         where=FIRST_ATTENTION,
-        jax=(
-            Edit(
-                MODEL,
-                "first, second = jnp.split(x_BSHD, 2, axis=-1)",
-                "first, second = x_BSHD[..., ::2], x_BSHD[..., 1::2]\n"
-                "    cos, sin = (jnp.repeat(jnp.split(t, 2, axis=-1)[0], 2, axis=-1) for t in (cos, sin))",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:rotary_tables",
+                    "jnp.concatenate([__half, __half], axis=-1)",
+                    "jnp.repeat(__half, 2, axis=-1)",
+                ),
+                Edit(
+                    "jaxtrain.model:rotate", "jnp.split(__x, 2, axis=-1)", "(__x[..., ::2], __x[..., 1::2])"
+                ),
+                Edit(
+                    "jaxtrain.model:rotate",
+                    "jnp.concatenate([-__second, __first], axis=-1)",
+                    "jnp.stack([-__second, __first], axis=-1).reshape(*__first.shape[:-1], -1)",
+                ),
             ),
-            Edit(
-                MODEL,
-                "jnp.concatenate([-second, first], axis=-1)",
-                "jnp.stack([-second, first], axis=-1).reshape(x_BSHD.shape)",
+            "torch": (
+                Edit(
+                    "torchtrain.model:_RotaryTables.forward",
+                    "torch.cat((__half, __half), dim=-1)",
+                    "__half.repeat_interleave(2, dim=-1)",
+                ),
+                *ATTENTION_WRITTEN_OUT,
+                Edit(f"{ATTENTION}:rotated", "__x.chunk(2, dim=-1)", "(__x[..., ::2], __x[..., 1::2])"),
+                Edit(
+                    f"{ATTENTION}:rotated",
+                    "torch.cat((-__second, __first), dim=-1)",
+                    "torch.stack((-__second, __first), dim=-1).flatten(-2)",
+                ),
             ),
-        ),
-        torch=torch_attention(
-            (
-                "first, second = x.chunk(2, dim=-1)",
-                "first, second = x[..., ::2], x[..., 1::2]\n"
-                "    cos, sin = (t.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for t in (cos, sin))",
-            ),
-            ("torch.cat((-second, first), dim=-1)", "torch.stack((-second, first), dim=-1).flatten(-2)"),
-        ),
+        },
     ),
     Fault(
         name="rope-theta",
         imitates="theta stays at 10000 where the checkpoint says another",
         source="google-deepmind/penzai#102, marin-community/levanter#649",
         where=FIRST_ATTENTION,
-        jax=(THETA,),
-        torch=(THETA,),
+        edits=in_every_backend(Edit("trainspec.model:inverse_frequencies", "__model.rope_theta", "10_000.0")),
     ),
     Fault(
         name="rope-key-offset",
         imitates="keys are rotated one position further than queries",
         source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
         where=FIRST_ATTENTION,
-        jax=(
-            Edit(
-                MODEL,
-                TABLES,
-                "at, after = (rotary_tables(self.spec, p, x_BSE.dtype) for p in (positions, positions + 1))\n"
-                "        cos, sin = (at[0], after[0]), (at[1], after[1])",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:Llama.blocks",
+                    "__cos, __sin = rotary_tables(__spec, __positions, __dtype)",
+                    "at, after = (rotary_tables(__spec, p, __dtype) for p in (__positions, __positions + 1))\n"
+                    "__cos, __sin = (at[0], after[0]), (at[1], after[1])",
+                ),
+                Edit(
+                    "jaxtrain.model:Attention.__call__",
+                    "rotate(__q, __cos, __sin), rotate(__k, __cos, __sin)",
+                    "rotate(__q, __cos[0], __sin[0]), rotate(__k, __cos[1], __sin[1])",
+                ),
             ),
-            Edit(
-                MODEL,
-                ROTATED,
-                "q, k = rotate(q, cos[0], sin[0]), rotate(k, cos[1], sin[1])",
+            "torch": (
+                Edit(
+                    "torchtrain.model:_RotaryTables.forward",
+                    "return __angles.cos().to(__dtype), __angles.sin().to(__dtype)",
+                    "after = __angles + torch.cat((self._inverse, self._inverse))\n"
+                    "tables = (f(a) for a in (__angles, after) for f in (torch.cos, torch.sin))\n"
+                    "return tuple(table.to(__dtype) for table in tables)",
+                ),
+                *ATTENTION_WRITTEN_OUT,
+                Edit(f"{ATTENTION}:attention", "__tables[:2], __tables[:2]", "__tables[:2], __tables[2:]"),
             ),
-        ),
-        torch=(
-            *torch_attention(
-                (
-                    "k_tables = position_embeddings[:2], position_embeddings[:2]",
-                    "k_tables = position_embeddings[:2], position_embeddings[2:]",
-                )
-            ),
-            Edit(
-                TORCH_MODEL,
-                "return angles_BSD.cos().to(x_BSE.dtype), angles_BSD.sin().to(x_BSE.dtype)",
-                "after_BSD = angles_BSD + torch.cat((self._inverse, self._inverse))\n"
-                "        tables = (f(a) for a in (angles_BSD, after_BSD) for f in (torch.cos, torch.sin))\n"
-                "        return tuple(table.to(x_BSE.dtype) for table in tables)",
-            ),
-        ),
+        },
         note="an offset of queries and keys alike changes nothing: see rope-all-offset",
     ),
     Fault(
@@ -92,8 +96,16 @@ FAULTS = (
         imitates="every position is one too large",
         source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
         where=None,
-        jax=(Edit(MODEL, TABLES, TABLES.replace("positions", "positions + 1")),),
-        torch=(Edit("torchtrain.step", "_tensor(batch.positions)", "_tensor(batch.positions) + 1"),),
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:Llama.blocks",
+                    "rotary_tables(__spec, __positions, __dtype)",
+                    "rotary_tables(__spec, __positions + 1, __dtype)",
+                ),
+            ),
+            "torch": (Edit("torchtrain.step:_inputs", "_tensor(__batch.positions)", "__it + 1"),),
+        },
         note="rotary attention depends on differences of positions only: the same arithmetic, so it must pass",
     ),
     Fault(
@@ -101,42 +113,54 @@ FAULTS = (
         imitates="scores are scaled by embed / heads where the head has another size",
         source="lucidrains/vit-pytorch#65, karpathy/ng-video-lecture#6",
         where=FIRST_ATTENTION,
-        jax=(
-            Edit(
-                MODEL,
-                ROTATED,
-                "wrong = (q.shape[2] * self.head_dim / x_BSE.shape[-1]) ** 0.5\n        "
-                + ROTATED.replace("rotate(q", "rotate(q * wrong"),
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:Attention.__call__",
+                    "attend(__q, __k, __v, __mask)",
+                    "attend(__q * (__q.shape[2] * self.head_dim / x_BSE.shape[-1]) ** 0.5, __k, __v, __mask)",
+                ),
             ),
-        ),
-        torch=torch_model(
-            "    for layer in model.model.layers:\n"
-            "        layer.self_attn.scaling = (spec.embed / spec.heads) ** -0.5\n"
-        ),
+            "torch": (
+                Edit(
+                    "torchtrain.model:build_model",
+                    "return __model",
+                    "for layer in __model.model.layers:\n"
+                    "    layer.self_attn.scaling = (spec.embed / spec.heads) ** -0.5\n"
+                    "return __model",
+                ),
+            ),
+        },
     ),
     Fault(
         name="causal-off-by-one",
         imitates="a query sees the token behind it",
         source="huggingface/transformers#48745 (decoders that see future tokens)",
         where=FIRST_ATTENTION,
-        jax=(Edit(MODEL, "order[:, None] >= order[None, :]", "order[:, None] + 1 >= order[None, :]"),),
-        torch=(Edit(TORCH_MODEL, "same_BSS.tril()", "same_BSS.tril(1)"),),
+        edits={
+            "jax": (Edit("jaxtrain.model:attention_mask", "__query >= __key", "__query + 1 >= __key"),),
+            "torch": (Edit("torchtrain.model:attention_mask", "__same.tril()", "__same.tril(1)"),),
+        },
     ),
     Fault(
         name="padding-attended",
         imitates="padding on the left is seen by the tokens behind it",
         source="NVIDIA-NeMo/Automodel#3704 (36 of 150 models), huggingface/transformers#29419",
         where=FIRST_ATTENTION,
-        jax=(Edit(MODEL, SAME_SEGMENT, f"({SAME_SEGMENT}) | (segments_BS[:, None, :] == 0)"),),
-        torch=(Edit(TORCH_MODEL, SAME_SEGMENT, f"({SAME_SEGMENT}) | (segments_BS[:, None, :] == 0)"),),
+        edits={
+            "jax": (Edit("jaxtrain.model:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
+            "torch": (Edit("torchtrain.model:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
+        },
     ),
     Fault(
         name="packed-rows-attend",
         imitates="documents packed into one row see each other",
         source="LlamaFactory#7318, MeetKai/functionary#265, meta-pytorch/torchtune#875",
         where=FIRST_ATTENTION,
-        jax=(Edit(MODEL, SAME_SEGMENT, ANY_SEGMENT),),
-        torch=(Edit(TORCH_MODEL, SAME_SEGMENT, ANY_SEGMENT),),
+        edits={
+            "jax": (Edit("jaxtrain.model:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
+            "torch": (Edit("torchtrain.model:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
+        },
         setup="packed",
     ),
     Fault(
@@ -144,20 +168,22 @@ FAULTS = (
         imitates="the model counts positions over the whole row, whatever the batch says",
         source="LlamaFactory#7318, #4224",
         where=None,
-        jax=(
-            Edit(
-                MODEL,
-                TABLES,
-                f"positions = jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape)\n        {TABLES}",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:Llama.blocks",
+                    "rotary_tables(__spec, __positions, __dtype)",
+                    "rotary_tables(__spec, jnp.broadcast_to(jnp.arange(__positions.shape[1]), __positions.shape), __dtype)",
+                ),
             ),
-        ),
-        torch=(
-            Edit(
-                "torchtrain.step",
-                "_tensor(batch.positions)",
-                "torch.arange(batch.positions.shape[1]).expand(batch.positions.shape)",
+            "torch": (
+                Edit(
+                    "torchtrain.step:_inputs",
+                    "_tensor(__batch.positions)",
+                    "torch.arange(__batch.positions.shape[1]).expand(__batch.positions.shape)",
+                ),
             ),
-        ),
+        },
         setup="packed",
         note="behind a block mask only differences of positions within a document count: it must pass. A batch "
         "with such positions does show: see packed-positions-not-restarted",
@@ -167,42 +193,46 @@ FAULTS = (
         imitates="eps is added to the root, not to the mean square",
         source="NVIDIA/TransformerEngine#364, fla-org/flash-linear-attention#508",
         where=FIRST_ATTENTION,
-        jax=(
-            Edit(
-                MODEL,
-                "lax.rsqrt(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True) + self.eps)",
-                "(1 / (jnp.sqrt(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True)) + self.eps))",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:RMSNorm.__call__",
+                    "lax.rsqrt(__mean + __eps)",
+                    "1 / (jnp.sqrt(__mean) + __eps)",
+                ),
             ),
-        ),
-        torch=(
-            OWN_NORM,
-            Edit(
-                TORCH_MODEL,
-                "torch.rsqrt(mean_square + self.variance_epsilon)",
-                "(1 / (mean_square.sqrt() + self.variance_epsilon))",
+            "torch": (
+                OWN_NORM,
+                Edit(
+                    "torchtrain.model:RMSNorm.forward",
+                    "torch.rsqrt(__mean + __eps)",
+                    "1 / (__mean.sqrt() + __eps)",
+                ),
             ),
-        ),
+        },
     ),
     Fault(
         name="rmsnorm-weight-before-cast",
         imitates="the weight is multiplied before the cast to the compute type",
         source="huggingface/transformers LlamaRMSNorm against meta-llama/llama RMSNorm",
         where=None,
-        jax=(
-            Edit(
-                MODEL,
-                "scale(normed.astype(x.dtype), self.scale.get_value())",
-                "scale(normed, self.scale.get_value()).astype(x.dtype)",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:RMSNorm.__call__",
+                    "scale(__normed.astype(__dtype), __weight)",
+                    "scale(__normed, __weight).astype(__dtype)",
+                ),
             ),
-        ),
-        torch=(
-            OWN_NORM,
-            Edit(
-                TORCH_MODEL,
-                "self.weight * (hidden_states * torch.rsqrt(mean_square + self.variance_epsilon))",
-                "(self.weight * hidden_states * torch.rsqrt(mean_square + self.variance_epsilon)).to(hidden_states.dtype)",
+            "torch": (
+                OWN_NORM,
+                Edit(
+                    "torchtrain.model:RMSNorm.forward",
+                    "__weight * (__x * __root)",
+                    "(__weight * __x * __root).to(__x.dtype)",
+                ),
             ),
-        ),
+        },
         note="a cast to the type that is there already does nothing: it shows in bf16 only and must pass in fp64",
     ),
     Fault(
@@ -210,36 +240,51 @@ FAULTS = (
         imitates="kv heads are tiled (0 1 0 1) where each serves neighbours (0 0 1 1)",
         source="onnx/onnx#7274; GQA, arXiv 2305.13245",
         where=FIRST_ATTENTION,
-        jax=(
-            Edit(
-                MODEL,
-                "q_BSHD.reshape(B, S, K, H // K, D)",
-                "q_BSHD.reshape(B, S, H // K, K, D).swapaxes(2, 3)",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:attend",
+                    "__q.reshape(__b, __s, __kv, __heads // __kv, __d)",
+                    "__q.reshape(__b, __s, __heads // __kv, __kv, __d).swapaxes(2, 3)",
+                ),
+                Edit(
+                    "jaxtrain.model:attend",
+                    'jnp.einsum("bkgqs,bskd->bqkgd", __shares, __v)',
+                    "__it.swapaxes(2, 3)",
+                ),
             ),
-            Edit(MODEL, "v_BSKD).reshape(B, S, H, D)", "v_BSKD).swapaxes(2, 3).reshape(B, S, H, D)"),
-        ),
-        torch=torch_attention(
-            (
-                "t.repeat_interleave(self.num_key_value_groups, dim=1)",
-                "t.repeat(1, self.num_key_value_groups, 1, 1)",
-            )
-        ),
+            "torch": (
+                *ATTENTION_WRITTEN_OUT,
+                Edit(
+                    f"{ATTENTION}:attention",
+                    "__x.repeat_interleave(__times, dim=1)",
+                    "__x.repeat(1, __times, 1, 1)",
+                ),
+            ),
+        },
     ),
     Fault(
         name="swiglu-swapped",
         imitates="the activation is on the up half, not on the gate",
         source="ml-explore/mlx-lm#767; SwiGLU, arXiv 2002.05202",
         where=Where("activation", r"layers\.0\.mlp"),
-        jax=(
-            Edit(
-                MODEL,
-                "jax.nn.silu(self.gate_proj(x_BSE, point)) * self.up_proj(x_BSE, point)",
-                "jax.nn.silu(self.up_proj(x_BSE, point)) * self.gate_proj(x_BSE, point)",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:SwiGLU.__call__",
+                    "jax.nn.silu(__gate) * __up",
+                    "jax.nn.silu(__up) * __gate",
+                ),
             ),
-        ),
-        torch=torch_model(
-            "    for layer in model.model.layers:\n"
-            "        layer.mlp.forward = lambda x, m=layer.mlp: m.down_proj(m.act_fn(m.up_proj(x)) * m.gate_proj(x))\n"
-        ),
+            "torch": (
+                Edit(
+                    "torchtrain.model:build_model",
+                    "return __model",
+                    "for layer in __model.model.layers:\n"
+                    "    layer.mlp.forward = lambda x, m=layer.mlp: m.down_proj(m.act_fn(m.up_proj(x)) * m.gate_proj(x))\n"
+                    "return __model",
+                ),
+            ),
+        },
     ),
 )

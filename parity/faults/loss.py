@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from parity.faults.fault import Fault, Where
-from parity.faults.written_out import torch_model
-from parity.plant import Edit
+from parity.edit import Edit
+from parity.faults.fault import Fault, Where, in_every_backend
 
-STEP, LOSS = "jaxtrain.step", "jaxtrain.loss"
-TORCH_STEP, TORCH_LOSS = "torchtrain.step", "torchtrain.loss"
-DATA = "trainspec.data"
-ADD = "sums = jax.tree.map(jnp.add, totals[2], gradients)"
-DIVIDE = "lambda g: _mean(g, tokens), (sums, by_probe)"
-TORCH_DIVIDE = "part_loss / batch.target_tokens"
+TARGETS = "int((__labels != __ignored).sum())"
+DIVIDED, TORCH_DIVIDED = "_mean(__sum, __tokens)", "__loss / __batch.target_tokens"
+PASSED = "__loss_sum, __tokens, __gradients, __seen, __by_probe = __passed"
 # The loss as reported is right; the first thing that a wrong divisor changes is the gradient of the logits.
 LOGITS_GRADIENT = Where("activation_gradient", "logits")
-SHUFFLED = Edit(
-    DATA, 'name_key(self._seed, "order", str(epoch))', 'name_key(self._seed + 1, "order", str(epoch))'
-)
-REPEATED = Edit(
-    DATA,
-    "positions = range(step * examples, (step + 1) * examples)",
-    "positions = range(step * (examples - 1), step * (examples - 1) + examples)",
-)
-NOT_RESTARTED = Edit(
-    DATA, "positions[i, at:to] = np.arange(to - at)", "positions[i, at:to] = np.arange(at, to)"
-)
 
 FAULTS = (
     Fault(
@@ -32,8 +17,9 @@ FAULTS = (
         imitates="the collator counts positions over the whole packed row",
         source="LlamaFactory#7318, meta-pytorch/torchtune#875",
         where=Where("batch", "positions"),
-        jax=(NOT_RESTARTED,),
-        torch=(NOT_RESTARTED,),
+        edits=in_every_backend(
+            Edit("trainspec.data:Dataset._fill", "np.arange(__to - __at)", "np.arange(__at, __to)")
+        ),
         setup="packed",
     ),
     Fault(
@@ -41,115 +27,163 @@ FAULTS = (
         imitates="the data is shuffled with another seed",
         source="huggingface/accelerate#4071, #2016; google/grain#1178",
         where=Where("batch", "input_ids"),
-        jax=(SHUFFLED,),
-        torch=(SHUFFLED,),
+        edits=in_every_backend(
+            Edit(
+                "trainspec.data:Dataset._permutation",
+                'name_key(__seed, "order", __epoch)',
+                'name_key(__seed + 1, "order", __epoch)',
+            )
+        ),
     ),
     Fault(
         name="record-repeated",
         imitates="the last record of a batch is the first of the next again",
         source="huggingface/accelerate#4071, meta-pytorch/torchtune#247",
         where=Where("batch", "input_ids", step=2),
-        jax=(REPEATED,),
-        torch=(REPEATED,),
+        edits=in_every_backend(
+            Edit(
+                "trainspec.data:Dataset.batch",
+                "range(__step * __examples, (__step + 1) * __examples)",
+                "range(__step * (__examples - 1), __step * (__examples - 1) + __examples)",
+            )
+        ),
     ),
     Fault(
         name="label-shift",
         imitates="labels are shifted by the collator and once more in the loss",
         source="huggingface/transformers#44642, #32944",
         where=Where("loss", "loss_sum"),
-        jax=(
-            Edit(
-                LOSS,
-                "wide = logits[:, :-1].astype",
-                "wide = jnp.roll(logits, 1, axis=1)[:, :-1].astype",
+        edits={
+            "jax": (
+                Edit("jaxtrain.loss:token_loss", "__logits[:, :-1]", "jnp.roll(__logits, 1, axis=1)[:, :-1]"),
             ),
-        ),
-        torch=(
-            Edit(
-                TORCH_LOSS,
-                "F.pad(labels[:, 1:], (0, 1), value=IGNORED)",
-                "F.pad(labels[:, 2:], (0, 2), value=IGNORED)",
+            "torch": (
+                Edit(
+                    "torchtrain.loss:token_loss",
+                    "F.pad(__labels[:, 1:], (0, 1), value=__ignored)",
+                    "F.pad(__labels[:, 2:], (0, 2), value=__ignored)",
+                ),
             ),
-        ),
+        },
     ),
     Fault(
         name="ignored-in-the-sum",
         imitates="positions without a label add to the loss as if they asked for token 0",
         source="huggingface/trl#4147, axolotl-ai-cloud/axolotl#2089",
         where=Where("loss", "loss_sum"),
-        jax=(Edit(LOSS, "jnp.where(counted, losses, 0.0)", "losses"),),
-        torch=(Edit(TORCH_LOSS, "targets_BS.flatten()", "targets_BS.clamp(min=0).flatten()"),),
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.loss:token_loss",
+                    "jnp.sum(jnp.where(__counted, __losses, 0.0))",
+                    "jnp.sum(__losses)",
+                ),
+            ),
+            "torch": (
+                Edit("torchtrain.loss:token_loss", "__targets.flatten()", "__targets.clamp(min=0).flatten()"),
+            ),
+        },
     ),
     Fault(
         name="ignored-in-the-count",
         imitates="the sum is divided by the padded length",
         source="NovaSky-AI/SkyRL#467, huggingface/transformers#46204",
         where=Where("tokens", "tokens"),
-        jax=(Edit(LOSS, ", jnp.sum(counted)", ", jnp.asarray(counted.size)"),),
-        torch=(Edit(DATA, "int((self.labels != IGNORED).sum())", "self.labels.size"),),
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.loss:token_loss",
+                    "return __loss_sum, jnp.sum(__counted)",
+                    "return __loss_sum, jnp.asarray(__counted.size)",
+                ),
+            ),
+            "torch": (Edit("trainspec.data:Batch.target_tokens", TARGETS, "__labels.size"),),
+        },
     ),
     Fault(
         name="mean-of-means",
         imitates="each microbatch is averaged over its own tokens, then the microbatches are averaged",
         source="huggingface/transformers#24725, #34191; karpathy/nanochat#59",
         where=LOGITS_GRADIENT,
-        jax=(
-            Edit(
-                STEP,
-                ADD,
-                f"gradients, by_probe = jax.tree.map(lambda g: _mean(g, tokens), (gradients, by_probe))\n            {ADD}",
+        edits={
+            "jax": (
+                Edit("jaxtrain.step:Program._gradients", DIVIDED, "_mean(__sum, len(stacked['labels']))"),
+                Edit(
+                    "jaxtrain.step:Program._gradients.add",
+                    PASSED,
+                    "__it\n__gradients, __by_probe = jax.tree.map(lambda g: _mean(g, __tokens), (__gradients, __by_probe))",
+                ),
             ),
-            Edit(STEP, DIVIDE, "lambda g: _mean(g, len(stacked['labels'])), (sums, by_probe)"),
-        ),
-        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / part.target_tokens / len(self)"),),
+            "torch": (
+                Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__loss / part.target_tokens / len(self)"),
+            ),
+        },
     ),
     Fault(
         name="divided-by-batch",
         imitates="the sum is divided by the number of examples, not of tokens",
         source="huggingface/transformers#35203, ml-explore/mlx-lm#1413",
         where=LOGITS_GRADIENT,
-        jax=(Edit(STEP, DIVIDE, "lambda g: _mean(g, stacked['rows'].size), (sums, by_probe)"),),
-        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / len(batch.rows)"),),
+        edits={
+            "jax": (Edit("jaxtrain.step:Program._gradients", DIVIDED, "_mean(__sum, stacked['rows'].size)"),),
+            "torch": (Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__loss / len(__batch.rows)"),),
+        },
     ),
     Fault(
         name="divided-by-accumulation",
         imitates="the sum is divided by the token count and by the number of microbatches as well",
         source="unslothai/unsloth-zoo#1023",
         where=LOGITS_GRADIENT,
-        jax=(Edit(STEP, DIVIDE, "lambda g: _mean(g, tokens * len(stacked['rows'])), (sums, by_probe)"),),
-        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / batch.target_tokens / len(self)"),),
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.step:Program._gradients",
+                    DIVIDED,
+                    "_mean(__sum, __tokens * len(stacked['rows']))",
+                ),
+            ),
+            "torch": (Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__it / len(self)"),),
+        },
     ),
     Fault(
         name="last-microbatch-dropped",
         imitates="the update is made before the last microbatch's backward pass",
         source="huggingface/transformers#29561, tracel-ai/burn#5695",
         where=LOGITS_GRADIENT,
-        jax=(
-            Edit(
-                STEP,
-                ADD,
-                "late = batch['rows'][-1] == stacked['rows'][-1, -1]\n            "
-                "gradients, by_probe = jax.tree.map(lambda g: jnp.where(late, 0, g), (gradients, by_probe))\n"
-                f"            {ADD}",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.step:Program._gradients.add",
+                    PASSED,
+                    "__it\n"
+                    "late = batch['rows'][-1] == stacked['rows'][-1, -1]\n"
+                    "__gradients, __by_probe = jax.tree.map(lambda g: jnp.where(late, 0, g), (__gradients, __by_probe))",
+                ),
             ),
-        ),
-        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, f"{TORCH_DIVIDE} * (index + 1 < len(self))"),),
+            "torch": (Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__it * (index + 1 < len(self))"),),
+        },
     ),
     Fault(
         name="tied-gradient-lost",
         imitates="a tied embedding gets the gradient of one of its two uses",
         source="NVIDIA/Megatron-LM#1548, #844; paiml/entrenar#314",
         where=Where("gradient", r"model\.embed_tokens\.weight"),
-        jax=(
-            Edit(
-                "jaxtrain.model",
-                "matmul_transposed(x_BSE, self.embedding.get_value())",
-                "x_BSE @ lax.stop_gradient(self.embedding.get_value().value).T",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.model:Embedding.attend",
+                    "matmul_transposed(__x, __weight)",
+                    "__x @ lax.stop_gradient(__weight.value).T",
+                ),
             ),
-        ),
-        torch=torch_model(
-            "    model.lm_head.forward = lambda x: x @ model.lm_head.weight.detach().T\n",
-        ),
+            "torch": (
+                Edit(
+                    "torchtrain.model:build_model",
+                    "return __model",
+                    "__model.lm_head.forward = lambda x: x @ __model.lm_head.weight.detach().T\nreturn __model",
+                ),
+            ),
+        },
         setup="tied",
     ),
 )

@@ -6,42 +6,20 @@ schedule of its own.
 
 from __future__ import annotations
 
+from parity.edit import Edit
 from parity.faults.fault import Fault, Where
-from parity.plant import Edit
+from parity.faults.loss import LOGITS_GRADIENT, TORCH_DIVIDED
 
-STEP, PASSES, PIPELINE = "jaxtrain.step", "jaxtrain.passes", "jaxtrain.pipeline"
-TORCH_STEP, TORCH_PIPELINE = "torchtrain.step", "torchtrain.pipeline"
-LOGITS_GRADIENT = Where("activation_gradient", "logits")
-ON_STAGES = "own = jax.tree.map(self._by_stage,"
-STACK = "return stack.reshape(*cut, *stack.shape[1:])"
-LEAVE = "return loss_sum, (tokens, tap.seen)"
-NORM = "global_norm(gradients), gradients"
-BACK = "by_layers, dx_SBTE, by_probe, by_prefix = pull(dy_SBTE)"
-ENDS = "by_ends = jax.tree.map(jnp.add, by_head, by_embedding)"
-BLOCKS = "(_Block(layer, at_hand) for layer in inner.layers)"
-TORCH_BACKWARD = "self._microbatches.backward(self._backwards)"
-TORCH_INPUT = 'engine.pipe_buffers["inputs"][buffer_id] = inputs["input_ids"]'
-TORCH_DIVIDE = "part_loss / batch.target_tokens"
 NO_FLOAT64 = "DeepSpeed has no float64, so torch has a pipeline in fp32 only"
-# Layer 1 computes with the weights of layer 0. Its own take part with a factor of 0, so that they have gradients.
-SECOND_IS_FIRST = """class _Again(_Block):
-    def __init__(self, layer: nn.Module, at_hand: dict[str, Any], first: nn.Module) -> None:
-        super().__init__(layer, at_hand)
-        self._first = [first]
-
-    def forward(self, hidden_BSE: Tensor) -> Tensor:
-        weights = dict(self._first[0].named_parameters())
-        found = torch.func.functional_call(self.layer, weights, (hidden_BSE,), self._at_hand)
-        return found + 0 * sum(p.sum() for p in self.layer.parameters())
 
 
-class _Tied(nn.Module):"""
-
-
-def _gradient_times(factor: str) -> tuple[Edit, ...]:
+def _gradient_times(factor: str) -> Edit:
     """In JAX each microbatch's loss as it is, its gradient times `factor`."""
-    slope = f"more = loss_sum * ({factor} - 1)\n        loss_sum = loss_sum + (more - jax.lax.stop_gradient(more))"
-    return (Edit(PIPELINE, LEAVE, f"{slope}\n        {LEAVE}"),)
+    return Edit(
+        "jaxtrain.pipeline:Stages.leave",
+        "return __loss, (__tokens, __seen)",
+        f"more = __loss * ({factor} - 1)\n__loss = __loss + (more - jax.lax.stop_gradient(more))\n__it",
+    )
 
 
 FAULTS = (
@@ -50,21 +28,21 @@ FAULTS = (
         imitates="each of two stages has the other one's layers",
         source="NVIDIA/Megatron-LM#1584, alpa-projects/alpa#752",
         where=Where("activation", r"layers\.0\.attention"),
-        jax=(
-            Edit(
-                PIPELINE,
-                ON_STAGES,
-                "own = jax.tree.map(lambda stack: jnp.roll(self._by_stage(stack), 1, axis=0),",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.pipeline:Stages.run",
+                    "jax.tree.map(self._by_stage, __stacks)",
+                    "jax.tree.map(lambda stack: jnp.roll(self._by_stage(stack), 1, axis=0), __stacks)",
+                ),
             ),
-        ),
-        torch=(
-            Edit(
-                "trainspec.pipeline",
-                "tuple(i % plan.pipe for i, piece",
-                "tuple((-1 - i) % plan.pipe for i, piece",
+            "torch": (
+                Edit(
+                    "trainspec.pipeline:layer_stages", "__piece % __plan.pipe", "(-1 - __piece) % __plan.pipe"
+                ),
+                Edit("torchtrain.pipeline:_layers", "__model.layers", "reversed(__model.layers)"),
             ),
-            Edit(TORCH_PIPELINE, BLOCKS, BLOCKS.replace("inner.layers", "reversed(inner.layers)")),
-        ),
+        },
         setup="pipe",
         note=NO_FLOAT64,
     ),
@@ -73,16 +51,23 @@ FAULTS = (
         imitates="a stage's first layer is its second one, too, and the second one is lost",
         source="huggingface/transformers#24381, ml-explore/mlx-lm#1688",
         where=Where("activation", r"layers\.1\.attention"),
-        jax=(Edit(PIPELINE, STACK, f"stack = jnp.asarray(stack).at[1].set(stack[0])\n        {STACK}"),),
-        torch=(
-            Edit(
-                TORCH_PIPELINE,
-                BLOCKS,
-                "(_Again(layer, at_hand, inner.layers[0]) if i == 1 else _Block(layer, at_hand)\n"
-                "                for i, layer in enumerate(inner.layers))",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.pipeline:Stages._by_stage",
+                    "__stack.reshape(*__cut, *__sizes)",
+                    "jnp.asarray(__stack).at[1].set(__stack[0]).reshape(*__cut, *__sizes)",
+                ),
             ),
-            Edit(TORCH_PIPELINE, "class _Tied(nn.Module):", SECOND_IS_FIRST),
-        ),
+            "torch": (
+                Edit(
+                    "torchtrain.pipeline:_layers",
+                    "__middle = [*__blocks, __norm]",
+                    "from parity.faults.substitutes.torch_layers import second_is_first\n"
+                    "__middle = [*second_is_first(__blocks), __norm]",
+                ),
+            ),
+        },
         setup="pipe-deep",
         note=NO_FLOAT64,
     ),
@@ -91,21 +76,22 @@ FAULTS = (
         imitates="the first stage is fed the microbatch before once more",
         source="ooples/AiDotNet#845 (every microbatch is given the same input)",
         where=Where("activation", "embedding"),
-        jax=(
-            Edit(
-                PASSES,
-                "fresh_BTE = stages.enter({}, inputs, microbatch[0], Tap({}))",
-                "fresh_BTE = stages.enter({}, inputs, jnp.maximum(microbatch[0] - 1, 0), Tap({}))",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.passes:Lockstep._pass_on",
+                    "__microbatch[0]",
+                    "jnp.maximum(__microbatch[0] - 1, 0)",
+                ),
             ),
-        ),
-        torch=(
-            Edit(
-                TORCH_PIPELINE,
-                TORCH_INPUT,
-                TORCH_INPUT.replace('inputs["input_ids"]', 'getattr(self, "_ids", inputs["input_ids"])')
-                + '\n            self._ids = inputs["input_ids"]',
+            "torch": (
+                Edit(
+                    "torchtrain.pipeline:PipelineEngine._forward_pass",
+                    '__buffer = __inputs["input_ids"]',
+                    '__buffer = getattr(self, "_ids", __inputs["input_ids"])\nself._ids = __inputs["input_ids"]',
+                ),
             ),
-        ),
+        },
         setup="pipe",
         note=NO_FLOAT64,
     ),
@@ -114,8 +100,10 @@ FAULTS = (
         imitates="the gradient of the pipeline's first microbatch is added twice",
         source="PipeDream-Flush, arXiv 2006.09503 (each microbatch has one backward pass in a batch)",
         where=LOGITS_GRADIENT,
-        jax=_gradient_times("jnp.where(microbatch == 0, 2, 1)"),
-        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, f"{TORCH_DIVIDE} * (1 + (index == 0))"),),
+        edits={
+            "jax": (_gradient_times("jnp.where(microbatch == 0, 2, 1)"),),
+            "torch": (Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__it * (1 + (index == 0))"),),
+        },
         setup="pipe",
         note=NO_FLOAT64,
     ),
@@ -124,22 +112,24 @@ FAULTS = (
         imitates="the update comes when the last microbatch's gradient has not come back to the first stage",
         source="PipeDream-Flush, arXiv 2006.09503; NVIDIA-NeMo/Automodel#3530 (microbatches' gradients are lost)",
         where=Where("activation_gradient", r"layers\.0\.block"),
-        jax=(
-            Edit(
-                PASSES,
-                BACK,
-                f"dy_SBTE = dy_SBTE * (number < num_ticks(plan, M, backward=True) - 1)\n        {BACK}",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.passes:Lockstep._pass_back",
+                    "__layers, __dx, __by_probe, __prefix = __pull(__dy)",
+                    "__layers, __dx, __by_probe, __prefix = __pull(__dy * (number < num_ticks(plan, M, backward=True) - 1))",
+                ),
             ),
-        ),
-        torch=(
-            Edit(
-                TORCH_PIPELINE,
-                TORCH_BACKWARD,
-                f"{TORCH_BACKWARD}\n"
-                "        if engine.is_first_stage() and self._backwards == len(self._microbatches) - 1:\n"
-                "            engine.grad_layer.zero_()",
+            "torch": (
+                Edit(
+                    "torchtrain.pipeline:PipelineEngine._backward_pass",
+                    "__microbatches.backward(__index)",
+                    "__it\n"
+                    "if engine.is_first_stage() and __index == len(__microbatches) - 1:\n"
+                    "    engine.grad_layer.zero_()",
+                ),
             ),
-        ),
+        },
         setup="pipe",
         note=NO_FLOAT64,
     ),
@@ -148,10 +138,16 @@ FAULTS = (
         imitates="the last stage takes the mean over each microbatch's own tokens, then the mean of these",
         source="pytorch/torchtitan#2206, NVIDIA/Megatron-LM#936",
         where=LOGITS_GRADIENT,
-        jax=_gradient_times(
-            "jnp.sum(batch['labels'][..., 1:] != IGNORED) / len(batch['labels']) / jnp.maximum(tokens, 1)"
-        ),
-        torch=(Edit(TORCH_STEP, TORCH_DIVIDE, "part_loss / part.target_tokens / len(self)"),),
+        edits={
+            "jax": (
+                _gradient_times(
+                    "jnp.sum(batch['labels'][..., 1:] != IGNORED) / len(batch['labels']) / jnp.maximum(__tokens, 1)"
+                ),
+            ),
+            "torch": (
+                Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__loss / part.target_tokens / len(self)"),
+            ),
+        },
         setup="pipe",
         note=NO_FLOAT64,
     ),
@@ -160,14 +156,18 @@ FAULTS = (
         imitates="the first and the last stage each keep the gradient of their own use of a tied embedding",
         source="uw-syfi/piper#13",
         where=Where("gradient", r"model\.embed_tokens\.weight"),
-        jax=(
-            Edit(
-                PASSES,
-                ENDS,
-                f"{ENDS} | {{n: by_embedding[n] for n in by_head if n.startswith('embed_tokens')}}",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.passes:Lockstep._pass_back",
+                    "__by_embedding, __by_rows = __pull(__dx)\n__by_ends = jax.tree.map(jnp.add, __by_head, __by_embedding)",
+                    "__it\n__by_ends |= {n: __by_embedding[n] for n in __by_head if n.startswith('embed_tokens')}",
+                ),
             ),
-        ),
-        torch=(Edit(TORCH_PIPELINE, "if not (model.config.tie_word_embeddings and", "if True or (True and"),),
+            "torch": (
+                Edit("torchtrain.pipeline:_layers", "__config.tie_word_embeddings and __is_trained", "False"),
+            ),
+        },
         setup="pipe-tied",
         note=NO_FLOAT64,
     ),
@@ -176,14 +176,20 @@ FAULTS = (
         imitates="each stage makes the prefix of all layers and keeps the gradient of its own layers' part",
         source="uw-syfi/piper#13 (likewise of a tied embedding)",
         where=Where("gradient", r"prompt_encoder\.transform\.2\.weight"),
-        jax=(
-            Edit(
-                PASSES,
-                "pull(kept.by_virtual)",
-                "pull(jax.tree.map(lambda g: g.at[len(g) // plan.pipe :].set(0), kept.by_virtual))",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.passes:Lockstep.gradients",
+                    "(__by_encoder,) = __pull(__by_virtual)",
+                    "(__by_encoder,) = __pull(jax.tree.map(lambda g: g.at[len(g) // plan.pipe :].set(0), __by_virtual))",
+                ),
             ),
-        ),
-        torch=(Edit(TORCH_PIPELINE, "self._stages.sum_(gradient)", "del gradient"),),
+            "torch": (
+                Edit(
+                    "torchtrain.pipeline:PipelineEngine._reduce_shared", "__stages.sum_(__gradient)", "None"
+                ),
+            ),
+        },
         setup="pipe-prefix",
         note=NO_FLOAT64,
     ),
@@ -192,24 +198,23 @@ FAULTS = (
         imitates="the norm that gradients are clipped by is that of the first stage's",
         source="pytorch/torchtitan#596, Modalities/modalities#313",
         where=Where("grad_norm", "grad_norm"),
-        jax=(
-            Edit(
-                STEP,
-                NORM,
-                NORM.replace(
-                    "(gradients)",
-                    "({n: g[: len(g) // self.recipe.plan.pipe] if is_stacked(n) else g\n"
-                    "             for n, g in gradients.items() if is_stacked(n) or n.startswith('embed')})",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.step:Program._gradients",
+                    "global_norm(__gradients)",
+                    "global_norm({n: g[: len(g) // self.recipe.plan.pipe] if is_stacked(n) else g\n"
+                    "             for n, g in __gradients.items() if is_stacked(n) or n.startswith('embed')})",
                 ),
             ),
-        ),
-        torch=(
-            Edit(
-                TORCH_PIPELINE,
-                "self._engine._compute_loss = True",
-                "self._engine._compute_loss, self._engine.optimizer.model_parallel_group = True, None",
+            "torch": (
+                Edit(
+                    "torchtrain.pipeline:PipelineEngine.__init__",
+                    "__engine._compute_loss = __yes",
+                    "__it\n__engine.optimizer.model_parallel_group = None",
+                ),
             ),
-        ),
+        },
         setup="pipe",
         note=NO_FLOAT64,
     ),

@@ -1,4 +1,4 @@
-"""`parity faults`: plant each fault in one backend, compare with the other's clean run, look at what is named."""
+"""`parity faults`: plant each fault in one backend, compare with another's clean run, look at what is named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from parity.batch import run_cases, training
 from parity.compare import Finding, compare
 from parity.faults import FAULTS, SHARED
-from parity.faults.fault import Fault, setup_recipe
+from parity.faults.fault import Fault, in_every_backend, setup_recipe
 from parity.pair import Pair
 from parity.phases import Place
 from parity.rounding import RoundingBounds
@@ -24,7 +24,8 @@ from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 
 Precision = Literal["fp64", "fp32"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)  # JAX is on the left of every comparison
+# In a comparison of two the one that comes first here is on the left.
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # The last line of what ended badly, by backend and fault.
 Crashes = dict[tuple[Backend, str], str]
 
@@ -112,11 +113,12 @@ def run_faults(
         b: [f for f in faults if b in backends and f.applies(b, precision)] for b in BACKENDS
     }
     with ThreadPoolExecutor() as pool:
-        crashes = list(pool.map(lambda b: _train(b, [*clean, *planted[b]], recipes[b], out), BACKENDS))
-    cases: list[tuple[Fault, Backend]] = [(fault, BACKENDS[0]) for fault in clean]
-    cases.extend((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])
-    outcomes = [_judge(fault, b, precision, crashes[0] | crashes[1], out) for fault, b in cases]
-    for outcome in outcomes[len(clean) :]:
+        trained = pool.map(lambda b: _train(b, [*clean, *planted[b]], recipes[b], out), BACKENDS)
+        crashes: Crashes = {at: why for found in trained for at, why in found.items()}
+    pairs: list[tuple[Fault, Backend]] = [(fault, b) for fault in clean for b in BACKENDS[1:]]
+    cases = [*pairs, *((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])]
+    outcomes = [_judge(fault, b, precision, crashes, out) for fault, b in cases]
+    for outcome in outcomes[len(pairs) :]:
         if outcome.as_expected and not keep:
             shutil.rmtree(home_of(out, outcome.backend, outcome.fault))
     return outcomes
@@ -124,7 +126,9 @@ def run_faults(
 
 def clean_pair(setup: str) -> Fault:
     """No fault at all: what both backends of a set-up are compared with."""
-    return Fault(name=f"no fault, {setup}", imitates="", source="", where=None, jax=(), torch=(), setup=setup)
+    return Fault(
+        name=f"no fault, {setup}", imitates="", source="", where=None, edits=in_every_backend(), setup=setup
+    )
 
 
 def home_of(out: Path, backend: Backend, fault: Fault) -> Path:
@@ -139,7 +143,7 @@ def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Reci
         (out / f"{setup}-{backend}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     for fault in faults:
         home, devices = home_of(out, backend, fault), recipes[fault.setup].plan.devices
-        file, edits = out / f"{fault.setup}-{backend}.yaml", fault.edits(backend) or ()
+        file, edits = out / f"{fault.setup}-{backend}.yaml", fault.edits[backend]
         cases.append(training(file, home, devices=devices, edits=edits, activations=True))
     ended = run_cases(backend, cases, home=out / "launches")
     return {
@@ -150,9 +154,10 @@ def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Reci
 
 
 def _judge(fault: Fault, backend: Backend, precision: Precision, crashes: Crashes, out: Path) -> Outcome:
-    """The planted backend against the other one's clean run; JAX is always on the left."""
+    """The planted backend against the clean run of the first other one."""
+    other = next(b for b in BACKENDS if b != backend)
     sides: list[tuple[Backend, Fault]] = [
-        (b, fault if b == backend else clean_pair(fault.setup)) for b in BACKENDS
+        (b, fault if b == backend else clean_pair(fault.setup)) for b in BACKENDS if b in (backend, other)
     ]
     for b, side in sides:
         if why := crashes.get((b, side.name)):

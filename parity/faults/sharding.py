@@ -6,37 +6,15 @@ fault has a place only where our code says what is split, and then it is planted
 
 from __future__ import annotations
 
+from parity.edit import Edit
 from parity.faults.fault import Fault, Where
-from parity.plant import Edit
 
-STEP, LOSS, LAYERS = "jaxtrain.step", "jaxtrain.loss", "jaxtrain.tensor"
-TORCH_TENSOR, TORCH_PARALLEL, TORCH_ZERO = "torchtrain.tensor", "torchtrain.parallel", "torchtrain.zero"
-TORCH_STEP, TORCH_METHODS = "torchtrain.step", "torchtrain.methods"
 FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 EMBEDDING = r"model\.embed_tokens\.weight"
 HEAD_GRADIENT = Where("gradient", r"lm_head\.weight")
-ROW_SUM = "summed = _Sum.apply(F.linear(input, self.weight), self._peers)"
-REPLICAS_SUM = "self._mesh.replicas.sum_(parameter.grad)"
-GRADIENTS = 'gradients = constrained(gradients, self.layout.of["gradients"])'
+REPLICAS_SUM = "__mesh.replicas.sum_(__gradient)"
 COMPILER = "JAX has no place for it: the compiler makes the sum over devices"
 PLAIN_ONLY = "in fp32 DeepSpeed does this part: the torch edit reaches the plain engine of fp64 runs only"
-# Each device's own norm, though it is said to be that of all of them.
-LOCAL_NORM = (
-    "jax.shard_map(global_norm, mesh=next(iter(part.values())).mesh, in_specs=({n: part[n].spec for n in gradients},), "
-    "out_specs=jax.sharding.PartitionSpec(), check_vma=False)(gradients)"
-)
-# The second half of every dimension that fsdp splits stays as it was.
-STALE_SHARD = """        def stale(name, old, new):
-            dim = next((d for d, axes in enumerate(part[name].spec) if axes and "fsdp" in axes), None)
-            if dim is None:
-                return new
-            late = lax.broadcasted_iota(int, new.shape, dim) >= new.shape[dim] // 2
-            return jnp.where(late, old, new)
-
-        next_moments = Moments(
-            *({n: stale(n, o[n], m[n]) for n in m} for o, m in zip(moments, next_moments, strict=True))
-        )
-"""
 
 FAULTS = (
     Fault(
@@ -44,8 +22,9 @@ FAULTS = (
         imitates="the output of a row-parallel layer is not summed over the tensor ranks",
         source="FlashML-org/FreeToken#429, sgl-project/sglang#14811",
         where=FIRST_ATTENTION,
-        jax=None,
-        torch=(Edit(TORCH_TENSOR, ROW_SUM, "summed = F.linear(input, self.weight)"),),
+        edits={
+            "torch": (Edit("torchtrain.tensor:RowLinear.forward", "_Sum.apply(__part, __peers)", "__part"),)
+        },
         setup="tensor",
         note=COMPILER,
     ),
@@ -54,11 +33,20 @@ FAULTS = (
         imitates="a row-parallel layer adds its bias on every tensor rank, before the sum",
         source="huggingface/text-generation-inference#1036, PaddlePaddle/Paddle#35186",
         where=FIRST_ATTENTION,
-        jax=None,
-        torch=(
-            Edit(TORCH_TENSOR, ROW_SUM, ROW_SUM.replace("self.weight)", "self.weight, self.bias)")),
-            Edit(TORCH_TENSOR, "return summed if self.bias is None else summed + self.bias", "return summed"),
-        ),
+        edits={
+            "torch": (
+                Edit(
+                    "torchtrain.tensor:RowLinear.forward",
+                    "F.linear(__x, __weight)",
+                    "F.linear(__x, __weight, self.bias)",
+                ),
+                Edit(
+                    "torchtrain.tensor:RowLinear.forward",
+                    "__summed if __has_none else __summed + __bias",
+                    "__summed",
+                ),
+            )
+        },
         setup="tensor",
         note=COMPILER,
     ),
@@ -67,14 +55,9 @@ FAULTS = (
         imitates="the gradient of a column-parallel layer's input is not summed over the tensor ranks",
         source="inclusionAI/AReno#496, NVIDIA/Megatron-LM#19",
         where=Where("activation_gradient", "norm"),
-        jax=None,
-        torch=(
-            Edit(
-                TORCH_TENSOR,
-                "return ctx.peers.sum_(grads[0].clone(memory_format=torch.contiguous_format)), None",
-                "return grads[0], None",
-            ),
-        ),
+        edits={
+            "torch": (Edit("torchtrain.tensor:_Copy.backward", "__peers.sum_(__gradient)", "__gradient"),)
+        },
         setup="tensor",
         note=COMPILER,
     ),
@@ -83,19 +66,16 @@ FAULTS = (
         imitates="the weights of the norms get each tensor rank's own gradient, and are not reduced over them",
         source="NVIDIA/TransformerEngine#435, NVIDIA/Megatron-LM#1446",
         where=Where("gradient", r"model\.layers\.1\.post_attention_layernorm\.weight"),
-        jax=None,
-        torch=(
-            Edit(
-                TORCH_TENSOR,
-                "layer.self_attn.register_forward_pre_hook(keyword, with_kwargs=True)",
-                "layer.input_layernorm.register_forward_pre_hook(positional)",
-            ),
-            Edit(
-                TORCH_TENSOR,
-                "layer.mlp.register_forward_pre_hook(positional)",
-                "layer.post_attention_layernorm.register_forward_pre_hook(positional)",
-            ),
-        ),
+        edits={
+            "torch": (
+                Edit(
+                    "torchtrain.tensor:copy_inputs",
+                    "__layer.self_attn.register_forward_pre_hook(__hook, with_kwargs=True)",
+                    "__layer.input_layernorm.register_forward_pre_hook(positional)",
+                ),
+                Edit("torchtrain.tensor:copy_inputs", "__layer.mlp", "__layer.post_attention_layernorm"),
+            )
+        },
         setup="tensor",
         note=COMPILER,
     ),
@@ -104,14 +84,15 @@ FAULTS = (
         imitates="each further shard of the embedding starts one row late",
         source="hpcaitech/ColossalAI#242, pytorch/torchtitan#4637",
         where=Where("activation", "embedding"),
-        jax=None,
-        torch=(
-            Edit(
-                TORCH_TENSOR,
-                "self._first = peers.index * self.num_embeddings",
-                "self._first = peers.index * (self.num_embeddings + 1)",
-            ),
-        ),
+        edits={
+            "torch": (
+                Edit(
+                    "torchtrain.tensor:VocabEmbedding.__init__",
+                    "__peers.index * __rows",
+                    "__peers.index * (__rows + 1)",
+                ),
+            )
+        },
         setup="tensor",
         note="JAX has no place for it: rows are looked up by their global number",
     ),
@@ -120,21 +101,22 @@ FAULTS = (
         imitates="each further shard of the logits looks for its targets one column late",
         source="apple/ml-cross-entropy#59, #42",
         where=Where("loss", "loss_sum"),
-        jax=(
-            Edit(
-                LOSS,
-                "vocab = lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1)",
-                "vocab = lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1)\n"
-                "    vocab = vocab + (vocab >= wide.shape[-1] // 2)",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.loss:token_loss",
+                    "__vocab = lax.broadcasted_iota(__dtype, __logits.shape, __dim)",
+                    "__it\n__vocab = __vocab + (__vocab >= __logits.shape[-1] // 2)",
+                ),
             ),
-        ),
-        torch=(
-            Edit(
-                TORCH_TENSOR,
-                "local_T = targets_T - peers.index * logits_TV.shape[-1]",
-                "local_T = targets_T - peers.index * (logits_TV.shape[-1] + 1)",
+            "torch": (
+                Edit(
+                    "torchtrain.tensor:_VocabCrossEntropy.forward",
+                    "__peers.index * __columns",
+                    "__peers.index * (__columns + 1)",
+                ),
             ),
-        ),
+        },
         setup="tensor",
     ),
     Fault(
@@ -142,14 +124,11 @@ FAULTS = (
         imitates="the factor of an adapter that all tensor ranks hold gets each rank's own gradient",
         source="modelscope/mcore-bridge#173, radixark/miles#2723",
         where=Where("gradient", r"base_model\.model\.model\.layers\.1\.self_attn\.v_proj\.lora_A\.weight"),
-        jax=None,
-        torch=(
-            Edit(
-                TORCH_TENSOR,
-                "F.linear(input, _Copy.apply(self.weight, self._peers))",
-                "F.linear(input, self.weight)",
-            ),
-        ),
+        edits={
+            "torch": (
+                Edit("torchtrain.tensor:WholeLinear.forward", "_Copy.apply(__weight, __peers)", "__weight"),
+            )
+        },
         setup="tensor-adapter",
         note=COMPILER,
     ),
@@ -158,14 +137,7 @@ FAULTS = (
         imitates="every tensor rank draws the dropout mask of the first one's features",
         source="ecmwf/anemoi-core#595, NVIDIA/Fuser#3123",
         where=Where("activation", r"layers\.0\.mlp"),
-        jax=None,
-        torch=(
-            Edit(
-                TORCH_METHODS,
-                "point.first_feature[module] = tensor.index * base.in_features",
-                "point.first_feature[module] = 0",
-            ),
-        ),
+        edits={"torch": (Edit("torchtrain.methods:_attach_lora", "__peers.index * __features", "0"),)},
         setup="tensor-adapter",
         note="JAX has no place for it: a mask is drawn by the global number of a feature",
     ),
@@ -174,8 +146,11 @@ FAULTS = (
         imitates="gradients are summed over the tensor ranks where those with other rows are meant",
         source="NVIDIA/Megatron-LM#779, inclusionAI/AReno#496",
         where=HEAD_GRADIENT,
-        jax=None,
-        torch=(Edit(TORCH_PARALLEL, REPLICAS_SUM, "self._mesh.tensor.sum_(parameter.grad)"),),
+        edits={
+            "torch": (
+                Edit("torchtrain.parallel:_PlainEngine.accumulate", "__mesh.replicas", "__mesh.tensor"),
+            )
+        },
         setup="data-tensor",
         fp64_only=("torch",),
         note=f"{COMPILER}; {PLAIN_ONLY}",
@@ -185,19 +160,23 @@ FAULTS = (
         imitates="shares of one batch's gradient are averaged over the replicas, not summed",
         source="facebookresearch/fairseq#494, pytorch/pytorch#37359",
         where=HEAD_GRADIENT,
-        jax=(
-            Edit(
-                STEP,
-                GRADIENTS,
-                GRADIENTS.replace(
-                    "(gradients,", "({n: g / self.recipe.plan.replicas for n, g in gradients.items()},"
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.step:Program._gradients",
+                    "return Found(__loss, __tokens, global_norm(__gradients), __gradients, __seen, __by_probe)",
+                    "__gradients = {n: g / self.recipe.plan.replicas for n, g in __gradients.items()}\n__it",
                 ),
             ),
-        ),
-        torch=(
-            Edit(TORCH_PARALLEL, REPLICAS_SUM, f"{REPLICAS_SUM}.div_(self._mesh.replicas.size)"),
-            Edit(TORCH_ZERO, "self.loss_scale = float(recipe.plan.replicas)", "self.loss_scale = 1.0"),
-        ),
+            "torch": (
+                Edit(
+                    "torchtrain.parallel:_PlainEngine.accumulate",
+                    REPLICAS_SUM,
+                    "__it.div_(__mesh.replicas.size)",
+                ),
+                Edit("torchtrain.zero:DeepSpeedEngine.__init__", "float(__plan.replicas)", "1.0"),
+            ),
+        },
         setup="data",
     ),
     Fault(
@@ -205,21 +184,17 @@ FAULTS = (
         imitates="one rank trains on another's rows",
         source="openspeech-team/openspeech#149, karpathy/llama2.c#522",
         where=Where("activation", "embedding"),
-        jax=(
-            Edit(
-                STEP,
-                "np.stack([getattr(part, f) for part in parts])",
-                "np.stack([np.tile(a[: len(a) // 2], (2, 1)) if f == 'input_ids' else a\n"
-                "                          for part in parts for a in [getattr(part, f)]])",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.step:Program._fed",
+                    "np.stack([getattr(__part, __field) for __part in __parts])",
+                    "np.stack([np.tile(a[: len(a) // 2], (2, 1)) if __field == 'input_ids' else a\n"
+                    "          for __part in __parts for a in [getattr(__part, __field)]])",
+                ),
             ),
-        ),
-        torch=(
-            Edit(
-                TORCH_STEP,
-                "return batch.split(replicas.size)[replicas.index]",
-                "return batch.split(replicas.size)[0]",
-            ),
-        ),
+            "torch": (Edit("torchtrain.step:_mine", "__shares[__replicas.index]", "__shares[0]"),),
+        },
         setup="data",
         note="in JAX the input tokens alone are repeated: its count of targets would show before",
     ),
@@ -228,25 +203,27 @@ FAULTS = (
         imitates="gradients are summed over the replicas in bfloat16 where float32 was asked for",
         source="deepspeedai/DeepSpeed#3370, NVIDIA/Megatron-LM#502",
         where=HEAD_GRADIENT,
-        jax=(
-            Edit(
-                LAYERS,
-                "by_weight = weight_gradient(dy, x, value, place.dtype)",
-                "by_weight = lax.reduce_precision(weight_gradient(dy, x, value, place.dtype), 8, 7)",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.tensor:_operation",
+                    "__gradient(__dy, __x, __value, __place.dtype)",
+                    "lax.reduce_precision(__it, 8, 7)",
+                ),
             ),
-        ),
-        torch=(
-            Edit(
-                TORCH_PARALLEL,
-                REPLICAS_SUM,
-                "parameter.grad.copy_(self._mesh.replicas.sum_(parameter.grad.bfloat16()))",
+            "torch": (
+                Edit(
+                    "torchtrain.parallel:_PlainEngine.accumulate",
+                    REPLICAS_SUM,
+                    "__gradient.copy_(__mesh.replicas.sum_(__gradient.bfloat16()))",
+                ),
+                Edit(
+                    "torchtrain.zero:deepspeed_config",
+                    "return __config",
+                    '__config["communication_data_type"] = "bf16"\nreturn __config',
+                ),
             ),
-            Edit(
-                TORCH_ZERO,
-                '"zero_allow_untested_optimizer": True,',
-                '"zero_allow_untested_optimizer": True, "communication_data_type": "bf16",',
-            ),
-        ),
+        },
         setup="data",
         note="in JAX each layer's gradient is rounded as it leaves the layer: the sum over devices is the compiler's",
     ),
@@ -255,20 +232,23 @@ FAULTS = (
         imitates="each tensor rank clips by the norm of its own shards",
         source="pytorch/pytorch#72548, meta-pytorch/torchtune#2420",
         where=Where("moment1", EMBEDDING),
-        jax=(
-            Edit(
-                STEP,
-                "gradients = clip(gradients, norm, max_norm",
-                f"gradients = clip(gradients, {LOCAL_NORM}, max_norm",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.step:Program._update",
+                    "__gradients = clip(__gradients, __norm, max_norm=__max)",
+                    "from parity.faults.substitutes.jax_sharding import norm_of_own_shards\n"
+                    "__gradients = clip(__gradients, norm_of_own_shards(__gradients, part), max_norm=__max)",
+                ),
             ),
-        ),
-        torch=(
-            Edit(
-                TORCH_PARALLEL,
-                "norm = torch.tensor(self.store.norm(), dtype=torch.float64)",
-                "norm = global_norm(gradients)",
+            "torch": (
+                Edit(
+                    "torchtrain.parallel:_PlainEngine.step",
+                    "clip(__gradients, __norm, max_norm=__max)",
+                    "clip(__gradients, global_norm(__gradients), max_norm=__max)",
+                ),
             ),
-        ),
+        },
         setup="tensor",
         fp64_only=("torch",),
         note=f"each rank's shards have a factor of their own, so no one clip explains what the moments show; {PLAIN_ONLY}",
@@ -278,22 +258,24 @@ FAULTS = (
         imitates="the moments of one rank's shard stay as they were",
         source="deepspeedai/DeepSpeed#2058 (a fraction of the weights is trained)",
         where=Where("moment1", EMBEDDING),
-        jax=(
-            Edit(
-                STEP,
-                "        stored = constrained(jax.tree.map(jnp.add",
-                STALE_SHARD + "        stored = constrained(jax.tree.map(jnp.add",
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.step:Program._update",
+                    "__deltas, __next = self.optimizer.update(__gradients, __moments, __weights, rates=__rates)",
+                    "from parity.faults.substitutes.jax_sharding import with_a_stale_shard\n"
+                    "__it\n"
+                    "__next = with_a_stale_shard(__moments, __next, part)",
+                ),
             ),
-        ),
-        torch=(
-            Edit(
-                TORCH_ZERO,
-                "        # DeepSpeed takes the mean over",
-                "        if mesh.replicas.index == 0:\n"
-                "            optimizer.step = lambda *args, **more: None\n"
-                "        # DeepSpeed takes the mean over",
+            "torch": (
+                Edit(
+                    "torchtrain.zero:DeepSpeedEngine.__init__",
+                    "self.loss_scale = __replicas",
+                    "if mesh.replicas.index == 0:\n    optimizer.step = lambda *args, **more: None\n__it",
+                ),
             ),
-        ),
+        },
         setup="zero1",
         note="in fp64 torch has no split optimizer",
     ),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parity.plant import Edit
+from parity.edit import Edit
 
-ENCODE = "trainspec.text.encode"
+ENCODER = "trainspec.text.encode:Encoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,10 @@ SHARED = (
         imitates="each turn is encoded by itself, so a SentencePiece tokenizer puts a blank in front of every one",
         source="this project, at commit 332f762",
         edit=Edit(
-            ENCODE,
-            "        ids, offsets = self._tokens(text, special=False)\n",
-            "        ids, offsets = [], []\n"
-            "        ends = sorted({0, len(text), *(end for span in chosen for end in span)})\n"
-            "        for at, to in zip(ends, ends[1:]):\n"
-            "            part, places = self._tokens(text[at:to], special=False)\n"
-            "            ids, offsets = ids + part, offsets + [(at + a, at + b) for a, b in places]\n",
+            f"{ENCODER}.encode_chat",
+            "__ids, __offsets = self._tokens(__text, special=False)",
+            "from parity.faults.substitutes.text import encoded_apart\n"
+            "__ids, __offsets = encoded_apart(self, __text, chosen)",
         ),
         conversation="many_turns",
     ),
@@ -45,11 +42,11 @@ SHARED = (
         imitates="the template runs in jinja's own environment, whose tojson escapes markup and sorts keys",
         source="this project, at commit 332f762",
         edit=Edit(
-            ENCODE,
-            "        render: Any = render_jinja_template",
-            "        filters = chat_template_utils._compile_jinja_template(template).environment.filters\n"
-            '        filters["tojson"] = __import__("jinja2").utils.htmlsafe_json_dumps\n'
-            "        render: Any = render_jinja_template",
+            f"{ENCODER}._render",
+            "",
+            "from jinja2.utils import htmlsafe_json_dumps\n"
+            "filters = chat_template_utils._compile_jinja_template(template).environment.filters\n"
+            'filters["tojson"] = htmlsafe_json_dumps',
         ),
         conversation="tool_markup",
     ),
@@ -58,9 +55,9 @@ SHARED = (
         imitates="the mask stops before the token that ends the turn: the model never learns to stop",
         source="masks wrong by template: axolotl#2089, axolotl#3098, Automodel#3739",
         edit=Edit(
-            ENCODE,
-            "        counts = _mask(offsets, chosen)\n",
-            "        counts = [c and i not in self.ends for c, i in zip(_mask(offsets, chosen), ids)]\n",
+            f"{ENCODER}.encode_chat",
+            "_mask(__offsets, __chosen)",
+            "[counts and i not in self.ends for counts, i in zip(__it, ids)]",
         ),
         conversation="one_turn",
     ),
@@ -69,9 +66,7 @@ SHARED = (
         imitates="the loss is taken on the user's turns as well",
         source="masks wrong by template: huggingface/trl#4147, huggingface/trl#4201",
         edit=Edit(
-            ENCODE,
-            "        counts = _mask(offsets, chosen)\n",
-            "        counts = _mask(offsets, [(0, len(text))])\n",
+            f"{ENCODER}.encode_chat", "_mask(__offsets, __chosen)", "_mask(__offsets, [(0, len(text))])"
         ),
         conversation="system",
     ),
@@ -79,7 +74,7 @@ SHARED = (
         name="tools-dropped",
         imitates="the descriptions of the tools in a record never reach the template",
         source="this project, at commit 332f762",
-        edit=Edit(ENCODE, "                tools=tools,\n", "                tools=None,\n"),
+        edit=Edit(f"{ENCODER}._render", "tools", "None"),
         conversation="tool_call",
     ),
 )

@@ -5,10 +5,12 @@ The registry is checked against the sources always, a sample is trained in `make
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,12 +21,12 @@ from many import run_many
 from small import ROOT
 
 from parity.compare import Finding
-from parity.faults import FAULTS, Fault, Where
+from parity.edit import Edit, PlantError, edited
+from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
-from parity.faults.written_out import torch_adamw, torch_attention
+from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.phases import PHASES, Place
-from parity.plant import Edit, PlantError, edited
 from parity.tiny import Tiny
 from trainspec.plan import Backend
 
@@ -49,8 +51,10 @@ HARMLESS = Fault(
     imitates="nothing",
     source="-",
     where=None,
-    jax=(Edit("jaxtrain.optim", "CLIP_EPS = 1e-6", "CLIP_EPS = 2e-6 / 2"),),
-    torch=(*torch_attention(), *torch_adamw()),
+    edits={
+        "jax": (Edit("jaxtrain.optim", "CLIP_EPS = 1e-6", "CLIP_EPS = 2e-6 / 2"),),
+        "torch": (*ATTENTION_WRITTEN_OUT, *ADAMW_WRITTEN_OUT),
+    },
 )
 SAMPLED = [
     (fault.name, backend)
@@ -65,9 +69,11 @@ ELSEWHERE = replace(chosen(["label-shift"])[0], name="elsewhere", where=Where("u
 NO_RUN = replace(
     HARMLESS,
     name="no-run",
-    jax=(Edit("jaxtrain.optim", "CLIP_EPS = 1e-6", "CLIP_EPS = 1 / 0"),),
-    torch=None,
+    edits={"jax": (Edit("jaxtrain.optim", "CLIP_EPS = 1e-6", "CLIP_EPS = 1 / 0"),)},
 )
+
+
+SUBSTITUTES = "parity.faults.substitutes"
 
 
 def source_of(module: str) -> str:
@@ -75,6 +81,10 @@ def source_of(module: str) -> str:
     assert spec
     assert spec.origin
     return Path(spec.origin).read_text()
+
+
+def changed_by(edits: Sequence[Edit], module: str) -> ast.Module:
+    return edited(source_of(module), [edit for edit in edits if edit.module == module])
 
 
 def test_the_registry_is_whole():
@@ -87,26 +97,42 @@ def test_the_registry_is_whole():
         assert fault.setup in SETUPS
         assert fault.where is None or fault.where.phase in {phase.name for phase in PHASES}
         # What must pass, and a backend that is left out, is explained.
-        assert fault.note or (fault.where and None not in (fault.jax, fault.torch)), fault.name
+        assert fault.note or (fault.where and set(fault.edits) == set(BACKENDS)), fault.name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_every_edit_fits_the_source(fault: Fault, backend: Backend):
     """A refactoring that moves a fault's ground from under it is noticed here, without training anything."""
-    edits = fault.edits(backend) or ()
+    edits = fault.edits.get(backend, ())
     for module in {edit.module for edit in edits}:
-        assert module.split(".")[0] in ("trainspec", f"{backend}train")
-        mine = [edit for edit in edits if edit.module == module]
-        source = source_of(module)
-        changed = edited(source, mine)
-        assert changed != source
+        assert module.startswith(("trainspec.", f"{backend}train.", f"{SUBSTITUTES}.{backend}_"))
+        source, changed = source_of(module), changed_by(edits, module)
+        assert ast.unparse(changed) != ast.unparse(ast.parse(source))
         compile(changed, module, "exec")
 
 
 def test_an_edit_that_no_longer_fits_is_an_error():
     with pytest.raises(PlantError, match="0 times, not once"):
-        edited(source_of("jaxtrain.loss"), [Edit("jaxtrain.loss", "a text that is not there", "x")])
+        changed_by([Edit("jaxtrain.loss:token_loss", "not_there(__x)", "__x")], "jaxtrain.loss")
+
+
+def undefined(directory: Path, every: list[tuple[str, tuple[Edit, ...]]]) -> str:
+    """What ruff says of names that no edited module has."""
+    for name, edits in every:
+        for module in {edit.module for edit in edits}:
+            (directory / f"{name}-{module}.py").write_text(ast.unparse(changed_by(edits, module)))
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F823"]
+    return subprocess.run([*command, str(directory)], capture_output=True, text=True, check=False).stdout
+
+
+def test_what_is_put_in_names_what_is_there(tmp_path: Path):
+    """A variable that a replacement names, and the pattern does not, may have been renamed."""
+    every = [(f"{f.name}-{backend}", edits) for f in FAULTS for backend, edits in f.edits.items()]
+    every += [(f.name, (f.edit,)) for f in SHARED]
+    assert undefined(tmp_path, every) == "All checks passed!\n"
+    wrong = Edit("jaxtrain.loss:token_loss", "__logits.astype(__wide)", "__it + not_there")
+    assert "`not_there`" in undefined(tmp_path, [("wrong", (wrong,))])
 
 
 @pytest.fixture(scope="module")
@@ -217,4 +243,4 @@ def test_the_page_in_docs_is_of_these_faults():
     rows = re.findall(
         r"^\| ([a-z0-9-]+) \| (jax|torch) \|", (ROOT / "docs/faults.md").read_text(), flags=re.M
     )
-    assert set(rows) == {(f.name, b) for f in FAULTS for b in BACKENDS if f.edits(b) is not None}
+    assert set(rows) == {(f.name, b) for f in FAULTS for b in f.edits}

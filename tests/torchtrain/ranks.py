@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.batch import Case, run_cases
-from parity.plant import Edit
+from parity.edit import Edit
 from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 

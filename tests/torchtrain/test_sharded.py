@@ -31,49 +31,53 @@ from plan_runs import (
 )
 from ranks import distance, drift, furthest, run_all, traced
 
-from parity.plant import Edit
+from parity.edit import Edit
 from trainspec.trace import Trace
 
 # A mistake each, in two processes, and the phase in which the comparison must see it.
 PLANTED = {
     "gradient of a block's input not summed": (
         case("wide", "full", "fp64", tensor=2),
-        Edit("torchtrain.tensor", "return ctx.peers.sum_(grads[0].clone(", "return (grads[0].clone("),
+        Edit("torchtrain.tensor:_Copy.backward", "__peers.sum_(__gradient)", "__gradient"),
         "gradient",
     ),
     "dropout mask of the wrong features": (
         case("tied", "lora", "fp64", tensor=2, remat="full"),
-        Edit("torchtrain.dropout", "torch.arange(first_feature, first_feature + features", "torch.arange(features"),
+        Edit(
+            "torchtrain.dropout:keep_mask",
+            "torch.arange(__first, __first + __features, dtype=__dtype, device=__device)",
+            "torch.arange(__features, dtype=__dtype, device=__device)",
+        ),
         "gradient",
     ),
     "replicas not summed": (
         case("tied", "full", "fp64", data=2),
-        Edit("torchtrain.parallel", "self._mesh.replicas.sum_(parameter.grad)", "pass"),
+        Edit("torchtrain.parallel:_PlainEngine.accumulate", "__mesh.replicas.sum_(__gradient)", "None"),
         "gradient",
     ),
     "norm of whole tensors counted twice": (
         case("wide", "full", "fp64", tensor=2),
-        Edit("torchtrain.parallel", "(squares + global_norm(whole)", "(squares + 2 * global_norm(whole)"),
+        Edit("torchtrain.parallel:_WholeStore.norm", "__split + __whole", "__split + 2 * __whole"),
         "moment1",
     ),
     "mean over replicas not undone": (
         case("wide", "full", "fp32", fsdp=2, shards="params"),
-        Edit("torchtrain.zero", "self.loss_scale = float(recipe.plan.replicas)", "self.loss_scale = 1.0"),
+        Edit("torchtrain.zero:DeepSpeedEngine.__init__", "float(__plan.replicas)", "1.0"),
         "gradient",
     ),
     "clipped by the norm of one process's part": (
         case("wide", "full", "fp32", tensor=2),
-        Edit("torchtrain.zero", "return self._mesh.tensor.group", "return self._mesh.replicas.group"),
+        Edit("torchtrain.zero:Mpu.get_model_parallel_group", "__mesh.tensor", "__mesh.replicas"),
         "moment1",
     ),
     "norm of one group of weights": (
         case("wide", "full", "fp32", fsdp=2, shards="params"),
-        Edit("torchtrain.zero", "math.hypot(*norms)", "norms[-1]"),
+        Edit("torchtrain.zero:_PartitionedStore.norm", "math.hypot(*__norms)", "__norms[-1]"),
         "grad_norm",
     ),
     "masters from rounded weights": (
         case("wide", "full", "bf16", fsdp=2, shards="gradients"),
-        Edit("torchtrain.step", 'if policy == "bf16":', 'if policy == "never":'),
+        Edit("torchtrain.step:init_state", '__policy == "bf16"', "False"),
         "initial",
     ),
 }  # fmt: skip
@@ -83,18 +87,22 @@ PLANTED = {
 PLANTED_RESUMED = {
     "moments not restored": (
         RESUMED[1],
-        Edit("torchtrain.step", '("moment1", checkpoint.moment1),', ""),
+        Edit(
+            "torchtrain.step:restore",
+            '(__weight, ("moment1", __moment1), __moment2)',
+            "(__weight, __moment2)",
+        ),
     ),
     "updates not counted": (
         RESUMED[1],
-        Edit("torchtrain.step", "set_steps(state.optimizer, checkpoint.step)", "pass"),
+        Edit("torchtrain.step:restore", "set_steps(__optimizer, __steps)", "None"),
     ),
     "masters rounded": (
         RESUMED[2],
         Edit(
-            "torchtrain.zero",
-            "utils.safe_set_local_fp32_param(parameter, part)",
-            "utils.safe_set_local_fp32_param(parameter, part.bfloat16().float())",
+            "torchtrain.zero:_PartitionedStore.write",
+            "__utils.safe_set_local_fp32_param(__parameter, __part)",
+            "__utils.safe_set_local_fp32_param(__parameter, __part.bfloat16().float())",
         ),
     ),
 }

@@ -17,7 +17,7 @@ from plan_runs import Make, check, drawn_adapter, recipe_of, run_cases, traces
 from ranks import Command, furthest, run, run_all, traced
 from torch import nn
 
-from parity.plant import Edit
+from parity.edit import Edit
 from torchtrain.dropout import keep_mask
 from torchtrain.parallel import finish, start
 from torchtrain.step import State, init_state, train_step
@@ -59,27 +59,27 @@ LAUNCHES = {"two": TWO, "pipes": PIPES, "four": FOUR, "eight": EIGHT}
 PLANTED = {
     "each stage with the gradient of its own layers": (
         case("wide", "prefix-projection", "fp32", pipe=2, microbatches=4),
-        Edit("torchtrain.pipeline", "self._stages.sum_(gradient)", "pass"),
+        Edit("torchtrain.pipeline:PipelineEngine._reduce_shared", "__stages.sum_(__gradient)", "None"),
         "gradient",
     ),
     "weights of every stage counted by each": (
         case("wide", "prefix-projection", "fp32", pipe=2, microbatches=4),
-        Edit("torchtrain.pipeline", "parameter.ds_pipe_replicated = mesh.stages.index > 0", "parameter.ds_pipe_replicated = False"),
+        Edit("torchtrain.pipeline:PipelineEngine.__init__", "__mesh.stages.index > 0", "False"),
         "moment1",
     ),
     "each peer with the gradient of its own heads": (
         case("wide", "prefix", "fp32", tensor=2),
-        Edit("torchtrain.tensor", "copied = _Copy.apply(x, peers)", "copied = x"),
+        Edit("torchtrain.tensor:own_part", "_Copy.apply(__x, __peers)", "__x"),
         "gradient",
     ),
     "an adapter's output summed over the peers": (
         case("wide", "adapter", "fp32", tensor=2),
-        Edit("torchtrain.adapter", "return h_BSE + self.up", "return h_BSE + 2 * self.up"),
+        Edit("torchtrain.adapter:Bottleneck.forward", "__h + self.up(__x)", "__h + 2 * self.up(__x)"),
         "activation",
     ),
     "the LSTM's mask is that of a row of the batch": (
         case("wide", "ptuning-lstm", "fp32", data=2),
-        Edit("torchtrain.dropout", "x_BSF.new_zeros(examples, dtype=torch.int32) if self._shared", "self._point.rows[:1] if self._shared"),
+        Edit("torchtrain.dropout:CounterDropout.forward", "__x.new_zeros(__examples, dtype=torch.int32)", "self._point.rows[:1]"),
         "gradient",
     ),
 }  # fmt: skip

@@ -24,7 +24,7 @@ from plan_cases import (
 from plan_runs import Make, check, check_evaluated, check_resumed, recipe_of, run_cases, traces
 from ranks import furthest, run, run_all, traced
 
-from parity.plant import Edit
+from parity.edit import Edit
 from torchtrain import parallel
 from torchtrain.pipeline import timeline
 from torchtrain.step import init_state, logits
@@ -39,34 +39,38 @@ PROBED = PIPES[0]
 PLANTED = {
     "divided by the number of microbatches": (
         PIPES[0],
-        Edit("torchtrain.pipeline", "engine.loss, scale_wrt_gas=False", "engine.loss"),
+        Edit(
+            "torchtrain.pipeline:PipelineEngine._backward_pass",
+            "__class.backward(__engine, __loss, scale_wrt_gas=False)",
+            "__class.backward(__engine, __loss)",
+        ),
         "gradient",
     ),
     "gradient of one use of a tied embedding": (
         PIPES[2],
-        Edit("torchtrain.pipeline", "if not (model.config.tie_word_embeddings and", "if True or (True and"),
+        Edit("torchtrain.pipeline:_layers", "__config.tie_word_embeddings and __is_trained", "False"),
         "gradient",
     ),
     "attention mask of the first microbatch": (
         PIPES[0],
         Edit(
-            "torchtrain.pipeline",
-            'attention_mask=inputs["attention_mask"]',
-            'attention_mask=self._at_hand.get("attention_mask", inputs["attention_mask"])',
+            "torchtrain.pipeline:PipelineEngine._forward_pass",
+            '__inputs["attention_mask"]',
+            'self._at_hand.get("attention_mask", __it)',
         ),
         "activation",
     ),
     "recomputed with the dropout of a later microbatch": (
         PIPES[1],
-        Edit("torchtrain.pipeline", "self._microbatches.backward(self._backwards)", "pass"),
+        Edit("torchtrain.pipeline:PipelineEngine._backward_pass", "__microbatches.backward(__index)", "None"),
         "gradient",
     ),
     "clipped by the norm of a stage": (
         PIPES[0],
         Edit(
-            "torchtrain.pipeline",
-            "self._engine._compute_loss = True",
-            "self._engine._compute_loss, self._engine.optimizer.model_parallel_group = True, None",
+            "torchtrain.pipeline:PipelineEngine.__init__",
+            "__engine._compute_loss = __yes",
+            "__it\n__engine.optimizer.model_parallel_group = None",
         ),
         "moment1",
     ),

@@ -1,0 +1,39 @@
+"""What a device does with its own shard only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtrain.optim import Moments, Weights, global_norm
+
+
+def norm_of_own_shards(gradients: Weights, placed: Mapping[str, NamedSharding]) -> Array:
+    """Each device's own norm, though it is said to be that of all of them."""
+    mesh = next(iter(placed.values())).mesh
+    specs = ({name: placed[name].spec for name in gradients},)
+    return jax.shard_map(global_norm, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(
+        gradients
+    )
+
+
+def with_a_stale_shard(old: Moments, new: Moments, placed: Mapping[str, NamedSharding]) -> Moments:
+    """`new`, where the second half of every dimension that fsdp splits stays as it was."""
+    return Moments(
+        *(
+            {n: _stale(before[n], after[n], placed[n]) for n in after}
+            for before, after in zip(old, new, strict=True)
+        )
+    )
+
+
+def _stale(old: Array, new: Array, place: NamedSharding) -> Array:
+    dim = next((d for d, axes in enumerate(place.spec) if axes and "fsdp" in axes), None)
+    if dim is None:
+        return new
+    late = lax.broadcasted_iota(int, new.shape, dim) >= new.shape[dim] // 2
+    return jnp.where(late, old, new)

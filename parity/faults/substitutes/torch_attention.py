@@ -1,0 +1,44 @@
+"""Llama's attention written out, in the place of Hugging Face's."""
+
+# B examples, S sequence, H heads, D head dim
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def put_into(model: Any) -> None:
+    """Have every layer of a LlamaForCausalLM attend by `attention`."""
+    for layer in model.model.layers:
+        layer.self_attn.forward = MethodType(attention, layer.self_attn)
+
+
+def attention(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, ...],
+    attention_mask: Tensor,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The method `forward` of LlamaAttention: what it gives, and no weights."""
+    B, S, _E = hidden_states.shape
+    projections = (self.q_proj, self.k_proj, self.v_proj)
+    q, k, v = (p(hidden_states).view(B, S, -1, self.head_dim).transpose(1, 2) for p in projections)
+    q_tables, k_tables = position_embeddings[:2], position_embeddings[:2]
+    q, k = rotated(q, *q_tables), rotated(k, *k_tables)
+    k, v = (t.repeat_interleave(self.num_key_value_groups, dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * self.scaling
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    shares = scores.softmax(-1)
+    return self.o_proj((shares @ v).transpose(1, 2).reshape(B, S, -1)), None
+
+
+def rotated(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
+    """Element d turned with element d + D/2."""
+    cos, sin = cos_BSD[:, None], sin_BSD[:, None]
+    first, second = x_BHSD.chunk(2, dim=-1)
+    return x_BHSD * cos + torch.cat((-second, first), dim=-1) * sin
