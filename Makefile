@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo test test-full bench docs lint data clean
+.PHONY: help setup model demo test test-full test-share bench docs lint data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,11 +34,14 @@ test: lint $(MODEL)/made-with.json ## lint, type-check and run the tests but the
 test-full: lint $(MODEL)/made-with.json ## the same with the long tests
 	$(call run-tests,)
 
+test-share: lint $(MODEL)/made-with.json ## 25 minutes of the long tests: another share for each SHARE, a commit say
+	$(call run-tests,-m full --share '$(SHARE)' --minutes 8)
+
 # JAX and torch never share a process: what imports a backend runs on its own.
 define run-tests
-$(BIN)/pytest -n 2 --dist loadfile $(1) tests --ignore tests/backends --ignore tests/torchtrain
-TWINTRAIN_BACKEND=jax $(BIN)/pytest -n 2 --dist loadfile $(1) tests/backends
-TWINTRAIN_BACKEND=torch $(BIN)/pytest -n 2 --dist loadfile $(1) tests/backends tests/torchtrain
+$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) tests --ignore tests/backends --ignore tests/torchtrain
+TWINTRAIN_BACKEND=jax $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) tests/backends
+TWINTRAIN_BACKEND=torch $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) tests/backends tests/torchtrain
 endef
 
 bench: $(MODEL)/made-with.json ## time the train step of both backends, in turns

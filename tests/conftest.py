@@ -11,6 +11,8 @@ from small import ROOT, VARIANTS, recipe_maker, write_checkpoint
 
 from trainspec.recipe import Recipe
 
+pytest_plugins = ["share"]
+
 # Tests of arithmetic take no GPU or TPU that happens to be there.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

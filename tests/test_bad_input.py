@@ -3,24 +3,32 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from many import run_many
 from safetensors.numpy import load_file, save_file
+from small import recipe_maker
 
-from trainspec.recipe import Recipe
+MISTAKES = (
+    "no recipe", "unknown key", "unknown key in --set", "wrong type", "missing model directory",
+    "unsupported architecture", "truncated safetensors", "missing tensor", "wrong shape", "unexpected tensor",
+    "malformed jsonl", "no usable record", "target that matches nothing", "plan with no pipeline to fill",
+    "plan with more stages than layers", "plan with nothing to split over", "plan that does not divide the model",
+    "plan that does not divide the batch", "nothing to resume",
+)  # fmt: skip
 
-Make = Callable[..., Recipe]
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mistakes(
-    make_recipe: Make, model_dirs: dict[str, Path], tmp_path: Path
+    model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[str], str]]:
-    """name -> (arguments behind `train`, what the line must say)."""
+    """name -> (arguments after `train`, what the line must say)."""
+    tmp_path = tmp_path_factory.mktemp("mistakes")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(make_recipe().to_yaml())
+    recipe.write_text(recipe_maker(model_dirs)().to_yaml())
     unknown = tmp_path / "unknown.yaml"
     unknown.write_text(recipe.read_text() + "optimiser: {lr: 1}\n")
     gpt2 = copy_model(model_dirs["plain"], tmp_path / "gpt2")
@@ -69,17 +77,40 @@ def copy_model(source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def ended(
+    mistakes: dict[str, tuple[list[str], str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, dict[str, Any]]]:
+    """How every mistake ended in a program, by name."""
+
+    @cache
+    def run(program: str) -> dict[str, dict[str, Any]]:
+        home = tmp_path_factory.mktemp(program)
+        cases = [
+            ["train", *argv, "--out", str(home / f"out-{i}")] for i, (argv, _) in enumerate(mistakes.values())
+        ]
+        return dict(zip(mistakes, run_many(program, cases, home / "launch"), strict=True))
+
+    return run
+
+
 @pytest.mark.parametrize("program", ["jaxtrain", "torchtrain"])
-def test_mistakes_get_one_line_and_exit_code_2(program: str, mistakes, tmp_path: Path):
-    cases = [
-        ["train", *argv, "--out", str(tmp_path / f"out-{i}")] for i, (argv, _) in enumerate(mistakes.values())
-    ]
-    results = run_many(program, cases, tmp_path / program)
-    for (name, (_, message)), result in zip(mistakes.items(), results, strict=True):
-        assert result["code"] == 2, f"{name}: {result}"
-        [line] = result["err"].strip().splitlines()
-        assert line.startswith(f"{program}: "), name
-        assert message in line, name
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_exit_code_2(
+    program: str,
+    mistake: str,
+    mistakes: dict[str, tuple[list[str], str]],
+    ended: Callable[[str], dict[str, dict[str, Any]]],
+):
+    result = ended(program)[mistake]
+    assert result["code"] == 2, result
+    [line] = result["err"].strip().splitlines()
+    assert line.startswith(f"{program}: ")
+    assert mistakes[mistake][1] in line
+
+
+def test_every_mistake_is_tried(mistakes: dict[str, tuple[list[str], str]]):
+    assert tuple(mistakes) == MISTAKES
 
 
 def test_trainspec_and_parity_say_the_same(mistakes, tmp_path: Path):

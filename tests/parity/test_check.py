@@ -158,7 +158,7 @@ def test_a_recipe_in_epochs_is_compared_over_the_updates_that_its_data_make(make
 def test_sides_are_read_as_words():
     assert parse_side("jax plan.data=2 plan.tensor=2") == Side("jax", ("plan.data=2", "plan.tensor=2"))
     assert str(parse_side("torch")) == "torch"
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="jax"):
         parse_side("")
 
 

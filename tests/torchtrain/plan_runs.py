@@ -143,9 +143,10 @@ def check_resumed(home: Path, resumed: Resumed, out: Path) -> None:
     )
     is_proof = resumed.first.precision == "fp64"
     for part in ("moment1", "moment2"):
-        assert distance(left[part], right[part]) <= (PROOF if is_proof else FP32_GRADIENT), part
+        bound = PROOF if is_proof else FP32_GRADIENT
+        assert distance(left[part], right[part]) <= bound, f"restored {part}"
     moved = [np.abs(left["weights"][name] - array).max() for name, array in right["weights"].items()]
-    assert np.max(moved) <= (PROOF if is_proof else RESUMED_UPDATE) * LR
+    assert np.max(moved) <= (PROOF if is_proof else RESUMED_UPDATE) * LR, "restored weights"
 
 
 def check_evaluated(home: Path, case: Case) -> None:

@@ -143,7 +143,7 @@ def test_who_follows_says_only_why_it_failed(make_recipe, tmp_path, monkeypatch,
     crashed = ended(ZeroDivisionError())
     assert "a warning" in crashed
     assert crashed.endswith("\ntorchtrain: ZeroDivisionError\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["train"])
     assert "usage: torchtrain train" in capsys.readouterr().err
     assert main(["export", str(file), "--out", str(out)]) == 0  # the leader writes it

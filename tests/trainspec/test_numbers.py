@@ -55,6 +55,10 @@ def test_rate_stays_between_zero_and_the_peak(kind, warmup, steps, final, step):
     schedule = Schedule(kind=kind, warmup_steps=warmup, final_ratio=final)
     rate = learning_rate(schedule, peak=2.0, step=step, steps=steps)
     assert 0 <= rate <= 2.0
+    if step < warmup:  # it rises by equal steps
+        assert rate == pytest.approx(2.0 * step / warmup)
+    elif step + 1 < steps:  # after the warm-up it never rises
+        assert learning_rate(schedule, peak=2.0, step=step + 1, steps=steps) <= rate
 
 
 @pytest.mark.parametrize(

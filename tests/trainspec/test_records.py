@@ -268,7 +268,7 @@ def test_turns_are_found_where_a_template_writes_earlier_ones_anew():
 def test_what_cannot_be_found_is_said():
     messages = [user("a"), assistant("b")]
     counted = lambda some, prompt: f"{len(some)}{prompt}"  # noqa: E731
-    with pytest.raises(Unlocated):
+    with pytest.raises(Unlocated, match="does not write an assistant's content once"):
         assistant_spans(counted(messages, False), messages, counted, Style.of(counted, NO_TOKENS))
 
 
