@@ -88,7 +88,7 @@ def main() -> None:
         for devices, shards in itertools.product(arguments.devices, SHARDS)
         if devices > 1 or shards == "nothing"
     ]
-    found = {backend: weigh(backend, every, arguments.recipe) for backend in get_args(Backend)}
+    found = {backend: weigh(backend, every, arguments.recipe) for backend in BACKENDS}
     page = HEAD + "".join(
         table(
             method,
@@ -180,7 +180,7 @@ def table(
         "| N | shards | backend | weights | gradients | master | moments | all | said | sent | said | of Ψ |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for case, backend in itertools.product(cases, get_args(Backend)):
+    for case, backend in itertools.product(cases, BACKENDS):
         cells = [str(case.devices), case.shards, backend]
         if case not in found[backend]:
             lines.append("| " + " | ".join([*cells, *["refused"] * 9]) + " |")

@@ -27,12 +27,11 @@ def train(
     Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
     """
     with explained(recipe, partial(describe_devices, recipe.plan), out=out):
-        start(recipe)
+        run = start(recipe)
         try:
             loop.train(
                 step,
-                recipe,
-                name="jaxtrain",
+                run,
                 out=out,
                 trace=trace,
                 resume=resume,
@@ -47,8 +46,8 @@ def train(
 def evaluate(recipe: Recipe, *, out: Path) -> tuple[float, str]:
     """Held-out loss per target token, and whose: the newest checkpoint's in `out`, or else the starting weights'."""
     with explained(recipe, partial(describe_devices, recipe.plan)):
-        start(recipe)
+        run = start(recipe)
         try:
-            return loop.evaluate(step, recipe, out=out)
+            return loop.evaluate(step, run, out=out)
         finally:
             finish()

@@ -14,14 +14,16 @@ from functools import partial
 from torchtrain.launch import count_processes, has_launcher, launch, report_to_launcher
 from torchtrain.parallel import check_accelerators, describe_devices, is_leader
 from torchtrain.train import evaluate, train
+from trainspec.backends import BACKENDS
 from trainspec.command import allowed, backend_parser, out_directory, run_command, trace_request
 from trainspec.errors import EXIT_DONE, EXIT_INTERRUPTED
 from trainspec.export import export
 from trainspec.failures import explained
-from trainspec.loop import check_plan
 from trainspec.recipe import load_recipe
+from trainspec.run import resolve_on
 
-PROGRAM = "torchtrain"
+NAME = "torch"
+PROGRAM = BACKENDS[NAME].program
 # A process that does not lead says what is wrong this much later: mostly the leader has said it by then, has ended
 # (with all of torch loaded that alone takes seconds on a busy machine), and whoever started them has ended them all.
 _FOLLOWER_DELAY_SECONDS = 10.0
@@ -57,7 +59,7 @@ def _run(args: Namespace, words: Sequence[str]) -> None:
     processes = recipe.plan.devices
     if args.command != "export" and processes > 1 and not has_launcher(os.environ):
         # A mistake in the plan must not wait for its processes.
-        check_plan(recipe, "torch")
+        resolve_on(recipe, BACKENDS[NAME])
         check_accelerators()
         saving = out if args.command == "train" else None
         with explained(recipe, partial(describe_devices, recipe.plan), out=saving):
