@@ -33,8 +33,7 @@ def spec_of(recipe: Recipe):
 
 def start_state(recipe: Recipe):
     """The run before its first update, in a process that is set up for it; conftest lets it go."""
-    _parallel.start(recipe)
-    return _step.init_state(recipe, spec_of(recipe))
+    return _step.init_state(_parallel.start(recipe))
 
 
 def keep_mask(key: tuple[int, int], *, step: int, rows: list[int], **shape) -> np.ndarray:
