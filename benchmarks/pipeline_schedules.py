@@ -151,7 +151,7 @@ def bubble_table(found: Mapping[tuple[Any, ...], Timeline]) -> str:
     lines = [
         "\n## What is left unused\n",
         "Slots of time in which a stage does nothing that is kept, of all slots, counted in the schedule; the formula",
-        "(`trainspec.pipeline.expected_bubble`) says the same for every entry. Behind the stroke: for how many microbatches",
+        "(`trainspec.capabilities.expected_bubble`) says the same for every entry. Behind the stroke: for how many microbatches",
         "(of one piece of the model) the first stage keeps something at most.\n",
         "| backend | schedule | stages | " + " | ".join(f"{m} microbatches" for m in MICROBATCHES) + " |",
         "|---|---|---|" + "---|" * len(MICROBATCHES),

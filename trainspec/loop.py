@@ -35,48 +35,37 @@ from trainspec.observers import (
 from trainspec.prefetch import prefetched
 from trainspec.recipe import idle_settings
 from trainspec.report import Reporter, Silent, describe, opening
+from trainspec.request import TrainRequest
 from trainspec.resume import check_goes_on
 from trainspec.run import Run
 from trainspec.run_data import RunData, open_data
 from trainspec.schedule import learning_rate
-from trainspec.trace import TraceRequest, check_free
+from trainspec.trace import check_free
 
 
-def train(
-    backend: Backend[S],
-    run: Run,
-    *,
-    out: Path,
-    trace: TraceRequest | None,
-    resume: bool,
-    allow: Collection[str],
-    is_leader: bool,
-    devices: Devices,
-) -> None:
-    """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`'s directory.
+def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bool, devices: Devices) -> None:
+    """Train to the recipe's last step; leaves metrics and checkpoints, and every gradient where a trace is wanted.
 
-    With `resume` from the newest checkpoint in `out`; `allow` names what may be another than it was made with.
     Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
     """
-    program, saved = BACKENDS[devices.backend].program, checkpoint.start_from(out, resume=resume)
-    if trace:
-        check_free(trace.directory)
+    out, program = request.out, BACKENDS[devices.backend].program
+    saved = checkpoint.start_from(out, resume=request.resume)
+    if request.trace:
+        check_free(request.trace.directory)
     if is_leader:  # before anything that takes long
         lines = opening(run.recipe, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)
     run, data = open_data(run)
-    lines = _summary(run, data, saved, allow)
-    state = _started(backend, run, out, saved, is_leader=is_leader)
-    last = data.span.last
-    reporter = Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else Silent()
-    with reporter:
-        observers = _observers(backend, run, data, reporter, out=out, trace=trace, is_leader=is_leader)
-        if saved:
-            done = "; nothing is left to do" if state.step >= last else ""
-            lines.append(f"going on behind step {state.step} of {last}, from {saved}{done}")
-        for line in lines:
+    lines = _summary(run, data, saved, request.allow)
+    state, last = _started(backend, run, out, saved, is_leader=is_leader), data.span.last
+    with (
+        Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else Silent()
+    ) as reporter:
+        for line in [*lines, *_resumed(state.step, last, saved)]:
             reporter.say(line)
-        follow(backend, run, data, state, observers)
+        follow(
+            backend, run, data, state, _observers(backend, run, data, reporter, request, is_leader=is_leader)
+        )
         reporter.say(f"wrote {checkpoint.latest(out) or out}")
 
 
@@ -115,22 +104,21 @@ def _observers(
     run: Run,
     data: RunData,
     reporter: Reporter | Silent,
+    request: TrainRequest,
     *,
-    out: Path,
-    trace: TraceRequest | None,
     is_leader: bool,
 ) -> list[Observer[S]]:
     """Those of a run, in the order in which they are told of an update."""
     recipe, last = run.recipe, data.span.last
     found: list[Observer[S]] = []
-    if trace:
-        found.append(Tracing(backend, trace, is_leader=is_leader))
+    if request.trace:
+        found.append(Tracing(backend, request.trace, is_leader=is_leader))
     if data.heldout:
         due = Due(recipe.run.eval_every_steps, last)
         found.append(Evaluation(backend, data.heldout, examples=_heldout_examples(run), due=due))
     found.append(Reporting(reporter))
     due = Due(recipe.checkpoint.every_steps, last)
-    return [*found, Saving(out, recipe, data.identity, due=due, is_leader=is_leader)]
+    return [*found, Saving(request.out, recipe, data.identity, due=due, is_leader=is_leader)]
 
 
 def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]) -> list[str]:
@@ -142,6 +130,12 @@ def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]
         made = checkpoint.read_made(saved)
         lines += check_goes_on(made, recipe, data.identity, steps=span.steps, allow=allow)
     return lines
+
+
+def _resumed(step: int, last: int, saved: Path | None) -> list[str]:
+    """What is said of a run that starts from a checkpoint."""
+    done = "; nothing is left to do" if step >= last else ""
+    return [f"going on behind step {step} of {last}, from {saved}{done}"] if saved else []
 
 
 def _started(backend: Backend[S], run: Run, out: Path, saved: Path | None, *, is_leader: bool) -> S:

@@ -5,11 +5,14 @@ JAX and torch never share a process: `make test` runs this directory once for ea
 
 import importlib
 import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from trainspec.hf import resolve_model
 from trainspec.recipe import Recipe
+from trainspec.request import TrainRequest
 
 NAME = os.environ.get("TWINTRAIN_BACKEND", "jax")
 PROGRAM = f"{NAME}train"
@@ -24,7 +27,11 @@ eval_step, logits, moments_of, restore, train_step, weights_of = (
     getattr(_step, name)
     for name in ("eval_step", "logits", "moments_of", "restore", "train_step", "weights_of")
 )
-evaluate, train = _train.evaluate, _train.train
+evaluate = _train.evaluate
+
+
+def train(recipe: Recipe, out: Path, **options: Any) -> None:
+    _train.train(recipe, TrainRequest(out, **options))
 
 
 def spec_of(recipe: Recipe):
