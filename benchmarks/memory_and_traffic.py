@@ -88,7 +88,9 @@ def main() -> None:
         for devices, shards in itertools.product(arguments.devices, SHARDS)
         if devices > 1 or shards == "nothing"
     ]
-    found = {backend: weigh(backend, every, arguments.recipe) for backend in BACKENDS}
+    found: dict[Backend, dict[Case, dict[str, float]]] = {
+        backend: weigh(backend, every, arguments.recipe) for backend in BACKENDS
+    }
     page = HEAD + "".join(
         table(
             method,
