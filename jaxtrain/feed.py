@@ -26,7 +26,7 @@ class Feeder:
         self._recipe, self._layout = recipe, layout
 
     def feed(self, batch: Batch) -> Weights:
-        """The arrays of a batch, their rows split over the replicas; in a pipeline with the microbatches in front."""
+        """The arrays of a batch, its examples split over the replicas; in a pipeline with the microbatches in front."""
         return self._fed((batch,), self._recipe.plan.microbatches_of(len(batch.rows)), front=())
 
     def parts(self, batch: Batch) -> Weights:
@@ -38,11 +38,11 @@ class Feeder:
         """What `parts` would give, without the numbers: enough to compile for."""
         batch, plan = self._recipe.batch, self._recipe.plan
         front = (batch.accumulation,) if plan.pipe == 1 else (batch.accumulation, plan.microbatches)
-        rows = (*front, batch.global_examples // math.prod(front))
+        examples = (*front, batch.global_examples // math.prod(front))
         axes = (*("microbatch",) * len(front), "batch")
-        whole = (*rows, self._recipe.data.sequence_tokens)
+        tokens = (*examples, self._recipe.data.sequence_tokens)
         return {
-            f: self._layout.shape(rows if f == "rows" else whole, axes, np.int32)
+            f: self._layout.shape(examples if f == "rows" else tokens, axes, np.int32)
             for f in Batch.__dataclass_fields__
         }
 

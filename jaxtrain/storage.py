@@ -32,15 +32,15 @@ class Storage:
         self.reduce_dtype = jnp.dtype(COMPUTE_DTYPE[precision.reduce])
         self._layout, self._order = layout, order
 
-    def load(self, rows: Iterable[tuple[Param, WeightLike]], part: Part, dtype: DTypeLike) -> Weights:
+    def load(self, weights: Iterable[tuple[Param, WeightLike]], part: Part, dtype: DTypeLike) -> Weights:
         """Native arrays of canonical weights, each device reading what it holds of that part of the state."""
-        return from_canonical(rows, order=self._order, shardings=self._layout.of[part], dtype=dtype)
+        return from_canonical(weights, order=self._order, shardings=self._layout.of[part], dtype=dtype)
 
-    def load_trained(self, rows: Iterable[tuple[Param, WeightLike]]) -> tuple[Weights, Weights]:
+    def load_trained(self, weights: Iterable[tuple[Param, WeightLike]]) -> tuple[Weights, Weights]:
         """What is computed with, and the masters where those are something else."""
         if self.stored_dtype == self.compute_dtype:
-            return self.load(rows, "weights", self.stored_dtype), {}
-        master = self.load(rows, "optimizer", self.stored_dtype)
+            return self.load(weights, "weights", self.stored_dtype), {}
+        master = self.load(weights, "optimizer", self.stored_dtype)
         return jax.jit(self.computed)(master), master
 
     def shapes(
