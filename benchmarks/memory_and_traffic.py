@@ -21,15 +21,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from trainspec.cost import cost_of, width
+from trainspec.backends import BACKENDS
+from trainspec.cost import width
 from trainspec.data import Batch, open_dataset
 from trainspec.errors import PlanError
-from trainspec.hf import resolve_model
-from trainspec.loop import check_plan
 from trainspec.plan import COMPUTE_DTYPE, Backend, Policy, local_size
 from trainspec.recipe import Recipe, load_recipe
+from trainspec.run import cost_of, resolve, resolve_on
 
 SHARDS = ("nothing", "optimizer", "gradients", "params")
 METHODS: dict[str, Sequence[str]] = {"full": ("method={kind: full}",), "lora": ()}
@@ -88,7 +88,9 @@ def main() -> None:
         for devices, shards in itertools.product(arguments.devices, SHARDS)
         if devices > 1 or shards == "nothing"
     ]
-    found = {backend: weigh(backend, every, arguments.recipe) for backend in get_args(Backend)}
+    found: dict[Backend, dict[Case, dict[str, float]]] = {
+        backend: weigh(backend, every, arguments.recipe) for backend in BACKENDS
+    }
     page = HEAD + "".join(
         table(
             method,
@@ -128,7 +130,7 @@ def weigh(backend: Backend, cases: Sequence[Case], recipe: Path) -> dict[Case, d
 
 def _is_supported(case: Case, backend: Backend, recipe: Path) -> bool:
     try:
-        check_plan(case.recipe(recipe), backend)
+        resolve_on(case.recipe(recipe), BACKENDS[backend])
     except PlanError:
         return False
     return True
@@ -161,8 +163,8 @@ def started(backend: str, recipe: Recipe) -> Iterator[tuple[Any, Any, Batch]]:
     )
     parallel.start(recipe)
     try:
-        state = step.init_state(recipe, resolve_model(recipe.model)[0])
-        yield cost, state, open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+        state = step.init_state(resolve(recipe))
+        yield cost, state, open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     finally:
         parallel.finish()
 
@@ -180,13 +182,13 @@ def table(
         "| N | shards | backend | weights | gradients | master | moments | all | said | sent | said | of Ψ |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for case, backend in itertools.product(cases, get_args(Backend)):
+    for case, backend in itertools.product(cases, BACKENDS):
         cells = [str(case.devices), case.shards, backend]
         if case not in found[backend]:
             lines.append("| " + " | ".join([*cells, *["refused"] * 9]) + " |")
             continue
         measured, resolved = found[backend][case], case.recipe(recipe)
-        cost = cost_of(resolved, resolve_model(resolved.model)[0], backend)
+        cost = cost_of(resolve(resolved), BACKENDS[backend])
         held, sent = cost.held(), cost.moved().total
         psi = sum(local_size(p, resolved.plan, over_fsdp=False) for p in cost.trained)
         psi *= width(COMPUTE_DTYPE[policy])

@@ -22,11 +22,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from trainspec.backends import BACKENDS
 from trainspec.errors import UserError
-from trainspec.hf import resolve_model
-from trainspec.loop import check_plan
 from trainspec.plan import BATCH_AXES, MESH_AXES, Plan
 from trainspec.recipe import Recipe
+from trainspec.run import resolve, resolve_on
 
 if TYPE_CHECKING:
     from jax import ShapeDtypeStruct
@@ -119,7 +119,7 @@ def report(arguments: argparse.Namespace) -> None:
     print(HEAD, flush=True)
     for schedule, microbatches in itertools.product(arguments.schedule, arguments.microbatches):
         recipe = recipe_of(arguments, schedule, microbatches)
-        check_plan(recipe, "jax")
+        resolve_on(recipe, BACKENDS["jax"])
         for name, need in needs(recipe, mesh).items():
             table.append(f"| {schedule} | {microbatches} | {name} | {need.row()} |")
             print(table[-1], flush=True)
@@ -176,12 +176,14 @@ def needs(recipe: Recipe, mesh: Mesh) -> dict[str, Need]:
     """What each program of one step takes."""
     from jaxtrain.step import Program
 
-    program = Program(recipe, resolve_model(recipe.model)[0], mesh)
-    trained = program.trainable_rows
-    weights = program.shapes(trained, "weights", program.compute_dtype)
-    stored = program.shapes(trained, "optimizer", program.stored_dtype)
+    program = Program(resolve(recipe), mesh)
+    trained = program.run.trained
+    weights = program.storage.shapes(trained, "weights", program.storage.compute_dtype)
+    stored = program.storage.shapes(trained, "optimizer", program.storage.stored_dtype)
     gradients = compiled(
-        program.gradients.lower(weights, {}, program.part_shapes(), scalar("int32", mesh), listen=False),
+        program.gradients.lower(
+            weights, {}, program.feeder.part_shapes(), scalar("int32", mesh), listen=False
+        ),
         # Masters and both moments wait for the update.
         beside=3 * held(stored),
     )
@@ -198,7 +200,7 @@ def lowered_update(
     """The update, which takes all of the training state: frozen weights there are none."""
     from jaxtrain.optim import Moments, rates
 
-    gradients = program.shapes(program.trainable_rows, "gradients", program.reduce_dtype)
+    gradients = program.storage.shapes(program.run.trained, "gradients", program.storage.reduce_dtype)
     optimizer = program.recipe.optimizer
     scalars = rates(optimizer, lr=optimizer.lr, step=0)
     norm = scalar("float32", mesh)

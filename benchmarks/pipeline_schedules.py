@@ -21,10 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trainspec.backends import BACKENDS
+from trainspec.capabilities import expected_bubble
 from trainspec.model import PRESETS
-from trainspec.pipeline import Timeline, Work, bubble, expected_bubble
+from trainspec.pipeline import Timeline, Work, bubble
 from trainspec.plan import Backend, Plan
 from trainspec.recipe import Recipe
+from trainspec.run import run_of
 
 SCHEDULES: tuple[tuple[Backend, str], ...] = (
     ("jax", "gpipe"),
@@ -148,7 +151,7 @@ def bubble_table(found: Mapping[tuple[Any, ...], Timeline]) -> str:
     lines = [
         "\n## What is left unused\n",
         "Slots of time in which a stage does nothing that is kept, of all slots, counted in the schedule; the formula",
-        "(`trainspec.pipeline.expected_bubble`) says the same for every entry. Behind the stroke: for how many microbatches",
+        "(`trainspec.capabilities.expected_bubble`) says the same for every entry. Behind the stroke: for how many microbatches",
         "(of one piece of the model) the first stage keeps something at most.\n",
         "| backend | schedule | stages | " + " | ".join(f"{m} microbatches" for m in MICROBATCHES) + " |",
         "|---|---|---|" + "---|" * len(MICROBATCHES),
@@ -161,7 +164,7 @@ def bubble_table(found: Mapping[tuple[Any, ...], Timeline]) -> str:
                 cells.append(f"in groups of {stages}")
                 continue
             share = bubble(timeline)
-            expected = expected_bubble(plan_of(schedule, stages), microbatches, backend)
+            expected = expected_bubble(plan_of(schedule, stages), microbatches, BACKENDS[backend])
             assert share == expected, (backend, schedule, stages, microbatches, share, expected)
             cells.append(f"{float(share):.1%} / {in_flight(timeline[0])}")
         lines.append(f"| {backend} | {schedule} | {stages} | " + " | ".join(cells) + " |")
@@ -206,11 +209,11 @@ def temporary_bytes() -> Iterator[dict[str, Any]]:
                 },
             }
         )
-        program = Program(recipe, WEIGHED_MODEL, make_mesh(recipe.plan))
+        program = Program(run_of(recipe, WEIGHED_MODEL, None), make_mesh(recipe.plan))
         lowered = program.gradients.lower(
-            program.shapes(program.trainable_rows, "weights", program.compute_dtype),
+            program.storage.shapes(program.run.trained, "weights", program.storage.compute_dtype),
             {},
-            program.part_shapes(),
+            program.feeder.part_shapes(),
             jax.ShapeDtypeStruct((), "int32"),
             listen=False,
         )

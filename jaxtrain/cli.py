@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from jaxtrain.parallel import is_leader
 from jaxtrain.train import evaluate, train
-from trainspec.command import allowed, backend_parser, out_directory, run_command, trace_request
+from trainspec.backends import BACKENDS
+from trainspec.command import backend_parser, out_directory, run_command, train_request
 from trainspec.export import export
 from trainspec.recipe import load_recipe
 
-PROGRAM = "jaxtrain"
+PROGRAM = BACKENDS["jax"].program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def _run(args: Namespace) -> None:
     out = out_directory(args, PROGRAM)
     match args.command:
         case "train":
-            train(recipe, out=out, trace=trace_request(args), resume=args.resume, allow=allowed(args))
+            train(recipe, train_request(args, out))
         case "eval":
             loss, whose = evaluate(recipe, out=out)
             if is_leader():

@@ -55,7 +55,7 @@ def held(state: State, batch: Batch) -> dict[str, int]:
     assert sizes is not None
     assert update_sizes is not None
     results = jax.tree.leaves(gradients.out_info)
-    inputs = _per_device(state.program.parts(batch)) + _scalar_bytes(gradients.in_avals)
+    inputs = _per_device(state.program.feeder.parts(batch)) + _scalar_bytes(gradients.in_avals)
     return {
         "weights": sizes.argument_size_in_bytes - inputs,
         "gradients": sizes.output_size_in_bytes - _POINTER_BYTES * len(results) - _scalar_bytes(results),
@@ -150,12 +150,13 @@ def _bytes(types: str) -> int:
 
 
 def _lowered(state: State, batch: Batch) -> dict[str, Lowered]:
-    """The programs of one step."""
+    """The programs of one step that is looked at; where it is not, they are one."""
     program, step = state.program, jnp.int32(state.step)
-    arguments = (state.trainable, state.frozen, program.parts(batch), step)
+    arguments = (state.trainable, state.frozen, program.feeder.parts(batch), step)
     gradients = program.gradients.lower(*arguments, listen=False)
-    summed = program.shapes(program.trainable_rows, "gradients", program.reduce_dtype)
-    norm = jax.ShapeDtypeStruct((), wide(program.compute_dtype))
+    storage = program.storage
+    summed = storage.shapes(program.run.trained, "gradients", storage.reduce_dtype)
+    norm = jax.ShapeDtypeStruct((), wide(storage.compute_dtype))
     scalars = rates(program.recipe.optimizer, lr=program.recipe.optimizer.lr, step=state.step)
     update = program.update.lower(state.trainable, state.master, state.moments, summed, norm, scalars)
     return {"gradients": gradients, "update": update}

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from jaxtrain.tensor import Place
 from jaxtrain.weights import native_name, native_spec
 from trainspec.accelerators import Devices, accelerators, hides_gpus
+from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
 from trainspec.failures import outcome
-from trainspec.loop import check_plan
 from trainspec.params import Param
 from trainspec.plan import ACTIVATION_AXES, MESH_AXES, Part, Plan, weight_axes
 from trainspec.recipe import Recipe
+from trainspec.run import Run, resolve_on
 
 # A cluster that JAX does not find by itself: `HOST:PORT` of process 0, how many processes there are, and which is this.
 _COORDINATOR, _PROCESSES, _PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -54,9 +55,9 @@ class _Cluster(NamedTuple):
 _ALONE = _Cluster("", 1, 0)
 
 
-def start(recipe: Recipe) -> None:
-    """Set this process up for the recipe, before JAX makes its first array. Raises PlanError."""
-    check_plan(recipe, "jax")
+def start(recipe: Recipe) -> Run:
+    """The recipe's run, with this process set up for it, before JAX makes its first array. Raises PlanError."""
+    run = resolve_on(recipe, BACKENDS["jax"])
     atexit.unregister(_leave)
     jax.config.update("jax_enable_x64", recipe.precision.policy == "fp64")
     # On TPU a float32 matmul is a few bfloat16 passes unless told otherwise; on CPU this changes nothing.
@@ -72,6 +73,7 @@ def start(recipe: Recipe) -> None:
             f"the plan takes {devices} devices, {processes} process(es) have {available} ({jax.default_backend()}); "
             "make plan.pipe × plan.data × plan.fsdp × plan.tensor what there is"
         )
+    return run
 
 
 def finish() -> None:

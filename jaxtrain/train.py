@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -11,35 +10,19 @@ from jaxtrain.parallel import describe_devices, finish, is_leader, start
 from trainspec import loop
 from trainspec.failures import explained
 from trainspec.recipe import Recipe
-from trainspec.trace import TraceRequest
+from trainspec.request import TrainRequest
 
 
-def train(
-    recipe: Recipe,
-    *,
-    out: Path,
-    trace: TraceRequest | None = None,
-    resume: bool = False,
-    allow: Collection[str] = (),
-) -> None:
-    """Train to the recipe's last step; leaves metrics and checkpoints in `out`, every gradient in `trace`'s directory.
+def train(recipe: Recipe, request: TrainRequest) -> None:
+    """Train to the recipe's last step; leaves metrics and checkpoints, and every gradient where a trace is wanted.
 
     Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
     """
-    with explained(recipe, partial(describe_devices, recipe.plan), out=out):
-        start(recipe)
+    with explained(recipe, partial(describe_devices, recipe.plan), out=request.out):
+        run = start(recipe)
         try:
-            loop.train(
-                step,
-                recipe,
-                name="jaxtrain",
-                out=out,
-                trace=trace,
-                resume=resume,
-                allow=allow,
-                is_leader=is_leader(),
-                devices=describe_devices(recipe.plan),
-            )
+            devices = describe_devices(recipe.plan)
+            loop.train(step, run, request, is_leader=is_leader(), devices=devices)
         finally:
             finish()
 
@@ -47,8 +30,8 @@ def train(
 def evaluate(recipe: Recipe, *, out: Path) -> tuple[float, str]:
     """Held-out loss per target token, and whose: the newest checkpoint's in `out`, or else the starting weights'."""
     with explained(recipe, partial(describe_devices, recipe.plan)):
-        start(recipe)
+        run = start(recipe)
         try:
-            return loop.evaluate(step, recipe, out=out)
+            return loop.evaluate(step, run, out=out)
         finally:
             finish()

@@ -1,8 +1,8 @@
 """Many training runs of one backend with few launches: imports and equal compilations are paid once.
 
-A launch is `parity.plant`. JAX takes all of them in one process, those with most devices first, as the first run
-makes the process's fake devices. torch takes one launch for each number of devices: with more than one it is
-torch's elastic launcher with a process for each. Whatever happens in a launch, every run gets an end: one that
+A launch is `parity.plant`. A backend whose process has all devices takes every case in one, those with most devices
+first, as the first run makes the process's fake devices. One with a process for each device takes a launch for each
+number of devices: with more than one it is torch's elastic launcher. Whatever happens in a launch, every run gets an end: one that
 crashed, or in which nothing more happened, is reported so, and those after it go on in a new launch.
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 from parity.edit import Edit
 from parity.plant import CRASHED
 from parity.sides import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
+from trainspec.backends import BACKENDS
 from trainspec.errors import EXIT_DONE
 from trainspec.plan import Backend
 
@@ -83,7 +84,8 @@ def run_cases(backend: Backend, cases: Sequence[Case], *, home: Path) -> list[En
     home.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(cases)), key=lambda i: -cases[i].devices)
     ended: dict[int, Ended] = {}
-    for devices, numbers in groupby(order, key=lambda i: cases[i].devices if backend == "torch" else 1):
+    per_device = BACKENDS[backend].has_process_per_device
+    for devices, numbers in groupby(order, key=lambda i: cases[i].devices if per_device else 1):
         left = list(numbers)
         while left:
             launch = _Launch(backend, devices, home)
@@ -95,7 +97,7 @@ def run_cases(backend: Backend, cases: Sequence[Case], *, home: Path) -> list[En
 
 @dataclass(frozen=True)
 class _Launch:
-    """One start of a backend; `processes` is 1 for JAX, whatever its plans take."""
+    """One start of a backend; `processes` is 1 where one process has all devices."""
 
     backend: Backend
     processes: int
@@ -107,7 +109,7 @@ class _Launch:
         file, results = self.home / f"{name}-cases.json", self.home / f"{name}-results.jsonl"
         for old in self.home.glob(f"{results.name}*"):
             old.unlink()
-        program = f"{self.backend}train"
+        program = BACKENDS[self.backend].program
         written = [{"program": program, "argv": c.argv, "edits": [asdict(e) for e in c.edits]} for c in cases]
         file.write_text(json.dumps(written), encoding="utf-8")
         why = self._watch([*self._launcher(), "-m", "parity.plant", str(file), str(results)], results)

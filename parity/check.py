@@ -23,6 +23,7 @@ from trainspec.errors import UserError
 from trainspec.methods import Adapter, LoRA, virtual_tokens
 from trainspec.plan import Policy
 from trainspec.recipe import Recipe, Span, load_recipe
+from trainspec.run import resolve
 from trainspec.schedule import learning_rate
 from trainspec.trace import Trace
 
@@ -46,7 +47,7 @@ def check(
     are trained again up to that step, with its activations, to find where it went wrong first.
     """
     recipe = load_recipe(recipe_path, overrides)
-    span = recipe.span(lambda: open_dataset(recipe, "train").rows)
+    span = recipe.span(lambda: open_dataset(resolve(recipe), "train").rows)
     steps = steps or min(DEFAULT_STEPS, span.last)
     if steps > span.last:
         raise UserError(f"--steps {steps}: {recipe_path} makes {span.last} updates; compare at most those")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from parity.batch import Ended, run_cases, training
 from parity.check import bounds_for
@@ -20,6 +20,7 @@ from parity.pair import Pair
 from parity.plans import refusal, runs_as
 from parity.tiny import METHODS, VARIANTS, Tiny, write_tiny
 from parity.verdict import explained
+from trainspec.backends import BACKENDS
 from trainspec.errors import TraceError, UserError
 from trainspec.plan import Backend, Plan, Policy
 from trainspec.recipe import Precision, Recipe
@@ -78,7 +79,6 @@ PRECISIONS: dict[str, Precision] = {
     "bf16": Precision(policy="bf16", reduce="fp32"),
     "bf16-sums": Precision(policy="bf16", reduce="bf16"),
 }
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
 STEPS = 5
 
 
@@ -166,9 +166,9 @@ def cells() -> list[Cell]:
 
 def _telling(plan: str) -> list[str]:
     """The precisions that a method is run in on a plan, where others have been run in all of them."""
-    torch_runs = {p: refusal(PLANS[plan], PRECISIONS[p].policy, "torch") is None for p in PRECISIONS}
+    runs = {p: not any(refusal(PLANS[plan], PRECISIONS[p].policy, b) for b in BACKENDS) for p in PRECISIONS}
     found = ["fp64"]
-    if torch_runs["fp32"] and not torch_runs["fp64"]:
+    if runs["fp32"] and not runs["fp64"]:
         found.append("fp32")
     return [*found, "bf16"] if plan in COARSE else found
 

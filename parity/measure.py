@@ -21,10 +21,9 @@ from parity.rounding import RoundingBounds
 from parity.sides import run_program
 from parity.tolerance import UNIT, Bounds
 from trainspec.errors import EXIT_DONE, UserError
-from trainspec.hf import resolve_model
-from trainspec.methods import full_table, trainable_table
 from trainspec.plan import COMPUTE_DTYPE, Backend
-from trainspec.recipe import Recipe, load_recipe
+from trainspec.recipe import load_recipe
+from trainspec.run import Run, resolve
 from trainspec.trace import Trace
 
 # The reference is the same for both sides: one of the backends, on one device.
@@ -66,15 +65,16 @@ def measured_bounds(
     `summands` says of how many microbatches' and replicas' gradients each side makes one. Runs that do not start as the
     recipe does, or train something else, cannot be replayed: they get estimates, and a note that says so.
     """
-    resolved = load_recipe(recipe, overrides)
-    if not _start_as(resolved, pair):
-        return RoundingBounds(pair, precision, lora_scale=lora_scale(resolved.method), notes=(ESTIMATED,))
+    run = resolve(load_recipe(recipe, overrides))
+    if not _start_as(run, pair):
+        scale = lora_scale(run.recipe.method)
+        return RoundingBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
     runs = [trace.directory for trace in pair.traces]
     measurement = measure(
         runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
     )
-    sums = Sums(resolved.precision.reduce, summands)
-    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(resolved), sums=sums)
+    sums = Sums(run.recipe.precision.reduce, summands)
+    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(run), sums=sums)
 
 
 def measure(
@@ -111,17 +111,14 @@ def measure(
     return Measurement(references, home / "movement", DRAWS[precision])
 
 
-def rule_of(recipe: Recipe) -> AdamRule:
-    """The recipe's optimizer, with the names that decay."""
-    spec, _ = resolve_model(recipe.model)
-    decayed = frozenset(p.name for p in trainable_table(spec, recipe.method) if p.decay)
-    return AdamRule(recipe.optimizer, decayed)
+def rule_of(run: Run) -> AdamRule:
+    """The run's optimizer, with the names that decay."""
+    return AdamRule(run.recipe.optimizer, frozenset(p.name for p in run.trained if p.decay))
 
 
-def _start_as(recipe: Recipe, pair: Pair) -> bool:
+def _start_as(run: Run, pair: Pair) -> bool:
     """Whether both runs started from the same finite weights, of the names and shapes that the recipe gives."""
-    spec, _ = resolve_model(recipe.model)
-    wanted = {p.name: p.shape for p in full_table(spec, recipe.method)}
+    wanted = {p.name: p.shape for p in run.full_table}
     if pair.names(0, "weight") != set(wanted):
         return False
     for name, shape in wanted.items():
@@ -130,5 +127,5 @@ def _start_as(recipe: Recipe, pair: Pair) -> bool:
             return False
         if not np.isfinite(left.astype(np.float64)).all():
             return False
-    trained = {p.name for p in trainable_table(spec, recipe.method)}
+    trained = {p.name for p in run.trained}
     return all(pair.names(step, "update") == trained for step in range(1, pair.common_steps + 1))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from trainspec.backends import BACKENDS
+from trainspec.capabilities import check_supported
 from trainspec.errors import PlanError
-from trainspec.plan import Backend, Plan, Policy, check_supported
+from trainspec.plan import Backend, Plan, Policy
 
 
 def refusal(plan: Plan, policy: Policy, backend: Backend) -> str | None:
     """The line with which a backend refuses a plan; None where it runs it."""
     try:
-        check_supported(plan, policy, backend)
+        check_supported(plan, policy, BACKENDS[backend])
     except PlanError as error:
         return str(error)
     return None

@@ -19,6 +19,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,16 +29,16 @@ from safetensors.numpy import save_file
 
 from parity.measure import Job
 from parity.perturb import folded, perturbed
+from trainspec.backends import BACKENDS
 from trainspec.checkpoint import Checkpoint
+from trainspec.contract import Backend, Metrics
 from trainspec.data import open_dataset
 from trainspec.errors import NonFiniteLossError, TraceError
-from trainspec.hf import resolve_model, write_model
-from trainspec.loop import Backend, Metrics
-from trainspec.methods import trainable_table
+from trainspec.hf import write_model
 from trainspec.model import config_of
-from trainspec.params import param_table
 from trainspec.plan import Plan
-from trainspec.recipe import ModelSource, Recipe, load_recipe
+from trainspec.recipe import ModelSource, load_recipe
+from trainspec.run import Run
 from trainspec.schedule import learning_rate
 from trainspec.trace import StepTrace, Trace, TraceWriter
 
@@ -70,17 +71,19 @@ class Replayer:
     def __init__(self, job: Job) -> None:
         recipe = load_recipe(Path(job.recipe), job.overrides)
         self.recipe = recipe.model_copy(update={"plan": Plan(remat=recipe.plan.remat)})
-        self.spec, self.directory = resolve_model(recipe.model)
+        program = BACKENDS[job.backend].program
+        self.run: Run = importlib.import_module(f"{program}.parallel").start(self.recipe)
+        self.backend = cast(Backend[Any], importlib.import_module(f"{program}.step"))
+        self.state: Any = None
         self.job = job
-        self.dataset = open_dataset(self.recipe, "train")
+        self.dataset = open_dataset(self.run, "train")
         self.span = self.recipe.span(lambda: self.dataset.rows)
-        self.trained = {p.name for p in trainable_table(self.spec, recipe.method)}
-        importlib.import_module(f"{job.backend}train.parallel").start(self.recipe)
-        self.backend = cast(Backend[Any], importlib.import_module(f"{job.backend}train.step"))
+        self.trained = {p.name for p in self.run.trained}
 
     def steps(self, trace: Trace, *, draw: int | None) -> Iterator[tuple[int, Metrics]]:
         """(step, what it gave) for every step of `trace`, from its weights or from perturbed ones."""
-        state = self.backend.init_state(self._with_weights_of(trace, draw), self.spec)
+        # What the first state compiled serves all of them: their recipes differ in where the weights lie.
+        state = self.state = self.backend.init_state(self._with_weights_of(trace, draw), like=self.state)
         for step, weights in enumerate(weights_before(trace, self.trained, computed=self.job.computed), 1):
             if draw is not None:
                 weights = {
@@ -105,16 +108,13 @@ class Replayer:
         recipe = self.recipe
         return learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step - 1, steps=self.span.steps)
 
-    def _with_weights_of(self, trace: Trace, draw: int | None) -> Recipe:
-        """The recipe on a model directory with the starting weights of `trace`.
-
-        Always the same directory: an equal recipe is not compiled a second time.
-        """
+    def _with_weights_of(self, trace: Trace, draw: int | None) -> Run:
+        """The run on a model directory with the starting weights of `trace`."""
         directory = Path(self.job.out) / "weights"
-        weights = ((p.name, self._starting(trace, p.name, draw)) for p in param_table(self.spec))
-        write_model(directory, weights, companions_from=self.directory, config=config_of(self.spec))
+        weights = ((p.name, self._starting(trace, p.name, draw)) for p in self.run.model_table)
+        write_model(directory, weights, companions_from=self.run.directory, config=config_of(self.run.spec))
         source = ModelSource.model_validate({"from": str(directory)})
-        return self.recipe.model_copy(update={"model": source})
+        return replace(self.run, recipe=self.recipe.model_copy(update={"model": source}), directory=directory)
 
     def _starting(self, trace: Trace, name: str, draw: int | None) -> Array:
         weight = _rounded(trace.read_initial(f"weight/{name}"), self.job.computed)

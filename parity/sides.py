@@ -17,6 +17,7 @@ from pathlib import Path
 from signal import Signals
 from typing import assert_never
 
+from trainspec.backends import BACKENDS
 from trainspec.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -30,7 +31,10 @@ from trainspec.failures import NOTHING_SAVED
 from trainspec.plan import Backend, Policy
 from trainspec.trace import Trace
 
-PROGRAMS: dict[str, Backend] = {"jax": "jax", "jaxtrain": "jax", "torch": "torch", "torchtrain": "torch"}
+# A side is named by its backend or by its program.
+PROGRAMS: dict[str, Backend] = {
+    word: name for name, backend in BACKENDS.items() for word in (name, backend.program)
+}
 # A check compares updates: it saves no checkpoint and measures no held-out loss on its way.
 NEVER = 10**9
 # The proof is about arithmetic, not about a device: whatever this machine has, both sides run on its CPU.
@@ -71,7 +75,7 @@ def parse_side(text: str) -> Side:
         raise UserError(f"side {text!r}: {error}; write it such as 'jax plan.data=2'") from None
     if not words or words[0] not in PROGRAMS:
         first = words[0] if words else ""
-        raise UserError(f"side {text!r}: the first word is the backend{nearest(first, ('jax', 'torch'))}")
+        raise UserError(f"side {text!r}: the first word is the backend{nearest(first, tuple(BACKENDS))}")
     for word in words[1:]:
         if "=" not in word:
             raise UserError(f"side {text!r}: {word!r} is not KEY=VALUE, such as plan.data=2")
@@ -94,13 +98,14 @@ def run_side(
         shutil.rmtree(old, ignore_errors=True)
     home.mkdir(parents=True, exist_ok=True)
     settings = [*overrides, *side.overrides, *_check_settings(precision, steps)]
-    command = [sys.executable, "-m", f"{side.backend}train", "train", str(recipe)]
+    program = BACKENDS[side.backend].program
+    command = [sys.executable, "-m", program, "train", str(recipe)]
     command += [word for setting in settings for word in ("--set", setting)]
     command += ["--out", str(home / "run"), "--trace", str(home / "trace")]
     if activations_at:
         command += ["--activations", str(activations_at)]
     code, last = run_program(command, log=home / "log.txt")
-    where, speaker = f"{name} ({side})", f"{side.backend}train: "
+    where, speaker = f"{name} ({side})", f"{program}: "
     # A check saves nothing before its last step, so that says nothing.
     said = last.removeprefix(speaker).removesuffix(f"; {NOTHING_SAVED}")
     if code == EXIT_DONE:

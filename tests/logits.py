@@ -35,19 +35,17 @@ def real_tokens(padding: str | None) -> np.ndarray:
 def of_backend(program: str, case: dict[str, Any]) -> np.ndarray:
     from trainspec import checkpoint
     from trainspec.data import Batch
-    from trainspec.hf import resolve_model
     from trainspec.recipe import load_recipe
 
     step, parallel = (importlib.import_module(f"{program}.{name}") for name in ("step", "parallel"))
     recipe = load_recipe(Path(case["recipe"]))
-    spec, _ = resolve_model(recipe.model)
-    parallel.start(recipe)
+    run = parallel.start(recipe)
     try:
-        state = step.init_state(recipe, spec)
+        state = step.init_state(run)
         if case["out"]:
             newest = checkpoint.latest(Path(case["out"]))
             assert newest is not None
-            state = step.restore(state, checkpoint.load(newest, recipe=recipe, model=spec))
+            state = step.restore(state, checkpoint.load(newest, run))
         # As transformers numbers them where it is not told: padding in front counts.
         positions = np.broadcast_to(np.arange(IDS.shape[1], dtype=np.int32), IDS.shape)
         segments = real_tokens(case.get("padding"))

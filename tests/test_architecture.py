@@ -35,7 +35,7 @@ LAYERS = (
     ("train", "cost"),
     ("step",),
     ("passes",),
-    ("methods", "adapter", "virtual", "optim", "parallel", "pipeline", "loss", "zero"),
+    ("methods", "adapter", "virtual", "optim", "parallel", "pipeline", "loss", "zero", "feed", "storage"),
     ("model", "weights"),
     ("dropout", "activations", "tensor", "engine", "launch"),
 )
@@ -45,6 +45,8 @@ ONE_SIDED_FILES = {
     "torchtrain/zero.py": "DeepSpeed; in JAX the compiler splits what the plan says",
     "torchtrain/engine.py": "what DeepSpeed, its pipeline and plain torch have in common; JAX has functions",
     "jaxtrain/passes.py": "the order of passes is a loop of our own; torch's is DeepSpeed's",
+    "jaxtrain/feed.py": "a compiled function takes the whole batch, in torch each process takes its examples",
+    "jaxtrain/storage.py": "the state of JAX is arrays, which functions take and give; torch's is in the engine's store",
     "torchtrain/launch.py": "a process for every device; in JAX one process has many",
 }
 
@@ -258,11 +260,25 @@ def test_transformers_stays_in_the_process_that_tokenises():
         assert found == allowed, module
 
 
+def test_the_neutral_half_asks_no_backend_for_its_name():
+    """What differs between backends is in `trainspec/backends/`. `parity/faults` has edits of each one's source."""
+    named = re.compile(r"""(?:==|!=|\bin\b|\bcase\b|BACKENDS\[)\s*\(?["'](?:jax|torch)(?:train)?["']""")
+    found = {
+        str(path.relative_to(ROOT))
+        for package in ("trainspec", "parity")
+        for path in modules(package)
+        if path.parent.name not in ("backends", "faults") and named.search(path.read_text())
+    }
+    assert not found
+    assert named.search('if backend == "torch":')  # control
+    assert named.search('BACKENDS["jax"].cost')
+
+
 def test_the_neutral_half_runs_without_a_framework():
     code = (
         "import sys\n"
         f"for name in {sorted(JAX_WORLD | TORCH_WORLD)!r}: sys.modules[name] = None\n"
-        "import trainspec.cli, trainspec.loop, trainspec.export, parity.cli\n"
+        "import trainspec.cli, trainspec.loop, trainspec.export, trainspec.backends, parity.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -21,6 +21,7 @@ from small import CACHE, recipe_maker
 
 from trainspec.hf import resolve_model
 from trainspec.init import starting_weights
+from trainspec.run import resolve
 from trainspec.text.store import Tokenizer
 
 PROGRAMS = ("jaxtrain", "torchtrain")
@@ -247,6 +248,6 @@ def test_behind_a_prefix_of_a_text_the_model_goes_on_as_behind_the_text(exchange
 def test_a_prompt_starts_as_pefts_of_the_same_text(exchanged: Exchanged, model_dirs, tmp_path: Path):
     method = {"kind": "prompt", "virtual_tokens": 9, "init": "text", "text": TEXT}
     recipe = recipe_maker(model_dirs)(method=method)
-    started = {p.name: w[...] for p, w in starting_weights(recipe, resolve_model(recipe.model)[0])}
+    started = {p.name: w[...] for p, w in starting_weights(resolve(recipe))}
     theirs = load_file(exchanged.adapters / "prompt/adapter_model.safetensors")["prompt_embeddings"]
     assert np.array_equal(started["prompt_encoder.embedding.weight"], theirs)

@@ -10,18 +10,21 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from torchtrain.launch import count_processes, has_launcher, launch, report_to_launcher
 from torchtrain.parallel import check_accelerators, describe_devices, is_leader
 from torchtrain.train import evaluate, train
-from trainspec.command import allowed, backend_parser, out_directory, run_command, trace_request
+from trainspec.backends import BACKENDS
+from trainspec.command import backend_parser, out_directory, run_command, train_request
 from trainspec.errors import EXIT_DONE, EXIT_INTERRUPTED
 from trainspec.export import export
 from trainspec.failures import explained
-from trainspec.loop import check_plan
-from trainspec.recipe import load_recipe
+from trainspec.recipe import Recipe, load_recipe
+from trainspec.request import TrainRequest
+from trainspec.run import resolve_on
 
-PROGRAM = "torchtrain"
+PROGRAM = BACKENDS["torch"].program
 # A process that does not lead says what is wrong this much later: mostly the leader has said it by then, has ended
 # (with all of torch loaded that alone takes seconds on a busy machine), and whoever started them has ended them all.
 _FOLLOWER_DELAY_SECONDS = 10.0
@@ -48,24 +51,24 @@ def _follow(command: Callable[[], int]) -> int:
             sys.stderr.write(said.getvalue())
 
 
+def _launch(recipe: Recipe, words: Sequence[str], out: Path, *, trains: bool) -> None:
+    """The same command in a process for each device. A mistake in the plan must not wait for them."""
+    resolve_on(recipe, BACKENDS["torch"])
+    check_accelerators()
+    with explained(recipe, partial(describe_devices, recipe.plan), out=out if trains else None):
+        launch(PROGRAM, words, processes=recipe.plan.devices, logs=out / "logs")
+
+
 def _run(args: Namespace, words: Sequence[str]) -> None:
     count_processes(os.environ)  # refuses what no launcher would have said
     recipe = load_recipe(args.recipe, args.overrides)
     out = out_directory(args, PROGRAM)
-    trace = trace_request(args) if args.command == "train" else None
-    allow = allowed(args) if args.command == "train" else ()
-    processes = recipe.plan.devices
-    if args.command != "export" and processes > 1 and not has_launcher(os.environ):
-        # A mistake in the plan must not wait for its processes.
-        check_plan(recipe, "torch")
-        check_accelerators()
-        saving = out if args.command == "train" else None
-        with explained(recipe, partial(describe_devices, recipe.plan), out=saving):
-            launch(PROGRAM, words, processes=processes, logs=out / "logs")
-        return
+    request = train_request(args, out) if args.command == "train" else TrainRequest(out)
+    if args.command != "export" and recipe.plan.devices > 1 and not has_launcher(os.environ):
+        return _launch(recipe, words, out, trains=args.command == "train")
     match args.command:
         case "train":
-            train(recipe, out=out, trace=trace, resume=args.resume, allow=allow)
+            train(recipe, request)
         case "eval":
             loss, whose = evaluate(recipe, out=out)
             if is_leader():

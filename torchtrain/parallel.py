@@ -27,12 +27,11 @@ from torchtrain.tensor import Mesh, Peers, is_split
 from torchtrain.weights import canonical_name
 from torchtrain.zero import DeepSpeedEngine, by_part, import_deepspeed
 from trainspec.accelerators import Devices, accelerators, hides_gpus
+from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
-from trainspec.loop import check_plan
-from trainspec.methods import trainable_table
-from trainspec.model import ModelSpec
 from trainspec.plan import Plan
 from trainspec.recipe import Recipe
+from trainspec.run import Run, resolve_on
 
 # What a launcher would set; without RANK DeepSpeed looks for MPI. Port 0 lets the system choose a free one.
 _ONE_PROCESS = {
@@ -47,13 +46,13 @@ _open_engines: list[Engine] = []
 _open_groups: list[Any] = []
 
 
-def start(recipe: Recipe) -> None:
-    """Set up this process: matmul precision, device, and the group of all processes.
+def start(recipe: Recipe) -> Run:
+    """The recipe's run, with this process set up for it: matmul precision, device, and the group of all processes.
 
     Raises PlanError for an unsupported plan, where a launcher started another number of processes than it takes, or
     where they do not find each other or a GPU each.
     """
-    check_plan(recipe, "torch")
+    run = resolve_on(recipe, BACKENDS["torch"])
     os.environ.update(describe_cluster(os.environ))
     processes = count_processes(os.environ)
     if processes != recipe.plan.devices:
@@ -74,6 +73,7 @@ def start(recipe: Recipe) -> None:
         for name, value in _ONE_PROCESS.items():
             os.environ.setdefault(name, value)
         import_deepspeed().init_distributed(verbose=False)
+    return run
 
 
 def _join() -> None:
@@ -161,11 +161,10 @@ def _peers(ranks: NDArray[Any], axis: int) -> Peers:
     return Peers(group, mine.index(dist.get_rank()), len(mine))
 
 
-def make_engine(
-    recipe: Recipe, spec: ModelSpec, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, *, mesh: Mesh
-) -> Engine:
+def make_engine(run: Run, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, *, mesh: Mesh) -> Engine:
     """DeepSpeed's engine, or its pipeline's; for fp64, which DeepSpeed has not, plain torch with the same arithmetic."""
-    parts = {p.name for p in trainable_table(spec, recipe.method) if any(map(is_split, p.axes))}
+    recipe, spec = run.recipe, run.spec
+    parts = {p.name for p in run.trained if any(map(is_split, p.axes))}
     whole = _WholeStore(model, optimizer, mesh.tensor, parts=parts if mesh.tensor.size > 1 else set())
     engine: Engine
     if recipe.plan.pipe > 1:

@@ -30,16 +30,15 @@ from torchtrain.virtual import all_labels, all_positions, all_visible
 from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
 from torchtrain.zero import Partitioner
 from trainspec.checkpoint import Checkpoint
+from trainspec.contract import Arrays, Metrics
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
-from trainspec.loop import Arrays, Metrics
-from trainspec.methods import Method, full_table, leading_rows, trainable_table
-from trainspec.model import ModelSpec
+from trainspec.methods import Method, leading_rows
 from trainspec.params import Param
 from trainspec.pipeline import stages_of
 from trainspec.plan import COMPUTE_DTYPE
-from trainspec.recipe import Recipe
+from trainspec.run import Run
 from trainspec.trace import Keep
 from trainspec.weight import WeightLike
 
@@ -49,8 +48,7 @@ class State:
     """A run after `step` updates. The module and the optimizer are torch's: an update changes them in place."""
 
     step: int
-    recipe: Recipe
-    spec: ModelSpec
+    run: Run
     mesh: Mesh
     model: LlamaForCausalLM
     engine: Engine
@@ -58,35 +56,39 @@ class State:
     point: DropoutPoint
 
 
-def init_state(recipe: Recipe, spec: ModelSpec) -> State:
-    """The run before its first update. `parallel.start` comes first."""
+def init_state(run: Run, *, like: State | None = None) -> State:
+    """The run before its first update. `parallel.start` comes first.
+
+    Differs from jaxtrain: of `like` nothing was compiled that could be used again.
+    """
+    recipe, spec, weights = run.recipe, run.spec, list(starting_weights(run))
     policy, mesh = recipe.precision.policy, make_mesh(recipe.plan)
     model = build_model(spec, policy=policy, remat=recipe.plan.remat, tensor=mesh.tensor)
     point = attach(model, spec, recipe.method, seed=recipe.run.seed, tensor=mesh.tensor)
     allocate(
         model,
-        starting_weights(recipe, spec),
+        weights,
         dtype=getattr(torch, COMPUTE_DTYPE[policy]),
         tensor=mesh.tensor,
         is_mine=lambda p: mesh.stages.index in stages_of(p, recipe.plan, spec),
         settle=Partitioner(recipe, spec, mesh),
     )
-    optimizer = _optimizer(recipe, spec, model)
-    engine = make_engine(recipe, spec, model, optimizer, mesh=mesh)
-    state = State(0, recipe, spec, mesh, model, engine, optimizer, point)
+    optimizer = _optimizer(run, model)
+    engine = make_engine(run, model, optimizer, mesh=mesh)
+    state = State(0, run, mesh, model, engine, optimizer, point)
     if policy == "bf16":
         # DeepSpeed made its float32 masters from the rounded weights: they start where the other backend's do.
-        names = {p.name for p in trainable_table(spec, recipe.method)}
-        trained = ((p, weight) for p, weight in starting_weights(recipe, spec) if p.name in names)
+        names = {p.name for p in run.trained}
+        trained = ((p, weight) for p, weight in weights if p.name in names)
         from_canonical(
             trained, _trainable(model), tensor=mesh.tensor, write=partial(engine.store.write, "weight")
         )
     return state
 
 
-def _optimizer(recipe: Recipe, spec: ModelSpec, model: LlamaForCausalLM) -> torch.optim.AdamW:
+def _optimizer(run: Run, model: LlamaForCausalLM) -> torch.optim.AdamW:
     """AdamW over the weights of this process's stage, in the same groups on every stage."""
-    decays = {p.name: p.decay for p in trainable_table(spec, recipe.method)}
+    decays = {p.name: p.decay for p in run.trained}
     parameters = {name: p for name, p in _trainable(model).items() if not p.is_meta}
     decayed = {name for name in parameters if decays[canonical_name(name)]}
     for decays_too in set(decays.values()) - {name in decayed for name in parameters}:
@@ -94,7 +96,7 @@ def _optimizer(recipe: Recipe, spec: ModelSpec, model: LlamaForCausalLM) -> torc
         parameters[name] = placeholder()
         if decays_too:
             decayed.add(name)
-    return make_optimizer(recipe.optimizer, decayed, parameters=parameters)
+    return make_optimizer(run.recipe.optimizer, decayed, parameters=parameters)
 
 
 def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[State, Metrics]:
@@ -114,9 +116,9 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
         raise NonFiniteLossError(f"step {state.step + 1}: loss sum {loss_sum}, gradient norm {grad_norm}")
     metrics = Metrics(loss_sum, batch.target_tokens, grad_norm)
     if keep != "nothing":
-        metrics = replace(metrics, gradients=_arrays(state, "gradient", _table(state)))
+        metrics = replace(metrics, gradients=_arrays(state, "gradient", state.run.trained))
     if recordings is not None:
-        points = point_stages(state.recipe.plan, state.spec.layers)
+        points = point_stages(state.run.recipe.plan, state.run.spec.layers)
         activations, activation_gradients = by_point(
             recordings, points, mesh=state.mesh, scale=state.engine.loss_scale
         )
@@ -133,7 +135,7 @@ class _Rows:
     """
 
     def __init__(self, state: State, batch: Batch, recordings: list[Recording] | None) -> None:
-        parts = batch.split(state.recipe.batch.accumulation * state.recipe.plan.microbatches)
+        parts = batch.split(state.run.recipe.batch.accumulation * state.run.recipe.plan.microbatches)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=compute_device())
         self._state, self._batch, self._recordings = state, batch, recordings
         self._parts = [_mine(state, part) for part in parts]
@@ -146,7 +148,7 @@ class _Rows:
         if self._recordings is not None:
             self._recordings.append(Recording())
         self._move_dropout(index)
-        return _inputs(self._parts[index], self._state.recipe.method)
+        return _inputs(self._parts[index], self._state.run.recipe.method)
 
     def loss(self, index: int, logits: Tensor) -> Tensor:
         """The share of the batch's loss."""
@@ -179,7 +181,9 @@ def logits(state: State, batch: Batch) -> NDArray[Any]:
     mesh = state.mesh
     parts = [mesh.tensor.gather(part_BTV, -1) for _, part_BTV in _inferred(state, batch)]
     whole = torch.cat([mesh.replicas.gather(part_BTV, 0) for part_BTV in parts]) if parts else None
-    return to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))[:, leading_rows(state.recipe.method) :]
+    return to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))[
+        :, leading_rows(state.run.recipe.method) :
+    ]
 
 
 def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
@@ -188,9 +192,9 @@ def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
     A pipeline takes them as microbatches.
     """
     state.model.eval()
-    microbatches = state.recipe.plan.microbatches_of(len(batch.rows))
+    microbatches = state.run.recipe.plan.microbatches_of(len(batch.rows))
     parts = [_mine(state, part) for part in batch.split(microbatches)]
-    inputs = [_inputs(part, state.recipe.method) for part in parts]
+    inputs = [_inputs(part, state.run.recipe.method) for part in parts]
     return zip(parts, state.engine.infer(inputs), strict=False)
 
 
@@ -199,14 +203,13 @@ def weights_of(state: State, *, frozen: bool = False) -> Arrays:
 
     As all functions that give arrays by canonical name: whole for the leader, and nothing for the others.
     """
-    table = full_table(state.spec, state.recipe.method) if frozen else _table(state)
-    return _arrays(state, "weight", table)
+    return _arrays(state, "weight", state.run.full_table if frozen else state.run.trained)
 
 
 def moments_of(state: State) -> tuple[Arrays, Arrays]:
     """Copies of Adam's first and second moments under their weights' canonical names."""
-    table = _table(state)
-    return _arrays(state, "moment1", table), _arrays(state, "moment2", table)
+    trained = state.run.trained
+    return _arrays(state, "moment1", trained), _arrays(state, "moment2", trained)
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:
@@ -217,7 +220,7 @@ def restore(state: State, checkpoint: Checkpoint) -> State:
         ("moment2", checkpoint.moment2),
     )
     for what, arrays in sources:
-        rows = ((p, arrays[p.name]) for p in _table(state))
+        rows = ((p, arrays[p.name]) for p in state.run.trained)
         write = partial(state.engine.store.write, what)
         from_canonical(rows, _trainable(state.model), tensor=state.mesh.tensor, write=write)
     set_steps(state.optimizer, checkpoint.step)
@@ -226,7 +229,7 @@ def restore(state: State, checkpoint: Checkpoint) -> State:
 
 def _arrays(state: State, what: Stored, table: Sequence[Param]) -> Arrays:
     """One kind of tensor of every row of the table."""
-    reduced = getattr(torch, COMPUTE_DTYPE[state.recipe.precision.reduce])
+    reduced = getattr(torch, COMPUTE_DTYPE[state.run.recipe.precision.reduce])
 
     def read(parameter: nn.Parameter) -> Tensor:
         found = state.engine.store.read(what, parameter)
@@ -236,7 +239,7 @@ def _arrays(state: State, what: Stored, table: Sequence[Param]) -> Arrays:
         dict(state.model.named_parameters()),
         table,
         mesh=state.mesh,
-        stage=lambda p: stages_of(p, state.recipe.plan, state.spec)[0],
+        stage=lambda p: stages_of(p, state.run.recipe.plan, state.run.spec)[0],
         read=read,
         keep=is_leader(),
     )
@@ -246,10 +249,6 @@ def _mine(state: State, batch: Batch) -> Batch:
     """This replica's rows."""
     replicas = state.mesh.replicas
     return batch.split(replicas.size)[replicas.index]
-
-
-def _table(state: State) -> tuple[Param, ...]:
-    return trainable_table(state.spec, state.recipe.method)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -265,7 +264,7 @@ def _inputs(batch: Batch, method: Method) -> Inputs:
 
 
 def _loss_sum(state: State, batch: Batch, logits_BTV: Tensor) -> Tensor:
-    labels_BT = all_labels(_tensor(batch.labels), state.recipe.method)
+    labels_BT = all_labels(_tensor(batch.labels), state.run.recipe.method)
     return token_loss(logits_BTV, labels_BT, tensor=state.mesh.tensor)[0]
 
 

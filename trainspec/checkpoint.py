@@ -24,11 +24,10 @@ from typing import Any
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.hf import TensorFiles, check_reads_back, read_rows, refuse_non_finite
 from trainspec.identity import Identity
-from trainspec.methods import trainable_table
-from trainspec.model import ModelSpec
 from trainspec.plan import STORED_DTYPE
 from trainspec.recipe import Recipe, recipe_from
 from trainspec.resume import Made, check_reads
+from trainspec.run import Run
 from trainspec.tensors import save_tensors
 from trainspec.weight import WeightLike
 
@@ -131,8 +130,8 @@ def read_made(path: Path) -> Made:
         )
 
 
-def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
-    """Verify a checkpoint and give it in the run's precision, each weight to be read part by part.
+def load(path: Path, run: Run) -> Checkpoint:
+    """Verify a checkpoint and give it in the precision of `run`, each weight to be read part by part.
 
     Raises WeightsError for a damaged file and RecipeError where it is of another model or method.
     """
@@ -143,13 +142,13 @@ def load(path: Path, *, recipe: Recipe, model: ModelSpec) -> Checkpoint:
                 raise WeightsError(
                     f"{path / name}: damaged (its SHA-256 is not the recorded one); remove {path} to use the one before it"
                 )
-    check_reads(made, recipe, model)
-    table, dtype = trainable_table(model, recipe.method), STORED_DTYPE[recipe.precision.policy]
+    check_reads(made, run)
+    dtype = STORED_DTYPE[run.recipe.precision.policy]
     weights, moment1, moment2 = (
         {
             p.name: weight
             for p, weight in read_rows(
-                TensorFiles([path / f"{part}.safetensors"]), table, dtype=dtype, where=path
+                TensorFiles([path / f"{part}.safetensors"]), run.trained, dtype=dtype, where=path
             )
         }
         for part in PARTS

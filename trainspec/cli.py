@@ -10,6 +10,7 @@ from trainspec.command import add_recipe, run_command
 from trainspec.data import open_dataset
 from trainspec.preview import preview
 from trainspec.recipe import Recipe, load_recipe
+from trainspec.run import resolve
 from trainspec.show import show
 
 
@@ -43,7 +44,7 @@ def _run(args: Namespace) -> None:
             show(load_recipe(args.recipe, args.overrides))
         case "data":
             recipe = load_recipe(args.recipe, args.overrides)
-            dataset = open_dataset(recipe, args.split)
+            dataset = open_dataset(resolve(recipe), args.split)
             preview(dataset, dataset.batch(0, args.rows))
             if args.split == "train":
                 span = recipe.span(lambda: dataset.rows)

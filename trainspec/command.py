@@ -19,6 +19,7 @@ from typing import Literal
 
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, ProcessError, UserError, nearest
 from trainspec.failures import notes_of, outcome
+from trainspec.request import TrainRequest
 from trainspec.resume import ALLOWABLE
 from trainspec.trace import TraceRequest
 
@@ -86,7 +87,12 @@ def out_directory(args: Namespace, program: str) -> Path:
     return out
 
 
-def trace_request(args: Namespace) -> TraceRequest | None:
+def train_request(args: Namespace, out: Path) -> TrainRequest:
+    """What the words after `train RECIPE` ask for."""
+    return TrainRequest(out, trace=_trace_request(args), resume=args.resume, allow=_allowed(args))
+
+
+def _trace_request(args: Namespace) -> TraceRequest | None:
     """What `--trace` and `--activations` ask for."""
     if args.trace is None and args.activations is not None:
         raise UserError("--activations: give --trace DIR as well, to say where")
@@ -95,7 +101,7 @@ def trace_request(args: Namespace) -> TraceRequest | None:
     return TraceRequest(args.trace, args.activations) if args.trace else None
 
 
-def allowed(args: Namespace) -> frozenset[str]:
+def _allowed(args: Namespace) -> frozenset[str]:
     """What `--allow` names, such as `data,schedule`."""
     words = frozenset(args.allow.replace(",", " ").split())
     for word in sorted(words - set(ALLOWABLE)):
@@ -135,21 +141,26 @@ def run_command(
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        code, line = outcome(error)
-        notes = notes_of(error)
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            # Whoever read our output has seen enough, as `| head` does; Python would complain once more at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = EXIT_FAILED
-            if not notes:
-                return code
-        if tell:
-            tell(code, line)
+        return _ended(error, parser.prog, tell)
+
+
+def _ended(error: BaseException, program: str, tell: Callable[[int, str], None] | None) -> int:
+    """The exit code of a command that an error ended, once its line is told."""
+    code, line = outcome(error)
+    notes = notes_of(error)
+    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        # Whoever read our output has seen enough, as `| head` does; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+        if not notes:
             return code
-        if code == EXIT_CRASHED and not isinstance(error, ProcessError):
-            traceback.print_exc()
-        print("; ".join([f"{parser.prog}: {line}", *notes]), file=sys.stderr)
+    if tell:
+        tell(code, line)
         return code
+    if code == EXIT_CRASHED and not isinstance(error, ProcessError):
+        traceback.print_exc()
+    print("; ".join([f"{program}: {line}", *notes]), file=sys.stderr)
+    return code
 
 
 def _reader_is_gone() -> bool:

@@ -1,24 +1,20 @@
 """What a plan costs one device: the arithmetic of bytes held and bytes sent. The twins' `cost.py` measure the same.
 
-Source: ZeRO, arXiv 1910.02054, figure 1 and section 7; what each backend does otherwise is said where it is counted.
+Source: ZeRO, arXiv 1910.02054, figure 1 and section 7. What a backend does otherwise is a subclass of `Cost` in its file
+of `trainspec/backends/`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.pipeline import stack_order, stages_of
-from trainspec.plan import COMPUTE_DTYPE, STORED_DTYPE, Backend, Part, Plan, Policy, local_size
-from trainspec.recipe import Recipe
-
-# What reads the residual stream first in a layer.
-_STREAM_READERS = ("input_layernorm", "q_proj", "k_proj", "v_proj")
+from trainspec.plan import COMPUTE_DTYPE, STORED_DTYPE, Part, Plan, Policy, local_size
 
 
 def width(dtype: str) -> int:
@@ -79,8 +75,8 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """The arithmetic of one recipe on one backend."""
+class Cost(ABC):
+    """The arithmetic of one run on one backend: what is common here, what differs in the methods of a subclass."""
 
     model: ModelSpec
     plan: Plan
@@ -89,29 +85,23 @@ class Cost:
     accumulation: int
     trained: tuple[Param, ...]
     frozen: tuple[Param, ...]
-    backend: Backend
 
     def held(self) -> Held:
-        """What one device holds at most: gradients are those between two microbatches.
+        """What one device holds at most: gradients are those between two accumulation slices.
 
-        JAX splits over fsdp and repeats over data; the sum of microbatches' gradients has the type of `reduce`.
-        DeepSpeed splits over data × fsdp, and from stage 1 on, which is also that of every pipeline, it keeps a master
-        copy in float32 even where weights are float32. A frozen weight has neither gradient nor moments. DeepSpeed's
-        padding of flat buffers is left out. Of a pipeline's stages it is the one that holds most.
+        A frozen weight has neither gradient nor moments. Of a pipeline's stages it is the one that holds most.
         """
         return max((self._held(stage) for stage in range(self.plan.pipe)), key=lambda held: held.total)
 
     def _held(self, stage: int) -> Held:
         stored, computed = width(STORED_DTYPE[self.policy]), width(COMPUTE_DTYPE[self.policy])
-        is_flat = self.backend == "torch" and (self.plan.splits("optimizer") or self.plan.pipe > 1)
-        state = self._elements(self.trained, "optimizer", stage)
-        # BF16_Optimizer has its sum beside the gradients that the backward pass leaves.
-        beside = computed if self._is_bf16_optimizer else 0
-        gradients = self._elements(self.trained, "gradients", stage)
+        state = self.elements(self.trained, "optimizer", stage)
+        gradients = self.elements(self.trained, "gradients", stage)
+        everything = (*self.trained, *self.frozen)
         return Held(
-            weights=round(self._elements((*self.trained, *self.frozen), "weights", stage) * computed),
-            gradients=round(gradients * (width(COMPUTE_DTYPE[self.reduce]) + beside)),
-            master=round(state * stored) if is_flat or self.policy == "bf16" else 0,
+            weights=round(self.elements(everything, "weights", stage) * computed),
+            gradients=round(gradients * (width(COMPUTE_DTYPE[self.reduce]) + self.extra_gradient_bytes)),
+            master=round(state * stored) if self.has_master else 0,
             moments=round(2 * state * stored),
         )
 
@@ -119,97 +109,62 @@ class Cost:
         """2Ψ with whole weights, 3Ψ where they are split, times (N - 1) / N: a reduction is reduce-scatter, then all-gather.
 
         The gather is of gradients where every device keeps them whole, else of the updated weights. Split weights are
-        gathered for the forward and again for the backward pass, frozen ones too. Not so:
-        JAX with `shards: optimizer` keeps whole gradients and has to gather weights as well: 3Ψ. It reduces the gradients
-        of every microbatch, DeepSpeed up to stage 1 their sum. DeepSpeed's BF16_Optimizer (stage 1, bf16, summed in
-        fp32) gathers gradients and weights, too. From its second microbatch on DeepSpeed's stage 3 keeps what it fetched
-        ahead at the turn to the backward pass, and gathers less than this. Raises ValueError for a pipeline.
+        gathered for the forward and again for the backward pass, frozen ones too.
+        Raises ValueError for a pipeline.
         """
         plan = self.plan
         if plan.pipe > 1:
             raise ValueError("how often a pipeline gathers and reduces is not counted")
-        scattered = plan.splits("gradients") or (
-            self.backend == "torch" and plan.splits("optimizer") and not self._is_bf16_optimizer
-        )
-        times = self.accumulation if self.backend == "jax" or plan.splits("gradients") else 1
-        gradients = times * sum(self._gradient_bytes(p, scattered) for p in self.trained)
-        sent = width(COMPUTE_DTYPE[self.policy]) * (self._ranks - 1) / self._ranks
+        scattered = plan.splits("gradients") or self.scatters_sums
+        times = self.accumulation if plan.splits("gradients") or self.reduces_every_slice else 1
+        gradients = times * sum(self.gradient_bytes(p, scattered) for p in self.trained)
+        sent = width(COMPUTE_DTYPE[self.policy]) * (self.ranks - 1) / self.ranks
         if plan.splits("weights"):
             everything = (*self.trained, *self.frozen)
-            gathered = sum(self._gathers(p) * local_size(p, plan, over_fsdp=False) for p in everything)
+            gathered = sum(self.gathers(p) * local_size(p, plan, over_fsdp=False) for p in everything)
             return Moved(gradients, self.accumulation * sent * gathered)
         own = sum(local_size(p, plan, over_fsdp=False) for p in self.trained)
         return Moved(gradients, sent * own if plan.splits("optimizer") else 0.0)
 
-    @property
-    def _ranks(self) -> int:
-        """Over how many devices the state is split."""
-        return self.plan.replicas if self.backend == "torch" else self.plan.fsdp
+    def gradient_bytes(self, param: Param, scattered: bool) -> float:
+        """What is sent of one gradient in one reduction."""
+        size = local_size(param, self.plan, over_fsdp=False)
+        return width(COMPUTE_DTYPE[self.reduce]) * size * self.reductions(scattered)
 
-    @property
-    def _is_bf16_optimizer(self) -> bool:
-        return (
-            self.backend == "torch"
-            and (self.policy, self.reduce) == ("bf16", "fp32")
-            and not self.plan.splits("gradients")
-        )
-
-    def _elements(self, rows: Sequence[Param], part: Part, stage: int) -> float:
-        if self.backend == "jax":
-            # Embedding, norm and head are on every stage, and a stage of fewer layers is filled up.
-            share = len(stack_order(self.plan, self.model.layers)) / self.model.layers / self.plan.pipe
-            return sum(
-                local_size(p, self.plan, over_fsdp=self.plan.splits(part)) * (1 if p.layer is None else share)
-                for p in rows
-            )
-        mine = [p for p in rows if stage in stages_of(p, self.plan, self.model)]
-        whole = sum(local_size(p, self.plan, over_fsdp=False) for p in mine)
-        return whole / self._ranks if self.plan.splits(part) else whole
-
-    def _reductions(self, scattered: bool) -> float:
+    def reductions(self, scattered: bool) -> float:
         """How often each byte of a gradient is sent, from all to where it is kept."""
         share = (self.plan.replicas - 1) / self.plan.replicas
-        # Over data and fsdp at once JAX's compiler makes one sum for all of them, and cuts it.
-        is_cut = self.backend == "jax" and self.plan.data > 1
-        return share if scattered and not is_cut else 2 * share
+        return share if scattered else 2 * share
 
-    def _gradient_bytes(self, param: Param, scattered: bool) -> float:
-        """What is sent of one gradient in one reduction.
+    @property
+    @abstractmethod
+    def ranks(self) -> int:
+        """Over how many devices the training state is split."""
 
-        On JAX sums over tokens that are no matrix product are float32 or wider, and are whole before they are rounded.
-        """
-        summed, size = width(COMPUTE_DTYPE[self.reduce]), local_size(param, self.plan, over_fsdp=False)
-        is_widened = self.backend == "jax" and (param.role == "embedding" or len(param.shape) == 1)
-        if is_widened and summed < width("float32"):
-            return width("float32") * size * self._reductions(scattered=False)
-        return summed * size * self._reductions(scattered)
+    @property
+    @abstractmethod
+    def has_master(self) -> bool:
+        """Whether there are master weights beside those that are computed with."""
 
-    def _gathers(self, param: Param) -> int:
-        """In one microbatch: for the forward pass, and where the backward pass needs the weight.
+    @property
+    @abstractmethod
+    def extra_gradient_bytes(self) -> int:
+        """Bytes of each gradient's element besides the sum in the type of `reduce`."""
 
-        On JAX a lookup's does not need its table. In torch there is no backward pass before the first trained weight:
-        under a frozen embedding it ends behind the first layer's projections, whose input nothing depends on but a
-        prompt in front of it.
-        """
-        if self.backend == "jax":
-            is_tied = all(p.role != "head" for p in (*self.trained, *self.frozen))
-            return 1 if param.role == "embedding" and not is_tied else 2
-        if any("virtual" in p.axes and "embed" in p.axes for p in self.trained):
-            return 1 if param.role == "embedding" and param in self.frozen else 2
-        starts = param.role == "embedding" or (param.layer == 0 and param.module.endswith(_STREAM_READERS))
-        return 1 if starts and param in self.frozen else 2
+    @property
+    @abstractmethod
+    def scatters_sums(self) -> bool:
+        """Whether a sum of gradients that are kept whole is left in parts all the same."""
 
+    @property
+    @abstractmethod
+    def reduces_every_slice(self) -> bool:
+        """Whether gradients that are kept whole are reduced after each accumulation slice, not once."""
 
-def cost_of(recipe: Recipe, model: ModelSpec, backend: Backend) -> Cost:
-    """The cost of a recipe."""
-    trained = trainable_table(model, recipe.method)
-    return Cost(
-        model=model,
-        plan=recipe.plan,
-        policy=recipe.precision.policy,
-        reduce=recipe.precision.reduce,
-        accumulation=recipe.batch.accumulation,
-        trained=trained,
-        frozen=tuple(p for p in full_table(model, recipe.method) if p not in trained),
-        backend=backend,
-    )
+    @abstractmethod
+    def elements(self, entries: Sequence[Param], part: Part, stage: int) -> float:
+        """How many elements of `entries` a device of `stage` holds in that part of the training state."""
+
+    @abstractmethod
+    def gathers(self, param: Param) -> int:
+        """How often a split weight is gathered in one accumulation slice."""

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.errors import DataError
-from trainspec.hf import resolve_model
 from trainspec.methods import virtual_tokens
 from trainspec.model import ModelSpec
 from trainspec.recipe import Data, Recipe
 from trainspec.rng import name_key, threefry2x32
+from trainspec.run import Run
 from trainspec.text.store import COUNTS, TURN, Tokenizer, TokenStore, find_tokenizer, tokenise
 
 # Hugging Face's and torch's mark for a position without loss.
@@ -189,15 +189,14 @@ class Dataset:
             yield f"padding is {self._pad}: the tokenizer's padding token has id {pad}, the model {vocab} tokens (padding takes no part in training)"
 
 
-def open_dataset(recipe: Recipe, split: Literal["train", "heldout"]) -> Dataset:
-    """One split of the recipe's data. Raises DataError where a record is malformed or none is usable."""
-    model, directory = resolve_model(recipe.model)
-    data = recipe.data
+def open_dataset(run: Run, split: Literal["train", "heldout"]) -> Dataset:
+    """One split of the run's data. Raises DataError where a record is malformed or none is usable."""
+    recipe, model, data = run.recipe, run.spec, run.recipe.data
     source = data.train if split == "train" else data.heldout
     if source is None:
         raise DataError("data.heldout: not given; it names the records to measure on")
     check_positions(recipe, model)
-    tokenizer = find_tokenizer(data, directory, recipe.model.from_)
+    tokenizer = find_tokenizer(data, run.directory, recipe.model.from_)
     store = tokenise(source, tokenizer, data)
     largest = int(store.about["largest"])
     if largest >= model.vocab:

@@ -16,15 +16,16 @@ from trainspec.hf import (
     model_files,
     read_model,
     read_rows,
-    resolve_model,
     write_model,
 )
-from trainspec.init import starting_weights
+from trainspec.init import base_weights
 from trainspec.methods import PEFT_PREFIX, Full, LoRA, Method
 from trainspec.model import MODEL_TYPE, ModelSpec, config_of
 from trainspec.model_config import exported_config, read_config
-from trainspec.params import Param, param_table
+from trainspec.params import Param
+from trainspec.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
+from trainspec.run import Run, resolve
 from trainspec.text.store import find_tokenizer
 from trainspec.weight import Array, WeightLike
 
@@ -65,8 +66,9 @@ def export(
         raise RecipeError(
             f"{out}: no checkpoint to export; train first, or give the run's directory with --out"
         )
-    model, source = resolve_model(recipe.model)
-    found = checkpoint.load(path, recipe=recipe, model=model).weights
+    run = resolve(recipe)
+    model, source = run.spec, run.directory
+    found = checkpoint.load(path, run).weights
     trained = {name: weight[...] for name, weight in found.items()}
     method = recipe.method
     if merge and not isinstance(method, LoRA):
@@ -81,12 +83,11 @@ def export(
     tokenizer = _tokenizer(recipe, source, identity.tokenizer if identity else None, say)
     if merge or isinstance(method, Full):
         target = out / ("merged" if merge else "model")
-        config, weights = _model(recipe, model, source, trained, DTYPES[dtype] if dtype else None)
+        config, weights = _model(run, trained, DTYPES[dtype] if dtype else None)
         write_model(
             target, weights, companions_from=source, config=config, shard_bytes=shard_bytes, **tokenizer
         )
-        table = param_table(model)
-        for _, weight in read_rows(model_files(target), table, dtype=np.float32, where=target):
+        for _, weight in read_rows(model_files(target), run.model_table, dtype=np.float32, where=target):
             weight[...]  # it reads back
         return target
     if dtype is not None:
@@ -124,32 +125,30 @@ def _tokenizer(
 
 
 def _model(
-    recipe: Recipe,
-    model: ModelSpec,
-    source: Path | None,
+    run: Run,
     trained: Mapping[str, Array],
     dtype: np.dtype[Any] | None,
 ) -> tuple[dict[str, Any], Iterator[tuple[str, Array]]]:
     """The `config.json` of a whole model and its weights, one after the other, as `dtype` or as each is stored."""
-    method, table = recipe.method, param_table(model)
+    method, table = run.recipe.method, run.model_table
     rows: Sequence[tuple[Param, WeightLike]] = (
         [(param, trained[param.name]) for param in table]
         if isinstance(method, Full)
-        else list(_base_rows(recipe, model, source))
+        else list(_base_rows(run))
     )
     stored = {param.name: dtype or weight.dtype for param, weight in rows}
     weights = (
         (p.name, _cast(_merged(p, weight[...], method, trained), p.name, stored[p.name]))
         for p, weight in rows
     )
-    return _config(model, source, set(stored.values())), weights
+    return _config(run.spec, run.directory, set(stored.values())), weights
 
 
-def _base_rows(recipe: Recipe, model: ModelSpec, source: Path | None) -> Iterable[tuple[Param, WeightLike]]:
+def _base_rows(run: Run) -> Iterable[tuple[Param, WeightLike]]:
     """The model that an adapter belongs to, as it is stored."""
-    if source is not None and recipe.model.weights == "pretrained":
-        return read_model(source, model, param_table(model), dtype=None)
-    return starting_weights(recipe.model_copy(update={"method": Full()}), model)
+    if run.directory is not None and run.recipe.model.weights == "pretrained":
+        return read_model(run.directory, run.spec, run.model_table, dtype=None)
+    return base_weights(run, STORED_DTYPE[run.recipe.precision.policy])
 
 
 def _merged(param: Param, weight: Array, method: Method, trained: Mapping[str, Array]) -> Array:

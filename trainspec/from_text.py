@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from trainspec.encoders import sigmoid
 from trainspec.errors import RecipeError
-from trainspec.hf import resolve_model
 from trainspec.methods import PrefixTuning, PromptTuning
 from trainspec.model import ModelSpec, inverse_frequencies
 from trainspec.recipe import Recipe
@@ -29,19 +28,25 @@ Array = NDArray[Any]
 
 
 def text_start(
-    recipe: Recipe, model: ModelSpec, method: PromptTuning | PrefixTuning, weights: Mapping[str, Weight]
+    recipe: Recipe,
+    model: ModelSpec,
+    method: PromptTuning | PrefixTuning,
+    weights: Mapping[str, Weight],
+    *,
+    directory: Path | None,
 ) -> Array:
     """The row `prompt_encoder.embedding.weight` that `method.text` makes with the model's `weights`, in float64."""
-    ids = _text_ids(recipe, model, method)
+    ids = _text_ids(recipe, model, method, directory)
     if isinstance(method, PromptTuning):
         return _embedded(weights, ids)
     return keys_and_values(model, weights, ids).reshape(len(ids), -1)
 
 
-def _text_ids(recipe: Recipe, model: ModelSpec, method: PromptTuning | PrefixTuning) -> list[int]:
+def _text_ids(
+    recipe: Recipe, model: ModelSpec, method: PromptTuning | PrefixTuning, directory: Path | None
+) -> list[int]:
     """The tokens of the text, repeated or cut to the number of virtual tokens, as PEFT does it."""
     assert method.text is not None  # the recipe is refused without it
-    directory = resolve_model(recipe.model)[1]
     tokenizer = find_tokenizer(recipe.data, directory, recipe.model.from_)
     ids = tokenizer.encode(method.text, Path(recipe.data.cache))
     if not ids:

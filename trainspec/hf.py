@@ -95,9 +95,8 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
     return spec, directory
 
 
-def model_notes(source: ModelSource) -> list[str]:
+def model_notes(source: ModelSource, spec: ModelSpec, directory: Path | None) -> list[str]:
     """A line for everything in which the model's files say two things, and which of them is trained."""
-    spec, directory = resolve_model(source)
     if directory is None:
         return []
     config = read_config(directory)

@@ -11,11 +11,10 @@ import numpy as np
 
 from trainspec.adapters import ADAPTER_FILE, ENCODER_FILE
 from trainspec.data import Dataset
-from trainspec.hf import read_model, resolve_model
+from trainspec.hf import read_model
 from trainspec.methods import Full, Method, PrefixTuning, PromptTuning
 from trainspec.model import ModelSpec
-from trainspec.params import param_table
-from trainspec.recipe import ModelSource, Recipe
+from trainspec.run import Run
 from trainspec.weight import Index, Weight
 
 # In place of a digest: the seed, which the recipe says, decides the weights.
@@ -38,14 +37,14 @@ class Identity:
     method: str
 
 
-def identity_of(recipe: Recipe, model: ModelSpec, dataset: Dataset) -> Identity:
-    """What `recipe` trains with."""
+def identity_of(run: Run, dataset: Dataset) -> Identity:
+    """What the run trains with."""
     return Identity(
-        model=model_digest(model),
-        weights=weights_digest(recipe.model, model),
+        model=model_digest(run.spec),
+        weights=weights_digest(run),
         tokenizer=dataset.tokenizer_digest,
         data=dataset.digest,
-        method=start_digest(recipe.method),
+        method=start_digest(run.recipe.method),
     )
 
 
@@ -56,16 +55,15 @@ def model_digest(model: ModelSpec) -> str:
     return _digest(f"{key}={value!r}".encode() for key, value in given.items() if value not in (None, False))
 
 
-def weights_digest(source: ModelSource, model: ModelSpec) -> str:
+def weights_digest(run: Run) -> str:
     """SHA-256 of every weight's name, stored type and shape, and of some of its elements; RANDOM where they are drawn.
 
     Training of any kind moves nearly every element of a tensor, so a few tell other weights of the same shapes without
     reading all of them. Raises WeightsError where the files are not those of the model.
     """
-    directory = resolve_model(source)[1]
-    if source.weights == "random" or directory is None:
+    if run.recipe.model.weights == "random" or run.directory is None:
         return RANDOM
-    rows = read_model(directory, model, param_table(model), dtype=None)
+    rows = read_model(run.directory, run.spec, run.model_table, dtype=None)
     return _digest(part for param, weight in rows for part in _sampled(param.name, weight))
 
 

@@ -7,7 +7,6 @@ so a shard is made where it lives.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, assert_never
@@ -17,17 +16,16 @@ from numpy.typing import DTypeLike, NDArray
 
 from trainspec.adapters import read_adapter
 from trainspec.from_text import text_start
-from trainspec.hf import read_model, resolve_model
-from trainspec.methods import Full, PrefixTuning, PromptTuning, adapter_table
-from trainspec.model import ModelSpec
-from trainspec.params import FromText, Normal, Ones, Param, UniformFanIn, Zeros, param_table
+from trainspec.hf import read_model
+from trainspec.methods import Full, PrefixTuning, PromptTuning
+from trainspec.params import FromText, Normal, Ones, Param, UniformFanIn, Zeros
 from trainspec.plan import STORED_DTYPE
-from trainspec.recipe import Recipe
 from trainspec.rng import name_key, threefry2x32
+from trainspec.run import Run
 from trainspec.weight import Index, Weight
 
 
-def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, Weight]]:
+def starting_weights(run: Run) -> Iterator[tuple[Param, Weight]]:
     """Every weight of the run as training starts, in the order of `full_table`, in the run's stored type.
 
     Files are checked before the first is given; a weight is read or drawn as far as it is asked for.
@@ -35,37 +33,29 @@ def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, 
     The model's rows come from its files or are drawn (`model.weights`); the method's from `method.adapter`,
     from its text, or drawn.
     """
-    dtype = STORED_DTYPE[recipe.precision.policy]
-    method, seed = recipe.method, recipe.run.seed
-    rows = adapter_table(model, method)
+    dtype = STORED_DTYPE[run.recipe.precision.policy]
+    method, seed = run.recipe.method, run.recipe.run.seed
+    rows = run.method_table
     match method:
         case Full():
-            return _base_weights(recipe, model, dtype)
+            return base_weights(run, dtype)
         case _ if method.adapter is not None:
-            added = read_adapter(Path(method.adapter), model, method, rows, dtype=dtype)
+            added = read_adapter(Path(method.adapter), run.spec, method, rows, dtype=dtype)
         case PromptTuning(init="text") | PrefixTuning(init="text"):
-            array = _text_start(recipe, model).astype(dtype)  # pyright: ignore[reportArgumentType] (a frozen model is hashable)
+            base = {p.name: weight for p, weight in base_weights(run, np.float64)}
+            array = text_start(run.recipe, run.spec, method, base, directory=run.directory).astype(dtype)
             added = iter([(rows[0], Weight(array.shape, array.dtype, array.__getitem__))])
         case _:
             added = _all_drawn(rows, seed=seed, dtype=dtype)
-    return chain(_base_weights(recipe, model, dtype), added)
+    return chain(base_weights(run, dtype), added)
 
 
-@lru_cache(maxsize=1)
-def _text_start(recipe: Recipe, model: ModelSpec) -> NDArray[np.float64]:
-    # Once in a process: it may run through the whole model, and a run in bf16 starts its weights twice.
-    assert isinstance(recipe.method, PromptTuning | PrefixTuning)
-    base = {p.name: weight for p, weight in _base_weights(recipe, model, np.float64)}
-    return text_start(recipe, model, recipe.method, base)
-
-
-def _base_weights(recipe: Recipe, model: ModelSpec, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:
-    table = param_table(model)
-    if recipe.model.weights == "random":
-        return _all_drawn(table, seed=recipe.run.seed, dtype=dtype)
-    directory = resolve_model(recipe.model)[1]
-    assert directory is not None  # resolve_model refuses pretrained weights of a preset
-    return read_model(directory, model, table, dtype=dtype)
+def base_weights(run: Run, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:
+    """The model's own weights as `dtype`, from its files or drawn."""
+    if run.recipe.model.weights == "random":
+        return _all_drawn(run.model_table, seed=run.recipe.run.seed, dtype=dtype)
+    assert run.directory is not None  # resolve_model refuses pretrained weights of a preset
+    return read_model(run.directory, run.spec, run.model_table, dtype=dtype)
 
 
 def _all_drawn(table: Iterable[Param], *, seed: int, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:

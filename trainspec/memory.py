@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from trainspec.accelerators import Devices
+from trainspec.backends import BACKENDS
+from trainspec.capabilities import check_supported
 from trainspec.errors import PlanError, UserError
-from trainspec.plan import Backend, Plan, check_supported
+from trainspec.plan import Backend, Plan
 from trainspec.recipe import Recipe
 
 GIB = 2**30
@@ -117,7 +119,7 @@ def host_memory() -> tuple[int, str]:
 
 def _is_supported(plan: Plan, recipe: Recipe, backend: Backend) -> bool:
     try:
-        check_supported(plan, recipe.precision.policy, backend)
+        check_supported(plan, recipe.precision.policy, BACKENDS[backend])
     except PlanError:
         return False
     return True

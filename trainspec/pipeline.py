@@ -7,17 +7,15 @@ arXiv 2006.09503) it holds one piece of the model; under `interleaved` (arXiv 21
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
 
-from trainspec.errors import PlanError
 from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.plan import Backend, Plan
+from trainspec.plan import Plan
 
 # The logical axes of an encoder that makes every layer's keys and values.
 PREFIX_ENCODER_AXES = frozenset({"prefix", "prefix_hidden"})
@@ -56,15 +54,6 @@ def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
     return (last,)
 
 
-def check_trains(plan: Plan, model: ModelSpec, trained: Iterable[Param]) -> None:
-    """Refuse a pipeline of DeepSpeed's whose first stage trains nothing: it asks for the gradient of what it sent."""
-    if all(0 not in stages_of(param, plan, model) for param in trained):
-        raise PlanError(
-            f"plan.pipe={plan.pipe}: stage 0 trains nothing, which DeepSpeed's pipeline cannot; "
-            "let method.targets name a module of the first layers, or use the jax backend"
-        )
-
-
 def stack_order(plan: Plan, layers: int) -> tuple[int | None, ...]:
     """The layer at each place of a stack of layers that is cut into as many equal parts as there are stages.
 
@@ -97,15 +86,3 @@ def bubble(timeline: Timeline) -> Fraction:
     """The share of slots in which a stage does nothing that is kept."""
     slots = [work for stage in timeline for work in stage]
     return Fraction(slots.count(None), len(slots))
-
-
-def expected_bubble(plan: Plan, microbatches: int, backend: Backend) -> Fraction:
-    """What `bubble` of a backend's schedule must be.
-
-    (S - 1) / (V M + S - 1) for S stages with V pieces each and M microbatches. JAX's 1f1b makes a forward and a
-    backward pass in every slot pair on all stages at once, and waits for either: 2 (S - 1) / (M + 2 (S - 1)).
-    """
-    idle = plan.pipe - 1
-    if backend == "jax" and plan.schedule == "1f1b":
-        return Fraction(2 * idle, microbatches + 2 * idle)
-    return Fraction(idle, plan.pieces * microbatches + idle)

@@ -1,4 +1,4 @@
-"""The plan: over which devices a run is spread, which rule splits what, and what each backend can do of it.
+"""The plan: over which devices a run is spread, and which rule splits what. `capabilities.py` refuses what cannot be run.
 
 Mesh axes are always all there, in the order of MESH_AXES, the last one fastest. `data` × `fsdp` split the rows of a
 batch, `fsdp` what `shards` names of the training state, `tensor` the wide dimensions of every layer, `pipe` the layers.
@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainspec.errors import PlanError
-from trainspec.model import ModelSpec
 from trainspec.params import Param
 
+# The names of `trainspec.backends.BACKENDS`.
 Backend = Literal["jax", "torch"]
 Policy = Literal["fp64", "fp32", "bf16"]
 Part = Literal["weights", "gradients", "optimizer"]
@@ -122,111 +121,3 @@ def local_size(param: Param, plan: Plan, *, over_fsdp: bool) -> int:
         for axis in axes:
             size //= getattr(plan, axis)
     return size
-
-
-def check_supported(plan: Plan, policy: Policy, backend: Backend) -> None:
-    """The support matrix: refuse, in one line with the nearest plan that works, what a backend cannot do."""
-    if plan.pipe == 1 and plan.microbatches > 1:
-        raise PlanError(
-            f"plan.microbatches={plan.microbatches}: there is no pipeline with plan.pipe=1; "
-            "use plan.pipe=2 or more, or plan.microbatches=1"
-        )
-    if plan.shards != "nothing" and plan.fsdp == 1:
-        way_out = f"use plan.fsdp={plan.data} plan.data=1" if plan.data > 1 else "use plan.shards=nothing"
-        raise PlanError(f"plan.shards={plan.shards}: nothing to split over with plan.fsdp=1; {way_out}")
-    if backend == "jax":
-        return
-    if plan.pipe > 1:
-        _check_deepspeed_pipeline(plan, policy)
-    if policy == "fp64" and plan.shards != "nothing":
-        raise PlanError(
-            f"plan.shards={plan.shards} with precision.policy=fp64: DeepSpeed has no float64; use plan.shards=nothing, "
-            "precision.policy=fp32, or the jax backend"
-        )
-    if policy == "bf16" and plan.shards == "nothing" and plan.replicas > 1:
-        raise PlanError(
-            "plan.shards=nothing with precision.policy=bf16: DeepSpeed's stage 0 makes a hidden first update; "
-            f"use plan.fsdp={plan.replicas} plan.data=1 plan.shards=optimizer"
-        )
-
-
-def _check_deepspeed_pipeline(plan: Plan, policy: Policy) -> None:
-    """DeepSpeed's pipeline has one schedule, no float64, and no ZeRO stage but 1 that clips by the whole norm."""
-    if policy == "fp64":
-        raise PlanError(
-            f"plan.pipe={plan.pipe} with precision.policy=fp64: DeepSpeed has no float64; use precision.policy=fp32 "
-            "(parity check: --precision fp32), plan.pipe=1 plan.microbatches=1, or the jax backend"
-        )
-    if plan.schedule != "1f1b":
-        raise PlanError(
-            f"plan.schedule={plan.schedule}: DeepSpeed's pipeline runs 1f1b; use plan.schedule=1f1b, "
-            "or the jax backend"
-        )
-    if plan.shards in ("gradients", "params"):
-        raise PlanError(
-            f"plan.shards={plan.shards} with plan.pipe={plan.pipe}: DeepSpeed's pipeline takes no ZeRO stage above 1; "
-            f"use plan.shards=optimizer, or plan.pipe=1 plan.microbatches=1 "
-            f"plan.fsdp={plan.fsdp * plan.pipe}"
-        )
-    if plan.shards == "nothing" and plan.replicas > 1:
-        raise PlanError(
-            f"plan.shards=nothing with plan.pipe={plan.pipe}: DeepSpeed's stage 0 leaves the later stages out of the norm "
-            f"that it clips by; use plan.fsdp={plan.replicas} plan.data=1 plan.shards=optimizer"
-        )
-
-
-def check_fits(
-    plan: Plan, model: ModelSpec, *, global_examples: int, accumulation: int, backend: Backend
-) -> None:
-    """Refuse a plan that does not divide the model or the batch, in one line with sizes that would."""
-    for name in ("heads", "kv_heads", "mlp", "vocab"):
-        size = getattr(model, name)
-        if size % plan.tensor:
-            raise PlanError(
-                f"plan.tensor={plan.tensor} cannot split {name}={size} of {model.name}; {_choose('tensor', model)}"
-            )
-    # DeepSpeed cuts a flat buffer and pads it; a mesh axis has to divide the dimension.
-    if backend == "jax" and plan.shards != "nothing" and model.embed % plan.fsdp:
-        raise PlanError(
-            f"plan.fsdp={plan.fsdp} cannot split embed={model.embed} of {model.name}; "
-            f"use a divisor of {model.embed}, or plan.data"
-        )
-    _check_stages(plan, model)
-    parts = accumulation * plan.microbatches * plan.replicas
-    if global_examples % parts:
-        microbatches = f" × plan.microbatches={plan.microbatches}" if plan.microbatches > 1 else ""
-        raise PlanError(
-            f"batch.global_examples={global_examples} cannot be split into {parts} equal parts "
-            f"(batch.accumulation={accumulation}{microbatches} × plan.data={plan.data} × plan.fsdp={plan.fsdp}); "
-            f"use batch.global_examples={parts * -(-global_examples // parts)}"
-            f"{', or fewer plan.microbatches' if microbatches else ''}"
-        )
-
-
-def _check_stages(plan: Plan, model: ModelSpec) -> None:
-    pieces, layers = plan.pipe * plan.pieces, model.layers
-    if pieces > layers:
-        fewer = layers // plan.pipe
-        if plan.pieces == 1:
-            way_out = f"plan.pipe can be at most {layers}"
-        elif fewer == 0:
-            way_out = f"plan.pipe × plan.chunks can be at most {layers}"
-        else:
-            way_out = f"use plan.chunks={fewer}" if fewer > 1 else "use plan.schedule=1f1b"
-        held = f" × plan.chunks={plan.chunks}" if plan.pieces > 1 else ""
-        raise PlanError(
-            f"plan.pipe={plan.pipe}{held} cuts {model.name}, which has {layers} layers, into {pieces} pieces; {way_out}"
-        )
-    # A stage comes back to a group of microbatches as soon as the last stage is through with it.
-    if plan.pieces > 1 and plan.microbatches % plan.pipe:
-        fits = plan.pipe * -(-plan.microbatches // plan.pipe)
-        raise PlanError(
-            f"plan.schedule=interleaved takes microbatches in groups of plan.pipe={plan.pipe}, not "
-            f"{plan.microbatches}; use plan.microbatches={fits}"
-        )
-
-
-def _choose(axis: str, model: ModelSpec) -> str:
-    sizes = (model.heads, model.kv_heads, model.mlp, model.vocab)
-    fits = [n for n in range(1, min(sizes) + 1) if all(size % n == 0 for size in sizes)]
-    return f"plan.{axis} can be {', '.join(map(str, fits))}"

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +22,10 @@ from trainspec.accelerators import Devices
 from trainspec.adapters import adapter_size
 from trainspec.encoders import has_encoder
 from trainspec.memory import host_memory
-from trainspec.methods import Full, Method, adapter_table, trainable_table
-from trainspec.model import ModelSpec
-from trainspec.params import param_table
-from trainspec.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan, Policy
+from trainspec.methods import Full
+from trainspec.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan
 from trainspec.recipe import Recipe
+from trainspec.run import Run
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,6 @@ class StepReport:
     lr: float
     tokens_per_second: float
     heldout_loss: float | None = None
-
-    def with_heldout(self, loss: float) -> StepReport:
-        """The same with the held-out loss measured after the update."""
-        return replace(self, heldout_loss=loss)
 
 
 class Reporter:
@@ -137,11 +132,11 @@ def _plan_in_words(plan: Plan) -> str:
     return ", ".join(words)
 
 
-def describe(model: ModelSpec, method: Method, policy: Policy) -> str:
+def describe(run: Run) -> str:
     """The model's size, what of it is trained, and how large the adapter's files are, in one line."""
-    total = sum(p.size for p in param_table(model))
-    trained = sum(p.size for p in trainable_table(model, method))
-    extra = sum(p.size for p in adapter_table(model, method))
+    model, method, policy = run.spec, run.recipe.method, run.recipe.precision.policy
+    tables = (run.model_table, run.trained, run.method_table)
+    total, trained, extra = (sum(p.size for p in table) for table in tables)
     line = (
         f"{model.name}: {total:,} parameters; {method.kind} trains {trained:,} "
         f"({100 * trained / (total + extra):.2f} %)"

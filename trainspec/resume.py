@@ -15,8 +15,8 @@ from trainspec.complaint import shown
 from trainspec.errors import RecipeError
 from trainspec.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.methods import Full
-from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
+from trainspec.run import Run
 from trainspec.schedule import learning_rate
 
 # What `--allow` takes: settings that may change on the way, if it is wanted.
@@ -69,15 +69,16 @@ class _Change:
         return f"{self.key} was {self.was} and is {self.now}"
 
 
-def check_reads(made: Made, recipe: Recipe, model: ModelSpec) -> None:
-    """Raises RecipeError where the weights of a checkpoint mean nothing to the model and method of `recipe`."""
+def check_reads(made: Made, run: Run) -> None:
+    """Raises RecipeError where the weights of a checkpoint mean nothing to the model and method of `run`."""
+    recipe = run.recipe
     _refuse(made, _method_changes(made.recipe, recipe))
     was = made.identity
     if was is None:
         return
-    _refuse_model(made, recipe, was.model, model_digest(model), "the model's settings (config.json)")
+    _refuse_model(made, recipe, was.model, model_digest(run.spec), "the model's settings (config.json)")
     if not isinstance(recipe.method, Full):  # of which a checkpoint has every weight
-        _refuse_model(made, recipe, was.weights, weights_digest(recipe.model, model), "the model's weights")
+        _refuse_model(made, recipe, was.weights, weights_digest(run), "the model's weights")
 
 
 def check_goes_on(

@@ -7,20 +7,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
 from trainspec.adapters import read_adapter
-from trainspec.cost import cost_of
+from trainspec.backends import BACKENDS
+from trainspec.capabilities import Capabilities
 from trainspec.data import check_positions, open_dataset
 from trainspec.errors import PlanError, UserError
-from trainspec.hf import model_notes, read_model, resolve_model
-from trainspec.loop import check_plan
-from trainspec.methods import Full, adapter_table, trainable_table
-from trainspec.model import ModelSpec
-from trainspec.params import Param, param_table
-from trainspec.plan import Backend
+from trainspec.hf import model_notes, read_model
+from trainspec.methods import Full
+from trainspec.params import Param
 from trainspec.recipe import Recipe, idle_settings
 from trainspec.report import describe
+from trainspec.run import Run, check_plan, cost_of, resolve
 
 
 def show(recipe: Recipe) -> None:
@@ -30,19 +28,18 @@ def show(recipe: Recipe) -> None:
     the adapter's cannot be read (only their headers are), the data that `run.epochs` counts have a mistake, or no
     backend runs the plan.
     """
-    model, _ = resolve_model(recipe.model)
-    trained = trainable_table(model, recipe.method)
+    run = resolve(recipe)
     print(recipe.to_yaml(), end="")
-    _say(describe(model, recipe.method, recipe.precision.policy))
-    for line in grouped(trained):
+    _say(describe(run))
+    for line in grouped(run.trained):
         _say(f"  {line}")
-    for note in model_notes(recipe.model):
+    for note in model_notes(recipe.model, run.spec, run.directory):
         _say(note)
     checks = (
-        lambda: check_positions(recipe, model),
-        lambda: _check_files(recipe, model),
-        lambda: _say_length(recipe),
-        lambda: _say_plan(recipe, model),
+        lambda: check_positions(recipe, run.spec),
+        lambda: _check_files(run),
+        lambda: _say_length(run),
+        lambda: _say_plan(run),
     )
     problems = [problem for check in checks if (problem := _problem(check))]
     for problem in problems:
@@ -86,21 +83,21 @@ def _ranges(numbers: Sequence[int]) -> str:
     return words[0] if len(numbers) == 1 else f"{{{','.join(words)}}}"
 
 
-def _check_files(recipe: Recipe, model: ModelSpec) -> None:
+def _check_files(run: Run) -> None:
     """Raises WeightsError where the files that training starts from are not there, damaged or another model's."""
-    method, directory = recipe.method, resolve_model(recipe.model)[1]
-    if recipe.model.weights == "pretrained" and directory is not None:
-        read_model(directory, model, param_table(model), dtype=None)
+    method = run.recipe.method
+    if run.recipe.model.weights == "pretrained" and run.directory is not None:
+        read_model(run.directory, run.spec, run.model_table, dtype=None)
     if not isinstance(method, Full) and method.adapter is not None:
-        read_adapter(Path(method.adapter), model, method, adapter_table(model, method), dtype="float32")
+        read_adapter(Path(method.adapter), run.spec, method, run.method_table, dtype="float32")
 
 
-def _say_length(recipe: Recipe) -> None:
+def _say_length(run: Run) -> None:
     """How long the run is; the data are read where that depends on them."""
-    counted: list[int] = []
+    recipe, counted = run.recipe, list[int]()
 
     def rows() -> int:
-        counted.append(open_dataset(recipe, "train").rows)
+        counted.append(open_dataset(run, "train").rows)
         return counted[0]
 
     span = recipe.span(rows)
@@ -112,24 +109,24 @@ def _say_length(recipe: Recipe) -> None:
         _say(line)
 
 
-def _say_plan(recipe: Recipe, model: ModelSpec) -> None:
-    """What a device holds on each backend. Raises PlanError where neither runs the plan."""
-    refusals: dict[Backend, str] = {}
-    for backend in get_args(Backend):
+def _say_plan(run: Run) -> None:
+    """What a device holds on each backend. Raises PlanError where none runs the plan."""
+    refusals: dict[str, str] = {}
+    for name, backend in BACKENDS.items():
         try:
-            check_plan(recipe, backend)
-            _say(f"{backend}: each of {recipe.plan.devices} devices holds {_held(recipe, model, backend)}")
+            check_plan(run, backend)
+            _say(f"{name}: each of {run.recipe.plan.devices} devices holds {_held(run, backend)}")
         except PlanError as error:
-            _say(f"{backend}: {error}")
-            refusals[backend] = str(error)
-    if len(refusals) == len(get_args(Backend)):
+            _say(f"{name}: {error}")
+            refusals[name] = str(error)
+    if len(refusals) == len(BACKENDS):
         told = set(refusals.values())
         each = "; ".join(f"{backend}: {line}" for backend, line in refusals.items())
         raise PlanError(f"no backend runs this plan: {told.pop() if len(told) == 1 else each}")
 
 
-def _held(recipe: Recipe, model: ModelSpec, backend: Backend) -> str:
+def _held(run: Run, backend: Capabilities) -> str:
     """The training state on one device, in words."""
-    held = cost_of(recipe, model, backend).held()
+    held = cost_of(run, backend).held()
     parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in asdict(held).items())
     return f"{held.total / 2**20:,.1f} MiB of training state ({parts})"

@@ -5,11 +5,14 @@ JAX and torch never share a process: `make test` runs this directory once for ea
 
 import importlib
 import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from trainspec.hf import resolve_model
 from trainspec.recipe import Recipe
+from trainspec.request import TrainRequest
 
 NAME = os.environ.get("TWINTRAIN_BACKEND", "jax")
 PROGRAM = f"{NAME}train"
@@ -24,7 +27,11 @@ eval_step, logits, moments_of, restore, train_step, weights_of = (
     getattr(_step, name)
     for name in ("eval_step", "logits", "moments_of", "restore", "train_step", "weights_of")
 )
-evaluate, train = _train.evaluate, _train.train
+evaluate = _train.evaluate
+
+
+def train(recipe: Recipe, out: Path, **options: Any) -> None:
+    _train.train(recipe, TrainRequest(out, **options))
 
 
 def spec_of(recipe: Recipe):
@@ -33,8 +40,7 @@ def spec_of(recipe: Recipe):
 
 def start_state(recipe: Recipe):
     """The run before its first update, in a process that is set up for it; conftest lets it go."""
-    _parallel.start(recipe)
-    return _step.init_state(recipe, spec_of(recipe))
+    return _step.init_state(_parallel.start(recipe))
 
 
 def keep_mask(key: tuple[int, int], *, step: int, rows: list[int], **shape) -> np.ndarray:

@@ -19,6 +19,7 @@ from trainspec.methods import ENCODER, Adapter, LoRA, PrefixTuning, Virtual, ada
 from trainspec.model import ModelSpec
 from trainspec.params import Normal
 from trainspec.recipe import Recipe
+from trainspec.run import resolve
 
 FP64 = {"policy": "fp64", "reduce": "fp64"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ def prepare(recipe: Recipe):
     drawn = {p.name: initial_value(replace(p, init=Normal(0.3)), seed=4, dtype="float64") for p in rows}
     zeros = {name: np.zeros_like(array) for name, array in drawn.items()}
     state = restore(state, Checkpoint(0, drawn, zeros, zeros))
-    return state, open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    return state, open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
 
 
 def in_the_oracle(recipe: Recipe, spec: ModelSpec, weights) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from small import VARIANTS
 
 from trainspec.data import open_dataset
 from trainspec.init import starting_weights
+from trainspec.run import resolve
 
 FP64 = {"policy": "fp64", "reduce": "fp64"}
 # Long enough for rows of several documents.
@@ -21,7 +22,7 @@ FP64_ROUNDING = 1e-12
 
 
 def prepare(recipe):
-    return start_state(recipe), open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    return start_state(recipe), open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
 
 
 def worst_logit(state, batch, weights, *, spec, lora_scale=0.0):
@@ -77,7 +78,7 @@ def test_the_oracle_notices(make_recipe, change):
 def test_weights_come_back_as_they_went_in(make_recipe, variant, method):
     recipe = make_recipe(variant, method=method, precision=FP64)
     state, _ = prepare(recipe)
-    there = {p.name: weight[...] for p, weight in starting_weights(recipe, spec_of(recipe))}
+    there = {p.name: weight[...] for p, weight in starting_weights(resolve(recipe))}
     back = weights_of(state, frozen=True)
     assert list(back) == list(there)
     for name, array in there.items():

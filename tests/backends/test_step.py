@@ -12,6 +12,7 @@ from trainspec.errors import NonFiniteLossError
 from trainspec.methods import trainable_table
 
 METHODS = pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
+BF16 = {"policy": "bf16", "reduce": "fp32"}
 SPLIT_ROUNDING = 1e-12  # another order of a few hundred additions, each exact to 1e-16
 
 
@@ -126,14 +127,52 @@ def test_dropout_moves_with_the_step_and_is_off_in_evaluation(make_recipe):
     assert relative(gradients(0.0, 1), gradients(0.0, 0)) == 0
 
 
-def test_a_loss_that_is_no_number_stops_before_the_update(make_recipe):
-    state, batch = prepare(make_recipe(method=FULL, precision=FP64))
-    weights, (moment1, moment2) = weights_of(state), moments_of(state)
-    weights["model.norm.weight"][0] = np.nan
-    state = restore(state, Checkpoint(0, weights, moment1, moment2))
-    before = weights_of(state)
-    with pytest.raises(NonFiniteLossError, match="step 1"):
-        train_step(state, batch, lr=1e-2)
-    for name, weight in weights_of(state).items():
-        np.testing.assert_array_equal(weight, before[name])
-    assert not any(array.any() for moment in moments_of(state) for array in moment.values())
+@pytest.mark.parametrize("keep", ["nothing", "gradients"])
+@pytest.mark.parametrize("precision", [FP64, BF16], ids=["fp64", "bf16"])
+def test_a_loss_that_is_no_number_stops_before_the_update(make_recipe, keep, precision):
+    """Weights, masters, moments and step are as they were, bit by bit."""
+    recipe = make_recipe(method=FULL, precision=precision)
+    state, batch = prepare(recipe)
+    state, _ = train_step(state, batch, lr=1e-3)  # moments that are not zero
+    weights, moments = weights_of(state), moments_of(state)
+    sound, broken = dict(weights), {name: weight.copy() for name, weight in weights.items()}
+    broken["model.norm.weight"][0] = np.nan
+    state = restore(state, Checkpoint(1, broken, *moments))
+    with pytest.raises(NonFiniteLossError, match="step 2"):
+        train_step(state, batch, lr=1e-2, keep=keep)
+    assert state.step == 1
+    assert same(weights_of(state), broken)
+    assert all(map(same, moments_of(state), moments))
+    # Control: the same step with sound weights changes all of it.
+    state = restore(prepare(recipe)[0], Checkpoint(1, sound, *moments))
+    state, _ = train_step(state, batch, lr=1e-2, keep=keep)
+    assert state.step == 2
+    assert not same(weights_of(state), sound)
+    assert not any(map(same, moments_of(state), moments))
+
+
+def same(left, right):
+    """Bit by bit, NaN included."""
+    assert left.keys() == right.keys()
+    return all(np.array_equal(array, right[name], equal_nan=True) for name, array in left.items())
+
+
+@METHODS
+@pytest.mark.parametrize("precision", [FP64, {"policy": "fp32"}, BF16], ids=["fp64", "fp32", "bf16"])
+def test_what_is_kept_of_a_step_changes_no_bit_of_it(make_recipe, method, precision):
+    """Where nothing is kept JAX makes gradients and update in one program, else in two."""
+    sections = {"batch": {"global_examples": 4, "accumulation": 2}, "optimizer": {"clip_norm": 0.05}}
+
+    def after(keep, lr=1e-2):
+        state, batch = prepare(make_recipe(method=method, precision=precision, **sections))
+        for _ in range(3):
+            state, metrics = train_step(state, batch, lr=lr, keep=keep)
+        return weights_of(state), moments_of(state), (metrics.loss_sum, metrics.tokens, metrics.grad_norm)
+
+    weights, moments, figures = after("nothing")
+    for keep in ("gradients", "activations"):
+        kept_weights, kept_moments, kept_figures = after(keep)
+        assert figures == kept_figures
+        assert same(weights, kept_weights)
+        assert all(map(same, moments, kept_moments))
+    assert not same(weights, after("nothing", lr=1.0001e-2)[0])  # control

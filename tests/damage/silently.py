@@ -17,6 +17,7 @@ from trainspec.data import open_dataset
 from trainspec.model_config import read_model_spec
 from trainspec.recipe import DEFAULT_STEPS, load_recipe, recipe_from
 from trainspec.recipe_file import read_tree
+from trainspec.run import resolve
 from trainspec.text.files import read_raw
 from trainspec.text.records import DATE, BadRecord, Reader, Text
 
@@ -142,7 +143,7 @@ def _not_as_transformers(case: Case) -> Iterator[str]:
     from transformers import AutoTokenizer  # slow to import, so only where a tokenizer was accepted
 
     assert case.records is not None
-    data = open_dataset(load_recipe(Path(case.argv[1])), "train")
+    data = open_dataset(resolve(load_recipe(Path(case.argv[1]))), "train")
     try:
         tokenizer = AutoTokenizer.from_pretrained(case.tokenizer)
     except Exception as error:

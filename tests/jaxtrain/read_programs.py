@@ -19,7 +19,6 @@ from run_plans import recipe_of
 import jaxtrain.model
 from jaxtrain import cost, parallel, step, tensor
 from trainspec.data import Batch
-from trainspec.hf import resolve_model
 from trainspec.methods import full_table, trainable_table
 from trainspec.plan import local_size
 
@@ -50,15 +49,14 @@ def arrays_of_logits(text: str, spec: Any, recipe: Any) -> Iterator[str]:
 
 
 def facts(recipe: Any, *, held_only: bool) -> dict[str, Any]:
-    parallel.start(recipe)
-    spec = resolve_model(recipe.model)[0]
-    state = step.init_state(recipe, spec)
+    run = parallel.start(recipe)
+    spec, state = run.spec, step.init_state(run)
     rows = np.zeros((recipe.batch.global_examples, recipe.data.sequence_tokens), np.int32)
     batch = Batch(rows, rows, rows, rows, rows[:, 0])
     found = {"held": cost.held(state, batch), "elements": by_the_table(state, recipe, spec)}
     if held_only:
         return found
-    arguments = (state.trainable, state.frozen, state.program.parts(batch), jnp.int32(0))
+    arguments = (state.trainable, state.frozen, state.program.feeder.parts(batch), jnp.int32(0))
     text = state.program.gradients.lower(*arguments, listen=False).compile().as_text()
     return found | {
         "logits": sorted(set(arrays_of_logits(text or "", spec, recipe))),
@@ -79,7 +77,6 @@ def main() -> None:
         jaxtrain.model.matmul = saving_matmul if sections.pop("saves_gathered", False) else matmul
         held_only, variant = sections.pop("held_only", False), sections.pop("variant", "plain")
         found[name] = facts(recipe_of(cases.parent, variant, sections), held_only=held_only)
-        step._program.cache_clear()
     out.write_text(json.dumps(found))
 
 

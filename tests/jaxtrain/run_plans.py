@@ -20,7 +20,7 @@ from jaxtrain import parallel, step
 from trainspec import checkpoint, loop
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import open_dataset
-from trainspec.hf import resolve_model
+from trainspec.run import resolve
 from trainspec.weight import Weight
 
 STEPS = 2
@@ -48,7 +48,7 @@ def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:
     reading = Reading()
     state = started(first)
     found: dict[str, Any] = {"read": reading.elements()}
-    dataset = open_dataset(recipe, "train")
+    dataset = open_dataset(resolve(recipe), "train")
     for i in range(STEPS):
         if i == 1 and first != recipe:
             state = taken_up(state, first, recipe, out)
@@ -66,20 +66,23 @@ def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:
         }.items():
             found |= {f"{kind}/{i}/{name}": array for name, array in arrays.items()}
     found["logits/0/logits"] = step.logits(state, dataset.batch(STEPS, 8))
-    heldout = open_dataset(recipe, "heldout")
-    return found | {"evaluation/0/loss": loop.heldout_loss(step, state, heldout, recipe)}
+    heldout = open_dataset(resolve(recipe), "heldout")
+    return found | {
+        "evaluation/0/loss": loop.heldout_loss(
+            step, state, heldout, recipe.batch.global_examples // recipe.batch.accumulation
+        )
+    }
 
 
 def started(recipe: Any) -> step.State:
-    parallel.start(recipe)
-    return step.init_state(recipe, resolve_model(recipe.model)[0])
+    return step.init_state(parallel.start(recipe))
 
 
 def taken_up(state: step.State, first: Any, recipe: Any, out: Path) -> step.State:
     """What `first` saves, as `recipe` goes on with it."""
     saving = Checkpoint(state.step, step.weights_of(state), *step.moments_of(state))
     saved = checkpoint.save(out, saving, recipe=first)
-    return step.restore(started(recipe), checkpoint.load(saved, recipe=recipe, model=state.program.spec))
+    return step.restore(started(recipe), checkpoint.load(saved, resolve(recipe)))
 
 
 class Reading:

@@ -7,7 +7,9 @@ import pytest
 from launch import Runs, launch, worst
 from test_plans import COMMON, FULL, LORA, ROUNDING, assert_equal
 
-from trainspec.pipeline import Work, bubble, expected_bubble
+from trainspec.backends import BACKENDS
+from trainspec.capabilities import expected_bubble
+from trainspec.pipeline import Work, bubble
 from trainspec.plan import Plan
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
@@ -160,9 +162,13 @@ def timelines(tmp_path_factory) -> list:
 
 def test_idle_slots_are_those_of_the_formula(timelines):
     for (plan, microbatches), stages in zip(TIMELINES, timelines, strict=True):
-        assert bubble(worked(stages)) == expected_bubble(Plan.model_validate(plan), microbatches, "jax"), plan
+        assert bubble(worked(stages)) == expected_bubble(
+            Plan.model_validate(plan), microbatches, BACKENDS["jax"]
+        ), plan
         other = Plan.model_validate(plan | {"pipe": len(stages) + 1})
-        assert bubble(worked(stages)) != expected_bubble(other, microbatches, "jax"), plan  # control
+        assert bubble(worked(stages)) != expected_bubble(other, microbatches, BACKENDS["jax"]), (
+            plan
+        )  # control
 
 
 def test_every_stage_does_all_its_work_and_has_what_it_needs(timelines):

@@ -27,6 +27,7 @@ from parity.tiny import METHODS, Tiny, write_tiny
 from parity.tolerance import Bound, Contrast, as_a_whole
 from parity.verdict import Verdict, explained
 from trainspec.recipe import load_recipe
+from trainspec.run import resolve
 from trainspec.trace import Trace
 
 Low = Literal["fp32", "bf16"]
@@ -187,7 +188,7 @@ def test_a_reference_that_ends_before_the_runs_is_a_failure(
     pair = Pair(Trace(lora / "left/trace"), Trace(lora / "right/trace"))
     cut = replace(measured.measurement, references=(left, Trace(short)))
     bounds = MeasuredBounds(
-        pair, "fp32", measurement=cut, rule=rule_of(load_recipe(lora / "r.yaml", ())), sums=Sums()
+        pair, "fp32", measurement=cut, rule=rule_of(resolve(load_recipe(lora / "r.yaml", ()))), sums=Sums()
     )
     first = compare(pair, bounds).first_divergence
     assert first is not None
@@ -280,7 +281,7 @@ def test_a_perturbation_is_one_rounding_and_its_own_draw():
 
 
 def test_the_rule_decays_what_the_table_says(lora: Path):
-    rule = rule_of(load_recipe(lora / "r.yaml", ("method={kind: full}",)))
+    rule = rule_of(resolve(load_recipe(lora / "r.yaml", ("method={kind: full}",))))
     one, zero = np.ones(3), np.zeros(3)
     for name, decays in (("model.norm.weight", False), ("lm_head.weight", True)):
         moved = rule.update(name, one, zero, zero, lr=0.5, step=1)

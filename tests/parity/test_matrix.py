@@ -16,8 +16,9 @@ from parity.matrix import BACKENDS, PLANS, PRECISIONS, Cell, Row, cells, judge, 
 from parity.plans import refusal
 from parity.status import status_page
 from parity.tiny import METHODS, VARIANTS, Tiny
+from trainspec.capabilities import check_fits
 from trainspec.errors import UserError
-from trainspec.plan import Plan, Policy, check_fits
+from trainspec.plan import Plan, Policy
 
 ROOT = Path(__file__).parent.parent.parent
 CELL = Cell("plain", "full", "packed-2", "one-device", "fp64")
@@ -79,7 +80,7 @@ def test_every_plan_runs_on_jax_and_divides_model_and_batch(tmp_path: Path):
                 VARIANTS[cell.model],
                 global_examples=recipe.batch.global_examples,
                 accumulation=recipe.batch.accumulation,
-                backend=backend,
+                backend=BACKENDS[backend],
             )
 
 

@@ -19,16 +19,16 @@ sys.path.insert(0, str(ROOT))
 
 from torchtrain import cost, parallel, step, weights  # noqa: E402
 from trainspec.data import open_dataset  # noqa: E402
-from trainspec.hf import resolve_model  # noqa: E402
 from trainspec.recipe import load_recipe  # noqa: E402
+from trainspec.run import resolve  # noqa: E402
 
 
 def moved_first(file: Path) -> list[dict[str, object]]:
     """The collectives of a run's very first microbatch, in which DeepSpeed fetches nothing ahead."""
     recipe = load_recipe(file, ["batch.accumulation=1"])
     parallel.start(recipe)
-    state = step.init_state(recipe, resolve_model(recipe.model)[0])
-    batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    state = step.init_state(resolve(recipe))
+    batch = open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     found = [asdict(collective) for collective in cost.moved(state, batch)]
     parallel.finish()
     return found
@@ -57,9 +57,9 @@ def measured(file: Path) -> dict[str, object]:
         allocate(model, each(), **how)
 
     step.allocate = watched
-    state = step.init_state(recipe, resolve_model(recipe.model)[0])
+    state = step.init_state(resolve(recipe))
     step.allocate = allocate
-    batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    batch = open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     held = largest(cost.held(state, batch)) if recipe.plan.pipe > 1 else cost.held(state, batch)
     moved = [asdict(collective) for collective in cost.moved(state, batch)]
     parallel.finish()

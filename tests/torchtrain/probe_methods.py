@@ -22,10 +22,10 @@ sys.path.insert(0, str(ROOT))
 from torchtrain import parallel, step  # noqa: E402
 from torchtrain.weights import canonical_name  # noqa: E402
 from trainspec.data import Batch, open_dataset  # noqa: E402
-from trainspec.hf import resolve_model  # noqa: E402
 from trainspec.methods import trainable_table  # noqa: E402
 from trainspec.pipeline import stages_of  # noqa: E402
 from trainspec.recipe import load_recipe  # noqa: E402
+from trainspec.run import resolve  # noqa: E402
 
 
 def gradients_of_frozen(state: step.State, batch: Batch) -> list[str]:
@@ -59,8 +59,8 @@ def shared_alike(state: step.State) -> bool:
 def probe(file: Path) -> dict[str, Any]:
     recipe = load_recipe(file)
     parallel.start(recipe)
-    state = step.init_state(recipe, resolve_model(recipe.model)[0])
-    batch = open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+    state = step.init_state(resolve(recipe))
+    batch = open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     frozen = [name for _ in range(2) for name in gradients_of_frozen(state, batch)]
     # Not by the optimizer's list of parameters, which DeepSpeed's stage 3 keeps empty between updates.
     moments = sum(kept["exp_avg"].numel() for kept in state.optimizer.state.values())

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 from torchtrain import cost, parallel, step  # noqa: E402
 from trainspec.data import Batch, open_dataset  # noqa: E402
 from trainspec.errors import NonFiniteLossError  # noqa: E402
-from trainspec.hf import resolve_model  # noqa: E402
 from trainspec.recipe import Recipe, load_recipe  # noqa: E402
+from trainspec.run import resolve  # noqa: E402
 
 ODD_ROWS = 3
 
@@ -53,8 +53,8 @@ def refused(state: step.State, batch: Batch) -> bool:
 
 def probe(recipe: Recipe, logits_file: Path) -> dict[str, object]:
     parallel.start(recipe)
-    state = step.init_state(recipe, resolve_model(recipe.model)[0])
-    dataset = open_dataset(recipe, "train")
+    state = step.init_state(resolve(recipe))
+    dataset = open_dataset(resolve(recipe), "train")
     batch = dataset.batch(0, recipe.batch.global_examples)
     found = step.logits(state, dataset.batch(0, ODD_ROWS))
     if parallel.is_leader():

@@ -11,9 +11,10 @@ import pytest
 from ranks import run
 from small import recipe_maker
 
-from trainspec.cost import Collective, Cost, cost_of
-from trainspec.hf import resolve_model
+from trainspec.backends import BACKENDS
+from trainspec.cost import Collective, Cost
 from trainspec.recipe import Recipe
+from trainspec.run import cost_of, resolve
 
 pytestmark = pytest.mark.full
 
@@ -61,7 +62,7 @@ def counted(model_dirs, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
 
 
 def arithmetic(recipe: Recipe) -> Cost:
-    return cost_of(recipe, resolve_model(recipe.model)[0], "torch")
+    return cost_of(resolve(recipe), BACKENDS["torch"])
 
 
 @pytest.mark.parametrize("key", CASES, ids="-".join)

@@ -23,10 +23,10 @@ from torchtrain.parallel import finish, start
 from torchtrain.step import State, init_state, train_step
 from torchtrain.weights import canonical_name
 from trainspec.data import Batch, open_dataset
-from trainspec.hf import resolve_model
 from trainspec.methods import trainable_table
 from trainspec.recipe import Recipe
 from trainspec.rng import name_key
+from trainspec.run import resolve
 
 ADDED = ("adapter", "prompt", "ptuning-mlp", "ptuning-lstm", "prefix", "prefix-projection")
 SHARDS = ("optimizer", "gradients", "params")
@@ -205,8 +205,8 @@ def test_a_process_holds_state_of_what_is_trained_only(probed: Any, method: str,
 def prepared(recipe: Recipe) -> Iterator[tuple[State, Batch]]:
     start(recipe)
     try:
-        state = init_state(recipe, resolve_model(recipe.model)[0])
-        yield state, open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+        state = init_state(resolve(recipe))
+        yield state, open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     finally:
         finish()
 

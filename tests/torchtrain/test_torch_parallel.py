@@ -15,9 +15,9 @@ from torchtrain.step import init_state, moments_of, train_step, weights_of
 from torchtrain.zero import deepspeed_config
 from trainspec.data import open_dataset
 from trainspec.errors import PlanError
-from trainspec.hf import resolve_model
 from trainspec.model import PRESETS
 from trainspec.recipe import Precision, Recipe
+from trainspec.run import resolve
 
 FULL = {"kind": "full"}
 LORA = {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.2, "targets": "all-linear"}
@@ -29,8 +29,8 @@ FP32_EPS = float(np.finfo(np.float32).eps)
 def prepared(recipe: Recipe) -> Iterator[tuple]:
     start(recipe)
     try:
-        state = init_state(recipe, resolve_model(recipe.model)[0])
-        yield state, open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
+        state = init_state(resolve(recipe))
+        yield state, open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     finally:
         finish()
 

@@ -28,11 +28,14 @@ from parity.edit import Edit
 from torchtrain import parallel
 from torchtrain.pipeline import timeline
 from torchtrain.step import init_state, logits
+from trainspec.backends import BACKENDS
+from trainspec.capabilities import expected_bubble
 from trainspec.data import open_dataset
 from trainspec.hf import resolve_model
-from trainspec.pipeline import bubble, expected_bubble
+from trainspec.pipeline import bubble
 from trainspec.plan import Plan
 from trainspec.recipe import Recipe
+from trainspec.run import resolve
 
 PROBED = PIPES[0]
 # A mistake each, and the phase in which the comparison must see it.
@@ -126,8 +129,8 @@ def test_heldout_loss_of_every_pipeline_is_that_of_one_process(more: Path, case:
 def test_the_schedule_leaves_the_bubble_of_the_formula(stages: int, microbatches: int):
     plan = Plan(pipe=stages)
     slots = timeline(plan, microbatches)
-    assert bubble(slots) == expected_bubble(plan, microbatches, "torch")
-    assert bubble(slots) != expected_bubble(Plan(pipe=stages + 1), microbatches, "torch")  # control
+    assert bubble(slots) == expected_bubble(plan, microbatches, BACKENDS["torch"])
+    assert bubble(slots) != expected_bubble(Plan(pipe=stages + 1), microbatches, BACKENDS["torch"])  # control
     for stage in slots:
         for kind in ("forward", "backward"):
             assert [work.microbatch for work in stage if work and work.kind == kind] == [*range(microbatches)]
@@ -149,8 +152,8 @@ def test_logits_of_rows_that_microbatches_do_not_divide(probed, make: Make):
     recipe = recipe_of(make, PROBED.alone)
     parallel.start(recipe)
     try:
-        state = init_state(recipe, resolve_model(recipe.model)[0])
-        whole = logits(state, open_dataset(recipe, "train").batch(0, probe_pipeline.ODD_ROWS))
+        state = init_state(resolve(recipe))
+        whole = logits(state, open_dataset(resolve(recipe), "train").batch(0, probe_pipeline.ODD_ROWS))
     finally:
         parallel.finish()
     np.testing.assert_array_equal(

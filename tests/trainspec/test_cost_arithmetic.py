@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import SMALL
 
+from trainspec.backends import BACKENDS
 from trainspec.cost import Collective, Cost
 from trainspec.methods import LoRA, trainable_table
 from trainspec.model import PRESETS
@@ -22,7 +23,7 @@ SHARDS = ("nothing", "optimizer", "gradients", "params")
 def cost(
     plan: Plan, backend: Backend, *, model=SEVEN, rows=ROWS, frozen=(), policy: Policy = "bf16", reduce: Policy = "bf16", accumulation=1
 ) -> Cost:  # fmt: skip
-    return Cost(model, plan, policy, reduce, accumulation, tuple(rows), tuple(frozen), backend)
+    return BACKENDS[backend].cost(model, plan, policy, reduce, accumulation, tuple(rows), tuple(frozen))
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from trainspec.data import IGNORED, Dataset, open_dataset
 from trainspec.errors import DataError
 from trainspec.recipe import Recipe
+from trainspec.run import resolve
 
 Make = Callable[..., Recipe]
 RECORDS = [
@@ -29,7 +30,7 @@ def write(path: Path, records: list) -> str:
 def dataset(make_recipe: Make, tmp_path: Path) -> Callable[..., Dataset]:
     def make(records: list, *, seed: int = 0, **fields) -> Dataset:
         data = {"train": write(tmp_path / "d.jsonl", records)} | fields
-        return open_dataset(make_recipe(data=data, run={"seed": seed}), "train")
+        return open_dataset(resolve(make_recipe(data=data, run={"seed": seed})), "train")
 
     return make
 
@@ -154,7 +155,7 @@ def test_a_record_cut_inside_its_prompt_has_no_target(dataset):
 def test_plain_text_documents(make_recipe: Make, tmp_path: Path):
     path = tmp_path / "t.txt"
     path.write_text("First document.\nStill the first.\n\nSecond one.\n \n\nThird.\n")
-    data = open_dataset(make_recipe(data={"train": str(path), "task": "text"}), "train")
+    data = open_dataset(resolve(make_recipe(data={"train": str(path), "task": "text"})), "train")
     assert {whole for whole, _ in documents(data, 0, 3)} == {
         "<s>First document.\nStill the first.\n</s>",
         "<s>Second one.\n</s>",
@@ -165,13 +166,13 @@ def test_plain_text_documents(make_recipe: Make, tmp_path: Path):
 def test_the_cache_is_used_and_follows_the_file(make_recipe: Make, tmp_path: Path):
     path, cache = tmp_path / "d.jsonl", tmp_path / "cache"
     recipe = make_recipe(data={"train": write(path, RECORDS), "cache": str(cache)})
-    open_dataset(recipe, "train")
+    open_dataset(resolve(recipe), "train")
     [folder] = cache.iterdir()
     stamp = (folder / "tokens.bin").stat().st_mtime_ns
-    open_dataset(recipe, "train")
+    open_dataset(resolve(recipe), "train")
     assert (folder / "tokens.bin").stat().st_mtime_ns == stamp
     write(path, RECORDS[:1])
-    assert open_dataset(recipe, "train").rows == 1
+    assert open_dataset(resolve(recipe), "train").rows == 1
     assert len(list(cache.iterdir())) == 2
 
 
@@ -228,10 +229,10 @@ def test_no_usable_record(dataset):
 )
 def test_bad_data_settings(make_recipe: Make, fields: dict, message: str):
     with pytest.raises(DataError, match=message):
-        open_dataset(make_recipe(data=fields), "train")
+        open_dataset(resolve(make_recipe(data=fields)), "train")
 
 
 def test_text_files_need_the_text_task(make_recipe: Make, tmp_path: Path):
     (tmp_path / "t.txt").write_text("hello\n")
     with pytest.raises(DataError, match=r"data\.task=text"):
-        open_dataset(make_recipe(data={"train": str(tmp_path / "t.txt")}), "train")
+        open_dataset(resolve(make_recipe(data={"train": str(tmp_path / "t.txt")})), "train")

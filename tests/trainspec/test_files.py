@@ -26,6 +26,7 @@ from trainspec.init import starting_weights
 from trainspec.methods import LoRA, adapter_table, trainable_table
 from trainspec.params import param_table
 from trainspec.recipe import Recipe
+from trainspec.run import resolve
 from trainspec.tensors import save_tensors
 from trainspec.trace import StepTrace, Trace, TraceWriter
 
@@ -64,7 +65,7 @@ def test_a_part_is_read_or_drawn_without_the_rest(make_recipe: Make, tmp_path: P
     write_checkpoint(tmp_path / "m", spec)
     kind = "random" if source == "random" else "pretrained"
     recipe = make_recipe(model={"from": str(tmp_path / "m"), "weights": kind})
-    for param, weight in starting_weights(recipe, spec):
+    for param, weight in starting_weights(resolve(recipe)):
         whole, part = weight[...], tuple(slice(size // 4, size // 2) for size in param.shape)
         tracemalloc.start()
         found = weight[part]
@@ -168,7 +169,7 @@ def test_an_adapter_of_another_run_is_a_start(make_recipe: Make, tmp_path: Path)
     weights = {p.name: np.full(p.shape, i, np.float32) for i, p in enumerate(adapter_table(SMALL, method))}
     write_adapter(tmp_path / "a", weights, model=SMALL, method=method, base="x")
     recipe = make_recipe(method=method.model_dump() | {"adapter": str(tmp_path / "a")})
-    started = {p.name: w[...] for p, w in starting_weights(recipe, SMALL)}
+    started = {p.name: w[...] for p, w in starting_weights(resolve(recipe))}
     assert all(np.array_equal(started[name], array) for name, array in weights.items())
     for change, message in (
         ({"rank": 2}, "r=4, the recipe says 2; set method.rank=4"),
@@ -178,7 +179,7 @@ def test_an_adapter_of_another_run_is_a_start(make_recipe: Make, tmp_path: Path)
     ):
         other = make_recipe(method=method.model_dump() | {"adapter": str(tmp_path / "a")} | change)
         with pytest.raises(WeightsError, match=message):
-            list(starting_weights(other, SMALL))
+            list(starting_weights(resolve(other)))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_an_adapter_that_would_be_another_model_is_refused(
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | change))
     recipe = make_recipe(method=method.model_dump() | {"adapter": str(tmp_path / "a")})
     with pytest.raises(WeightsError, match=message):
-        list(starting_weights(recipe, SMALL))
+        list(starting_weights(resolve(recipe)))
 
 
 def test_adapters_that_are_not_finite_are_not_written(tmp_path: Path):
@@ -227,7 +228,7 @@ def test_checkpoint_reads_back_and_old_ones_go(make_recipe: Make, tmp_path: Path
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000015"]
     newest = checkpoint.latest(tmp_path)
     assert newest is not None
-    loaded = checkpoint.load(newest, recipe=recipe, model=SMALL)
+    loaded = checkpoint.load(newest, resolve(recipe))
     assert loaded.step == 15
     for part in checkpoint.PARTS:
         assert all(np.array_equal(a[...], getattr(saved, part)[n]) for n, a in getattr(loaded, part).items())
@@ -288,7 +289,7 @@ def test_a_damaged_head_is_refused(make_recipe: Make, tmp_path: Path, change: di
     head = json.loads((newest / "checkpoint.json").read_text())
     (newest / "checkpoint.json").write_text(json.dumps(head | change))
     with pytest.raises(WeightsError, match="incomplete checkpoint"):
-        checkpoint.load(newest, recipe=recipe, model=SMALL)
+        checkpoint.load(newest, resolve(recipe))
 
 
 def test_a_half_written_checkpoint_does_not_count(make_recipe: Make, tmp_path: Path):
@@ -309,9 +310,9 @@ def test_a_checkpoint_of_another_method_is_refused(make_recipe: Make, tmp_path: 
     assert newest is not None
     other = make_recipe(method=recipe.method.model_dump() | {"alpha": 9.0})
     with pytest.raises(RecipeError, match=r"method\.alpha=8\.0, the recipe says 9\.0; use the recipe"):
-        checkpoint.load(newest, recipe=other, model=SMALL)
+        checkpoint.load(newest, resolve(other))
     for section, fields in (("optimizer", {"lr": 5e-3}), ("data", {"packing": True}), ("run", {"steps": 99})):
-        checkpoint.load(newest, recipe=make_recipe(**{section: fields}), model=SMALL)
+        checkpoint.load(newest, resolve(make_recipe(**{section: fields})))
 
 
 def test_a_damaged_checkpoint_is_refused(make_recipe: Make, tmp_path: Path):
@@ -324,10 +325,10 @@ def test_a_damaged_checkpoint_is_refused(make_recipe: Make, tmp_path: Path):
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(WeightsError, match="damaged"):
-        checkpoint.load(newest, recipe=recipe, model=SMALL)
+        checkpoint.load(newest, resolve(recipe))
     file.unlink()
     with pytest.raises(WeightsError, match="incomplete checkpoint"):
-        checkpoint.load(newest, recipe=recipe, model=SMALL)
+        checkpoint.load(newest, resolve(recipe))
 
 
 def test_starting_over_an_earlier_run_is_refused(make_recipe: Make, tmp_path: Path):

@@ -25,8 +25,9 @@ from trainspec.identity import RANDOM, Identity, identity_of, model_digest, star
 from trainspec.init import starting_weights
 from trainspec.methods import LoRA, PromptTuning, adapter_table, trainable_table
 from trainspec.model import LinearScaling, Llama3Scaling
-from trainspec.recipe import ModelSource, Recipe, load_recipe
+from trainspec.recipe import ModelSource, Recipe, load_recipe, recipe_from
 from trainspec.resume import ALLOWABLE, FIXED, Made, check_goes_on
+from trainspec.run import Run, resolve, run_of
 
 Make = Callable[..., Recipe]
 STORED = Path(__file__).parent.parent / "stored"
@@ -55,32 +56,37 @@ def test_a_models_digest_is_of_its_rules_not_of_its_name():
     assert wanted not in digests
 
 
+def run_on(source: ModelSource, spec: Any) -> Run:
+    recipe = recipe_from({"model": source.model_dump(by_alias=True), "data": {"train": "none"}})
+    return run_of(recipe, spec, None if source.weights == "random" else Path(source.from_))
+
+
 def test_weights_are_known_wherever_and_however_they_lie(tmp_path: Path):
     one = write_checkpoint(tmp_path / "one", SMALL)
     sharded = write_checkpoint(tmp_path / "far/away", SMALL, shard_bytes=20_000)
     assert (sharded / "model.safetensors.index.json").exists()
-    wanted = weights_digest(pretrained(one), SMALL)
-    assert weights_digest(pretrained(sharded), SMALL) == wanted
+    wanted = weights_digest(run_on(pretrained(one), SMALL))
+    assert weights_digest(run_on(pretrained(sharded), SMALL)) == wanted
     # Names in a file have no order, and rotary frequencies are derived.
     tensors = load_file(one / "model.safetensors")
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
     save_file(dict(reversed(tensors.items())) | extra, one / "model.safetensors")
-    assert weights_digest(pretrained(one), SMALL) == wanted
+    assert weights_digest(run_on(pretrained(one), SMALL)) == wanted
 
 
 def test_other_weights_of_the_same_shapes_are_noticed(tmp_path: Path):
     directory = write_checkpoint(tmp_path / "m", SMALL)
-    wanted = weights_digest(pretrained(directory), SMALL)
+    wanted = weights_digest(run_on(pretrained(directory), SMALL))
     tensors = load_file(directory / "model.safetensors")
     seen = {wanted}
     for name, array in tensors.items():
         # As small a change as an update of fine-tuning makes, on one tensor only.
         save_file(tensors | {name: array * np.float32(1 + 1e-6)}, directory / "model.safetensors")
-        seen.add(weights_digest(pretrained(directory), SMALL))
+        seen.add(weights_digest(run_on(pretrained(directory), SMALL)))
     assert len(seen) == len(tensors) + 1
     for dtype in (np.float16, np.float64, ml_dtypes.bfloat16):
         save_file({k: v.astype(dtype) for k, v in tensors.items()}, directory / "model.safetensors")
-        seen.add(weights_digest(pretrained(directory), SMALL))
+        seen.add(weights_digest(run_on(pretrained(directory), SMALL)))
     assert len(seen) == len(tensors) + 4
 
 
@@ -88,26 +94,26 @@ def test_weights_are_sampled_not_read(tmp_path: Path):
     """The limit of it, on purpose: one element in the middle of a long row is not seen."""
     wide = replace(SMALL, embed=1024)
     directory = write_checkpoint(tmp_path / "m", wide)
-    wanted = weights_digest(pretrained(directory), wide)
+    wanted = weights_digest(run_on(pretrained(directory), wide))
     tensors = load_file(directory / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name][1, 600] += 1
     save_file(tensors, directory / "model.safetensors")
-    assert weights_digest(pretrained(directory), wide) == wanted
+    assert weights_digest(run_on(pretrained(directory), wide)) == wanted
     tensors[name][0, 0] += 1
     save_file(tensors, directory / "model.safetensors")
-    assert weights_digest(pretrained(directory), wide) != wanted
+    assert weights_digest(run_on(pretrained(directory), wide)) != wanted
 
 
 def test_random_weights_have_no_digest():
     source = ModelSource.model_validate({"from": "preset:tiny", "weights": "random"})
-    assert weights_digest(source, resolve_model(source)[0]) == RANDOM
+    assert weights_digest(run_on(source, resolve_model(source)[0])) == RANDOM
 
 
 def test_files_of_another_model_have_no_digest(tmp_path: Path):
     directory = write_checkpoint(tmp_path / "m", SMALL)
     with pytest.raises(WeightsError, match="asks for"):
-        weights_digest(pretrained(directory), replace(SMALL, mlp=64))
+        weights_digest(run_on(pretrained(directory), replace(SMALL, mlp=64)))
 
 
 def test_a_methods_start_is_known_by_content(tmp_path: Path):
@@ -139,7 +145,7 @@ def made(make_recipe: Make, tmp_path: Path) -> Callable[..., tuple[Recipe, Made,
     def make(**sections: Any) -> tuple[Recipe, Made, Identity]:
         recipe = make_recipe(**sections)
         model, _ = resolve_model(recipe.model)
-        identity = identity_of(recipe, model, open_dataset(recipe, "train"))
+        identity = identity_of(resolve(recipe), open_dataset(resolve(recipe), "train"))
         zeros = {p.name: np.zeros(p.shape, np.float32) for p in trainable_table(model, recipe.method)}
         path = checkpoint.save(
             tmp_path / "out", Checkpoint(5, zeros, zeros, zeros), recipe=recipe, identity=identity
@@ -150,8 +156,8 @@ def made(make_recipe: Make, tmp_path: Path) -> Callable[..., tuple[Recipe, Made,
 
 
 def goes_on(made: Made, recipe: Recipe, *allow: str) -> list[str]:
-    model, _ = resolve_model(recipe.model)
-    identity = identity_of(recipe, model, open_dataset(recipe, "train"))
+    run = resolve(recipe)
+    identity = identity_of(run, open_dataset(run, "train"))
     span = recipe.span(lambda: 1)
     return check_goes_on(made, recipe, identity, steps=span.steps, allow=allow)
 
@@ -361,10 +367,9 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path):
     )
     [said] = goes_on(checkpoint.read_made(path), recipe)
     assert said.endswith("model, tokenizer and data were not compared")
-    model, _ = resolve_model(recipe.model)
-    loaded = checkpoint.load(path, recipe=recipe, model=model)
+    loaded = checkpoint.load(path, resolve(recipe))
     assert loaded.step == 3
-    started = dict(starting_weights(recipe, model))
+    started = dict(starting_weights(resolve(recipe)))
     b = next(name for name in loaded.weights if name.endswith("lora_B.weight"))
     assert np.abs(loaded.weights[b][...]).max() > 0
     assert not next(w for p, w in started.items() if p.name == b)[...].any()
@@ -398,10 +403,10 @@ def test_whoever_reads_needs_the_model_not_the_data(
         optimizer={"lr": 1.0},
         run={"seed": 7},
     )
-    checkpoint.load(found.path, recipe=other, model=SMALL)
+    checkpoint.load(found.path, resolve(other))
     other_weights(directory)
     with pytest.raises(UserError, match="the model's weights are not those"):
-        checkpoint.load(found.path, recipe=recipe, model=SMALL)
+        checkpoint.load(found.path, resolve(recipe))
     other_config(directory)
     with pytest.raises(UserError, match="the model's settings"):
-        checkpoint.load(found.path, recipe=recipe, model=resolve_model(recipe.model)[0])
+        checkpoint.load(found.path, resolve(recipe))

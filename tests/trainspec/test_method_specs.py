@@ -39,6 +39,7 @@ from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.report import describe
+from trainspec.run import resolve, run_of
 
 Make = Callable[..., Recipe]
 ADDED: tuple[Method, ...] = (
@@ -118,7 +119,7 @@ def test_an_adapter_is_a_start_and_its_files_are_checked(make_recipe: Make, tmp_
     assert size == adapter_size(SMALL, method)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     recipe = make_recipe(method=method.model_dump() | {"adapter": str(out)})
-    started = {p.name: w[...] for p, w in starting_weights(recipe, SMALL)}
+    started = {p.name: w[...] for p, w in starting_weights(resolve(recipe))}
     assert all(np.array_equal(started[name], array) for name, array in weights.items())
     name, first = next(iter(weights.items()))
     for damage, message in (
@@ -185,12 +186,12 @@ def test_a_prefix_of_another_model_is_refused_where_its_size_is_the_same(
 def test_a_text_is_a_start(make_recipe: Make):
     text = {"init": "text", "text": "what is the answer", "virtual_tokens": 9}
     recipe = make_recipe(method={"kind": "prompt"} | text)
-    started = {p.name: w[...] for p, w in starting_weights(recipe, SMALL)}
+    started = {p.name: w[...] for p, w in starting_weights(resolve(recipe))}
     rows, table = started["prompt_encoder.embedding.weight"], started["model.embed_tokens.weight"]
     found = [np.flatnonzero((table == row).all(-1)).tolist() for row in rows]
     assert all(len(ids) == 1 for ids in found)
     prefix = make_recipe(method={"kind": "prefix"} | text)
-    started = {p.name: w for p, w in starting_weights(prefix, SMALL)}
+    started = {p.name: w for p, w in starting_weights(resolve(prefix))}
     given = started["prompt_encoder.embedding.weight"][...].reshape(9, 2 * SMALL.layers, SMALL.kv_heads, -1)
     expected = keys_and_values(SMALL, started, [ids[0] for ids in found])
     np.testing.assert_allclose(given, expected, rtol=1e-6, atol=1e-6)
@@ -207,12 +208,15 @@ def test_only_lora_is_merged(make_recipe: Make, tmp_path: Path):
         assert config["token_dim"] == (WIDTH if isinstance(method, PrefixTuning) else SMALL.embed)
 
 
-def test_what_is_trained_and_saved_is_said():
-    line = describe(SMALL, PTuning(virtual_tokens=8, hidden=6), "fp32")
+def test_what_is_trained_and_saved_is_said(make_recipe: Make):
+    def said(method: Method) -> str:
+        return describe(run_of(make_recipe(method=method.model_dump()), SMALL, None))
+
+    line = said(PTuning(virtual_tokens=8, hidden=6))
     trained = sum(p.size for p in adapter_table(SMALL, PTuning(virtual_tokens=8, hidden=6)))
     assert f"ptuning trains {trained:,}" in line
     rows, encoder = (size * 4 / 2**20 for size in (8 * SMALL.embed, trained))
     assert line.endswith(f"its adapter has {rows:.2f} MiB, the encoder beside it {encoder:.2f}")
-    prompt = describe(SMALL, PromptTuning(virtual_tokens=8), "fp32")
+    prompt = said(PromptTuning(virtual_tokens=8))
     assert prompt.endswith(f"its adapter has {rows:.2f} MiB")
-    assert "adapter has" not in describe(SMALL, Full(), "fp32")
+    assert "adapter has" not in said(Full())

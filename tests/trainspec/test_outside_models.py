@@ -34,6 +34,7 @@ from trainspec.model import ModelSpec, inverse_frequencies
 from trainspec.model_config import model_spec_from_config
 from trainspec.params import param_table
 from trainspec.recipe import ModelSource, Recipe
+from trainspec.run import resolve
 from trainspec.text.store import find_tokenizer
 
 Make = Callable[..., Recipe]
@@ -219,7 +220,7 @@ def test_a_tied_model_may_store_the_head_alone(tmp_path: Path):
     table = torch.from_numpy(load_file(tmp_path / "model.safetensors")[EMBEDDING])
     edit_weights(tmp_path, remove=(EMBEDDING,), lm_head__weight=table)
     assert assert_read_alike(tmp_path).tied_embeddings
-    assert model_notes(source_of(tmp_path)) == []
+    assert model_notes(source_of(tmp_path), *resolve_model(source_of(tmp_path))) == []
 
 
 def test_an_equal_head_is_tied_and_one_number_makes_it_its_own(tmp_path: Path, monkeypatch):
@@ -228,27 +229,35 @@ def test_an_equal_head_is_tied_and_one_number_makes_it_its_own(tmp_path: Path, m
     table = torch.from_numpy(load_file(tmp_path / "model.safetensors")[EMBEDDING])
     edit_weights(tmp_path, lm_head__weight=table.clone())
     assert assert_read_alike(tmp_path).tied_embeddings
-    assert model_notes(source_of(tmp_path)) == []
+    assert model_notes(source_of(tmp_path), *resolve_model(source_of(tmp_path))) == []
     table = table.clone()
     table[-1, -1] += 1e-6
     edit_weights(tmp_path, lm_head__weight=table)
     assert not assert_read_alike(tmp_path).tied_embeddings
-    (note,) = model_notes(source_of(tmp_path))
+    (note,) = model_notes(source_of(tmp_path), *resolve_model(source_of(tmp_path)))
     assert "tie_word_embeddings is true, but lm_head.weight and model.embed_tokens.weight are two" in note
 
 
 def test_drawn_weights_are_tied_as_the_config_says(shapes: dict[str, Path]):
     source = ModelSource.model_validate({"from": str(shapes["own-head"]), "weights": "random"})
     assert resolve_model(source)[0].tied_embeddings
-    assert model_notes(source) == []
+    assert model_notes(source, *resolve_model(source)) == []
 
 
 def test_notes_of_the_shapes(shapes: dict[str, Path]):
-    notes = {name: model_notes(source_of(path)) for name, path in shapes.items()}
+    notes = {
+        name: model_notes(source_of(path), *resolve_model(source_of(path))) for name, path in shapes.items()
+    }
     assert [name for name, found in notes.items() if found] == ["own-head", "stale-index"]
     assert "there are two sets of weights; model.safetensors is read" in notes["stale-index"][0]
     assert not [note for found in notes.values() for note in found if "\n" in note]
-    assert model_notes(ModelSource.model_validate({"from": "preset:tiny", "weights": "random"})) == []
+    assert (
+        model_notes(
+            ModelSource.model_validate({"from": "preset:tiny", "weights": "random"}),
+            *resolve_model(ModelSource.model_validate({"from": "preset:tiny", "weights": "random"})),
+        )
+        == []
+    )
 
 
 def test_an_index_that_names_absent_shards_is_one_line(tmp_path: Path):
@@ -366,7 +375,7 @@ def test_a_merged_model_is_the_one_that_peft_merges(
     for key, theirs in model.state_dict().items():
         assert torch.allclose(ours.state_dict()[key], theirs, rtol=0, atol=1e-12), key
     assert ours.config.tie_word_embeddings == (name == "tied")
-    assert model_notes(source_of(merged)) == []
+    assert model_notes(source_of(merged), *resolve_model(source_of(merged))) == []
 
 
 def test_merged_weights_keep_the_types_of_the_base(
@@ -485,7 +494,7 @@ def test_a_tokenizer_that_has_changed_since_the_run_is_said(make_recipe: Make, t
     spec = resolve_model(recipe.model)[0]
     digests = {
         "model": model_digest(spec),
-        "weights": weights_digest(recipe.model, spec),
+        "weights": weights_digest(resolve(recipe)),
         "tokenizer": find_tokenizer(recipe.data, base, "").digest,
         "data": "",
         "method": "",
@@ -542,7 +551,7 @@ def test_exports_of_odd_configs_are_loaded_by_transformers(make_recipe: Make, tm
         base, attention_bias=None, mlp_bias=None, tie_word_embeddings=None, rope_theta=1e3, pad_token_id=320,
         architectures=["LLaMAForCausalLM"],
     )  # fmt: skip
-    assert len(model_notes(source_of(base))) == 2
+    assert len(model_notes(source_of(base), *resolve_model(source_of(base)))) == 2
     recipe = trained_lora(make_recipe, base, tmp_path)
     assert_read_alike(export(recipe, out=tmp_path, merge=True))
 
@@ -566,7 +575,7 @@ def test_files_are_read_as_utf_8_whatever_the_locale_says(tmp_path: Path):
         "here = Path(sys.argv[1])\n"
         "source = ModelSource.model_validate({'from': str(here / 'base')})\n"
         "spec, _ = resolve_model(source)\n"
-        "assert model_notes(source) == []\n"
+        "assert model_notes(source, *resolve_model(source)) == []\n"
         "list(read_adapter(here / 'a', spec, LoRA(), adapter_table(spec, LoRA()), dtype='float32'))\n"
     )
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

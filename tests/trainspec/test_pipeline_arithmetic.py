@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import SMALL
 
+from trainspec.backends import BACKENDS
+from trainspec.capabilities import check_trains, expected_bubble
 from trainspec.errors import PlanError
 from trainspec.methods import LoRA, PrefixTuning, PromptTuning, PTuning, adapter_table
 from trainspec.params import param_table
 from trainspec.pipeline import (
     Work,
     bubble,
-    check_trains,
-    expected_bubble,
     partition_layers,
     stack_order,
     stages_of,
@@ -84,10 +84,10 @@ def test_each_stage_makes_the_prefix_and_only_the_first_the_prompt():
 def test_a_first_stage_that_trains_nothing_is_refused():
     last_layer = adapter_table(FIVE, LoRA(targets="model.layers.4.self_attn.q_proj"))
     with pytest.raises(PlanError, match="stage 0 trains nothing"):
-        check_trains(Plan(pipe=2), FIVE, last_layer)
+        check_trains(Plan(pipe=2), FIVE, last_layer, BACKENDS["torch"])
     for method in (LoRA(), LoRA(targets="model.layers.0.self_attn.q_proj"), PromptTuning()):
-        check_trains(Plan(pipe=2), FIVE, adapter_table(FIVE, method))
-    check_trains(Plan(), FIVE, last_layer)
+        check_trains(Plan(pipe=2), FIVE, adapter_table(FIVE, method), BACKENDS["torch"])
+    check_trains(Plan(), FIVE, last_layer, BACKENDS["torch"])
 
 
 def test_a_bubble_is_counted():
@@ -106,4 +106,4 @@ def test_a_bubble_is_counted():
     ],
 )
 def test_the_formulas_of_the_papers(plan: Plan, microbatches: int, backend, share):
-    assert expected_bubble(plan, microbatches, backend) == share
+    assert expected_bubble(plan, microbatches, BACKENDS[backend]) == share

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 from small import SMALL
 
+from trainspec.backends import BACKENDS
+from trainspec.capabilities import check_fits, check_supported
 from trainspec.errors import PlanError
 from trainspec.methods import LoRA, adapter_table
 from trainspec.params import param_table
-from trainspec.plan import Plan, check_fits, check_supported, local_size, weight_axes
+from trainspec.plan import Plan, local_size, weight_axes
 
 ROWS = {p.name: p for p in param_table(replace(SMALL, attention_bias=True))}
 ADAPTER = {p.name.split(".", 2)[2]: p for p in adapter_table(SMALL, LoRA(targets=("q_proj", "o_proj")))}
@@ -87,9 +89,9 @@ def test_plans_that_cannot_work_name_one_that_does(plan: Plan, policy, backends:
     for backend in ("jax", "torch"):
         if backend in backends.split():
             with pytest.raises(PlanError, match=message):
-                check_supported(plan, policy, backend)
+                check_supported(plan, policy, BACKENDS[backend])
         else:
-            check_supported(plan, policy, backend)
+            check_supported(plan, policy, BACKENDS[backend])
 
 
 def test_rows_that_do_not_divide_into_microbatches_are_one():
@@ -101,10 +103,14 @@ def test_rows_that_do_not_divide_into_microbatches_are_one():
 def test_interleaved_microbatches_go_in_groups():
     plan, model = Plan(pipe=2, schedule="interleaved", microbatches=3), replace(SMALL, layers=5)
     with pytest.raises(PlanError, match=r"groups of plan.pipe=2, not 3; use plan.microbatches=4"):
-        check_fits(plan, model, global_examples=6, accumulation=1, backend="jax")
+        check_fits(plan, model, global_examples=6, accumulation=1, backend=BACKENDS["jax"])
     with pytest.raises(PlanError, match=r"into 6 pieces; use plan.chunks=2"):
         check_fits(
-            plan.model_copy(update={"chunks": 3}), model, global_examples=6, accumulation=1, backend="jax"
+            plan.model_copy(update={"chunks": 3}),
+            model,
+            global_examples=6,
+            accumulation=1,
+            backend=BACKENDS["jax"],
         )
 
 
@@ -134,6 +140,6 @@ def test_plans_that_do_not_divide_say_what_does(plan: Plan, rows: int, backends:
         sizes = {"global_examples": 2 * rows, "accumulation": 2}
         if backend in backends.split():
             with pytest.raises(PlanError, match=message):
-                check_fits(plan, SMALL, **sizes, backend=backend)
+                check_fits(plan, SMALL, **sizes, backend=BACKENDS[backend])
         else:
-            check_fits(plan, SMALL, **sizes, backend=backend)
+            check_fits(plan, SMALL, **sizes, backend=BACKENDS[backend])

@@ -15,6 +15,7 @@ from small import ROOT, write_tokenizer
 
 from trainspec.data import IGNORED, Dataset, open_dataset
 from trainspec.errors import DataError
+from trainspec.run import resolve
 from trainspec.text.store import Tokenizer
 
 CHATML = (
@@ -36,7 +37,7 @@ def open_(make_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Data
         if template is not None:
             (tmp_path / "t.jinja").write_bytes(template.encode() if isinstance(template, str) else template)
             fields["chat_template"] = str(tmp_path / "t.jinja")
-        return open_dataset(make_recipe(data={"train": str(file)} | fields), "train")
+        return open_dataset(resolve(make_recipe(data={"train": str(file)} | fields)), "train")
 
     return make
 
@@ -172,8 +173,8 @@ def test_a_line_that_is_no_utf8_is_a_bad_record(open_, make_recipe: Callable[...
     file = tmp_path / "latin.jsonl"
     file.write_bytes(b'{"instruction": "a", "output": "b"}\n{"instruction": "caf\xe9", "output": "b"}\n')
     with pytest.raises(DataError, match=r"line 2: not UTF-8 text \(.* at byte 20 of the line\)"):
-        open_dataset(make_recipe(data={"train": str(file)}), "train")
-    data = open_dataset(make_recipe(data={"train": str(file), "bad_records": "skip"}), "train")
+        open_dataset(resolve(make_recipe(data={"train": str(file)})), "train")
+    data = open_dataset(resolve(make_recipe(data={"train": str(file), "bad_records": "skip"})), "train")
     assert data.records == 1
 
 
@@ -362,12 +363,12 @@ def test_the_text_of_a_prompt_is_encoded_once_in_a_cache(tokenizer: Path, tmp_pa
 
 def test_cells_of_a_csv_are_text(make_recipe: Callable[..., Any], tmp_path: Path):
     (tmp_path / "d.csv").write_text('instruction,input,output\nIs it?,NA,007\n"a, b",,"x\ny"\n')
-    data = open_dataset(make_recipe(data={"train": str(tmp_path / "d.csv")}), "train")
+    data = open_dataset(resolve(make_recipe(data={"train": str(tmp_path / "d.csv")})), "train")
     assert shown(data, 0) == ("<s>Question: Is it?\nNA\nAnswer:\n007</s>", "007</s>")
     assert shown(data, 1) == ("<s>Question: a, b\nAnswer:\nx\ny</s>", "x\ny</s>")
     (tmp_path / "d.csv").write_text("instruction;output\na;b\n")
     with pytest.raises(DataError, match="not by ';'"):
-        open_dataset(make_recipe(data={"train": str(tmp_path / "d.csv")}), "train")
+        open_dataset(resolve(make_recipe(data={"train": str(tmp_path / "d.csv")})), "train")
 
 
 def test_chats_of_a_table_are_those_of_lines(open_, make_recipe: Callable[..., Any], tmp_path: Path):
@@ -387,7 +388,7 @@ def test_chats_of_a_table_are_those_of_lines(open_, make_recipe: Callable[..., A
     lines = open_(records, template=template)
     datasets.Dataset.from_list(records).to_parquet(str(tmp_path / "d.parquet"))
     data = {"train": str(tmp_path / "d.parquet"), "chat_template": str(tmp_path / "t.jinja")}
-    table = open_dataset(make_recipe(data=data), "train")
+    table = open_dataset(resolve(make_recipe(data=data)), "train")
     assert table.digest == lines.digest
     assert "None" not in shown(table)[0]
     assert "null" not in shown(table)[0]
@@ -403,6 +404,6 @@ def test_what_datasets_reads(open_, make_recipe: Callable[..., Any], tmp_path: P
     target = tmp_path / f"d.{form}"
     {"parquet": rows.to_parquet, "csv": rows.to_csv, "saved": rows.save_to_disk}[form](str(target))
     columns = {"columns": {"instruction": "question"}}
-    found = open_dataset(make_recipe(data={"train": str(target)} | columns), "train")
+    found = open_dataset(resolve(make_recipe(data={"train": str(target)} | columns)), "train")
     assert found.digest == open_(records, **columns).digest
     shutil.rmtree(target) if target.is_dir() else target.unlink()

@@ -1,0 +1,182 @@
+"""The loop with a backend of numpy: who looks on, in which order, what is gathered for them, and what survives an error."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainspec import checkpoint
+from trainspec.checkpoint import Checkpoint
+from trainspec.contract import Metrics
+from trainspec.loop import follow
+from trainspec.observers import Due, Evaluation, Needs, Observer, Saving, Tracing, needs_of
+from trainspec.run import resolve
+from trainspec.run_data import open_data
+from trainspec.trace import Trace, TraceRequest
+
+
+@dataclass(frozen=True)
+class State:
+    step: int
+    weights: dict
+
+
+class Numpy:
+    """A backend whose update adds the step to every weight; it notes every call that may wait for other processes."""
+
+    def __init__(self, shapes):
+        self.calls, self.shapes = [], shapes
+
+    def state(self):
+        return State(0, {name: np.zeros(shape, np.float32) for name, shape in self.shapes.items()})
+
+    def train_step(self, state, batch, *, lr, keep="nothing"):
+        self.calls.append(f"step {keep}")
+        weights = {name: w + np.float32(state.step + 1) for name, w in state.weights.items()}
+        gradients = weights if keep != "nothing" else None
+        return State(state.step + 1, weights), Metrics(float(batch.input_ids.sum()), 7, 1.0, gradients)
+
+    def eval_step(self, state, batch):
+        self.calls.append("eval")
+        return 2.0 * len(batch.rows), len(batch.rows)
+
+    def weights_of(self, state, *, frozen=False):
+        self.calls.append("all weights" if frozen else "weights")
+        return dict(state.weights)
+
+    def moments_of(self, state):
+        self.calls.append("moments")
+        return dict(state.weights), dict(state.weights)
+
+
+class Noting(Observer[State]):
+    def __init__(self):
+        self.seen = []
+
+    def started(self, state):
+        self.seen.append(("started", state.step))
+
+    def updated(self, state, update):
+        self.seen.append((update.step, update.lr, update.heldout_loss))
+        return update
+
+    def finished(self):
+        self.seen.append("finished")
+
+
+@pytest.fixture
+def prepared(make_recipe):
+    run, data = open_data(resolve(make_recipe(run={"steps": 3}, checkpoint={"every_steps": 2})))
+    return run, data, Numpy({p.name: p.shape for p in run.trained})
+
+
+def test_observers_see_every_update_and_the_end(prepared):
+    run, data, backend = prepared
+    noting = Noting()
+    state = follow(backend, run, data, backend.state(), [noting])
+    assert state.step == 3
+    assert noting.seen == [("started", 0), (1, 1e-3, None), (2, 1e-3, None), (3, 1e-3, None), "finished"]
+    assert backend.calls == ["step nothing"] * 3  # nobody asked for more
+
+
+def test_each_is_told_what_those_before_it_measured(prepared):
+    run, data, backend = prepared
+    before, after = Noting(), Noting()
+    evaluation = Evaluation(backend, data.train, examples=100, due=Due(2, last=3))
+    follow(backend, run, data, backend.state(), [before, evaluation, after])
+    assert [seen[2] for seen in before.seen[1:-1]] == [None, None, None]
+    assert [seen[2] for seen in after.seen[1:-1]] == [None, 2.0, 2.0]
+
+
+def test_every_process_makes_the_same_calls_and_only_the_leader_writes(prepared, tmp_path: Path):
+    run, data, backend = prepared
+    calls = {}
+    for is_leader in (True, False):
+        backend.calls, out = [], tmp_path / str(is_leader)
+        observers = [
+            Tracing(backend, TraceRequest(out / "trace", 2), is_leader=is_leader),
+            Saving(out, run.recipe, data.identity, due=Due(2, last=3), is_leader=is_leader),
+        ]
+        follow(backend, run, data, backend.state(), observers)
+        calls[is_leader] = backend.calls
+    assert calls[True] == calls[False]
+    around = [
+        ["weights", f"step {keep}", "weights", "moments"]
+        for keep in ("gradients", "activations", "gradients")
+    ]
+    assert calls[True] == [
+        "all weights",
+        *around[0],
+        *around[1],
+        *around[2],
+    ]  # once, though two asked for them
+    assert not (tmp_path / "False").exists()
+    trace = Trace(tmp_path / "True/trace")
+    name = run.trained[0].name
+    assert (trace.read(2, f"update/{name}") == 2.0).all()
+    assert (trace.read(3, f"moment1/{name}") == 6.0).all()
+    assert checkpoint.latest(tmp_path / "True") == tmp_path / "True/checkpoints/step-000003"
+
+
+def test_needs_add_up():
+    class Asking(Noting):
+        def __init__(self, needs):
+            self._needs = needs
+
+        def needs(self, step):
+            return self._needs if step == 2 else Needs()
+
+    asking = [
+        Asking(Needs("gradients")),
+        Asking(Needs("activations", before=True)),
+        Asking(Needs(after=True)),
+    ]
+    assert needs_of(asking, 2) == Needs("activations", before=True, after=True)
+    assert needs_of(asking, 1) == needs_of([], 2) == Needs()
+
+
+@pytest.mark.parametrize("broken", [1, 2], ids=["first", "second"])
+def test_a_batch_that_cannot_be_made_stops_at_its_step(prepared, monkeypatch, broken: int):
+    run, data, backend = prepared
+    noting, batch = Noting(), data.train.batch
+
+    def failing(step, examples):
+        if step == broken:
+            raise ValueError(f"batch {step}")
+        return batch(step, examples)
+
+    monkeypatch.setattr(data.train, "batch", failing)
+    with pytest.raises(ValueError, match=f"batch {broken}"):
+        follow(backend, run, data, backend.state(), [noting])
+    assert [seen[0] for seen in noting.seen[:-1]] == ["started", *range(1, broken + 1)]
+    assert noting.seen[-1] == "finished"
+
+
+def test_a_resumed_run_reads_on_where_it_stopped(prepared):
+    """The position in the data is the step, whatever was made ahead of it."""
+    run, data, backend = prepared
+    losses = {}
+
+    class Losses(Observer[State]):
+        def updated(self, state, update):
+            losses.setdefault(update.step, []).append(update.metrics.loss_sum)
+            return update
+
+    whole = follow(backend, run, data, backend.state(), [Losses()])
+    half = follow(backend, run, replace(data, span=replace(data.span, last=1)), backend.state(), [Losses()])
+    assert half.step == 1
+    resumed = follow(backend, run, data, half, [Losses()])
+    assert all(len(found) == 2 and found[0] == found[1] for found in losses.values())
+    assert len({found[0] for found in losses.values()}) == 3  # control: other batches give other losses
+    assert all(np.array_equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_an_unused_checkpoint_of_arrays_is_what_is_saved(prepared, tmp_path: Path):
+    run, data, backend = prepared
+    saving = Saving(tmp_path, run.recipe, data.identity, due=Due(5, last=3), is_leader=True)
+    follow(backend, run, data, backend.state(), [saving])
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    loaded: Checkpoint = checkpoint.load(path, run)
+    assert loaded.step == 3
+    assert all((weight[...] == 6.0).all() for weight in loaded.weights.values())

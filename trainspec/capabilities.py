@@ -1,0 +1,158 @@
+"""What a backend can do, as data that it declares, and the checks that read it: plans are refused here, in one line.
+
+The declarations are objects, one file each in `trainspec/backends/`. No check asks for a backend's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from trainspec.cost import Cost
+from trainspec.errors import PlanError
+from trainspec.model import ModelSpec
+from trainspec.params import Param
+from trainspec.pipeline import stages_of
+from trainspec.plan import Backend, Plan, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """Plans that a backend does not run: those that meet everything given here. None or empty asks for nothing.
+
+    `refusal` is the sentence for the user, with the nearest plan that works. In it `{plan.KEY}` and `{policy}` stand
+    for the plan's and the recipe's, and `{fsdp_of_all}` for `fsdp` with the devices of the pipeline added.
+    """
+
+    refusal: str
+    pipelined: bool | None = None
+    replicated: bool | None = None
+    precisions: tuple[Policy, ...] = ()
+    schedules: tuple[str, ...] = ()
+    shards: tuple[str, ...] = ()
+
+    def meets(self, plan: Plan, policy: Policy) -> bool:
+        """Whether it is a limit for this plan and precision."""
+        return (
+            self.pipelined in (None, plan.pipe > 1)
+            and self.replicated in (None, plan.replicas > 1)
+            and policy in (self.precisions or (policy,))
+            and plan.schedule in (self.schedules or (plan.schedule,))
+            and plan.shards in (self.shards or (plan.shards,))
+        )
+
+    def told(self, plan: Plan, policy: Policy) -> str:
+        """The refusal of this plan."""
+        return self.refusal.format(plan=plan, policy=policy, fsdp_of_all=plan.fsdp * plan.pipe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """One backend.
+
+    - `name`: as `parity --left NAME` and a recipe's messages have it; `program` is its command and its package.
+    - `limits`: plans and precisions that it does not run; the first that is met is told.
+    - `pads_shards`: whether a size that `fsdp` does not divide is padded, or refused.
+    - `idle_first_stage`: why a pipeline whose stage 0 trains nothing is refused, with `{plan.KEY}`; None: it runs.
+    - `lockstep_schedules`: of these a stage makes a forward and a backward pass in every slot pair, and waits for either.
+    - `has_process_per_device`: whether a launcher starts a process for each device of the plan, or one has them all.
+    - `cost`: the arithmetic of bytes held and sent.
+    """
+
+    name: Backend
+    program: str
+    limits: tuple[Limit, ...]
+    pads_shards: bool
+    idle_first_stage: str | None
+    lockstep_schedules: tuple[str, ...]
+    has_process_per_device: bool
+    cost: type[Cost]
+
+
+def check_supported(plan: Plan, policy: Policy, backend: Capabilities) -> None:
+    """The support matrix: refuse, in one line with the nearest plan that works, what a backend cannot do."""
+    if plan.pipe == 1 and plan.microbatches > 1:
+        raise PlanError(
+            f"plan.microbatches={plan.microbatches}: there is no pipeline with plan.pipe=1; "
+            "use plan.pipe=2 or more, or plan.microbatches=1"
+        )
+    if plan.shards != "nothing" and plan.fsdp == 1:
+        way_out = f"use plan.fsdp={plan.data} plan.data=1" if plan.data > 1 else "use plan.shards=nothing"
+        raise PlanError(f"plan.shards={plan.shards}: nothing to split over with plan.fsdp=1; {way_out}")
+    for limit in backend.limits:
+        if limit.meets(plan, policy):
+            raise PlanError(limit.told(plan, policy))
+
+
+def check_fits(
+    plan: Plan, model: ModelSpec, *, global_examples: int, accumulation: int, backend: Capabilities
+) -> None:
+    """Refuse a plan that does not divide the model or the batch, in one line with sizes that would."""
+    for name in ("heads", "kv_heads", "mlp", "vocab"):
+        size = getattr(model, name)
+        if size % plan.tensor:
+            raise PlanError(
+                f"plan.tensor={plan.tensor} cannot split {name}={size} of {model.name}; {_choose('tensor', model)}"
+            )
+    if not backend.pads_shards and plan.shards != "nothing" and model.embed % plan.fsdp:
+        raise PlanError(
+            f"plan.fsdp={plan.fsdp} cannot split embed={model.embed} of {model.name}; "
+            f"use a divisor of {model.embed}, or plan.data"
+        )
+    _check_stages(plan, model)
+    parts = accumulation * plan.microbatches * plan.replicas
+    if global_examples % parts:
+        microbatches = f" × plan.microbatches={plan.microbatches}" if plan.microbatches > 1 else ""
+        raise PlanError(
+            f"batch.global_examples={global_examples} cannot be split into {parts} equal parts "
+            f"(batch.accumulation={accumulation}{microbatches} × plan.data={plan.data} × plan.fsdp={plan.fsdp}); "
+            f"use batch.global_examples={parts * -(-global_examples // parts)}"
+            f"{', or fewer plan.microbatches' if microbatches else ''}"
+        )
+
+
+def check_trains(plan: Plan, model: ModelSpec, trained: Iterable[Param], backend: Capabilities) -> None:
+    """Refuse a pipeline whose first stage trains nothing, where the backend cannot run one."""
+    if backend.idle_first_stage and all(0 not in stages_of(param, plan, model) for param in trained):
+        raise PlanError(backend.idle_first_stage.format(plan=plan))
+
+
+def expected_bubble(plan: Plan, microbatches: int, backend: Capabilities) -> Fraction:
+    """What `bubble` of a backend's schedule must be.
+
+    (S - 1) / (V M + S - 1) for S stages with V model chunks each and M microbatches; in lockstep 2 (S - 1) / (M + 2 (S - 1)).
+    """
+    idle = plan.pipe - 1
+    if plan.schedule in backend.lockstep_schedules:
+        return Fraction(2 * idle, microbatches + 2 * idle)
+    return Fraction(idle, plan.pieces * microbatches + idle)
+
+
+def _check_stages(plan: Plan, model: ModelSpec) -> None:
+    pieces, layers = plan.pipe * plan.pieces, model.layers
+    if pieces > layers:
+        fewer = layers // plan.pipe
+        if plan.pieces == 1:
+            way_out = f"plan.pipe can be at most {layers}"
+        elif fewer == 0:
+            way_out = f"plan.pipe × plan.chunks can be at most {layers}"
+        else:
+            way_out = f"use plan.chunks={fewer}" if fewer > 1 else "use plan.schedule=1f1b"
+        held = f" × plan.chunks={plan.chunks}" if plan.pieces > 1 else ""
+        raise PlanError(
+            f"plan.pipe={plan.pipe}{held} cuts {model.name}, which has {layers} layers, into {pieces} pieces; {way_out}"
+        )
+    # A stage comes back to a group of microbatches as soon as the last stage is through with it.
+    if plan.pieces > 1 and plan.microbatches % plan.pipe:
+        fits = plan.pipe * -(-plan.microbatches // plan.pipe)
+        raise PlanError(
+            f"plan.schedule=interleaved takes microbatches in groups of plan.pipe={plan.pipe}, not "
+            f"{plan.microbatches}; use plan.microbatches={fits}"
+        )
+
+
+def _choose(axis: str, model: ModelSpec) -> str:
+    sizes = (model.heads, model.kv_heads, model.mlp, model.vocab)
+    fits = [n for n in range(1, min(sizes) + 1) if all(size % n == 0 for size in sizes)]
+    return f"plan.{axis} can be {', '.join(map(str, fits))}"

@@ -1,0 +1,22 @@
+"""What a user asks of a training run besides its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainspec.trace import TraceRequest
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Where a run's files go, whether it leaves a trace, and whether it resumes.
+
+    With `resume` it starts from the newest checkpoint in `out`; `allow` names what may be another than that was made with.
+    """
+
+    out: Path
+    trace: TraceRequest | None = None
+    resume: bool = False
+    allow: Collection[str] = ()

@@ -1,0 +1,29 @@
+"""What a run reads: its examples, how long it is, and what its contents are known by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from trainspec.data import Dataset, open_dataset
+from trainspec.identity import Identity, identity_of
+from trainspec.recipe import Span
+from trainspec.run import Run
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The datasets of a run (`heldout` where the recipe names one), its length, and its identity."""
+
+    train: Dataset
+    heldout: Dataset | None
+    span: Span
+    identity: Identity
+
+
+def open_data(run: Run) -> tuple[Run, RunData]:
+    """What the run reads, and the run with its number of updates in place of its epochs. Raises DataError."""
+    train = open_dataset(run, "train")
+    heldout = open_dataset(run, "heldout") if run.recipe.data.heldout else None
+    span = run.recipe.span(lambda: train.rows)
+    data = RunData(train, heldout, span, identity_of(run, train))
+    return replace(run, recipe=run.recipe.spanning(span)), data
