@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainspec.model import PRESETS
+from trainspec.families import PRESETS
 from trainspec.pipeline import Timeline, Work, bubble, expected_bubble
 from trainspec.plan import Backend, Plan
 from trainspec.recipe import Recipe

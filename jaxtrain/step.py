@@ -19,8 +19,10 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
+from jaxtrain.decoder import Decoder
+from jaxtrain.layers import wide
 from jaxtrain.methods import attach
-from jaxtrain.model import Llama, build_model, wide
+from jaxtrain.model import build_model
 from jaxtrain.optim import Moments, Rates, Weights, clip, global_norm, make_optimizer, rates
 from jaxtrain.parallel import Layout, constrained, make_mesh
 from jaxtrain.passes import passes_of
@@ -252,7 +254,7 @@ class Program:
         """Zeros, where the optimizer's part of the state is."""
         return jax.jit(lambda weights: self._placed(self.optimizer.init(weights)))(stored)
 
-    def _in_use(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Llama:
+    def _in_use(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Decoder:
         """The model with these weights: a trained one has a slot, and all have their places; constants are as they are.
 
         `piece` [L] says which of its pieces each layer of a stack is, where a stack has several.

@@ -34,7 +34,7 @@ from trainspec.errors import NonFiniteLossError, TraceError
 from trainspec.hf import resolve_model, write_model
 from trainspec.loop import Backend, Metrics
 from trainspec.methods import trainable_table
-from trainspec.model import config_of
+from trainspec.model_config import config_of
 from trainspec.params import param_table
 from trainspec.plan import Plan
 from trainspec.recipe import ModelSource, Recipe, load_recipe

@@ -10,11 +10,14 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from trainspec.families import PRESETS
 from trainspec.hf import write_model
 from trainspec.init import initial_value
-from trainspec.model import PRESETS, LinearScaling, Llama3Scaling, ModelSpec, config_of
+from trainspec.model import ModelSpec
+from trainspec.model_config import config_of
 from trainspec.params import Normal, param_table
 from trainspec.recipe import Recipe
+from trainspec.rope import LinearScaling, Llama3Scaling
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "configs/data/text-train.txt"

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from torchtrain.engine import Engine, Inputs, Microbatches, Store, Stored
 from torchtrain.launch import check_gpus, count_processes, describe_cluster
@@ -162,7 +162,7 @@ def _peers(ranks: NDArray[Any], axis: int) -> Peers:
 
 
 def make_engine(
-    recipe: Recipe, spec: ModelSpec, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, *, mesh: Mesh
+    recipe: Recipe, spec: ModelSpec, model: PreTrainedModel, optimizer: torch.optim.AdamW, *, mesh: Mesh
 ) -> Engine:
     """DeepSpeed's engine, or its pipeline's; for fp64, which DeepSpeed has not, plain torch with the same arithmetic."""
     parts = {p.name for p in trainable_table(spec, recipe.method) if any(map(is_split, p.axes))}
@@ -183,7 +183,7 @@ class _WholeStore:
     """Each replica has all of the state of its layers; of the rows named by `parts` each tensor peer has a part."""
 
     def __init__(
-        self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, tensor: Peers, *, parts: Set[str]
+        self, model: PreTrainedModel, optimizer: torch.optim.AdamW, tensor: Peers, *, parts: Set[str]
     ) -> None:
         self._model, self._optimizer, self._tensor, self._parts = model, optimizer, tensor, parts
 
@@ -227,7 +227,7 @@ class _PlainEngine:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         optimizer: torch.optim.AdamW,
         store: Store,
         mesh: Mesh,

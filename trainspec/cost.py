@@ -10,15 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainspec.families import family_of
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.pipeline import stack_order, stages_of
 from trainspec.plan import COMPUTE_DTYPE, STORED_DTYPE, Backend, Part, Plan, Policy, local_size
 from trainspec.recipe import Recipe
-
-# What reads the residual stream first in a layer.
-_STREAM_READERS = ("input_layernorm", "q_proj", "k_proj", "v_proj")
 
 
 def width(dtype: str) -> int:
@@ -196,7 +194,8 @@ class Cost:
             return 1 if param.role == "embedding" and not is_tied else 2
         if any("virtual" in p.axes and "embed" in p.axes for p in self.trained):
             return 1 if param.role == "embedding" and param in self.frozen else 2
-        starts = param.role == "embedding" or (param.layer == 0 and param.module.endswith(_STREAM_READERS))
+        readers = family_of(self.model).stream_readers
+        starts = param.role == "embedding" or (param.layer == 0 and param.module.endswith(readers))
         return 1 if starts and param in self.frozen else 2
 
 

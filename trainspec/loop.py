@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from trainspec import checkpoint
 from trainspec.accelerators import Devices
+from trainspec.causal import causal_order
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch, Dataset, open_dataset
 from trainspec.hf import model_notes, resolve_model
@@ -156,7 +157,7 @@ def train(
     if trace:
         start = backend.weights_of(state, frozen=True)
         if writer:
-            writer.initial(start)
+            writer.initial(start, causal_order(spec, recipe.method))
     last = span.last
     with (
         Reporter(out, backend=name, steps=last, resumed_at=state.step) if is_leader else Silent()

@@ -11,7 +11,8 @@ import numpy as np
 
 from trainspec.data import IGNORED, Batch
 from trainspec.methods import PEFT_PREFIX
-from trainspec.model import LinearScaling, Llama3Scaling, ModelSpec
+from trainspec.model import ModelSpec
+from trainspec.rope import LinearScaling, Llama3Scaling
 
 
 def documents(batch: Batch):

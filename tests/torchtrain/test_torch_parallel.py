@@ -15,8 +15,8 @@ from torchtrain.step import init_state, moments_of, train_step, weights_of
 from torchtrain.zero import deepspeed_config
 from trainspec.data import open_dataset
 from trainspec.errors import PlanError
+from trainspec.families import PRESETS
 from trainspec.hf import resolve_model
-from trainspec.model import PRESETS
 from trainspec.recipe import Precision, Recipe
 
 FULL = {"kind": "full"}

@@ -1,0 +1,8 @@
+"""The forward pass of every family of `trainspec.families`, by its name there."""
+
+from __future__ import annotations
+
+from jaxtrain.decoder import Decoder
+from jaxtrain.families.llama import Llama
+
+FAMILIES: dict[str, type[Decoder]] = {"llama": Llama}
