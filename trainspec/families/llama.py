@@ -43,6 +43,7 @@ class Llama(Family):
     # Checkpoints converted before transformers 4.28 spell it in the second way.
     architectures = ("LlamaForCausalLM", "LLaMAForCausalLM")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    fields: ClassVar[type[DecoderFields]] = _Fields
     within_layer: ClassVar[tuple[str, ...]] = (
         "input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "attention_adapter", "attention",
         "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp_adapter", "mlp", "block",
@@ -128,7 +129,7 @@ class Llama(Family):
 
     def notes(self, config: dict[str, Any], *, where: str) -> list[str]:
         """Rotary settings, code of its own, a padding token that is none."""
-        return decoder_notes(config, checked(_Fields, config, where), title=self.title, where=where)
+        return decoder_notes(config, checked(self.fields, config, where), title=self.title, where=where)
 
     def exported(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
         """Nulls that transformers 5 does not take are left out."""
