@@ -6,9 +6,10 @@ from typing import Any
 
 from torchtrain.families.anatomy import Anatomy
 from torchtrain.families.llama import Llama
+from torchtrain.families.qwen3 import Qwen3
 from trainspec.families import FAMILIES as NEUTRAL
 
-FAMILIES: dict[str, Anatomy] = {"llama": Llama()}
+FAMILIES: dict[str, Anatomy] = {"llama": Llama(), "qwen3": Qwen3()}
 
 
 def anatomy_of(model: Any) -> Anatomy:

@@ -8,9 +8,10 @@ from trainspec.errors import ModelError, nearest
 from trainspec.families.config import said
 from trainspec.families.family import Family
 from trainspec.families.llama import Llama
+from trainspec.families.qwen3 import Qwen3
 from trainspec.model import ModelSpec
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Llama(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Llama(), Qwen3())}
 
 PRESETS: dict[str, ModelSpec] = {
     name: spec for family in FAMILIES.values() for name, spec in family.presets.items()
