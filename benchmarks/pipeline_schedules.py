@@ -23,7 +23,7 @@ from typing import Any
 
 from trainspec.backends import BACKENDS
 from trainspec.capabilities import expected_bubble
-from trainspec.model import PRESETS
+from trainspec.families import PRESETS
 from trainspec.pipeline import Timeline, Work, bubble
 from trainspec.plan import Backend, Plan
 from trainspec.recipe import Recipe

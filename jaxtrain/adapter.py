@@ -13,7 +13,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from jaxtrain.model import Build, Dim, Linear, Llama, wide
+from jaxtrain.decoder import Decoder
+from jaxtrain.layers import Build, Dim, Linear, wide
 from trainspec.methods import Adapter
 from trainspec.model import ModelSpec
 
@@ -47,7 +48,7 @@ def _act(activation: Literal["relu", "gelu", "silu"], x: Array) -> Array:
             assert_never(other)
 
 
-def attach_adapters(model: Llama, spec: ModelSpec, method: Adapter) -> None:
+def attach_adapters(model: Decoder, spec: ModelSpec, method: Adapter) -> None:
     """Two adapters for each layer of `model`."""
     model.layers.attention_adapter = nnx.data(Bottleneck(spec, method, build=model.build))
     model.layers.mlp_adapter = nnx.data(Bottleneck(spec, method, build=model.build))

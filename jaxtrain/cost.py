@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.stages import Lowered
 
-from jaxtrain.model import wide
+from jaxtrain.layers import wide
 from jaxtrain.optim import rates
 from jaxtrain.step import State
 from trainspec.cost import Collective

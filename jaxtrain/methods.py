@@ -11,8 +11,9 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.adapter import attach_adapters
+from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutKey, DropoutPoint, dropped
-from jaxtrain.model import Linear, Llama, abstract, wide
+from jaxtrain.layers import Linear, abstract, wide
 from jaxtrain.tensor import matmul
 from jaxtrain.virtual import attach_prefix, attach_prompt
 from jaxtrain.weights import Order, native_module
@@ -56,7 +57,7 @@ class LoRALinear(Linear):
 
 
 def attach(
-    model: Llama, spec: ModelSpec, method: Method, *, seed: int, order: Order
+    model: Decoder, spec: ModelSpec, method: Method, *, seed: int, order: Order
 ) -> dict[str, np.ndarray]:
     """Change `model` in place and return the method's constants by native name (dropout keys), stacks in `order`.
 
@@ -80,7 +81,7 @@ def attach(
 
 
 def _attach_lora(
-    model: Llama, spec: ModelSpec, method: LoRA, *, seed: int, order: Order
+    model: Decoder, spec: ModelSpec, method: LoRA, *, seed: int, order: Order
 ) -> dict[str, np.ndarray]:
     """A module that is adapted in some layers only has A and B in all of them, zero where it is not: both gradients
     are then zero, so they stay zero.

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 
 from jaxtrain.activations import Probes, Tap, zero_probes
 from jaxtrain.dropout import DropoutPoint
+from jaxtrain.layers import VirtualTokens, wide
 from jaxtrain.loss import token_loss
-from jaxtrain.model import VirtualTokens, wide
 from jaxtrain.optim import Weights
 from jaxtrain.parallel import Layout, constrained
 from jaxtrain.pipeline import (

@@ -22,9 +22,10 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jaxtrain.activations import Probes, Tap, zero_probes
+from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
+from jaxtrain.layers import VirtualTokens
 from jaxtrain.loss import token_loss
-from jaxtrain.model import Llama, VirtualTokens
 from jaxtrain.optim import Weights
 from jaxtrain.parallel import Layout
 from jaxtrain.tensor import chosen
@@ -105,7 +106,7 @@ def timeline(plan: Plan, microbatches: int) -> Timeline:
 class Merge(Protocol):
     """Gives the model with weights, and with slots for those that are trained (`tensor.Weight`), by native name."""
 
-    def __call__(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Llama:
+    def __call__(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Decoder:
         """`piece` [K] for stacks that have several pieces behind the layers."""
         ...
 

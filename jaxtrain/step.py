@@ -15,9 +15,11 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
+from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
+from jaxtrain.layers import wide
 from jaxtrain.methods import attach
-from jaxtrain.model import Llama, build_model, wide
+from jaxtrain.model import build_model
 from jaxtrain.optim import Moments, Rates, Weights, clip, global_norm, make_optimizer, rates
 from jaxtrain.parallel import Layout, constrained, make_mesh
 from jaxtrain.passes import passes_of
@@ -204,7 +206,7 @@ class Program:
         self.evaluate = jax.jit(self._evaluate)
         self.logits = jax.jit(self._logits)
 
-    def _in_use(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Llama:
+    def _in_use(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Decoder:
         """The model with these weights: a trained one has a slot, and all have their places; constants are as they are.
 
         `piece` [L] says which of its pieces each layer of a stack is, where a stack has several.

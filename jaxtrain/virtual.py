@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutKey, dropped
-from jaxtrain.model import VIRTUAL, Build, Dim, Linear, Llama, VirtualTokens, abstract
+from jaxtrain.layers import VIRTUAL, Build, Dim, Linear, VirtualTokens, abstract
 from jaxtrain.optim import Weights
 from jaxtrain.tensor import matmul_transposed, read, shift
 from jaxtrain.weights import Order
@@ -67,7 +68,7 @@ def _with_leading(row_N: Array, x: Array) -> Array:
 
 
 def attach_prompt(
-    model: Llama, spec: ModelSpec, method: PromptTuning | PTuning, *, seed: int
+    model: Decoder, spec: ModelSpec, method: PromptTuning | PTuning, *, seed: int
 ) -> dict[str, np.ndarray]:
     """Let `model` put the encoder's rows in front of what it embeds; returns the constants of its dropout, if any."""
     encoder = PromptEncoder(spec, method, build=model.build)
@@ -78,7 +79,7 @@ def attach_prompt(
     return {f"{name}.dropout_key": np.array(name_key(seed, "dropout", name), np.uint32)}
 
 
-def attach_prefix(model: Llama, spec: ModelSpec, method: PrefixTuning, *, order: Order) -> None:
+def attach_prefix(model: Decoder, spec: ModelSpec, method: PrefixTuning, *, order: Order) -> None:
     """Give every layer's attention the encoder's keys and values, those of a stack in `order`."""
     model.prompt_encoder = nnx.data(PrefixEncoder(spec, method, order=order, build=model.build))
 

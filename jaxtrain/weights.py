@@ -1,8 +1,8 @@
 """Canonical weights to native ones and back: every transpose and every stacking of layers lives here.
 
-Native names are paths of the nnx model: `layers.self_attn.q_proj.kernel` is [L, in, out] and stands for
-`model.layers.{i}.self_attn.q_proj.weight`, each [out, in]. The weights of an LSTM and of embeddings are as they are. Which layer is where in a stack, `order` says
-(`trainspec.pipeline.stack_order`): a place without a layer holds zeros.
+Native names are paths of the nnx model: `layers.MODULE.kernel` is [L, in, out] and stands for
+`model.layers.{i}.MODULE.weight`, each [out, in]. The weights of an LSTM and of embeddings are as they are. Which layer is where
+in a stack, `order` says (`trainspec.pipeline.stack_order`): a place without a layer holds zeros.
 """
 
 from __future__ import annotations

@@ -23,8 +23,6 @@ from parity.phases import (
     TENSOR_PHASES,
     Phase,
     Place,
-    forward_key,
-    in_order,
 )
 from parity.tolerance import Bounds, Contrast, largest
 
@@ -70,7 +68,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every finding in causal order, over `steps` updates that both sides made; `notes` are those of the bounds."""
+    """Every finding in causal order, over `steps` updates that both sides made; `notes` are those of the bounds, and what
+    the traces do not say."""
 
     steps: int
     findings: tuple[Finding, ...]
@@ -115,7 +114,8 @@ def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = N
     findings = [_judge(place, pair, bounds) for place in places(pair)]
     findings += _nothing_shown(pair, findings)
     findings += ending(pair.steps, stopped or {})
-    return Comparison(pair.common_steps, tuple(findings), tuple(bounds.notes))
+    notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")))
+    return Comparison(pair.common_steps, tuple(findings), notes)
 
 
 def ending(steps: tuple[int, int], stopped: Mapping[str, str]) -> Iterator[Finding]:
@@ -132,13 +132,13 @@ def ending(steps: tuple[int, int], stopped: Mapping[str, str]) -> Iterator[Findi
 
 def places(pair: Pair) -> Iterator[Place]:
     """Every place of the two runs in causal order: the starting weights, then step by step, phase by phase."""
-    for name in in_order(pair.names(0, "weight"), backward=False):
+    for name in pair.structure.in_order(pair.names(0, "weight"), backward=False):
         yield Place(0, INITIAL.name, name)
     for step in range(1, pair.common_steps + 1):
         for backward, phases in groupby(STEP_PHASES, key=lambda phase: phase.backward):
             found = [(phase, name) for phase in phases for name in _tensors(pair, step, phase)]
             if backward:  # one pass: a layer's activations, then its weights, then the layer before
-                found.sort(key=lambda each: forward_key(each[1]), reverse=True)
+                found.sort(key=lambda each: pair.structure.key(each[1]), reverse=True)
             for phase, name in found:
                 yield Place(step, phase.name, name)
 
@@ -154,12 +154,13 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
             return list(ROW_TENSORS[phase.name])
         case "optional":
             recorded = [any(k.startswith(f"{phase.name}/") for k in keys) for keys in pair.keys(step)]
-            return in_order(pair.names(step, phase.name), backward=phase.backward) if all(recorded) else []
+            names = pair.names(step, phase.name) if all(recorded) else set()
+            return pair.structure.in_order(names, backward=phase.backward)
         case _:
             trained = set().union(*(pair.names(step, each.name) for each in TENSOR_PHASES))
             # Step 1 says what is trained: a tensor that is later gone from both sides is missing, too.
             first = set().union(*(pair.names(1, each.name) for each in TENSOR_PHASES))
-            return in_order(trained | first, backward=phase.backward) or ["every tensor"]
+            return pair.structure.in_order(trained | first, backward=phase.backward) or ["every tensor"]
 
 
 def _batch_tensors(found: set[str]) -> list[str]:

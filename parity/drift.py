@@ -5,8 +5,8 @@ what passes through it by that share, once forward and once backward, and nothin
 gradient's relative movement is at most 2 · sum of d over all modules. A bias is measured against its weight (behind a
 norm the input has unit size, so |bias| compares with |weight|). A pair of matrices whose product is added to something
 else is measured against that: LoRA's against the matrix, a bottleneck adapter's against the identity, with norm sqrt(E);
-its outer bias against the projection that it stands behind. The gradient of one of a pair is proportional to the other
-one: that partner's own relative distance comes on top.
+its biases against the projection that it stands after, or its own matrices where the traces do not tell which that is. The
+gradient of one of a pair is proportional to the other one: that partner's own relative distance comes on top.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ Array = NDArray[Any]
 Weights = dict[str, tuple[Array, Array]]
 # The ends of the names of both halves of a pair.
 INNER, OUTER = (".lora_A.weight", "_adapter.down.weight"), (".lora_B.weight", "_adapter.up.weight")
-# The projection whose output a bottleneck adapter is given.
-_BEHIND = {"attention_adapter": "self_attn.o_proj", "mlp_adapter": "mlp.down_proj"}
 _ADAPTER = re.compile(r"(attention_adapter|mlp_adapter)\.(down|up)$")
 
 
@@ -73,7 +71,7 @@ def _size_beside(pair: Pair, name: str, weights: Weights) -> float:
     if adapter := _ADAPTER.search(module):
         if name.endswith(".weight"):
             return math.sqrt(weights[name][0].shape[1 if adapter.group(2) == "down" else 0])
-        module = _ADAPTER.sub(_BEHIND[adapter.group(1)], module)
+        module = pair.structure.projection_before(name) or module
     for base in (f"{module}.weight", module):
         if base in weights:
             return _norm(weights[base][0])

@@ -135,6 +135,7 @@ class MeasuredBounds:
         forward, whole = path_roundings(
             shapes,
             rows.shape if rows is not None and rows.ndim == 2 else (1, 1),
+            structure=pair.structure,
             stored=self._unit,
             summed=self._summed,
         )

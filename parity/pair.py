@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.structure import Structure
 from trainspec.errors import TraceError
 from trainspec.trace import Trace
 
@@ -34,6 +36,11 @@ class Pair:
     def common_steps(self) -> int:
         """How many updates both sides recorded."""
         return min(self.steps)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What the traces say of the names in them."""
+        return Structure(*(trace.causal_order() for trace in self.traces))
 
     def keys(self, step: int) -> tuple[frozenset[str], frozenset[str]]:
         """The tensor keys of each side at `step`; step 0 stands for the starting weights."""

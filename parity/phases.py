@@ -1,12 +1,9 @@
-"""The places of a comparison in causal order: what a run does first comes first."""
+"""The phases of a comparison in causal order: what a run does first comes first."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
-
-from trainspec.methods import ENCODER, PEFT_PREFIX
 
 Kind = Literal["initial", "batch", "row", "tensor", "optional", "derived"]
 
@@ -53,18 +50,6 @@ ROW_TENSORS = {
     "lr": ("lr",),
 }
 
-# The order of modules within one decoder layer, as data flows; what is not listed comes last, by name.
-_WITHIN_LAYER = (
-    "input_layernorm", "q_proj", "k_proj", "v_proj", "query_key_value", "o_proj", "dense", "attention_adapter",
-    "attention", "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp_adapter", "mlp", "block",
-)  # fmt: skip
-# The parts of an encoder of virtual tokens, likewise; it comes before everything that sees them.
-_WITHIN_ENCODER = ("embedding", "lstm_head", "mlp_head", "transform")
-_LSTM_LAYER = re.compile(r"_l(\d+)(?:_reverse)?$")
-# Activation points outside of the layers; the stream is made by the weights before it.
-_POINTS = ("embedding", "norm", "logits")
-_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)(?:\.|$)")
-
 
 @dataclass(frozen=True)
 class Place:
@@ -76,27 +61,3 @@ class Place:
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.phase}, {self.tensor}"
-
-
-def forward_key(name: str) -> tuple[int, int, int, str]:
-    """Sorts canonical names and activation points as data flows: encoder, embedding, layers in order, norm, head.
-
-    A point comes behind the weights that make it: `layers.0.mlp` behind those of `model.layers.0.mlp.down_proj`.
-    """
-    plain = name.removeprefix(PEFT_PREFIX)
-    if plain.startswith(f"{ENCODER}."):
-        part, lstm = plain.split(".")[1], _LSTM_LAYER.search(plain)
-        rank = _WITHIN_ENCODER.index(part) if part in _WITHIN_ENCODER else len(_WITHIN_ENCODER)
-        return -1, rank, int(lstm.group(1)) if lstm else 0, plain
-    layer = _LAYER.search(plain)
-    if layer:
-        parts = plain[layer.end() :].split(".")
-        ranks = [_WITHIN_LAYER.index(part) for part in parts if part in _WITHIN_LAYER]
-        return 1, int(layer.group(1)), ranks[-1] if ranks else len(_WITHIN_LAYER), plain
-    before, head = "embed" in plain or "wte" in plain, "head" in plain or "logits" in plain
-    return (0 if before else 2), 0, 2 * head + (plain in _POINTS), plain
-
-
-def in_order(names: set[str], *, backward: bool) -> list[str]:
-    """`names` as the pass visits them: first to last layer, or the reverse."""
-    return sorted(names, key=forward_key, reverse=backward)

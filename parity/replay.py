@@ -35,7 +35,7 @@ from trainspec.contract import Backend, Metrics
 from trainspec.data import open_dataset
 from trainspec.errors import NonFiniteLossError, TraceError
 from trainspec.hf import write_model
-from trainspec.model import config_of
+from trainspec.model_config import config_of
 from trainspec.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
 from trainspec.run import Run

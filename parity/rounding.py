@@ -43,6 +43,7 @@ from parity.adam import clip_condition, fit_moment, fit_update, float64_sides, g
 from parity.drift import network_drift, partner_drift
 from parity.pair import Pair, as_float64
 from parity.phases import Place
+from parity.structure import Structure
 from parity.tolerance import (
     EXACT_PHASES,
     SAME_DOUBLE,
@@ -98,6 +99,7 @@ class RoundingBounds:
         self._forward, self._whole = path_roundings(
             shapes,
             rows.shape if rows is not None and rows.ndim == 2 else (1, 1),
+            structure=pair.structure,
             stored=self._stored,
             summed=self._summed,
         )
@@ -220,7 +222,12 @@ class RoundingBounds:
 
 
 def path_roundings(
-    shapes: Mapping[str, tuple[int, ...]], rows: tuple[int, ...], *, stored: float, summed: float
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: tuple[int, ...],
+    *,
+    structure: Structure,
+    stored: float,
+    summed: float,
 ) -> tuple[float, float]:
     """Squared relative error (u² k²) of the forward pass alone, and of forward and backward pass to a gradient.
 
@@ -228,7 +235,7 @@ def path_roundings(
     norm over its width; attention's scores sum over a head, its softmax and its values over the sequence; the
     head's softmax over the vocabulary; a weight's own gradient over the tokens of the batch (`rows` is
     [examples, sequence_tokens]). Matrices that work side by side are counted one after another: an over-estimate.
-    Virtual tokens make the sequence longer, and their encoder's matrices stand before all others.
+    What is an embedding, and how many layers of attention there are, `structure` says. Virtual tokens make the sequence longer, and their encoder's matrices stand before all others.
     """
     encoder = {name: shape for name, shape in shapes.items() if name.startswith(f"{ENCODER}.")}
     model = {name: shape for name, shape in shapes.items() if name not in encoder}
@@ -236,8 +243,8 @@ def path_roundings(
     examples, sequence = rows[0], rows[1] + virtual
     widths = [shape[0] for shape in model.values() if len(shape) == 1]
     width, vocab = max(widths, default=1), vocabulary(model)
-    layers = sum(name.endswith("q_proj.weight") for name in model)
-    matrices = [s for name, s in model.items() if len(s) == 2 and not name.endswith("embed_tokens.weight")]
+    layers = structure.num_layers(model)
+    matrices = [s for name, s in model.items() if len(s) == 2 and structure.role(name) != "embedding"]
     encoded = _in_encoder(encoder, virtual)
     forward = [shape[1] for shape in (*encoded, *matrices)] + widths
     forward += layers * [width, sequence, sequence] + [vocab]

@@ -20,9 +20,11 @@ from trainspec.adapters import write_adapter
 from trainspec.hf import write_model
 from trainspec.init import initial_value
 from trainspec.methods import Adapter, Full, LoRA, Method, PrefixTuning, PromptTuning, PTuning, adapter_table
-from trainspec.model import Llama3Scaling, ModelSpec, config_of
+from trainspec.model import ModelSpec
+from trainspec.model_config import config_of
 from trainspec.params import Normal, Param, Zeros, param_table
 from trainspec.recipe import Recipe
+from trainspec.rope import Llama3Scaling
 
 # Sizes that hide nothing: grouped kv heads, a head size that is not embed / heads, a theta that is not the usual
 # 10000, and square key and value projections, whose transpose has the right shape.

@@ -60,11 +60,14 @@ def of_transformers(case: dict[str, Any]) -> np.ndarray:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     from transformers.models.llama import modeling_llama
+    from transformers.models.qwen3 import modeling_qwen3
 
     dtype = getattr(torch, case["dtype"])
     if dtype == torch.float64:
         modeling_llama.LlamaRMSNorm.forward = _norm64
         modeling_llama.LlamaRotaryEmbedding.forward = _rotary64
+        modeling_qwen3.Qwen3RMSNorm.forward = _norm64
+        modeling_qwen3.Qwen3RotaryEmbedding.forward = _rotary64
     model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype, attn_implementation="sdpa")
     if case["adapter"]:
         torch.set_default_dtype(dtype)  # in which PEFT makes what it then loads into

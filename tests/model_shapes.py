@@ -1,4 +1,4 @@
-"""Six small Llama directories of different shapes, made by transformers' own `save_pretrained` and a few edits.
+"""Six small Llama directories and one Qwen3 of different shapes, made by transformers' own `save_pretrained` and a few edits.
 
 Nothing of ours makes the models: what reads them can be judged by transformers alone.
 """
@@ -12,14 +12,23 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from small import write_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-SHAPES = ("tied", "untied", "own-head", "sharded", "stale-index", "bf16")
+SHAPES = ("tied", "untied", "own-head", "sharded", "stale-index", "bf16", "qwen3")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def small_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> LlamaForCausalLM:
     """Random weights, biases and norms too; `changes` are those of its LlamaConfig."""
+    return _drawn(LlamaForCausalLM, LlamaConfig, seed, changes).to(dtype)
+
+
+def small_qwen3(*, seed: int = 0, **changes: object) -> Qwen3ForCausalLM:
+    """The same as a Qwen3; `changes` are those of its Qwen3Config."""
+    return _drawn(Qwen3ForCausalLM, Qwen3Config, seed, {"rms_norm_eps": 1e-6} | changes)
+
+
+def _drawn(model_class, config_class, seed: int, changes: dict[str, object]):
     sizes: dict[str, object] = {
         "vocab_size": 320,
         "hidden_size": 32,
@@ -35,11 +44,11 @@ def small_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes:
         "pad_token_id": 0,
     }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))  # type: ignore[arg-type]
+    model = model_class(config_class(**(sizes | changes)))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_((1.0 if "norm" in name else 0.0) + 0.15 * torch.randn(weight.shape))
-    return model.to(dtype)
+    return model
 
 
 def make_model_shapes(root: Path) -> dict[str, Path]:
@@ -67,6 +76,8 @@ def make_model_shapes(root: Path) -> dict[str, Path]:
         "original_max_position_embeddings": 64,
     }
     small_llama(seed=7, rope_parameters=llama3, dtype=torch.bfloat16).save_pretrained(paths["bf16"])
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    small_qwen3(seed=8, rope_parameters=rope, attention_bias=True).save_pretrained(paths["qwen3"])
     for path in paths.values():
         write_tokenizer(path)
     return paths

@@ -8,13 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from trainspec.families import PRESETS
 from trainspec.hf import write_model
 from trainspec.init import initial_value
-from trainspec.model import PRESETS, LinearScaling, Llama3Scaling, ModelSpec, config_of
-from trainspec.params import Normal, param_table
+from trainspec.model import ModelSpec
+from trainspec.model_config import config_of
+from trainspec.params import Normal, Param, param_table
 from trainspec.recipe import Recipe
+from trainspec.rope import LinearScaling, Llama3Scaling
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "configs/data/text-train.txt"
@@ -41,6 +46,7 @@ VARIANTS: dict[str, ModelSpec] = {
     "bias": replace(SMALL, attention_bias=True, mlp_bias=True),
     "linear-rope": replace(SMALL, rope_scaling=LinearScaling(4.0)),
     "llama3-rope": replace(SMALL, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64), max_positions=512),
+    "qwen3": replace(SMALL, family="qwen3", norm_eps=1e-6, rope_theta=1e6, tied_embeddings=True),
 }
 
 
@@ -71,13 +77,19 @@ def write_checkpoint(
     directory: Path, spec: ModelSpec, *, seed: int = 1, shard_bytes: int = 4 * 2**30
 ) -> Path:
     """A Hugging Face directory of `spec` with random weights (biases too) and a tokenizer."""
-    # Biases start at zero by the table; here they get values, so that a forgotten one shows.
-    rows = (replace(p, init=Normal(0.1)) if p.name.endswith("bias") else p for p in param_table(spec))
-    weights = ((p.name, initial_value(p, seed=seed, dtype="float32")) for p in rows)
+    weights = ((p.name, _drawn(p, seed)) for p in param_table(spec))
     config = config_of(spec) | {"dtype": "float32", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     write_model(directory, weights, companions_from=None, config=config, shard_bytes=shard_bytes)
     write_tokenizer(directory)
     return directory
+
+
+def _drawn(param: Param, seed: int) -> NDArray[Any]:
+    """As the table says, but for biases and norms of heads, which get values so that a forgotten one shows."""
+    is_head_norm = "head_dim" in param.axes
+    drawn = replace(param, init=Normal(0.1)) if is_head_norm or param.name.endswith("bias") else param
+    value = initial_value(drawn, seed=seed, dtype="float32")
+    return value + np.float32(1) if is_head_norm else value
 
 
 def recipe_maker(model_dirs: dict[str, Path]) -> Callable[..., Recipe]:

@@ -7,9 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from trainspec.families import FAMILIES, PRESETS
+from trainspec.params import param_table
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trainspec", "jaxtrain", "torchtrain", "parity")
@@ -37,7 +41,7 @@ LAYERS = (
     ("passes",),
     ("methods", "adapter", "virtual", "optim", "parallel", "pipeline", "loss", "zero", "feed", "storage"),
     ("model", "weights"),
-    ("dropout", "activations", "tensor", "engine", "launch"),
+    ("families", "decoder", "layers", "dropout", "activations", "tensor", "engine", "launch"),
 )
 
 # Files that one twin has and the other has not, each with its reason.
@@ -47,6 +51,8 @@ ONE_SIDED_FILES = {
     "jaxtrain/passes.py": "the order of passes is a loop of our own; torch's is DeepSpeed's",
     "jaxtrain/feed.py": "a compiled function takes the whole batch, in torch each process takes its examples",
     "jaxtrain/storage.py": "the state of JAX is arrays, which functions take and give; torch's is in the engine's store",
+    "jaxtrain/decoder.py": "what families have in common; torch's come from Hugging Face",
+    "torchtrain/families/anatomy.py": "Hugging Face's modules are asked where in them is what",
     "torchtrain/launch.py": "a process for every device; in JAX one process has many",
 }
 
@@ -61,14 +67,9 @@ ONE_SIDED = {
         "Recording": "torch has hooks",
         "recorded": "torch has hooks",
     },
-    "jaxtrain/model.py": {
+    "jaxtrain/layers.py": {
         "Linear": "torch's come from Hugging Face",
         "Embedding": "torch's come from Hugging Face",
-        "RMSNorm": "both have one, but Hugging Face's is subclassed, so the parameters differ",
-        "Attention": "torch's come from Hugging Face",
-        "SwiGLU": "torch's come from Hugging Face",
-        "Block": "torch's come from Hugging Face",
-        "Llama": "torch's come from Hugging Face",
         "Dim": "Hugging Face's modules know no logical axes",
         "Build": "Hugging Face's modules know no logical axes",
         "wide": "Hugging Face's modules choose their own",
@@ -81,8 +82,19 @@ ONE_SIDED = {
         "Encoder": "an input of the compiled passes; in torch hooks put them in",
         "in_front": "an input of the compiled passes; in torch hooks put them in",
     },
-    "torchtrain/model.py": {
-        "RMSNorm": "see jaxtrain/model.py",
+    "torchtrain/layers.py": {
+        "RotaryTables": "JAX's is a function, rotary_tables",
+    },
+    "jaxtrain/families/llama.py": {
+        "Attention": "torch's come from Hugging Face",
+        "SwiGLU": "torch's come from Hugging Face",
+        "Block": "torch's come from Hugging Face",
+    },
+    "torchtrain/families/llama.py": {
+        "sizes": "the arguments of Hugging Face's configuration",
+    },
+    "torchtrain/families/__init__.py": {
+        "anatomy_of": "Hugging Face's modules are asked where in them is what",
     },
     "jaxtrain/weights.py": {
         "native_module": "JAX stacks layers under names of its own",
@@ -186,6 +198,7 @@ ONE_SIDED = {
         "Mesh": "JAX has one",
         "RowLinear": "layers are split by hand, in JAX by the compiler",
         "WholeLinear": "layers are split by hand, in JAX by the compiler",
+        "HeadNorm": "layers are split by hand, in JAX by the compiler",
         "VocabEmbedding": "layers are split by hand, in JAX by the compiler",
         "split_layers": "layers are split by hand, in JAX by the compiler",
         "copy_inputs": "layers are split by hand, in JAX by the compiler",
@@ -213,6 +226,13 @@ OTHER_PARAMETERS = {
     "activations.py:by_point": "JAX has layers and microbatches in front, torch a recording for each microbatch",
     "optim.py:make_optimizer": "torch's optimizer holds the parameters it updates",
     "weights.py:from_canonical": "torch's arrays are allocated with the module and filled in place",
+}
+
+
+# Files outside of families/ that say a name of a weight, each with its reason.
+KNOWS_NAMES = {
+    "trainspec/methods.py": "LoRA's default targets, and an example in an error",
+    "parity/tiny.py": "targets of the LoRA that faults and the matrix train",
 }
 
 
@@ -294,13 +314,14 @@ def test_a_backend_does_not_load_the_other_framework(package: str, other: str):
 def test_layers(package: str):
     rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
     for path in modules(package):
-        if path.stem.startswith("__"):
+        own = path.relative_to(ROOT / package).with_suffix("").parts[0]
+        if own.startswith("__"):
             continue
-        assert path.stem in rank, f"{path}: give it a layer"
+        assert own in rank, f"{path}: give it a layer"
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == package and len(parts) > 1 and parts[1] in rank:
-                assert rank[parts[1]] >= rank[path.stem], f"{path} imports {name}, which lies above it"
+                assert rank[parts[1]] >= rank[own], f"{path} imports {name}, which lies above it"
 
 
 def public(path: Path) -> dict[str, tuple[str, ...]]:
@@ -330,7 +351,8 @@ def test_files_of_one_test_run_have_names_of_their_own():
 
 def twins(package: str) -> set[str]:
     """The files of a backend that the other one must have too."""
-    return {p.name for p in modules(package) if f"{package}/{p.name}" not in ONE_SIDED_FILES}
+    files = {str(path.relative_to(ROOT / package)) for path in modules(package)}
+    return {name for name in files if f"{package}/{name}" not in ONE_SIDED_FILES}
 
 
 def test_twins_have_the_same_files():
@@ -350,6 +372,31 @@ def test_twins_have_the_same_public_names(file: str):
     for name in left:
         if f"{file}:{name}" not in OTHER_PARAMETERS:
             assert left[name] == right[name], f"{file}: {name}"
+
+
+def test_every_family_has_its_twins():
+    for name in FAMILIES:
+        for package in ("trainspec", "jaxtrain", "torchtrain"):
+            home = ROOT / package / "families"
+            assert (home / f"{name}.py").is_file(), f"{package}: {name}"
+            assert name.title() in (home / "__init__.py").read_text(), f"{package}: {name}"
+
+
+def test_only_a_family_knows_its_names():
+    """What a weight is, everybody else asks the table, the family, or the trace."""
+    small = [replace(PRESETS["tiny"], family=name) for name in FAMILIES]
+    parts = {part for spec in small for param in param_table(spec) for part in param.name.split(".")}
+    # A prefix of every name, and words of English.
+    names = parts - {"model", "layers", "0", "1", "weight", "bias", "mlp", "norm"}
+    names |= {family.head.split(".")[0] for family in FAMILIES.values()}
+    known = re.compile(rf"\b({'|'.join(sorted(names))})\b")
+    found = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in modules(package)
+        if path.parent.name not in ("families", "faults") and known.search(path.read_text())
+    }
+    assert found == set(KNOWS_NAMES)
 
 
 def test_readme_and_contributing_are_short():

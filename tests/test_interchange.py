@@ -56,6 +56,8 @@ WRITTEN = [
     Written("bias", "fp64", LORA, merged=True),
     Written("llama3-rope", "fp64", LORA | {"rslora": True}),
     Written("tied", "fp64", {"kind": "full"}, merged=True),
+    Written("qwen3", "fp64", {"kind": "full"}, merged=True),
+    Written("qwen3", "fp64", LORA),
     Written("tied", "fp64", {"kind": "prompt", "virtual_tokens": 5}),
     Written("plain", "fp32", {"kind": "ptuning", "virtual_tokens": 5, "encoder": "lstm", "hidden": 20}),
     Written("bias", "fp64", {"kind": "ptuning", "virtual_tokens": 5, "encoder": "mlp", "hidden": 20}),

@@ -1,6 +1,6 @@
 """From a chat file and a model directory to loss and gradients: both backends beside transformers alone, end to end.
 
-The judge is `transformers_alone.py`, which shares nothing with us. Six directories of different shapes; conversations with
+The judge is `transformers_alone.py`, which shares nothing with us. Seven directories of different shapes and families; conversations with
 system texts, tools, calls, thoughts, code and emoji, by a template that drops earlier thoughts.
 """
 
@@ -24,8 +24,8 @@ from small import CACHE
 PROGRAMS = ("jaxtrain", "torchtrain")
 CHATS = ("many_turns", "system", "tool_markup", "code", "emoji", "think_many")
 CONTROL = "prompt-trained"
-# Of each run of the fast tests: a tied model, and one whose config says so and whose head is its own.
-FAST = ("tied", "own-head")
+# Of each run of the fast tests: a tied model, one whose config says so and whose head is its own, another family.
+FAST = ("tied", "own-head", "qwen3")
 BOUND = {"exact": 1e-12, "as-is": 1e-6}
 
 

@@ -49,6 +49,8 @@ CASES = [Case(m, a, p) for m, a, p in itertools.product(("lora", "full"), (1, 4)
     Case("lora", 2, True, "bias", remat="full"),
     Case("full", 2, False, "bias", padding_side="left"),
     Case("lora", 2, True, "llama3-rope"),
+    Case("full", 2, True, "qwen3", remat="full"),
+    Case("lora", 2, False, "qwen3", targets=("q_proj",)),
     Case("lora", 2, True, targets=("lm_head", "o_proj")),
     Case("lora", 2, True, targets=r"model\.layers\.1\..*(q|up)_proj"),
 ]

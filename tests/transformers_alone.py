@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
 
 
 def exact_norm(self, x):
@@ -50,6 +51,8 @@ def loss_and_gradients(directory, records, *, exact):
     if exact:
         modeling_llama.LlamaRMSNorm.forward = exact_norm
         modeling_llama.LlamaRotaryEmbedding.forward = exact_rotary
+        modeling_qwen3.Qwen3RMSNorm.forward = exact_norm
+        modeling_qwen3.Qwen3RotaryEmbedding.forward = exact_rotary
         model.model.rotary_emb.exact = inverse_frequencies(model.config)
     total, tokens = 0.0, 0
     for record in records:

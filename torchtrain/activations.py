@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from torchtrain.families import anatomy_of
 from torchtrain.tensor import Mesh, to_numpy
 
 
@@ -30,7 +31,7 @@ class Recording:
 
 
 @contextmanager
-def recorded(model: LlamaForCausalLM) -> Iterator[list[Recording]]:
+def recorded(model: PreTrainedModel) -> Iterator[list[Recording]]:
     """Forward passes inside leave their activations in the last recording of the list, which starts empty.
 
     A layer is computed again in its microbatch's backward pass only: whatever recording is the last one by then has
@@ -74,12 +75,12 @@ def by_point(
     return activations, gradients
 
 
-def _modules(model: LlamaForCausalLM) -> dict[str, nn.Module]:
+def _modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The module whose output is each point, in forward order."""
-    inner = model.model
-    modules: dict[str, nn.Module] = {"embedding": inner.embed_tokens}
-    for i, layer in enumerate(inner.layers):
-        modules[f"layers.{i}.attention"] = layer.self_attn  # pyright: ignore[reportArgumentType]
-        modules[f"layers.{i}.mlp"] = layer.mlp  # pyright: ignore[reportArgumentType]
+    anatomy = anatomy_of(model)
+    modules = {"embedding": anatomy.embedding(model)}
+    for i, layer in enumerate(anatomy.layers(model)):
+        modules[f"layers.{i}.attention"] = anatomy.attention(layer)
+        modules[f"layers.{i}.mlp"] = anatomy.mlp(layer)
         modules[f"layers.{i}.block"] = layer
-    return modules | {"norm": inner.norm, "logits": model.lm_head}
+    return modules | {"norm": anatomy.norm(model), "logits": anatomy.head(model)}

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from torchtrain.families import anatomy_of
 from trainspec.methods import Adapter
 from trainspec.model import ModelSpec
 
@@ -41,11 +42,12 @@ class Bottleneck(nn.Module):
         return h_BSE + self.up(self._act(self.down(h_BSE)))
 
 
-def attach_adapters(model: LlamaForCausalLM, spec: ModelSpec, method: Adapter) -> None:
+def attach_adapters(model: PreTrainedModel, spec: ModelSpec, method: Adapter) -> None:
     """Two adapters for each layer of `model`, on the meta device; a layer owns them under their canonical names."""
-    for layer in model.model.layers:
-        _put_behind(layer, layer.self_attn, "attention_adapter", spec, method)  # pyright: ignore[reportArgumentType]
-        _put_behind(layer, layer.mlp, "mlp_adapter", spec, method)  # pyright: ignore[reportArgumentType]
+    anatomy = anatomy_of(model)
+    for layer in anatomy.layers(model):
+        _put_behind(layer, anatomy.attention(layer), "attention_adapter", spec, method)
+        _put_behind(layer, anatomy.mlp(layer), "mlp_adapter", spec, method)
 
 
 def _put_behind(layer: nn.Module, block: nn.Module, name: str, spec: ModelSpec, method: Adapter) -> None:

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from torchtrain.adapter import attach_adapters
 from torchtrain.dropout import CounterDropout, DropoutPoint
@@ -34,7 +34,7 @@ _ADAPTER = "default"
 
 
 def attach(
-    model: LlamaForCausalLM, spec: ModelSpec, method: Method, *, seed: int, tensor: Peers
+    model: PreTrainedModel, spec: ModelSpec, method: Method, *, seed: int, tensor: Peers
 ) -> DropoutPoint:
     """Put `method` into `model` in place; everything it does not train stops requiring gradients.
 
@@ -61,7 +61,7 @@ def attach(
 
 
 def _attach_lora(
-    model: LlamaForCausalLM, spec: ModelSpec, method: LoRA, *, seed: int, point: DropoutPoint, tensor: Peers
+    model: PreTrainedModel, spec: ModelSpec, method: LoRA, *, seed: int, point: DropoutPoint, tensor: Peers
 ) -> None:
     modules = target_modules(spec, method)
     config = LoraConfig(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from torchtrain.engine import Engine, Inputs, Microbatches, Store, Stored
 from torchtrain.launch import check_gpus, count_processes, describe_cluster
@@ -161,7 +161,7 @@ def _peers(ranks: NDArray[Any], axis: int) -> Peers:
     return Peers(group, mine.index(dist.get_rank()), len(mine))
 
 
-def make_engine(run: Run, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, *, mesh: Mesh) -> Engine:
+def make_engine(run: Run, model: PreTrainedModel, optimizer: torch.optim.AdamW, *, mesh: Mesh) -> Engine:
     """DeepSpeed's engine, or its pipeline's; for fp64, which DeepSpeed has not, plain torch with the same arithmetic."""
     recipe, spec = run.recipe, run.spec
     parts = {p.name for p in run.trained if any(map(is_split, p.axes))}
@@ -182,7 +182,7 @@ class _WholeStore:
     """Each replica has all of the state of its layers; of the rows named by `parts` each tensor peer has a part."""
 
     def __init__(
-        self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, tensor: Peers, *, parts: Set[str]
+        self, model: PreTrainedModel, optimizer: torch.optim.AdamW, tensor: Peers, *, parts: Set[str]
     ) -> None:
         self._model, self._optimizer, self._tensor, self._parts = model, optimizer, tensor, parts
 
@@ -226,7 +226,7 @@ class _PlainEngine:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         optimizer: torch.optim.AdamW,
         store: Store,
         mesh: Mesh,

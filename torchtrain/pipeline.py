@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from torchtrain.engine import Inputs, Microbatches, Store
+from torchtrain.families import anatomy_of
 from torchtrain.tensor import Mesh, compute_device
 from torchtrain.virtual import make_prefix
 from torchtrain.zero import FlatStore, import_deepspeed, initialize, quiet
@@ -82,14 +83,15 @@ class PipelineEngine:
         self,
         recipe: Recipe,
         spec: ModelSpec,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         optimizer: torch.optim.AdamW,
         *,
         mesh: Mesh,
     ) -> None:
         # DeepSpeed takes the mean over the replicas, of gradients that are shares of one batch.
         self.loss_scale = float(recipe.plan.replicas)
-        self._rotary, self._norm = model.model.rotary_emb, model.model.norm
+        anatomy = anatomy_of(model)
+        self._rotary, self._norm = anatomy.rotary(model), anatomy.norm(model)
         self._at_hand: dict[str, Any] = {}
         with quiet():
             module = _stages(recipe.plan, model, self._at_hand, loss=lambda logits, _: self._at_end(logits))
@@ -212,11 +214,11 @@ class _Tied(nn.Module):
         return self.embedding(ids_BS)
 
 
-def _layers(model: LlamaForCausalLM, at_hand: dict[str, Any]) -> list[Any]:
+def _layers(model: PreTrainedModel, at_hand: dict[str, Any]) -> list[Any]:
     """The whole model in a row: the embedding, every layer, the final norm, the head."""
-    inner, head = model.model, model.lm_head
-    embedding = inner.embed_tokens
-    middle = [*(_Block(layer, at_hand) for layer in inner.layers), inner.norm]
+    anatomy = anatomy_of(model)
+    embedding, head = anatomy.embedding(model), anatomy.head(model)
+    middle = [*(_Block(layer, at_hand) for layer in anatomy.layers(model)), anatomy.norm(model)]
     # A frozen one stays as both stages have read it, without a gradient that they would have to sum.
     if not (model.config.tie_word_embeddings and embedding.weight.requires_grad):
         return [embedding, *middle, head]
@@ -231,7 +233,7 @@ def _layers(model: LlamaForCausalLM, at_hand: dict[str, Any]) -> list[Any]:
 
 @torch.no_grad()  # a tied weight is sent from one stage to the others, in place
 def _stages(
-    plan: Plan, model: LlamaForCausalLM, at_hand: dict[str, Any], loss: Callable[..., Tensor]
+    plan: Plan, model: PreTrainedModel, at_hand: dict[str, Any], loss: Callable[..., Tensor]
 ) -> nn.Module:
     """DeepSpeed's module of this process's stage."""
     deepspeed = import_deepspeed()
@@ -252,7 +254,7 @@ def _stages(
     return Stages(_layers(model, at_hand), topology=topology, loss_fn=loss)
 
 
-def _add_trained(module: nn.Module, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> None:
+def _add_trained(module: nn.Module, model: PreTrainedModel, optimizer: torch.optim.AdamW) -> None:
     """Give DeepSpeed's module what this stage's optimizer updates beside its layers: an encoder, or placeholders."""
     for name, child in model.named_children():
         if name == ENCODER and not any(p.is_meta for p in child.parameters()):

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from torchtrain.activations import Recording, by_point, recorded
 from torchtrain.dropout import DropoutPoint
 from torchtrain.engine import Engine, Inputs, Stored
+from torchtrain.layers import attention_mask
 from torchtrain.loss import token_loss
 from torchtrain.methods import attach
-from torchtrain.model import attention_mask, build_model
+from torchtrain.model import build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
 from torchtrain.parallel import is_leader, make_engine, make_mesh
 from torchtrain.pipeline import placeholder, point_stages
@@ -50,7 +51,7 @@ class State:
     step: int
     run: Run
     mesh: Mesh
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     engine: Engine
     optimizer: torch.optim.AdamW
     point: DropoutPoint
@@ -86,7 +87,7 @@ def init_state(run: Run, *, like: State | None = None) -> State:
     return state
 
 
-def _optimizer(run: Run, model: LlamaForCausalLM) -> torch.optim.AdamW:
+def _optimizer(run: Run, model: PreTrainedModel) -> torch.optim.AdamW:
     """AdamW over the weights of this process's stage, in the same groups on every stage."""
     decays = {p.name: p.decay for p in run.trained}
     parameters = {name: p for name, p in _trainable(model).items() if not p.is_meta}

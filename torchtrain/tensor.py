@@ -21,7 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from torchtrain.families import anatomy_of
 from trainspec.data import IGNORED
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
@@ -160,14 +162,30 @@ class VocabEmbedding(nn.Embedding):
         return _Sum.apply(mine, self._peers)  # pyright: ignore[reportReturnType]
 
 
+class HeadNorm(nn.Module):
+    """A norm of each head by itself, which every peer holds whole, while each sees its own heads only."""
+
+    def __init__(self, norm: nn.Module, *, peers: Peers) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self._norm, self._peers = (norm,), peers  # in a tuple, so that its weight is no second parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape; the weight's gradient is summed."""
+        return functional_call(self._norm[0], {"weight": _Copy.apply(self.weight, self._peers)}, (x,))  # pyright: ignore[reportArgumentType]
+
+
 def split_layers(model: nn.Module, spec: ModelSpec, peers: Peers) -> None:
     """Put this process's part of every layer in the layer's place; weights are not filled yet."""
     for param in param_table(spec):
-        if not param.name.endswith(".weight") or param.role == "norm":
+        is_of_stream = param.role == "norm" and "embed" in param.axes
+        if not param.name.endswith(".weight") or is_of_stream:
             continue
         old = model.get_submodule(param.module)
-        if isinstance(old, nn.Embedding):
-            new: nn.Module = VocabEmbedding(old.num_embeddings, old.embedding_dim, peers=peers)
+        if param.role == "norm":
+            new: nn.Module = HeadNorm(old, peers=peers)
+        elif isinstance(old, nn.Embedding):
+            new = VocabEmbedding(old.num_embeddings, old.embedding_dim, peers=peers)
         else:
             assert isinstance(old, nn.Linear)
             bias = old.bias is not None
@@ -191,10 +209,11 @@ def copy_inputs(model: Any, peers: Peers) -> None:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, kwargs | {"hidden_states": _Copy.apply(kwargs["hidden_states"], peers)}
 
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_pre_hook(keyword, with_kwargs=True)
-        layer.mlp.register_forward_pre_hook(positional)
-    model.lm_head.register_forward_pre_hook(positional)
+    anatomy = anatomy_of(model)
+    for layer in anatomy.layers(model):
+        anatomy.attention(layer).register_forward_pre_hook(keyword, with_kwargs=True)
+        anatomy.mlp(layer).register_forward_pre_hook(positional)
+    anatomy.head(model).register_forward_pre_hook(positional)
 
 
 def own_part(x: Tensor, dim: int, peers: Peers) -> Tensor:

@@ -26,10 +26,11 @@ from peft import (
     PromptTuningConfig,
 )
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaForCausalLM
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from torchtrain.dropout import CounterDropout, DropoutPoint
+from torchtrain.families import anatomy_of
 from torchtrain.tensor import Peers, compute_device, own_part
 from trainspec.data import IGNORED
 from trainspec.methods import (
@@ -70,7 +71,7 @@ def all_visible(visible_B1SS: Tensor, method: Method) -> Tensor:
 
 
 def attach_prompt(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     spec: ModelSpec,
     method: PromptTuning | PTuning,
     *,
@@ -87,10 +88,10 @@ def attach_prompt(
         rows_1NE = encoder(tokens_1N.to(embedded_BSE.device))
         return torch.cat((rows_1NE.expand(len(embedded_BSE), -1, -1), embedded_BSE), 1)
 
-    model.model.embed_tokens.register_forward_hook(prepend)
+    anatomy_of(model).embedding(model).register_forward_hook(prepend)
 
 
-def attach_prefix(model: LlamaForCausalLM, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers) -> None:
+def attach_prefix(model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers) -> None:
     """Give every layer's attention the encoder's keys and values; the encoder's weights are on the meta device."""
     with torch.device("meta"):
         config = PrefixTuningConfig(
@@ -110,10 +111,10 @@ def attach_prefix(model: LlamaForCausalLM, spec: ModelSpec, method: PrefixTuning
         return args, kwargs | {"prefix": make_prefix(model, spec, method, tensor=tensor)}
 
     # Of the model inside: DeepSpeed's own hook on the whole model has to come before any weight is used.
-    model.model.register_forward_pre_hook(give, with_kwargs=True)
+    anatomy_of(model).inner(model).register_forward_pre_hook(give, with_kwargs=True)
 
 
-def make_prefix(model: LlamaForCausalLM, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers) -> Prefix:
+def make_prefix(model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers) -> Prefix:
     """The keys and values of every layer, in the kv heads of this process. A layer takes them as `prefix`."""
     encoder = model.get_submodule(ENCODER)
     tokens_1N = torch.arange(method.virtual_tokens, device=compute_device())[None]

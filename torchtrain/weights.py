@@ -3,8 +3,8 @@
 Linear weights are [out, in] on both sides, so only names differ. Canonical are Hugging Face's names and, for
 adapters, those of PEFT's files; in memory PEFT names the adapter and tucks the adapted layer into `base_layer`:
 
-    model.layers.0.self_attn.q_proj.weight                             ...q_proj.base_layer.weight
-    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight     ...q_proj.lora_A.default.weight
+    model.layers.0.MODULE.weight                             ...MODULE.base_layer.weight
+    base_model.model.model.layers.0.MODULE.lora_A.weight     ...MODULE.lora_A.default.weight
 
 A process of a tensor-parallel group holds one part of a row, contiguous along the dimension that is split. A stage of a
 pipeline holds the rows that it computes with; the others stay on the meta device.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from torchtrain.tensor import Mesh, Peers, compute_device, is_split, to_numpy
 from trainspec.methods import PEFT_PREFIX
@@ -88,7 +88,7 @@ def _gathered(param: Param, part: Tensor, tensor: Peers) -> Tensor:
 
 
 def allocate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     weights: Iterable[tuple[Param, Weight]],
     *,
     dtype: torch.dtype,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from torchtrain.engine import Inputs, Microbatches, Store, Stored
 from torchtrain.optim import MOMENTS, start_moments
@@ -181,7 +181,7 @@ class DeepSpeedEngine:
         self,
         recipe: Recipe,
         spec: ModelSpec,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         optimizer: torch.optim.AdamW,
         *,
         mesh: Mesh,

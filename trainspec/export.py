@@ -12,6 +12,7 @@ import numpy as np
 from trainspec import checkpoint
 from trainspec.adapters import write_adapter
 from trainspec.errors import RecipeError, WeightsError
+from trainspec.families import family_of
 from trainspec.hf import (
     model_files,
     read_model,
@@ -20,8 +21,8 @@ from trainspec.hf import (
 )
 from trainspec.init import base_weights
 from trainspec.methods import PEFT_PREFIX, Full, LoRA, Method
-from trainspec.model import MODEL_TYPE, ModelSpec, config_of
-from trainspec.model_config import exported_config, read_config
+from trainspec.model import ModelSpec
+from trainspec.model_config import config_of, exported_config, read_config
 from trainspec.params import Param
 from trainspec.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
@@ -80,7 +81,7 @@ def export(
             f"{out}: was trained with data.chat_template={template}, the recipe has none, and the export would answer in another "
             f"format; export with the run's own recipe, {out / 'recipe.yaml'}"
         )
-    tokenizer = _tokenizer(recipe, source, identity.tokenizer if identity else None, say)
+    tokenizer = _tokenizer(recipe, model, source, identity.tokenizer if identity else None, say)
     if merge or isinstance(method, Full):
         target = out / ("merged" if merge else "model")
         config, weights = _model(run, trained, DTYPES[dtype] if dtype else None)
@@ -101,19 +102,20 @@ def export(
 
 
 def _tokenizer(
-    recipe: Recipe, source: Path | None, was: str | None, say: Callable[[str], None]
+    recipe: Recipe, model: ModelSpec, source: Path | None, was: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Where the tokenizer is that an export holds, and the template in place of its own; `was` is the run's digest of both.
 
-    Raises RecipeError where transformers would make another tokenizer of its files beside a Llama.
+    Raises RecipeError where transformers would make another tokenizer of its files beside the model.
     """
     tokenizer = find_tokenizer(recipe.data, source, recipe.model.from_)
     home, now = tokenizer.directory, tokenizer.digest
     kind = read_config(home).get("model_type") if (home / "config.json").is_file() else None
-    if kind not in (None, MODEL_TYPE):
+    family = family_of(model)
+    if kind not in (None, family.model_type):
         raise RecipeError(
             f"data.tokenizer: {home} is that of a model_type {kind!r}, by which transformers chooses the tokenizer's class; "
-            "beside a Llama it would be another. Write it down: python -c "
+            f"beside a {family.title} it would be another. Write it down: python -c "
             f"\"from transformers import AutoTokenizer as T; T.from_pretrained('{home}').save_pretrained('NEW')\", "
             "and set data.tokenizer=NEW"
         )

@@ -5,7 +5,7 @@ The second makes a prefix behind which the model goes on as behind the text itse
 2101.00190, section 7.4 (a prefix that starts as real words).
 """
 
-# P prompt tokens, E embed, H query heads, K kv heads, G query heads per kv head, D head dim, L layers
+# P prompt tokens, K kv heads, D head dim, L layers
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from trainspec.encoders import sigmoid
 from trainspec.errors import RecipeError
+from trainspec.families import family_of
 from trainspec.methods import PrefixTuning, PromptTuning
-from trainspec.model import ModelSpec, inverse_frequencies
+from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
 from trainspec.text.store import find_tokenizer
 from trainspec.weight import Weight
@@ -38,7 +37,7 @@ def text_start(
     """The row `prompt_encoder.embedding.weight` that `method.text` makes with the model's `weights`, in float64."""
     ids = _text_ids(recipe, model, method, directory)
     if isinstance(method, PromptTuning):
-        return _embedded(weights, ids)
+        return family_of(model).embedded(weights, ids)
     return keys_and_values(model, weights, ids).reshape(len(ids), -1)
 
 
@@ -59,66 +58,6 @@ def _text_ids(
     return (ids * times)[: method.virtual_tokens]
 
 
-def _embedded(weights: Mapping[str, Weight], ids: list[int]) -> Array:
-    table = weights["model.embed_tokens.weight"]
-    rows = {i: table[(slice(i, i + 1), slice(None))] for i in set(ids)}
-    return np.concatenate([rows[i] for i in ids]).astype(np.float64)
-
-
 def keys_and_values(model: ModelSpec, weights: Mapping[str, Weight], ids: list[int]) -> Array:
     """What attention to the tokens `ids` at positions 0, 1, ... reads: [P, 2 L, K, D], keys (rotated) at 2 layer."""
-    x_PE = _embedded(weights, ids)
-    turns = np.arange(len(ids))[:, None] * inverse_frequencies(model, np.float64)
-    angles_PD = np.concatenate([turns, turns], axis=-1)[:, None, :]
-    found = np.empty((len(ids), 2 * model.layers, model.kv_heads, model.head_dim))
-    for i in range(model.layers):
-        layer = _Layer(model, weights, f"model.layers.{i}")
-        normed = layer.norm("input_layernorm", x_PE)
-        q, k, v = (
-            layer.linear(f"self_attn.{name}_proj", normed).reshape(len(ids), -1, model.head_dim)
-            for name in "qkv"
-        )
-        q, k = _rotate(q, angles_PD), _rotate(k, angles_PD)
-        found[:, 2 * i], found[:, 2 * i + 1] = k, v
-        if i + 1 == model.layers:
-            return found
-        x_PE = x_PE + layer.linear("self_attn.o_proj", _attend(q, k, v).reshape(len(ids), -1))
-        x_PE = x_PE + layer.mlp(layer.norm("post_attention_layernorm", x_PE))
-    return found
-
-
-class _Layer:
-    """One layer's functions; a weight is in memory while it is used."""
-
-    def __init__(self, model: ModelSpec, weights: Mapping[str, Weight], base: str) -> None:
-        self._eps, self._weights, self._base = model.norm_eps, weights, base
-
-    def norm(self, module: str, x: Array) -> Array:
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self._eps) * self._read(f"{module}.weight")
-
-    def linear(self, module: str, x: Array) -> Array:
-        y = x @ self._read(f"{module}.weight").T
-        has_bias = f"{self._base}.{module}.bias" in self._weights
-        return y + self._read(f"{module}.bias") if has_bias else y
-
-    def mlp(self, x: Array) -> Array:
-        gate = self.linear("mlp.gate_proj", x)
-        return self.linear("mlp.down_proj", gate * sigmoid(gate) * self.linear("mlp.up_proj", x))
-
-    def _read(self, name: str) -> Array:
-        return self._weights[f"{self._base}.{name}"][...].astype(np.float64)
-
-
-def _rotate(x_PHD: Array, angles_P1D: Array) -> Array:
-    first, second = np.split(x_PHD, 2, axis=-1)
-    return x_PHD * np.cos(angles_P1D) + np.concatenate([-second, first], axis=-1) * np.sin(angles_P1D)
-
-
-def _attend(q_PHD: Array, k_PKD: Array, v_PKD: Array) -> Array:
-    P, H, D = q_PHD.shape
-    grouped = q_PHD.reshape(P, k_PKD.shape[1], -1, D)
-    scores = np.einsum("qkgd,skd->kgqs", grouped, k_PKD) / np.sqrt(D)
-    scores = np.where(np.tril(np.ones((P, P), bool)), scores, -np.inf)
-    shares = np.exp(scores - scores.max(-1, keepdims=True))
-    shares /= shares.sum(-1, keepdims=True)
-    return np.einsum("kgqs,skd->qkgd", shares, v_PKD).reshape(P, H, D)
+    return family_of(model).keys_and_values(model, weights, ids)

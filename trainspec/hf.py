@@ -23,7 +23,8 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
 from trainspec.errors import ModelError, WeightsError
-from trainspec.model import ModelSpec, preset
+from trainspec.families import family_of, preset
+from trainspec.model import ModelSpec
 from trainspec.model_config import config_notes, read_config, read_model_spec
 from trainspec.params import Param
 from trainspec.recipe import ModelSource
@@ -39,7 +40,6 @@ FLOATS: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED_BYTES = 2**26
 LFS_POINTER = b"version https://git-lfs"
 GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
@@ -90,7 +90,7 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
                 f"model.from: {directory} holds an adapter beside the model (adapter_config.json), which transformers would "
                 "put on top; move it to a directory of its own and name that with method.adapter, or remove it"
             )
-        if spec.tied_embeddings and _has_own_head(directory):
+        if spec.tied_embeddings and _has_own_head(directory, spec):
             spec = replace(spec, tied_embeddings=False)
     return spec, directory
 
@@ -108,29 +108,31 @@ def model_notes(source: ModelSource, spec: ModelSpec, directory: Path | None) ->
             f"{directory}: there are two sets of weights; {MODEL_FILE} is read, as in transformers, {MODEL_INDEX} is not"
         )
     if config.get("tie_word_embeddings") and not spec.tied_embeddings:
+        family = family_of(spec)
         notes.append(
-            f"{directory}: tie_word_embeddings is true, but {HEAD} and {EMBEDDING} are two different weights; both are "
+            f"{directory}: tie_word_embeddings is true, but {family.head} and {family.embedding} are two different weights; both are "
             "kept, as in transformers, and an export says false"
         )
     return notes
 
 
-def _has_own_head(directory: Path) -> bool:
+def _has_own_head(directory: Path, spec: ModelSpec) -> bool:
     try:
         files = weight_files(directory)
     except WeightsError:
         return False  # whoever reads the weights says what is wrong with them
     stats = [(path, path.stat()) for path in files]
-    return _heads_differ(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
+    ends = family_of(spec).embedding, family_of(spec).head
+    return _heads_differ(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats), ends)
 
 
 @cache
-def _heads_differ(stamped: tuple[tuple[Path, int, int], ...]) -> bool:
-    """Whether head and embedding are both there, and not equal. Once in a process, as both may be large."""
+def _heads_differ(stamped: tuple[tuple[Path, int, int], ...], ends: tuple[str, str]) -> bool:
+    """Whether the `ends`, embedding and head, are both there, and not equal. Once in a process, as both may be large."""
     files = TensorFiles([path for path, *_ in stamped])
-    if not {EMBEDDING, HEAD} <= files.shapes.keys():
+    if not set(ends) <= files.shapes.keys():
         return False
-    first, second = (files.weight(name, np.float64) for name in (EMBEDDING, HEAD))
+    first, second = (files.weight(name, np.float64) for name in ends)
     if first.shape != second.shape or len(first.shape) != 2:
         return first.shape != second.shape
     rows, width = first.shape
@@ -251,9 +253,10 @@ def read_model(
     # Old checkpoints store RoPE's frequencies, which are derived.
     ignored = {name for name in files.shapes if name.endswith("rotary_emb.inv_freq")}
     if model.tied_embeddings:
-        ignored.add(HEAD)
-        if EMBEDDING not in files.shapes and HEAD in files.shapes:
-            files.alias(EMBEDDING, HEAD)
+        family = family_of(model)
+        ignored.add(family.head)
+        if family.embedding not in files.shapes and family.head in files.shapes:
+            files.alias(family.embedding, family.head)
     return read_rows(files, table, dtype=dtype, where=directory, ignored=ignored)
 
 

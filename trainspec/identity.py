@@ -50,7 +50,11 @@ def identity_of(run: Run, dataset: Dataset) -> Identity:
 
 def model_digest(model: ModelSpec) -> str:
     """SHA-256 of a model's sizes and rules; not of its name, which is that of a directory."""
-    given = {f.name: getattr(model, f.name) for f in fields(model) if f.name != "name"}
+    given = {
+        f.name: getattr(model, f.name)
+        for f in fields(model)
+        if f.name != "name" and getattr(model, f.name) != f.default
+    }
     # What is absent is left out: a rule that a later version knows does not change the digests of models without it.
     return _digest(f"{key}={value!r}".encode() for key, value in given.items() if value not in (None, False))
 

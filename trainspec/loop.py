@@ -18,6 +18,7 @@ from pathlib import Path
 from trainspec import checkpoint
 from trainspec.accelerators import Devices
 from trainspec.backends import BACKENDS
+from trainspec.causal import causal_order
 from trainspec.contract import Backend, S
 from trainspec.data import Batch, open_dataset
 from trainspec.hf import model_notes
@@ -112,7 +113,8 @@ def _observers(
     recipe, last = run.recipe, data.span.last
     found: list[Observer[S]] = []
     if request.trace:
-        found.append(Tracing(backend, request.trace, is_leader=is_leader))
+        order = causal_order(run.spec, recipe.method)
+        found.append(Tracing(backend, request.trace, order, is_leader=is_leader))
     if data.heldout:
         due = Due(recipe.run.eval_every_steps, last)
         found.append(Evaluation(backend, data.heldout, examples=_heldout_examples(run), due=due))

@@ -7,7 +7,7 @@ needs of these methods, and a line in `loop.train`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -20,7 +20,7 @@ from trainspec.data import Batch, Dataset
 from trainspec.identity import Identity
 from trainspec.recipe import Recipe
 from trainspec.report import Reporter, Silent, StepReport
-from trainspec.trace import Keep, StepTrace, TraceRequest, TraceWriter
+from trainspec.trace import Keep, Named, StepTrace, TraceRequest, TraceWriter
 
 State = TypeVar("State", contravariant=True)
 
@@ -101,17 +101,19 @@ class Due:
 
 
 class Tracing(Observer[S]):
-    """Leaves a trace of every update."""
+    """Leaves a trace of every update; `order` is the causal order of its names."""
 
-    def __init__(self, backend: Backend[S], request: TraceRequest, *, is_leader: bool) -> None:
-        self._backend, self._request = backend, request
+    def __init__(
+        self, backend: Backend[S], request: TraceRequest, order: Sequence[Named], *, is_leader: bool
+    ) -> None:
+        self._backend, self._request, self._order = backend, request, order
         self._writer = TraceWriter(request.directory) if is_leader else None
 
     def started(self, state: S) -> None:
         """Every weight, as the run starts."""
         weights = self._backend.weights_of(state, frozen=True)
         if self._writer:
-            self._writer.initial(weights)
+            self._writer.initial(weights, self._order)
 
     def needs(self, step: int) -> Needs:
         """Everything; activations where they are wanted."""

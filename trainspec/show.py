@@ -63,7 +63,7 @@ def _problem(check: Callable[[], None]) -> UserError | None:
 
 
 def grouped(rows: Iterable[Param]) -> list[str]:
-    """Rows of the table by name, those of the layers together: `model.layers.{0..31}.mlp.up_proj.weight [...] x 32`."""
+    """Rows of the table by name, those of the layers together: `model.layers.{0..31}.MODULE.weight [...] x 32`."""
     layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for param in rows:
         name = re.sub(rf"\blayers\.{param.layer}\.", "layers.{}.", param.name, count=1)

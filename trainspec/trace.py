@@ -1,7 +1,9 @@
 """What a run leaves for comparison: plain, documented files that any program can write and read.
 
     DIR/trace.jsonl            one object per step: step (from 1), loss_sum, tokens, loss, grad_norm, lr
-    DIR/initial.safetensors    weight/<name>, frozen weights included
+    DIR/initial.safetensors    weight/<name>, frozen weights included; in its header (safetensors' `__metadata__`, which
+                               other readers pass over) `causal_order`, a JSON list of [name, role, layer] of every
+                               weight and every activation point, as data flows: see `Named`
     DIR/step-000001.safetensors
         batch/input_ids, batch/labels, batch/positions, batch/segments   [global_examples, sequence_tokens]
                                a program that trains on something else writes its own arrays as batch/<name>
@@ -11,21 +13,23 @@
         activation/<point>, activation_gradient/<point>                  on request, [global_examples, rows, ...]: rows are
                                the tokens and, where a prompt stands in front of them, its virtual tokens before these
 
-`<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision.
+`<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision. A trace without
+`causal_order` is complete, too: `parity diff` then goes by the layer number in a name, and by names within a layer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from trainspec.data import Batch
+from trainspec.entry import Role as WeightRole
 from trainspec.errors import TraceError
 from trainspec.tensors import save_tensors
 
@@ -35,7 +39,20 @@ Keep = Literal["nothing", "gradients", "activations"]
 # Where a model can be listened to; those of a layer are called `layers.{i}.attention` and so on. `attention` and `mlp`
 # are what is added to the residual stream, `block` is the stream behind both, `norm` is the final one.
 LAYER_POINTS = ("attention", "mlp", "block")
+# What a name of a trace is in the model: what the table says of a weight, or an activation point.
+Role = WeightRole | Literal["point"]
+ROLES = (*get_args(WeightRole), "point")
+ORDER_KEY = "causal_order"
 ROW_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a trace says of one of its names: its role, and its layer where it has one (from 0)."""
+
+    name: str
+    role: Role
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +115,11 @@ class TraceWriter:
         (directory / "trace.jsonl").write_text("", encoding="utf-8")
         self._rows = directory / "trace.jsonl"
 
-    def initial(self, weights: Arrays) -> None:
-        """Record every weight of the run as it starts."""
-        _save(self._directory / "initial.safetensors", {"weight": weights})
+    def initial(self, weights: Arrays, order: Sequence[Named] = ()) -> None:
+        """Record every weight of the run as it starts, and in which causal order names stand where that is known."""
+        listed = json.dumps([[named.name, named.role, named.layer] for named in order])
+        metadata = {ORDER_KEY: listed} if order else None
+        _save(self._directory / "initial.safetensors", {"weight": weights}, metadata=metadata)
 
     def step(self, trace: StepTrace) -> None:
         """Record one update: first its tensors, then its row, so that a row always has its tensors."""
@@ -160,6 +179,21 @@ class Trace:
         """Keys of the starting weights, such as `weight/model.norm.weight`."""
         return _keys(self.directory / "initial.safetensors")
 
+    def causal_order(self) -> tuple[Named, ...]:
+        """What the trace says of its names, in causal order; nothing where it was written without."""
+        path = self.directory / "initial.safetensors"
+        try:
+            with safe_open(path, "numpy") as file:
+                listed = (file.metadata() or {}).get(ORDER_KEY, "[]")
+        except (OSError, SafetensorError) as error:
+            raise TraceError(f"{path}: {error}; the trace is incomplete, write it again") from None
+        try:
+            return tuple(Named(*entry) for entry in json.loads(listed) if _is_named(*entry))
+        except (TypeError, ValueError) as error:
+            raise TraceError(
+                f"{path}: {ORDER_KEY} is no list of [name, role, layer] ({error}); write the trace again, or without it"
+            ) from None
+
     def read_initial(self, key: str) -> NDArray[Any]:
         """One starting weight."""
         return _read(self.directory / "initial.safetensors", key)
@@ -176,15 +210,22 @@ def _batch_arrays(batch: Batch | Arrays) -> Arrays:
     }
 
 
+def _is_named(name: object, role: object, layer: object) -> bool:
+    if not isinstance(name, str) or role not in ROLES or not (layer is None or isinstance(layer, int)):
+        raise ValueError(f"{[name, role, layer]}")
+    return True
+
+
 def _step_file(step: int) -> str:
     return f"step-{step:06d}.safetensors"
 
 
-def _save(path: Path, groups: Mapping[str, Arrays]) -> None:
+def _save(path: Path, groups: Mapping[str, Arrays], *, metadata: Mapping[str, str] | None = None) -> None:
     temporary = path.with_suffix(".tmp")
     save_tensors(
         {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()},
         temporary,
+        metadata=metadata,
     )
     temporary.rename(path)
 

@@ -1,4 +1,4 @@
-"""An independent Llama in float64 numpy: one document at a time, no mask, no packing, no batch.
+"""An independent Llama (and Qwen3, arXiv 2505.09388) in float64 numpy: one document at a time, no mask, no packing, no batch.
 
 Written from the papers, not from the code under test: RMSNorm (arXiv 1910.07467), RoPE as a complex rotation
 (2104.09864), grouped queries (2305.13245), SwiGLU (2002.05202), LoRA merged into its matrix (2106.09685), bottleneck
@@ -11,7 +11,8 @@ import numpy as np
 
 from trainspec.data import IGNORED, Batch
 from trainspec.methods import PEFT_PREFIX
-from trainspec.model import LinearScaling, Llama3Scaling, ModelSpec
+from trainspec.model import ModelSpec
+from trainspec.rope import LinearScaling, Llama3Scaling
 
 
 def documents(batch: Batch):
@@ -55,6 +56,14 @@ def document_logits(
         size = np.sqrt((x**2).sum(axis=-1, keepdims=True) / spec.embed + spec.norm_eps)
         return x / size * weights[f"{module}.weight"]
 
+    def head_norm(x, module):
+        """Qwen3's: every head by itself."""
+        d, heads = spec.head_dim, []
+        for at in range(0, x.shape[1], d):
+            size = np.sqrt((x[:, at : at + d] ** 2).sum(axis=-1, keepdims=True) / d + spec.norm_eps)
+            heads.append(x[:, at : at + d] / size * weights[f"{module}.weight"])
+        return np.concatenate(heads, axis=1)
+
     def adapted(x, module):
         if f"{module}.down.weight" not in weights:
             return x
@@ -67,6 +76,8 @@ def document_logits(
         layer = f"model.layers.{i}"
         inner = norm(x, f"{layer}.input_layernorm")
         q, k, v = (linear(inner, f"{layer}.self_attn.{name}_proj") for name in "qkv")
+        if spec.family == "qwen3":
+            q, k = (head_norm(x, f"{layer}.self_attn.{name}_norm") for x, name in ((q, "q"), (k, "k")))
         mixed = attention(q, k, v, spec, () if prefix is None else (prefix[:, 2 * i], prefix[:, 2 * i + 1]))
         x = x + adapted(linear(mixed, f"{layer}.self_attn.o_proj"), f"{layer}.attention_adapter")
         inner = norm(x, f"{layer}.post_attention_layernorm")

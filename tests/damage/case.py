@@ -11,8 +11,8 @@ import numpy as np
 from small import write_checkpoint, write_tokenizer
 
 from trainspec.adapters import write_adapter
+from trainspec.families import PRESETS
 from trainspec.methods import LoRA, Method, PrefixTuning, PromptTuning, adapter_table
-from trainspec.model import PRESETS
 
 Tree = dict[str, Any]
 MODEL = replace(PRESETS["tiny"], vocab=320, embed=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)

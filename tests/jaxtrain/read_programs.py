@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 from run_plans import recipe_of
 
-import jaxtrain.model
+import jaxtrain.layers
 from jaxtrain import cost, parallel, step, tensor
 from trainspec.data import Batch
 from trainspec.methods import full_table, trainable_table
@@ -71,10 +71,10 @@ def facts(recipe: Any, *, held_only: bool) -> dict[str, Any]:
 
 def main() -> None:
     cases, out = map(Path, sys.argv[1:])
-    found, matmul = {}, jaxtrain.model.matmul
+    found, matmul = {}, jaxtrain.layers.matmul
     for name, case in json.loads(cases.read_text()).items():
         sections = dict(case)
-        jaxtrain.model.matmul = saving_matmul if sections.pop("saves_gathered", False) else matmul
+        jaxtrain.layers.matmul = saving_matmul if sections.pop("saves_gathered", False) else matmul
         held_only, variant = sections.pop("held_only", False), sections.pop("variant", "plain")
         found[name] = facts(recipe_of(cases.parent, variant, sections), held_only=held_only)
     out.write_text(json.dumps(found))

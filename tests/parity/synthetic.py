@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from trainspec.data import Batch
-from trainspec.trace import StepTrace, TraceWriter
+from trainspec.trace import Named, StepTrace, TraceWriter
 
 SHAPES = {
     "model.embed_tokens.weight": (32, 8),
@@ -25,6 +25,10 @@ SHAPES = {
     "lm_head.weight": (32, 8),
 }
 DECAYED = {name for name in SHAPES if "norm" not in name}
+# What each is in the model, in the order of the data.
+ROLES = ("embedding", "linear", "linear", "linear", "linear", "norm", "head")
+LAYERS = (None, 0, 0, 1, 1, None, None)
+ORDER = tuple(Named(*each) for each in zip(SHAPES, ROLES, LAYERS, strict=True))
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -123,7 +127,7 @@ def write(sim: Sim, directory: Path) -> Path:
     """Run `sim` and leave its trace in `directory`."""
     writer = TraceWriter(directory)
     weights = {name: w.astype(np.float32).astype(sim.dtype) for name, w in start().items()}
-    writer.initial(weights)
+    writer.initial(weights, ORDER)
     moment1 = {name: np.zeros_like(w) for name, w in weights.items()}
     moment2 = {name: np.zeros_like(w) for name, w in weights.items()}
     for step in range(1, sim.steps + 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from synthetic import Q1, Sim, write
 from parity.check import check
 from parity.compare import places
 from parity.pair import Pair
-from parity.phases import in_order
 from parity.sides import parse_side
-from parity.tiny import Tiny, write_tiny
+from parity.tiny import TINY, Tiny, write_tiny
+from trainspec.causal import causal_order
+from trainspec.methods import Full
 from trainspec.trace import Trace, activation_points
 
 
@@ -84,7 +86,8 @@ def test_the_backward_pass_is_one_walk():
         "model.layers.0.post_attention_layernorm.weight", "model.layers.0.mlp.gate_proj.weight",
         "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight",
     ]  # fmt: skip
-    forward = in_order({*weights, *activation_points(1)}, backward=False)
+    forward = [named.name for named in causal_order(replace(TINY, layers=1), Full())]
+    forward = [name for name in forward if name in {*weights, *activation_points(1)}]
     assert [name for name in forward if name not in activation_points(1)] == weights
     assert [name for name in forward if name in activation_points(1)] == list(activation_points(1))
     behind = {

@@ -11,12 +11,13 @@ from synthetic import Q1, SHAPES, Sim, write
 from parity.compare import compare
 from parity.drift import network_drift, partner_drift
 from parity.pair import Pair
-from parity.phases import in_order
 from parity.rounding import RoundingBounds, path_roundings, vocabulary
+from parity.structure import Structure
 from parity.tiny import METHODS, TINY
+from trainspec.causal import causal_order
 from trainspec.data import Batch
 from trainspec.methods import full_table
-from trainspec.trace import StepTrace, Trace, TraceWriter
+from trainspec.trace import Named, StepTrace, Trace, TraceWriter
 
 FP32 = Sim(dtype="float32", noise=1e-7, steps=6)
 
@@ -61,6 +62,11 @@ def test_a_mild_mistake_fails_through_the_noise(mistake, tmp_path):
     assert not judged(FP32, FP32.but(noise_seed=1, **mistake), tmp_path).holds
 
 
+def rounded(shapes, rows):
+    """In float32, of names that no trace has said anything of."""
+    return path_roundings(shapes, rows, structure=Structure(), stored=2.0**-24, summed=2.0**-24)
+
+
 @settings(max_examples=30, deadline=None)
 @given(width=st.integers(1, 4096), layers=st.integers(1, 40), tokens=st.integers(1, 8192))
 def test_longer_paths_round_more(width, layers, tokens):
@@ -69,7 +75,7 @@ def test_longer_paths_round_more(width, layers, tokens):
         return norms | {f"layers.{i}.self_attn.q_proj.weight": (width, width) for i in range(layers)}
 
     def whole(layers, width, tokens):
-        return path_roundings(model(layers, width), (2, tokens), stored=2.0**-24, summed=2.0**-24)
+        return rounded(model(layers, width), (2, tokens))
 
     forward, both = whole(layers, width, tokens)
     assert 0 < forward < both < 1e-6
@@ -85,7 +91,7 @@ def shapes_of(method: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_s_own_weights_round_as_well(method: str):
     def whole(shapes):
-        return path_roundings(shapes, (2, 64), stored=2.0**-24, summed=2.0**-24)
+        return rounded(shapes, (2, 64))
 
     own, model = whole(shapes_of(method)), whole(shapes_of("full"))
     assert vocabulary(shapes_of(method)) == TINY.vocab
@@ -99,23 +105,31 @@ def test_an_lstm_rounds_once_more_with_every_virtual_token():
 
     def whole(virtual: int) -> float:
         longer = shapes | {table: (virtual, TINY.embed)}
-        return path_roundings(longer, (2, 64 - virtual), stored=2.0**-24, summed=2.0**-24)[1]
+        return rounded(longer, (2, 64 - virtual))[1]
 
     assert whole(30) - whole(3) == pytest.approx(3 * (whole(12) - whole(3)))
 
 
 def test_places_are_in_the_order_of_the_data():
     """Encoder, embedding, an adapter behind what it is given, and the point behind the adapter."""
+    orders = [causal_order(TINY, METHODS[method]) for method in ("ptuning-lstm", "adapter")]
     names = {p.name for m in ("ptuning-lstm", "adapter") for p in full_table(TINY, METHODS[m])}
-    order = in_order(names | {"embedding", "layers.0.attention", "layers.0.mlp"}, backward=False)
+    order = [named.name for named in orders[0] if named.role != "point"]
+    assert set(order) < names
     at = {name: i for i, name in enumerate(order)}
-    first = "model.layers.0"
+    first, encoder = "model.layers.0", "prompt_encoder"
     chain = [
-        "prompt_encoder.embedding.weight",
-        "prompt_encoder.lstm_head.weight_hh_l0_reverse",
-        "prompt_encoder.lstm_head.bias_ih_l1",
-        "prompt_encoder.mlp_head.0.weight",
-        "prompt_encoder.mlp_head.2.bias",
+        f"{encoder}.embedding.weight",
+        f"{encoder}.lstm_head.weight_hh_l0_reverse",
+        f"{encoder}.lstm_head.bias_ih_l1",
+        f"{encoder}.mlp_head.0.weight",
+        f"{encoder}.mlp_head.2.bias",
+        "model.embed_tokens.weight",
+    ]
+    assert [at[name] for name in chain] == sorted(at[name] for name in chain)
+    order = [named.name for named in orders[1]]
+    at = {name: i for i, name in enumerate(order)}
+    chain = [
         "model.embed_tokens.weight",
         f"{first}.self_attn.o_proj.weight",
         f"{first}.attention_adapter.down.weight",
@@ -124,10 +138,11 @@ def test_places_are_in_the_order_of_the_data():
         f"{first}.mlp.down_proj.weight",
         f"{first}.mlp_adapter.up.bias",
         "layers.0.mlp",
+        "lm_head.weight",
     ]
     assert [at[name] for name in chain] == sorted(at[name] for name in chain)
-    assert order[-1] == "lm_head.weight"
-    assert in_order(names, backward=True)[-1] == chain[0]
+    assert order[-2:] == ["lm_head.weight", "logits"]
+    assert Structure(*orders).in_order(names, backward=True)[-1] == f"{encoder}.embedding.weight"
 
 
 def two_sides(home, starts: dict[str, np.ndarray], moved: dict[str, float]) -> Pair:
@@ -136,7 +151,7 @@ def two_sides(home, starts: dict[str, np.ndarray], moved: dict[str, float]) -> P
     for side in ("a", "b"):
         weights = {n: w + (moved.get(n, 0.0) if side == "b" else 0.0) for n, w in starts.items()}
         writer = TraceWriter(home / side)
-        writer.initial(weights)
+        writer.initial(weights, [Named(n, "linear" if n in FROZEN else "adapter", 0) for n in starts])
         zero = {name: np.zeros_like(weights[name]) for name in starts if name not in FROZEN}
         writer.step(StepTrace(1, empty, 1.0, 1, 1.0, 1.0, zero, zero, zero, zero))
     return Pair(Trace(home / "a"), Trace(home / "b"))

@@ -15,7 +15,7 @@ from torchtrain.step import init_state, moments_of, train_step, weights_of
 from torchtrain.zero import deepspeed_config
 from trainspec.data import open_dataset
 from trainspec.errors import PlanError
-from trainspec.model import PRESETS
+from trainspec.families import PRESETS
 from trainspec.recipe import Precision, Recipe
 from trainspec.run import resolve
 

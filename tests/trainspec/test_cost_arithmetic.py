@@ -9,8 +9,8 @@ from small import SMALL
 
 from trainspec.backends import BACKENDS
 from trainspec.cost import Collective, Cost
+from trainspec.families import PRESETS
 from trainspec.methods import LoRA, trainable_table
-from trainspec.model import PRESETS
 from trainspec.params import param_table
 from trainspec.plan import Backend, Plan, Policy, local_size
 

@@ -24,9 +24,9 @@ from trainspec.hf import resolve_model
 from trainspec.identity import RANDOM, Identity, identity_of, model_digest, start_digest, weights_digest
 from trainspec.init import starting_weights
 from trainspec.methods import LoRA, PromptTuning, adapter_table, trainable_table
-from trainspec.model import LinearScaling, Llama3Scaling
 from trainspec.recipe import ModelSource, Recipe, load_recipe, recipe_from
 from trainspec.resume import ALLOWABLE, FIXED, Made, check_goes_on
+from trainspec.rope import LinearScaling, Llama3Scaling
 from trainspec.run import Run, resolve, run_of
 
 Make = Callable[..., Recipe]

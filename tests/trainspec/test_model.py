@@ -7,19 +7,21 @@ import pytest
 from small import VARIANTS
 
 from trainspec.errors import ModelError, RecipeError
+from trainspec.families import preset
 from trainspec.hf import resolve_model
 from trainspec.init import initial_value
 from trainspec.methods import LoRA, adapter_table, target_modules
-from trainspec.model import (
-    DynamicScaling,
-    ModelSpec,
+from trainspec.model import ModelSpec
+from trainspec.model_config import (
+    config_notes,
     config_of,
-    inverse_frequencies,
-    preset,
+    exported_config,
+    model_spec_from_config,
+    read_model_spec,
 )
-from trainspec.model_config import config_notes, exported_config, model_spec_from_config, read_model_spec
 from trainspec.params import Normal, Param, UniformFanIn, param_table
 from trainspec.recipe import ModelSource
+from trainspec.rope import DynamicScaling, inverse_frequencies
 
 SPECS = VARIANTS | {"dynamic-rope": replace(VARIANTS["plain"], rope_scaling=DynamicScaling(2.0))}
 

@@ -95,7 +95,7 @@ def test_every_process_makes_the_same_calls_and_only_the_leader_writes(prepared,
     for is_leader in (True, False):
         backend.calls, out = [], tmp_path / str(is_leader)
         observers = [
-            Tracing(backend, TraceRequest(out / "trace", 2), is_leader=is_leader),
+            Tracing(backend, TraceRequest(out / "trace", 2), (), is_leader=is_leader),
             Saving(out, run.recipe, data.identity, due=Due(2, last=3), is_leader=is_leader),
         ]
         follow(backend, run, data, backend.state(), observers)

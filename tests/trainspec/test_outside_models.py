@@ -30,10 +30,11 @@ from trainspec.export import export
 from trainspec.hf import copy_tokenizer, model_notes, read_model, resolve_model, tokenizer_files
 from trainspec.identity import model_digest, weights_digest
 from trainspec.methods import LoRA, adapter_table, trainable_table
-from trainspec.model import ModelSpec, inverse_frequencies
+from trainspec.model import ModelSpec
 from trainspec.model_config import model_spec_from_config
 from trainspec.params import param_table
 from trainspec.recipe import ModelSource, Recipe
+from trainspec.rope import inverse_frequencies
 from trainspec.run import resolve
 from trainspec.text.store import find_tokenizer
 

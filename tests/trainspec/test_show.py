@@ -16,8 +16,8 @@ from many import ended
 from small import ROOT, SMALL
 
 from trainspec.cli import main
+from trainspec.families import PRESETS
 from trainspec.methods import Full, LoRA, trainable_table
-from trainspec.model import PRESETS
 from trainspec.recipe import Recipe
 from trainspec.show import grouped
 

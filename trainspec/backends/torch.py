@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 from trainspec.capabilities import Capabilities, Limit
 from trainspec.cost import Cost, width
+from trainspec.families import family_of
 from trainspec.params import Param
 from trainspec.pipeline import stages_of
 from trainspec.plan import COMPUTE_DTYPE, Part, local_size
-
-# What reads the residual stream first in a layer.
-_STREAM_READERS = ("input_layernorm", "q_proj", "k_proj", "v_proj")
 
 
 class TorchCost(Cost):
@@ -63,7 +61,8 @@ class TorchCost(Cost):
         """
         if any("virtual" in p.axes and "embed" in p.axes for p in self.trained):
             return 1 if param.role == "embedding" and param in self.frozen else 2
-        starts = param.role == "embedding" or (param.layer == 0 and param.module.endswith(_STREAM_READERS))
+        readers = family_of(self.model).stream_readers
+        starts = param.role == "embedding" or (param.layer == 0 and param.module.endswith(readers))
         return 1 if starts and param in self.frozen else 2
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxtrain.model import rotary_tables, rotate
+from jaxtrain.layers import rotary_tables, rotate
 from trainspec.model import ModelSpec
 
 

@@ -1,0 +1,132 @@
+"""Llama: rotary grouped-query attention and SwiGLU, each behind an RMS norm.
+
+B batch, S sequence, E embed, H query heads, K kv heads, D head dim, N virtual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+from flax import nnx
+from jax import Array
+
+from jaxtrain.activations import Tap
+from jaxtrain.decoder import Decoder
+from jaxtrain.dropout import DropoutPoint
+from jaxtrain.layers import Build, Dim, Embedding, Linear, RMSNorm, attend, in_front, rotate
+from trainspec.model import ModelSpec
+
+
+class Attention(nnx.Module):
+    """Rotary grouped-query self-attention."""
+
+    def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
+        embed = Dim("embed", spec.embed)
+        q_dim = Dim("heads", spec.heads * spec.head_dim)
+        kv_dim = Dim("kv_heads", spec.kv_heads * spec.head_dim)
+        bias = spec.attention_bias
+        self.head_dim, self.constrain = spec.head_dim, build.constrain
+        self.q_proj = Linear(embed, q_dim, bias=bias, stack=stack, build=build)
+        self.k_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
+        self.v_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
+        self.o_proj = Linear(q_dim, embed, bias=bias, stack=stack, build=build)
+
+    def __call__(
+        self,
+        x_BSE: Array,
+        cos: Array,
+        sin: Array,
+        mask_BSS: Array,
+        point: DropoutPoint | None,
+        prefix_N2KD: Array | None,
+    ) -> Array:
+        B, S, _ = x_BSE.shape
+        q, k, v = (
+            self.constrain(
+                p(x_BSE, point).reshape(B, S, -1, self.head_dim), ("batch", "seq", p.out_axis, "dim")
+            )
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.before_rotation(q, k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if prefix_N2KD is not None:
+            k = in_front(prefix_N2KD[:, 0], k)
+            v = in_front(prefix_N2KD[:, 1], v)
+        mixed = attend(q, k, v, mask_BSS)
+        return self.o_proj(mixed.reshape(B, S, -1), point)
+
+    def before_rotation(self, q_BSHD: Array, k_BSKD: Array) -> tuple[Array, Array]:
+        """Queries and keys as they are rotated: here as they are projected."""
+        return q_BSHD, k_BSKD
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
+        embed, mlp, bias = Dim("embed", spec.embed), Dim("mlp", spec.mlp), spec.mlp_bias
+        self.gate_proj = Linear(embed, mlp, bias=bias, stack=stack, build=build)
+        self.up_proj = Linear(embed, mlp, bias=bias, stack=stack, build=build)
+        self.down_proj = Linear(mlp, embed, bias=bias, stack=stack, build=build)
+
+    def __call__(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BSE, point)) * self.up_proj(x_BSE, point), point)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); a bottleneck adapter stands behind each, where there is one."""
+
+    attention: ClassVar[type[Attention]] = Attention
+
+    def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
+        self.input_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, build=build)
+        self.self_attn = self.attention(spec, stack=stack, build=build)
+        self.post_attention_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, build=build)
+        self.mlp = SwiGLU(spec, stack=stack, build=build)
+        self.attention_adapter: Callable[[Array], Array] | None = None
+        self.mlp_adapter: Callable[[Array], Array] | None = None
+
+    def __call__(
+        self,
+        x_BSE: Array,
+        cos: Array,
+        sin: Array,
+        mask_BSS: Array,
+        point: DropoutPoint | None,
+        prefix_N2KD: Array | None,
+        tap: Tap,
+    ) -> Array:
+        mixed = self.self_attn(self.input_layernorm(x_BSE), cos, sin, mask_BSS, point, prefix_N2KD)
+        if self.attention_adapter is not None:
+            mixed = self.attention_adapter(mixed)
+        x_BSE = x_BSE + tap("attention", mixed)
+        inner = self.mlp(self.post_attention_layernorm(x_BSE), point)
+        if self.mlp_adapter is not None:
+            inner = self.mlp_adapter(inner)
+        return tap("block", x_BSE + tap("mlp", inner))
+
+
+class Llama(Decoder):
+    """The whole model; the names of its attributes are those of the weights."""
+
+    block: ClassVar[type[Block]] = Block
+
+    def __init__(self, spec: ModelSpec, *, remat: str, build: Build) -> None:
+        super().__init__(spec, remat=remat, build=build)
+        self.embed_tokens = Embedding(spec.vocab, spec.embed, build=build)
+        self.layers = self.block(spec, stack=(spec.layers,), build=build)
+        self.norm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=(), build=build)
+        embed, vocab = Dim("embed", spec.embed), Dim("vocab", spec.vocab)
+        head = None if spec.tied_embeddings else Linear(embed, vocab, bias=False, stack=(), build=build)
+        self.lm_head = head
+
+    def look_up(self, input_ids: Array) -> Array:
+        return self.embed_tokens(input_ids)
+
+    def normed(self, x_BSE: Array) -> Array:
+        return self.norm(x_BSE)
+
+    def projected(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
+        return self.embed_tokens.attend(x_BSE) if self.lm_head is None else self.lm_head(x_BSE, point)

@@ -1,0 +1,153 @@
+"""What the families' models are made of, as flax.nnx modules and functions: layers, norms, rotation, attention.
+
+B batch, S sequence, E embed, H query heads, K kv heads, G query heads per kv head, D head dim,
+N virtual tokens (those of a prompt are rows of the sequence, those of a prefix are not).
+Weights are [in, out]; those of a stack of layers have its length in front. Modules are born abstract (shapes only) and are
+merged with weights (`tensor.Weight`) for each call, so everything around them is a function of plain dicts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxtrain.dropout import DropoutPoint
+from jaxtrain.tensor import Constrain, lookup, matmul, matmul_transposed, scale, shift
+from trainspec.model import ModelSpec
+from trainspec.rope import inverse_frequencies
+
+# The segment of virtual tokens, which every document sees.
+VIRTUAL = -1
+
+
+class Dim(NamedTuple):
+    """A dimension of a weight: its logical axis and its size."""
+
+    axis: str
+    size: int
+
+
+class Build(NamedTuple):
+    """What every module is built with: the compute type, and `constrain` for its activations."""
+
+    dtype: np.dtype
+    constrain: Constrain
+
+
+def wide(dtype: DTypeLike) -> np.dtype:
+    """The type for norms, softmax, rotary tables and loss: float32, or float64 in fp64 runs."""
+    return jnp.promote_types(jnp.float32, dtype)
+
+
+def abstract(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
+    """A weight that has a shape and no value yet."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))  # pyright: ignore[reportArgumentType]
+
+
+class VirtualTokens(NamedTuple):
+    """What stands before the tokens of every example, in the type that gradients are summed in.
+
+    `rows` [N, E] are in front of the embedded tokens; `prefix` [L, N, 2, K, D] are keys and values of each layer.
+    """
+
+    rows: Array | None = None
+    prefix: Array | None = None
+
+
+class Encoder(Protocol):
+    """Makes virtual tokens."""
+
+    def __call__(self, step: Array | None) -> VirtualTokens:
+        """Those of update `step`; None is without dropout."""
+        ...
+
+
+def in_front(rows: Array, x: Array) -> Array:
+    """`rows` [N, ...] before each x [B, S, ...], in the type of x."""
+    repeated = jnp.broadcast_to(rows, (len(x), *rows.shape)).astype(x.dtype)
+    return jnp.concatenate([repeated, x], axis=1)
+
+
+class Linear(nnx.Module):
+    """y = x W + b with W [in, out]."""
+
+    def __init__(
+        self, in_dim: Dim, out_dim: Dim, *, bias: bool, stack: tuple[int, ...], build: Build
+    ) -> None:
+        self.kernel = abstract((*stack, in_dim.size, out_dim.size), build.dtype)
+        self.bias = abstract((*stack, out_dim.size), build.dtype) if bias else None
+        self.in_axis, self.out_axis, self.constrain = in_dim.axis, out_dim.axis, build.constrain
+
+    def __call__(self, x_BSI: Array, point: DropoutPoint | None) -> Array:
+        x_BSI = self.constrain(x_BSI, ("batch", "seq", self.in_axis))
+        y_BSO = self.constrain(matmul(x_BSI, self.kernel.get_value()), ("batch", "seq", self.out_axis))
+        return y_BSO if self.bias is None else shift(y_BSO, self.bias.get_value())
+
+
+class Embedding(nnx.Module):
+    """Token id to row; `attend` is the tied head."""
+
+    def __init__(self, vocab: int, embed: int, *, build: Build) -> None:
+        self.embedding = abstract((vocab, embed), build.dtype)
+        self.constrain = build.constrain
+
+    def __call__(self, ids_BS: Array) -> Array:
+        return self.constrain(lookup(ids_BS, self.embedding.get_value()), ("batch", "seq", "embed"))
+
+    def attend(self, x_BSE: Array) -> Array:
+        """Logits [B, S, vocab] of a head that is the embedding itself."""
+        return self.constrain(matmul_transposed(x_BSE, self.embedding.get_value()), ("batch", "seq", "vocab"))
+
+
+class RMSNorm(nnx.Module):
+    """x * rsqrt(mean(x²) + eps) over the last dimension in the wide type, cast to the compute type, times the weight."""
+
+    def __init__(self, size: int, *, eps: float, stack: tuple[int, ...], build: Build) -> None:
+        self.scale = abstract((*stack, size), build.dtype)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x_wide = x.astype(wide(x.dtype))
+        normed = x_wide * lax.rsqrt(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True) + self.eps)
+        return scale(normed.astype(x.dtype), self.scale.get_value())
+
+
+def rotary_tables(spec: ModelSpec, positions_BS: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    """cos and sin [B, S, 1, D] of the angle of each position and pair, made in the wide type."""
+    inverse = jnp.asarray(inverse_frequencies(spec, wide(dtype)))
+    half = positions_BS[..., None].astype(inverse.dtype) * inverse
+    angle = jnp.concatenate([half, half], axis=-1)[:, :, None, :]
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rotate(x_BSHD: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding, Llama's pairing: element d turns with element d + D/2 (RoFormer, arXiv 2104.09864)."""
+    first, second = jnp.split(x_BSHD, 2, axis=-1)
+    return x_BSHD * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Array:
+    """Grouped-query attention [B, S, H, D], softmax in the wide type, no copies of keys or values."""
+    B, S, H, D = q_BSHD.shape
+    K = k_BSKD.shape[2]
+    grouped = q_BSHD.reshape(B, S, K, H // K, D)
+    wide_type = wide(q_BSHD.dtype)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=wide_type) * D**-0.5
+    scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(v_BSKD.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD).reshape(B, S, H, D)
+
+
+def attention_mask(segments_BS: Array) -> Array:
+    """True [B, S, S] where a query may look: at or before itself, in its own document or at a virtual token. Padding
+    (segment 0) sees padding, so no row of the softmax is empty."""
+    order = jnp.arange(segments_BS.shape[1])
+    is_own = segments_BS[:, :, None] == segments_BS[:, None, :]
+    is_virtual = segments_BS[:, None, :] == VIRTUAL
+    return (order[:, None] >= order[None, :]) & (is_own | is_virtual)

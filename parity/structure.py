@@ -1,0 +1,87 @@
+"""What two traces say of the names in them: which comes first as data flows, what each is in the model, in which layer.
+
+A trace says it in its header (`trainspec.trace`, `causal_order`). Of a name that neither header has, only what the name itself
+shows is known: a layer by its number, an embedding, a head or a method's encoder by the word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from trainspec.methods import ENCODER, PEFT_PREFIX
+from trainspec.trace import LAYER_POINTS, Named, Role
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?:\.|$)")
+_POINTS = ("embedding", "norm", "logits")
+_KNOWN, _ENCODER, _EMBEDDING, _LAYERS, _END = range(5)
+
+
+class Structure:
+    """Causal order, roles and layers by name; of several orders the first that has a name says it."""
+
+    def __init__(self, *orders: Sequence[Named]) -> None:
+        entries: dict[str, Named] = {}
+        for order in orders:
+            for named in order:
+                entries.setdefault(named.name, named)
+        self._entries, self._order = entries, list(entries.values())
+        self._rank = {name: i for i, name in enumerate(entries)}
+
+    def key(self, name: str) -> tuple[int, int, int, str]:
+        """Sorts names in causal order; those that no order has come last, by what they show."""
+        if name in self._rank:
+            return _KNOWN, self._rank[name], 0, ""
+        plain = name.removeprefix(PEFT_PREFIX)
+        if plain.startswith(f"{ENCODER}."):
+            return _ENCODER, 0, 0, plain
+        if (layer := _layer_in(plain)) is not None:
+            point = plain.rpartition(".")[2]
+            return _LAYERS, layer, 1 + LAYER_POINTS.index(point) if point in LAYER_POINTS else 0, plain
+        if _is_embedding(plain):
+            return _EMBEDDING, 0, int(plain in _POINTS), plain
+        is_head = "head" in plain or "logits" in plain
+        return _END, 0, 2 * is_head + (plain in _POINTS), plain
+
+    def in_order(self, names: Iterable[str], *, backward: bool) -> list[str]:
+        """`names` as the pass visits them: first to last layer, or the reverse."""
+        return sorted(names, key=self.key, reverse=backward)
+
+    def role(self, name: str) -> Role | None:
+        """What a name is in the model; None where that is not known."""
+        if name in self._entries:
+            return self._entries[name].role
+        return "embedding" if _is_embedding(name) and _layer_in(name) is None else None
+
+    def num_layers(self, names: Iterable[str]) -> int:
+        """In how many layers `names` are."""
+        return len({self._layer(name) for name in names} - {None})
+
+    def projection_before(self, name: str) -> str | None:
+        """The module of the last projection in the layer that comes before a weight; None where that is not known."""
+        for named in reversed(self._order[: self._rank.get(name, 0)]):
+            if named.role == "linear" and named.layer == self._layer(name):
+                return named.name.rpartition(".")[0]
+        return None
+
+    def notes(self, names: Iterable[str]) -> list[str]:
+        """What a user should know of a comparison of `names`: that their order is not told, and what stands for it."""
+        unknown = sorted(name for name in names if name not in self._entries)
+        if not unknown:
+            return []
+        return [
+            f"no causal_order in either trace for {len(unknown)} of its weights, such as {unknown[0]}: they are compared by the "
+            "layer number in their names and alphabetically within a layer, so the first divergence may be a later one of its layer"
+        ]
+
+    def _layer(self, name: str) -> int | None:
+        return self._entries[name].layer if name in self._entries else _layer_in(name)
+
+
+def _layer_in(name: str) -> int | None:
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+def _is_embedding(name: str) -> bool:
+    return "embed" in name or "wte" in name

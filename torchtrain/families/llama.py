@@ -1,0 +1,69 @@
+"""Llama: Hugging Face's LlamaForCausalLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from trainspec.model import ModelSpec
+
+
+class Llama:
+    """Its anatomy, which other families of Hugging Face's with the same names share."""
+
+    norms: ClassVar[tuple[type[nn.Module], ...]] = (LlamaRMSNorm,)
+
+    def make(self, spec: ModelSpec) -> PreTrainedModel:
+        # RoPE's settings are left out: the run's tables take them from the spec.
+        return LlamaForCausalLM(LlamaConfig(**sizes(spec), mlp_bias=spec.mlp_bias))
+
+    def inner(self, model: Any) -> nn.Module:
+        return model.model
+
+    def embedding(self, model: Any) -> nn.Module:
+        return model.model.embed_tokens
+
+    def rotary(self, model: Any) -> nn.Module:
+        return model.model.rotary_emb
+
+    def put_rotary(self, model: Any, rotary: nn.Module) -> None:
+        model.model.rotary_emb = rotary
+
+    def layers(self, model: Any) -> Sequence[nn.Module]:
+        return model.model.layers
+
+    def attention(self, layer: Any) -> nn.Module:
+        return layer.self_attn
+
+    def mlp(self, layer: Any) -> nn.Module:
+        return layer.mlp
+
+    def norm(self, model: Any) -> nn.Module:
+        return model.model.norm
+
+    def head(self, model: Any) -> nn.Module:
+        return model.lm_head
+
+
+def sizes(spec: ModelSpec) -> dict[str, Any]:
+    """The arguments of a Hugging Face configuration that say a spec."""
+    return {
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.embed,
+        "intermediate_size": spec.mlp,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "rms_norm_eps": spec.norm_eps,
+        "max_position_embeddings": spec.max_positions,
+        "tie_word_embeddings": spec.tied_embeddings,
+        "attention_bias": spec.attention_bias,
+        "pad_token_id": None,  # padding has a loss of zero by its labels; no row of the embedding is special
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }

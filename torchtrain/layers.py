@@ -1,0 +1,51 @@
+"""What every family's torch module is given in place of its own: norms in float64, rotary tables, the mask."""
+
+# B examples, S sequence, D head dim
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torchtrain.tensor import compute_device
+from trainspec.model import ModelSpec
+from trainspec.rope import inverse_frequencies
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x²) + eps) * weight in the type of x: Hugging Face's without its detour over float32."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self._eps = weight, eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(mean_square + self._eps))
+
+
+class RotaryTables(nn.Module):
+    """cos and sin [B, S, D] of each position's angles, made in `dtype` (float32 or float64), cast to the type of x.
+
+    In place of Hugging Face's, whose frequencies are float32 and a buffer that a cast of the model rounds.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        numpy_dtype = "float64" if dtype == torch.float64 else "float32"
+        self._inverse = torch.from_numpy(inverse_frequencies(spec, numpy_dtype)).to(compute_device())
+
+    @torch.no_grad()
+    def forward(self, x_BSE: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].to(self._inverse.dtype) * self._inverse
+        angles_BSD = torch.cat((angles, angles), dim=-1)
+        return angles_BSD.cos().to(x_BSE.dtype), angles_BSD.sin().to(x_BSE.dtype)
+
+
+def attention_mask(segments_BS: Tensor) -> Tensor:
+    """True where a query may see a key: same document, and not later. Bool [B, 1, S, S].
+
+    Padding (segment 0) sees earlier padding, so that no row of the softmax is empty.
+    """
+    same_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
+    return same_BSS.tril()[:, None]

@@ -1,0 +1,45 @@
+"""The model families: which one a model is of, by name or by its `config.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainspec.errors import ModelError, nearest
+from trainspec.families.config import said
+from trainspec.families.family import Family
+from trainspec.families.llama import Llama
+from trainspec.families.qwen3 import Qwen3
+from trainspec.model import ModelSpec
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (Llama(), Qwen3())}
+
+PRESETS: dict[str, ModelSpec] = {
+    name: spec for family in FAMILIES.values() for name, spec in family.presets.items()
+}
+
+
+def family_of(model: ModelSpec) -> Family:
+    """The family of a model."""
+    return FAMILIES[model.family]
+
+
+def family_of_config(config: dict[str, Any], *, where: str) -> Family:
+    """The family that a parsed `config.json` names. Raises ModelError where none of ours is."""
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    for family in FAMILIES.values():
+        if family.is_named(architectures, model_type):
+            return family
+    supported = ", ".join(
+        f"{family.architecture} (model_type {family.model_type})" for family in FAMILIES.values()
+    )
+    raise ModelError(
+        f"{where}: architectures {said(architectures)} of model_type {said(model_type)} are unsupported; "
+        f"supported: {supported}"
+    )
+
+
+def preset(name: str) -> ModelSpec:
+    """The named preset. Raises ModelError with the nearest known name."""
+    if name not in PRESETS:
+        raise ModelError(f"model.from: no preset {name!r}{nearest(name, PRESETS)}")
+    return PRESETS[name]

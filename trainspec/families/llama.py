@@ -1,0 +1,216 @@
+"""Llama: rotary grouped-query attention and SwiGLU, each behind an RMS norm (arXiv 2302.13971, 2307.09288, 2407.21783)."""
+
+# P prompt tokens, E embed, H query heads, K kv heads, G query heads per kv head, D head dim, L layers
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainspec.entry import Normal, Ones, Param, Role, Zeros
+from trainspec.errors import ModelError
+from trainspec.families.config import SWITCHES, DecoderFields, checked, decoder_notes, exported
+from trainspec.families.family import Family
+from trainspec.model import ModelSpec
+from trainspec.rope import inverse_frequencies, rope_parameters
+from trainspec.weight import Weight
+
+Array = NDArray[Any]
+
+
+class _Fields(DecoderFields):
+    mlp_bias: bool | None = None
+
+
+def _preset(name: str, sizes: tuple[int, ...], *, theta: float = 1e4, positions: int = 4096) -> ModelSpec:
+    vocab, embed, layers, heads, kv_heads, mlp = sizes
+    return ModelSpec(
+        name=name, vocab=vocab, embed=embed, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=embed // heads,
+        mlp=mlp, norm_eps=1e-5, rope_theta=theta, rope_scaling=None, max_positions=positions, tied_embeddings=False,
+        attention_bias=False, mlp_bias=False, init_std=0.02,
+    )  # fmt: skip
+
+
+class Llama(Family):
+    """Models of `LlamaForCausalLM`."""
+
+    name = "llama"
+    title = "Llama"
+    model_type = "llama"
+    # Checkpoints converted before transformers 4.28 spell it in the second way.
+    architectures = ("LlamaForCausalLM", "LLaMAForCausalLM")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    fields: ClassVar[type[DecoderFields]] = _Fields
+    within_layer: ClassVar[tuple[str, ...]] = (
+        "input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "attention_adapter", "attention",
+        "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp_adapter", "mlp", "block",
+    )  # fmt: skip
+    stream_readers: ClassVar[tuple[str, ...]] = ("input_layernorm", "q_proj", "k_proj", "v_proj")
+    # Sizes of published models: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
+    presets: ClassVar[Mapping[str, ModelSpec]] = {
+        spec.name: spec
+        for spec in (
+            _preset("tiny", (512, 64, 2, 4, 2, 128), positions=512),
+            _preset("llama2-7b", (32000, 4096, 32, 32, 32, 11008)),
+            _preset("llama2-13b", (32000, 5120, 40, 40, 40, 13824)),
+            _preset("llama2-70b", (32000, 8192, 80, 64, 8, 28672)),
+            _preset("llama3-8b", (128256, 4096, 32, 32, 8, 14336), theta=5e5, positions=8192),
+            _preset("llama3-70b", (128256, 8192, 80, 64, 8, 28672), theta=5e5, positions=8192),
+        )
+    }
+
+    def table(self, model: ModelSpec) -> tuple[Param, ...]:
+        """Embedding, layers, final norm and, where it is not the embedding, the head."""
+        ends = (model.vocab, model.embed), ("vocab", "embed")
+        entries = [matrix(self.embedding.removesuffix(".weight"), "embedding", model, *ends, None)]
+        for i in range(model.layers):
+            entries += self.layer(model, i)
+        entries.append(norm("model.norm", (model.embed, "embed"), None))
+        if not model.tied_embeddings:
+            entries.append(matrix(self.head.removesuffix(".weight"), "head", model, *ends, None))
+        return tuple(entries)
+
+    def layer(self, m: ModelSpec, i: int) -> list[Param]:
+        """The weights of layer `i`."""
+        base = f"model.layers.{i}"
+        q_size, kv_size = m.heads * m.head_dim, m.kv_heads * m.head_dim
+        linears = (
+            ("self_attn.q_proj", (q_size, m.embed), ("heads", "embed"), m.attention_bias),
+            ("self_attn.k_proj", (kv_size, m.embed), ("kv_heads", "embed"), m.attention_bias),
+            ("self_attn.v_proj", (kv_size, m.embed), ("kv_heads", "embed"), m.attention_bias),
+            ("self_attn.o_proj", (m.embed, q_size), ("embed", "heads"), m.attention_bias),
+            ("mlp.gate_proj", (m.mlp, m.embed), ("mlp", "embed"), m.mlp_bias),
+            ("mlp.up_proj", (m.mlp, m.embed), ("mlp", "embed"), m.mlp_bias),
+            ("mlp.down_proj", (m.embed, m.mlp), ("embed", "mlp"), m.mlp_bias),
+        )
+        entries = [norm(f"{base}.input_layernorm", (m.embed, "embed"), i)]
+        for name, shape, axes, bias in linears:
+            if name == "mlp.gate_proj":
+                entries.append(norm(f"{base}.post_attention_layernorm", (m.embed, "embed"), i))
+            entries.append(matrix(f"{base}.{name}", "linear", m, shape, axes, i))
+            if bias:
+                entries.append(Param(f"{base}.{name}.bias", shape[:1], axes[:1], Zeros(), False, "linear", i))
+        return entries
+
+    def spec_of(self, config: dict[str, Any], *, name: str, where: str) -> ModelSpec:
+        """Checked as transformers 5 reads it."""
+        fields = checked(_Fields, config, where)
+        if fields.hidden_size % fields.num_attention_heads:
+            raise ModelError(
+                f"{where}: hidden_size {fields.hidden_size} is no multiple of num_attention_heads "
+                f"{fields.num_attention_heads}"
+            )
+        return fields.spec(self.name, name=name, where=where, mlp_bias=bool(fields.mlp_bias))
+
+    def config_of(self, model: ModelSpec) -> dict[str, Any]:
+        """Every field that `spec_of` reads."""
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": model.vocab,
+            "hidden_size": model.embed,
+            "intermediate_size": model.mlp,
+            "num_hidden_layers": model.layers,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.kv_heads,
+            "head_dim": model.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": model.norm_eps,
+            "rope_parameters": rope_parameters(model),
+            "max_position_embeddings": model.max_positions,
+            "tie_word_embeddings": model.tied_embeddings,
+            "attention_bias": model.attention_bias,
+            "mlp_bias": model.mlp_bias,
+            "initializer_range": model.init_std,
+        }
+
+    def notes(self, config: dict[str, Any], *, where: str) -> list[str]:
+        """Rotary settings, code of its own, a padding token that is none."""
+        return decoder_notes(config, checked(self.fields, config, where), title=self.title, where=where)
+
+    def exported(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
+        """Nulls that transformers 5 does not take are left out."""
+        return exported(config, model, switches=(*SWITCHES, "attention_bias", "mlp_bias"))
+
+    def keys_and_values(self, model: ModelSpec, weights: Mapping[str, Weight], ids: Sequence[int]) -> Array:
+        """Layer by layer, no further than the last one's keys and values."""
+        x_PE = self.embedded(weights, ids)
+        turns = np.arange(len(ids))[:, None] * inverse_frequencies(model, np.float64)
+        angles_PD = np.concatenate([turns, turns], axis=-1)[:, None, :]
+        found = np.empty((len(ids), 2 * model.layers, model.kv_heads, model.head_dim))
+        for i in range(model.layers):
+            layer = LayerWeights(model, weights, f"model.layers.{i}")
+            normed = layer.norm("input_layernorm", x_PE)
+            q, k, v = (self.heads(layer, name, normed) for name in "qkv")
+            q, k = _rotate(q, angles_PD), _rotate(k, angles_PD)
+            found[:, 2 * i], found[:, 2 * i + 1] = k, v
+            if i + 1 == model.layers:
+                return found
+            x_PE = x_PE + layer.linear("self_attn.o_proj", _attend(q, k, v).reshape(len(ids), -1))
+            x_PE = x_PE + layer.mlp(layer.norm("post_attention_layernorm", x_PE))
+        return found
+
+    def heads(self, layer: LayerWeights, name: str, x_PE: Array) -> Array:
+        """Queries, keys or values (`name` q, k or v) before their rotation, [P, H, D] or [P, K, D]."""
+        return layer.linear(f"self_attn.{name}_proj", x_PE).reshape(len(x_PE), -1, layer.head_dim)
+
+
+def matrix(
+    module: str, role: Role, m: ModelSpec, shape: tuple[int, int], axes: tuple[str, str], layer: int | None
+) -> Param:
+    """The entry of a weight [out, in] that starts as normal noise."""
+    return Param(f"{module}.weight", shape, axes, Normal(m.init_std), True, role, layer)
+
+
+def norm(module: str, dim: tuple[int, str], layer: int | None) -> Param:
+    """The entry of a norm over a dimension, (size, logical axis)."""
+    return Param(f"{module}.weight", dim[:1], dim[1:], Ones(), False, "norm", layer)
+
+
+class LayerWeights:
+    """One layer's functions; a weight is in memory while it is used."""
+
+    def __init__(self, model: ModelSpec, weights: Mapping[str, Weight], base: str) -> None:
+        self.head_dim, self._eps = model.head_dim, model.norm_eps
+        self._weights, self._base = weights, base
+
+    def norm(self, module: str, x: Array) -> Array:
+        """RMS norm over the last dimension."""
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self._eps) * self._read(f"{module}.weight")
+
+    def linear(self, module: str, x: Array) -> Array:
+        """x W, and the bias where there is one."""
+        y = x @ self._read(f"{module}.weight").T
+        has_bias = f"{self._base}.{module}.bias" in self._weights
+        return y + self._read(f"{module}.bias") if has_bias else y
+
+    def mlp(self, x: Array) -> Array:
+        """down(silu(gate(x)) * up(x))."""
+        gate = self.linear("mlp.gate_proj", x)
+        return self.linear("mlp.down_proj", _silu(gate) * self.linear("mlp.up_proj", x))
+
+    def _read(self, name: str) -> Array:
+        return self._weights[f"{self._base}.{name}"][...].astype(np.float64)
+
+
+def _silu(x: Array) -> Array:
+    """x / (1 + exp(-x)), by way of a function that never overflows."""
+    return x * (0.5 * (1.0 + np.tanh(0.5 * x)))
+
+
+def _rotate(x_PHD: Array, angles_P1D: Array) -> Array:
+    first, second = np.split(x_PHD, 2, axis=-1)
+    return x_PHD * np.cos(angles_P1D) + np.concatenate([-second, first], axis=-1) * np.sin(angles_P1D)
+
+
+def _attend(q_PHD: Array, k_PKD: Array, v_PKD: Array) -> Array:
+    P, H, D = q_PHD.shape
+    grouped = q_PHD.reshape(P, k_PKD.shape[1], -1, D)
+    scores = np.einsum("qkgd,skd->kgqs", grouped, k_PKD) / np.sqrt(D)
+    scores = np.where(np.tril(np.ones((P, P), bool)), scores, -np.inf)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    return np.einsum("kgqs,skd->qkgd", shares, v_PKD).reshape(P, H, D)
