@@ -19,13 +19,12 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
-from jaxtrain.methods import attach
+from jaxtrain.methods import all_rows, attach
 from jaxtrain.model import Llama, build_model, wide
 from jaxtrain.optim import Moments, Rates, Weights, clip, global_norm, make_optimizer, rates
 from jaxtrain.parallel import Layout, constrained, make_mesh
 from jaxtrain.passes import passes_of
 from jaxtrain.tensor import Weight, chosen
-from jaxtrain.virtual import all_rows
 from jaxtrain.weights import from_canonical, is_stacked, native_name, native_shapes, to_canonical, to_host
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch

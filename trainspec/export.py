@@ -20,7 +20,7 @@ from trainspec.hf import (
     write_model,
 )
 from trainspec.init import starting_weights
-from trainspec.methods import PEFT_PREFIX, Full, LoRA, Method
+from trainspec.methods import Full
 from trainspec.model import MODEL_TYPE, ModelSpec, config_of
 from trainspec.model_config import exported_config, read_config
 from trainspec.params import Param, param_table
@@ -35,14 +35,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
 }
 SHARD_BYTES = 4 * 2**30
-# Why a method is no change of the model's own weights.
-NOT_MERGED = {
-    "full": "has nothing to merge",
-    "adapter": "cannot be merged: between its two matrices is a non-linearity",
-    "prompt": "cannot be merged: its rows are in the input, not in a weight",
-    "ptuning": "cannot be merged: its rows are in the input, not in a weight",
-    "prefix": "cannot be merged: no weight makes its keys and values",
-}
 
 
 def export(
@@ -56,8 +48,8 @@ def export(
 ) -> Path:
     """Write the newest checkpoint under OUT for others to load, read it back, and return its directory.
 
-    Full gives `OUT/model` (Hugging Face), every other method `OUT/adapter`, LoRA with `merge` `OUT/merged`; with the tokenizer
-    that was trained with. A model is stored as `dtype`, or else as it was trained, a merged one as its base is.
+    Full gives `OUT/model` (Hugging Face), every other method `OUT/adapter`, one that is a change of weights with `merge`
+    `OUT/merged`; with the tokenizer that was trained with. A model is stored as `dtype`, or else as it was trained, a merged one as its base is.
     Raises RecipeError where nothing was trained yet, the method cannot be merged, or the tokenizer would be another.
     """
     path = checkpoint.latest(out)
@@ -69,8 +61,8 @@ def export(
     found = checkpoint.load(path, recipe=recipe, model=model).weights
     trained = {name: weight[...] for name, weight in found.items()}
     method = recipe.method
-    if merge and not isinstance(method, LoRA):
-        raise RecipeError(f"method.kind={method.kind} {NOT_MERGED[method.kind]}; leave --merge out")
+    if merge and method.not_merged is not None:
+        raise RecipeError(f"method.kind={method.kind} {method.not_merged}; leave --merge out")
     made = checkpoint.read_made(path)
     identity, template = made.identity, made.recipe.data.chat_template
     if template is not None and recipe.data.chat_template is None:
@@ -79,7 +71,7 @@ def export(
             f"format; export with the run's own recipe, {out / 'recipe.yaml'}"
         )
     tokenizer = _tokenizer(recipe, source, identity.tokenizer if identity else None, say)
-    if merge or isinstance(method, Full):
+    if merge or method.trains_model:
         target = out / ("merged" if merge else "model")
         config, weights = _model(recipe, model, source, trained, DTYPES[dtype] if dtype else None)
         write_model(
@@ -90,7 +82,7 @@ def export(
             weight[...]  # it reads back
         return target
     if dtype is not None:
-        way_out = ", or fold the adapter into one with --merge" if isinstance(method, LoRA) else ""
+        way_out = ", or fold the adapter into one with --merge" if method.not_merged is None else ""
         raise RecipeError(
             f"--dtype {dtype}: says how a whole model is stored, and this is an adapter; leave it out{way_out}"
         )
@@ -134,13 +126,12 @@ def _model(
     method, table = recipe.method, param_table(model)
     rows: Sequence[tuple[Param, WeightLike]] = (
         [(param, trained[param.name]) for param in table]
-        if isinstance(method, Full)
+        if method.trains_model
         else list(_base_rows(recipe, model, source))
     )
     stored = {param.name: dtype or weight.dtype for param, weight in rows}
     weights = (
-        (p.name, _cast(_merged(p, weight[...], method, trained), p.name, stored[p.name]))
-        for p, weight in rows
+        (p.name, _cast(method.merged(p, weight[...], trained), p.name, stored[p.name])) for p, weight in rows
     )
     return _config(model, source, set(stored.values())), weights
 
@@ -150,14 +141,6 @@ def _base_rows(recipe: Recipe, model: ModelSpec, source: Path | None) -> Iterabl
     if source is not None and recipe.model.weights == "pretrained":
         return read_model(source, model, param_table(model), dtype=None)
     return starting_weights(recipe.model_copy(update={"method": Full()}), model)
-
-
-def _merged(param: Param, weight: Array, method: Method, trained: Mapping[str, Array]) -> Array:
-    """W + (alpha / rank) B A in float64 where `trained` has an adapter of this weight, else the weight itself."""
-    a, b = (trained.get(f"{PEFT_PREFIX}{param.module}.lora_{x}.weight") for x in "AB")
-    if not isinstance(method, LoRA) or a is None or b is None or not param.name.endswith(".weight"):
-        return weight
-    return weight.astype(np.float64) + method.scale * (b.astype(np.float64) @ a.astype(np.float64))
 
 
 def _cast(array: Array, name: str, dtype: np.dtype[Any]) -> Array:

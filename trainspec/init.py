@@ -6,10 +6,9 @@ so a shard is made where it lives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
@@ -18,9 +17,9 @@ from numpy.typing import DTypeLike, NDArray
 from trainspec.adapters import read_adapter
 from trainspec.from_text import text_start
 from trainspec.hf import read_model, resolve_model
-from trainspec.methods import Full, PrefixTuning, PromptTuning, adapter_table
+from trainspec.methods import adapter_table
 from trainspec.model import ModelSpec
-from trainspec.params import FromText, Normal, Ones, Param, UniformFanIn, Zeros, param_table
+from trainspec.params import FromText, FromWeights, Normal, Ones, Param, UniformFanIn, Zeros, param_table
 from trainspec.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
 from trainspec.rng import name_key, threefry2x32
@@ -32,31 +31,56 @@ def starting_weights(recipe: Recipe, model: ModelSpec) -> Iterator[tuple[Param, 
 
     Files are checked before the first is given; a weight is read or drawn as far as it is asked for.
 
-    The model's rows come from its files or are drawn (`model.weights`); the method's from `method.adapter`,
-    from its text, or drawn.
+    The model's come from its files or are drawn (`model.weights`); the method's from `method.adapter`, from its text,
+    from other starting weights, or are drawn.
     """
     dtype = STORED_DTYPE[recipe.precision.policy]
-    method, seed = recipe.method, recipe.run.seed
-    rows = adapter_table(model, method)
-    match method:
-        case Full():
-            return _base_weights(recipe, model, dtype)
-        case _ if method.adapter is not None:
-            added = read_adapter(Path(method.adapter), model, method, rows, dtype=dtype)
-        case PromptTuning(init="text") | PrefixTuning(init="text"):
-            array = _text_start(recipe, model).astype(dtype)  # pyright: ignore[reportArgumentType] (a frozen model is hashable)
-            added = iter([(rows[0], Weight(array.shape, array.dtype, array.__getitem__))])
-        case _:
-            added = _all_drawn(rows, seed=seed, dtype=dtype)
+    method, table = recipe.method, adapter_table(model, recipe.method)
+    if method.start is not None:
+        added = read_adapter(method.start, model, method, table, dtype=dtype)
+    else:
+        added = iter(_method_starts(recipe, model, table, dtype))
     return chain(_base_weights(recipe, model, dtype), added)
+
+
+def _method_starts(
+    recipe: Recipe, model: ModelSpec, table: Sequence[Param], dtype: DTypeLike
+) -> list[tuple[Param, Weight]]:
+    """The method's weights where no adapter gives them."""
+    others: dict[str, Weight] = {}
+    if any(isinstance(param.init, FromWeights) for param in table):
+        drawn_too = (p for p in table if not isinstance(p.init, FromText | FromWeights))
+        wide = chain(
+            _base_weights(recipe, model, np.float64),
+            _all_drawn(drawn_too, seed=recipe.run.seed, dtype=np.float64),
+        )
+        others = {param.name: weight for param, weight in wide}
+    return [(param, _start(param, others, recipe, model, dtype)) for param in table]
+
+
+def _start(
+    param: Param, others: Mapping[str, Weight], recipe: Recipe, model: ModelSpec, dtype: DTypeLike
+) -> Weight:
+    """The start of one weight, which may be made of `others`."""
+    match param.init:
+        case FromText():
+            array = _text_start(recipe, model).astype(dtype)  # pyright: ignore[reportArgumentType] (a frozen model is hashable)
+            return Weight(array.shape, array.dtype, array.__getitem__)
+        case FromWeights(names, make):
+            return Weight(
+                param.shape,
+                np.dtype(dtype),
+                lambda index: make(*(others[name][...] for name in names))[index],
+            )
+        case _:
+            return drawn(param, seed=recipe.run.seed, dtype=dtype)
 
 
 @lru_cache(maxsize=1)
 def _text_start(recipe: Recipe, model: ModelSpec) -> NDArray[np.float64]:
     # Once in a process: it may run through the whole model, and a run in bf16 starts its weights twice.
-    assert isinstance(recipe.method, PromptTuning | PrefixTuning)
     base = {p.name: weight for p, weight in _base_weights(recipe, model, np.float64)}
-    return text_start(recipe, model, recipe.method, base)
+    return text_start(recipe, model, base)
 
 
 def _base_weights(recipe: Recipe, model: ModelSpec, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:
@@ -98,8 +122,8 @@ def initial_value(param: Param, *, seed: int, dtype: DTypeLike, index: Index | N
             # Box-Muller: two uniforms give one normal value; 1 - u keeps the logarithm finite.
             first, second = _uniform(param, seed, element)
             values = std * np.sqrt(-2.0 * np.log(1.0 - first)) * np.cos(2.0 * np.pi * second)
-        case FromText():
-            raise ValueError(f"{param.name} is not drawn: trainspec.from_text makes it")
+        case FromText() | FromWeights():
+            raise ValueError(f"{param.name} is not drawn: `starting_weights` makes it")
         case other:
             assert_never(other)
     return values.astype(dtype)

@@ -5,10 +5,12 @@ Canonical names and layouts are Hugging Face's: one entry per layer, linear weig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from trainspec.model import ModelSpec
+from trainspec.weight import Array
 
 Role = Literal["embedding", "linear", "head", "norm", "adapter"]
 
@@ -44,7 +46,15 @@ class FromText:
     text: str
 
 
-Init = Normal | UniformFanIn | Zeros | Ones | FromText
+@dataclass(frozen=True)
+class FromWeights:
+    """What `make` gives of the starting values, in float64, of the weights that are called `names`."""
+
+    names: tuple[str, ...]
+    make: Callable[..., Array]
+
+
+Init = Normal | UniformFanIn | Zeros | Ones | FromText | FromWeights
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ from tensorboard.summary import Writer
 from tqdm import tqdm
 
 from trainspec.accelerators import Devices
-from trainspec.adapters import adapter_size
-from trainspec.encoders import has_encoder
 from trainspec.memory import host_memory
-from trainspec.methods import Full, Method, adapter_table, trainable_table
+from trainspec.methods import Method, adapter_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan, Policy
@@ -146,11 +144,11 @@ def describe(model: ModelSpec, method: Method, policy: Policy) -> str:
         f"{model.name}: {total:,} parameters; {method.kind} trains {trained:,} "
         f"({100 * trained / (total + extra):.2f} %)"
     )
-    if isinstance(method, Full):
+    if method.trains_model:
         return line
     mebi = np.dtype(STORED_DTYPE[policy]).itemsize / 2**20
-    line = f"{line}; its adapter has {adapter_size(model, method) * mebi:,.2f} MiB"
-    return f"{line}, the encoder beside it {trained * mebi:,.2f}" if has_encoder(method) else line
+    line = f"{line}; its adapter has {method.adapter_size(model) * mebi:,.2f} MiB"
+    return f"{line}, the encoder beside it {trained * mebi:,.2f}" if method.has_encoder else line
 
 
 def _drop_steps_after(metrics: Path, step: int) -> None:

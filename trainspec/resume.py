@@ -14,7 +14,6 @@ from typing import Any
 from trainspec.complaint import shown
 from trainspec.errors import RecipeError
 from trainspec.identity import RANDOM, Identity, model_digest, weights_digest
-from trainspec.methods import Full
 from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
 from trainspec.schedule import learning_rate
@@ -76,7 +75,7 @@ def check_reads(made: Made, recipe: Recipe, model: ModelSpec) -> None:
     if was is None:
         return
     _refuse_model(made, recipe, was.model, model_digest(model), "the model's settings (config.json)")
-    if not isinstance(recipe.method, Full):  # of which a checkpoint has every weight
+    if not recipe.method.trains_model:  # of which a checkpoint has every weight
         _refuse_model(made, recipe, was.weights, weights_digest(recipe.model, model), "the model's weights")
 
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import get_args
 
 from trainspec.adapters import read_adapter
@@ -15,7 +14,7 @@ from trainspec.data import check_positions, open_dataset
 from trainspec.errors import PlanError, UserError
 from trainspec.hf import model_notes, read_model, resolve_model
 from trainspec.loop import check_plan
-from trainspec.methods import Full, adapter_table, trainable_table
+from trainspec.methods import adapter_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param, param_table
 from trainspec.plan import Backend
@@ -91,8 +90,8 @@ def _check_files(recipe: Recipe, model: ModelSpec) -> None:
     method, directory = recipe.method, resolve_model(recipe.model)[1]
     if recipe.model.weights == "pretrained" and directory is not None:
         read_model(directory, model, param_table(model), dtype=None)
-    if not isinstance(method, Full) and method.adapter is not None:
-        read_adapter(Path(method.adapter), model, method, adapter_table(model, method), dtype="float32")
+    if method.start is not None:
+        read_adapter(method.start, model, method, adapter_table(model, method), dtype="float32")
 
 
 def _say_length(recipe: Recipe) -> None:

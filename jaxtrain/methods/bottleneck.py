@@ -1,4 +1,4 @@
-"""Bottleneck adapters behind attention and MLP, before what they give is added to the residual stream.
+"""Bottleneck adapters after attention and MLP, before their output is added to the residual stream.
 
 Houlsby and others, arXiv 1902.00751, figure 2. Every tensor peer holds an adapter whole, as the stream is whole on each.
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Literal, assert_never
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxtrain.methods.site import Site
 from jaxtrain.model import Build, Dim, Linear, Llama, wide
 from trainspec.methods import Adapter
 from trainspec.model import ModelSpec
@@ -47,7 +49,8 @@ def _act(activation: Literal["relu", "gelu", "silu"], x: Array) -> Array:
             assert_never(other)
 
 
-def attach_adapters(model: Llama, spec: ModelSpec, method: Adapter) -> None:
+def attach(model: Llama, method: Adapter, site: Site) -> dict[str, np.ndarray]:
     """Two adapters for each layer of `model`."""
-    model.layers.attention_adapter = nnx.data(Bottleneck(spec, method, build=model.build))
-    model.layers.mlp_adapter = nnx.data(Bottleneck(spec, method, build=model.build))
+    model.layers.attention_adapter = nnx.data(Bottleneck(site.spec, method, build=model.build))
+    model.layers.mlp_adapter = nnx.data(Bottleneck(site.spec, method, build=model.build))
+    return {}

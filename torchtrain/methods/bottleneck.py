@@ -1,4 +1,4 @@
-"""Bottleneck adapters behind attention and MLP, before what they give is added to the residual stream.
+"""Bottleneck adapters after attention and MLP, before their output is added to the residual stream.
 
 Houlsby and others, arXiv 1902.00751, figure 2. PEFT has no such method. Every tensor peer holds an adapter whole, as the
 stream is whole on each.
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from torchtrain.methods.site import Site
 from trainspec.methods import Adapter
 from trainspec.model import ModelSpec
 
@@ -41,11 +42,11 @@ class Bottleneck(nn.Module):
         return h_BSE + self.up(self._act(self.down(h_BSE)))
 
 
-def attach_adapters(model: LlamaForCausalLM, spec: ModelSpec, method: Adapter) -> None:
+def attach(model: LlamaForCausalLM, method: Adapter, site: Site) -> None:
     """Two adapters for each layer of `model`, on the meta device; a layer owns them under their canonical names."""
     for layer in model.model.layers:
-        _put_behind(layer, layer.self_attn, "attention_adapter", spec, method)  # pyright: ignore[reportArgumentType]
-        _put_behind(layer, layer.mlp, "mlp_adapter", spec, method)  # pyright: ignore[reportArgumentType]
+        _put_behind(layer, layer.self_attn, "attention_adapter", site.spec, method)  # pyright: ignore[reportArgumentType]
+        _put_behind(layer, layer.mlp, "mlp_adapter", site.spec, method)  # pyright: ignore[reportArgumentType]
 
 
 def _put_behind(layer: nn.Module, block: nn.Module, name: str, spec: ModelSpec, method: Adapter) -> None:
