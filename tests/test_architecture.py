@@ -114,6 +114,13 @@ ONE_SIDED = {
     "jaxtrain/methods/lora.py": {
         "LoRALinear": "torch's is PEFT's",
     },
+    "jaxtrain/methods/dora.py": {
+        "DoRALinear": "torch's is PEFT's, with another variant",
+        "IsTarget": "JAX stacks layers, some of which may be no targets",
+    },
+    "torchtrain/methods/dora.py": {
+        "Magnitude": "ZeRO gathers the weights of a module",
+    },
     "torchtrain/methods/__init__.py": {
         "layer_inputs": "DeepSpeed's pipeline calls layers one by one; in JAX they are an input of the compiled passes",
     },

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.methods import bottleneck, full, lora, prefix, prompt, ptuning
+from jaxtrain.methods import bottleneck, dora, full, lora, prefix, prompt, ptuning
 from jaxtrain.methods.site import Site
 from jaxtrain.methods.virtual_tokens import all_rows
 from jaxtrain.model import Llama
@@ -21,6 +21,7 @@ __all__ = ["ATTACH", "all_rows", "attach"]
 ATTACH: dict[str, Callable[[Llama, Any, Site], dict[str, np.ndarray]]] = {
     "full": full.attach,
     "lora": lora.attach,
+    "dora": dora.attach,
     "adapter": bottleneck.attach,
     "prompt": prompt.attach,
     "ptuning": ptuning.attach,

@@ -25,6 +25,7 @@ FP64 = {"policy": "fp64", "reduce": "fp64"}
 METHODS = sections(
     {
         "lora": {"rank": 3, "alpha": 5.0, "rslora": True, "dropout": 0.0, "targets": "all-linear"},
+        "dora": {"rank": 3, "alpha": 5.0, "dropout": 0.0},
         "adapter": {"bottleneck": 5},
         "ptuning-mlp": {"hidden": 7},
         "ptuning-lstm": {"virtual_tokens": 4, "hidden": 6, "dropout": 0.0},
@@ -40,6 +41,7 @@ DATA = {
 # The model and how its examples are filled, where that is not ("plain", "packed").
 FILLED = {
     "lora": ("bias", "packed"),
+    "dora": ("bias", "left"),
     "adapter-relu": ("bias", "left"),
     "adapter-silu": ("plain", "right"),
     "prompt": ("tied", "packed"),
@@ -48,7 +50,7 @@ FILLED = {
     "prefix-projection": ("tied", "left"),
 }
 CASES = [(name, *FILLED.get(name, ("plain", "packed"))) for name in METHODS]
-FAST = ("adapter", "ptuning-lstm", "prefix")  # one of each way into the model
+FAST = ("dora", "adapter", "ptuning-lstm", "prefix")  # one of each way into the model
 ROUNDING = 1e-12  # as in test_model.py
 
 
@@ -62,9 +64,9 @@ def prepare(recipe: Recipe):
     return state, open_dataset(recipe, "train").batch(0, recipe.batch.global_examples)
 
 
-def in_the_oracle(recipe: Recipe, spec: ModelSpec, weights) -> dict[str, Any]:
+def in_the_oracle(recipe: Recipe, spec: ModelSpec, weights, held) -> dict[str, Any]:
     """What numpy_llama is told of the method."""
-    return ORACLES[recipe.method.kind](recipe.method, spec, weights)
+    return ORACLES[recipe.method.kind](recipe.method, spec, weights, held)
 
 
 def _marked(case: tuple[str, str, str]):
@@ -82,7 +84,7 @@ def test_a_method_is_that_of_the_papers(prepared):
     """Logits of every document, and the slope of the loss along a random direction: differences of fourth order."""
     recipe, state, batch = prepared
     spec, weights = spec_of(recipe), weights_of(state, frozen=True)
-    mine, how = logits(state, batch), in_the_oracle(recipe, spec, weights)
+    mine, how = logits(state, batch), in_the_oracle(recipe, spec, weights, weights)
     for example, where in numpy_llama.documents(batch):
         theirs = numpy_llama.document_logits(weights, spec, batch.input_ids[example, where], **how)
         assert np.abs(mine[example, where] - theirs).max() <= ROUNDING * np.abs(theirs).max()
@@ -94,7 +96,7 @@ def test_a_method_is_that_of_the_papers(prepared):
 
     def loss(at: float) -> float:
         moved = weights | {name: w + at * direction[name] / length for name, w in trained.items()}
-        how = in_the_oracle(recipe, spec, moved)
+        how = in_the_oracle(recipe, spec, moved, weights)
         return numpy_llama.loss_sum(moved, spec, batch, **how) / batch.target_tokens
 
     state, metrics = train_step(state, batch, lr=0.0, keep="gradients")

@@ -20,6 +20,7 @@ MODELS = {
 METHODS: dict[str, dict[str, Any]] = sections(
     {
         "lora": {"targets": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+        "dora": {"targets": ["q_proj", "v_proj", "o_proj", "down_proj"]},
         "adapter": {"bottleneck": 5},
         "ptuning-mlp": {"hidden": 7},
         "ptuning-lstm": {"virtual_tokens": 4, "hidden": 6, "dropout": 0.2},

@@ -25,6 +25,7 @@ from trainspec.methods import (
     EXAMPLES,
     METHODS,
     Adapter,
+    DoRA,
     Full,
     LoRA,
     Method,
@@ -69,7 +70,7 @@ def test_a_recipe_keeps_its_method_and_trains_only_its_rows(make_recipe: Make, m
 
 
 def test_every_kind_is_a_method_of_its_own():
-    assert list(METHODS) == ["full", "lora", "adapter", "prompt", "ptuning", "prefix"]
+    assert list(METHODS) == ["full", "lora", "dora", "adapter", "prompt", "ptuning", "prefix"]
     assert adapter_table(SMALL, Full()) == ()
     assert (virtual_tokens(PrefixTuning()), leading_rows(PrefixTuning())) == (20, 0)
     assert (virtual_tokens(PTuning()), leading_rows(PTuning())) == (20, 20)
@@ -81,7 +82,10 @@ def test_every_kind_is_a_method_of_its_own():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"kind": "dora"}, "unknown kind 'dora'; choose one of full, lora, adapter, prompt, ptuning, prefix"),
+        (
+            {"kind": "vera"},
+            "unknown kind 'vera'; choose one of full, lora, dora, adapter, prompt, ptuning, prefix",
+        ),
         ({"kind": "lora", "use_dora": True}, "method.use_dora: unknown key"),
         ({"kind": "prompt", "init": "text"}, "method.text is missing"),
         ({"kind": "prompt", "text": "words"}, "method.text: not used"),
@@ -154,6 +158,9 @@ def test_what_peft_drops_is_kept_beside_it_and_has_to_belong_to_it(make_recipe: 
         (Adapter(bottleneck=3), Adapter(bottleneck=4), "set method.bottleneck=3"),
         (Adapter(bottleneck=3), Adapter(bottleneck=3, activation="silu"), "set method.activation=relu"),
         (LoRA(rslora=True), LoRA(), "set method.rslora=true"),
+        (LoRA(), DoRA(), "use_dora is not set, it is LoRA's; set method.kind=lora"),
+        (DoRA(), LoRA(), "use_dora=True is unsupported"),
+        (DoRA(rank=4), DoRA(), "set method.rank=4"),
     ],
 )  # fmt: skip
 def test_an_adapter_of_other_settings_is_refused(tmp_path: Path, method, other, message: str):

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from torchtrain.dropout import DropoutPoint
-from torchtrain.methods import bottleneck, full, lora, prefix, prompt, ptuning
+from torchtrain.methods import bottleneck, dora, full, lora, prefix, prompt, ptuning
 from torchtrain.methods.site import Site
 from torchtrain.methods.virtual_tokens import all_labels, all_positions, all_visible
 from torchtrain.tensor import Peers, copy_inputs
@@ -25,6 +25,7 @@ __all__ = ["ATTACH", "all_labels", "all_positions", "all_visible", "attach", "la
 ATTACH: dict[str, Callable[[LlamaForCausalLM, Any, Site], None]] = {
     "full": full.attach,
     "lora": lora.attach,
+    "dora": dora.attach,
     "adapter": bottleneck.attach,
     "prompt": prompt.attach,
     "ptuning": ptuning.attach,

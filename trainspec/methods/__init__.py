@@ -12,6 +12,7 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from trainspec.methods.bottleneck import Adapter
+from trainspec.methods.dora import DoRA
 from trainspec.methods.full import Full
 from trainspec.methods.lora import LoRA
 from trainspec.methods.low_rank import LowRank, target_modules
@@ -33,6 +34,7 @@ __all__ = [
     "PEFT_PREFIX",
     "Adapter",
     "AdapterFiles",
+    "DoRA",
     "Full",
     "LoRA",
     "LowRank",
@@ -51,7 +53,7 @@ __all__ = [
 ]
 
 # The registry: what a recipe's `method:` may be.
-_Registered = Full | LoRA | Adapter | PromptTuning | PTuning | PrefixTuning
+_Registered = Full | LoRA | DoRA | Adapter | PromptTuning | PTuning | PrefixTuning
 Method = Annotated[_Registered, Field(discriminator="kind")]
 METHODS: dict[str, type[_Registered]] = {
     spec.model_fields["kind"].default: spec for spec in get_args(_Registered)
