@@ -51,7 +51,7 @@ class Passed(NamedTuple):
 
 
 class Whole:
-    """The model in one piece, the rows of a part at a time: batches are [B, T], but for the ids (`virtual.py`)."""
+    """The model in one piece, the rows of a part at a time: batches are [B, T], but for the ids (`methods.virtual_tokens`)."""
 
     def __init__(self, spec: ModelSpec, merge: Merge, dtype: DTypeLike) -> None:
         self._spec, self._merge, self._dtype = spec, merge, dtype

@@ -18,14 +18,13 @@ from jaxtrain.activations import by_point
 from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
 from jaxtrain.layers import wide
-from jaxtrain.methods import attach
+from jaxtrain.methods import all_rows, attach
 from jaxtrain.model import build_model
 from jaxtrain.optim import Moments, Rates, Weights, clip, global_norm, make_optimizer, rates
 from jaxtrain.parallel import Layout, constrained, make_mesh
 from jaxtrain.passes import passes_of
 from jaxtrain.storage import Storage
 from jaxtrain.tensor import Weight, chosen
-from jaxtrain.virtual import all_rows
 from jaxtrain.weights import is_stacked, native_name, to_host
 from trainspec.checkpoint import Checkpoint
 from trainspec.contract import Metrics

@@ -20,7 +20,6 @@ from parity.tolerance import Bounds, ProofBounds
 from parity.verdict import Verdict
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
-from trainspec.methods import Adapter, LoRA, virtual_tokens
 from trainspec.plan import Policy
 from trainspec.recipe import Recipe, Span, load_recipe
 from trainspec.run import resolve
@@ -156,16 +155,7 @@ def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
 
 def _counts(recipe: Recipe) -> dict[str, float]:
     """What a recipe counts: a factor between two tensors may be one of these."""
-    counts = {"accumulation": float(recipe.batch.accumulation)}
-    match recipe.method:
-        case LoRA(rank=rank, rslora=rslora, scale=scale):
-            by = "alpha / sqrt(rank)" if rslora else "alpha / rank"
-            return counts | {"rank": float(rank), "sqrt(rank)": rank**0.5, by: scale}
-        case Adapter(bottleneck=width):
-            return counts | {"bottleneck": float(width)}
-        case method:
-            count = virtual_tokens(method)
-            return counts | ({"virtual tokens": float(count)} if count else {})
+    return {"accumulation": float(recipe.batch.accumulation)} | recipe.method.counts()
 
 
 def _worth_a_closer_look(comparison: Comparison) -> int | None:

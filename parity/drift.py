@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.pair import Pair
-from trainspec.methods import ENCODER, PEFT_PREFIX, LoRA, Method
+from trainspec.methods import ENCODER, PEFT_PREFIX, Method
 
 Array = NDArray[Any]
 Weights = dict[str, tuple[Array, Array]]
@@ -31,7 +31,7 @@ _ADAPTER = re.compile(r"(attention_adapter|mlp_adapter)\.(down|up)$")
 
 def lora_scale(method: Method) -> float:
     """What a low-rank product is multiplied by; 1 where there is none."""
-    return method.scale if isinstance(method, LoRA) else 1.0
+    return method.low_rank_scale
 
 
 def network_drift(pair: Pair, step: int, *, lora_scale: float) -> float:
@@ -58,11 +58,13 @@ def partner_drift(pair: Pair, step: int, name: str) -> float:
 
 
 def _module(name: str) -> str:
-    plain = name.removeprefix(PEFT_PREFIX)
-    for tail in (INNER[0], OUTER[0], ".weight", ".bias"):
-        if plain.endswith(tail):
-            return plain.removesuffix(tail)
-    return plain.replace(".bias_", ".weight_") if plain.startswith(ENCODER) else plain  # an LSTM's
+    for tail in (INNER[0], OUTER[0]):
+        if name.endswith(tail):
+            return name.removeprefix(PEFT_PREFIX).removesuffix(tail)
+    for tail in (".weight", ".bias"):
+        if name.endswith(tail):
+            return name.removesuffix(tail)
+    return name.replace(".bias_", ".weight_") if name.startswith(ENCODER) else name  # an LSTM's
 
 
 def _size_beside(pair: Pair, name: str, weights: Weights) -> float:

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from trainspec.adapters import write_adapter
 from trainspec.hf import write_model
 from trainspec.init import initial_value
-from trainspec.methods import Adapter, Full, LoRA, Method, PrefixTuning, PromptTuning, PTuning, adapter_table
+from trainspec.methods import EXAMPLES, LoRA, adapter_table
 from trainspec.model import ModelSpec
 from trainspec.model_config import config_of
-from trainspec.params import Normal, Param, Zeros, param_table
+from trainspec.params import FromWeights, Normal, Param, Zeros, param_table
 from trainspec.recipe import Recipe
 from trainspec.rope import Llama3Scaling
 
@@ -41,18 +41,9 @@ VARIANTS: dict[str, ModelSpec] = {
     # Neither two nor four stages of a pipeline divide it, and each of two has two pieces.
     "deep": replace(TINY, layers=5),
 }
-LORA = LoRA(rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))
-# Every method, and each of its encoders, under a name of its own. Three virtual tokens: no number of devices divides them.
-METHODS: dict[str, Method] = {
-    "full": Full(),
-    "lora": LORA,
-    "adapter": Adapter(bottleneck=8, activation="gelu"),
-    "prompt": PromptTuning(virtual_tokens=3),
-    "ptuning-mlp": PTuning(virtual_tokens=3, encoder="mlp", hidden=16),
-    "ptuning-lstm": PTuning(virtual_tokens=3, encoder="lstm", hidden=8, dropout=0.1),
-    "prefix": PrefixTuning(virtual_tokens=3),
-    "prefix-projection": PrefixTuning(virtual_tokens=3, projection=True, hidden=16),
-}
+# Every method, and each of its encoders, under a name of its own.
+METHODS = EXAMPLES
+LORA = LoRA.examples()["lora"]
 
 _NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -73,7 +64,7 @@ class Tiny:
     def method(self, name: str, *, model: str = "plain") -> dict[str, Any]:
         """The section of a recipe for a method of `METHODS` that starts from its adapter, where it has one."""
         method = METHODS[name]
-        start = {} if isinstance(method, Full) else {"adapter": str(self.adapter(name, model=model))}
+        start = {} if method.trains_model else {"adapter": str(self.adapter(name, model=model))}
         return method.model_dump(mode="python") | start
 
     def model(self, variant: str) -> Path:
@@ -126,7 +117,7 @@ def write_tiny(root: Path) -> Tiny:
         (root / variant / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     tiny = Tiny(root)
     for name, method in METHODS.items():
-        for variant in () if isinstance(method, Full) else ("plain", "deep"):
+        for variant in () if method.trains_model else ("plain", "deep"):
             spec = VARIANTS[variant]
             weights = {p.name: _drawn(p) for p in adapter_table(spec, method)}
             directory = tiny.adapter(name, model=variant)
@@ -140,7 +131,7 @@ def _weights(spec: ModelSpec) -> Iterator[tuple[str, NDArray[Any]]]:
 
 def _drawn(param: Param) -> NDArray[Any]:
     """Like the table's own start, but nothing is constant: zeros and ones hide what is done with them."""
-    if param.role == "norm":
+    if param.role == "norm" or isinstance(param.init, FromWeights):  # what is made of weights is a size
         return np.float32(1.0) + initial_value(replace(param, init=Normal(0.1)), seed=_SEED, dtype="float32")
     init = Normal(0.1) if isinstance(param.init, Zeros) else param.init
     return initial_value(replace(param, init=init), seed=_SEED, dtype="float32")

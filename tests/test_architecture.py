@@ -39,7 +39,9 @@ LAYERS = (
     ("train", "cost"),
     ("step",),
     ("passes",),
-    ("methods", "adapter", "virtual", "optim", "parallel", "pipeline", "loss", "zero", "feed", "storage"),
+    ("parallel", "pipeline", "zero", "feed", "storage"),
+    ("methods",),
+    ("optim", "loss"),
     ("model", "weights"),
     ("families", "decoder", "layers", "dropout", "activations", "tensor", "engine", "launch"),
 )
@@ -129,8 +131,18 @@ ONE_SIDED = {
         "canonical_name": "PEFT renames modules in memory",
         "allocate": "torch's module is there before its weights",
     },
-    "jaxtrain/methods.py": {
+    "jaxtrain/methods/lora.py": {
         "LoRALinear": "torch's is PEFT's",
+    },
+    "jaxtrain/methods/dora.py": {
+        "DoRALinear": "torch's is PEFT's, with another variant",
+        "IsTarget": "JAX stacks layers, some of which may be no targets",
+    },
+    "torchtrain/methods/dora.py": {
+        "Magnitude": "ZeRO gathers the weights of a module",
+    },
+    "torchtrain/methods/__init__.py": {
+        "layer_inputs": "DeepSpeed's pipeline calls layers one by one; in JAX they are an input of the compiled passes",
     },
     "jaxtrain/dropout.py": {
         "DropoutKey": "torch's is held by CounterDropout",
@@ -139,18 +151,30 @@ ONE_SIDED = {
     "torchtrain/dropout.py": {
         "CounterDropout": "takes the place of PEFT's dropout modules",
     },
-    "jaxtrain/virtual.py": {
+    "jaxtrain/methods/virtual_tokens.py": {
         "all_rows": "one function that is compiled; torch makes each where it is needed",
         "all_segments": "JAX makes the mask from segments in the model",
+        "linear_layers": "torch's are PEFT's",
+    },
+    "jaxtrain/methods/prompt.py": {
+        "PromptEmbedding": "torch's is PEFT's",
+    },
+    "jaxtrain/methods/ptuning.py": {
         "PromptEncoder": "torch's is PEFT's",
-        "PrefixEncoder": "torch's is PEFT's",
-        "PREFIX_AXES": "torch's processes each hold their own part",
         "LSTM": "torch's is PEFT's",
         "Recurrence": "torch's is PEFT's",
     },
-    "torchtrain/virtual.py": {
-        "Prefix": "JAX's model has VirtualTokens",
+    "jaxtrain/methods/prefix.py": {
+        "PrefixEncoder": "torch's is PEFT's",
+        "PREFIX_AXES": "torch's processes each hold their own part",
+    },
+    "torchtrain/methods/virtual_tokens.py": {
         "all_visible": "the mask is made before the model",
+        "put_in_front": "JAX's model asks its encoder",
+    },
+    "torchtrain/methods/prefix.py": {
+        "Prefix": "JAX's model has VirtualTokens",
+        "layer_inputs": "see torchtrain/methods/__init__.py",
         "make_prefix": "each process takes its own heads",
         "attend_behind_prefix": "takes the place of Hugging Face's attention",
     },
@@ -216,11 +240,10 @@ ONE_SIDED = {
 OTHER_PARAMETERS = {
     "dropout.py:keep_mask": "a torch process draws the features that it has, JAX's compiler splits a whole mask",
     "loss.py:token_loss": "torch is told who has the rest of the vocabulary",
-    "methods.py:attach": "torch is told who has the rest of a layer",
-    "virtual.py:attach_prefix": "JAX stacks layers, torch is told who has the rest of them",
-    "virtual.py:attach_prompt": "torch's dropout reads its point from the module",
-    "virtual.py:all_positions": "JAX's batches may have microbatches in front",
-    "virtual.py:all_labels": "JAX's batches may have microbatches in front",
+    "methods/__init__.py:attach": "torch is told who has the rest of a layer",
+    "methods/low_rank.py:replace_targets": "torch's layers are PEFT's, so it is not told which",
+    "methods/virtual_tokens.py:all_positions": "JAX's batches may have microbatches in front",
+    "methods/virtual_tokens.py:all_labels": "JAX's batches may have microbatches in front",
     "model.py:build_model": "JAX is told how to constrain an activation, torch who has the rest of a layer",
     "weights.py:to_canonical": "JAX's arrays are global, torch's parts are gathered",
     "activations.py:by_point": "JAX has layers and microbatches in front, torch a recording for each microbatch",
@@ -314,14 +337,14 @@ def test_a_backend_does_not_load_the_other_framework(package: str, other: str):
 def test_layers(package: str):
     rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
     for path in modules(package):
-        own = path.relative_to(ROOT / package).with_suffix("").parts[0]
-        if own.startswith("__"):
+        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")  # a file, or a folder of files
+        if room.startswith("__"):
             continue
-        assert own in rank, f"{path}: give it a layer"
+        assert room in rank, f"{path}: give it a layer"
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == package and len(parts) > 1 and parts[1] in rank:
-                assert rank[parts[1]] >= rank[own], f"{path} imports {name}, which lies above it"
+                assert rank[parts[1]] >= rank[room], f"{path} imports {name}, which lies above it"
 
 
 def public(path: Path) -> dict[str, tuple[str, ...]]:
@@ -352,7 +375,7 @@ def test_files_of_one_test_run_have_names_of_their_own():
 def twins(package: str) -> set[str]:
     """The files of a backend that the other one must have too."""
     files = {str(path.relative_to(ROOT / package)) for path in modules(package)}
-    return {name for name in files if f"{package}/{name}" not in ONE_SIDED_FILES}
+    return {file for file in files if f"{package}/{file}" not in ONE_SIDED_FILES}
 
 
 def test_twins_have_the_same_files():

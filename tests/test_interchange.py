@@ -28,6 +28,7 @@ PROGRAMS = ("jaxtrain", "torchtrain")
 BOUND = {"fp32": 1e-5, "fp64": 1e-12}
 DTYPE = {"fp32": "float32", "fp64": "float64"}
 LORA = {"kind": "lora", "rank": 4, "alpha": 12.0, "dropout": 0.1, "targets": "all-linear"}
+DORA = LORA | {"kind": "dora"}
 TEXT = "what is the capital"
 
 
@@ -55,6 +56,8 @@ WRITTEN = [
     Written("bias", "fp64", LORA),
     Written("bias", "fp64", LORA, merged=True),
     Written("llama3-rope", "fp64", LORA | {"rslora": True}),
+    Written("bias", "fp64", DORA),
+    Written("bias", "fp64", DORA, merged=True),
     Written("tied", "fp64", {"kind": "full"}, merged=True),
     Written("qwen3", "fp64", {"kind": "full"}, merged=True),
     Written("qwen3", "fp64", LORA),
@@ -75,6 +78,11 @@ MADE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "LoraConfig",
         {"r": 3, "lora_alpha": 5, "target_modules": ["k_proj", "up_proj"], "use_rslora": True},
         {"kind": "lora", "rank": 3, "alpha": 5.0, "targets": ["k_proj", "up_proj"], "rslora": True},
+    ),
+    "dora": (
+        "LoraConfig",
+        {"r": 3, "lora_alpha": 9, "target_modules": ["q_proj", "o_proj", "down_proj"], "use_dora": True},
+        {"kind": "dora", "rank": 3, "alpha": 9.0, "targets": ["q_proj", "o_proj", "down_proj"]},
     ),
     "prefix": (
         "PrefixTuningConfig",
@@ -173,13 +181,17 @@ def exchanged(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
             out = root / program / str(case)
             argvs += [["train", file, "--out", str(out)]]
             # The base is float32, and a merged model would be stored as it is.
-            merge = ["--merge", "--dtype", DTYPE[case.policy]] if case.merged and case.method is LORA else []
+            merge = (
+                ["--merge", "--dtype", DTYPE[case.policy]]
+                if case.merged and case.method["kind"] != "full"
+                else []
+            )
             argvs += [["export", file, "--out", str(out), *merge]]
             asked[str(case)] = {"recipe": file, "out": str(out)}
             base, dtype = str(model_dirs[case.variant]), DTYPE[case.policy]
             loaded = {"model": base, "adapter": str(out / "adapter")}
             if case.merged:
-                folder = "merged" if case.method is LORA else "model"
+                folder = "model" if case.method["kind"] == "full" else "merged"
                 loaded = {"model": str(out / folder), "adapter": None}
             foreign[program, str(case)] = loaded | {"dtype": dtype}
         for argv, result in zip(argvs, run_many(program, argvs, root / program / "many"), strict=True):

@@ -23,7 +23,6 @@ from trainspec.plan import Backend, Plan
 from trainspec.recipe import Recipe
 
 Make = Callable[..., Recipe]
-LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj", "v_proj", "down_proj"]}
 FP64 = {"policy": "fp64", "reduce": "fp64"}
 STEPS = 10
 
@@ -58,6 +57,8 @@ CASES = [Case(m, a, p) for m, a, p in itertools.product(("lora", "full"), (1, 4)
 CASES += [
     Case("adapter", 2, True, "bias", remat="full"),
     Case("ptuning-lstm", 2, True, remat="full"),
+    Case("dora", 2, True, "bias", remat="full"),
+    Case("dora", 2, True, targets=r"model\.layers\.1\..*(q|up)_proj"),
 ]
 LONG_CASES = [
     Case("prompt", 2, False, "tied", padding_side="left"),
@@ -69,11 +70,12 @@ FP32_CASES = [Case("lora", 2, True), Case("full", 2, False), Case("full", 2, Tru
 
 
 def recipe_of(make: Make, case: Case, **precision) -> Recipe:
+    method = METHODS[case.method].model_dump()
+    if "targets" in method:
+        method |= {"targets": case.targets}
     return make(
         case.variant,
-        method=LORA | {"targets": case.targets}
-        if case.method == "lora"
-        else METHODS[case.method].model_dump(),
+        method=method,
         # 320 tokens hold two or three records, so a packed row is one.
         data={
             "packing": case.packing,

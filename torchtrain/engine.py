@@ -4,7 +4,7 @@ Plain torch, DeepSpeed and DeepSpeed's pipeline are one to a step. They differ i
 microbatches' passes, and in what of the model and its training state a process has.
 """
 
-# B examples, S sequence, T rows of a layer, N + S keys with those of N virtual tokens (virtual.py), V vocabulary
+# B examples, S sequence, T rows of a layer, N + S keys with those of N virtual tokens (`methods.virtual_tokens`), V vocabulary
 
 from __future__ import annotations
 

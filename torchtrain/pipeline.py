@@ -5,7 +5,7 @@ their gradients: every process has the whole batch, so before each pass the engi
 model. The update is not the schedule's: what the loop does between gradients and update comes first.
 """
 
-# B examples, S sequence, T rows of a layer (virtual.py), E embed, V vocabulary
+# B examples, S sequence, T rows of a layer (`methods.virtual_tokens`), E embed, V vocabulary
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from torchtrain.engine import Inputs, Microbatches, Store
 from torchtrain.families import anatomy_of
+from torchtrain.methods import layer_inputs
 from torchtrain.tensor import Mesh, compute_device
-from torchtrain.virtual import make_prefix
 from torchtrain.zero import FlatStore, import_deepspeed, initialize, quiet
-from trainspec.methods import ENCODER, PrefixTuning
+from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
 from trainspec.pipeline import Timeline, Work, layer_stages, partition_layers
 from trainspec.plan import Plan
@@ -98,15 +98,12 @@ class PipelineEngine:
         _add_trained(module, model, optimizer)
         self._stages = mesh.stages
         self._on_every_stage: list[nn.Parameter] = []
-        self._prefix: Callable[[], dict[str, Any]] = dict
-        match recipe.method:
-            case PrefixTuning() as method:
-                self._prefix = lambda: {"prefix": make_prefix(model, spec, method, tensor=mesh.tensor)}
-                self._on_every_stage = [*model.get_submodule(ENCODER).parameters()]
-                for parameter in self._on_every_stage:  # the norm counts those of the first stage
-                    parameter.ds_pipe_replicated = mesh.stages.index > 0  # pyright: ignore[reportAttributeAccessIssue]
-            case _:
-                pass
+        made = layer_inputs(model, spec, recipe.method, tensor=mesh.tensor)
+        self._layer_inputs = made or dict
+        if made is not None:
+            self._on_every_stage = [*model.get_submodule(ENCODER).parameters()]
+            for parameter in self._on_every_stage:  # the norm counts those of the first stage
+                parameter.ds_pipe_replicated = mesh.stages.index > 0  # pyright: ignore[reportAttributeAccessIssue]
         self._engine = initialize(recipe, spec, module, optimizer)
         self._engine._compute_loss = True
         self.store: Store = FlatStore(self._engine, optimizer)
@@ -165,7 +162,7 @@ class PipelineEngine:
             position_ids=inputs["position_ids"],
             # Of the first argument only the type counts.
             position_embeddings=self._rotary(self._norm.weight, inputs["position_ids"]),
-            **self._prefix(),
+            **self._layer_inputs(),
         )
         if engine.is_first_stage():
             engine.pipe_buffers["inputs"][buffer_id] = inputs["input_ids"]

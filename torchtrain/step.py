@@ -1,6 +1,6 @@
 """One update: microbatches in, gradients summed, one step of the engine."""
 
-# B examples, S sequence, T rows of a layer (virtual.py), V vocabulary
+# B examples, S sequence, T rows of a layer (`methods.virtual_tokens`), V vocabulary
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from torchtrain.dropout import DropoutPoint
 from torchtrain.engine import Engine, Inputs, Stored
 from torchtrain.layers import attention_mask
 from torchtrain.loss import token_loss
-from torchtrain.methods import attach
+from torchtrain.methods import all_labels, all_positions, all_visible, attach
 from torchtrain.model import build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
 from torchtrain.parallel import is_leader, make_engine, make_mesh
 from torchtrain.pipeline import placeholder, point_stages
 from torchtrain.tensor import Mesh, compute_device, to_numpy
-from torchtrain.virtual import all_labels, all_positions, all_visible
 from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
 from torchtrain.zero import Partitioner
 from trainspec.checkpoint import Checkpoint

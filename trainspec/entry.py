@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from trainspec.weight import Array
 
 Role = Literal["embedding", "linear", "head", "norm", "adapter"]
 
@@ -39,7 +42,15 @@ class FromText:
     text: str
 
 
-Init = Normal | UniformFanIn | Zeros | Ones | FromText
+@dataclass(frozen=True)
+class FromWeights:
+    """What `make` gives of the starting values, in float64, of the weights that are called `names`."""
+
+    names: tuple[str, ...]
+    make: Callable[..., Array]
+
+
+Init = Normal | UniformFanIn | Zeros | Ones | FromText | FromWeights
 
 
 @dataclass(frozen=True)

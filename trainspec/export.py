@@ -20,7 +20,6 @@ from trainspec.hf import (
     write_model,
 )
 from trainspec.init import base_weights
-from trainspec.methods import PEFT_PREFIX, Full, LoRA, Method
 from trainspec.model import ModelSpec
 from trainspec.model_config import config_of, exported_config, read_config
 from trainspec.params import Param
@@ -37,14 +36,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
 }
 SHARD_BYTES = 4 * 2**30
-# Why a method is no change of the model's own weights.
-NOT_MERGED = {
-    "full": "has nothing to merge",
-    "adapter": "cannot be merged: between its two matrices is a non-linearity",
-    "prompt": "cannot be merged: its rows are in the input, not in a weight",
-    "ptuning": "cannot be merged: its rows are in the input, not in a weight",
-    "prefix": "cannot be merged: no weight makes its keys and values",
-}
 
 
 def export(
@@ -58,8 +49,8 @@ def export(
 ) -> Path:
     """Write the newest checkpoint under OUT for others to load, read it back, and return its directory.
 
-    Full gives `OUT/model` (Hugging Face), every other method `OUT/adapter`, LoRA with `merge` `OUT/merged`; with the tokenizer
-    that was trained with. A model is stored as `dtype`, or else as it was trained, a merged one as its base is.
+    Full gives `OUT/model` (Hugging Face), every other method `OUT/adapter`, one that is a change of weights with `merge`
+    `OUT/merged`; with the tokenizer that was trained with. A model is stored as `dtype`, or else as it was trained, a merged one as its base is.
     Raises RecipeError where nothing was trained yet, the method cannot be merged, or the tokenizer would be another.
     """
     path = checkpoint.latest(out)
@@ -72,8 +63,8 @@ def export(
     found = checkpoint.load(path, run).weights
     trained = {name: weight[...] for name, weight in found.items()}
     method = recipe.method
-    if merge and not isinstance(method, LoRA):
-        raise RecipeError(f"method.kind={method.kind} {NOT_MERGED[method.kind]}; leave --merge out")
+    if merge and method.not_merged is not None:
+        raise RecipeError(f"method.kind={method.kind} {method.not_merged}; leave --merge out")
     made = checkpoint.read_made(path)
     identity, template = made.identity, made.recipe.data.chat_template
     if template is not None and recipe.data.chat_template is None:
@@ -82,7 +73,7 @@ def export(
             f"format; export with the run's own recipe, {out / 'recipe.yaml'}"
         )
     tokenizer = _tokenizer(recipe, model, source, identity.tokenizer if identity else None, say)
-    if merge or isinstance(method, Full):
+    if merge or method.trains_model:
         target = out / ("merged" if merge else "model")
         config, weights = _model(run, trained, DTYPES[dtype] if dtype else None)
         write_model(
@@ -92,7 +83,7 @@ def export(
             weight[...]  # it reads back
         return target
     if dtype is not None:
-        way_out = ", or fold the adapter into one with --merge" if isinstance(method, LoRA) else ""
+        way_out = ", or fold the adapter into one with --merge" if method.not_merged is None else ""
         raise RecipeError(
             f"--dtype {dtype}: says how a whole model is stored, and this is an adapter; leave it out{way_out}"
         )
@@ -134,14 +125,11 @@ def _model(
     """The `config.json` of a whole model and its weights, one after the other, as `dtype` or as each is stored."""
     method, table = run.recipe.method, run.model_table
     rows: Sequence[tuple[Param, WeightLike]] = (
-        [(param, trained[param.name]) for param in table]
-        if isinstance(method, Full)
-        else list(_base_rows(run))
+        [(param, trained[param.name]) for param in table] if method.trains_model else list(_base_rows(run))
     )
     stored = {param.name: dtype or weight.dtype for param, weight in rows}
     weights = (
-        (p.name, _cast(_merged(p, weight[...], method, trained), p.name, stored[p.name]))
-        for p, weight in rows
+        (p.name, _cast(method.merged(p, weight[...], trained), p.name, stored[p.name])) for p, weight in rows
     )
     return _config(run.spec, run.directory, set(stored.values())), weights
 
@@ -151,14 +139,6 @@ def _base_rows(run: Run) -> Iterable[tuple[Param, WeightLike]]:
     if run.directory is not None and run.recipe.model.weights == "pretrained":
         return read_model(run.directory, run.spec, run.model_table, dtype=None)
     return base_weights(run, STORED_DTYPE[run.recipe.precision.policy])
-
-
-def _merged(param: Param, weight: Array, method: Method, trained: Mapping[str, Array]) -> Array:
-    """W + (alpha / rank) B A in float64 where `trained` has an adapter of this weight, else the weight itself."""
-    a, b = (trained.get(f"{PEFT_PREFIX}{param.module}.lora_{x}.weight") for x in "AB")
-    if not isinstance(method, LoRA) or a is None or b is None or not param.name.endswith(".weight"):
-        return weight
-    return weight.astype(np.float64) + method.scale * (b.astype(np.float64) @ a.astype(np.float64))
 
 
 def _cast(array: Array, name: str, dtype: np.dtype[Any]) -> Array:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trainspec.errors import RecipeError
 from trainspec.families import family_of
-from trainspec.methods import PrefixTuning, PromptTuning
+from trainspec.methods import leading_rows
 from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
 from trainspec.text.store import find_tokenizer
@@ -27,35 +27,32 @@ Array = NDArray[Any]
 
 
 def text_start(
-    recipe: Recipe,
-    model: ModelSpec,
-    method: PromptTuning | PrefixTuning,
-    weights: Mapping[str, Weight],
-    *,
-    directory: Path | None,
+    recipe: Recipe, model: ModelSpec, weights: Mapping[str, Weight], *, directory: Path | None
 ) -> Array:
-    """The row `prompt_encoder.embedding.weight` that `method.text` makes with the model's `weights`, in float64."""
-    ids = _text_ids(recipe, model, method, directory)
-    if isinstance(method, PromptTuning):
+    """`prompt_encoder.embedding.weight` as the method's text makes it with the model's `weights`, in float64.
+
+    Embeddings for a method that puts them before those of the tokens, else the keys and values of every layer.
+    """
+    ids = _text_ids(recipe, model, directory)
+    if leading_rows(recipe.method):
         return family_of(model).embedded(weights, ids)
     return keys_and_values(model, weights, ids).reshape(len(ids), -1)
 
 
-def _text_ids(
-    recipe: Recipe, model: ModelSpec, method: PromptTuning | PrefixTuning, directory: Path | None
-) -> list[int]:
+def _text_ids(recipe: Recipe, model: ModelSpec, directory: Path | None) -> list[int]:
     """The tokens of the text, repeated or cut to the number of virtual tokens, as PEFT does it."""
-    assert method.text is not None  # the recipe is refused without it
+    text, count = recipe.method.start_text, recipe.method.num_virtual_tokens
+    assert text is not None  # the table says that it starts as one
     tokenizer = find_tokenizer(recipe.data, directory, recipe.model.from_)
-    ids = tokenizer.encode(method.text, Path(recipe.data.cache))
+    ids = tokenizer.encode(text, Path(recipe.data.cache))
     if not ids:
-        raise RecipeError(f"method.text: {method.text!r} has no tokens; write some words")
+        raise RecipeError(f"method.text: {text!r} has no tokens; write some words")
     if max(ids) >= model.vocab:
         raise RecipeError(
             f"method.text: {tokenizer.directory} gives it token {max(ids)}, {model.name} has only {model.vocab}"
         )
-    times = -(-method.virtual_tokens // len(ids))
-    return (ids * times)[: method.virtual_tokens]
+    times = -(-count // len(ids))
+    return (ids * times)[:count]
 
 
 def keys_and_values(model: ModelSpec, weights: Mapping[str, Weight], ids: list[int]) -> Array:

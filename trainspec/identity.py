@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from trainspec.adapters import ADAPTER_FILE, ENCODER_FILE
 from trainspec.data import Dataset
 from trainspec.hf import read_model
-from trainspec.methods import Full, Method, PrefixTuning, PromptTuning
+from trainspec.methods import ADAPTER_FILE, ENCODER_FILE, Method
 from trainspec.model import ModelSpec
 from trainspec.run import Run
 from trainspec.weight import Index, Weight
@@ -89,13 +88,11 @@ def _places(shape: tuple[int, ...]) -> list[Index]:
 
 def start_digest(method: Method) -> str:
     """SHA-256 of what the method starts from: an adapter's tensors or a text; empty where it is drawn."""
-    if isinstance(method, Full):
-        return ""
-    if method.adapter is not None:
-        files = (Path(method.adapter) / name for name in (ADAPTER_FILE, ENCODER_FILE))
+    if method.start is not None:
+        files = (method.start / name for name in (ADAPTER_FILE, ENCODER_FILE))
         return _digest(_file_digest(path).encode() for path in files if path.is_file())
-    if isinstance(method, PromptTuning | PrefixTuning) and method.text is not None:
-        return _digest([method.text.encode()])
+    if method.start_text is not None:
+        return _digest([method.start_text.encode()])
     return ""
 
 

@@ -6,9 +6,8 @@ so a shard is made where it lives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
@@ -17,8 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 from trainspec.adapters import read_adapter
 from trainspec.from_text import text_start
 from trainspec.hf import read_model
-from trainspec.methods import Full, PrefixTuning, PromptTuning
-from trainspec.params import FromText, Normal, Ones, Param, UniformFanIn, Zeros
+from trainspec.params import FromText, FromWeights, Normal, Ones, Param, UniformFanIn, Zeros
 from trainspec.plan import STORED_DTYPE
 from trainspec.rng import name_key, threefry2x32
 from trainspec.run import Run
@@ -30,23 +28,14 @@ def starting_weights(run: Run) -> Iterator[tuple[Param, Weight]]:
 
     Files are checked before the first is given; a weight is read or drawn as far as it is asked for.
 
-    The model's rows come from its files or are drawn (`model.weights`); the method's from `method.adapter`,
-    from its text, or drawn.
+    The model's come from its files or are drawn (`model.weights`); the method's from `method.adapter`, from its text,
+    from other starting weights, or are drawn.
     """
-    dtype = STORED_DTYPE[run.recipe.precision.policy]
-    method, seed = run.recipe.method, run.recipe.run.seed
-    rows = run.method_table
-    match method:
-        case Full():
-            return base_weights(run, dtype)
-        case _ if method.adapter is not None:
-            added = read_adapter(Path(method.adapter), run.spec, method, rows, dtype=dtype)
-        case PromptTuning(init="text") | PrefixTuning(init="text"):
-            base = {p.name: weight for p, weight in base_weights(run, np.float64)}
-            array = text_start(run.recipe, run.spec, method, base, directory=run.directory).astype(dtype)
-            added = iter([(rows[0], Weight(array.shape, array.dtype, array.__getitem__))])
-        case _:
-            added = _all_drawn(rows, seed=seed, dtype=dtype)
+    dtype, method = STORED_DTYPE[run.recipe.precision.policy], run.recipe.method
+    if method.start is not None:
+        added = read_adapter(method.start, run.spec, method, run.method_table, dtype=dtype)
+    else:
+        added = iter(_method_starts(run, dtype))
     return chain(base_weights(run, dtype), added)
 
 
@@ -56,6 +45,36 @@ def base_weights(run: Run, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:
         return _all_drawn(run.model_table, seed=run.recipe.run.seed, dtype=dtype)
     assert run.directory is not None  # resolve_model refuses pretrained weights of a preset
     return read_model(run.directory, run.spec, run.model_table, dtype=dtype)
+
+
+def _method_starts(run: Run, dtype: DTypeLike) -> list[tuple[Param, Weight]]:
+    """The method's weights where no adapter gives them."""
+    others: dict[str, Weight] = {}
+    if any(isinstance(param.init, FromWeights) for param in run.method_table):
+        drawn_too = (p for p in run.method_table if not isinstance(p.init, FromText | FromWeights))
+        wide = chain(
+            base_weights(run, np.float64),
+            _all_drawn(drawn_too, seed=run.recipe.run.seed, dtype=np.float64),
+        )
+        others = {param.name: weight for param, weight in wide}
+    return [(param, _start(param, others, run, dtype)) for param in run.method_table]
+
+
+def _start(param: Param, others: Mapping[str, Weight], run: Run, dtype: DTypeLike) -> Weight:
+    """The start of one weight, which may be made of `others`."""
+    match param.init:
+        case FromText():
+            base = {p.name: weight for p, weight in base_weights(run, np.float64)}
+            array = text_start(run.recipe, run.spec, base, directory=run.directory).astype(dtype)
+            return Weight(array.shape, array.dtype, array.__getitem__)
+        case FromWeights(names, make):
+            return Weight(
+                param.shape,
+                np.dtype(dtype),
+                lambda index: make(*(others[name][...] for name in names))[index],
+            )
+        case _:
+            return drawn(param, seed=run.recipe.run.seed, dtype=dtype)
 
 
 def _all_drawn(table: Iterable[Param], *, seed: int, dtype: DTypeLike) -> Iterator[tuple[Param, Weight]]:
@@ -88,8 +107,8 @@ def initial_value(param: Param, *, seed: int, dtype: DTypeLike, index: Index | N
             # Box-Muller: two uniforms give one normal value; 1 - u keeps the logarithm finite.
             first, second = _uniform(param, seed, element)
             values = std * np.sqrt(-2.0 * np.log(1.0 - first)) * np.cos(2.0 * np.pi * second)
-        case FromText():
-            raise ValueError(f"{param.name} is not drawn: trainspec.from_text makes it")
+        case FromText() | FromWeights():
+            raise ValueError(f"{param.name} is not drawn: `starting_weights` makes it")
         case other:
             assert_never(other)
     return values.astype(dtype)

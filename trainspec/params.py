@@ -6,11 +6,23 @@ the model's family says.
 
 from __future__ import annotations
 
-from trainspec.entry import FromText, Init, Normal, Ones, Param, Role, UniformFanIn, Zeros
+from trainspec.entry import (
+    FromText,
+    FromWeights,
+    Init,
+    Normal,
+    Ones,
+    Param,
+    Role,
+    UniformFanIn,
+    Zeros,
+)
 from trainspec.families import family_of
 from trainspec.model import ModelSpec
 
-__all__ = ["FromText", "Init", "Normal", "Ones", "Param", "Role", "UniformFanIn", "Zeros", "param_table"]
+__all__ = [
+    "FromText", "FromWeights", "Init", "Normal", "Ones", "Param", "Role", "UniformFanIn", "Zeros", "param_table",
+]  # fmt: skip
 
 
 def param_table(model: ModelSpec) -> tuple[Param, ...]:

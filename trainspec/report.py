@@ -19,10 +19,7 @@ from tensorboard.summary import Writer
 from tqdm import tqdm
 
 from trainspec.accelerators import Devices
-from trainspec.adapters import adapter_size
-from trainspec.encoders import has_encoder
 from trainspec.memory import host_memory
-from trainspec.methods import Full
 from trainspec.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan
 from trainspec.recipe import Recipe
 from trainspec.run import Run
@@ -141,11 +138,11 @@ def describe(run: Run) -> str:
         f"{model.name}: {total:,} parameters; {method.kind} trains {trained:,} "
         f"({100 * trained / (total + extra):.2f} %)"
     )
-    if isinstance(method, Full):
+    if method.trains_model:
         return line
     mebi = np.dtype(STORED_DTYPE[policy]).itemsize / 2**20
-    line = f"{line}; its adapter has {adapter_size(model, method) * mebi:,.2f} MiB"
-    return f"{line}, the encoder beside it {trained * mebi:,.2f}" if has_encoder(method) else line
+    line = f"{line}; its adapter has {method.adapter_size(model) * mebi:,.2f} MiB"
+    return f"{line}, the encoder beside it {trained * mebi:,.2f}" if method.has_encoder else line
 
 
 def _drop_steps_after(metrics: Path, step: int) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from trainspec.complaint import shown
 from trainspec.errors import RecipeError
 from trainspec.identity import RANDOM, Identity, model_digest, weights_digest
-from trainspec.methods import Full
 from trainspec.recipe import Recipe
 from trainspec.run import Run
 from trainspec.schedule import learning_rate
@@ -77,7 +76,7 @@ def check_reads(made: Made, run: Run) -> None:
     if was is None:
         return
     _refuse_model(made, recipe, was.model, model_digest(run.spec), "the model's settings (config.json)")
-    if not isinstance(recipe.method, Full):  # of which a checkpoint has every weight
+    if not recipe.method.trains_model:  # of which a checkpoint has every weight
         _refuse_model(made, recipe, was.weights, weights_digest(run), "the model's weights")
 
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 
 from trainspec.adapters import read_adapter
 from trainspec.backends import BACKENDS
@@ -14,7 +13,6 @@ from trainspec.capabilities import Capabilities
 from trainspec.data import check_positions, open_dataset
 from trainspec.errors import PlanError, UserError
 from trainspec.hf import model_notes, read_model
-from trainspec.methods import Full
 from trainspec.params import Param
 from trainspec.recipe import Recipe, idle_settings
 from trainspec.report import describe
@@ -88,8 +86,8 @@ def _check_files(run: Run) -> None:
     method = run.recipe.method
     if run.recipe.model.weights == "pretrained" and run.directory is not None:
         read_model(run.directory, run.spec, run.model_table, dtype=None)
-    if not isinstance(method, Full) and method.adapter is not None:
-        read_adapter(Path(method.adapter), run.spec, method, run.method_table, dtype="float32")
+    if method.start is not None:
+        read_adapter(method.start, run.spec, method, run.method_table, dtype="float32")
 
 
 def _say_length(run: Run) -> None:

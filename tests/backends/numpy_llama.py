@@ -1,7 +1,7 @@
 """An independent Llama (and Qwen3, arXiv 2505.09388) in float64 numpy: one document at a time, no mask, no packing, no batch.
 
 Written from the papers, not from the code under test: RMSNorm (arXiv 1910.07467), RoPE as a complex rotation
-(2104.09864), grouped queries (2305.13245), SwiGLU (2002.05202), LoRA merged into its matrix (2106.09685), bottleneck
+(2104.09864), grouped queries (2305.13245), SwiGLU (2002.05202), LoRA merged into its matrix (2106.09685), DoRA (2402.09353), bottleneck
 adapters (1902.00751), rows in front of the embedded tokens (2104.08691), keys and values in front of a layer's (2101.00190).
 """
 
@@ -36,11 +36,11 @@ def loss_sum(weights, spec: ModelSpec, batch: Batch, **method) -> float:
 
 
 def document_logits(
-    weights, spec: ModelSpec, ids, *, lora_scale: float = 0.0, act=None, rows=None, prefix=None
+    weights, spec: ModelSpec, ids, *, lora_scale: float = 0.0, held=None, act=None, rows=None, prefix=None
 ):
     """Logits [len(ids), vocab] of one document.
 
-    Adapters are those in `weights`, with `act` in the middle. `rows` [n, embed] stand in front of the embedded tokens,
+    Adapters are those in `weights`, with `act` in the middle; DoRA's norms are those of the weights `held`. `rows` [n, embed] stand in front of the embedded tokens,
     `prefix` [n, 2 layers, kv_heads, head_dim] has a layer's keys and, one further, its values.
     """
 
@@ -48,9 +48,14 @@ def document_logits(
         matrix = weights[f"{module}.weight"]
         adapter = f"{PEFT_PREFIX}{module}"
         if f"{adapter}.lora_A.weight" in weights:
-            product = weights[f"{adapter}.lora_B.weight"] @ weights[f"{adapter}.lora_A.weight"]
-            matrix = matrix + lora_scale * product
+            matrix = with_product(weights, module)
+        if (m := weights.get(f"{adapter}.lora_magnitude_vector.weight")) is not None:
+            matrix = np.diag(m / np.sqrt((with_product(held, module) ** 2).sum(axis=1))) @ matrix
         return x @ matrix.T + weights.get(f"{module}.bias", 0.0)
+
+    def with_product(weights, module):
+        a, b = (weights[f"{PEFT_PREFIX}{module}.lora_{x}.weight"] for x in "AB")
+        return weights[f"{module}.weight"] + lora_scale * b @ a
 
     def norm(x, module):
         size = np.sqrt((x**2).sum(axis=-1, keepdims=True) / spec.embed + spec.norm_eps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,51 +9,49 @@ import numpy as np
 import numpy_llama
 import pytest
 from backend import logits, moments_of, restore, spec_of, start_state, train_step, weights_of
+from method_oracles import ORACLES
+from method_sections import sections
 
 from trainspec.checkpoint import Checkpoint
 from trainspec.data import open_dataset
-from trainspec.encoders import encode
 from trainspec.init import initial_value
-from trainspec.methods import ENCODER, Adapter, LoRA, PrefixTuning, Virtual, adapter_table
+from trainspec.methods import adapter_table
 from trainspec.model import ModelSpec
 from trainspec.params import Normal
 from trainspec.recipe import Recipe
 from trainspec.run import resolve
 
 FP64 = {"policy": "fp64", "reduce": "fp64"}
-METHODS: dict[str, dict[str, Any]] = {
-    "rslora": {"kind": "lora", "rank": 3, "alpha": 5.0, "rslora": True, "targets": "all-linear"},
-    "adapter-relu": {"kind": "adapter", "bottleneck": 5, "activation": "relu"},
-    "adapter-gelu": {"kind": "adapter", "bottleneck": 5, "activation": "gelu"},
-    "adapter-silu": {"kind": "adapter", "bottleneck": 5, "activation": "silu"},
-    "prompt": {"kind": "prompt", "virtual_tokens": 3},
-    "ptuning-mlp": {"kind": "ptuning", "virtual_tokens": 3, "hidden": 7},
-    "ptuning-lstm": {"kind": "ptuning", "virtual_tokens": 4, "encoder": "lstm", "hidden": 6},
-    "prefix": {"kind": "prefix", "virtual_tokens": 3},
-    "prefix-projection": {"kind": "prefix", "virtual_tokens": 3, "projection": True, "hidden": 5},
-}
+# Every example of the registry but full training, and what else a method may be set to.
+METHODS = sections(
+    {
+        "lora": {"rank": 3, "alpha": 5.0, "rslora": True, "dropout": 0.0, "targets": "all-linear"},
+        "dora": {"rank": 3, "alpha": 5.0, "dropout": 0.0},
+        "adapter": {"bottleneck": 5},
+        "ptuning-mlp": {"hidden": 7},
+        "ptuning-lstm": {"virtual_tokens": 4, "hidden": 6, "dropout": 0.0},
+        "prefix-projection": {"hidden": 5},
+    }
+) | {f"adapter-{act}": {"kind": "adapter", "bottleneck": 5, "activation": act} for act in ("relu", "silu")}
+del METHODS["full"]  # see test_model.py
 DATA = {
     "packed": {"packing": True, "sequence_tokens": 320},
     "left": {"padding_side": "left"},
     "right": {"padding_side": "right"},
 }
-CASES = [
-    ("rslora", "bias", "packed"),
-    ("adapter-relu", "bias", "left"),
-    ("adapter-gelu", "plain", "packed"),
-    ("adapter-silu", "plain", "right"),
-    ("prompt", "tied", "packed"),
-    ("ptuning-mlp", "plain", "left"),
-    ("ptuning-lstm", "plain", "packed"),
-    ("prefix", "llama3-rope", "packed"),
-    ("prefix-projection", "tied", "left"),
-]
-FAST = (CASES[2], CASES[6], CASES[7])  # one of each way into the model
-ACTS = {
-    "relu": lambda x: np.maximum(x, 0),
-    "gelu": lambda x: x * np.vectorize(lambda y: 0.5 * (1 + math.erf(y / math.sqrt(2))))(x),
-    "silu": lambda x: x / (1 + np.exp(-x)),
+# The model and how its examples are filled, where that is not ("plain", "packed").
+FILLED = {
+    "lora": ("bias", "packed"),
+    "dora": ("bias", "left"),
+    "adapter-relu": ("bias", "left"),
+    "adapter-silu": ("plain", "right"),
+    "prompt": ("tied", "packed"),
+    "ptuning-mlp": ("plain", "left"),
+    "prefix": ("llama3-rope", "packed"),
+    "prefix-projection": ("tied", "left"),
 }
+CASES = [(name, *FILLED.get(name, ("plain", "packed"))) for name in METHODS]
+FAST = ("dora", "adapter", "ptuning-lstm", "prefix")  # one of each way into the model
 ROUNDING = 1e-12  # as in test_model.py
 
 
@@ -68,22 +65,13 @@ def prepare(recipe: Recipe):
     return state, open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
 
 
-def in_the_oracle(recipe: Recipe, spec: ModelSpec, weights) -> dict[str, Any]:
+def in_the_oracle(recipe: Recipe, spec: ModelSpec, weights, held) -> dict[str, Any]:
     """What numpy_llama is told of the method."""
-    match recipe.method:
-        case LoRA() as method:
-            return {"lora_scale": method.alpha / math.sqrt(method.rank)}
-        case Adapter() as method:
-            return {"act": ACTS[method.activation]}
-    assert isinstance(recipe.method, Virtual)
-    made = encode(recipe.method, {name: w for name, w in weights.items() if name.startswith(ENCODER)})
-    if isinstance(recipe.method, PrefixTuning):
-        return {"prefix": made.reshape(len(made), 2 * spec.layers, spec.kv_heads, spec.head_dim)}
-    return {"rows": made}
+    return ORACLES[recipe.method.kind](recipe.method, spec, weights, held)
 
 
 def _marked(case: tuple[str, str, str]):
-    return pytest.param(case, id="-".join(case), marks=[] if case in FAST else [pytest.mark.full])
+    return pytest.param(case, id="-".join(case), marks=[] if case[0] in FAST else [pytest.mark.full])
 
 
 @pytest.fixture(params=map(_marked, CASES))
@@ -97,7 +85,7 @@ def test_a_method_is_that_of_the_papers(prepared):
     """Logits of every document, and the slope of the loss along a random direction: differences of fourth order."""
     recipe, state, batch = prepared
     spec, weights = spec_of(recipe), weights_of(state, frozen=True)
-    mine, how = logits(state, batch), in_the_oracle(recipe, spec, weights)
+    mine, how = logits(state, batch), in_the_oracle(recipe, spec, weights, weights)
     for example, where in numpy_llama.documents(batch):
         theirs = numpy_llama.document_logits(weights, spec, batch.input_ids[example, where], **how)
         assert np.abs(mine[example, where] - theirs).max() <= ROUNDING * np.abs(theirs).max()
@@ -109,7 +97,7 @@ def test_a_method_is_that_of_the_papers(prepared):
 
     def loss(at: float) -> float:
         moved = weights | {name: w + at * direction[name] / length for name, w in trained.items()}
-        how = in_the_oracle(recipe, spec, moved)
+        how = in_the_oracle(recipe, spec, moved, weights)
         return numpy_llama.loss_sum(moved, spec, batch, **how) / batch.target_tokens
 
     state, metrics = train_step(state, batch, lr=0.0, keep="gradients")

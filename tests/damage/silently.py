@@ -12,7 +12,6 @@ from unittest import mock
 import yaml
 
 from damage.case import ADAPTERS, CHATML, MODEL, Case
-from trainspec.adapters import _config_of
 from trainspec.data import open_dataset
 from trainspec.model_config import read_model_spec
 from trainspec.recipe import DEFAULT_STEPS, load_recipe, recipe_from
@@ -67,7 +66,7 @@ def _not_as_configured(file: Path) -> Iterator[str]:
 def _not_the_adapter(name: str, file: Path) -> Iterator[str]:
     """An accepted adapter_config.json says what that of the adapter said, or leaves out what is a default."""
     config = json.loads(file.read_text())
-    plain = _config_of(MODEL, ADAPTERS[name])
+    plain = ADAPTERS[name].peft_config(MODEL)
     decisive = {
         "lora": ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "fan_in_fan_out"),
         "prefix": ("peft_type", "num_virtual_tokens", "num_layers", "num_attention_heads"),

@@ -10,20 +10,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 from launch import Runs, launch, worst
+from method_sections import sections
 from test_pipeline import MESHES, PROJECTION, SCHEDULES
 from test_plans import COMMON, PLANS, ROUNDING, assert_equal
 from test_programs import ROWS, assert_bytes_are_those_of_the_table
 
 # Five virtual tokens and widths that few devices divide.
-METHODS = {
-    "adapter": {"kind": "adapter", "bottleneck": 6, "activation": "gelu"},
-    "prompt": {"kind": "prompt", "virtual_tokens": 5},
-    "mlp": {"kind": "ptuning", "virtual_tokens": 5, "hidden": 24},
-    "lstm": {"kind": "ptuning", "virtual_tokens": 5, "encoder": "lstm", "hidden": 12, "dropout": 0.3},
-    "prefix": {"kind": "prefix", "virtual_tokens": 5},
-    "projection": PROJECTION,
-    "rslora": {"kind": "lora", "rank": 3, "alpha": 5.0, "rslora": True, "targets": "all-linear"},
-}
+FIVE = {"virtual_tokens": 5}
+METHODS = sections(
+    {
+        "lora": {"rank": 3, "alpha": 5.0, "rslora": True, "dropout": 0.0, "targets": "all-linear"},
+        "adapter": {"bottleneck": 6},
+        "prompt": FIVE,
+        "ptuning-mlp": FIVE | {"hidden": 24},
+        "ptuning-lstm": FIVE | {"hidden": 12, "dropout": 0.3},
+        "prefix": FIVE,
+        "prefix-projection": PROJECTION,
+    }
+)
+del METHODS["full"]  # see test_plans.py
 # Five layers: the stages of a pipeline are unequal. A head that is the embedding has no prompt in front of it.
 VARIANT = dict.fromkeys(METHODS, "plain-5") | {"adapter": "bias-5", "prompt": "tied-5", "prefix": "tied-5"}
 PIPELINES = {
@@ -67,14 +72,14 @@ def test_every_method_on_padded_rows(tmp_path, name, side):
 @pytest.mark.full
 def test_a_method_that_is_another_would_show(tmp_path):
     """The negative control: another dropout rate between the layers of the LSTM, another activation."""
-    gelu, lstm = METHODS["adapter"], METHODS["lstm"]
-    cases = {name: case(name) for name in ("adapter", "lstm")}
+    gelu, lstm = METHODS["adapter"], METHODS["ptuning-lstm"]
+    cases = {name: case(name) for name in ("adapter", "ptuning-lstm")}
     cases |= {
         "adapter-other": cases["adapter"] | {"method": gelu | {"activation": "silu"}},
-        "lstm-other": cases["lstm"] | {"method": lstm | {"dropout": 0.31}},
+        "ptuning-lstm-other": cases["ptuning-lstm"] | {"method": lstm | {"dropout": 0.31}},
     }
     runs = Runs(launch("run_plans.py", cases, tmp_path)[0])
-    for name in ("adapter", "lstm"):
+    for name in ("adapter", "ptuning-lstm"):
         found = worst(runs.of(f"{name}-other"), runs.of(name))
         assert found["gradient"] > 1e-3
         assert found["update"] > 1e-3
@@ -83,8 +88,8 @@ def test_a_method_that_is_another_would_show(tmp_path):
 @pytest.mark.full
 def test_four_processes_are_one(tmp_path):
     plans = {
-        "lstm": PLANS["fsdp8-params"],
-        "projection": PIPELINES["pipe2-fsdp2-tensor2-1f1b"],
+        "ptuning-lstm": PLANS["fsdp8-params"],
+        "prefix-projection": PIPELINES["pipe2-fsdp2-tensor2-1f1b"],
     }
     cases = {name: case(name) | {"plan": plan} for name, plan in plans.items()}
     one = Runs(launch("run_plans.py", cases, tmp_path / "one")[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from method_sections import sections
 from small import SMALL
 
 from trainspec.plan import Plan
@@ -16,15 +17,16 @@ MODELS = {
     "deep": replace(SMALL, name="deep", layers=5, kv_heads=4),
     "deep-tied": replace(SMALL, name="deep-tied", layers=5, tied_embeddings=True, attention_bias=True),
 }
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {"kind": "full"},
-    "lora": {
-        "kind": "lora",
-        "rank": 4,
-        "alpha": 8.0,
-        "dropout": 0.1,
-        "targets": ["q_proj", "v_proj", "o_proj", "down_proj"],
-    },
+METHODS: dict[str, dict[str, Any]] = sections(
+    {
+        "lora": {"targets": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+        "dora": {"targets": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+        "adapter": {"bottleneck": 5},
+        "ptuning-mlp": {"hidden": 7},
+        "ptuning-lstm": {"virtual_tokens": 4, "hidden": 6, "dropout": 0.2},
+        "prefix-projection": {"hidden": 5},
+    }
+) | {
     "lora-head": {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": ["lm_head", "k_proj"]},
     # Nothing in the later stages of a pipeline.
     "lora-first": {
@@ -34,12 +36,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "rslora": True,
         "targets": r"model\.layers\.0\..*",
     },
-    "adapter": {"kind": "adapter", "bottleneck": 5, "activation": "gelu"},
-    "prompt": {"kind": "prompt", "virtual_tokens": 3},
-    "ptuning-mlp": {"kind": "ptuning", "virtual_tokens": 3, "hidden": 7},
-    "ptuning-lstm": {"kind": "ptuning", "virtual_tokens": 4, "encoder": "lstm", "hidden": 6, "dropout": 0.2},
-    "prefix": {"kind": "prefix", "virtual_tokens": 3},
-    "prefix-projection": {"kind": "prefix", "virtual_tokens": 3, "projection": True, "hidden": 5},
 }
 PRECISION = {
     "fp64": {"policy": "fp64", "reduce": "fp64"},

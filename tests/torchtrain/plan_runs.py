@@ -19,7 +19,7 @@ from trainspec.adapters import write_adapter
 from trainspec.init import initial_value
 from trainspec.methods import Full, LoRA, adapter_table
 from trainspec.model import ModelSpec
-from trainspec.params import Normal
+from trainspec.params import FromWeights, Normal
 from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 
@@ -58,7 +58,9 @@ def drawn_adapter(recipe: Recipe, spec: ModelSpec) -> Path:
     directory = Path(recipe.model.from_).parent / f"adapter-{spec.name}-{words}"
     if not directory.exists():
         rows = {
+            # A length of DoRA's is about the norm that it stands for.
             p.name: initial_value(replace(p, init=Normal(0.3)), seed=4, dtype="float32")
+            + np.float32(2 * isinstance(p.init, FromWeights))
             for p in adapter_table(spec, method)
         }
         write_adapter(directory, rows, model=spec, method=method, base=recipe.model.from_)

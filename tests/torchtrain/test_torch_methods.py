@@ -12,6 +12,7 @@ from unittest.mock import patch
 import probe_methods
 import pytest
 import torch
+from method_sections import ADDED
 from plan_cases import METHODS, MODELS, Case, case
 from plan_runs import Make, check, drawn_adapter, recipe_of, run_cases, traces
 from ranks import Command, furthest, run, run_all, traced
@@ -28,7 +29,6 @@ from trainspec.recipe import Recipe
 from trainspec.rng import name_key
 from trainspec.run import resolve
 
-ADDED = ("adapter", "prompt", "ptuning-mlp", "ptuning-lstm", "prefix", "prefix-projection")
 SHARDS = ("optimizer", "gradients", "params")
 _THREE_D = {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "optimizer", "microbatches": 3}
 # By the number of processes: one launch each.
@@ -74,7 +74,7 @@ PLANTED = {
     ),
     "an adapter's output summed over the peers": (
         case("wide", "adapter", "fp32", tensor=2),
-        Edit("torchtrain.adapter:Bottleneck.forward", "__h + self.up(__x)", "__h + 2 * self.up(__x)"),
+        Edit("torchtrain.methods.bottleneck:Bottleneck.forward", "__h + self.up(__x)", "__h + 2 * self.up(__x)"),
         "activation",
     ),
     "the LSTM's mask is that of a row of the batch": (

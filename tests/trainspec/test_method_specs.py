@@ -13,16 +13,19 @@ from safetensors.numpy import load_file, save_file
 from small import SMALL
 
 from trainspec import checkpoint
-from trainspec.adapters import ADAPTER_FILE, ENCODER_FILE, adapter_size, read_adapter, write_adapter
+from trainspec.adapters import read_adapter, write_adapter
 from trainspec.checkpoint import Checkpoint
-from trainspec.encoders import encode
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.export import export
 from trainspec.from_text import keys_and_values
 from trainspec.init import starting_weights
 from trainspec.methods import (
+    ADAPTER_FILE,
+    ENCODER_FILE,
+    EXAMPLES,
     METHODS,
     Adapter,
+    DoRA,
     Full,
     LoRA,
     Method,
@@ -42,15 +45,7 @@ from trainspec.report import describe
 from trainspec.run import resolve, run_of
 
 Make = Callable[..., Recipe]
-ADDED: tuple[Method, ...] = (
-    LoRA(rank=4, rslora=True),
-    Adapter(bottleneck=3, activation="gelu"),
-    PromptTuning(virtual_tokens=5),
-    PTuning(virtual_tokens=5, hidden=6),
-    PTuning(virtual_tokens=5, hidden=6, encoder="lstm", dropout=0.2),
-    PrefixTuning(virtual_tokens=5),
-    PrefixTuning(virtual_tokens=5, projection=True, hidden=6),
-)
+ADDED: tuple[Method, ...] = tuple(spec for spec in EXAMPLES.values() if not spec.trains_model)
 WIDTH = SMALL.kv_heads * SMALL.head_dim
 
 
@@ -76,7 +71,7 @@ def test_a_recipe_keeps_its_method_and_trains_only_its_rows(make_recipe: Make, m
 
 
 def test_every_kind_is_a_method_of_its_own():
-    assert list(METHODS) == ["full", "lora", "adapter", "prompt", "ptuning", "prefix"]
+    assert list(METHODS) == ["full", "lora", "dora", "adapter", "prompt", "ptuning", "prefix"]
     assert adapter_table(SMALL, Full()) == ()
     assert (virtual_tokens(PrefixTuning()), leading_rows(PrefixTuning())) == (20, 0)
     assert (virtual_tokens(PTuning()), leading_rows(PTuning())) == (20, 20)
@@ -88,7 +83,10 @@ def test_every_kind_is_a_method_of_its_own():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"kind": "dora"}, "unknown kind 'dora'; choose one of full, lora, adapter, prompt, ptuning, prefix"),
+        (
+            {"kind": "vera"},
+            "unknown kind 'vera'; choose one of full, lora, dora, adapter, prompt, ptuning, prefix",
+        ),
         ({"kind": "lora", "use_dora": True}, "method.use_dora: unknown key"),
         ({"kind": "prompt", "init": "text"}, "method.text is missing"),
         ({"kind": "prompt", "text": "words"}, "method.text: not used"),
@@ -116,7 +114,7 @@ def test_an_adapter_is_a_start_and_its_files_are_checked(make_recipe: Make, tmp_
     weights, out = drawn(method), tmp_path / "a"
     write_adapter(out, weights, model=SMALL, method=method, base="x")
     size = sum(a.size for a in load_file(out / ADAPTER_FILE).values())
-    assert size == adapter_size(SMALL, method)
+    assert size == method.adapter_size(SMALL)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     recipe = make_recipe(method=method.model_dump() | {"adapter": str(out)})
     started = {p.name: w[...] for p, w in starting_weights(resolve(recipe))}
@@ -149,7 +147,7 @@ def test_what_peft_drops_is_kept_beside_it_and_has_to_belong_to_it(make_recipe: 
         read_adapter(out, SMALL, method, rows, dtype=np.float32)
     prompt = PromptTuning(virtual_tokens=5)
     ((_, given),) = read_adapter(out, SMALL, prompt, adapter_table(SMALL, prompt), dtype=np.float64)
-    np.testing.assert_allclose(given[...], encode(method, weights), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(given[...], method.encode(weights), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +159,9 @@ def test_what_peft_drops_is_kept_beside_it_and_has_to_belong_to_it(make_recipe: 
         (Adapter(bottleneck=3), Adapter(bottleneck=4), "set method.bottleneck=3"),
         (Adapter(bottleneck=3), Adapter(bottleneck=3, activation="silu"), "set method.activation=relu"),
         (LoRA(rslora=True), LoRA(), "set method.rslora=true"),
+        (LoRA(), DoRA(), "use_dora is not set, it is LoRA's; set method.kind=lora"),
+        (DoRA(), LoRA(), "use_dora=True is unsupported"),
+        (DoRA(rank=4), DoRA(), "set method.rank=4"),
     ],
 )  # fmt: skip
 def test_an_adapter_of_other_settings_is_refused(tmp_path: Path, method, other, message: str):
@@ -198,7 +199,7 @@ def test_a_text_is_a_start(make_recipe: Make):
 
 
 def test_only_lora_is_merged(make_recipe: Make, tmp_path: Path):
-    for method in (m for m in ADDED if not isinstance(m, LoRA)):
+    for method in (m for m in ADDED if m.not_merged):
         recipe, weights = make_recipe(method=method.model_dump()), drawn(method)
         checkpoint.save(tmp_path, Checkpoint(1, weights, weights, weights), recipe=recipe)
         with pytest.raises(RecipeError, match=f"method.kind={method.kind} cannot be merged"):

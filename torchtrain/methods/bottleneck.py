@@ -1,4 +1,4 @@
-"""Bottleneck adapters behind attention and MLP, before what they give is added to the residual stream.
+"""Bottleneck adapters after attention and MLP, before their output is added to the residual stream.
 
 Houlsby and others, arXiv 1902.00751, figure 2. PEFT has no such method. Every tensor peer holds an adapter whole, as the
 stream is whole on each.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchtrain.families import anatomy_of
+from torchtrain.methods.site import Site
 from trainspec.methods import Adapter
 from trainspec.model import ModelSpec
 
@@ -42,12 +43,12 @@ class Bottleneck(nn.Module):
         return h_BSE + self.up(self._act(self.down(h_BSE)))
 
 
-def attach_adapters(model: PreTrainedModel, spec: ModelSpec, method: Adapter) -> None:
+def attach(model: PreTrainedModel, method: Adapter, site: Site) -> None:
     """Two adapters for each layer of `model`, on the meta device; a layer owns them under their canonical names."""
     anatomy = anatomy_of(model)
     for layer in anatomy.layers(model):
-        _put_behind(layer, anatomy.attention(layer), "attention_adapter", spec, method)
-        _put_behind(layer, anatomy.mlp(layer), "mlp_adapter", spec, method)
+        _put_behind(layer, anatomy.attention(layer), "attention_adapter", site.spec, method)
+        _put_behind(layer, anatomy.mlp(layer), "mlp_adapter", site.spec, method)
 
 
 def _put_behind(layer: nn.Module, block: nn.Module, name: str, spec: ModelSpec, method: Adapter) -> None:

@@ -1,11 +1,6 @@
-"""Training methods put into a model, with dropout from the shared counter-based generator.
-
-LoRA's layers are PEFT's; those of the others are in adapter.py and virtual.py.
-"""
+"""What methods share that replace linear layers by ones with a low-rank product: PEFT's layers, split like their bases."""
 
 from __future__ import annotations
-
-from typing import assert_never
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -13,57 +8,18 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from torchtrain.adapter import attach_adapters
-from torchtrain.dropout import CounterDropout, DropoutPoint
-from torchtrain.tensor import Peers, RowLinear, WholeLinear, copy_inputs
-from torchtrain.virtual import attach_prefix, attach_prompt
-from trainspec.methods import (
-    Adapter,
-    Full,
-    LoRA,
-    Method,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
-    target_modules,
-)
-from trainspec.model import ModelSpec
+from torchtrain.dropout import CounterDropout
+from torchtrain.methods.site import Site
+from torchtrain.tensor import Peers, RowLinear, WholeLinear
+from trainspec.methods import LowRank, target_modules
 
 # PEFT's name for the only adapter of a model; weights.py knows it from the parameters' names.
 _ADAPTER = "default"
 
 
-def attach(
-    model: PreTrainedModel, spec: ModelSpec, method: Method, *, seed: int, tensor: Peers
-) -> DropoutPoint:
-    """Put `method` into `model` in place; everything it does not train stops requiring gradients.
-
-    Returns the point that dropout reads and the step moves. An adapter of a layer that is split over the
-    `tensor` peers is split alike.
-    """
-    point = DropoutPoint()
-    model.requires_grad_(isinstance(method, Full))
-    match method:
-        case Full():
-            pass
-        case LoRA():
-            _attach_lora(model, spec, method, seed=seed, point=point, tensor=tensor)
-        case Adapter():
-            attach_adapters(model, spec, method)
-        case PromptTuning() | PTuning():
-            attach_prompt(model, spec, method, seed=seed, point=point)
-        case PrefixTuning():
-            attach_prefix(model, spec, method, tensor=tensor)
-        case other:
-            assert_never(other)
-    copy_inputs(model, tensor)
-    return point
-
-
-def _attach_lora(
-    model: PreTrainedModel, spec: ModelSpec, method: LoRA, *, seed: int, point: DropoutPoint, tensor: Peers
-) -> None:
-    modules = target_modules(spec, method)
+def replace_targets(model: PreTrainedModel, method: LowRank, site: Site) -> list[LoraLayer]:
+    """One of PEFT's layers in the place of each target, in the order of the table; returns them."""
+    modules, seed, point, tensor = target_modules(site.spec, method), site.seed, site.point, site.tensor
     config = LoraConfig(
         r=method.rank,
         # PEFT declares an int, but only ever divides it by the rank.
@@ -77,11 +33,13 @@ def _attach_lora(
     # part of a layer, and no memory yet.
     with torch.device("meta"):
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    layers = []
     for module in modules:
         layer = model.get_submodule(module)
         assert isinstance(layer, LoraLayer)
         base = layer.get_base_layer()
         assert isinstance(base, nn.Linear)
+        layers.append(layer)
         if tensor.size > 1:
             _split_adapter(layer, base, rank=method.rank, tensor=tensor)
         if isinstance(base, RowLinear):
@@ -89,6 +47,7 @@ def _attach_lora(
         if method.dropout == 0.0:
             continue
         layer.lora_dropout[_ADAPTER] = CounterDropout(module, seed=seed, rate=method.dropout, point=point)
+    return layers
 
 
 def _split_adapter(layer: LoraLayer, base: nn.Linear, *, rank: int, tensor: Peers) -> None:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters behind attention and MLP, before what they give is added to the residual stream.
+"""Bottleneck adapters after attention and MLP, before their output is added to the residual stream.
 
 Houlsby and others, arXiv 1902.00751, figure 2. Every tensor peer holds an adapter whole, as the stream is whole on each.
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Literal, assert_never
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from jaxtrain.decoder import Decoder
 from jaxtrain.layers import Build, Dim, Linear, wide
+from jaxtrain.methods.site import Site
 from trainspec.methods import Adapter
 from trainspec.model import ModelSpec
 
@@ -48,7 +50,8 @@ def _act(activation: Literal["relu", "gelu", "silu"], x: Array) -> Array:
             assert_never(other)
 
 
-def attach_adapters(model: Decoder, spec: ModelSpec, method: Adapter) -> None:
+def attach(model: Decoder, method: Adapter, site: Site) -> dict[str, np.ndarray]:
     """Two adapters for each layer of `model`."""
-    model.layers.attention_adapter = nnx.data(Bottleneck(spec, method, build=model.build))
-    model.layers.mlp_adapter = nnx.data(Bottleneck(spec, method, build=model.build))
+    model.layers.attention_adapter = nnx.data(Bottleneck(site.spec, method, build=model.build))
+    model.layers.mlp_adapter = nnx.data(Bottleneck(site.spec, method, build=model.build))
+    return {}

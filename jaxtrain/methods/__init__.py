@@ -1,0 +1,39 @@
+"""Putting a training method into the model, one file per kind: layers are replaced in place, adapters and encoders added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.decoder import Decoder
+from jaxtrain.methods import bottleneck, dora, full, lora, prefix, prompt, ptuning
+from jaxtrain.methods.site import Site
+from jaxtrain.methods.virtual_tokens import all_rows
+from jaxtrain.weights import Order
+from trainspec.methods import Method
+from trainspec.model import ModelSpec
+
+__all__ = ["ATTACH", "all_rows", "attach"]
+
+# The registry: what changes a model for each kind of method.
+ATTACH: dict[str, Callable[[Decoder, Any, Site], dict[str, np.ndarray]]] = {
+    "full": full.attach,
+    "lora": lora.attach,
+    "dora": dora.attach,
+    "adapter": bottleneck.attach,
+    "prompt": prompt.attach,
+    "ptuning": ptuning.attach,
+    "prefix": prefix.attach,
+}
+
+
+def attach(
+    model: Decoder, spec: ModelSpec, method: Method, *, seed: int, order: Order
+) -> dict[str, np.ndarray]:
+    """Change `model` in place and return the method's constants by native name (dropout keys), stacks in `order`.
+
+    Differs from torchtrain, whose modules hold their constants themselves.
+    """
+    return ATTACH[method.kind](model, method, Site(spec, seed=seed, order=order))

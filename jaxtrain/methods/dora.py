@@ -1,0 +1,73 @@
+"""DoRA: linear layers become ones whose rows have a direction, changed by a low-rank product, and a trained length."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from jaxtrain.decoder import Decoder
+from jaxtrain.dropout import DropoutPoint
+from jaxtrain.layers import Linear, abstract, wide
+from jaxtrain.methods.lora import LoRALinear
+from jaxtrain.methods.low_rank import replace_targets
+from jaxtrain.methods.site import Site
+from jaxtrain.tensor import matmul, read, scale, shift
+from trainspec.methods import DoRA, LowRank
+
+
+class IsTarget(nnx.Variable):
+    """Whether a layer of a stack is adapted: a constant of the module, never trained."""
+
+
+class DoRALinear(LoRALinear):
+    """y = x W + b + (m (u + s (d A) B) / n - u) with d = dropout(x), u = d W and n the norms of W + s A B, a constant.
+
+    A layer of a stack that is no target has no magnitude, and is the linear layer.
+    """
+
+    def __init__(self, base: Linear, method: LowRank, keys: np.ndarray) -> None:
+        super().__init__(base, method, keys)
+        *stack, _, out_size = base.kernel.shape
+        self.lora_magnitude_vector = abstract((*stack, out_size), base.kernel.dtype)
+        self.is_target = IsTarget(jax.ShapeDtypeStruct(keys.shape[:-1], jnp.bool_))
+
+    def __call__(self, x: Array, point: DropoutPoint | None) -> Array:
+        x = self.constrain(x, ("batch", "seq", self.in_axis))
+        plain = dropped_plain = self._base(x)
+        dropped = x
+        if point is not None and self.rate > 0:
+            dropped = self._dropout(x, point)
+            dropped_plain = self._base(dropped)
+        y = plain + self._change(dropped_plain, self.product(dropped))
+        return y if self.bias is None else shift(y, self.bias.get_value())
+
+    def _base(self, x: Array) -> Array:
+        return self.constrain(matmul(x, self.kernel.get_value()), ("batch", "seq", self.out_axis))
+
+    def _change(self, plain: Array, up: Array) -> Array:
+        """What is added to x W, computed in the wide type: it is a difference of numbers that are nearly equal."""
+        u, is_target = plain.astype(wide(plain.dtype)), self.is_target[...]
+        direction = (u + self.scale * up.astype(u.dtype)) / jnp.where(is_target, self._norms(), 1)
+        change = scale(direction, self.lora_magnitude_vector.get_value()) - u
+        return jnp.where(is_target, change, 0).astype(plain.dtype)
+
+    def _norms(self) -> Array:
+        """The norm of what makes each output, without a gradient (section 4.3 of the paper)."""
+        weight, a, b = (
+            read(w.get_value()).astype(wide(self.kernel.get_value().value.dtype))
+            for w in (self.kernel, self.lora_a, self.lora_b)
+        )
+        return lax.stop_gradient(jnp.linalg.norm(weight + self.scale * (a @ b), axis=0))
+
+
+def attach(model: Decoder, method: DoRA, site: Site) -> dict[str, np.ndarray]:
+    """A `DoRALinear` in the place of each target; returns the dropout keys and which layers are targets."""
+    keys = replace_targets(model, method, site, DoRALinear)
+    # A target's key is not zero.
+    targets = {
+        name.replace(".dropout_key", ".is_target"): np.asarray(key.any(axis=-1)) for name, key in keys.items()
+    }
+    return keys | targets

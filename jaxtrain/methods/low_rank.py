@@ -1,0 +1,38 @@
+"""What methods share that replace linear layers by ones with a low-rank product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxtrain.decoder import Decoder
+from jaxtrain.layers import Linear
+from jaxtrain.methods.site import Site
+from jaxtrain.weights import native_module
+from trainspec.methods import LowRank, target_modules
+from trainspec.rng import name_key
+
+
+def replace_targets(
+    model: Decoder, method: LowRank, site: Site, layer_class: Callable[[Linear, Any, np.ndarray], Linear]
+) -> dict[str, np.ndarray]:
+    """A layer of `layer_class` in the place of each target; returns the dropout keys by native name.
+
+    A module that is adapted in some layers only has A and B in all of them, zero where it is not: both gradients
+    are then zero, so they stay zero.
+    """
+    modules: dict[str, Any] = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    constants: dict[str, np.ndarray] = {}
+    for target in target_modules(site.spec, method):
+        native, layer = native_module(target)
+        if f"{native}.dropout_key" not in constants:
+            keys = np.zeros((len(site.order), 2) if layer is not None else (2,), np.uint32)
+            constants[f"{native}.dropout_key"] = keys
+            parent, _, leaf = native.rpartition(".")
+            setattr(modules[parent], leaf, layer_class(modules[native], method, keys))
+        place = ... if layer is None else site.order.index(layer)
+        constants[f"{native}.dropout_key"][place] = name_key(site.seed, "dropout", target)
+    return constants

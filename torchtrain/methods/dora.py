@@ -1,0 +1,68 @@
+"""DoRA: PEFT's layers, with a variant of PEFT's own arithmetic that knows layers of which a process holds a part."""
+
+# B examples, S sequence, I inputs, O outputs, R rank; where a layer is split, those of this process
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from torchtrain.methods.low_rank import replace_targets
+from torchtrain.methods.site import Site
+from torchtrain.tensor import Peers, RowLinear
+from trainspec.methods import DoRA
+
+_ALONE = Peers()
+
+
+class Magnitude(nn.Module):
+    """m (u + s B A d) / n, with n the norms of the rows of W + s B A, a constant of the gradient."""
+
+    def __init__(self, base: nn.Linear, *, tensor: Peers) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(base.out_features, device="meta"))
+        # A row of a row layer is over all peers, one of a column layer on a single one.
+        self._peers = tensor if isinstance(base, RowLinear) else _ALONE
+
+    def forward(self, direction_BSO: Tensor, weight_OI: Tensor, product_OI: Tensor) -> Tensor:
+        return self.weight * (direction_BSO / self._norms(weight_OI, product_OI))
+
+    @torch.no_grad()
+    def _norms(self, weight_OI: Tensor, product_OI: Tensor) -> Tensor:
+        squares_O = (weight_OI.to(product_OI.dtype) + product_OI).square().sum(1)
+        return self._peers.sum_(squares_O).sqrt()
+
+
+class _Variant(LoraVariant):
+    """PEFT's DoraLinearVariant: without dropout W x is computed once, with it the change is of dropout(x)."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """`result` is W x + bias, to which the change is added; in the wide type, as it is a small difference."""
+        base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
+        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scale, wide = module.scaling[active_adapter], torch.promote_types(x.dtype, torch.float32)
+        drops = module.training and not isinstance(dropout, nn.Identity)
+        dropped_BSI = dropout(x) if drops else x
+        plain_BSO = (base(dropped_BSI) if drops else result).to(wide)
+        if base.bias is not None:
+            plain_BSO = plain_BSO - base.bias
+        with torch.no_grad():
+            product_OI = scale * (b.weight.to(wide) @ a.weight.to(wide))
+        direction_BSO = plain_BSO + scale * b(a(dropped_BSI)).to(wide)
+        scaled_BSO = module.lora_magnitude_vector[active_adapter](direction_BSO, base.weight, product_OI)
+        return result + (scaled_BSO - plain_BSO).to(result.dtype)
+
+
+def attach(model: PreTrainedModel, method: DoRA, site: Site) -> None:
+    """One of PEFT's layers in the place of each target, with a magnitude on the meta device."""
+    for layer in replace_targets(model, method, site):
+        base = layer.get_base_layer()
+        assert isinstance(base, nn.Linear)
+        (name,) = layer.lora_A
+        layer.lora_magnitude_vector[name] = Magnitude(base, tensor=site.tensor)
+        layer.lora_variant[name] = _Variant()

@@ -1,0 +1,14 @@
+"""LoRA: PEFT's layers, which hold the linear ones that they take the place of."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from torchtrain.methods.low_rank import replace_targets
+from torchtrain.methods.site import Site
+from trainspec.methods import LoRA
+
+
+def attach(model: PreTrainedModel, method: LoRA, site: Site) -> None:
+    """One of PEFT's layers in the place of each target."""
+    replace_targets(model, method, site)

@@ -1,0 +1,87 @@
+"""Prefix tuning: PEFT's encoder as a child of the model, and its keys and values before each layer's own.
+
+They are not rotated, and the layers keep S positions. Not by way of a cache, which is PEFT's: Hugging Face drops one
+where layers are computed again in the backward pass.
+"""
+
+# B examples, S sequence, N virtual tokens, T keys of a layer, H heads, K kv heads, D head dim
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PrefixEncoder, PrefixTuningConfig
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from torchtrain.families import anatomy_of
+from torchtrain.methods.site import Site
+from torchtrain.tensor import Peers, compute_device, own_part
+from trainspec.methods import ENCODER, PrefixTuning
+from trainspec.model import ModelSpec
+
+# Keys and values [K, N, D] of every layer in turn: those of layer i are 2 i and 2 i + 1.
+Prefix = Sequence[Tensor]
+_ATTENTION = "sdpa_behind_prefix"
+
+
+def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
+    """Give every layer's attention the encoder's keys and values; the encoder's weights are on the meta device."""
+    spec = site.spec
+    with torch.device("meta"):
+        config = PrefixTuningConfig(
+            num_virtual_tokens=method.virtual_tokens,
+            token_dim=spec.kv_heads * spec.head_dim,
+            num_layers=spec.layers,
+            prefix_projection=method.projection,
+            encoder_hidden_size=method.hidden or spec.kv_heads * spec.head_dim,
+        )
+        model.add_module(ENCODER, PrefixEncoder(config))
+    AttentionInterface.register(_ATTENTION, attend_behind_prefix)
+    model.config._attn_implementation = _ATTENTION
+
+    def give(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | layer_inputs(model, spec, method, tensor=site.tensor)
+
+    # Of the model inside: DeepSpeed's own hook on the whole model has to come before any weight is used.
+    anatomy_of(model).inner(model).register_forward_pre_hook(give, with_kwargs=True)
+
+
+def layer_inputs(
+    model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers
+) -> dict[str, Any]:
+    """What every layer is given beside hidden states."""
+    return {"prefix": make_prefix(model, spec, method, tensor=tensor)}
+
+
+def make_prefix(model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers) -> Prefix:
+    """The keys and values of every layer, in the kv heads of this process."""
+    encoder = model.get_submodule(ENCODER)
+    tokens_1N = torch.arange(method.virtual_tokens, device=compute_device())[None]
+    # PEFT's layout: virtual token, layer, keys before values, kv head, head_dim.
+    shape = (method.virtual_tokens, 2 * spec.layers, spec.kv_heads, spec.head_dim)
+    mine = own_part(encoder(tokens_1N).view(shape), 2, tensor)
+    return mine.permute(1, 2, 0, 3).unbind(0)
+
+
+def attend_behind_prefix(
+    module: Any,
+    query_BHSD: Tensor,
+    key_BKSD: Tensor,
+    value_BKSD: Tensor,
+    attention_mask: Tensor,
+    *,
+    prefix: Prefix,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attention's output [B, S, H, D]. Its keys and values are rotated, the prefix is not."""
+    keys_KND, values_KND = prefix[2 * module.layer_idx], prefix[2 * module.layer_idx + 1]
+    examples = len(key_BKSD)
+    key_BKTD = torch.cat((keys_KND.expand(examples, -1, -1, -1), key_BKSD), 2)
+    value_BKTD = torch.cat((values_KND.expand(examples, -1, -1, -1), value_BKSD), 2)
+    return sdpa_attention_forward(module, query_BHSD, key_BKTD, value_BKTD, attention_mask, **rest)

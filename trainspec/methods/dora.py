@@ -1,0 +1,80 @@
+"""DoRA, arXiv 2402.09353: LoRA on the direction of each row of a weight, and its length trained beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from trainspec.errors import WeightsError
+from trainspec.methods.low_rank import LowRank
+from trainspec.methods.method import ADAPTER_FILE, PEFT_PREFIX, AdapterFiles, Arrays
+from trainspec.model import ModelSpec
+from trainspec.params import FromWeights, Param
+from trainspec.weight import Array, Weight
+
+# PEFT's module, whose files have it without the last part of its parameter's name.
+MAGNITUDE = "lora_magnitude_vector"
+
+
+class DoRA(LowRank, frozen=True):
+    """y = m / n (W x + scale B A x) + bias, n the norm of each row of W + scale B A; m, A and B are trained.
+
+    n is a constant of the gradient (section 4.3 of the paper). m starts as n. Dropout is PEFT's: x loses elements in
+    what A is given and in what m / n - 1 multiplies, and none in W x itself. Targets and the rest are LoRA's.
+    """
+
+    kind: Literal["dora"] = "dora"
+
+    @classmethod
+    def examples(cls) -> Mapping[str, Self]:
+        """See the base class."""
+        return {"dora": cls(rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))}
+
+    def target_entries(self, base: Param) -> tuple[Param, ...]:
+        """A, B and m, which takes the axis of the base's outputs. Like all that has one dimension, m does not decay."""
+        a, b = super().target_entries(base)
+        start = FromWeights((base.name, a.name, b.name), self.row_norms)
+        name = f"{PEFT_PREFIX}{base.module}.{MAGNITUDE}.weight"
+        return a, b, Param(name, base.shape[:1], base.axes[:1], start, False, "adapter", base.layer)
+
+    def row_norms(self, weight: Array, a: Array, b: Array) -> Array:
+        """The norm of each row of W + scale B A: the paper's ||.||_c, whose W is the transpose."""
+        return np.linalg.norm(weight + self.scale * (b @ a), axis=1)
+
+    def peft_config(self, model: ModelSpec) -> dict[str, Any]:
+        """PEFT's LoRA with `use_dora`."""
+        return super().peft_config(model) | {"use_dora": True}
+
+    def check_peft_config(self, config: Mapping[str, Any], *, directory: Path, model: ModelSpec) -> None:
+        """See the base class."""
+        super().check_peft_config(config, directory=directory, model=model)
+        if not config.get("use_dora"):
+            raise WeightsError(f"{directory}: use_dora is not set, it is LoRA's; set method.kind=lora")
+
+    def files(self, weights: Arrays) -> dict[str, dict[str, Array]]:
+        """A, B and m by PEFT's names."""
+        return {ADAPTER_FILE: {_name_in_file(name): array for name, array in weights.items()}}
+
+    def read(
+        self, files: AdapterFiles, table: Sequence[Param], *, dtype: DTypeLike
+    ) -> Iterator[tuple[Param, Weight]]:
+        """See the base class."""
+        stored = files.entries([replace(p, name=_name_in_file(p.name)) for p in table], dtype=dtype)
+        return ((param, weight) for param, (_, weight) in zip(table, stored, strict=True))
+
+    def merged(self, param: Param, weight: Array, trained: Arrays) -> Array:
+        """m / n (W + scale B A) where `param` is the weight of a target."""
+        m = trained.get(f"{PEFT_PREFIX}{param.module}.{MAGNITUDE}.weight")
+        if m is None or not param.name.endswith(".weight"):
+            return weight
+        whole = super().merged(param, weight, trained)
+        return (m.astype(np.float64) / np.linalg.norm(whole, axis=1))[:, None] * whole
+
+
+def _name_in_file(name: str) -> str:
+    return name.removesuffix(".weight") if name.endswith(f".{MAGNITUDE}.weight") else name

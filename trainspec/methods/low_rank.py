@@ -1,0 +1,175 @@
+"""What methods share that add a low-rank product to linear layers: targets, A and B, and PEFT's LoRA files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from trainspec.errors import RecipeError, WeightsError
+from trainspec.methods.adapter_config import check_setting, check_type
+from trainspec.methods.method import PEFT_PREFIX, AddedWeights, Arrays, Count, Rate
+from trainspec.model import ModelSpec
+from trainspec.params import Param, UniformFanIn, Zeros, param_table
+from trainspec.weight import Array
+
+# PEFT's settings under which A and B are all that its LoRA adds, in every target of the same rank and scale.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": (None,),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+}
+
+
+class LowRank(AddedWeights, frozen=True):
+    """The base class: A [rank, in] and B [out, rank] in every target, and the factor `low_rank_scale` of their product."""
+
+    rank: Count = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Rate = 0.0
+    rslora: bool = False
+    targets: tuple[str, ...] | str = ("q_proj", "v_proj")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _freeze(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def scale(self) -> float:
+        """The factor of the low-rank product: alpha / rank, with `rslora` alpha / sqrt(rank)."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def low_rank_scale(self) -> float:
+        """See the base class."""
+        return self.scale
+
+    def table(self, model: ModelSpec) -> tuple[Param, ...]:
+        """The entries of every target, one target after the other."""
+        base = {p.module: p for p in param_table(model) if p.name.endswith(".weight")}
+        return tuple(p for module in target_modules(model, self) for p in self.target_entries(base[module]))
+
+    def target_entries(self, base: Param) -> tuple[Param, ...]:
+        """A and B of one target, named as in PEFT's files; each takes an axis of `base`, its rank is whole."""
+        (out_size, in_size), (out_axis, in_axis) = base.shape, base.axes
+        return tuple(
+            Param(f"{PEFT_PREFIX}{base.module}.{leaf}", shape, axes, init, True, "adapter", base.layer)
+            for leaf, shape, axes, init in (
+                ("lora_A.weight", (self.rank, in_size), ("rank", in_axis), UniformFanIn(in_size)),
+                ("lora_B.weight", (out_size, self.rank), (out_axis, "rank"), Zeros()),
+            )
+        )
+
+    def counts(self) -> dict[str, float]:
+        """The rank and the scale."""
+        by = "alpha / sqrt(rank)" if self.rslora else "alpha / rank"
+        return {"rank": float(self.rank), "sqrt(rank)": self.rank**0.5, by: self.scale}
+
+    def peft_config(self, model: ModelSpec) -> dict[str, Any]:
+        """PEFT's LoRA of these targets."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.rank,
+            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "target_modules": list(target_modules(model, self)),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
+
+    def check_peft_config(self, config: Mapping[str, Any], *, directory: Path, model: ModelSpec) -> None:
+        """See the base class; what no field says has to be one of `plain_settings`."""
+        check_type(directory, config, self, ("LORA",))
+        for key, plain in self.plain_settings().items():
+            if (config.get(key) or plain[0]) not in plain:
+                raise WeightsError(
+                    f"{directory}: {key}={config[key]!r} is unsupported; it would be another method"
+                )
+        config = {**config, "use_rslora": config.get("use_rslora") or False}  # older files do not have it
+        for key, field, mine in (
+            ("r", "rank", self.rank),
+            ("lora_alpha", "alpha", self.alpha),
+            ("use_rslora", "rslora", self.rslora),
+        ):
+            check_setting(directory, config, self, key, mine, field=field)
+
+    def plain_settings(self) -> dict[str, tuple[Any, ...]]:
+        """PEFT's settings that no field has, and what they may be; the first is what an absent one means."""
+        return PLAIN
+
+    @property
+    def not_merged(self) -> str | None:
+        """It can be merged."""
+        return None
+
+    def merged(self, param: Param, weight: Array, trained: Arrays) -> Array:
+        """The sum of W and the low-rank product where `param` is the weight of a target."""
+        names = [f"{PEFT_PREFIX}{param.module}.lora_{x}.weight" for x in "AB"]
+        if not param.name.endswith(".weight") or any(name not in trained for name in names):
+            return weight
+        a, b = (trained[name].astype(np.float64) for name in names)
+        return weight.astype(np.float64) + self.scale * (b @ a)
+
+
+def target_modules(model: ModelSpec, method: LowRank) -> tuple[str, ...]:
+    """Dotted names of the linear modules that `method` adapts, in the order of the table.
+
+    Raises RecipeError, listing what would match, where a target matches nothing.
+    """
+    if not method.targets:
+        raise RecipeError(
+            "method.targets: empty, so nothing would be trained; name modules such as [q_proj, v_proj]"
+        )
+    linear = {
+        p.module: p for p in param_table(model) if p.role in ("linear", "head") and p.name.endswith("weight")
+    }
+    if isinstance(method.targets, str):
+        if method.targets == "all-linear":
+            return tuple(m for m, p in linear.items() if p.role == "linear")
+        try:
+            pattern = re.compile(method.targets)
+        except re.error as error:
+            raise RecipeError(
+                f"method.targets: {method.targets!r} is not a regular expression: {error}"
+            ) from None
+        matched = tuple(m for m in linear if pattern.fullmatch(m))
+        if not matched and any(_is_tail(method.targets, m) for m in linear):
+            raise RecipeError(
+                f"method.targets: {method.targets!r} is read as a regular expression for a whole name and matches "
+                f"none; for a list of names write [{method.targets}]"
+            )
+        if not matched:
+            raise _matches_nothing(model, method.targets, linear)
+        return matched
+    for target in method.targets:
+        if not any(_is_tail(target, m) for m in linear):
+            raise _matches_nothing(model, target, linear)
+    return tuple(m for m in linear if any(_is_tail(t, m) for t in method.targets))
+
+
+def _is_tail(target: str, module: str) -> bool:
+    # PEFT's rule for a list: the whole name, or a tail of it that starts at a dot.
+    return module == target or module.endswith(f".{target}")
+
+
+def _matches_nothing(model: ModelSpec, target: str, linear: dict[str, Param]) -> RecipeError:
+    would = sorted({m.rsplit(".", 1)[-1] for m in linear})
+    return RecipeError(
+        f"method.targets: {target!r} matches no linear layer of {model.name}; "
+        f"these would match: {', '.join(would)}, all-linear, or a regular expression for a whole name "
+        f"such as {next(iter(linear))!r}"
+    )
