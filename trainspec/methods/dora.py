@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from trainspec.errors import WeightsError
-from trainspec.methods.low_rank import LowRank
+from trainspec.methods.low_rank import EXAMPLE_TARGETS, LowRank
 from trainspec.methods.method import ADAPTER_FILE, PEFT_PREFIX, AdapterFiles, Arrays
 from trainspec.model import ModelSpec
 from trainspec.params import FromWeights, Param
@@ -33,7 +33,7 @@ class DoRA(LowRank, frozen=True):
     @classmethod
     def examples(cls) -> Mapping[str, Self]:
         """See the base class."""
-        return {"dora": cls(rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))}
+        return {"dora": cls(rank=4, alpha=8.0, dropout=0.1, targets=EXAMPLE_TARGETS)}
 
     def target_entries(self, base: Param) -> tuple[Param, ...]:
         """A, B and m, which takes the axis of the base's outputs. Like all that has one dimension, m does not decay."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from trainspec.methods.low_rank import LowRank
+from trainspec.methods.low_rank import EXAMPLE_TARGETS, LowRank
 
 
 class LoRA(LowRank, frozen=True):
     """y = W x + scale B A dropout(x); only A and B are trained.
 
-    `targets` is a list of module names (`q_proj`, or any longer tail of the dotted name), one regular
+    `targets` is a list of module names (the last part of the dotted name, or more of its end), one regular
     expression that must match the whole dotted name, or `all-linear` (every linear layer but the head).
     `adapter` is a PEFT directory to start from; without it A is uniform in ±1/sqrt(in) and B is zero.
     """
@@ -21,7 +21,7 @@ class LoRA(LowRank, frozen=True):
     @classmethod
     def examples(cls) -> Mapping[str, Self]:
         """See the base class."""
-        return {"lora": cls(rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))}
+        return {"lora": cls(rank=4, alpha=8.0, dropout=0.1, targets=EXAMPLE_TARGETS)}
 
     def plain_settings(self) -> dict[str, tuple[Any, ...]]:
         """See the base class."""
