@@ -6,6 +6,6 @@ For other programs and test suites: `assert_parity` checks a recipe, `Recorder` 
 
 from parity.assertion import assert_parity
 from parity.record import Recorder
-from parity.verdict import read_results
+from parity.report.verdict import read_results
 
 __all__ = ["Recorder", "assert_parity", "read_results"]

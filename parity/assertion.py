@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from parity.check import check
-from parity.sides import parse_side
-from parity.verdict import Verdict, explained, values_at
+from parity.report.verdict import Verdict, explained, values_at
+from parity.runs.sides import parse_side
 from trainspec.errors import UserError, nearest
 from trainspec.plan import Policy
 from trainspec.recipe import Recipe

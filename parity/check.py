@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
-from parity.compare import Comparison, compare, ending
-from parity.html import Report, write_report
+from parity.comparison.compare import Comparison, compare, ending
+from parity.comparison.estimated_bounds import RoundingBounds
+from parity.comparison.pair import Pair
+from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.measure import measured_bounds
-from parity.pair import Pair
-from parity.plans import refusal
-from parity.reading import read
-from parity.rounding import RoundingBounds
-from parity.sides import Ran, Side, resolved_recipe, run_side
-from parity.tolerance import Bounds, ProofBounds
-from parity.verdict import Verdict
+from parity.report.diagnosis import read
+from parity.report.html import Report, write_report
+from parity.report.verdict import Verdict
+from parity.runs.plans import refusal
+from parity.runs.sides import Ran, Side, resolved_recipe, run_side
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plan import Policy

@@ -13,10 +13,10 @@ from parity.check import DEFAULT_STEPS, check, diff
 from parity.faults import SHARED
 from parity.faults.run import BACKENDS, Precision, chosen, run_faults
 from parity.faults.table import listed, listed_shared, page, result_lines, summary
-from parity.matrix import run_matrix, select
-from parity.sides import parse_side
-from parity.status import status_lines, write_json, write_status
-from parity.verdict import Verdict
+from parity.matrix.cells import run_matrix, select
+from parity.matrix.status import status_lines, write_json, write_status
+from parity.report.verdict import Verdict
+from parity.runs.sides import parse_side
 from trainspec.command import add_recipe, run_command
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
 from trainspec.plan import Policy

@@ -1,4 +1,4 @@
-"""Runs `parity.replay` for the two sides of a check, and makes their bounds of what it leaves."""
+"""Runs `parity.runs.replay` for the two sides of a check, and makes their bounds of what it leaves."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Literal
 
 import numpy as np
 
-from parity.adam import AdamRule
-from parity.drift import lora_scale
-from parity.measured import MeasuredBounds, Measurement, Sums
-from parity.pair import Pair
-from parity.perturb import DRAWS
-from parity.rounding import RoundingBounds
-from parity.sides import run_program
-from parity.tolerance import UNIT, Bounds
+from parity.comparison.adam import AdamRule
+from parity.comparison.drift import lora_scale
+from parity.comparison.estimated_bounds import RoundingBounds
+from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Sums
+from parity.comparison.pair import Pair
+from parity.comparison.tolerance import UNIT, Bounds
+from parity.runs.perturb import DRAWS
+from parity.runs.sides import run_program
 from trainspec.errors import EXIT_DONE, UserError
 from trainspec.plan import COMPUTE_DTYPE, Backend
 from trainspec.recipe import load_recipe
@@ -33,7 +33,7 @@ ESTIMATED = "the bounds are estimated, not measured: the runs do not start from 
 
 @dataclass(frozen=True)
 class Job:
-    """What `parity.replay` is told: the reference's backend and recipe, the runs (traces) that it makes again.
+    """What `parity.runs.replay` is told: the reference's backend and recipe, the runs (traces) that it makes again.
 
     `draws` are made of the first run, its weights moved by `unit`; step `activations_at` is seen with activations.
     `computed` is the type that the runs compute with: what they made of their weights is rounded to it.
@@ -103,7 +103,7 @@ def measure(
         str(home),
     )
     (home / "job.json").write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "parity.replay", str(home / "job.json")]
+    command = [sys.executable, "-m", "parity.runs.replay", str(home / "job.json")]
     code, last = run_program(command, log=home / "log.txt")
     if code != EXIT_DONE:
         raise UserError(f"the fp64 reference ({REFERENCE}): {last}; the whole log is {home / 'log.txt'}")

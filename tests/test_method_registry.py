@@ -18,8 +18,8 @@ from small import ROOT, SMALL
 
 from parity.faults import FAULTS
 from parity.faults.fault import setup_recipe
-from parity.matrix import PLANS, cells
-from parity.tiny import Tiny
+from parity.matrix.cells import PLANS, cells
+from parity.runs.fixture import Tiny
 from trainspec.adapters import read_adapter, write_adapter
 from trainspec.errors import RecipeError
 from trainspec.init import initial_value

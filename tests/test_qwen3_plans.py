@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from parity.check import check
-from parity.sides import parse_side
-from parity.verdict import Verdict
+from parity.report.verdict import Verdict
+from parity.runs.sides import parse_side
 from trainspec.plan import Policy
 from trainspec.recipe import Recipe
 

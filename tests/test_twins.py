@@ -16,9 +16,9 @@ import pytest
 from many import run_many
 from small import recipe_maker
 
-from parity.batch import run_cases, training
 from parity.check import diff
-from parity.tiny import METHODS
+from parity.runs.fixture import METHODS
+from parity.runs.launch_many import run_cases, training
 from trainspec.plan import Backend, Plan
 from trainspec.recipe import Recipe
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from parity.edit import Edit
-from parity.phases import Place
-from parity.plans import refusal, runs_as
-from parity.tiny import METHODS, Tiny
+from parity.comparison.phases import Place
+from parity.runs.edit import Edit
+from parity.runs.fixture import METHODS, Tiny
+from parity.runs.plans import refusal, runs_as
 from trainspec.plan import Backend, Plan, Policy
 from trainspec.recipe import Recipe
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from parity.edit import Edit
 from parity.faults.fault import Fault, Where, in_every_backend
 from parity.faults.written_out import ATTENTION, ATTENTION_WRITTEN_OUT
+from parity.runs.edit import Edit
 
 FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 SAME_SEGMENT = "__segments[:, :, None] == __segments[:, None, :]"

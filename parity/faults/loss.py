@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from parity.edit import Edit
 from parity.faults.fault import Fault, Where, in_every_backend
+from parity.runs.edit import Edit
 
 TARGETS = "int((__labels != __ignored).sum())"
 DIVIDED, TORCH_DIVIDED = "_mean(__sum, __tokens)", "__loss / __batch.target_tokens"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from parity.edit import Edit
 from parity.faults.fault import Fault, Where, in_every_backend
+from parity.runs.edit import Edit
 
 FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 MASK_KEY, OTHER_MASK_KEY = (

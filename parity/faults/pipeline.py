@@ -6,9 +6,9 @@ schedule of its own.
 
 from __future__ import annotations
 
-from parity.edit import Edit
 from parity.faults.fault import Fault, Where
 from parity.faults.loss import LOGITS_GRADIENT, TORCH_DIVIDED
+from parity.runs.edit import Edit
 
 NO_FLOAT64 = "DeepSpeed has no float64, so torch has a pipeline in fp32 only"
 

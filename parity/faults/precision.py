@@ -5,9 +5,9 @@ JAX's are written with reduce_precision: XLA may leave out a cast to bfloat16 an
 
 from __future__ import annotations
 
-from parity.edit import Edit
 from parity.faults.fault import Fault, Where
 from parity.faults.written_out import ATTENTION, ATTENTION_WRITTEN_OUT
+from parity.runs.edit import Edit
 
 ROUNDING = "from parity.faults.substitutes.torch_gradients import round_gradients"
 

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from parity.batch import run_cases, training
-from parity.compare import Finding, compare
+from parity.comparison.compare import Finding, compare
+from parity.comparison.estimated_bounds import RoundingBounds
+from parity.comparison.pair import Pair
+from parity.comparison.phases import Place
+from parity.comparison.tolerance import ProofBounds
 from parity.faults import FAULTS, SHARED
 from parity.faults.fault import Fault, in_every_backend, setup_recipe
-from parity.pair import Pair
-from parity.phases import Place
-from parity.rounding import RoundingBounds
-from parity.tiny import LORA, write_tiny
-from parity.tolerance import ProofBounds
+from parity.runs.fixture import LORA, write_tiny
+from parity.runs.launch_many import run_cases, training
 from trainspec.errors import UserError, nearest
 from trainspec.plan import Backend, Policy
 from trainspec.recipe import Recipe

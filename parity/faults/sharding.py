@@ -6,8 +6,8 @@ fault has a place only where our code says what is split, and then it is planted
 
 from __future__ import annotations
 
-from parity.edit import Edit
 from parity.faults.fault import Fault, Where
+from parity.runs.edit import Edit
 
 FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 EMBEDDING = r"model\.embed_tokens\.weight"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parity.edit import Edit
+from parity.runs.edit import Edit
 
 ENCODER = "trainspec.text.encode:Encoder"
 

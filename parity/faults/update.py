@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from parity.edit import Edit
 from parity.faults.fault import Fault, Where, in_every_backend
 from parity.faults.written_out import ADAMW, ADAMW_WRITTEN_OUT
+from parity.runs.edit import Edit
 
 EMBEDDING = r"model\.embed_tokens\.weight"  # the first tensor in forward order, and one that decays
 CLIP = Where("clip", "clip_factor")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from parity.edit import Edit
 from parity.faults.fault import Fault, Where
 from parity.faults.loss import TARGETS
+from parity.runs.edit import Edit
 
 FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 

@@ -6,7 +6,7 @@ itself (a test shows that the check passes), so what a changed line does is that
 
 from __future__ import annotations
 
-from parity.edit import Edit
+from parity.runs.edit import Edit
 
 ATTENTION = "parity.faults.substitutes.torch_attention"
 ATTENTION_WRITTEN_OUT = (

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from parity.faults.shared import SHARED
-from parity.plant import planted
+from parity.runs.plant import planted
 
 
 def main() -> None:

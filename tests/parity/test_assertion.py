@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from parity import assert_parity
-from parity.tiny import write_tiny
+from parity.runs.fixture import write_tiny
 from trainspec.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from parity import batch
-from parity.batch import Case, Ended, run_cases
+from parity.runs import launch_many as batch
+from parity.runs.launch_many import Case, Ended, run_cases
 
 # A stand-in for a backend: its first word says what the process of which rank does.
 STAND_IN = """

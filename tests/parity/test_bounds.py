@@ -15,17 +15,17 @@ import pytest
 from safetensors.numpy import save_file
 from synthetic import Q1, Sim, write
 
-from parity.compare import DETERMINED, _measure, compare
+from parity.comparison.compare import DETERMINED, _measure, compare
+from parity.comparison.estimated_bounds import tail, too_large
+from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Sums, too_small
+from parity.comparison.pair import Pair
+from parity.comparison.phases import Place
+from parity.comparison.tolerance import Bound, Contrast, as_a_whole
 from parity.measure import measured_bounds, rule_of
-from parity.measured import MeasuredBounds, Measurement, Sums, too_small
-from parity.pair import Pair
-from parity.perturb import folded, perturbed
-from parity.phases import Place
-from parity.rounding import tail, too_large
-from parity.sides import Side, run_side
-from parity.tiny import METHODS, Tiny, write_tiny
-from parity.tolerance import Bound, Contrast, as_a_whole
-from parity.verdict import Verdict, explained
+from parity.report.verdict import Verdict, explained
+from parity.runs.fixture import METHODS, Tiny, write_tiny
+from parity.runs.perturb import folded, perturbed
+from parity.runs.sides import Side, run_side
 from trainspec.recipe import load_recipe
 from trainspec.run import resolve
 from trainspec.trace import Trace

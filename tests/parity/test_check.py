@@ -12,7 +12,7 @@ import pytest
 
 from parity.check import check as run_check
 from parity.cli import main
-from parity.sides import Side, parse_side
+from parity.runs.sides import Side, parse_side
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.run import resolve
@@ -170,9 +170,9 @@ def test_parity_imports_no_framework():
 
 def test_what_is_not_finite_is_never_agreement():
     """A NaN on either hand or an infinite bound must not pass for a small difference."""
-    from parity.compare import _measure
-    from parity.phases import Place
-    from parity.tolerance import Bound, Contrast
+    from parity.comparison.compare import _measure
+    from parity.comparison.phases import Place
+    from parity.comparison.tolerance import Bound, Contrast
 
     place, seven, nothing = Place(1, "moment1", "w"), np.array([7.0]), np.array([np.nan])
     for first, second, own, handed in (

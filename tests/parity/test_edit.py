@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small import ROOT
 
-from parity.edit import Edit, PlantError, edited
+from parity.runs.edit import Edit, PlantError, edited
 
 SOURCE = '''"""A module."""
 
@@ -199,7 +199,7 @@ def test_a_substitute_is_new_for_every_case(tmp_path: Path):
     edits = ([], [vars(found)], [], [vars(Edit("trainspec.rng", "", "pass"))])
     cases = [{"program": "jaxtrain", "argv": [], "edits": some} for some in edits]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "parity.plant", "cases.json", "results.jsonl"]
+    command = [sys.executable, "-m", "parity.runs.plant", "cases.json", "results.jsonl"]
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     ended = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -20,14 +20,14 @@ import pytest
 from many import run_many
 from small import ROOT
 
-from parity.compare import Finding
-from parity.edit import Edit, PlantError, edited
+from parity.comparison.compare import Finding
+from parity.comparison.phases import PHASES, Place
 from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
-from parity.phases import PHASES, Place
-from parity.tiny import Tiny
+from parity.runs.edit import Edit, PlantError, edited
+from parity.runs.fixture import Tiny
 from trainspec.plan import Backend
 
 # One for each kind of place that a fault may have, and those that a training run is most often wrong by.

@@ -10,10 +10,10 @@ import pytest
 from synthetic import Q1, Sim, write
 
 from parity.check import check
-from parity.compare import places
-from parity.pair import Pair
-from parity.sides import parse_side
-from parity.tiny import TINY, Tiny, write_tiny
+from parity.comparison.compare import places
+from parity.comparison.pair import Pair
+from parity.runs.fixture import TINY, Tiny, write_tiny
+from parity.runs.sides import parse_side
 from trainspec.causal import causal_order
 from trainspec.methods import Full
 from trainspec.trace import Trace, activation_points

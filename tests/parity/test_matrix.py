@@ -12,10 +12,21 @@ import pytest
 from synthetic import Q1, Sim, write
 
 from parity.cli import main
-from parity.matrix import BACKENDS, PLANS, PRECISIONS, Cell, Row, cells, judge, refusals, run_matrix, select
-from parity.plans import refusal
-from parity.status import status_page
-from parity.tiny import METHODS, VARIANTS, Tiny
+from parity.matrix.cells import (
+    BACKENDS,
+    PLANS,
+    PRECISIONS,
+    Cell,
+    Row,
+    cells,
+    judge,
+    refusals,
+    run_matrix,
+    select,
+)
+from parity.matrix.status import status_page
+from parity.runs.fixture import METHODS, VARIANTS, Tiny
+from parity.runs.plans import refusal
 from trainspec.capabilities import check_fits
 from trainspec.errors import UserError
 from trainspec.plan import Plan, Policy

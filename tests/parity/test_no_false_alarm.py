@@ -11,8 +11,8 @@ import pytest
 from small import VARIANTS, recipe_maker
 
 from parity.check import check
-from parity.sides import Side
-from parity.tiny import METHODS
+from parity.runs.fixture import METHODS
+from parity.runs.sides import Side
 from trainspec.methods import virtual_tokens
 
 LENGTHS = (64, 128, 256, 384, 512)

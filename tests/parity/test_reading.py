@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from synthetic import Q1, SHAPES, Sim, batch, write
 
-from parity.compare import compare
-from parity.pair import Pair
-from parity.reading import UNKNOWN, read
-from parity.tolerance import ProofBounds
+from parity.comparison.compare import compare
+from parity.comparison.pair import Pair
+from parity.comparison.tolerance import ProofBounds
+from parity.report.diagnosis import UNKNOWN, read
 from trainspec.data import Batch
 from trainspec.trace import StepTrace, Trace, TraceWriter
 

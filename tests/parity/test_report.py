@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import Q1, Sim, write
 
-from parity.chart import loss_curves, loss_difference
 from parity.check import diff
-from parity.compare import Comparison, Finding, ending
-from parity.heat import CELLS, heat_maps, legend, level
-from parity.html import Report, render
-from parity.phases import Place
-from parity.structure import Structure
-from parity.verdict import Verdict
+from parity.comparison.compare import Comparison, Finding, ending
+from parity.comparison.phases import Place
+from parity.comparison.structure import Structure
+from parity.report.chart import loss_curves, loss_difference
+from parity.report.heat import CELLS, heat_maps, legend, level
+from parity.report.html import Report, render
+from parity.report.verdict import Verdict
 from trainspec.trace import Named
 
 LOSSES = st.lists(st.floats(width=64), max_size=30)

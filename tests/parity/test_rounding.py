@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import Q1, SHAPES, Sim, write
 
-from parity.compare import compare
-from parity.drift import network_drift, partner_drift
-from parity.pair import Pair
-from parity.rounding import RoundingBounds, path_roundings, vocabulary
-from parity.structure import Structure
-from parity.tiny import METHODS, TINY
+from parity.comparison.compare import compare
+from parity.comparison.drift import network_drift, partner_drift
+from parity.comparison.estimated_bounds import RoundingBounds, path_roundings, vocabulary
+from parity.comparison.pair import Pair
+from parity.comparison.structure import Structure
+from parity.runs.fixture import METHODS, TINY
 from trainspec.causal import causal_order
 from trainspec.data import Batch
 from trainspec.methods import full_table

@@ -14,7 +14,7 @@ from ranks import Command, distance, drift, furthest, run_all, traced
 from safetensors.numpy import load_file
 from small import ROOT
 
-from parity.edit import Edit
+from parity.runs.edit import Edit
 from trainspec.adapters import write_adapter
 from trainspec.init import initial_value
 from trainspec.methods import Full, LoRA, adapter_table

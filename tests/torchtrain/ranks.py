@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.batch import Case, run_cases
-from parity.edit import Edit
+from parity.runs.edit import Edit
+from parity.runs.launch_many import Case, run_cases
 from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 

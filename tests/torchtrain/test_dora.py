@@ -18,7 +18,7 @@ from ranks import furthest, run_all, traced
 from safetensors.numpy import load_file
 from torch import nn
 
-from parity.plant import Edit
+from parity.runs.plant import Edit
 from torchtrain.dropout import CounterDropout
 from torchtrain.parallel import start
 from torchtrain.step import State, init_state

@@ -31,7 +31,7 @@ from plan_runs import (
 )
 from ranks import distance, drift, furthest, run_all, traced
 
-from parity.edit import Edit
+from parity.runs.edit import Edit
 from trainspec.trace import Trace
 
 # A mistake each, in two processes, and the phase in which the comparison must see it.

@@ -18,7 +18,7 @@ from plan_runs import Make, check, drawn_adapter, recipe_of, run_cases, traces
 from ranks import Command, furthest, run, run_all, traced
 from torch import nn
 
-from parity.edit import Edit
+from parity.runs.edit import Edit
 from torchtrain.dropout import keep_mask
 from torchtrain.parallel import finish, start
 from torchtrain.step import State, init_state, train_step

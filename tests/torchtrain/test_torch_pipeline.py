@@ -24,7 +24,7 @@ from plan_cases import (
 from plan_runs import Make, check, check_evaluated, check_resumed, recipe_of, run_cases, traces
 from ranks import furthest, run, run_all, traced
 
-from parity.edit import Edit
+from parity.runs.edit import Edit
 from torchtrain import parallel
 from torchtrain.pipeline import timeline
 from torchtrain.step import init_state, logits

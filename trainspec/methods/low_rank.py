@@ -33,6 +33,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 # Attention and MLP, and linear layers that tensor parallelism splits in either way.
 EXAMPLE_TARGETS = ("q_proj", "v_proj", "down_proj")
 
+
 class LowRank(AddedWeights, frozen=True):
     """The base class: A [rank, in] and B [out, rank] in every target, and the factor `low_rank_scale` of their product."""
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.compare import Comparison, Finding
-from parity.pair import Pair
-from parity.phases import INITIAL, PHASES, ROW_TENSORS
+from parity.comparison.compare import Comparison, Finding
+from parity.comparison.pair import Pair
+from parity.comparison.phases import INITIAL, PHASES, ROW_TENSORS
 from trainspec.data import IGNORED
 from trainspec.trace import Trace
 

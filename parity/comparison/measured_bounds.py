@@ -1,6 +1,6 @@
 """The bounds of `parity check` in fp32: each side is held to a float64 reference that starts every step where it stands.
 
-forward and backward pass: measured. `parity.replay` makes every step of each side again in float64, and for the left
+forward and backward pass: measured. `parity.runs.replay` makes every step of each side again in float64, and for the left
            side also from weights that are moved by one rounding each. With σ the measured movement of an element,
 
                bound = C · T(N) · U(ν) · σ
@@ -39,10 +39,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from parity.adam import AdamRule, clip_condition, float64_sides, gradient_and_before, shown_factors
-from parity.pair import Pair, as_float64
-from parity.phases import CLIP, Place
-from parity.rounding import (
+from parity.comparison.adam import AdamRule, clip_condition, float64_sides, gradient_and_before, shown_factors
+from parity.comparison.estimated_bounds import (
     FALSE_ALARM,
     INDEPENDENT,
     MOMENT_ROUNDINGS,
@@ -52,7 +50,9 @@ from parity.rounding import (
     tail,
     too_large,
 )
-from parity.tolerance import (
+from parity.comparison.pair import Pair, as_float64
+from parity.comparison.phases import CLIP, Place
+from parity.comparison.tolerance import (
     EXACT_PHASES,
     SAME_DOUBLE,
     UNIT,
@@ -75,7 +75,7 @@ OWN_NAMES = (("left", "its own rule"), ("right", "its own rule"))
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `parity.replay` left: a reference for each run, and how far the first one's tensors move."""
+    """What `parity.runs.replay` left: a reference for each run, and how far the first one's tensors move."""
 
     references: tuple[Trace, ...]
     movement: Path

@@ -1,6 +1,6 @@
 """Many training runs of one backend with few launches: imports and equal compilations are paid once.
 
-A launch is `parity.plant`. A backend whose process has all devices takes every case in one, those with most devices
+A launch is `parity.runs.plant`. A backend whose process has all devices takes every case in one, those with most devices
 first, as the first run makes the process's fake devices. One with a process for each device takes a launch for each
 number of devices: with more than one it is torch's elastic launcher. Whatever happens in a launch, every run gets an end: one that
 crashed, or in which nothing more happened, is reported so, and those after it go on in a new launch.
@@ -21,9 +21,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from parity.edit import Edit
-from parity.plant import CRASHED
-from parity.sides import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
+from parity.runs.edit import Edit
+from parity.runs.plant import CRASHED
+from parity.runs.sides import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
 from trainspec.backends import BACKENDS
 from trainspec.errors import EXIT_DONE
 from trainspec.plan import Backend
@@ -112,7 +112,7 @@ class _Launch:
         program = BACKENDS[self.backend].program
         written = [{"program": program, "argv": c.argv, "edits": [asdict(e) for e in c.edits]} for c in cases]
         file.write_text(json.dumps(written), encoding="utf-8")
-        why = self._watch([*self._launcher(), "-m", "parity.plant", str(file), str(results)], results)
+        why = self._watch([*self._launcher(), "-m", "parity.runs.plant", str(file), str(results)], results)
         found = _ends(results)
         if len(found) < len(cases) and all(ended.code == EXIT_DONE for ended in found[-1:]):
             found.append(Ended(CRASHED, f"{program} {why}; its log is {self._log}"))

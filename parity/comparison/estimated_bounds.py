@@ -39,12 +39,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.adam import clip_condition, fit_moment, fit_update, float64_sides, gradient_and_before
-from parity.drift import network_drift, partner_drift
-from parity.pair import Pair, as_float64
-from parity.phases import Place
-from parity.structure import Structure
-from parity.tolerance import (
+from parity.comparison.adam import clip_condition, fit_moment, fit_update, float64_sides, gradient_and_before
+from parity.comparison.drift import network_drift, partner_drift
+from parity.comparison.pair import Pair, as_float64
+from parity.comparison.phases import Place
+from parity.comparison.structure import Structure
+from parity.comparison.tolerance import (
     EXACT_PHASES,
     SAME_DOUBLE,
     UNIT,

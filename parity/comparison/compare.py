@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.adam import clip_factors
-from parity.pair import Pair, Sides
-from parity.phases import (
+from parity.comparison.adam import clip_factors
+from parity.comparison.pair import Pair, Sides
+from parity.comparison.phases import (
     BATCH_TENSORS,
     CLIP,
     INITIAL,
@@ -24,7 +24,7 @@ from parity.phases import (
     Phase,
     Place,
 )
-from parity.tolerance import Bounds, Contrast, largest
+from parity.comparison.tolerance import Bounds, Contrast, largest
 
 Array = NDArray[Any]
 

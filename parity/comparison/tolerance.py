@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.pair import Pair
-from parity.phases import Place
+from parity.comparison.pair import Pair
+from parity.comparison.phases import Place
 from trainspec.plan import Policy
 
 Array = NDArray[Any]

@@ -1,11 +1,11 @@
 """The fp64 reference: every step of a recorded run made again in float64, from that run's own weights.
 
-    python -m parity.replay JOB.json
+    python -m parity.runs.replay JOB.json
 
 A low-precision run drifts away from any other run, and Adam turns the noise of a near-zero gradient into a whole step,
 so two trajectories say little about each other after a few updates. Here each step starts where the recorded run
 stood: what is left between the two is the rounding of that one step. For the first run the steps are also made from
-weights that are moved by one rounding each (`parity.perturb`), `draws` times; how far every tensor moves is kept as
+weights that are moved by one rounding each (`parity.runs.perturb`), `draws` times; how far every tensor moves is kept as
 mean squares of its rows and columns, which is all that a bound needs and small on the disk.
 
 JOB is a `parity.measure.Job`; it leaves OUT/reference-0, OUT/reference-1, ... (traces without moments and updates) and
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from parity.measure import Job
-from parity.perturb import folded, perturbed
+from parity.runs.perturb import folded, perturbed
 from trainspec.backends import BACKENDS
 from trainspec.checkpoint import Checkpoint
 from trainspec.contract import Backend, Metrics

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from parity.compare import Finding
-from parity.phases import PHASES
-from parity.verdict import number
+from parity.comparison.compare import Finding
+from parity.comparison.phases import PHASES
+from parity.report.verdict import number
 
 # A cell's colour by decades of error / bound, finer near the bound; class u0 is no difference at all. Up to 1 it is
 # within the bound, the last two are beyond it.

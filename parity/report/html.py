@@ -12,10 +12,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from parity.chart import loss_curves, loss_difference
-from parity.compare import Finding
-from parity.heat import heat_maps, legend
-from parity.verdict import TITLES, Verdict, explained, number, values_at
+from parity.comparison.compare import Finding
+from parity.report.chart import loss_curves, loss_difference
+from parity.report.heat import heat_maps, legend
+from parity.report.verdict import TITLES, Verdict, explained, number, values_at
 
 # What decides numbers. Their versions are read from package metadata: nothing of them is imported here.
 PACKAGES = ("twintrain", "numpy", "jax", "flax", "optax", "torch", "transformers", "peft", "deepspeed")

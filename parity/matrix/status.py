@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from parity.html import versions
-from parity.matrix import STEPS, Row
-from parity.verdict import TITLES, finite, number
+from parity.matrix.cells import STEPS, Row
+from parity.report.html import versions
+from parity.report.verdict import TITLES, finite, number
 
 HEAD = """\
 # What is proven

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.pair import Pair, as_float64
-from parity.phases import Place
+from parity.comparison.pair import Pair, as_float64
+from parity.comparison.phases import Place
 from trainspec.recipe import AdamW
 
 Array = NDArray[Any]

@@ -8,8 +8,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from parity.compare import Comparison, Finding
-from parity.phases import PHASES
+from parity.comparison.compare import Comparison, Finding
+from parity.comparison.phases import PHASES
 from trainspec.plan import Policy
 
 GREEN, RED, DIM, PLAIN = "\x1b[1;32m", "\x1b[1;31m", "\x1b[2m", "\x1b[0m"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.structure import Structure
+from parity.comparison.structure import Structure
 from trainspec.errors import TraceError
 from trainspec.trace import Trace
 

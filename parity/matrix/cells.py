@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from parity.batch import Ended, run_cases, training
 from parity.check import bounds_for
-from parity.compare import Comparison, Finding, compare
-from parity.drift import lora_scale
-from parity.pair import Pair
-from parity.plans import refusal, runs_as
-from parity.tiny import METHODS, VARIANTS, Tiny, write_tiny
-from parity.verdict import explained
+from parity.comparison.compare import Comparison, Finding, compare
+from parity.comparison.drift import lora_scale
+from parity.comparison.pair import Pair
+from parity.report.verdict import explained
+from parity.runs.fixture import METHODS, VARIANTS, Tiny, write_tiny
+from parity.runs.launch_many import Ended, run_cases, training
+from parity.runs.plans import refusal, runs_as
 from trainspec.backends import BACKENDS
 from trainspec.errors import TraceError, UserError
 from trainspec.plan import Backend, Plan, Policy

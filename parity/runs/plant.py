@@ -1,8 +1,8 @@
 """Run a backend with a mistake planted in it, so that a check can be shown to catch it.
 
-    python -m parity.plant CASES.json RESULTS.jsonl
+    python -m parity.runs.plant CASES.json RESULTS.jsonl
 
-A mistake is an edit of a module while it is loaded (`parity.edit`): nothing of it stands in the product, and one that
+A mistake is an edit of a module while it is loaded (`parity.runs.edit`): nothing of it stands in the product, and one that
 no longer fits is an error. Many cases run in one process: the backend's own modules are loaded anew for each, its
 framework once.
 
@@ -30,7 +30,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from parity.edit import Edit, edited
+from parity.runs.edit import Edit, edited
 
 CRASHED = 70
 LEADER_SECONDS = 10.0

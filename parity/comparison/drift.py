@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.pair import Pair
+from parity.comparison.pair import Pair
 from trainspec.methods import ENCODER, PEFT_PREFIX, Method
 
 Array = NDArray[Any]
