@@ -21,26 +21,27 @@ def differing(recipe: Any) -> dict[str, Any]:
     """Names of the arrays that are not the same bit by bit, of how many; bytes sent by one program and by two."""
     run = parallel.start(recipe)
     dataset, found, like = open_dataset(run, "train"), [], None
+    batches = [dataset.batch(i, recipe.batch.global_examples) for i in range(2)]
     for keep in ("nothing", "gradients"):
         state = like = step.init_state(run, like=like)
-        for i in range(2):
-            batch = dataset.batch(i, recipe.batch.global_examples)
-            state, metrics = step.train_step(state, batch, lr=1e-3 * (i + 1), keep=keep)
+        figures = []
+        for i, batch in enumerate(batches, 1):
+            state, metrics = step.train_step(state, batch, lr=1e-3 * i, keep=keep)
+            figures += [metrics.loss_sum, metrics.grad_norm]
         moments = zip(("moment1", "moment2"), step.moments_of(state), strict=True)
         arrays = {f"{part}/{name}": array for part, named in moments for name, array in named.items()}
-        figures = {"loss": np.float64(metrics.loss_sum), "norm": np.float64(metrics.grad_norm)}
-        found.append(arrays | step.weights_of(state) | figures)
+        found.append(arrays | step.weights_of(state) | {"figures": np.array(figures)})
     one, two = found
     state, program = step.init_state(run, like=like), like.program
     lowered = program.train.lower(
-        state.trainable, state.frozen, state.master, state.moments, program.feeder.parts(batch), jnp.int32(0),
+        state.trainable, state.frozen, state.master, state.moments, program.feeder.parts(batches[0]), jnp.int32(0),
         rates(recipe.optimizer, lr=1e-3, step=0),
     )  # fmt: skip
     sent = cost._collectives(cost._partitioned(lowered), program="train")
     return {
         "arrays": len(one),
         "differing": [name for name, array in one.items() if not np.array_equal(array, two[name])],
-        "sent": [sum(c.sent_bytes for c in sent), sum(c.sent_bytes for c in cost.moved(state, batch))],
+        "sent": [sum(c.sent_bytes for c in sent), sum(c.sent_bytes for c in cost.moved(state, batches[0]))],
     }
 
 
