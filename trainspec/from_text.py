@@ -1,7 +1,7 @@
 """Virtual tokens that start as a text: its embeddings, or the keys and values that it leaves in the model.
 
 Computed in numpy from the weights as they are read, in float64: every backend and plan starts from the same numbers.
-The second makes a prefix behind which the model goes on as behind the text itself. Source: prefix tuning, arXiv
+The second makes a prefix after which the model continues as after the text itself. Source: prefix tuning, arXiv
 2101.00190, section 7.4 (a prefix that starts as real words).
 """
 
@@ -30,7 +30,7 @@ Array = NDArray[Any]
 def text_start(
     recipe: Recipe, model: ModelSpec, method: PromptTuning | PrefixTuning, weights: Mapping[str, Weight]
 ) -> Array:
-    """The row `prompt_encoder.embedding.weight` that `method.text` makes with the model's `weights`, in float64."""
+    """The weight `prompt_encoder.embedding.weight` that `method.text` makes with the model's `weights`, in float64."""
     ids = _text_ids(recipe, model, method)
     if isinstance(method, PromptTuning):
         return family_of(model).embedded(weights, ids)

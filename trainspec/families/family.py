@@ -85,5 +85,5 @@ class Family(ABC):
     def embedded(self, weights: Mapping[str, Weight], ids: Sequence[int]) -> Array:
         """What the first layer is given of the tokens `ids`, [P, E] in float64."""
         table = weights[self.embedding]
-        rows = {i: table[(slice(i, i + 1), slice(None))] for i in set(ids)}
-        return np.concatenate([rows[i] for i in ids]).astype(np.float64)
+        vectors = {i: table[(slice(i, i + 1), slice(None))] for i in set(ids)}
+        return np.concatenate([vectors[i] for i in ids]).astype(np.float64)
