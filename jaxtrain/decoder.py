@@ -22,7 +22,7 @@ from trainspec.trace import LAYER_POINTS
 class Decoder(nnx.Module):
     """Token ids [B, S], positions and segments [B, rows of the sequence] to logits [B, rows, vocab].
 
-    A family's class makes the weights, `layers` the stack of blocks among them, and says what is done with them at both ends.
+    A family's class makes the weights, among them `layers`, the stack of blocks, and says what is done at both ends.
     """
 
     layers: Any

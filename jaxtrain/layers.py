@@ -91,7 +91,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token id to row; `attend` is the tied head."""
+    """Token id to vector; `attend` is the tied head."""
 
     def __init__(self, vocab: int, embed: int, *, build: Build) -> None:
         self.embedding = abstract((vocab, embed), build.dtype)

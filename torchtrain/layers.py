@@ -17,11 +17,11 @@ class RMSNorm(nn.Module):
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
-        self.weight, self._eps = weight, eps
+        self.weight, self.variance_epsilon = weight, eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(mean_square + self._eps))
+        return self.weight * (hidden_states * torch.rsqrt(mean_square + self.variance_epsilon))
 
 
 class RotaryTables(nn.Module):

@@ -1,7 +1,8 @@
 """The causal order of a run: which weight and which activation point comes before which, as data flows.
 
-Virtual tokens are made first; then the embedding, the layers from the first to the last, the final norm and the head. Within a
-layer the family says the order of modules (`Family.within_layer`). A point comes after the weights that make it.
+Virtual tokens are made first; then come the embedding, the layers from the first to the last, the final norm and the
+head. Within a layer the family says the order of modules (`Family.within_layer`). A point comes after the weights that
+make it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Key = tuple[int, int, int, str]
 
 
 def causal_order(model: ModelSpec, method: Method) -> tuple[Named, ...]:
-    """Every weight of a run, frozen ones included, and every activation point, the first of the data's way first."""
+    """Every weight of a run, frozen ones included, and every activation point, in causal order."""
     keyed = [*_weights(model, method), *_points(model)]
     return tuple(named for _, named in sorted(keyed, key=lambda each: each[0]))
 

@@ -1,7 +1,7 @@
 """Virtual tokens that start as a text: its embeddings, or the keys and values that it leaves in the model.
 
 Computed in numpy from the weights as they are read, in float64: every backend and plan starts from the same numbers.
-The second makes a prefix behind which the model goes on as behind the text itself. Source: prefix tuning, arXiv
+The second makes a prefix after which the model continues as after the text itself. Source: prefix tuning, arXiv
 2101.00190, section 7.4 (a prefix that starts as real words).
 """
 

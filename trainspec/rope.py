@@ -37,9 +37,9 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """A base that grows behind `max_positions` (rope_type `dynamic`, NTK-aware); up to there it is none.
+    """A base that grows beyond `max_positions` (rope_type `dynamic`, NTK-aware); up to there it is none.
 
-    Rows behind `max_positions` are refused, so in training it changes nothing; it is kept for the files that are written.
+    Examples beyond `max_positions` are refused, so in training it changes nothing; it is kept for the files that are written.
     """
 
     factor: float
@@ -229,15 +229,15 @@ def rope_notes(config: dict[str, Any], fields: RopeFields, *, title: str, where:
         notes.append(
             f"rope_theta is {theta:g}, as its rope settings say; the {fields.rope_theta:g} beside them is not used"
         )
-    place = next((key for key in ("rope_scaling", "rope_parameters") if config.get(key)), "")
-    rope = config.get(place) or {}
+    setting = next((key for key in ("rope_scaling", "rope_parameters") if config.get(key)), "")
+    rope = config.get(setting) or {}
     kind = rope.get("rope_type", rope.get("type")) or "default"
     unused = sorted(set(rope) - {*_COMMON, *SETTINGS[kind]})
     if unused:
-        notes.append(f"{place} has {', '.join(map(repr, unused))}, which rope_type {kind} does not use")
+        notes.append(f"{setting} has {', '.join(map(repr, unused))}, which rope_type {kind} does not use")
     outer, inner = fields.original_max_position_embeddings, rope.get("original_max_position_embeddings")
     if kind == "llama3" and outer and inner and outer != inner:
-        notes.append(f"original_max_position_embeddings is {outer}; the {inner} in {place} is not used")
+        notes.append(f"original_max_position_embeddings is {outer}; the {inner} in {setting} is not used")
     partial = rope.get("partial_rotary_factor") or fields.partial_rotary_factor or 1
     if partial != 1:
         notes.append(f"partial_rotary_factor {partial:g} is not used: a {title} rotates whole heads")

@@ -1,9 +1,9 @@
 """What a run leaves for comparison: plain, documented files that any program can write and read.
 
     DIR/trace.jsonl            one object per step: step (from 1), loss_sum, tokens, loss, grad_norm, lr
-    DIR/initial.safetensors    weight/<name>, frozen weights included; in its header (safetensors' `__metadata__`, which
-                               other readers pass over) `causal_order`, a JSON list of [name, role, layer] of every
-                               weight and every activation point, as data flows: see `Named`
+    DIR/initial.safetensors    weight/<name>, frozen weights included; in its header (safetensors' `__metadata__`,
+                               which other readers ignore) `causal_order`, a JSON list of [name, role, layer] of
+                               every weight and every activation point, as data flows: see `Named`
     DIR/step-000001.safetensors
         batch/input_ids, batch/labels, batch/positions, batch/segments   [global_examples, sequence_tokens]
                                a program that trains on something else writes its own arrays as batch/<name>
@@ -13,8 +13,8 @@
         activation/<point>, activation_gradient/<point>                  on request, [global_examples, rows, ...]: rows are
                                the tokens and, where a prompt stands in front of them, its virtual tokens before these
 
-`<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision. A trace without
-`causal_order` is complete, too: `parity diff` then goes by the layer number in a name, and by names within a layer.
+`<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision. A trace may
+leave `causal_order` out: `parity diff` then goes by the layer number in a name, and by names within a layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Llama: rotary grouped-query attention and SwiGLU, each behind an RMS norm.
+"""Llama: rotary grouped-query attention and SwiGLU, each after an RMS norm.
 
 B batch, S sequence, E embed, H query heads, K kv heads, D head dim, N virtual tokens.
 """
@@ -76,7 +76,7 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); a bottleneck adapter stands behind each, where there is one."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); a bottleneck adapter follows each, where there is one."""
 
     attention: ClassVar[type[Attention]] = Attention
 

@@ -1,7 +1,7 @@
 """What two traces say of the names in them: which comes first as data flows, what each is in the model, in which layer.
 
-A trace says it in its header (`trainspec.trace`, `causal_order`). Of a name that neither header has, only what the name itself
-shows is known: a layer by its number, an embedding, a head or a method's encoder by the word.
+A trace says it in its header (`trainspec.trace`, `causal_order`). Of a name that neither header has, only what the name
+itself shows is known: a layer by its number, an embedding, a head or a method's encoder by the word.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class Structure:
         if not unknown:
             return []
         return [
-            f"no causal_order in either trace for {len(unknown)} of its weights, such as {unknown[0]}: they are compared by the "
-            "layer number in their names and alphabetically within a layer, so the first divergence may be a later one of its layer"
+            f"no causal_order in either trace for {len(unknown)} of its weights, such as {unknown[0]}: they are compared by "
+            "the layer number in their names and alphabetically within a layer, so what is shown as the first divergence may "
+            "be a later one of its layer"
         ]
 
     def _layer(self, name: str) -> int | None:

@@ -9,6 +9,7 @@ from backend import logits, spec_of, start_state, train_step, weights_of
 from small import VARIANTS
 
 from trainspec.data import open_dataset
+from trainspec.from_text import keys_and_values
 from trainspec.init import starting_weights
 from trainspec.run import resolve
 
@@ -62,6 +63,18 @@ def test_trained_adapters_act_as_merged_ones(make_recipe):
     assert (
         worst_logit(state, batch, weights, spec=spec_of(recipe), lora_scale=1.01 * scale) > 1e-6
     )  # negative control
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_text_leaves_the_keys_and_values_that_are_read_after_it(make_recipe, variant):
+    recipe = make_recipe(variant, method=FULL, precision=FP64)
+    spec = spec_of(recipe)
+    weights = {p.name: weight[...].astype(np.float64) for p, weight in starting_weights(recipe, spec)}
+    text, rest = [5, 71, 230, 9], [17, 300, 4]
+    prefix = keys_and_values(spec, weights, text)
+    found = numpy_llama.document_logits(weights, spec, rest, prefix=prefix)
+    wanted = numpy_llama.document_logits(weights, spec, text + rest)[len(text) :]
+    assert np.abs(found - wanted).max() / np.abs(wanted).max() < FP64_ROUNDING
 
 
 @pytest.mark.parametrize("change", [{"norm_eps": 1.01e-5}, {"rope_theta": 1.0001e4}, {"kv_heads": 1}])

@@ -1,8 +1,8 @@
 """What a model family is: everything that the neutral package knows of one architecture, as one object.
 
 A family has a file of its own here, with its weights and its `config.json`, and a twin with its forward pass in each
-backend. Nothing outside of these files knows a family's names of weights: who needs to know what a weight is asks the table
-for its role, its axes and its layer, or the family.
+backend. Nothing outside of these files knows a family's names of weights. Other code asks the table for a weight's role,
+axes and layer, or asks the family.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ class Family(ABC):
     # The names of two weights that may be one: the embedding, and the head (which a tied model has not in its table).
     embedding: ClassVar[str]
     head: ClassVar[str]
-    # The modules of a layer, and its activation points, as data flows; a method's adapters are named as they are everywhere.
+    # The modules of a layer, its bottleneck adapters and its activation points, as data flows.
     within_layer: ClassVar[tuple[str, ...]]
-    # The modules of a layer whose input depends on no weight of that layer but on those of each other: they are what the
-    # residual stream enters first.
+    # What reads the residual stream first in a layer: its first norm, and the projections of what that gives.
     stream_readers: ClassVar[tuple[str, ...]]
 
     @property
@@ -85,5 +84,5 @@ class Family(ABC):
     def embedded(self, weights: Mapping[str, Weight], ids: Sequence[int]) -> Array:
         """What the first layer is given of the tokens `ids`, [P, E] in float64."""
         table = weights[self.embedding]
-        rows = {i: table[(slice(i, i + 1), slice(None))] for i in set(ids)}
-        return np.concatenate([rows[i] for i in ids]).astype(np.float64)
+        vectors = {i: table[(slice(i, i + 1), slice(None))] for i in set(ids)}
+        return np.concatenate([vectors[i] for i in ids]).astype(np.float64)

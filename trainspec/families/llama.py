@@ -1,4 +1,4 @@
-"""Llama: rotary grouped-query attention and SwiGLU, each behind an RMS norm (arXiv 2302.13971, 2307.09288, 2407.21783)."""
+"""Llama: rotary grouped-query attention and SwiGLU, each after an RMS norm (arXiv 2302.13971, 2307.09288, 2407.21783)."""
 
 # P prompt tokens, E embed, H query heads, K kv heads, G query heads per kv head, D head dim, L layers
 

@@ -1,0 +1,109 @@
+"""What a trace says of its names, and what is made of names that nobody says anything of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from parity.tiny import METHODS, VARIANTS
+from safetensors.numpy import load_file, save_file
+from synthetic import ORDER, Q1, SHAPES, Sim, write
+
+from parity.cli import main
+from parity.comparison.structure import Structure
+from trainspec.causal import causal_order
+from trainspec.errors import TraceError
+from trainspec.families import FAMILIES
+from trainspec.methods import full_table
+from trainspec.trace import Named, Trace, TraceWriter, activation_points
+
+# Of a program that knows nothing of us.
+FOREIGN = [
+    "transformer.wte.weight",
+    "transformer.h.2.attn.weight",
+    "transformer.h.2.mlp.weight",
+    "transformer.h.10.attn.weight",
+    "transformer.ln_f.weight",
+    "lm_head.weight",
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_name_of_a_run_has_one_place(variant: str, method: str):
+    spec = VARIANTS[variant]
+    order = causal_order(spec, METHODS[method])
+    names = [named.name for named in order]
+    assert len(names) == len(set(names))
+    assert set(names) == {p.name for p in full_table(spec, METHODS[method])} | {
+        *activation_points(spec.layers)
+    }
+    assert {n.name: n.layer for n in order if n.role != "point"} == {
+        p.name: p.layer for p in full_table(spec, METHODS[method])
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_says_where_every_module_of_a_layer_stands(name: str):
+    family = FAMILIES[name]
+    for spec in family.presets.values():
+        for param in family.table(spec):
+            parts = set(param.name.split("."))
+            assert param.layer is None or parts & set(family.within_layer), param.name
+    assert {*family.stream_readers, "attention", "mlp", "block"} <= set(family.within_layer)
+
+
+def test_foreign_names_are_ordered_by_what_they_show():
+    structure = Structure()
+    assert structure.in_order(set(FOREIGN), backward=False) == FOREIGN
+    assert structure.in_order(set(FOREIGN), backward=True) == FOREIGN[::-1]
+    assert structure.num_layers(FOREIGN) == 2
+    assert [structure.role(name) for name in FOREIGN[:2]] == ["embedding", None]
+    assert structure.projection_before(FOREIGN[2]) is None
+    (note,) = structure.notes(FOREIGN)
+    assert "no causal_order in either trace for 6 of its weights, such as lm_head.weight" in note
+
+
+def test_either_side_says_it_and_the_rest_comes_last():
+    structure = Structure((), ORDER)
+    assert structure.in_order({*SHAPES, FOREIGN[0]}, backward=False) == [*SHAPES, FOREIGN[0]]
+    assert structure.notes(SHAPES) == []
+    assert structure.projection_before("model.layers.1.mlp.down_proj.weight") == Q1.removesuffix(".weight")
+
+
+def test_the_header_is_passed_over_by_other_readers_and_read_back(tmp_path: Path):
+    TraceWriter(tmp_path).initial({"w": np.ones(2)}, [Named("w", "linear", 3), Named("logits", "point")])
+    assert list(load_file(tmp_path / "initial.safetensors")) == ["weight/w"]
+    (tmp_path / "trace.jsonl").write_text(
+        json.dumps({"step": 1, "loss_sum": 1, "tokens": 1, "loss": 1, "grad_norm": 1, "lr": 1})
+    )
+    assert Trace(tmp_path).causal_order() == (Named("w", "linear", 3), Named("logits", "point"))
+    without_header(tmp_path)
+    assert Trace(tmp_path).causal_order() == ()
+    for wrong in ("{", '[["w"]]', '[["w", "matrix", 0]]', '[["w", "linear", "0"]]'):
+        save_file(
+            {"weight/w": np.ones(2)}, tmp_path / "initial.safetensors", metadata={"causal_order": wrong}
+        )
+        with pytest.raises(TraceError, match="causal_order is no list"):
+            Trace(tmp_path).causal_order()
+
+
+def without_header(trace: Path) -> Path:
+    """As a version before, or another program, writes it."""
+    save_file(load_file(trace / "initial.safetensors"), trace / "initial.safetensors")
+    return trace
+
+
+def test_traces_without_a_header_are_compared_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+    left = without_header(write(Sim(), tmp_path / "left"))
+    right = without_header(write(Sim(gradient_factor=(Q1, 1.01)), tmp_path / "right"))
+    assert main(["diff", str(left), str(left)]) == 0
+    assert "note: no causal_order in either trace" in capsys.readouterr().out
+    assert main(["diff", str(left), str(right), "--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
+    assert (found["phase"], found["tensor"]) == ("gradient", Q1)
+    capsys.readouterr()
+    assert main(["diff", str(left), str(write(Sim(), tmp_path / "says"))]) == 0
+    assert "causal_order" not in capsys.readouterr().out
