@@ -52,11 +52,8 @@ def _method_starts(run: Run, dtype: DTypeLike) -> list[tuple[Param, Weight]]:
     others: dict[str, Weight] = {}
     if any(isinstance(param.init, FromWeights) for param in run.method_table):
         drawn_too = (p for p in run.method_table if not isinstance(p.init, FromText | FromWeights))
-        wide = chain(
-            base_weights(run, np.float64),
-            _all_drawn(drawn_too, seed=run.recipe.run.seed, dtype=np.float64),
-        )
-        others = {param.name: weight for param, weight in wide}
+        starts = chain(base_weights(run, dtype), _all_drawn(drawn_too, seed=run.recipe.run.seed, dtype=dtype))
+        others = {param.name: weight for param, weight in starts}
     return [(param, _start(param, others, run, dtype)) for param in run.method_table]
 
 
@@ -71,7 +68,7 @@ def _start(param: Param, others: Mapping[str, Weight], run: Run, dtype: DTypeLik
             return Weight(
                 param.shape,
                 np.dtype(dtype),
-                lambda index: make(*(others[name][...] for name in names))[index],
+                lambda index: make(*(others[name][...].astype(np.float64) for name in names))[index],
             )
         case _:
             return drawn(param, seed=run.recipe.run.seed, dtype=dtype)

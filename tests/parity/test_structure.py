@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parity.tiny import METHODS, VARIANTS
+from parity.runs.fixture import METHODS, VARIANTS
 from safetensors.numpy import load_file, save_file
 from synthetic import ORDER, Q1, SHAPES, Sim, write
 
