@@ -125,7 +125,7 @@ def words(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", ["torchtrain", pytest.param("jaxtrain", marks=pytest.mark.full)])
 def test_what_a_run_goes_on_with_is_known_by_content(program: str, place: Path):
     train = ["train", str(place / "r.yaml")]
     stop = words(f"run.stop_after_steps={STOPPED}")
@@ -188,7 +188,7 @@ def test_what_a_run_goes_on_with_is_known_by_content(program: str, place: Path):
         assert (place / name / "recipe.yaml").read_text() == (place / "half/recipe.yaml").read_text()
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", ["jaxtrain", pytest.param("torchtrain", marks=pytest.mark.full)])
 def test_a_run_may_be_as_long_as_its_data_say(program: str, place: Path):
     train = ["train", str(place / "r.yaml"), "--out", str(place / "out")]
     epochs = words("run.steps=null", "run.epochs=0.5", "schedule.warmup_steps=0", "schedule.warmup_ratio=0.3")

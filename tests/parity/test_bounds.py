@@ -103,6 +103,7 @@ def test_clean_lora_keeps_its_distance(lora: Path, measured: MeasuredBounds):
     keeps_its_distance(Pair(Trace(lora / "left/trace"), Trace(lora / "right/trace")), measured)
 
 
+@pytest.mark.full
 def test_clean_lora_in_bf16_keeps_its_distance_and_every_gradient_is_proven(
     coarse: Path, measured_coarse: MeasuredBounds
 ):
@@ -149,7 +150,7 @@ def used(contrast: Contrast) -> float:
 
 
 @pytest.mark.parametrize("phase", ["gradient", "moment1", "moment2", "update"])
-@pytest.mark.parametrize("run", ["fp32", "bf16"])
+@pytest.mark.parametrize("run", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
 def test_thirty_times_the_rounding_fails(phase: str, run: str, request: pytest.FixtureRequest):
     names = {"fp32": ("lora", "measured"), "bf16": ("coarse", "measured_coarse")}[run]
     home, measured = (request.getfixturevalue(name) for name in names)

@@ -41,7 +41,7 @@ def checked(tiny: Tiny, out: Path, right: str, precision="fp64"):
     ("right", "phase", "tensor", "looks_again"),
     [
         ("torch model.from=LLAMA3", "activation", "layers.0.attention", True),
-        ("torch optimizer.clip_norm=0.4", "clip", "clip_factor", False),
+        pytest.param("torch optimizer.clip_norm=0.4", "clip", "clip_factor", False, marks=pytest.mark.full),
     ],
 )
 def test_the_first_place_is_found_by_looking_again(tiny, right, phase, tensor, looks_again, tmp_path):

@@ -159,6 +159,7 @@ def test_a_mistake_in_the_plan_starts_nothing_and_is_one_line(make_recipe, tmp_p
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.full
 def test_another_number_of_processes_than_the_plan_takes_is_one_line(make_recipe, tmp_path):
     four = LAUNCHER | {"WORLD_SIZE": "4"}
     done = run("train", plan_file(make_recipe, tmp_path), "--out", tmp_path / "run", **four)
@@ -181,6 +182,7 @@ def test_processes_are_started_and_a_mistake_that_they_find_is_one_line(make_rec
 MISTAKE = "from trainspec.errors import DataError; raise DataError('line 7: no record')"
 
 
+@pytest.mark.full
 def test_of_several_processes_the_one_that_failed_first_speaks(make_recipe, tmp_path):
     """And not the leader, whose connection it broke."""
     file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
@@ -206,6 +208,7 @@ def test_a_crash_of_one_process_is_one_line_too(make_recipe, tmp_path):
     assert PEER.search(logs[0])
 
 
+@pytest.mark.full
 def test_a_killed_process_is_the_first_to_fail(make_recipe, tmp_path):
     file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
     code, told, logs = planted(file, out, "1", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
@@ -305,6 +308,7 @@ def test_who_was_the_first_to_fail(children, told, first, monkeypatch):
         assert found.line.startswith(first[2])
 
 
+@pytest.mark.full
 def test_a_process_that_ends_without_a_word_is_named(make_recipe, tmp_path):
     file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
     code, told, _ = planted(file, out, "1", "import os; os._exit(9)")
