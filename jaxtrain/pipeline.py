@@ -37,7 +37,7 @@ from trainspec.pipeline import Timeline, Work, stack_order
 from trainspec.plan import Plan
 from trainspec.trace import LAYER_POINTS
 
-# Points behind the last layer.
+# Points after the last layer.
 HEAD_POINTS = ("norm", "logits")
 # A number, or many.
 N = TypeVar("N", int, Array, NDArray[np.int64])
@@ -107,7 +107,7 @@ class Merge(Protocol):
     """Gives the model with weights, and with slots for those that are trained (`tensor.Weight`), by native name."""
 
     def __call__(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Decoder:
-        """`piece` [K] for stacks that have several pieces behind the layers."""
+        """`piece` [K] for stacks that have several pieces after the layers."""
         ...
 
 

@@ -148,7 +148,7 @@ def test_what_a_run_goes_on_with_is_known_by_content(program: str, place: Path):
     heldout = words(f"data.heldout={place / 'heldout.jsonl'}")
 
     cases: dict[str, tuple[list[str], int, str]] = {
-        "moved": ([*kept, *heldout, *words(f"data.cache={place / 'cache'}")], 0, "going on behind step 4 of 8"),
+        "moved": ([*kept, *heldout, *words(f"data.cache={place / 'cache'}")], 0, "resuming after step 4 of 8"),
         "overwritten": (moved, 2, "go on all the same with --resume --allow data, or use the recipe it was made with"),
         "overwritten, the other allowed": ([*moved, "--allow", "schedule"], 2, "--allow data"),
         "overwritten, allowed": ([*moved, "--allow", "data"], 0, "allowed: data.train was "),
@@ -159,7 +159,7 @@ def test_what_a_run_goes_on_with_is_known_by_content(program: str, place: Path):
                               "the rate at step 5 is 0.00075 instead of 0.000667"),
         "tokenizer": ([*kept, *words(f"data.tokenizer={place / 'far'}"), "--allow", "data,schedule"], 2, "the tokenizer's files"),
         "unknown word": ([*kept, "--allow", "date"], 2, "--allow date: no such thing; did you mean 'data'?"),
-        "done": ([*kept, *stop], 0, "going on behind step 4 of 4, from"),
+        "done": ([*kept, *stop], 0, "resuming after step 4 of 4, from"),
     }  # fmt: skip
     argvs = []
     for name, (more, _, _) in cases.items():

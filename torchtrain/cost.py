@@ -21,7 +21,7 @@ from trainspec.data import Batch
 def held(state: State, batch: Batch) -> dict[str, int]:
     """Bytes of weights, gradients, master weights and moments in this process, in a step on `batch`; consumes `state`.
 
-    Counted behind the backward pass that leaves the largest gradients. Memory is counted once, however many tensors
+    Counted after the backward pass that leaves the largest gradients. Memory is counted once, however many tensors
     look at it. A process's count of updates is left out. Differs from jaxtrain as `moved` does.
     """
     found: list[dict[str, int]] = []

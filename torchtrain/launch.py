@@ -36,7 +36,7 @@ _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 # A Ctrl-C reaches all of them, a `kill -INT` this process alone: who is still there so much later has not had it.
 _INTERRUPT_SECONDS = 1.0
-# How long a process that was killed may take to be known as ended, behind what others see of it.
+# How long a process that was killed may take to be known as ended, after what others see of it.
 _SETTLE_SECONDS = 0.5
 # How long a process that is stuck may take to write its stack.
 _STACK_SECONDS = 0.5

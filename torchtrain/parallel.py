@@ -242,7 +242,7 @@ class _PlainEngine:
         start_moments(optimizer, (p for p in model.parameters() if p.requires_grad))
 
     def accumulate(self, microbatches: Microbatches) -> None:
-        """Gradients of the losses; behind the last microbatch they are summed over the replicas."""
+        """Gradients of the losses; after the last microbatch they are summed over the replicas."""
         for index in range(len(microbatches)):
             logits = self._model(**microbatches.forward(index)).logits
             loss = microbatches.loss(index, logits)

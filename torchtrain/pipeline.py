@@ -39,7 +39,7 @@ def timeline(plan: Plan, microbatches: int) -> Timeline:
 
 
 def _schedule(microbatches: int, stages: int, stage: int) -> _Schedule:
-    """1F1B, with a place for the update behind it."""
+    """1F1B, with a place for the update after it."""
     schedule = import_deepspeed().runtime.pipe.schedule
     return schedule.TrainSchedule(micro_batches=microbatches, stages=stages, stage_id=stage)
 

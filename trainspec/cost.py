@@ -48,7 +48,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of training state on one device. `master` are the float32 weights behind a copy that is computed with."""
+    """Bytes of training state on one device. `master` are the float32 weights after a copy that is computed with."""
 
     weights: int
     gradients: int

@@ -39,7 +39,7 @@ _DEVICE_WORDS = re.compile(
 )
 # An index out of bounds in a kernel: the device did as it was told.
 _NOT_ITS_FAULT = "device-side assert"
-# Behind these words come pages of C++; what XLA says may be long without them.
+# After these words come pages of C++; what XLA says may be long without them.
 _STACK = re.compile(r"\s*(Exception raised from|C\+\+ CapturedTraceback|For debugging consider).*", re.DOTALL)
 _LONGEST_CHARACTERS = 1000
 NOTHING_SAVED = Note("nothing was saved yet")

@@ -137,7 +137,7 @@ def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]
 def _resumed(step: int, last: int, saved: Path | None) -> list[str]:
     """What is said of a run that starts from a checkpoint."""
     done = "; nothing is left to do" if step >= last else ""
-    return [f"going on behind step {step} of {last}, from {saved}{done}"] if saved else []
+    return [f"resuming after step {step} of {last}, from {saved}{done}"] if saved else []
 
 
 def _started(backend: Backend[S], run: Run, out: Path, saved: Path | None, *, is_leader: bool) -> S:

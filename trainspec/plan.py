@@ -92,7 +92,7 @@ def weight_axes(param: Param, plan: Plan, *, over_fsdp: bool) -> DimAxes:
     """For every dimension of a row of the table, the mesh axes (of a size above 1) that split it.
 
     A row without an embed axis (LoRA's B, a bias of heads) is split over fsdp along its first axis that is not
-    `rank`, behind tensor, where the size allows it; else it is whole over fsdp.
+    `rank`, after tensor, where the size allows it; else it is whole over fsdp.
     """
     dims = [WEIGHT_AXES.get(axis) for axis in param.axes]
     found: list[tuple[str, ...]] = [(axis,) if axis == "tensor" and plan.tensor > 1 else () for axis in dims]

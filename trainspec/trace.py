@@ -37,7 +37,7 @@ Arrays = Mapping[str, NDArray[Any]]
 # What an update is asked to keep for its trace; activations come with the gradients.
 Keep = Literal["nothing", "gradients", "activations"]
 # Where a model can be listened to; those of a layer are called `layers.{i}.attention` and so on. `attention` and `mlp`
-# are what is added to the residual stream, `block` is the stream behind both, `norm` is the final one.
+# are what is added to the residual stream, `block` is the stream after both, `norm` is the final one.
 LAYER_POINTS = ("attention", "mlp", "block")
 # What a name of a trace is in the model: what the table says of a weight, or an activation point.
 Role = WeightRole | Literal["point"]

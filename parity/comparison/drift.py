@@ -2,7 +2,7 @@
 
 The growth model: a module whose effective weight differs by a share d between the sides (Frobenius norms) moves
 what passes through it by that share, once forward and once backward, and nothing amplifies it on its way. So a
-gradient's relative movement is at most 2 · sum of d over all modules. A bias is measured against its weight (behind a
+gradient's relative movement is at most 2 · sum of d over all modules. A bias is measured against its weight (after a
 norm the input has unit size, so |bias| compares with |weight|). A pair of matrices whose product is added to something
 else is measured against that: LoRA's against the matrix, a bottleneck adapter's against the identity, with norm sqrt(E);
 its biases against the projection that it stands after, or its own matrices where the traces do not tell which that is. The

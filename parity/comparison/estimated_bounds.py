@@ -268,7 +268,7 @@ def vocabulary(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def _in_encoder(encoder: Mapping[str, tuple[int, ...]], virtual: int) -> list[tuple[int, ...]]:
     """[out, in] of every product of an encoder, one after the other: of an LSTM as many as there are virtual tokens.
 
-    A bias is one sum, and behind it a non-linearity: two products of length 1.
+    A bias is one sum, and after it a non-linearity: two products of length 1.
     """
     found: list[tuple[int, ...]] = []
     for name, shape in encoder.items():

@@ -335,7 +335,7 @@ class MeasuredBounds:
         reach = reach.reshape(moment1.shape[1:])
         size = np.abs(moment1).max(axis=0)
         # A gradient that cannot move at all (of A, while B is zero) leaves no noise, nor does one that is exactly zero on
-        # both sides (behind a ReLU): Adam makes no step of it.
+        # both sides (after a ReLU): Adam makes no step of it.
         return (reach >= size) & (reach > SMALLEST) & (size > 0)
 
 

@@ -65,7 +65,7 @@ class _EditedFinder(MetaPathFinder):
 
 @contextlib.contextmanager
 def planted(edits: Sequence[Edit]) -> Any:
-    """Own modules that are imported inside are new, with `edits` made; they are forgotten behind it."""
+    """Own modules that are imported inside are new, with `edits` made; they are forgotten after it."""
     _forget()
     finder = _EditedFinder(edits)
     sys.meta_path.insert(0, finder)

@@ -145,7 +145,7 @@ CHANGES: list[tuple[dict, str]] = [
         "rope_parameters has 'factor', which rope_type default does",
     ),
     ({"auto_map": {"AutoModel": "x.Y"}}, "is not run"),
-    ({"pad_token_id": 320}, "pad_token_id 320 is behind the 320 rows"),
+    ({"pad_token_id": 320}, "pad_token_id 320 is beyond the 320 rows"),
 ]
 
 

@@ -110,7 +110,7 @@ def decoder_notes(config: dict[str, Any], fields: DecoderFields, *, title: str, 
     pad = config.get("pad_token_id")
     if _is_behind(pad, fields.vocab_size):
         notes.append(
-            f"pad_token_id {pad} is behind the {fields.vocab_size} rows of the embedding, where transformers cannot load the "
+            f"pad_token_id {pad} is beyond the {fields.vocab_size} rows of the embedding, where transformers cannot load the "
             "model; it is not used, and an export leaves it out"
         )
     return notes

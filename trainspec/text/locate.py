@@ -180,7 +180,7 @@ class _Turn:
         return whole, self._style.without_ending(alone[1], marked) if alone else None
 
     def _start_before(self, marked: str, lead: str | None) -> int:
-        """Behind the generation prompt, where the conversation up to it is written in another way."""
+        """After the generation prompt, where the conversation up to it is written in another way."""
         content = _common_prefix(self._text, marked)
         if content < len(marked) and content <= self.done:
             raise Unlocated("the template writes the turns before this one in another way")
