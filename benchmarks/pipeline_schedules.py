@@ -64,7 +64,7 @@ torch has 1f1b, with `shards: nothing` or `optimizer`; `trainspec show` says so 
 | `plan.chunks` | 2 | pieces of the model on a stage, under interleaved only |
 
 Microbatches and accumulation multiply. DeepSpeed sends all of accumulation × microbatches through the pipeline in one go; JAX
-empties it behind each part of accumulation. So in a pipeline set `batch.accumulation=1` and raise `plan.microbatches`.
+empties it after each part of accumulation. So in a pipeline set `batch.accumulation=1` and raise `plan.microbatches`.
 [pipeline-on-tpu.md](pipeline-on-tpu.md) has what Llama-2-70B takes on a pod.
 
 ```sh
@@ -147,11 +147,11 @@ def _worker(what: str) -> Any:
 
 
 def bubble_table(found: Mapping[tuple[Any, ...], Timeline]) -> str:
-    """Idle slots of all slots, counted; `!` where the formula says something else. Behind it what a stage keeps."""
+    """Idle slots of all slots, counted; `!` where the formula says something else. After it what a stage keeps."""
     lines = [
         "\n## What is left unused\n",
         "Slots of time in which a stage does nothing that is kept, of all slots, counted in the schedule; the formula",
-        "(`trainspec.capabilities.expected_bubble`) says the same for every entry. Behind the stroke: for how many microbatches",
+        "(`trainspec.capabilities.expected_bubble`) says the same for every entry. After the stroke: for how many microbatches",
         "(of one piece of the model) the first stage keeps something at most.\n",
         "| backend | schedule | stages | " + " | ".join(f"{m} microbatches" for m in MICROBATCHES) + " |",
         "|---|---|---|" + "---|" * len(MICROBATCHES),
