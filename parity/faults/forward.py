@@ -236,6 +236,34 @@ FAULTS = (
         note="a cast to the type that is there already does nothing: it shows in bf16 only and must pass in fp64",
     ),
     Fault(
+        name="head-norm-behind-the-rotation",
+        imitates="queries and keys are rotated and then normed, not normed and then rotated",
+        source="karpathy/nanochat#743, allenai/OLMo#806 (either order is in use); Qwen3, arXiv 2505.09388",
+        where=FIRST_ATTENTION,
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.families.llama:Attention.__call__",
+                    "__q, __k = self.before_rotation(__q, __k)\n"
+                    "__q, __k = rotate(__q, __cos, __sin), rotate(__k, __cos, __sin)",
+                    "__q, __k = rotate(__q, __cos, __sin), rotate(__k, __cos, __sin)\n"
+                    "__q, __k = self.before_rotation(__q, __k)",
+                ),
+            ),
+            "torch": (
+                *ATTENTION_WRITTEN_OUT,
+                Edit(
+                    f"{ATTENTION}:attention",
+                    "__q, __k = normed(self, __q, __k)\n"
+                    "__q, __k = rotated(__q, *__tables), rotated(__k, *__others)",
+                    "__q, __k = rotated(__q, *__tables), rotated(__k, *__others)\n"
+                    "__q, __k = normed(self, __q, __k)",
+                ),
+            ),
+        },
+        setup="qwen3",
+    ),
+    Fault(
         name="gqa-tile",
         imitates="kv heads are tiled (0 1 0 1) where each serves neighbours (0 0 1 1)",
         source="onnx/onnx#7274; GQA, arXiv 2305.13245",

@@ -173,6 +173,45 @@ FAULTS = (
         setup="bottleneck",
     ),
     Fault(
+        name="dora-norm-in-the-graph",
+        imitates="the norm that DoRA divides by is no constant: its gradient reaches A and B",
+        source="DoRA, arXiv 2402.09353, section 4.3 (the norm is to be detached from the gradient graph)",
+        where=Where("gradient", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight"),
+        edits={
+            "jax": (
+                Edit("jaxtrain.methods.dora:DoRALinear._norms", "lax.stop_gradient(__norms)", "__norms"),
+            ),
+            "torch": (
+                Edit("torchtrain.methods.dora:Magnitude", "torch.no_grad()", "torch.enable_grad()"),
+                Edit("torchtrain.methods.dora:_Variant.forward", "torch.no_grad()", "torch.enable_grad()"),
+            ),
+        },
+        setup="dora",
+    ),
+    Fault(
+        name="dora-norm-of-the-base",
+        imitates="the norm is that of W, not of W + scale B A",
+        source="DoRA, arXiv 2402.09353, equation 5 (the direction is W + B A over its own norm)",
+        where=FIRST_ATTENTION,
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.methods.dora:DoRALinear._norms",
+                    "__weight + self.scale * (__a @ __b)",
+                    "__weight",
+                ),
+            ),
+            "torch": (
+                Edit(
+                    "torchtrain.methods.dora:Magnitude._norms",
+                    "__weight.to(__dtype) + __product",
+                    "__weight.to(__dtype)",
+                ),
+            ),
+        },
+        setup="dora",
+    ),
+    Fault(
         name="frozen-weight-trained",
         imitates="LoRA trains the last norm as well",
         source="huggingface/diffusers#2245, #4687",

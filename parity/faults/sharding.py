@@ -84,6 +84,19 @@ FAULTS = (
         note=COMPILER,
     ),
     Fault(
+        name="head-norm-gradient-not-reduced",
+        imitates="the norms of queries and keys get the gradient of each tensor rank's own heads",
+        source="NVIDIA-NeMo/RL#3716, NVIDIA/Megatron-LM#816",
+        where=Where("gradient", r"model\.layers\.1\.self_attn\.[qk]_norm\.weight"),
+        edits={
+            "torch": (
+                Edit("torchtrain.tensor:HeadNorm.forward", "_Copy.apply(__weight, __peers)", "__weight"),
+            )
+        },
+        setup="tensor-qwen3",
+        note=COMPILER,
+    ),
+    Fault(
         name="vocab-offset-in-embedding",
         imitates="each further shard of the embedding starts one row late",
         source="hpcaitech/ColossalAI#242, pytorch/torchtitan#4637",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parity.runs.fixture import METHODS, VARIANTS
 from safetensors.numpy import load_file, save_file
 from synthetic import ORDER, Q1, SHAPES, Sim, write
 
 from parity.cli import main
 from parity.comparison.structure import Structure
+from parity.runs.fixture import METHODS, VARIANTS
 from trainspec.causal import causal_order
 from trainspec.errors import TraceError
 from trainspec.families import FAMILIES
