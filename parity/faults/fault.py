@@ -76,6 +76,8 @@ SETUPS: dict[str, str] = {
     "lora": "a fresh adapter (B is zero), with dropout",
     "adapter": "an adapter whose B is not zero, with dropout",
     "remat": "the same, recomputed in the backward pass",
+    "dora": "DoRA whose B and magnitudes are drawn, with dropout",
+    "qwen3": "every weight of a Qwen3 is trained",
     "bottleneck": "bottleneck adapters, every one of them not zero, with gelu",
     "prompt": "three virtual tokens in front of the embedded ones",
     "ptuning-mlp": "the same, made by P-tuning's MLP",
@@ -83,6 +85,7 @@ SETUPS: dict[str, str] = {
     "prefix": "three keys and values in front of every layer's own",
     "prefix-projection": "the same, made by a projection",
     "tensor": "every weight and bias is trained, each layer split over two devices",
+    "tensor-qwen3": "every weight of a Qwen3 is trained, each layer split over two devices",
     "tensor-adapter": "an adapter whose B is not zero, with dropout, each layer split over two devices",
     "data": "every weight is trained, the rows of each microbatch split over two devices",
     "data-tensor": "every weight and bias is trained, rows and layers split over two by two devices",
@@ -96,6 +99,7 @@ _PIPE = Plan(pipe=2, microbatches=4)
 PLANS: dict[str, Plan] = {
     "remat": Plan(remat="full"),
     "tensor": Plan(tensor=2),
+    "tensor-qwen3": Plan(tensor=2),
     "tensor-adapter": Plan(tensor=2),
     "data": Plan(data=2),
     "data-tensor": Plan(data=2, tensor=2),
@@ -109,6 +113,8 @@ _VARIANTS = {
     "tied": "tied",
     "bias": "bias",
     "tensor": "bias",
+    "qwen3": "qwen3",
+    "tensor-qwen3": "qwen3",
     "data-tensor": "bias",
     "pipe-tied": "tied",
     "pipe-deep": "deep",
@@ -123,7 +129,9 @@ def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) ->
         "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump(),
     }
     match setup:
-        case "full" | "tied" | "bias" | "tensor" | "data" | "data-tensor" | "zero1":
+        case (
+            "full" | "tied" | "bias" | "qwen3" | "tensor" | "tensor-qwen3" | "data" | "data-tensor" | "zero1"
+        ):
             pass
         case "pipe" | "pipe-tied" | "pipe-deep":
             sections["batch"] = {"accumulation": 1}  # the pipeline's microbatches are all there are
@@ -137,7 +145,9 @@ def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) ->
             sections["method"] = METHODS["lora"].model_dump()
         case "adapter" | "remat" | "tensor-adapter":
             sections["method"] = tiny.method("lora")
-        case "bottleneck" | "prompt" | "ptuning-mlp" | "ptuning-lstm" | "prefix" | "prefix-projection":
+        case (
+            "dora" | "bottleneck" | "prompt" | "ptuning-mlp" | "ptuning-lstm" | "prefix" | "prefix-projection"
+        ):
             sections["method"] = tiny.method("adapter" if setup == "bottleneck" else setup)
         case other:
             raise ValueError(f"no set-up {other!r}")

@@ -22,22 +22,22 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:rotary_tables",
+                    "jaxtrain.layers:rotary_tables",
                     "jnp.concatenate([__half, __half], axis=-1)",
                     "jnp.repeat(__half, 2, axis=-1)",
                 ),
                 Edit(
-                    "jaxtrain.model:rotate", "jnp.split(__x, 2, axis=-1)", "(__x[..., ::2], __x[..., 1::2])"
+                    "jaxtrain.layers:rotate", "jnp.split(__x, 2, axis=-1)", "(__x[..., ::2], __x[..., 1::2])"
                 ),
                 Edit(
-                    "jaxtrain.model:rotate",
+                    "jaxtrain.layers:rotate",
                     "jnp.concatenate([-__second, __first], axis=-1)",
                     "jnp.stack([-__second, __first], axis=-1).reshape(*__first.shape[:-1], -1)",
                 ),
             ),
             "torch": (
                 Edit(
-                    "torchtrain.model:_RotaryTables.forward",
+                    "torchtrain.layers:RotaryTables.forward",
                     "torch.cat((__half, __half), dim=-1)",
                     "__half.repeat_interleave(2, dim=-1)",
                 ),
@@ -56,7 +56,7 @@ FAULTS = (
         imitates="theta stays at 10000 where the checkpoint says another",
         source="google-deepmind/penzai#102, marin-community/levanter#649",
         where=FIRST_ATTENTION,
-        edits=in_every_backend(Edit("trainspec.model:inverse_frequencies", "__model.rope_theta", "10_000.0")),
+        edits=in_every_backend(Edit("trainspec.rope:inverse_frequencies", "__model.rope_theta", "10_000.0")),
     ),
     Fault(
         name="rope-key-offset",
@@ -66,20 +66,20 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Llama.blocks",
+                    "jaxtrain.decoder:Decoder.blocks",
                     "__cos, __sin = rotary_tables(__spec, __positions, __dtype)",
                     "at, after = (rotary_tables(__spec, p, __dtype) for p in (__positions, __positions + 1))\n"
                     "__cos, __sin = (at[0], after[0]), (at[1], after[1])",
                 ),
                 Edit(
-                    "jaxtrain.model:Attention.__call__",
+                    "jaxtrain.families.llama:Attention.__call__",
                     "rotate(__q, __cos, __sin), rotate(__k, __cos, __sin)",
                     "rotate(__q, __cos[0], __sin[0]), rotate(__k, __cos[1], __sin[1])",
                 ),
             ),
             "torch": (
                 Edit(
-                    "torchtrain.model:_RotaryTables.forward",
+                    "torchtrain.layers:RotaryTables.forward",
                     "return __angles.cos().to(__dtype), __angles.sin().to(__dtype)",
                     "after = __angles + torch.cat((self._inverse, self._inverse))\n"
                     "tables = (f(a) for a in (__angles, after) for f in (torch.cos, torch.sin))\n"
@@ -99,7 +99,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Llama.blocks",
+                    "jaxtrain.decoder:Decoder.blocks",
                     "rotary_tables(__spec, __positions, __dtype)",
                     "rotary_tables(__spec, __positions + 1, __dtype)",
                 ),
@@ -116,7 +116,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Attention.__call__",
+                    "jaxtrain.families.llama:Attention.__call__",
                     "attend(__q, __k, __v, __mask)",
                     "attend(__q * (__q.shape[2] * self.head_dim / x_BSE.shape[-1]) ** 0.5, __k, __v, __mask)",
                 ),
@@ -138,8 +138,8 @@ FAULTS = (
         source="huggingface/transformers#48745 (decoders that see future tokens)",
         where=FIRST_ATTENTION,
         edits={
-            "jax": (Edit("jaxtrain.model:attention_mask", "__query >= __key", "__query + 1 >= __key"),),
-            "torch": (Edit("torchtrain.model:attention_mask", "__same.tril()", "__same.tril(1)"),),
+            "jax": (Edit("jaxtrain.layers:attention_mask", "__query >= __key", "__query + 1 >= __key"),),
+            "torch": (Edit("torchtrain.layers:attention_mask", "__same.tril()", "__same.tril(1)"),),
         },
     ),
     Fault(
@@ -148,8 +148,8 @@ FAULTS = (
         source="NVIDIA-NeMo/Automodel#3704 (36 of 150 models), huggingface/transformers#29419",
         where=FIRST_ATTENTION,
         edits={
-            "jax": (Edit("jaxtrain.model:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
-            "torch": (Edit("torchtrain.model:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
+            "jax": (Edit("jaxtrain.layers:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
+            "torch": (Edit("torchtrain.layers:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
         },
     ),
     Fault(
@@ -158,8 +158,8 @@ FAULTS = (
         source="LlamaFactory#7318, MeetKai/functionary#265, meta-pytorch/torchtune#875",
         where=FIRST_ATTENTION,
         edits={
-            "jax": (Edit("jaxtrain.model:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
-            "torch": (Edit("torchtrain.model:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
+            "jax": (Edit("jaxtrain.layers:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
+            "torch": (Edit("torchtrain.layers:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
         },
         setup="packed",
     ),
@@ -171,7 +171,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Llama.blocks",
+                    "jaxtrain.decoder:Decoder.blocks",
                     "rotary_tables(__spec, __positions, __dtype)",
                     "rotary_tables(__spec, jnp.broadcast_to(jnp.arange(__positions.shape[1]), __positions.shape), __dtype)",
                 ),
@@ -196,7 +196,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:RMSNorm.__call__",
+                    "jaxtrain.layers:RMSNorm.__call__",
                     "lax.rsqrt(__mean + __eps)",
                     "1 / (jnp.sqrt(__mean) + __eps)",
                 ),
@@ -204,7 +204,7 @@ FAULTS = (
             "torch": (
                 OWN_NORM,
                 Edit(
-                    "torchtrain.model:RMSNorm.forward",
+                    "torchtrain.layers:RMSNorm.forward",
                     "torch.rsqrt(__mean + __eps)",
                     "1 / (__mean.sqrt() + __eps)",
                 ),
@@ -219,7 +219,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:RMSNorm.__call__",
+                    "jaxtrain.layers:RMSNorm.__call__",
                     "scale(__normed.astype(__dtype), __weight)",
                     "scale(__normed, __weight).astype(__dtype)",
                 ),
@@ -227,13 +227,41 @@ FAULTS = (
             "torch": (
                 OWN_NORM,
                 Edit(
-                    "torchtrain.model:RMSNorm.forward",
+                    "torchtrain.layers:RMSNorm.forward",
                     "__weight * (__x * __root)",
                     "(__weight * __x * __root).to(__x.dtype)",
                 ),
             ),
         },
         note="a cast to the type that is there already does nothing: it shows in bf16 only and must pass in fp64",
+    ),
+    Fault(
+        name="head-norm-behind-the-rotation",
+        imitates="queries and keys are rotated and then normed, not normed and then rotated",
+        source="karpathy/nanochat#743, allenai/OLMo#806 (either order is in use); Qwen3, arXiv 2505.09388",
+        where=FIRST_ATTENTION,
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.families.llama:Attention.__call__",
+                    "__q, __k = self.before_rotation(__q, __k)\n"
+                    "__q, __k = rotate(__q, __cos, __sin), rotate(__k, __cos, __sin)",
+                    "__q, __k = rotate(__q, __cos, __sin), rotate(__k, __cos, __sin)\n"
+                    "__q, __k = self.before_rotation(__q, __k)",
+                ),
+            ),
+            "torch": (
+                *ATTENTION_WRITTEN_OUT,
+                Edit(
+                    f"{ATTENTION}:attention",
+                    "__q, __k = normed(self, __q, __k)\n"
+                    "__q, __k = rotated(__q, *__tables), rotated(__k, *__others)",
+                    "__q, __k = rotated(__q, *__tables), rotated(__k, *__others)\n"
+                    "__q, __k = normed(self, __q, __k)",
+                ),
+            ),
+        },
+        setup="qwen3",
     ),
     Fault(
         name="gqa-tile",
@@ -243,12 +271,12 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:attend",
+                    "jaxtrain.layers:attend",
                     "__q.reshape(__b, __s, __kv, __heads // __kv, __d)",
                     "__q.reshape(__b, __s, __heads // __kv, __kv, __d).swapaxes(2, 3)",
                 ),
                 Edit(
-                    "jaxtrain.model:attend",
+                    "jaxtrain.layers:attend",
                     'jnp.einsum("bkgqs,bskd->bqkgd", __shares, __v)',
                     "__it.swapaxes(2, 3)",
                 ),
@@ -271,7 +299,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:SwiGLU.__call__",
+                    "jaxtrain.families.llama:SwiGLU.__call__",
                     "jax.nn.silu(__gate) * __up",
                     "jax.nn.silu(__up) * __gate",
                 ),

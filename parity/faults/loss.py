@@ -171,7 +171,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Embedding.attend",
+                    "jaxtrain.layers:Embedding.attend",
                     "matmul_transposed(__x, __weight)",
                     "__x @ lax.stop_gradient(__weight.value).T",
                 ),

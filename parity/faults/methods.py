@@ -13,24 +13,25 @@ MASK_KEY, OTHER_MASK_KEY = (
 SQUARE = "model.layers.0.self_attn.v_proj.weight"  # the right shape when transposed
 
 
-def dropout_after(matrix: str) -> tuple[Edit, ...]:
-    """LoRA's layer with its dropout on what `matrix` gives out."""
-    layer = "jaxtrain.methods:LoRALinear.__call__"
+def dropout_elsewhere(product: str) -> tuple[Edit, ...]:
+    """LoRA's layer without dropout on its input, with another product."""
+    layer = "jaxtrain.methods.lora:LoRALinear.__call__"
     return (
         Edit(layer, "__x if __is_off else self._dropout(__x, __point)", "__x"),
-        Edit(
-            layer,
-            f"matmul(__x, self.{matrix}.get_value())",
-            "__it if point is None or self.rate == 0 else self._dropout(__it, point)",
-        ),
+        Edit(layer, "self.product(__x)", product),
     )
+
+
+def dropped(value: str) -> str:
+    """A value of that layer with its dropout."""
+    return f"({value} if point is None or self.rate == 0 else self._dropout({value}, point))"
 
 
 def torch_dropout_after(matrix: str) -> tuple[Edit, ...]:
     """PEFT's layer with its dropout on what `matrix` gives out."""
     return (
         Edit(
-            "torchtrain.methods:_attach_lora",
+            "torchtrain.methods.low_rank:replace_targets",
             "__layer.lora_dropout[__adapter] = __dropout",
             "drop = __dropout\n"
             "__layer.lora_dropout[__adapter] = nn.Identity()\n"
@@ -46,8 +47,10 @@ FAULTS = (
         source="ml-explore/mlx-examples#623, AI-Hypercomputer/maxtext#3376",
         where=FIRST_ATTENTION,
         edits={
-            "jax": (Edit("jaxtrain.methods:LoRALinear.__init__", "__method.scale", "1.0"),),
-            "torch": (Edit("torchtrain.methods:_attach_lora", "__method.alpha", "__method.rank"),),
+            "jax": (Edit("jaxtrain.methods.lora:LoRALinear.__init__", "__method.scale", "1.0"),),
+            "torch": (
+                Edit("torchtrain.methods.low_rank:replace_targets", "__method.alpha", "__method.rank"),
+            ),
         },
         setup="adapter",
     ),
@@ -59,12 +62,12 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.methods:LoRALinear.__init__",
+                    "jaxtrain.methods.lora:LoRALinear.__init__",
                     "__method.scale",
                     "__method.alpha / __method.rank**0.5",
                 ),
             ),
-            "torch": (Edit("torchtrain.methods:_attach_lora", "__method.rslora", "True"),),
+            "torch": (Edit("torchtrain.methods.low_rank:replace_targets", "__method.rslora", "True"),),
         },
         setup="adapter",
     ),
@@ -77,7 +80,7 @@ FAULTS = (
         ),
         edits=in_every_backend(
             Edit(
-                "trainspec.methods:_lora_rows",
+                "trainspec.methods.low_rank:LowRank.target_entries",
                 '(("lora_A.weight", __shape_a, __axes_a, __random), ("lora_B.weight", __shape_b, __axes_b, __zeros))',
                 '(("lora_A.weight", __shape_a, __axes_a, __zeros), ("lora_B.weight", __shape_b, __axes_b, __random))',
             )
@@ -90,7 +93,9 @@ FAULTS = (
         source="paiml/aprender#2170, axolotl-ai-cloud/axolotl#3528",
         where=FIRST_ATTENTION,
         edits={
-            "jax": dropout_after("lora_a"),
+            "jax": dropout_elsewhere(
+                f"matmul({dropped('matmul(__x, self.lora_a.get_value())')}, self.lora_b.get_value())"
+            ),
             "torch": torch_dropout_after("lora_A"),
         },
         setup="adapter",
@@ -101,7 +106,7 @@ FAULTS = (
         source="axolotl-ai-cloud/axolotl#3528, huggingface/peft#1178",
         where=FIRST_ATTENTION,
         edits={
-            "jax": dropout_after("lora_b"),
+            "jax": dropout_elsewhere(dropped("__it")),
             "torch": torch_dropout_after("lora_B"),
         },
         setup="adapter",
@@ -112,7 +117,7 @@ FAULTS = (
         source="NVIDIA-NeMo/Megatron-Bridge#5257 (one draw too many)",
         where=FIRST_ATTENTION,
         edits={
-            "jax": (Edit("jaxtrain.methods:_attach_lora", MASK_KEY, OTHER_MASK_KEY),),
+            "jax": (Edit("jaxtrain.methods.low_rank:replace_targets", MASK_KEY, OTHER_MASK_KEY),),
             "torch": (Edit("torchtrain.dropout:CounterDropout.__init__", MASK_KEY, OTHER_MASK_KEY),),
         },
         setup="adapter",
@@ -124,7 +129,7 @@ FAULTS = (
         where=Where("initial", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight", 0),
         edits=in_every_backend(
             Edit(
-                "trainspec.methods:target_modules",
+                "trainspec.methods.low_rank:target_modules",
                 "tuple(__m for __m in __linear if any(__tails))",
                 "__it[:-1]",
             )
@@ -139,12 +144,12 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Block.__call__",
+                    "jaxtrain.families.llama:Block.__call__",
                     "self.mlp_adapter(__inner)",
                     "self.mlp_adapter(x_BSE + __inner) - x_BSE",
                 ),
             ),
-            "torch": (Edit("torchtrain.adapter:attach_adapters", "__layer.mlp", "__layer"),),
+            "torch": (Edit("torchtrain.methods.bottleneck:attach", "__anatomy.mlp(__layer)", "__layer"),),
         },
         setup="bottleneck",
     ),
@@ -156,14 +161,55 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.adapter:Bottleneck.__call__",
+                    "jaxtrain.methods.bottleneck:Bottleneck.__call__",
                     "_act(__name, __down.astype(__wide)).astype(__dtype)",
                     "__down",
                 ),
             ),
-            "torch": (Edit("torchtrain.adapter:Bottleneck.forward", "self._act(__down)", "__down"),),
+            "torch": (
+                Edit("torchtrain.methods.bottleneck:Bottleneck.forward", "self._act(__down)", "__down"),
+            ),
         },
         setup="bottleneck",
+    ),
+    Fault(
+        name="dora-norm-in-the-graph",
+        imitates="the norm that DoRA divides by is no constant: its gradient reaches A and B",
+        source="DoRA, arXiv 2402.09353, section 4.3 (the norm is to be detached from the gradient graph)",
+        where=Where("gradient", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight"),
+        edits={
+            "jax": (
+                Edit("jaxtrain.methods.dora:DoRALinear._norms", "lax.stop_gradient(__norms)", "__norms"),
+            ),
+            "torch": (
+                Edit("torchtrain.methods.dora:Magnitude", "torch.no_grad()", "torch.enable_grad()"),
+                Edit("torchtrain.methods.dora:_Variant.forward", "torch.no_grad()", "torch.enable_grad()"),
+            ),
+        },
+        setup="dora",
+    ),
+    Fault(
+        name="dora-norm-of-the-base",
+        imitates="the norm is that of W, not of W + scale B A",
+        source="DoRA, arXiv 2402.09353, equation 5 (the direction is W + B A over its own norm)",
+        where=FIRST_ATTENTION,
+        edits={
+            "jax": (
+                Edit(
+                    "jaxtrain.methods.dora:DoRALinear._norms",
+                    "__weight + self.scale * (__a @ __b)",
+                    "__weight",
+                ),
+            ),
+            "torch": (
+                Edit(
+                    "torchtrain.methods.dora:Magnitude._norms",
+                    "__weight.to(__dtype) + __product",
+                    "__weight.to(__dtype)",
+                ),
+            ),
+        },
+        setup="dora",
     ),
     Fault(
         name="frozen-weight-trained",
@@ -180,14 +226,14 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.methods:_attach_lora",
+                    "torchtrain.methods.low_rank:replace_targets",
                     "inject_adapter_in_model(__config, __model, adapter_name=__name)",
                     "__it\n__model.model.norm.weight.requires_grad_()",
                 ),
                 Edit(
                     "torchtrain.step:_optimizer",
-                    "trainable_table(__spec, __method)",
-                    "full_table(__spec, __method)",
+                    "__run.trained",
+                    "__run.full_table",
                 ),
             ),
         },
@@ -224,7 +270,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Llama.blocks.block",
+                    "jaxtrain.decoder:Decoder.blocks.block",
                     "__y = nnx.merge(__layer, __weights)(__x, __cos, __sin, __mask, __point, __prefix, __tap)",
                     "from parity.faults.substitutes.jax_remat import redrawn\n"
                     "layer = nnx.merge(__layer, __weights)\n"

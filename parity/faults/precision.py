@@ -36,7 +36,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:attend",
+                    "jaxtrain.layers:attend",
                     "jax.nn.softmax(__scores, axis=-1)",
                     "lax.reduce_precision(jax.nn.softmax(lax.reduce_precision(__scores, 8, 7), axis=-1), 8, 7)",
                 ),

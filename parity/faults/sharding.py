@@ -70,13 +70,30 @@ FAULTS = (
             "torch": (
                 Edit(
                     "torchtrain.tensor:copy_inputs",
-                    "__layer.self_attn.register_forward_pre_hook(__hook, with_kwargs=True)",
+                    "__anatomy.attention(__layer).register_forward_pre_hook(__hook, with_kwargs=True)",
                     "__layer.input_layernorm.register_forward_pre_hook(positional)",
                 ),
-                Edit("torchtrain.tensor:copy_inputs", "__layer.mlp", "__layer.post_attention_layernorm"),
+                Edit(
+                    "torchtrain.tensor:copy_inputs",
+                    "__anatomy.mlp(__layer)",
+                    "__layer.post_attention_layernorm",
+                ),
             )
         },
         setup="tensor",
+        note=COMPILER,
+    ),
+    Fault(
+        name="head-norm-gradient-not-reduced",
+        imitates="the norms of queries and keys get the gradient of each tensor rank's own heads",
+        source="NVIDIA-NeMo/RL#3716, NVIDIA/Megatron-LM#816",
+        where=Where("gradient", r"model\.layers\.1\.self_attn\.[qk]_norm\.weight"),
+        edits={
+            "torch": (
+                Edit("torchtrain.tensor:HeadNorm.forward", "_Copy.apply(__weight, __peers)", "__weight"),
+            )
+        },
+        setup="tensor-qwen3",
         note=COMPILER,
     ),
     Fault(
@@ -137,7 +154,9 @@ FAULTS = (
         imitates="every tensor rank draws the dropout mask of the first one's features",
         source="ecmwf/anemoi-core#595, NVIDIA/Fuser#3123",
         where=Where("activation", r"layers\.0\.mlp"),
-        edits={"torch": (Edit("torchtrain.methods:_attach_lora", "__peers.index * __features", "0"),)},
+        edits={
+            "torch": (Edit("torchtrain.methods.low_rank:replace_targets", "__peers.index * __features", "0"),)
+        },
         setup="tensor-adapter",
         note="JAX has no place for it: a mask is drawn by the global number of a feature",
     ),
@@ -187,7 +206,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._fed",
+                    "jaxtrain.feed:Feeder._fed",
                     "np.stack([getattr(__part, __field) for __part in __parts])",
                     "np.stack([np.tile(a[: len(a) // 2], (2, 1)) if __field == 'input_ids' else a\n"
                     "          for __part in __parts for a in [getattr(__part, __field)]])",

@@ -125,7 +125,8 @@ FAULTS = (
         source="huggingface/transformers#35927, ServiceNow/Fast-LLM#542",
         where=Where("update", r"model\.layers\.0\.input_layernorm\.weight"),
         edits=in_every_backend(
-            Edit("trainspec.params:_norm", "False", "True"), Edit("trainspec.params:_layer", "False", "True")
+            Edit("trainspec.families.llama:norm", "False", "True"),
+            Edit("trainspec.families.llama:Llama.layer", "False", "True"),
         ),
         setup="bias",
     ),
@@ -181,7 +182,7 @@ FAULTS = (
         where=Where("lr", "lr"),
         edits=in_every_backend(
             Edit(
-                "trainspec.loop:_update",
+                "trainspec.loop:follow",
                 "learning_rate(__schedule, peak=__peak, step=__step, steps=__steps)",
                 "learning_rate(__schedule, peak=__peak, step=__step + 1, steps=__steps)",
             )

@@ -16,11 +16,17 @@ FAULTS = (
         where=FIRST_ATTENTION,
         edits={
             "jax": (
-                Edit("jaxtrain.virtual:all_positions", "virtual_tokens(__method)", "leading_rows(__method)"),
+                Edit(
+                    "jaxtrain.methods.virtual_tokens:all_positions",
+                    "virtual_tokens(__method)",
+                    "leading_rows(__method)",
+                ),
             ),
             "torch": (
                 Edit(
-                    "torchtrain.virtual:all_positions", "virtual_tokens(__method)", "leading_rows(__method)"
+                    "torchtrain.methods.virtual_tokens:all_positions",
+                    "virtual_tokens(__method)",
+                    "leading_rows(__method)",
                 ),
             ),
         },
@@ -35,14 +41,14 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Llama.blocks",
+                    "jaxtrain.decoder:Decoder.blocks",
                     "jnp.pad(__mask, __widths, constant_values=True)",
                     "jnp.pad(__mask, __widths, constant_values=False)",
                 ),
             ),
             "torch": (
                 Edit(
-                    "torchtrain.virtual:all_visible",
+                    "torchtrain.methods.virtual_tokens:all_visible",
                     "F.pad(__visible, __widths, value=True)",
                     "F.pad(__visible, __widths)",
                 ),
@@ -58,14 +64,14 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Attention.__call__",
+                    "jaxtrain.families.llama:Attention.__call__",
                     "__k = in_front(__prefix[:, 0], __k)\n__v = in_front(__prefix[:, 1], __v)",
                     "__k = in_front(__prefix[:, 1], __k)\n__v = in_front(__prefix[:, 0], __v)",
                 ),
             ),
             "torch": (
                 Edit(
-                    "torchtrain.virtual:attend_behind_prefix",
+                    "torchtrain.methods.prefix:attend_behind_prefix",
                     "__prefix[2 * __layer], __prefix[2 * __layer + 1]",
                     "__prefix[2 * __layer + 1], __prefix[2 * __layer]",
                 ),
@@ -81,7 +87,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Llama.blocks",
+                    "jaxtrain.decoder:Decoder.blocks",
                     "__layers = (__stacked, __probes, __virtual.prefix)",
                     "from parity.faults.substitutes.jax_prefix import rotated\n"
                     "__layers = (__stacked, __probes, rotated(__virtual.prefix, self.spec))",
@@ -89,7 +95,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.virtual:make_prefix",
+                    "torchtrain.methods.prefix:make_prefix",
                     "return __keys_and_values.unbind(0)",
                     "from parity.faults.substitutes.torch_virtual import rotated\n"
                     "return rotated(__keys_and_values, model.model.rotary_emb, tokens_1N)",
@@ -104,10 +110,16 @@ FAULTS = (
         source="huggingface/trl#4168",
         where=Where("tokens", "tokens"),
         edits={
-            "jax": (Edit("jaxtrain.virtual:all_labels", "jnp.full(__rows, IGNORED)", "jnp.full(__rows, 0)"),),
+            "jax": (
+                Edit(
+                    "jaxtrain.methods.virtual_tokens:all_labels",
+                    "jnp.full(__rows, IGNORED)",
+                    "jnp.full(__rows, 0)",
+                ),
+            ),
             "torch": (
                 Edit(
-                    "torchtrain.virtual:all_labels",
+                    "torchtrain.methods.virtual_tokens:all_labels",
                     "F.pad(__labels, __widths, value=IGNORED)",
                     "F.pad(__labels, __widths)",
                 ),
@@ -125,14 +137,14 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.model:Llama.embed",
+                    "jaxtrain.decoder:Decoder.embed",
                     "in_front(__rows, __x)",
                     "jnp.roll(__it, -len(__rows), axis=1)",
                 ),
             ),
             "torch": (
                 Edit(
-                    "torchtrain.virtual:attach_prompt",
+                    "torchtrain.methods.virtual_tokens:put_in_front",
                     "torch.cat((__rows, __embedded), 1)",
                     "torch.cat((__embedded, __rows), 1)",
                 ),
@@ -155,7 +167,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.virtual:attach_prompt",
+                    "torchtrain.methods.virtual_tokens:put_in_front",
                     "__rows = __encoder(__tokens.to(__device))",
                     "from parity.faults.substitutes.torch_virtual import with_frozen_head\n"
                     "__rows = with_frozen_head(__encoder, __tokens.to(__device))",

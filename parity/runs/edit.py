@@ -4,7 +4,7 @@ Whitespace, line breaks, quotes, comments and redundant parentheses do not count
 name such as `__x` in a pattern matches any expression, the same one wherever it is repeated, and stands for it in the
 replacement. There `__it` stands for all that was matched. So
 
-    Edit("jaxtrain.model:attention_mask", "__query >= __key", "__query + 1 >= __key")
+    Edit("jaxtrain.layers:attention_mask", "__query >= __key", "__query + 1 >= __key")
 
 fits whatever the variables of the mask are called and however the line is formatted.
 """

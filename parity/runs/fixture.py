@@ -41,6 +41,8 @@ VARIANTS: dict[str, ModelSpec] = {
     # Neither two nor four stages of a pipeline divide it, and each of two has two pieces.
     "deep": replace(TINY, layers=5),
 }
+# The same sizes in the families beside Llama, by name: planted faults train them.
+FAMILIES: dict[str, ModelSpec] = {"qwen3": replace(TINY, family="qwen3")}
 # Every method, and each of its encoders, under a name of its own.
 METHODS = EXAMPLES
 LORA = LoRA.examples()["lora"]
@@ -68,7 +70,7 @@ class Tiny:
         return method.model_dump(mode="python") | start
 
     def model(self, variant: str) -> Path:
-        """The Hugging Face directory of a variant."""
+        """The Hugging Face directory of a variant or a family."""
         return self.root / variant
 
     def recipe(self, variant: str = "plain", **sections: Mapping[str, Any]) -> Recipe:
@@ -104,7 +106,7 @@ def write_tiny(root: Path) -> Tiny:
         "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
     )
     tokenizer = _tokenizer([text for record in records for text in record.values()])
-    for variant, spec in VARIANTS.items():
+    for variant, spec in (VARIANTS | FAMILIES).items():
         config = config_of(spec) | {
             "dtype": "float32",
             "bos_token_id": 1,

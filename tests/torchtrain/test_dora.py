@@ -155,12 +155,16 @@ def test_files_have_pefts_names(make_recipe: Callable[..., Any], tmp_path: Path)
 PLANTED = {
     "each peer with the norms of its own inputs": (
         case("tied", "dora", "fp64", tensor=2, remat="full"),
-        Edit("torchtrain.methods.dora", "self._peers.sum_(squares_O).sqrt()", "squares_O.sqrt()"),
+        Edit("torchtrain.methods.dora:Magnitude._norms", "__peers.sum_(__squares)", "__squares"),
         "activation",
     ),
     "the change is of x, not of what dropout leaves": (
         case("tied", "dora", "fp64", data=2),
-        Edit("torchtrain.methods.dora", "(base(dropped_BSI) if drops else result)", "result"),
+        Edit(
+            "torchtrain.methods.dora:_Variant.forward",
+            "base(__dropped) if __drops else __result",
+            "__result",
+        ),
         "activation",
     ),
 }

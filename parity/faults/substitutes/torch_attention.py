@@ -1,6 +1,6 @@
-"""Llama's attention written out, in the place of Hugging Face's."""
+"""Llama's and Qwen3's attention written out, in the place of Hugging Face's."""
 
-# B examples, S sequence, H heads, D head dim
+# B examples, S sequence, H heads, K kv heads, D head dim
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def put_into(model: Any) -> None:
-    """Have every layer of a LlamaForCausalLM attend by `attention`."""
+    """Have every layer of a LlamaForCausalLM or a Qwen3ForCausalLM attend by `attention`."""
     for layer in model.model.layers:
         layer.self_attn.forward = MethodType(attention, layer.self_attn)
 
@@ -24,17 +24,23 @@ def attention(
     attention_mask: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The method `forward` of LlamaAttention: what it gives, and no weights."""
+    """The method `forward` of LlamaAttention and Qwen3Attention: what it gives, and no weights."""
     B, S, _E = hidden_states.shape
     projections = (self.q_proj, self.k_proj, self.v_proj)
     q, k, v = (p(hidden_states).view(B, S, -1, self.head_dim).transpose(1, 2) for p in projections)
     q_tables, k_tables = position_embeddings[:2], position_embeddings[:2]
+    q, k = normed(self, q, k)
     q, k = rotated(q, *q_tables), rotated(k, *k_tables)
     k, v = (t.repeat_interleave(self.num_key_value_groups, dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * self.scaling
     scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     shares = scores.softmax(-1)
     return self.o_proj((shares @ v).transpose(1, 2).reshape(B, S, -1)), None
+
+
+def normed(layer: Any, q_BHSD: Tensor, k_BKSD: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys behind the norms of a layer that has them."""
+    return (layer.q_norm(q_BHSD), layer.k_norm(k_BKSD)) if hasattr(layer, "q_norm") else (q_BHSD, k_BKSD)
 
 
 def rotated(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
