@@ -18,7 +18,7 @@ from ranks import furthest, run_all, traced
 from safetensors.numpy import load_file
 from torch import nn
 
-from parity.runs.plant import Edit
+from parity.runs.edit import Edit
 from torchtrain.dropout import CounterDropout
 from torchtrain.parallel import start
 from torchtrain.step import State, init_state
@@ -53,13 +53,12 @@ def started(make: Callable[..., Any], tmp_path: Path, **settings: Any) -> State:
     write_adapter(tmp_path / "a", weights, model=spec, method=method, base="x")
     method = method.model_copy(update={"adapter": str(tmp_path / "a")})
     recipe = recipe.model_copy(update={"method": method})
-    start(recipe)
-    return init_state(recipe, spec)
+    return init_state(start(recipe))
 
 
 def pefts(state: State) -> nn.Module:
     """The same model with PEFT's DoRA, which has the weights and the dropout of `state`."""
-    method: Any = state.recipe.method
+    method: Any = state.run.recipe.method
     model: Any = deepcopy(state.model)
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer"):
@@ -77,7 +76,9 @@ def pefts(state: State) -> nn.Module:
             parameter.requires_grad_(mine[name].requires_grad)
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and method.dropout:
-            dropout = CounterDropout(name, seed=state.recipe.run.seed, rate=method.dropout, point=state.point)
+            dropout = CounterDropout(
+                name, seed=state.run.recipe.run.seed, rate=method.dropout, point=state.point
+            )
             module.lora_dropout["default"] = dropout
     return model
 
@@ -106,7 +107,7 @@ def test_loss_and_gradients_are_those_of_pefts_dora(
     )
     assert loss == pytest.approx(their_loss, rel=ROUNDING)
     assert set(gradients) == set(their_gradients)
-    assert len(gradients) == 3 * (4 * state.spec.layers + 1)
+    assert len(gradients) == 3 * (4 * state.run.spec.layers + 1)
     for name, gradient in their_gradients.items():
         assert gradient.abs().max() > 0, name
         assert (gradients[name] - gradient).abs().max() <= ROUNDING * gradient.abs().max(), name
@@ -116,11 +117,10 @@ def test_a_start_has_pefts_magnitudes(make_recipe: Callable[..., Any]):
     """B is zero, so that the magnitude is the norm of each row of W, and the model is unchanged."""
     method = {"kind": "dora", "rank": 3, "targets": ["q_proj", "down_proj"]}
     recipe = make_recipe("bias", method=method, precision={"policy": "fp64", "reduce": "fp64"})
-    start(recipe)
-    state = init_state(recipe, resolve_model(recipe.model)[0])
+    state = init_state(start(recipe))
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     base = [name for name in before if name.endswith("base_layer.weight")]
-    assert len(base) == 2 * state.spec.layers
+    assert len(base) == 2 * state.run.spec.layers
     for name in base:
         magnitude = before[name.replace("base_layer", "lora_magnitude_vector.default")]
         torch.testing.assert_close(magnitude, before[name].norm(dim=1), rtol=1e-14, atol=0)
@@ -128,7 +128,7 @@ def test_a_start_has_pefts_magnitudes(make_recipe: Callable[..., Any]):
 
 def test_what_is_merged_is_what_peft_merges(make_recipe: Callable[..., Any], tmp_path: Path):
     state = started(make_recipe, tmp_path)
-    method: Any = state.recipe.method
+    method: Any = state.run.recipe.method
     trained = {
         canonical_name(name): parameter.detach().numpy() for name, parameter in state.model.named_parameters()
     }
@@ -137,7 +137,7 @@ def test_what_is_merged_is_what_peft_merges(make_recipe: Callable[..., Any], tmp
         if not hasattr(module, "base_layer"):
             continue
         module.merge(safe_merge=True)
-        (param,) = (p for p in param_table(state.spec) if p.name == f"{name}.weight")
+        (param,) = (p for p in param_table(state.run.spec) if p.name == f"{name}.weight")
         merged = method.merged(param, trained[param.name], trained)
         np.testing.assert_allclose(
             merged, module.base_layer.weight.detach().numpy(), rtol=1e-12, atol=1e-15, err_msg=name
@@ -178,11 +178,13 @@ def launched(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", PLANS, ids=str)
 def test_a_plan_gives_the_run_of_one_process(launched: Path, case):
     check(*traces(launched, case), case.precision)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_mistake_is_seen(launched: Path, fault: str):
     """Negative control: the same comparison, with one line of the product changed."""
