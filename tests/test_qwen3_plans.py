@@ -56,6 +56,7 @@ def test_low_rank_pairs_of_queries(make_recipe: Make, tmp_path: Path):
     assert verdict.holds, verdict.lines(colour=False)
 
 
+@pytest.mark.full
 def test_a_gradient_of_own_heads_only_is_seen(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

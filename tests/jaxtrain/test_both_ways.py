@@ -30,6 +30,7 @@ def check(scratch: Path, *names: str) -> None:
         assert one <= two, name
 
 
+@pytest.mark.full
 def test_one_program_is_two_where_weights_are_split(tmp_path: Path):
     check(tmp_path, "params")
 

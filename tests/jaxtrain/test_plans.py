@@ -36,6 +36,9 @@ PLANS = {
     **{f"fsdp4-tensor2-{s}": {"fsdp": 4, "tensor": 2, "shards": s} for s in SHARDS},
 }
 
+# Not of the fast tests.
+LONG = ("lora-fsdp", "lora-resumed")
+
 
 def compared(scratch: Path, case: dict, plans: dict) -> dict[str, dict[str, float]]:
     """Each plan's differences from one device."""
@@ -52,7 +55,7 @@ def assert_equal(found: dict[str, dict[str, float]], bound: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory) -> Runs:
+def few(tmp_path_factory, request: pytest.FixtureRequest) -> Runs:
     """A run for each kind of thing that a plan does, in one process: imports cost more than steps."""
     adapters = LORA | {"targets": ["lm_head", "k_proj", "o_proj", "up_proj", "down_proj"]}
     lora, tied = COMMON | {"method": adapters}, COMMON | {"method": FULL, "variant": "tied"}
@@ -66,10 +69,14 @@ def few(tmp_path_factory) -> Runs:
         "tied": tied,
         "tied-mixed": tied | {"plan": PLANS["mixed-params"] | {"remat": "full"}},
     }
+    if request.config.option.markexpr == "not full":
+        cases = {name: case for name, case in cases.items() if name not in LONG}
     return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("few"))[0])
 
 
-@pytest.mark.parametrize("name", ["lora-fsdp", "lora-tensor", "lora-resumed", "tied-mixed"])
+@pytest.mark.parametrize(
+    "name", ["lora-tensor", "tied-mixed", *(pytest.param(name, marks=pytest.mark.full) for name in LONG)]
+)
 def test_a_plan_trains_as_one_device_does(few, name):
     assert_equal({name: worst(few.of(name), few.of(name.partition("-")[0]))}, ROUNDING)
 

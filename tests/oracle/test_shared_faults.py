@@ -91,7 +91,10 @@ def wanted(judge: Judge, conversation: str) -> tuple[list[int], list[bool]]:
     return said.ids, said.counts
 
 
-@pytest.mark.parametrize("fault", SHARED, ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, id=f.name, marks=pytest.mark.full if i > 1 else ()) for i, f in enumerate(SHARED)],
+)
 def test_transformers_catches_it(fault: SharedFault, filled, judge: Judge, monkeypatch: pytest.MonkeyPatch):
     fix_clock(monkeypatch, DATE)
     ids, counts = of_cache(filled(fault.name, fault.conversation))

@@ -21,6 +21,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory):
     return write_tiny(tmp_path_factory.mktemp("tiny")).recipe()
 
 
+@pytest.mark.full
 def test_it_passes_and_keeps_the_report_where_asked(recipe, tmp_path: Path):
     assert_parity(recipe, left="torch", right="torch batch.accumulation=1", steps=2, out=tmp_path)
     assert "Pass" in (tmp_path / "report.html").read_text()
