@@ -67,6 +67,8 @@ WRITTEN = [
     Written("llama3-rope", "fp64", {"kind": "prefix", "virtual_tokens": 5}),
     Written("plain", "fp32", {"kind": "prefix", "virtual_tokens": 5, "projection": True, "hidden": 20}),
 ]
+# Of the fast tests: one of each way in which weights are written.
+FAST = [WRITTEN[i] for i in (0, 3, 6, 8, 11, 14)]
 # PEFT's settings, none of them the default, and the method that goes on from what PEFT then saves.
 MADE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lora": (
@@ -158,7 +160,10 @@ class Exchanged:
 
 
 @pytest.fixture(scope="module")
-def exchanged(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Exchanged:
+def exchanged(
+    model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Exchanged:
+    written = FAST if request.config.option.markexpr == "not full" else WRITTEN
     root = tmp_path_factory.mktemp("exchange")
     make = recipe_maker(model_dirs)
     adapters = root / "made"
@@ -176,7 +181,7 @@ def exchanged(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
     for program in PROGRAMS:
         asked, argvs = {}, []
-        for case in WRITTEN:
+        for case in written:
             file = recipe_file(str(case), case.variant, case.policy, case.method)
             out = root / program / str(case)
             argvs += [["train", file, "--out", str(out)]]
@@ -226,7 +231,9 @@ def _text_tokens(make) -> list[int]:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("case", WRITTEN, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=str(c), marks=[] if c in FAST else pytest.mark.full) for c in WRITTEN]
+)
 def test_exports_give_our_logits_in_transformers_and_peft(exchanged: Exchanged, program: str, case: Written):
     ours, theirs = exchanged.ours[program, str(case)], exchanged.theirs[program, str(case)]
     assert np.abs(ours).max() > 0.1
