@@ -81,27 +81,33 @@ def test_a_loss_that_is_no_number_says_what_is_saved(make_recipe, tmp_path, caps
     assert line.endswith(f"; saved: {out}/checkpoints/step-{made:06d}; go on with --resume")
 
 
-# Behind the first update, so that what is loaded, compiled and cached is not what there was no room for.
+# After the first update, so that what is loaded, compiled and cached is not what there was no room for. A batch is made
+# ahead, its learning rate when its update comes.
 LIMITED = """
 import resource, sys
+from trainspec import loop
 from trainspec.data import Dataset
 from {program}.cli import main
-whole = Dataset.batch
+whole_batch, whole_rate = Dataset.batch, loop.learning_rate
 def batch(self, step, rows):
+    return whole_batch(self, step, {rows} if step == 1 else rows)
+def learning_rate(schedule, *, step, **settings):
     if step == 1:
         {limit}
-    return whole(self, step, rows)
-Dataset.batch = batch
+    return whole_rate(schedule, step=step, **settings)
+Dataset.batch, loop.learning_rate = batch, learning_rate
 sys.exit(main({argv!r}))
 """
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux for less room")
 
 
-def limited(limit: str, make_recipe, tmp_path: Path) -> tuple[int, str, Path]:
-    """A program of its own that saves behind each update and meets a limit behind the first; what ended it, in one line."""
+def limited(limit: str, make_recipe, tmp_path: Path, *, rows: str = "rows") -> tuple[int, str, Path]:
+    """A program of its own that saves after each update and meets a limit after the first; what ended it, in one line."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "run"
     file.write_text(make_recipe(run={"steps": 3}, checkpoint={"every_steps": 1}).to_yaml())
-    code = LIMITED.format(program=PROGRAM, limit=limit, argv=["train", str(file), "--out", str(out)])
+    code = LIMITED.format(
+        program=PROGRAM, limit=limit, rows=rows, argv=["train", str(file), "--out", str(out)]
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )  # fmt: skip
@@ -114,9 +120,9 @@ def test_a_real_lack_of_memory_is_one_line(make_recipe, tmp_path):
     """A batch of 8192 rows where 4 were asked for: its logits alone are 1.6 GiB."""
     limit = (
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
-        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, resource.RLIM_INFINITY)); rows = 8192"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, resource.RLIM_INFINITY))"
     )
-    code, line, out = limited(limit, make_recipe, tmp_path)
+    code, line, out = limited(limit, make_recipe, tmp_path, rows="8192")
     assert code == 3
     assert line.startswith(f"{PROGRAM}: out of memory: asked for ")
     assert "this process may have (ulimit -v) " in line

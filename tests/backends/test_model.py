@@ -69,7 +69,7 @@ def test_trained_adapters_act_as_merged_ones(make_recipe):
 def test_a_text_leaves_the_keys_and_values_that_are_read_after_it(make_recipe, variant):
     recipe = make_recipe(variant, method=FULL, precision=FP64)
     spec = spec_of(recipe)
-    weights = {p.name: weight[...].astype(np.float64) for p, weight in starting_weights(recipe, spec)}
+    weights = {p.name: weight[...].astype(np.float64) for p, weight in starting_weights(resolve(recipe))}
     text, rest = [5, 71, 230, 9], [17, 300, 4]
     prefix = keys_and_values(spec, weights, text)
     found = numpy_llama.document_logits(weights, spec, rest, prefix=prefix)

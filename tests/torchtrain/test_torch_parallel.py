@@ -107,7 +107,7 @@ def distance_from_plain_torch(recipe: Recipe, *, rates: tuple[float, ...]) -> fl
         with prepared(recipe) as (state, batch):
             if plain:
                 fp64 = recipe.model_copy(update={"precision": Precision(policy="fp64", reduce="fp64")})
-                engine = make_engine(fp64, state.spec, state.model, state.optimizer, mesh=state.mesh)
+                engine = make_engine(resolve(fp64), state.model, state.optimizer, mesh=state.mesh)
                 state = replace(state, engine=engine)
             for lr in rates:
                 state, _ = train_step(state, batch, lr=lr)
