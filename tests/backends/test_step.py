@@ -157,8 +157,17 @@ def same(left, right):
     return all(np.array_equal(array, right[name], equal_nan=True) for name, array in left.items())
 
 
-@METHODS
-@pytest.mark.parametrize("precision", [FP64, {"policy": "fp32"}, BF16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        pytest.param(LORA, BF16, id="lora-bf16"),
+        pytest.param(FULL, {"policy": "fp32"}, id="full-fp32"),
+        *(
+            pytest.param(m, p, marks=pytest.mark.full)
+            for m, p in ((LORA, FP64), (FULL, FP64), (LORA, {"policy": "fp32"}), (FULL, BF16))
+        ),
+    ],
+)
 def test_what_is_kept_of_a_step_changes_no_bit_of_it(make_recipe, method, precision):
     """Where nothing is kept JAX makes gradients and update in one program, else in two."""
     sections = {"batch": {"global_examples": 4, "accumulation": 2}, "optimizer": {"clip_norm": 0.05}}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 from method_sections import sections
 from small import SMALL
 
@@ -186,3 +188,8 @@ PIPES_RESUMED_MORE = [
 ]
 PIPES_EVALUATED = [PIPES[0]]
 PIPES_EVALUATED_MORE = [case("deep", "full", "fp32", **_THREE_D, microbatches=6)]
+
+
+def marked(cases: Sequence[Case | Resumed], fast: Sequence[Case | Resumed]) -> list[Any]:
+    """Parameters of a test: those that are not `fast` are left to the long set."""
+    return [pytest.param(c, id=str(c), marks=[] if c in fast else pytest.mark.full) for c in cases]

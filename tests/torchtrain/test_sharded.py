@@ -18,6 +18,7 @@ from plan_cases import (
     Case,
     Resumed,
     case,
+    marked,
 )
 from plan_runs import (
     Make,
@@ -108,8 +109,15 @@ PLANTED_RESUMED = {
 }
 
 
+# Of the fast tests: each precision, split layers, split weights, and one that goes on under another plan.
+FAST: list[Case | Resumed] = [FEW[0], FEW[3], FEW[4], RESUMED[1]]
+
+
 @pytest.fixture(scope="module")
-def few(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(make: Make, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    if request.config.option.markexpr == "not full":
+        cases = [FEW[0], FEW[3], FEW[4]]
+        return run_cases(make, tmp_path_factory.mktemp("few"), cases, [RESUMED[1]], [])
     return run_cases(make, tmp_path_factory.mktemp("few"), [*FEW, *FEW_VIRTUAL], RESUMED, EVALUATED)
 
 
@@ -118,7 +126,7 @@ def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, tmp_path_factory.mktemp("more"), MORE, RESUMED_MORE, EVALUATED_MORE)
 
 
-@pytest.mark.parametrize("case", [*FEW, *FEW_VIRTUAL], ids=str)
+@pytest.mark.parametrize("case", marked([*FEW, *FEW_VIRTUAL], FAST))
 def test_a_plan_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 
@@ -129,7 +137,7 @@ def test_every_plan_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
 
 
-@pytest.mark.parametrize("resumed", RESUMED, ids=str)
+@pytest.mark.parametrize("resumed", marked(RESUMED, FAST))
 def test_a_run_goes_on_under_another_plan(few: Path, resumed: Resumed):
     check_resumed(few, resumed, few / str(resumed))
 
@@ -140,7 +148,7 @@ def test_larger_runs_go_on_under_another_plan(more: Path, resumed: Resumed):
     check_resumed(more, resumed, more / str(resumed))
 
 
-@pytest.mark.parametrize("case", EVALUATED, ids=str)
+@pytest.mark.parametrize("case", marked(EVALUATED, []))
 def test_heldout_loss_under_a_plan_is_that_of_one_process(few: Path, case: Case):
     check_evaluated(few, case)
 

@@ -20,6 +20,7 @@ from plan_cases import (
     PIPES_VIRTUAL,
     Case,
     Resumed,
+    marked,
 )
 from plan_runs import Make, check, check_evaluated, check_resumed, recipe_of, run_cases, traces
 from ranks import furthest, run, run_all, traced
@@ -80,9 +81,15 @@ PLANTED = {
 }  # fmt: skip
 
 
+# Of the fast tests: both precisions, one of them tied, and one that goes on under another plan.
+FAST: list[Case | Resumed] = [PIPES[0], PIPES[2], PIPES_RESUMED[0]]
+
+
 @pytest.fixture(scope="module")
-def few(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(make: Make, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     home = tmp_path_factory.mktemp("few")
+    if request.config.option.markexpr == "not full":
+        return run_cases(make, home, [PIPES[0], PIPES[2]], PIPES_RESUMED[:1], [])
     return run_cases(make, home, [*PIPES, *PIPES_VIRTUAL], PIPES_RESUMED, PIPES_EVALUATED)
 
 
@@ -92,7 +99,7 @@ def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, home, PIPES_MORE, PIPES_RESUMED_MORE, PIPES_EVALUATED_MORE)
 
 
-@pytest.mark.parametrize("case", [*PIPES, *PIPES_VIRTUAL], ids=str)
+@pytest.mark.parametrize("case", marked([*PIPES, *PIPES_VIRTUAL], FAST))
 def test_a_pipeline_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 
@@ -103,7 +110,7 @@ def test_every_pipeline_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
 
 
-@pytest.mark.parametrize("resumed", PIPES_RESUMED, ids=str)
+@pytest.mark.parametrize("resumed", marked(PIPES_RESUMED, FAST))
 def test_a_pipeline_goes_on_under_another_plan(few: Path, resumed: Resumed):
     check_resumed(few, resumed, few / str(resumed))
 
@@ -114,7 +121,7 @@ def test_larger_pipelines_go_on_under_another_plan(more: Path, resumed: Resumed)
     check_resumed(more, resumed, more / str(resumed))
 
 
-@pytest.mark.parametrize("case", PIPES_EVALUATED, ids=str)
+@pytest.mark.parametrize("case", marked(PIPES_EVALUATED, []))
 def test_heldout_loss_of_a_pipeline_is_that_of_one_process(few: Path, case: Case):
     check_evaluated(few, case)
 
