@@ -23,7 +23,6 @@ from small import QA, ROOT, recipe_maker, write_tokenizer
 from trainspec import checkpoint
 from trainspec.recipe import load_recipe
 
-PROGRAMS = ("jaxtrain", "torchtrain")
 # Many, so that a kill behind the first checkpoint comes long before the end.
 STEPS = 30
 LAST = f"step-{STEPS:06d}"
@@ -54,7 +53,7 @@ def run(program: str, scratch: Path, *argvs: list[str]) -> None:
         assert result["code"] == 0, f"{argv}: {result}"
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", ["torchtrain", pytest.param("jaxtrain", marks=pytest.mark.full)])
 def test_a_run_that_was_killed_goes_on_bit_by_bit(program: str, recipe_file: Path, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(program, tmp_path / "a", ["train", str(recipe_file), "--out", str(whole)])

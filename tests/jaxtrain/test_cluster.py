@@ -80,6 +80,7 @@ def test_two_processes_have_one_leader(recipe_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_a_process_that_failed_does_not_wait_for_those_that_wait_for_it(recipe_file, tmp_path):
     """JAX's own end would, for five minutes, and all that time nobody would know."""
     out, address = tmp_path / "out", f"127.0.0.1:{closed_port()}"

@@ -105,7 +105,7 @@ def test_transformers_catches_it(fault: SharedFault, filled, judge: Judge, monke
 
 @pytest.mark.parametrize(
     "name",
-    ["-", *(pytest.param(f.name, marks=pytest.mark.full) for f in SHARED)],
+    [pytest.param(name, marks=pytest.mark.full) for name in ("-", *(f.name for f in SHARED))],
 )
 def test_parity_passes_all_the_same(name: str, filled, tmp_path: Path):
     """With nothing planted too: tools, a prefix and packed rows, in float64."""
