@@ -1,4 +1,4 @@
-"""What a device holds and moves under every `plan.shards`, beside the arithmetic of `trainspec.cost`.
+"""What a device holds and moves under every `plan.shards`, beside the arithmetic of `trainspec.plans.cost`.
 
     python benchmarks/memory_and_traffic.py [RECIPE] [--devices 1 2 4 8] [--page docs/memory-and-traffic.md]
 
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from trainspec.backends import BACKENDS
-from trainspec.cost import width
 from trainspec.data import Batch, open_dataset
 from trainspec.errors import PlanError
-from trainspec.plan import COMPUTE_DTYPE, Backend, Policy, local_size
+from trainspec.plans.cost import width
+from trainspec.plans.plan import COMPUTE_DTYPE, Backend, Policy, local_size
 from trainspec.recipe import Recipe, load_recipe
-from trainspec.run import cost_of, resolve, resolve_on
+from trainspec.runs.run import cost_of, resolve, resolve_on
 
 SHARDS = ("nothing", "optimizer", "gradients", "params")
 METHODS: dict[str, Sequence[str]] = {"full": ("method={kind: full}",), "lora": ()}
@@ -39,7 +39,7 @@ HEAD = """# Memory and traffic
 Made by `python benchmarks/memory_and_traffic.py --page docs/memory-and-traffic.md`, on CPU.
 
 Bytes per device, in KiB: what is held of weights, gradients (between two microbatches), master weights and moments, and
-what a step of one microbatch sends over `fsdp`, as a ring sends it. *said* is the arithmetic of `trainspec.cost`, which has
+what a step of one microbatch sends over `fsdp`, as a ring sends it. *said* is the arithmetic of `trainspec.plans.cost`, which has
 the reason where a backend departs from ZeRO's paper. JAX's figures are read from its programs (memory from the compiled,
 traffic from the partitioned one), torch's are counted in real processes over gloo. Gradients are summed in the type that is
 computed with. Ψ is the size of the trained weights in that type; times N / (N - 1) the last column is ZeRO's 2Ψ, 2Ψ, 2Ψ and

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, get_args
 
 from trainspec.backends import BACKENDS
 from trainspec.errors import UserError
-from trainspec.plan import BATCH_AXES, MESH_AXES, Plan
+from trainspec.plans.plan import BATCH_AXES, MESH_AXES, Plan
 from trainspec.recipe import Recipe
-from trainspec.run import resolve, resolve_on
+from trainspec.runs.run import resolve, resolve_on
 
 if TYPE_CHECKING:
     from jax import ShapeDtypeStruct

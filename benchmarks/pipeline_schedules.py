@@ -3,7 +3,7 @@
     python benchmarks/pipeline_schedules.py [--page docs/pipeline.md]
 
 Slots are counted in the timeline that each backend's executor goes by, and set beside the formula of
-`trainspec.pipeline`. Memory is what XLA's compiler says of JAX's gradient program on fake CPU devices. With `--page` the
+`trainspec.plans.pipeline`. Memory is what XLA's compiler says of JAX's gradient program on fake CPU devices. With `--page` the
 tables are written there, and the pictures beside it, in a directory of the page's name.
 """
 
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from trainspec.backends import BACKENDS
-from trainspec.capabilities import expected_bubble
 from trainspec.families import PRESETS
-from trainspec.pipeline import Timeline, Work, bubble
-from trainspec.plan import Backend, Plan
+from trainspec.plans.capabilities import expected_bubble
+from trainspec.plans.pipeline import Timeline, Work, bubble
+from trainspec.plans.plan import Backend, Plan
 from trainspec.recipe import Recipe
-from trainspec.run import run_of
+from trainspec.runs.run import run_of
 
 SCHEDULES: tuple[tuple[Backend, str], ...] = (
     ("jax", "gpipe"),
@@ -151,7 +151,7 @@ def bubble_table(found: Mapping[tuple[Any, ...], Timeline]) -> str:
     lines = [
         "\n## What is left unused\n",
         "Slots of time in which a stage does nothing that is kept, of all slots, counted in the schedule; the formula",
-        "(`trainspec.capabilities.expected_bubble`) says the same for every entry. After the stroke: for how many microbatches",
+        "(`trainspec.plans.capabilities.expected_bubble`) says the same for every entry. After the stroke: for how many microbatches",
         "(of one piece of the model) the first stage keeps something at most.\n",
         "| backend | schedule | stages | " + " | ".join(f"{m} microbatches" for m in MICROBATCHES) + " |",
         "|---|---|---|" + "---|" * len(MICROBATCHES),

@@ -9,8 +9,8 @@ from jaxtrain.parallel import is_leader
 from jaxtrain.train import evaluate, train
 from trainspec.backends import BACKENDS
 from trainspec.command import backend_parser, out_directory, run_command, train_request
-from trainspec.export import export
 from trainspec.recipe import load_recipe
+from trainspec.runs.export import export
 
 PROGRAM = BACKENDS["jax"].program
 

@@ -18,8 +18,8 @@ from jax.stages import Lowered
 from jaxtrain.layers import wide
 from jaxtrain.optim import rates
 from jaxtrain.step import State
-from trainspec.cost import Collective
 from trainspec.data import Batch
+from trainspec.plans.cost import Collective
 
 _ELEMENT_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
 _ARRAY = re.compile(rf"\b({'|'.join(_ELEMENT_BYTES)})\[([\d,]*)\]")

@@ -9,7 +9,7 @@ from jaxtrain.families import FAMILIES
 from jaxtrain.layers import Build
 from jaxtrain.tensor import Constrain
 from trainspec.model import ModelSpec
-from trainspec.plan import COMPUTE_DTYPE, Policy
+from trainspec.plans.plan import COMPUTE_DTYPE, Policy
 
 
 def build_model(spec: ModelSpec, *, policy: Policy, remat: str, constrain: Constrain) -> Decoder:

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from jaxtrain.tensor import Place
 from jaxtrain.weights import native_name, native_spec
-from trainspec.accelerators import Devices, accelerators, hides_gpus
 from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
 from trainspec.failures import outcome
 from trainspec.params import Param
-from trainspec.plan import ACTIVATION_AXES, MESH_AXES, Part, Plan, weight_axes
+from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
+from trainspec.plans.plan import ACTIVATION_AXES, MESH_AXES, Part, Plan, weight_axes
 from trainspec.recipe import Recipe
-from trainspec.run import Run, resolve_on
+from trainspec.runs.run import Run, resolve_on
 
 # A cluster that JAX does not find by itself: `HOST:PORT` of process 0, how many processes there are, and which is this.
 _COORDINATOR, _PROCESSES, _PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"

@@ -36,7 +36,7 @@ from jaxtrain.pipeline import (
 )
 from jaxtrain.tensor import chosen
 from trainspec.model import ModelSpec
-from trainspec.plan import Plan
+from trainspec.plans.plan import Plan
 from trainspec.trace import LAYER_POINTS
 
 

@@ -33,8 +33,8 @@ from jaxtrain.weights import is_stacked
 from trainspec.data import IGNORED
 from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
-from trainspec.pipeline import Timeline, Work, stack_order
-from trainspec.plan import Plan
+from trainspec.plans.pipeline import Timeline, Work, stack_order
+from trainspec.plans.plan import Plan
 from trainspec.trace import LAYER_POINTS
 
 # Points after the last layer.

@@ -26,15 +26,15 @@ from jaxtrain.passes import passes_of
 from jaxtrain.storage import Storage
 from jaxtrain.tensor import Weight, chosen
 from jaxtrain.weights import is_stacked, native_name, to_host
-from trainspec.checkpoint import Checkpoint
-from trainspec.contract import Metrics
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.methods import leading_rows
 from trainspec.params import Param
-from trainspec.pipeline import stack_order
-from trainspec.run import Run
+from trainspec.plans.pipeline import stack_order
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.contract import Metrics
+from trainspec.runs.run import Run
 from trainspec.trace import Keep
 from trainspec.weight import WeightLike
 

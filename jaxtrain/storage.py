@@ -15,7 +15,7 @@ from jaxtrain.optim import Moments, Weights
 from jaxtrain.parallel import Layout, constrained
 from jaxtrain.weights import Order, from_canonical, native_shapes, to_canonical
 from trainspec.params import Param
-from trainspec.plan import COMPUTE_DTYPE, STORED_DTYPE, Part
+from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, Part
 from trainspec.recipe import Precision
 from trainspec.weight import WeightLike
 

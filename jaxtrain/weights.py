@@ -2,7 +2,7 @@
 
 Native names are paths of the nnx model: `layers.MODULE.kernel` is [L, in, out] and stands for
 `model.layers.{i}.MODULE.weight`, each [out, in]. The weights of an LSTM and of embeddings are as they are. Which layer is where
-in a stack, `order` says (`trainspec.pipeline.stack_order`): a place without a layer holds zeros.
+in a stack, `order` says (`trainspec.plans.pipeline.stack_order`): a place without a layer holds zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from trainspec.methods import ENCODER, PEFT_PREFIX
 from trainspec.params import Param
-from trainspec.plan import DimAxes
+from trainspec.plans.plan import DimAxes
 from trainspec.weight import WeightLike
 
 LAYER = re.compile(r"^layers\.(\d+)\.")

@@ -11,7 +11,7 @@ from parity.check import check
 from parity.report.verdict import Verdict, explained, values_at
 from parity.runs.sides import parse_side
 from trainspec.errors import UserError, nearest
-from trainspec.plan import Policy
+from trainspec.plans.plan import Policy
 from trainspec.recipe import Recipe
 
 

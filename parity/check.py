@@ -20,9 +20,9 @@ from parity.runs.plans import refusal
 from parity.runs.sides import Ran, Side, resolved_recipe, run_side
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
-from trainspec.plan import Policy
+from trainspec.plans.plan import Policy
 from trainspec.recipe import Recipe, Span, load_recipe
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 from trainspec.schedule import learning_rate
 from trainspec.trace import Trace
 

@@ -19,7 +19,7 @@ from parity.report.verdict import Verdict
 from parity.runs.sides import parse_side
 from trainspec.command import add_recipe, run_command
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
-from trainspec.plan import Policy
+from trainspec.plans.plan import Policy
 
 STATUS_PAGE = Path("docs/parity-status.md")
 

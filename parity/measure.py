@@ -21,9 +21,9 @@ from parity.comparison.tolerance import UNIT, Bounds
 from parity.runs.perturb import DRAWS
 from parity.runs.sides import run_program
 from trainspec.errors import EXIT_DONE, UserError
-from trainspec.plan import COMPUTE_DTYPE, Backend
+from trainspec.plans.plan import COMPUTE_DTYPE, Backend
 from trainspec.recipe import load_recipe
-from trainspec.run import Run, resolve
+from trainspec.runs.run import Run, resolve
 from trainspec.trace import Trace
 
 # The reference is the same for both sides: one of the backends, on one device.

@@ -33,9 +33,9 @@ def real_tokens(padding: str | None) -> np.ndarray:
 
 
 def of_backend(program: str, case: dict[str, Any]) -> np.ndarray:
-    from trainspec import checkpoint
     from trainspec.data import Batch
     from trainspec.recipe import load_recipe
+    from trainspec.runs import checkpoint
 
     step, parallel = (importlib.import_module(f"{program}.{name}") for name in ("step", "parallel"))
     recipe = load_recipe(Path(case["recipe"]))

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from trainspec.families import PRESETS
-from trainspec.hf import write_model
+from trainspec.files.hf import write_model
+from trainspec.files.model_config import config_of
 from trainspec.init import initial_value
 from trainspec.model import ModelSpec
-from trainspec.model_config import config_of
 from trainspec.params import Normal, Param, param_table
 from trainspec.recipe import Recipe
 from trainspec.rope import LinearScaling, Llama3Scaling

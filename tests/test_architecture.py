@@ -320,7 +320,7 @@ def test_the_neutral_half_runs_without_a_framework():
     code = (
         "import sys\n"
         f"for name in {sorted(JAX_WORLD | TORCH_WORLD)!r}: sys.modules[name] = None\n"
-        "import trainspec.cli, trainspec.loop, trainspec.export, trainspec.backends, parity.cli\n"
+        "import trainspec.cli, trainspec.runs.loop, trainspec.runs.export, trainspec.backends, parity.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

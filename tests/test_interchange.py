@@ -19,9 +19,9 @@ from many import ROOT, run_many
 from safetensors.numpy import load_file
 from small import CACHE, recipe_maker
 
-from trainspec.hf import resolve_model
+from trainspec.files.hf import resolve_model
 from trainspec.init import starting_weights
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 from trainspec.text.store import Tokenizer
 
 PROGRAMS = ("jaxtrain", "torchtrain")

@@ -20,13 +20,13 @@ from parity.faults import FAULTS
 from parity.faults.fault import setup_recipe
 from parity.matrix.cells import PLANS, cells
 from parity.runs.fixture import Tiny
-from trainspec.adapters import read_adapter, write_adapter
 from trainspec.errors import RecipeError
+from trainspec.files.adapters import read_adapter, write_adapter
 from trainspec.init import initial_value
 from trainspec.methods import EXAMPLES, METHODS, full_table
 from trainspec.params import Normal
-from trainspec.pipeline import stages_of
-from trainspec.plan import Plan
+from trainspec.plans.pipeline import stages_of
+from trainspec.plans.plan import Plan
 from trainspec.recipe import recipe_from
 
 # What PEFT does not read, each with its reason.

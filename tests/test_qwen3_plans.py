@@ -10,7 +10,7 @@ import pytest
 from parity.check import check
 from parity.report.verdict import Verdict
 from parity.runs.sides import parse_side
-from trainspec.plan import Policy
+from trainspec.plans.plan import Policy
 from trainspec.recipe import Recipe
 
 Make = Callable[..., Recipe]

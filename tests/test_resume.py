@@ -20,8 +20,8 @@ from many import run_many
 from safetensors.numpy import load_file
 from small import QA, ROOT, recipe_maker, write_tokenizer
 
-from trainspec import checkpoint
 from trainspec.recipe import load_recipe
+from trainspec.runs import checkpoint
 
 # Many, so that a kill behind the first checkpoint comes long before the end.
 STEPS = 30

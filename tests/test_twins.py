@@ -19,7 +19,7 @@ from small import recipe_maker
 from parity.check import diff
 from parity.runs.fixture import METHODS
 from parity.runs.launch_many import run_cases, training
-from trainspec.plan import Backend, Plan
+from trainspec.plans.plan import Backend, Plan
 from trainspec.recipe import Recipe
 
 Make = Callable[..., Recipe]

@@ -18,11 +18,11 @@ from torchtrain.train import evaluate, train
 from trainspec.backends import BACKENDS
 from trainspec.command import backend_parser, out_directory, run_command, train_request
 from trainspec.errors import EXIT_DONE, EXIT_INTERRUPTED
-from trainspec.export import export
 from trainspec.failures import explained
 from trainspec.recipe import Recipe, load_recipe
-from trainspec.request import TrainRequest
-from trainspec.run import resolve_on
+from trainspec.runs.export import export
+from trainspec.runs.request import TrainRequest
+from trainspec.runs.run import resolve_on
 
 PROGRAM = BACKENDS["torch"].program
 # A process that does not lead says what is wrong this much later: mostly the leader has said it by then, has ended

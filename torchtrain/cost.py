@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImpor
 
 from torchtrain.engine import Inputs, Microbatches
 from torchtrain.step import State, train_step
-from trainspec.cost import Collective
 from trainspec.data import Batch
+from trainspec.plans.cost import Collective
 
 
 def held(state: State, batch: Batch) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torchtrain.families import FAMILIES
 from torchtrain.layers import RMSNorm, RotaryTables
 from torchtrain.tensor import Peers, split_layers
 from trainspec.model import ModelSpec
-from trainspec.plan import COMPUTE_DTYPE, Policy
+from trainspec.plans.plan import COMPUTE_DTYPE, Policy
 
 
 def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -> PreTrainedModel:

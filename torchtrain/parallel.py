@@ -1,6 +1,6 @@
 """The processes of a run: joining them, their mesh, and the engine that makes an update over it.
 
-Ranks go along `trainspec.plan.MESH_AXES`, the last axis fastest: rank = (stage * replicas + replica) * tensor + part.
+Ranks go along `trainspec.plans.plan.MESH_AXES`, the last axis fastest: rank = (stage * replicas + replica) * tensor + part.
 DeepSpeed is in zero.py, its pipeline in pipeline.py, starting processes in launch.py.
 """
 
@@ -26,12 +26,12 @@ from torchtrain.pipeline import PipelineEngine
 from torchtrain.tensor import Mesh, Peers, is_split
 from torchtrain.weights import canonical_name
 from torchtrain.zero import DeepSpeedEngine, by_part, import_deepspeed
-from trainspec.accelerators import Devices, accelerators, hides_gpus
 from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
-from trainspec.plan import Plan
+from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
+from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
-from trainspec.run import Run, resolve_on
+from trainspec.runs.run import Run, resolve_on
 
 # What a launcher would set; without RANK DeepSpeed looks for MPI. Port 0 lets the system choose a free one.
 _ONE_PROCESS = {

@@ -24,8 +24,8 @@ from torchtrain.tensor import Mesh, compute_device
 from torchtrain.zero import FlatStore, import_deepspeed, initialize, quiet
 from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
-from trainspec.pipeline import Timeline, Work, layer_stages, partition_layers
-from trainspec.plan import Plan
+from trainspec.plans.pipeline import Timeline, Work, layer_stages, partition_layers
+from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
 from trainspec.trace import LAYER_POINTS, activation_points
 
@@ -236,7 +236,7 @@ def _stages(
     deepspeed = import_deepspeed()
 
     class Stages(deepspeed.pipe.PipelineModule):
-        """Cut where `trainspec.pipeline` says; DeepSpeed's own ways count parameters."""
+        """Cut where `trainspec.plans.pipeline` says; DeepSpeed's own ways count parameters."""
 
         def _partition_layers(self, method: str) -> None:
             inner = partition_layers(self._num_layers - 3, self.num_stages)

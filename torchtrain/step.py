@@ -29,16 +29,16 @@ from torchtrain.pipeline import placeholder, point_stages
 from torchtrain.tensor import Mesh, compute_device, to_numpy
 from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
 from torchtrain.zero import Partitioner
-from trainspec.checkpoint import Checkpoint
-from trainspec.contract import Arrays, Metrics
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.methods import Method, leading_rows
 from trainspec.params import Param
-from trainspec.pipeline import stages_of
-from trainspec.plan import COMPUTE_DTYPE
-from trainspec.run import Run
+from trainspec.plans.pipeline import stages_of
+from trainspec.plans.plan import COMPUTE_DTYPE
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.contract import Arrays, Metrics
+from trainspec.runs.run import Run
 from trainspec.trace import Keep
 from trainspec.weight import WeightLike
 

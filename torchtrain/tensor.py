@@ -1,6 +1,6 @@
 """Tensor parallelism: layers that hold a part of their weight, and the collectives between the parts.
 
-Which dimension of a weight is split the table says (`trainspec.plan.WEIGHT_AXES`): `heads`, `kv_heads`, `mlp` and
+Which dimension of a weight is split the table says (`trainspec.plans.plan.WEIGHT_AXES`): `heads`, `kv_heads`, `mlp` and
 `vocab`. A layer whose *outputs* are split is a column layer, one whose *inputs* are split a row layer; what comes out
 of a row layer or an embedding is summed, so the residual stream is whole on every process (Megatron-LM, arXiv
 1909.08053). A block's input is copied once for all its column layers: one sum forward and one backward per block.
@@ -27,7 +27,7 @@ from torchtrain.families import anatomy_of
 from trainspec.data import IGNORED
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
-from trainspec.plan import WEIGHT_AXES
+from trainspec.plans.plan import WEIGHT_AXES
 
 _SHARED_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _HEAD_NUMBERS = 8  # of a tensor of at most six dimensions

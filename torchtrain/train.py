@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torchtrain import step
 from torchtrain.parallel import describe_devices, finish, is_leader, start
-from trainspec import loop
 from trainspec.failures import explained
 from trainspec.recipe import Recipe
-from trainspec.request import TrainRequest
+from trainspec.runs import loop
+from trainspec.runs.request import TrainRequest
 
 
 def train(recipe: Recipe, request: TrainRequest) -> None:

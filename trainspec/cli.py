@@ -10,7 +10,7 @@ from trainspec.command import add_recipe, run_command
 from trainspec.data import open_dataset
 from trainspec.preview import preview
 from trainspec.recipe import Recipe, load_recipe
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 from trainspec.show import show
 
 

@@ -19,8 +19,8 @@ from typing import Literal
 
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, ProcessError, UserError, nearest
 from trainspec.failures import notes_of, outcome
-from trainspec.request import TrainRequest
-from trainspec.resume import ALLOWABLE
+from trainspec.runs.request import TrainRequest
+from trainspec.runs.resume import ALLOWABLE
 from trainspec.trace import TraceRequest
 
 

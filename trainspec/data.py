@@ -21,7 +21,7 @@ from trainspec.methods import virtual_tokens
 from trainspec.model import ModelSpec
 from trainspec.recipe import Data, Recipe
 from trainspec.rng import name_key, threefry2x32
-from trainspec.run import Run
+from trainspec.runs.run import Run
 from trainspec.text.store import COUNTS, TURN, Tokenizer, TokenStore, find_tokenizer, tokenise
 
 # Hugging Face's and torch's mark for a position without loss.

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainspec import checkpoint, memory
-from trainspec.accelerators import Devices
 from trainspec.errors import (
     EXIT_CRASHED,
     EXIT_FAILED,
@@ -26,7 +24,9 @@ from trainspec.errors import (
     ProcessError,
     UserError,
 )
+from trainspec.plans.accelerators import Devices
 from trainspec.recipe import Recipe
+from trainspec.runs import checkpoint, memory
 
 # Classes of torch for what a device, its driver or the network did. JAX has one class for everything: its text begins
 # with a status.

@@ -13,13 +13,13 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from trainspec.adapters import read_adapter
+from trainspec.files.adapters import read_adapter
+from trainspec.files.hf import read_model
 from trainspec.from_text import text_start
-from trainspec.hf import read_model
 from trainspec.params import FromText, FromWeights, Normal, Ones, Param, UniformFanIn, Zeros
-from trainspec.plan import STORED_DTYPE
+from trainspec.plans.plan import STORED_DTYPE
 from trainspec.rng import name_key, threefry2x32
-from trainspec.run import Run
+from trainspec.runs.run import Run
 from trainspec.weight import Index, Weight
 
 

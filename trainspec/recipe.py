@@ -26,7 +26,7 @@ from pydantic import (
 from trainspec.complaint import LARGEST, complaint, shown
 from trainspec.errors import RecipeError
 from trainspec.methods import LoRA, Method
-from trainspec.plan import Plan, Policy
+from trainspec.plans.plan import Plan, Policy
 from trainspec.recipe_file import read_tree
 from trainspec.schedule import Schedule
 from trainspec.text.records import DATE, Task

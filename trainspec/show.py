@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 
-from trainspec.adapters import read_adapter
 from trainspec.backends import BACKENDS
-from trainspec.capabilities import Capabilities
 from trainspec.data import check_positions, open_dataset
 from trainspec.errors import PlanError, UserError
-from trainspec.hf import model_notes, read_model
+from trainspec.files.adapters import read_adapter
+from trainspec.files.hf import model_notes, read_model
 from trainspec.params import Param
+from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe, idle_settings
-from trainspec.report import describe
-from trainspec.run import Run, check_plan, cost_of, resolve
+from trainspec.runs.report import describe
+from trainspec.runs.run import Run, check_plan, cost_of, resolve
 
 
 def show(recipe: Recipe) -> None:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from trainspec.data import Batch
 from trainspec.entry import Role as WeightRole
 from trainspec.errors import TraceError
-from trainspec.tensors import save_tensors
+from trainspec.files.tensors import save_tensors
 
 Arrays = Mapping[str, NDArray[Any]]
 # What an update is asked to keep for its trace; activations come with the gradients.

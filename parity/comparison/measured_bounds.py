@@ -62,7 +62,7 @@ from parity.comparison.tolerance import (
     as_a_whole,
     largest,
 )
-from trainspec.plan import Policy
+from trainspec.plans.plan import Policy
 from trainspec.trace import Trace
 
 Array = NDArray[Any]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Place
-from trainspec.plan import Policy
+from trainspec.plans.plan import Policy
 
 Array = NDArray[Any]
 

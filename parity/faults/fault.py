@@ -11,7 +11,7 @@ from parity.comparison.phases import Place
 from parity.runs.edit import Edit
 from parity.runs.fixture import METHODS, Tiny
 from parity.runs.plans import refusal, runs_as
-from trainspec.plan import Backend, Plan, Policy
+from trainspec.plans.plan import Backend, Plan, Policy
 from trainspec.recipe import Recipe
 
 

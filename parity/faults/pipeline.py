@@ -38,7 +38,9 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "trainspec.pipeline:layer_stages", "__piece % __plan.pipe", "(-1 - __piece) % __plan.pipe"
+                    "trainspec.plans.pipeline:layer_stages",
+                    "__piece % __plan.pipe",
+                    "(-1 - __piece) % __plan.pipe",
                 ),
                 Edit("torchtrain.pipeline:_layers", "__model.layers", "reversed(__model.layers)"),
             ),

@@ -19,7 +19,7 @@ from parity.faults.fault import Fault, in_every_backend, setup_recipe
 from parity.runs.fixture import LORA, write_tiny
 from parity.runs.launch_many import run_cases, training
 from trainspec.errors import UserError, nearest
-from trainspec.plan import Backend, Policy
+from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 

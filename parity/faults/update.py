@@ -182,7 +182,7 @@ FAULTS = (
         where=Where("lr", "lr"),
         edits=in_every_backend(
             Edit(
-                "trainspec.loop:follow",
+                "trainspec.runs.loop:follow",
                 "learning_rate(__schedule, peak=__peak, step=__step, steps=__steps)",
                 "learning_rate(__schedule, peak=__peak, step=__step + 1, steps=__steps)",
             )

@@ -22,7 +22,7 @@ from parity.runs.launch_many import Ended, run_cases, training
 from parity.runs.plans import refusal, runs_as
 from trainspec.backends import BACKENDS
 from trainspec.errors import TraceError, UserError
-from trainspec.plan import Backend, Plan, Policy
+from trainspec.plans.plan import Backend, Plan, Policy
 from trainspec.recipe import Precision, Recipe
 from trainspec.trace import Trace
 

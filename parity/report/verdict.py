@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from parity.comparison.compare import Comparison, Finding
 from parity.comparison.phases import PHASES
-from trainspec.plan import Policy
+from trainspec.plans.plan import Policy
 
 GREEN, RED, DIM, PLAIN = "\x1b[1;32m", "\x1b[1;31m", "\x1b[2m", "\x1b[0m"
 TITLES = {phase.name: phase.title for phase in PHASES}

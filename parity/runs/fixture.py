@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from trainspec.adapters import write_adapter
-from trainspec.hf import write_model
+from trainspec.files.adapters import write_adapter
+from trainspec.files.hf import write_model
 from trainspec.init import initial_value
 from trainspec.methods import EXAMPLES, LoRA, adapter_table
 from trainspec.model import ModelSpec
-from trainspec.model_config import config_of
+from trainspec.files.model_config import config_of
 from trainspec.params import FromWeights, Normal, Param, Zeros, param_table
 from trainspec.recipe import Recipe
 from trainspec.rope import Llama3Scaling

@@ -26,7 +26,7 @@ from parity.runs.plant import CRASHED
 from parity.runs.sides import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
 from trainspec.backends import BACKENDS
 from trainspec.errors import EXIT_DONE
-from trainspec.plan import Backend
+from trainspec.plans.plan import Backend
 
 # One thread for each process: as many as there are devices share the machine's cores. Of tiny models compilation is
 # most of JAX's time: take its short way. It is the same program, fused less.

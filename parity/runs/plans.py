@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from trainspec.backends import BACKENDS
-from trainspec.capabilities import check_supported
+from trainspec.plans.capabilities import check_supported
 from trainspec.errors import PlanError
-from trainspec.plan import Backend, Plan, Policy
+from trainspec.plans.plan import Backend, Plan, Policy
 
 
 def refusal(plan: Plan, policy: Policy, backend: Backend) -> str | None:

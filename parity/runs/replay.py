@@ -30,15 +30,15 @@ from safetensors.numpy import save_file
 from parity.measure import Job
 from parity.runs.perturb import folded, perturbed
 from trainspec.backends import BACKENDS
-from trainspec.checkpoint import Checkpoint
-from trainspec.contract import Backend, Metrics
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.contract import Backend, Metrics
 from trainspec.data import open_dataset
 from trainspec.errors import NonFiniteLossError, TraceError
-from trainspec.hf import write_model
-from trainspec.model_config import config_of
-from trainspec.plan import Plan
+from trainspec.files.hf import write_model
+from trainspec.files.model_config import config_of
+from trainspec.plans.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
-from trainspec.run import Run
+from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
 from trainspec.trace import StepTrace, Trace, TraceWriter
 

@@ -28,7 +28,7 @@ from trainspec.errors import (
     nearest,
 )
 from trainspec.failures import NOTHING_SAVED
-from trainspec.plan import Backend, Policy
+from trainspec.plans.plan import Backend, Policy
 from trainspec.trace import Trace
 
 # A side is named by its backend or by its program.

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from trainspec.hf import resolve_model
+from trainspec.files.hf import resolve_model
 from trainspec.recipe import Recipe
-from trainspec.request import TrainRequest
+from trainspec.runs.request import TrainRequest
 
 NAME = os.environ.get("TWINTRAIN_BACKEND", "jax")
 PROGRAM = f"{NAME}train"

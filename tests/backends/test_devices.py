@@ -14,7 +14,7 @@ from backend import NAME, PROGRAM, check_accelerators, describe_devices
 from small import ROOT
 
 from trainspec.errors import PlanError
-from trainspec.plan import Plan
+from trainspec.plans.plan import Plan
 
 # Every program of these tests is told to stay on the CPU, or is one that has nothing else.
 UNTOLD = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")
@@ -26,7 +26,7 @@ def machine(tmp_path: Path, monkeypatch) -> Path:
     """The root of a machine with no device, of which nobody said that the CPU is to be used."""
     root = tmp_path / "machine"
     (root / "dev").mkdir(parents=True)
-    monkeypatch.setattr("trainspec.accelerators.ROOT", root)
+    monkeypatch.setattr("trainspec.plans.accelerators.ROOT", root)
     for name in UNTOLD:
         monkeypatch.delenv(name, raising=False)
     if NAME == "jax":
@@ -103,7 +103,7 @@ def test_who_hides_the_gpus_is_not_asked_again(machine, monkeypatch):
 def program(recipe_file: Path, out: Path, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`PROGRAM train` on a machine whose device files lie under `root`."""
     code = (
-        "import sys\nfrom pathlib import Path\nimport trainspec.accelerators as accelerators\n"
+        "import sys\nfrom pathlib import Path\nimport trainspec.plans.accelerators as accelerators\n"
         f"accelerators.ROOT = Path({str(root)!r})\n"
         f"from {PROGRAM}.cli import main\nsys.exit(main({['train', str(recipe_file), '--out', str(out)]!r}))"
     )

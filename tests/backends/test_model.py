@@ -11,7 +11,7 @@ from small import VARIANTS
 from trainspec.data import open_dataset
 from trainspec.from_text import keys_and_values
 from trainspec.init import starting_weights
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 
 FP64 = {"policy": "fp64", "reduce": "fp64"}
 # Long enough for rows of several documents.

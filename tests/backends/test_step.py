@@ -7,9 +7,9 @@ from backend import moments_of, restore, spec_of, train_step, weights_of
 from small import VARIANTS
 from test_model import FP64, FULL, LORA, PACKED, prepare
 
-from trainspec.checkpoint import Checkpoint
 from trainspec.errors import NonFiniteLossError
 from trainspec.methods import trainable_table
+from trainspec.runs.checkpoint import Checkpoint
 
 METHODS = pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
 BF16 = {"policy": "bf16", "reduce": "fp32"}

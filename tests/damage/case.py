@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from small import write_checkpoint, write_tokenizer
 
-from trainspec.adapters import write_adapter
 from trainspec.families import PRESETS
+from trainspec.files.adapters import write_adapter
 from trainspec.methods import LoRA, Method, PrefixTuning, PromptTuning, adapter_table
 
 Tree = dict[str, Any]

@@ -13,10 +13,10 @@ import yaml
 
 from damage.case import ADAPTERS, CHATML, MODEL, Case
 from trainspec.data import open_dataset
-from trainspec.model_config import read_model_spec
+from trainspec.files.model_config import read_model_spec
 from trainspec.recipe import DEFAULT_STEPS, load_recipe, recipe_from
 from trainspec.recipe_file import read_tree
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 from trainspec.text.files import read_raw
 from trainspec.text.records import DATE, BadRecord, Reader, Text
 

@@ -20,7 +20,7 @@ import jaxtrain.layers
 from jaxtrain import cost, parallel, step, tensor
 from trainspec.data import Batch
 from trainspec.methods import full_table, trainable_table
-from trainspec.plan import local_size
+from trainspec.plans.plan import local_size
 
 
 def saving_matmul(x: Array, weight: tensor.Weight) -> Array:

@@ -11,7 +11,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 from jaxtrain.pipeline import timeline
-from trainspec.plan import Plan
+from trainspec.plans.plan import Plan
 
 
 def main() -> None:

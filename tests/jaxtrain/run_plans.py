@@ -17,10 +17,10 @@ import numpy as np
 from small import VARIANTS, recipe_maker, write_checkpoint
 
 from jaxtrain import parallel, step
-from trainspec import checkpoint, loop
-from trainspec.checkpoint import Checkpoint
 from trainspec.data import open_dataset
-from trainspec.run import resolve
+from trainspec.runs import checkpoint, loop
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.run import resolve
 from trainspec.weight import Weight
 
 STEPS = 2

@@ -8,9 +8,9 @@ from launch import Runs, launch, worst
 from test_plans import COMMON, FULL, LORA, ROUNDING, assert_equal
 
 from trainspec.backends import BACKENDS
-from trainspec.capabilities import expected_bubble
-from trainspec.pipeline import Work, bubble
-from trainspec.plan import Plan
+from trainspec.plans.capabilities import expected_bubble
+from trainspec.plans.pipeline import Work, bubble
+from trainspec.plans.plan import Plan
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 FAST = "1f1b"  # of the fast tests: the one with a program of its own

@@ -27,7 +27,7 @@ from parity.runs.fixture import METHODS, Tiny, write_tiny
 from parity.runs.perturb import folded, perturbed
 from parity.runs.sides import Side, run_side
 from trainspec.recipe import load_recipe
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 from trainspec.trace import Trace
 
 Low = Literal["fp32", "bf16"]

@@ -15,7 +15,7 @@ from parity.cli import main
 from parity.runs.sides import Side, parse_side
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 
 RECIPE = "model: {from: somewhere}\ndata: {train: some.jsonl}\nrun: {steps: 2}\n"
 STAND_IN = """

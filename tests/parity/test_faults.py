@@ -28,7 +28,7 @@ from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, 
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
 from parity.runs.fixture import Tiny
-from trainspec.plan import Backend
+from trainspec.plans.plan import Backend
 
 # One for each kind of place that a fault may have, and those that a training run is most often wrong by.
 SAMPLE = (

@@ -27,9 +27,9 @@ from parity.matrix.cells import (
 from parity.matrix.status import status_page
 from parity.runs.fixture import METHODS, VARIANTS, Tiny
 from parity.runs.plans import refusal
-from trainspec.capabilities import check_fits
 from trainspec.errors import UserError
-from trainspec.plan import Plan, Policy
+from trainspec.plans.capabilities import check_fits
+from trainspec.plans.plan import Plan, Policy
 
 ROOT = Path(__file__).parent.parent.parent
 CELL = Cell("plain", "full", "packed-2", "one-device", "fp64")

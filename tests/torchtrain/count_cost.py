@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from torchtrain import cost, parallel, step, weights  # noqa: E402
 from trainspec.data import open_dataset  # noqa: E402
 from trainspec.recipe import load_recipe  # noqa: E402
-from trainspec.run import resolve  # noqa: E402
+from trainspec.runs.run import resolve  # noqa: E402
 
 
 def moved_first(file: Path) -> list[dict[str, object]]:

@@ -10,7 +10,7 @@ import pytest
 from method_sections import sections
 from small import SMALL
 
-from trainspec.plan import Plan
+from trainspec.plans.plan import Plan
 
 MODELS = {
     "wide": replace(SMALL, name="wide", kv_heads=4),

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from small import ROOT
 
 from parity.runs.edit import Edit
-from trainspec.adapters import write_adapter
+from trainspec.files.adapters import write_adapter
 from trainspec.init import initial_value
 from trainspec.methods import Full, LoRA, adapter_table
 from trainspec.model import ModelSpec

@@ -23,9 +23,9 @@ from torchtrain import parallel, step  # noqa: E402
 from torchtrain.weights import canonical_name  # noqa: E402
 from trainspec.data import Batch, open_dataset  # noqa: E402
 from trainspec.methods import trainable_table  # noqa: E402
-from trainspec.pipeline import stages_of  # noqa: E402
+from trainspec.plans.pipeline import stages_of  # noqa: E402
 from trainspec.recipe import load_recipe  # noqa: E402
-from trainspec.run import resolve  # noqa: E402
+from trainspec.runs.run import resolve  # noqa: E402
 
 
 def gradients_of_frozen(state: step.State, batch: Batch) -> list[str]:

@@ -23,7 +23,7 @@ from torchtrain import cost, parallel, step  # noqa: E402
 from trainspec.data import Batch, open_dataset  # noqa: E402
 from trainspec.errors import NonFiniteLossError  # noqa: E402
 from trainspec.recipe import Recipe, load_recipe  # noqa: E402
-from trainspec.run import resolve  # noqa: E402
+from trainspec.runs.run import resolve  # noqa: E402
 
 ODD_ROWS = 3
 

@@ -1,4 +1,4 @@
-"""Memory and traffic of ZeRO's stages in two processes, counted, against the arithmetic of `trainspec.cost`."""
+"""Memory and traffic of ZeRO's stages in two processes, counted, against the arithmetic of `trainspec.plans.cost`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ranks import run
 from small import recipe_maker
 
 from trainspec.backends import BACKENDS
-from trainspec.cost import Collective, Cost
+from trainspec.plans.cost import Collective, Cost
 from trainspec.recipe import Recipe
-from trainspec.run import cost_of, resolve
+from trainspec.runs.run import cost_of, resolve
 
 pytestmark = pytest.mark.full
 

@@ -23,8 +23,8 @@ from torchtrain.dropout import CounterDropout
 from torchtrain.parallel import start
 from torchtrain.step import State, init_state
 from torchtrain.weights import canonical_name
-from trainspec.adapters import write_adapter
-from trainspec.hf import resolve_model
+from trainspec.files.adapters import write_adapter
+from trainspec.files.hf import resolve_model
 from trainspec.init import initial_value
 from trainspec.methods import DoRA
 from trainspec.params import Normal, param_table

@@ -27,7 +27,7 @@ from trainspec.data import Batch, open_dataset
 from trainspec.methods import trainable_table
 from trainspec.recipe import Recipe
 from trainspec.rng import name_key
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 
 SHARDS = ("optimizer", "gradients", "params")
 _THREE_D = {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "optimizer", "microbatches": 3}

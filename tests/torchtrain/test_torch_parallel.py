@@ -17,7 +17,7 @@ from trainspec.data import open_dataset
 from trainspec.errors import PlanError
 from trainspec.families import PRESETS
 from trainspec.recipe import Precision, Recipe
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 
 FULL = {"kind": "full"}
 LORA = {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.2, "targets": "all-linear"}

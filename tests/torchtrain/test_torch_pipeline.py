@@ -30,13 +30,13 @@ from torchtrain import parallel
 from torchtrain.pipeline import timeline
 from torchtrain.step import init_state, logits
 from trainspec.backends import BACKENDS
-from trainspec.capabilities import expected_bubble
 from trainspec.data import open_dataset
-from trainspec.hf import resolve_model
-from trainspec.pipeline import bubble
-from trainspec.plan import Plan
+from trainspec.files.hf import resolve_model
+from trainspec.plans.capabilities import expected_bubble
+from trainspec.plans.pipeline import bubble
+from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 
 PROBED = PIPES[0]
 # A mistake each, and the phase in which the comparison must see it.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainspec.accelerators import Devices, accelerators, hides_gpus
+from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
 
 GPU = "this machine has a GPU (/dev/nvidia0)"
 MACHINES = {
@@ -44,7 +44,7 @@ def test_what_a_machine_shows(name, tmp_path: Path, monkeypatch):
     for file, text in contents.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
-    monkeypatch.setattr("trainspec.accelerators.ROOT", tmp_path)
+    monkeypatch.setattr("trainspec.plans.accelerators.ROOT", tmp_path)
     assert [str(accelerator) for accelerator in accelerators()] == found
 
 

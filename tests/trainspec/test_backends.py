@@ -5,10 +5,10 @@ from typing import get_args
 import pytest
 
 from trainspec.backends import BACKENDS
-from trainspec.capabilities import Limit, check_supported
-from trainspec.cost import Cost
 from trainspec.errors import PlanError
-from trainspec.plan import Backend, Plan
+from trainspec.plans.capabilities import Limit, check_supported
+from trainspec.plans.cost import Cost
+from trainspec.plans.plan import Backend, Plan
 
 NO_FLOAT64 = "DeepSpeed has no float64"
 

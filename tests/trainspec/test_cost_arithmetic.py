@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from small import SMALL
 
 from trainspec.backends import BACKENDS
-from trainspec.cost import Collective, Cost
 from trainspec.families import PRESETS
 from trainspec.methods import LoRA, trainable_table
 from trainspec.params import param_table
-from trainspec.plan import Backend, Plan, Policy, local_size
+from trainspec.plans.cost import Collective, Cost
+from trainspec.plans.plan import Backend, Plan, Policy, local_size
 
 SEVEN = PRESETS["llama2-7b"]
 ROWS = param_table(SEVEN)

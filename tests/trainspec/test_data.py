@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trainspec.data import IGNORED, Dataset, open_dataset
 from trainspec.errors import DataError
 from trainspec.recipe import Recipe
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 
 Make = Callable[..., Recipe]
 RECORDS = [

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from small import ROOT
 
-from trainspec import checkpoint
-from trainspec.accelerators import Devices
 from trainspec.command import run_command
 from trainspec.errors import MachineError, NonFiniteLossError, Note, PlanError, ProcessError, WeightsError
 from trainspec.failures import explained, notes_of, outcome, saved_in
+from trainspec.plans.accelerators import Devices
+from trainspec.runs import checkpoint
 
 CPU = Devices("jax", "cpu", 1, 1, 1, ())
 
@@ -143,7 +143,7 @@ def test_a_disk_that_cannot_be_read_does_not_hide_the_error(tmp_path, monkeypatc
     def unreadable(out: Path) -> Path:
         raise OSError(errno.EIO, "Input/output error", str(out))
 
-    monkeypatch.setattr("trainspec.checkpoint.latest", unreadable)
+    monkeypatch.setattr("trainspec.runs.checkpoint.latest", unreadable)
     assert (
         saved_in(tmp_path) == f"what is saved in {tmp_path} cannot be read ({tmp_path}: Input/output error)"
     )

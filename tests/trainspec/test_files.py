@@ -15,19 +15,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small import SMALL, VARIANTS, write_checkpoint
 
-from trainspec import checkpoint
-from trainspec.adapters import write_adapter
-from trainspec.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import RecipeError, TraceError, UserError, WeightsError
-from trainspec.export import export
-from trainspec.hf import MODEL_INDEX, read_model
+from trainspec.files.adapters import write_adapter
+from trainspec.files.hf import MODEL_INDEX, read_model
+from trainspec.files.tensors import save_tensors
 from trainspec.init import starting_weights
 from trainspec.methods import LoRA, adapter_table, trainable_table
 from trainspec.params import param_table
 from trainspec.recipe import Recipe
-from trainspec.run import resolve
-from trainspec.tensors import save_tensors
+from trainspec.runs import checkpoint
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.export import export
+from trainspec.runs.run import resolve
 from trainspec.trace import StepTrace, Trace, TraceWriter
 
 Make = Callable[..., Recipe]
@@ -152,7 +152,7 @@ def test_bfloat16_is_known_without_a_framework(tmp_path: Path):
     whole = load_file(tmp_path / "model.safetensors")
     save_file({k: v.astype(ml_dtypes.bfloat16) for k, v in whole.items()}, tmp_path / "model.safetensors")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom trainspec.hf import model_files\n"
+        "import sys\nfrom pathlib import Path\nfrom trainspec.files.hf import model_files\n"
         "print(model_files(Path(sys.argv[1])).read('model.norm.weight').dtype)"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], check=True, capture_output=True, text=True)

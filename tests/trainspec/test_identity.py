@@ -15,19 +15,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small import QA, SMALL, write_checkpoint, write_tokenizer
 
-from trainspec import checkpoint
-from trainspec.adapters import write_adapter
-from trainspec.checkpoint import Checkpoint
 from trainspec.data import open_dataset
 from trainspec.errors import RecipeError, UserError, WeightsError
-from trainspec.hf import resolve_model
-from trainspec.identity import RANDOM, Identity, identity_of, model_digest, start_digest, weights_digest
+from trainspec.files.adapters import write_adapter
+from trainspec.files.hf import resolve_model
 from trainspec.init import starting_weights
 from trainspec.methods import LoRA, PromptTuning, adapter_table, trainable_table
 from trainspec.recipe import ModelSource, Recipe, load_recipe, recipe_from
-from trainspec.resume import ALLOWABLE, FIXED, Made, check_goes_on
 from trainspec.rope import LinearScaling, Llama3Scaling
-from trainspec.run import Run, resolve, run_of
+from trainspec.runs import checkpoint
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.identity import RANDOM, Identity, identity_of, model_digest, start_digest, weights_digest
+from trainspec.runs.resume import ALLOWABLE, FIXED, Made, check_goes_on
+from trainspec.runs.run import Run, resolve, run_of
 
 Make = Callable[..., Recipe]
 STORED = Path(__file__).parent.parent / "stored"

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from trainspec.accelerators import Devices
 from trainspec.errors import DataError, MachineError
 from trainspec.failures import explained, outcome
-from trainspec.memory import GIB, Lack, host_memory, lack_of_memory, told, what_helps
+from trainspec.plans.accelerators import Devices
+from trainspec.runs.memory import GIB, Lack, host_memory, lack_of_memory, told, what_helps
 
 MIB = 2**20
 CPU = Devices("jax", "cpu", 1, 1, 1, ())

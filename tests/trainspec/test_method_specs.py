@@ -12,11 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small import SMALL
 
-from trainspec import checkpoint
-from trainspec.adapters import read_adapter, write_adapter
-from trainspec.checkpoint import Checkpoint
 from trainspec.errors import RecipeError, WeightsError
-from trainspec.export import export
+from trainspec.files.adapters import read_adapter, write_adapter
 from trainspec.from_text import keys_and_values
 from trainspec.init import starting_weights
 from trainspec.methods import (
@@ -41,8 +38,11 @@ from trainspec.methods import (
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.recipe import Recipe, load_recipe
-from trainspec.report import describe
-from trainspec.run import resolve, run_of
+from trainspec.runs import checkpoint
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.export import export
+from trainspec.runs.report import describe
+from trainspec.runs.run import resolve, run_of
 
 Make = Callable[..., Recipe]
 ADDED: tuple[Method, ...] = tuple(spec for spec in EXAMPLES.values() if not spec.trains_model)

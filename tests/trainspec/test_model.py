@@ -8,17 +8,17 @@ from small import VARIANTS
 
 from trainspec.errors import ModelError, RecipeError
 from trainspec.families import preset
-from trainspec.hf import resolve_model
-from trainspec.init import initial_value
-from trainspec.methods import LoRA, adapter_table, target_modules
-from trainspec.model import ModelSpec
-from trainspec.model_config import (
+from trainspec.files.hf import resolve_model
+from trainspec.files.model_config import (
     config_notes,
     config_of,
     exported_config,
     model_spec_from_config,
     read_model_spec,
 )
+from trainspec.init import initial_value
+from trainspec.methods import LoRA, adapter_table, target_modules
+from trainspec.model import ModelSpec
 from trainspec.params import Normal, Param, UniformFanIn, param_table
 from trainspec.recipe import ModelSource
 from trainspec.rope import DynamicScaling, inverse_frequencies

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainspec import checkpoint
-from trainspec.checkpoint import Checkpoint
-from trainspec.contract import Metrics
-from trainspec.loop import follow
-from trainspec.observers import Due, Evaluation, Needs, Observer, Saving, Tracing, needs_of
-from trainspec.run import resolve
-from trainspec.run_data import open_data
+from trainspec.runs import checkpoint
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.contract import Metrics
+from trainspec.runs.loop import follow
+from trainspec.runs.observers import Due, Evaluation, Needs, Observer, Saving, Tracing, needs_of
+from trainspec.runs.run import resolve
+from trainspec.runs.run_data import open_data
 from trainspec.trace import Trace, TraceRequest
 
 

@@ -22,20 +22,20 @@ from small import ROOT, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from trainspec import checkpoint
-from trainspec.adapters import read_adapter, write_adapter
-from trainspec.checkpoint import Checkpoint
 from trainspec.errors import DataError, ModelError, RecipeError, WeightsError
-from trainspec.export import export
-from trainspec.hf import copy_tokenizer, model_notes, read_model, resolve_model, tokenizer_files
-from trainspec.identity import model_digest, weights_digest
+from trainspec.files.adapters import read_adapter, write_adapter
+from trainspec.files.hf import copy_tokenizer, model_notes, read_model, resolve_model, tokenizer_files
+from trainspec.files.model_config import model_spec_from_config
 from trainspec.methods import LoRA, adapter_table, trainable_table
 from trainspec.model import ModelSpec
-from trainspec.model_config import model_spec_from_config
 from trainspec.params import param_table
 from trainspec.recipe import ModelSource, Recipe
 from trainspec.rope import inverse_frequencies
-from trainspec.run import resolve
+from trainspec.runs import checkpoint
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.export import export
+from trainspec.runs.identity import model_digest, weights_digest
+from trainspec.runs.run import resolve
 from trainspec.text.store import find_tokenizer
 
 Make = Callable[..., Recipe]
@@ -225,7 +225,7 @@ def test_a_tied_model_may_store_the_head_alone(tmp_path: Path):
 
 
 def test_an_equal_head_is_tied_and_one_number_makes_it_its_own(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("trainspec.hf.COMPARED_BYTES", 1000)  # several parts
+    monkeypatch.setattr("trainspec.files.hf.COMPARED_BYTES", 1000)  # several parts
     a_model(tmp_path, tie_word_embeddings=True)
     table = torch.from_numpy(load_file(tmp_path / "model.safetensors")[EMBEDDING])
     edit_weights(tmp_path, lm_head__weight=table.clone())
@@ -569,8 +569,8 @@ def test_files_are_read_as_utf_8_whatever_the_locale_says(tmp_path: Path):
     words = json.loads(adapter_config.read_text()) | {"base_model_name_or_path": "größe"}
     adapter_config.write_text(json.dumps(words, ensure_ascii=False), encoding="utf-8")
     code = (
-        "import locale, sys\nfrom pathlib import Path\nfrom trainspec.adapters import read_adapter\n"
-        "from trainspec.hf import model_notes, resolve_model\nfrom trainspec.methods import LoRA, adapter_table\n"
+        "import locale, sys\nfrom pathlib import Path\nfrom trainspec.files.adapters import read_adapter\n"
+        "from trainspec.files.hf import model_notes, resolve_model\nfrom trainspec.methods import LoRA, adapter_table\n"
         "from trainspec.recipe import ModelSource\n"
         "assert locale.getpreferredencoding(False) != 'UTF-8'\n"
         "here = Path(sys.argv[1])\n"

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from small import SMALL
 
 from trainspec.backends import BACKENDS
-from trainspec.capabilities import check_trains, expected_bubble
 from trainspec.errors import PlanError
 from trainspec.methods import LoRA, PrefixTuning, PromptTuning, PTuning, adapter_table
 from trainspec.params import param_table
-from trainspec.pipeline import (
+from trainspec.plans.capabilities import check_trains, expected_bubble
+from trainspec.plans.pipeline import (
     Work,
     bubble,
     partition_layers,
     stack_order,
     stages_of,
 )
-from trainspec.plan import Plan
+from trainspec.plans.plan import Plan
 
 FIVE = replace(SMALL, layers=5)
 

@@ -6,11 +6,11 @@ import pytest
 from small import SMALL
 
 from trainspec.backends import BACKENDS
-from trainspec.capabilities import check_fits, check_supported
 from trainspec.errors import PlanError
 from trainspec.methods import LoRA, adapter_table
 from trainspec.params import param_table
-from trainspec.plan import Plan, local_size, weight_axes
+from trainspec.plans.capabilities import check_fits, check_supported
+from trainspec.plans.plan import Plan, local_size, weight_axes
 
 ROWS = {p.name: p for p in param_table(replace(SMALL, attention_bias=True))}
 ADAPTER = {p.name.split(".", 2)[2]: p for p in adapter_table(SMALL, LoRA(targets=("q_proj", "o_proj")))}

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from trainspec.prefetch import prefetched
+from trainspec.runs.prefetch import prefetched
 
 
 def threads() -> list[str]:

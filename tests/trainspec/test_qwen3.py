@@ -14,8 +14,8 @@ from transformers import AutoConfig, Qwen3Config
 
 from trainspec.errors import ModelError
 from trainspec.families import PRESETS
-from trainspec.hf import read_model
-from trainspec.model_config import (
+from trainspec.files.hf import read_model
+from trainspec.files.model_config import (
     config_notes,
     config_of,
     exported_config,

@@ -15,7 +15,7 @@ from small import ROOT, write_tokenizer
 
 from trainspec.data import IGNORED, Dataset, open_dataset
 from trainspec.errors import DataError
-from trainspec.run import resolve
+from trainspec.runs.run import resolve
 from trainspec.text.store import Tokenizer
 
 CHATML = (

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 
-from trainspec.capabilities import Capabilities
-from trainspec.plan import Backend
+from trainspec.plans.capabilities import Capabilities
+from trainspec.plans.plan import Backend
 
 
 def _declared() -> dict[Backend, Capabilities]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainspec.capabilities import Capabilities
-from trainspec.cost import Cost, width
 from trainspec.params import Param
-from trainspec.pipeline import stack_order
-from trainspec.plan import COMPUTE_DTYPE, Part, local_size
+from trainspec.plans.capabilities import Capabilities
+from trainspec.plans.cost import Cost, width
+from trainspec.plans.pipeline import stack_order
+from trainspec.plans.plan import COMPUTE_DTYPE, Part, local_size
 
 
 class JaxCost(Cost):

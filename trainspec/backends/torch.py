@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainspec.capabilities import Capabilities, Limit
-from trainspec.cost import Cost, width
 from trainspec.families import family_of
 from trainspec.params import Param
-from trainspec.pipeline import stages_of
-from trainspec.plan import COMPUTE_DTYPE, Part, local_size
+from trainspec.plans.capabilities import Capabilities, Limit
+from trainspec.plans.cost import Cost, width
+from trainspec.plans.pipeline import stages_of
+from trainspec.plans.plan import COMPUTE_DTYPE, Part, local_size
 
 
 class TorchCost(Cost):

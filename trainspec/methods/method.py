@@ -42,7 +42,7 @@ class Tensors(Protocol):
 
 
 class AdapterFiles(Protocol):
-    """The files of an adapter's directory, as a method reads them (`trainspec.adapters` opens them)."""
+    """The files of an adapter's directory, as a method reads them (`trainspec.files.adapters` opens them)."""
 
     @property
     def directory(self) -> Path:

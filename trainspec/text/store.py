@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.errors import DataError, nearest
-from trainspec.hf import tokenizer_files
+from trainspec.files.hf import tokenizer_files
 from trainspec.recipe import Data
 from trainspec.text.files import check_source, is_hub
 from trainspec.text.process import ask, versions

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainspec.plan import Backend
+from trainspec.plans.plan import Backend
 
 # Where device files and the kernel's list of PCI devices are looked for.
 ROOT = Path("/")

@@ -15,7 +15,7 @@ from typing import Literal
 from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.plan import Plan
+from trainspec.plans.plan import Plan
 
 # The logical axes of an encoder that makes every layer's keys and values.
 PREFIX_ENCODER_AXES = frozenset({"prefix", "prefix_hidden"})

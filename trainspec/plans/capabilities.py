@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from trainspec.cost import Cost
 from trainspec.errors import PlanError
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.pipeline import stages_of
-from trainspec.plan import Backend, Plan, Policy
+from trainspec.plans.cost import Cost
+from trainspec.plans.pipeline import stages_of
+from trainspec.plans.plan import Backend, Plan, Policy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Whether a run may go on from a checkpoint: what must be the same, what `--allow` lets change, and what is free.
 
-Compared are contents (`trainspec.identity`), not paths. Free are where and how a run computes (plan, precision, how a
+Compared are contents (`trainspec.runs.identity`), not paths. Free are where and how a run computes (plan, precision, how a
 batch is accumulated), how long it is and how often it reports and saves, and what is measured on the way.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from trainspec.complaint import shown
 from trainspec.errors import RecipeError
-from trainspec.identity import RANDOM, Identity, model_digest, weights_digest
+from trainspec.runs.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.recipe import Recipe
-from trainspec.run import Run
+from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
 
 # What `--allow` takes: settings that may change on the way, if it is wanted.

@@ -19,7 +19,7 @@ from typing import Any
 from numpy.typing import DTypeLike
 
 from trainspec.errors import WeightsError
-from trainspec.hf import (
+from trainspec.files.hf import (
     TensorFiles,
     check_reads_back,
     copy_tokenizer,
@@ -27,12 +27,12 @@ from trainspec.hf import (
     refuse_non_finite,
     replaced_directory,
 )
+from trainspec.files.tensors import save_tensors
 from trainspec.methods import ADAPTER_FILE, MethodSpec
 from trainspec.methods.adapter_config import ADAPTER_CONFIG
 from trainspec.methods.method import Arrays
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.tensors import save_tensors
 from trainspec.weight import Weight
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.plan import COMPUTE_DTYPE, STORED_DTYPE, Part, Plan, Policy, local_size
+from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, Part, Plan, Policy, local_size
 
 
 def width(dtype: str) -> int:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from trainspec.data import Dataset
-from trainspec.hf import read_model
+from trainspec.files.hf import read_model
 from trainspec.methods import ADAPTER_FILE, ENCODER_FILE, Method
 from trainspec.model import ModelSpec
-from trainspec.run import Run
+from trainspec.runs.run import Run
 from trainspec.weight import Index, Weight
 
 # In place of a digest: the seed, which the recipe says, decides the weights.

@@ -15,14 +15,14 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from trainspec import checkpoint
-from trainspec.accelerators import Devices
+from trainspec.runs import checkpoint
+from trainspec.plans.accelerators import Devices
 from trainspec.backends import BACKENDS
 from trainspec.causal import causal_order
-from trainspec.contract import Backend, S
+from trainspec.runs.contract import Backend, S
 from trainspec.data import Batch, open_dataset
-from trainspec.hf import model_notes
-from trainspec.observers import (
+from trainspec.files.hf import model_notes
+from trainspec.runs.observers import (
     Due,
     Evaluation,
     Observer,
@@ -33,13 +33,13 @@ from trainspec.observers import (
     heldout_loss,
     needs_of,
 )
-from trainspec.prefetch import prefetched
+from trainspec.runs.prefetch import prefetched
 from trainspec.recipe import idle_settings
-from trainspec.report import Reporter, Silent, describe, opening
-from trainspec.request import TrainRequest
-from trainspec.resume import check_goes_on
-from trainspec.run import Run
-from trainspec.run_data import RunData, open_data
+from trainspec.runs.report import Reporter, Silent, describe, opening
+from trainspec.runs.request import TrainRequest
+from trainspec.runs.resume import check_goes_on
+from trainspec.runs.run import Run
+from trainspec.runs.run_data import RunData, open_data
 from trainspec.schedule import learning_rate
 from trainspec.trace import check_free
 

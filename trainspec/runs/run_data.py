@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from trainspec.data import Dataset, open_dataset
-from trainspec.identity import Identity, identity_of
+from trainspec.runs.identity import Identity, identity_of
 from trainspec.recipe import Span
-from trainspec.run import Run
+from trainspec.runs.run import Run
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from trainspec import checkpoint
-from trainspec.adapters import write_adapter
+from trainspec.runs import checkpoint
+from trainspec.files.adapters import write_adapter
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.families import family_of
-from trainspec.hf import (
+from trainspec.files.hf import (
     model_files,
     read_model,
     read_rows,
@@ -21,11 +21,11 @@ from trainspec.hf import (
 )
 from trainspec.init import base_weights
 from trainspec.model import ModelSpec
-from trainspec.model_config import config_of, exported_config, read_config
+from trainspec.files.model_config import config_of, exported_config, read_config
 from trainspec.params import Param
-from trainspec.plan import STORED_DTYPE
+from trainspec.plans.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
-from trainspec.run import Run, resolve
+from trainspec.runs.run import Run, resolve
 from trainspec.text.store import find_tokenizer
 from trainspec.weight import Array, WeightLike
 

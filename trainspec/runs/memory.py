@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainspec.accelerators import Devices
+from trainspec.plans.accelerators import Devices
 from trainspec.backends import BACKENDS
-from trainspec.capabilities import check_supported
+from trainspec.plans.capabilities import check_supported
 from trainspec.errors import PlanError, UserError
-from trainspec.plan import Backend, Plan
+from trainspec.plans.plan import Backend, Plan
 from trainspec.recipe import Recipe
 
 GIB = 2**30

@@ -7,9 +7,9 @@ from typing import Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from trainspec.checkpoint import Checkpoint
+from trainspec.runs.checkpoint import Checkpoint
 from trainspec.data import Batch
-from trainspec.run import Run
+from trainspec.runs.run import Run
 from trainspec.trace import Keep
 
 Arrays = dict[str, NDArray[Any]]

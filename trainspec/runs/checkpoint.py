@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from trainspec.errors import RecipeError, WeightsError
-from trainspec.hf import TensorFiles, check_reads_back, read_rows, refuse_non_finite
-from trainspec.identity import Identity
-from trainspec.plan import STORED_DTYPE
+from trainspec.files.hf import TensorFiles, check_reads_back, read_rows, refuse_non_finite
+from trainspec.runs.identity import Identity
+from trainspec.plans.plan import STORED_DTYPE
 from trainspec.recipe import Recipe, recipe_from
-from trainspec.resume import Made, check_reads
-from trainspec.run import Run
-from trainspec.tensors import save_tensors
+from trainspec.runs.resume import Made, check_reads
+from trainspec.runs.run import Run
+from trainspec.files.tensors import save_tensors
 from trainspec.weight import WeightLike
 
 STEP_FOLDER = re.compile(r"step-(\d+)")

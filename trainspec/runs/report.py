@@ -18,11 +18,11 @@ import numpy as np
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-from trainspec.accelerators import Devices
-from trainspec.memory import host_memory
-from trainspec.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan
+from trainspec.plans.accelerators import Devices
+from trainspec.runs.memory import host_memory
+from trainspec.plans.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan
 from trainspec.recipe import Recipe
-from trainspec.run import Run
+from trainspec.runs.run import Run
 
 
 @dataclass(frozen=True)

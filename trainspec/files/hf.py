@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 
 from trainspec.errors import ModelError, WeightsError
 from trainspec.families import family_of, preset
+from trainspec.files.model_config import config_notes, read_config, read_model_spec
+from trainspec.files.tensors import save_tensors
+from trainspec.files.weight_files import MODEL_FILE, MODEL_INDEX, weight_files
 from trainspec.model import ModelSpec
-from trainspec.model_config import config_notes, read_config, read_model_spec
 from trainspec.params import Param
 from trainspec.recipe import ModelSource
-from trainspec.tensors import save_tensors
 from trainspec.weight import Index, Weight
-from trainspec.weight_files import MODEL_FILE, MODEL_INDEX, weight_files
 
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 # safetensors' words for what weights may be stored as, and numpy's.

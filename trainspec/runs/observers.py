@@ -13,13 +13,13 @@ from functools import reduce
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, get_args
 
-from trainspec import checkpoint
-from trainspec.checkpoint import Checkpoint
-from trainspec.contract import Arrays, Backend, Metrics, S
+from trainspec.runs import checkpoint
+from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.contract import Arrays, Backend, Metrics, S
 from trainspec.data import Batch, Dataset
-from trainspec.identity import Identity
+from trainspec.runs.identity import Identity
 from trainspec.recipe import Recipe
-from trainspec.report import Reporter, Silent, StepReport
+from trainspec.runs.report import Reporter, Silent, StepReport
 from trainspec.trace import Keep, Named, StepTrace, TraceRequest, TraceWriter
 
 State = TypeVar("State", contravariant=True)

@@ -1,0 +1,1 @@
+"""How a run is spread over devices, what each backend can do of it, and what it costs."""
