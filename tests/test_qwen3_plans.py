@@ -26,9 +26,9 @@ PLANS: list[tuple[str, str, Policy]] = [
 ]  # fmt: skip
 # On torch, a tensor peer that keeps the gradient of its own heads.
 NOT_SUMMED = """
-import torchtrain.tensor
+import torchtrain.tensor_parallel
 from torch.func import functional_call
-torchtrain.tensor.HeadNorm.forward = lambda self, x: functional_call(self._norm[0], {"weight": self.weight}, (x,))
+torchtrain.tensor_parallel.HeadNorm.forward = lambda self, x: functional_call(self._norm[0], {"weight": self.weight}, (x,))
 """
 
 

@@ -6,13 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchtrain.families import anatomy_of
-from torchtrain.tensor import Mesh, to_numpy
+from torchtrain.mesh import Mesh
+from torchtrain.precision import to_numpy
+from trainspec.plans.pipeline import layer_stages
+from trainspec.plans.plan import Plan
+from trainspec.trace import LAYER_POINTS, activation_points
 
 
 class Recording:
@@ -50,6 +55,14 @@ def recorded(model: PreTrainedModel) -> Iterator[list[Recording]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def point_stages(plan: Plan, layers: int) -> dict[str, int]:
+    """The stage of each of `trainspec.trace.activation_points`, in their order."""
+    first, *inner, norm, logits = activation_points(layers)
+    of_layers = np.repeat(layer_stages(plan, layers), len(LAYER_POINTS)).tolist()
+    last = plan.pipe - 1
+    return {first: 0, **dict(zip(inner, of_layers, strict=True)), norm: last, logits: last}
 
 
 def by_point(

@@ -12,8 +12,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from torchtrain.launch import count_processes, has_launcher, launch, report_to_launcher
-from torchtrain.parallel import check_accelerators, describe_devices, is_leader
+from torchtrain.cluster import (
+    check_accelerators,
+    count_processes,
+    describe_devices,
+    has_launcher,
+    is_leader,
+)
+from torchtrain.launch import launch, report_to_launcher
 from torchtrain.train import evaluate, train
 from trainspec.backends import BACKENDS
 from trainspec.command import backend_parser, out_directory, run_command, train_request

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
 
-from torchtrain.engine import Inputs, Microbatches
+from torchtrain.engines.engine import Inputs, Microbatches
 from torchtrain.step import State, train_step
 from trainspec.data import Batch
 from trainspec.plans.cost import Collective
@@ -29,7 +29,7 @@ def held(state: State, batch: Batch) -> dict[str, int]:
 
     def weigh() -> None:
         seen: set[int] = set()
-        parts = state.engine.store.held()
+        parts = state.engine.store.tensors()
         found.append({part: _bytes(tensors, seen) for part, tensors in parts.items()})
 
     def weighed(microbatches: Microbatches) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,10 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from trainspec.errors import MachineError, PlanError, ProcessError
+from torchtrain.cluster import check_gpus
+from trainspec.errors import MachineError, ProcessError
 from trainspec.parent import end_with
 
 _POLL_SECONDS = 0.05
@@ -52,61 +51,6 @@ class _Failure(NamedTuple):
     rank: int
     code: int | None
     line: str
-
-
-def describe_cluster(environment: Mapping[str, str]) -> dict[str, str]:
-    """torch's names for what Slurm says of a job step of several tasks; nothing where a launcher said it already."""
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if "RANK" in environment or tasks == "1":
-        return {}
-    job = int(environment.get("SLURM_JOB_ID", "0"))
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": tasks,
-        "MASTER_ADDR": environment.get("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"])),
-        # Jobs that share a node differ in their number.
-        "MASTER_PORT": environment.get("MASTER_PORT", str(20_000 + job % 10_000)),
-    }
-
-
-def _first_host(nodes: str) -> str:
-    """`gpu[03-05,09],login1` -> `gpu03`."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
-    assert match, nodes
-    return match[1] + (match[2] or "")
-
-
-def count_processes(environment: Mapping[str, str]) -> int:
-    """How many processes the launcher has started; 1 where there was none.
-
-    Raises PlanError for what no launcher says, such as a WORLD_SIZE that was left over from another run.
-    """
-    group = {**environment, **describe_cluster(environment)}
-    found = {name: group[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in group}
-    processes, rank = found.get("WORLD_SIZE", "1"), found.get("RANK", "0")
-    said = " ".join(f"{name}={value}" for name, value in found.items())
-    way_out = f"unset {' '.join(found)}, or start with torchrun"
-    if not all(value.isdecimal() for value in found.values()) or not int(rank) < int(processes):
-        raise PlanError(f"{said}: not what a launcher says; {way_out}")
-    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in group]
-    if int(processes) > 1 and missing:
-        raise PlanError(f"{said} without {', '.join(missing)}: not what a launcher says; {way_out}")
-    return int(processes)
-
-
-def has_launcher(environment: Mapping[str, str]) -> bool:
-    """Whether somebody started this process as one of a group."""
-    return count_processes(environment) > 1 or "TORCHELASTIC_RUN_ID" in environment
-
-
-def check_gpus(processes: int) -> None:
-    """Raises PlanError where that many processes of this machine would have to share a GPU."""
-    if torch.cuda.is_available() and processes > torch.cuda.device_count():
-        raise PlanError(
-            f"{processes} processes on this machine, which shows {torch.cuda.device_count()} GPUs; use a plan of fewer "
-            "devices, start them on more machines, or set CUDA_VISIBLE_DEVICES= to train on its cores"
-        )
 
 
 def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchtrain.tensor import compute_device
+from torchtrain.mesh import compute_device
 from trainspec.model import ModelSpec
 from trainspec.rope import inverse_frequencies
 

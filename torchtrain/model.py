@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 
 from torchtrain.families import FAMILIES
 from torchtrain.layers import RMSNorm, RotaryTables
-from torchtrain.tensor import Peers, split_layers
+from torchtrain.mesh import Peers
+from torchtrain.precision import accumulation_dtype, compute_dtype
+from torchtrain.tensor_parallel import split_layers
 from trainspec.model import ModelSpec
-from trainspec.plans.plan import COMPUTE_DTYPE, Policy
+from trainspec.plans.plan import Policy
 
 
 def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -> PreTrainedModel:
@@ -21,7 +23,7 @@ def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -
     what is split: here it is the layers.
     """
     anatomy = FAMILIES[spec.family]
-    dtype = getattr(torch, COMPUTE_DTYPE[policy])
+    dtype = compute_dtype(policy)
     with torch.device("meta"):  # no memory and no random numbers for weights that are filled later
         model = anatomy.make(spec)
         if policy == "fp64":
@@ -30,7 +32,7 @@ def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -
             split_layers(model, spec, tensor)
         model.to(dtype)
     model.tie_weights()
-    anatomy.put_rotary(model, RotaryTables(spec, torch.promote_types(dtype, torch.float32)))
+    anatomy.put_rotary(model, RotaryTables(spec, accumulation_dtype(dtype)))
     if remat == "full":
         # No torch random numbers are drawn in a layer: their state need not be kept for the recomputation.
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

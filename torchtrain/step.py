@@ -16,26 +16,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from torchtrain.activations import Recording, by_point, recorded
+from torchtrain.activations import Recording, by_point, point_stages, recorded
+from torchtrain.cluster import is_leader
 from torchtrain.dropout import DropoutPoint
-from torchtrain.engine import Engine, Inputs, Stored
+from torchtrain.engines import make_engine
+from torchtrain.engines.deepspeed import Partitioner
+from torchtrain.engines.engine import Engine, Inputs, Stored
+from torchtrain.engines.pipeline import placeholder
 from torchtrain.layers import attention_mask
 from torchtrain.loss import token_loss
+from torchtrain.mesh import Mesh, compute_device, make_mesh
 from torchtrain.methods import all_labels, all_positions, all_visible, attach
 from torchtrain.model import build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
-from torchtrain.parallel import is_leader, make_engine, make_mesh
-from torchtrain.pipeline import placeholder, point_stages
-from torchtrain.tensor import Mesh, compute_device, to_numpy
+from torchtrain.precision import compute_dtype, to_numpy
 from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
-from torchtrain.zero import Partitioner
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.methods import Method, leading_rows
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
-from trainspec.plans.plan import COMPUTE_DTYPE
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Arrays, Metrics
 from trainspec.runs.run import Run
@@ -57,7 +58,7 @@ class State:
 
 
 def init_state(run: Run, *, like: State | None = None) -> State:
-    """The run before its first update. `parallel.start` comes first.
+    """The run before its first update. `cluster.start` comes first.
 
     Differs from jaxtrain: of `like` nothing was compiled that could be used again.
     """
@@ -68,10 +69,10 @@ def init_state(run: Run, *, like: State | None = None) -> State:
     allocate(
         model,
         weights,
-        dtype=getattr(torch, COMPUTE_DTYPE[policy]),
+        dtype=compute_dtype(policy),
         tensor=mesh.tensor,
         is_mine=lambda p: mesh.stages.index in stages_of(p, recipe.plan, spec),
-        settle=Partitioner(recipe, spec, mesh),
+        settle=Partitioner(run, mesh),
     )
     optimizer = _optimizer(run, model)
     engine = make_engine(run, model, optimizer, mesh=mesh)
@@ -229,7 +230,7 @@ def restore(state: State, checkpoint: Checkpoint) -> State:
 
 def _arrays(state: State, what: Stored, table: Sequence[Param]) -> Arrays:
     """One kind of tensor of every row of the table."""
-    reduced = getattr(torch, COMPUTE_DTYPE[state.run.recipe.precision.reduce])
+    reduced = compute_dtype(state.run.recipe.precision.reduce)
 
     def read(parameter: nn.Parameter) -> Tensor:
         found = state.engine.store.read(what, parameter)

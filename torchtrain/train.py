@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from torchtrain import step
-from torchtrain.parallel import describe_devices, finish, is_leader, start
+from torchtrain.cluster import describe_devices, finish, is_leader, start
 from trainspec.failures import explained
 from trainspec.recipe import Recipe
 from trainspec.runs import loop

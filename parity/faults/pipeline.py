@@ -42,7 +42,7 @@ FAULTS = (
                     "__piece % __plan.pipe",
                     "(-1 - __piece) % __plan.pipe",
                 ),
-                Edit("torchtrain.pipeline:_layers", "__model.layers", "reversed(__model.layers)"),
+                Edit("torchtrain.engines.pipeline:_layers", "__model.layers", "reversed(__model.layers)"),
             ),
         },
         setup="pipe",
@@ -63,7 +63,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.pipeline:_layers",
+                    "torchtrain.engines.pipeline:_layers",
                     "__middle = [*__blocks, __norm]",
                     "from parity.faults.substitutes.torch_layers import second_is_first\n"
                     "__middle = [*second_is_first(__blocks), __norm]",
@@ -88,9 +88,10 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.pipeline:PipelineEngine._forward_pass",
-                    '__buffer = __inputs["input_ids"]',
-                    '__buffer = getattr(self, "_ids", __inputs["input_ids"])\nself._ids = __inputs["input_ids"]',
+                    "torchtrain.engines.pipeline:PipelineEngine._forward_pass",
+                    '__pipeline.set_input(__buffer, __inputs["input_ids"])',
+                    '__pipeline.set_input(__buffer, getattr(self, "_ids", __inputs["input_ids"]))\n'
+                    'self._ids = __inputs["input_ids"]',
                 ),
             ),
         },
@@ -124,11 +125,11 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.pipeline:PipelineEngine._backward_pass",
+                    "torchtrain.engines.pipeline:PipelineEngine._backward_pass",
                     "__microbatches.backward(__index)",
                     "__it\n"
-                    "if engine.is_first_stage() and __index == len(__microbatches) - 1:\n"
-                    "    engine.grad_layer.zero_()",
+                    "if self._pipeline.is_first_stage and __index == len(__microbatches) - 1:\n"
+                    "    self._engine.grad_layer.zero_()",
                 ),
             ),
         },
@@ -167,7 +168,11 @@ FAULTS = (
                 ),
             ),
             "torch": (
-                Edit("torchtrain.pipeline:_layers", "__config.tie_word_embeddings and __is_trained", "False"),
+                Edit(
+                    "torchtrain.engines.pipeline:_layers",
+                    "__config.tie_word_embeddings and __is_trained",
+                    "False",
+                ),
             ),
         },
         setup="pipe-tied",
@@ -188,7 +193,9 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.pipeline:PipelineEngine._reduce_shared", "__stages.sum_(__gradient)", "None"
+                    "torchtrain.engines.pipeline:PipelineEngine._reduce_shared",
+                    "__stages.sum_(__gradient)",
+                    "None",
                 ),
             ),
         },
@@ -211,7 +218,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.pipeline:PipelineEngine.__init__",
+                    "torchtrain._deepspeed:Pipeline.__init__",
                     "__engine._compute_loss = __yes",
                     "__it\n__engine.optimizer.model_parallel_group = None",
                 ),

@@ -23,7 +23,9 @@ FAULTS = (
         source="FlashML-org/FreeToken#429, sgl-project/sglang#14811",
         where=FIRST_ATTENTION,
         edits={
-            "torch": (Edit("torchtrain.tensor:RowLinear.forward", "_Sum.apply(__part, __peers)", "__part"),)
+            "torch": (
+                Edit("torchtrain.tensor_parallel:RowLinear.forward", "_Sum.apply(__part, __peers)", "__part"),
+            )
         },
         setup="tensor",
         note=COMPILER,
@@ -36,12 +38,12 @@ FAULTS = (
         edits={
             "torch": (
                 Edit(
-                    "torchtrain.tensor:RowLinear.forward",
+                    "torchtrain.tensor_parallel:RowLinear.forward",
                     "F.linear(__x, __weight)",
                     "F.linear(__x, __weight, self.bias)",
                 ),
                 Edit(
-                    "torchtrain.tensor:RowLinear.forward",
+                    "torchtrain.tensor_parallel:RowLinear.forward",
                     "__summed if __has_none else __summed + __bias",
                     "__summed",
                 ),
@@ -56,7 +58,9 @@ FAULTS = (
         source="inclusionAI/AReno#496, NVIDIA/Megatron-LM#19",
         where=Where("activation_gradient", "norm"),
         edits={
-            "torch": (Edit("torchtrain.tensor:_Copy.backward", "__peers.sum_(__gradient)", "__gradient"),)
+            "torch": (
+                Edit("torchtrain.tensor_parallel:_Copy.backward", "__peers.sum_(__gradient)", "__gradient"),
+            )
         },
         setup="tensor",
         note=COMPILER,
@@ -69,12 +73,12 @@ FAULTS = (
         edits={
             "torch": (
                 Edit(
-                    "torchtrain.tensor:copy_inputs",
+                    "torchtrain.tensor_parallel:copy_inputs",
                     "__anatomy.attention(__layer).register_forward_pre_hook(__hook, with_kwargs=True)",
                     "__layer.input_layernorm.register_forward_pre_hook(positional)",
                 ),
                 Edit(
-                    "torchtrain.tensor:copy_inputs",
+                    "torchtrain.tensor_parallel:copy_inputs",
                     "__anatomy.mlp(__layer)",
                     "__layer.post_attention_layernorm",
                 ),
@@ -90,7 +94,11 @@ FAULTS = (
         where=Where("gradient", r"model\.layers\.1\.self_attn\.[qk]_norm\.weight"),
         edits={
             "torch": (
-                Edit("torchtrain.tensor:HeadNorm.forward", "_Copy.apply(__weight, __peers)", "__weight"),
+                Edit(
+                    "torchtrain.tensor_parallel:HeadNorm.forward",
+                    "_Copy.apply(__weight, __peers)",
+                    "__weight",
+                ),
             )
         },
         setup="tensor-qwen3",
@@ -104,7 +112,7 @@ FAULTS = (
         edits={
             "torch": (
                 Edit(
-                    "torchtrain.tensor:VocabEmbedding.__init__",
+                    "torchtrain.tensor_parallel:VocabEmbedding.__init__",
                     "__peers.index * __rows",
                     "__peers.index * (__rows + 1)",
                 ),
@@ -128,7 +136,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.tensor:_VocabCrossEntropy.forward",
+                    "torchtrain.loss:_VocabCrossEntropy.forward",
                     "__peers.index * __columns",
                     "__peers.index * (__columns + 1)",
                 ),
@@ -143,7 +151,11 @@ FAULTS = (
         where=Where("gradient", r"base_model\.model\.model\.layers\.1\.self_attn\.v_proj\.lora_A\.weight"),
         edits={
             "torch": (
-                Edit("torchtrain.tensor:WholeLinear.forward", "_Copy.apply(__weight, __peers)", "__weight"),
+                Edit(
+                    "torchtrain.tensor_parallel:WholeLinear.forward",
+                    "_Copy.apply(__weight, __peers)",
+                    "__weight",
+                ),
             )
         },
         setup="tensor-adapter",
@@ -167,7 +179,7 @@ FAULTS = (
         where=HEAD_GRADIENT,
         edits={
             "torch": (
-                Edit("torchtrain.parallel:_PlainEngine.accumulate", "__mesh.replicas", "__mesh.tensor"),
+                Edit("torchtrain.engines.plain:PlainEngine.accumulate", "__mesh.replicas", "__mesh.tensor"),
             )
         },
         setup="data-tensor",
@@ -189,11 +201,13 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.parallel:_PlainEngine.accumulate",
+                    "torchtrain.engines.plain:PlainEngine.accumulate",
                     REPLICAS_SUM,
                     "__it.div_(__mesh.replicas.size)",
                 ),
-                Edit("torchtrain.zero:DeepSpeedEngine.__init__", "float(__plan.replicas)", "1.0"),
+                Edit(
+                    "torchtrain.engines.deepspeed:DeepSpeedEngine.__init__", "float(__plan.replicas)", "1.0"
+                ),
             ),
         },
         setup="data",
@@ -232,12 +246,12 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.parallel:_PlainEngine.accumulate",
+                    "torchtrain.engines.plain:PlainEngine.accumulate",
                     REPLICAS_SUM,
                     "__gradient.copy_(__mesh.replicas.sum_(__gradient.bfloat16()))",
                 ),
                 Edit(
-                    "torchtrain.zero:deepspeed_config",
+                    "torchtrain.engines.deepspeed:deepspeed_config",
                     "return __config",
                     '__config["communication_data_type"] = "bf16"\nreturn __config',
                 ),
@@ -262,7 +276,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.parallel:_PlainEngine.step",
+                    "torchtrain.engines.plain:PlainEngine.step",
                     "clip(__gradients, __norm, max_norm=__max)",
                     "clip(__gradients, global_norm(__gradients), max_norm=__max)",
                 ),
@@ -289,7 +303,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.zero:DeepSpeedEngine.__init__",
+                    "torchtrain.engines.deepspeed:DeepSpeedEngine.__init__",
                     "self.loss_scale = __replicas",
                     "if mesh.replicas.index == 0:\n    optimizer.step = lambda *args, **more: None\n__it",
                 ),

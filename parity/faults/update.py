@@ -51,8 +51,8 @@ FAULTS = (
                 ),
             ),
             "torch": (
-                Edit("torchtrain.parallel:_PlainEngine.step", "self._optimizer.step()", "None"),
-                Edit("torchtrain.parallel:_PlainEngine.step", "", "self._optimizer.step()"),
+                Edit("torchtrain.engines.plain:PlainEngine.step", "self._optimizer.step()", "None"),
+                Edit("torchtrain.engines.plain:PlainEngine.step", "", "self._optimizer.step()"),
             ),
         },
         fp64_only=("torch",),

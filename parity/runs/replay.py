@@ -72,7 +72,7 @@ class Replayer:
         recipe = load_recipe(Path(job.recipe), job.overrides)
         self.recipe = recipe.model_copy(update={"plan": Plan(remat=recipe.plan.remat)})
         program = BACKENDS[job.backend].program
-        self.run: Run = importlib.import_module(f"{program}.parallel").start(self.recipe)
+        self.run: Run = importlib.import_module(f"{program}.cluster").start(self.recipe)
         self.backend = cast(Backend[Any], importlib.import_module(f"{program}.step"))
         self.state: Any = None
         self.job = job

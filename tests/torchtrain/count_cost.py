@@ -17,7 +17,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from torchtrain import cost, parallel, step, weights  # noqa: E402
+from torchtrain import cluster, cost, step, weights  # noqa: E402
 from trainspec.data import open_dataset  # noqa: E402
 from trainspec.recipe import load_recipe  # noqa: E402
 from trainspec.runs.run import resolve  # noqa: E402
@@ -26,11 +26,11 @@ from trainspec.runs.run import resolve  # noqa: E402
 def moved_first(file: Path) -> list[dict[str, object]]:
     """The collectives of a run's very first microbatch, in which DeepSpeed fetches nothing ahead."""
     recipe = load_recipe(file, ["batch.accumulation=1"])
-    parallel.start(recipe)
+    cluster.start(recipe)
     state = step.init_state(resolve(recipe))
     batch = open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     found = [asdict(collective) for collective in cost.moved(state, batch)]
-    parallel.finish()
+    cluster.finish()
     return found
 
 
@@ -43,7 +43,7 @@ def largest(held: dict[str, int]) -> dict[str, int]:
 
 def measured(file: Path) -> dict[str, object]:
     recipe = load_recipe(file)
-    parallel.start(recipe)
+    cluster.start(recipe)
     whole: list[int] = []  # elements that are whole in memory, before each parameter gets its own
     allocate = weights.allocate
 
@@ -62,7 +62,7 @@ def measured(file: Path) -> dict[str, object]:
     batch = open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     held = largest(cost.held(state, batch)) if recipe.plan.pipe > 1 else cost.held(state, batch)
     moved = [asdict(collective) for collective in cost.moved(state, batch)]
-    parallel.finish()
+    cluster.finish()
     first = moved_first(file) if recipe.plan.shards == "params" else None
     return {"held": held, "moved": moved, "first": first, "whole": max(whole)}
 
@@ -70,7 +70,7 @@ def measured(file: Path) -> dict[str, object]:
 def main() -> None:
     cases, results = map(Path, sys.argv[1:])
     found = [measured(Path(file)) for file in json.loads(cases.read_text())]
-    if parallel.is_leader():
+    if cluster.is_leader():
         results.write_text(json.dumps(found))
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from torchtrain import parallel, step  # noqa: E402
+from torchtrain import cluster, step  # noqa: E402
 from torchtrain.weights import canonical_name  # noqa: E402
 from trainspec.data import Batch, open_dataset  # noqa: E402
 from trainspec.methods import trainable_table  # noqa: E402
@@ -58,7 +58,7 @@ def shared_alike(state: step.State) -> bool:
 
 def probe(file: Path) -> dict[str, Any]:
     recipe = load_recipe(file)
-    parallel.start(recipe)
+    cluster.start(recipe)
     state = step.init_state(resolve(recipe))
     batch = open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     frozen = [name for _ in range(2) for name in gradients_of_frozen(state, batch)]
@@ -67,7 +67,7 @@ def probe(file: Path) -> dict[str, Any]:
     mine = {"frozen": frozen, "moments": moments, "alike": shared_alike(state)}
     every: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(every, mine)
-    parallel.finish()
+    cluster.finish()
     return {key: [each[key] for each in every] for key in mine}
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     cases, results = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     found = [probe(Path(file)) for file in json.loads(cases.read_text())]
-    if parallel.is_leader():
+    if cluster.is_leader():
         results.write_text(json.dumps(found))
 
 

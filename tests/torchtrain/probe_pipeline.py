@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _world
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from torchtrain import cost, parallel, step  # noqa: E402
+from torchtrain import cluster, cost, step  # noqa: E402
 from trainspec.data import Batch, open_dataset  # noqa: E402
 from trainspec.errors import NonFiniteLossError  # noqa: E402
 from trainspec.recipe import Recipe, load_recipe  # noqa: E402
@@ -52,16 +52,16 @@ def refused(state: step.State, batch: Batch) -> bool:
 
 
 def probe(recipe: Recipe, logits_file: Path) -> dict[str, object]:
-    parallel.start(recipe)
+    cluster.start(recipe)
     state = step.init_state(resolve(recipe))
     dataset = open_dataset(resolve(recipe), "train")
     batch = dataset.batch(0, recipe.batch.global_examples)
     found = step.logits(state, dataset.batch(0, ODD_ROWS))
-    if parallel.is_leader():
+    if cluster.is_leader():
         found.tofile(logits_file)
     moved = [asdict(collective) for collective in cost.moved(state, batch)]
     is_refused = refused(state, batch)
-    parallel.finish()
+    cluster.finish()
     return {"moved": moved, "refused": is_refused, "groups": len(_world.pg_map)}
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     cases, results = map(Path, sys.argv[1:])
     (file,) = json.loads(cases.read_text())
     found = [probe(load_recipe(Path(file)), results.with_suffix(".logits")) for _ in range(2)]
-    if parallel.is_leader():
+    if cluster.is_leader():
         results.write_text(json.dumps(found))
 
 

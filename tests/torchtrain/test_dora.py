@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from parity.runs.edit import Edit
+from torchtrain.cluster import start
 from torchtrain.dropout import CounterDropout
-from torchtrain.parallel import start
 from torchtrain.step import State, init_state
 from torchtrain.weights import canonical_name
 from trainspec.files.adapters import write_adapter

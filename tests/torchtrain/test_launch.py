@@ -16,15 +16,8 @@ import pytest
 from small import ROOT
 
 from torchtrain.cli import main
-from torchtrain.launch import (
-    _Failure,
-    _first_failure,
-    _received,
-    check_gpus,
-    count_processes,
-    describe_cluster,
-    has_launcher,
-)
+from torchtrain.cluster import check_gpus, count_processes, describe_cluster, has_launcher
+from torchtrain.launch import _Failure, _first_failure, _received
 from trainspec.errors import PlanError
 
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

@@ -39,7 +39,7 @@ from trainspec.trace import Trace
 PLANTED = {
     "gradient of a block's input not summed": (
         case("wide", "full", "fp64", tensor=2),
-        Edit("torchtrain.tensor:_Copy.backward", "__peers.sum_(__gradient)", "__gradient"),
+        Edit("torchtrain.tensor_parallel:_Copy.backward", "__peers.sum_(__gradient)", "__gradient"),
         "gradient",
     ),
     "dropout mask of the wrong features": (
@@ -53,27 +53,27 @@ PLANTED = {
     ),
     "replicas not summed": (
         case("tied", "full", "fp64", data=2),
-        Edit("torchtrain.parallel:_PlainEngine.accumulate", "__mesh.replicas.sum_(__gradient)", "None"),
+        Edit("torchtrain.engines.plain:PlainEngine.accumulate", "__mesh.replicas.sum_(__gradient)", "None"),
         "gradient",
     ),
     "norm of whole tensors counted twice": (
         case("wide", "full", "fp64", tensor=2),
-        Edit("torchtrain.parallel:_WholeStore.norm", "__split + __whole", "__split + 2 * __whole"),
+        Edit("torchtrain.engines.plain:WholeStore.norm", "__split + __whole", "__split + 2 * __whole"),
         "moment1",
     ),
     "mean over replicas not undone": (
         case("wide", "full", "fp32", fsdp=2, shards="params"),
-        Edit("torchtrain.zero:DeepSpeedEngine.__init__", "float(__plan.replicas)", "1.0"),
+        Edit("torchtrain.engines.deepspeed:DeepSpeedEngine.__init__", "float(__plan.replicas)", "1.0"),
         "gradient",
     ),
     "clipped by the norm of one process's part": (
         case("wide", "full", "fp32", tensor=2),
-        Edit("torchtrain.zero:Mpu.get_model_parallel_group", "__mesh.tensor", "__mesh.replicas"),
+        Edit("torchtrain.engines.deepspeed:Mpu.get_model_parallel_group", "__mesh.tensor", "__mesh.replicas"),
         "moment1",
     ),
     "norm of one group of weights": (
         case("wide", "full", "fp32", fsdp=2, shards="params"),
-        Edit("torchtrain.zero:_PartitionedStore.norm", "math.hypot(*__norms)", "__norms[-1]"),
+        Edit("torchtrain.engines.deepspeed:ShardedStore.norm", "math.hypot(*__norms)", "__norms[-1]"),
         "grad_norm",
     ),
     "masters from rounded weights": (
@@ -101,7 +101,7 @@ PLANTED_RESUMED = {
     "masters rounded": (
         RESUMED[2],
         Edit(
-            "torchtrain.zero:_PartitionedStore.write",
+            "torchtrain.engines.deepspeed:ShardedStore.write",
             "__utils.safe_set_local_fp32_param(__parameter, __part)",
             "__utils.safe_set_local_fp32_param(__parameter, __part.bfloat16().float())",
         ),

@@ -19,8 +19,8 @@ from ranks import Command, furthest, run, run_all, traced
 from torch import nn
 
 from parity.runs.edit import Edit
+from torchtrain.cluster import finish, start
 from torchtrain.dropout import keep_mask
-from torchtrain.parallel import finish, start
 from torchtrain.step import State, init_state, train_step
 from torchtrain.weights import canonical_name
 from trainspec.data import Batch, open_dataset
@@ -59,17 +59,17 @@ LAUNCHES = {"two": TWO, "pipes": PIPES, "four": FOUR, "eight": EIGHT}
 PLANTED = {
     "each stage with the gradient of its own layers": (
         case("wide", "prefix-projection", "fp32", pipe=2, microbatches=4),
-        Edit("torchtrain.pipeline:PipelineEngine._reduce_shared", "__stages.sum_(__gradient)", "None"),
+        Edit("torchtrain.engines.pipeline:PipelineEngine._reduce_shared", "__stages.sum_(__gradient)", "None"),
         "gradient",
     ),
     "weights of every stage counted by each": (
         case("wide", "prefix-projection", "fp32", pipe=2, microbatches=4),
-        Edit("torchtrain.pipeline:PipelineEngine.__init__", "__mesh.stages.index > 0", "False"),
+        Edit("torchtrain.engines.pipeline:PipelineEngine.__init__", "__mesh.stages.index > 0", "False"),
         "moment1",
     ),
     "each peer with the gradient of its own heads": (
         case("wide", "prefix", "fp32", tensor=2),
-        Edit("torchtrain.tensor:own_part", "_Copy.apply(__x, __peers)", "__x"),
+        Edit("torchtrain.tensor_parallel:own_shard", "_Copy.apply(__x, __peers)", "__x"),
         "gradient",
     ),
     "an adapter's output summed over the peers": (

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from torchtrain import optim
-from torchtrain.parallel import finish, make_engine, start
+from torchtrain.cluster import finish, start
+from torchtrain.engines import make_engine
+from torchtrain.engines.deepspeed import deepspeed_config
 from torchtrain.step import init_state, moments_of, train_step, weights_of
-from torchtrain.zero import deepspeed_config
 from trainspec.data import open_dataset
 from trainspec.errors import PlanError
 from trainspec.families import PRESETS

@@ -26,8 +26,8 @@ from plan_runs import Make, check, check_evaluated, check_resumed, recipe_of, ru
 from ranks import furthest, run, run_all, traced
 
 from parity.runs.edit import Edit
-from torchtrain import parallel
-from torchtrain.pipeline import timeline
+from torchtrain import cluster
+from torchtrain.engines.pipeline import timeline
 from torchtrain.step import init_state, logits
 from trainspec.backends import BACKENDS
 from trainspec.data import open_dataset
@@ -44,7 +44,7 @@ PLANTED = {
     "divided by the number of microbatches": (
         PIPES[0],
         Edit(
-            "torchtrain.pipeline:PipelineEngine._backward_pass",
+            "torchtrain._deepspeed:Pipeline.backward_pass",
             "__class.backward(__engine, __loss, scale_wrt_gas=False)",
             "__class.backward(__engine, __loss)",
         ),
@@ -52,27 +52,27 @@ PLANTED = {
     ),
     "gradient of one use of a tied embedding": (
         PIPES[2],
-        Edit("torchtrain.pipeline:_layers", "__config.tie_word_embeddings and __is_trained", "False"),
+        Edit("torchtrain.engines.pipeline:_layers", "__config.tie_word_embeddings and __is_trained", "False"),
         "gradient",
     ),
     "attention mask of the first microbatch": (
         PIPES[0],
         Edit(
-            "torchtrain.pipeline:PipelineEngine._forward_pass",
+            "torchtrain.engines.pipeline:PipelineEngine._forward_pass",
             '__inputs["attention_mask"]',
-            'self._at_hand.get("attention_mask", __it)',
+            'self._layer_arguments.get("attention_mask", __it)',
         ),
         "activation",
     ),
     "recomputed with the dropout of a later microbatch": (
         PIPES[1],
-        Edit("torchtrain.pipeline:PipelineEngine._backward_pass", "__microbatches.backward(__index)", "None"),
+        Edit("torchtrain.engines.pipeline:PipelineEngine._backward_pass", "__microbatches.backward(__index)", "None"),
         "gradient",
     ),
     "clipped by the norm of a stage": (
         PIPES[0],
         Edit(
-            "torchtrain.pipeline:PipelineEngine.__init__",
+            "torchtrain._deepspeed:Pipeline.__init__",
             "__engine._compute_loss = __yes",
             "__it\n__engine.optimizer.model_parallel_group = None",
         ),
@@ -157,12 +157,12 @@ def probed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe
 def test_logits_of_rows_that_microbatches_do_not_divide(probed, make: Make):
     _, home, _ = probed
     recipe = recipe_of(make, PROBED.alone)
-    parallel.start(recipe)
+    cluster.start(recipe)
     try:
         state = init_state(resolve(recipe))
         whole = logits(state, open_dataset(resolve(recipe), "train").batch(0, probe_pipeline.ODD_ROWS))
     finally:
-        parallel.finish()
+        cluster.finish()
     np.testing.assert_array_equal(
         np.fromfile(home / "results.logits", np.float32).reshape(whole.shape), whole
     )

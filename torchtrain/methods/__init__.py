@@ -12,10 +12,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from torchtrain.dropout import DropoutPoint
+from torchtrain.mesh import Peers
 from torchtrain.methods import bottleneck, dora, full, lora, prefix, prompt, ptuning
 from torchtrain.methods.site import Site
 from torchtrain.methods.virtual_tokens import all_labels, all_positions, all_visible
-from torchtrain.tensor import Peers, copy_inputs
+from torchtrain.tensor_parallel import copy_inputs
 from trainspec.methods import Method
 from trainspec.model import ModelSpec
 

@@ -11,9 +11,11 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from torchtrain.mesh import Peers
 from torchtrain.methods.low_rank import replace_targets
 from torchtrain.methods.site import Site
-from torchtrain.tensor import Peers, RowLinear
+from torchtrain.precision import accumulation_dtype
+from torchtrain.tensor_parallel import RowLinear
 from trainspec.methods import DoRA
 
 _ALONE = Peers()
@@ -45,7 +47,7 @@ class _Variant(LoraVariant):
         """`result` is W x + bias, to which the change is added; in the wide type, as it is a small difference."""
         base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        scale, wide = module.scaling[active_adapter], torch.promote_types(x.dtype, torch.float32)
+        scale, wide = module.scaling[active_adapter], accumulation_dtype(x.dtype)
         drops = module.training and not isinstance(dropout, nn.Identity)
         dropped_BSI = dropout(x) if drops else x
         plain_BSO = (base(dropped_BSI) if drops else result).to(wide)

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchtrain.dropout import CounterDropout
+from torchtrain.mesh import Peers
 from torchtrain.methods.site import Site
-from torchtrain.tensor import Peers, RowLinear, WholeLinear
+from torchtrain.tensor_parallel import RowLinear, WholeLinear
 from trainspec.methods import LowRank, target_modules
 
 # PEFT's name for the only adapter of a model; weights.py knows it from the parameters' names.

@@ -18,8 +18,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from torchtrain.families import anatomy_of
+from torchtrain.mesh import Peers, compute_device
 from torchtrain.methods.site import Site
-from torchtrain.tensor import Peers, compute_device, own_part
+from torchtrain.tensor_parallel import own_shard
 from trainspec.methods import ENCODER, PrefixTuning
 from trainspec.model import ModelSpec
 
@@ -65,7 +66,7 @@ def make_prefix(model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *
     tokens_1N = torch.arange(method.virtual_tokens, device=compute_device())[None]
     # PEFT's layout: virtual token, layer, keys before values, kv head, head_dim.
     shape = (method.virtual_tokens, 2 * spec.layers, spec.kv_heads, spec.head_dim)
-    mine = own_part(encoder(tokens_1N).view(shape), 2, tensor)
+    mine = own_shard(encoder(tokens_1N).view(shape), 2, tensor)
     return mine.permute(1, 2, 0, 3).unbind(0)
 
 

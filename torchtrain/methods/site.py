@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torchtrain.dropout import DropoutPoint
-from torchtrain.tensor import Peers
+from torchtrain.mesh import Peers
 from trainspec.model import ModelSpec
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from torchtrain.pipeline import _Block
+from torchtrain.engines.pipeline import _Block
 
 
 class _Again(_Block):

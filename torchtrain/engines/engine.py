@@ -1,0 +1,107 @@
+"""An engine makes updates: it runs the microbatches that a step gives it, and keeps what it trains in a store.
+
+Plain torch, DeepSpeed and DeepSpeed's pipeline are alike to a step. They differ in the order in which they run the
+microbatches' passes, and in which shards of the model and its training state a process holds.
+"""
+
+# B examples, S sequence, T positions of a layer, N + S keys with those of N virtual tokens (`methods.virtual_tokens`), V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchtrain.optim import MOMENTS
+
+# `input_ids` [B, S], `position_ids` [B, T] and `attention_mask` [B, 1, T, N + S] of this process's examples of a microbatch.
+Inputs = dict[str, Tensor]
+Stored = Literal["weight", "gradient", "moment1", "moment2"]
+
+
+class Microbatches(Protocol):
+    """This process's examples of an update's microbatches. An engine says which of them is in the model now.
+
+    Forward passes are made in order, and backward passes too, but a pipeline makes forward passes of later
+    microbatches before the backward pass of an earlier one.
+    """
+
+    def __len__(self) -> int:
+        """Number of microbatches."""
+        ...
+
+    def forward(self, index: int) -> Inputs:
+        """What the forward pass of microbatch `index` takes, which comes next."""
+        ...
+
+    def loss(self, index: int, logits: Tensor) -> Tensor:
+        """Its share of the batch's loss, from `logits` [B, T, V] of this process's shard of the vocabulary."""
+        ...
+
+    def backward(self, index: int) -> None:
+        """The backward pass of microbatch `index` comes next, in which its layers may be recomputed."""
+        ...
+
+
+class Engine(Protocol):
+    """What makes one update of a model.
+
+    `loss_scale` is a factor that every loss is multiplied by, and no gradient in `store` has.
+    """
+
+    loss_scale: float
+    store: Store
+
+    def accumulate(self, microbatches: Microbatches) -> None:
+        """Leave the batch's gradients in `store`: the sum over the microbatches and the replicas."""
+        ...
+
+    def infer(self, microbatches: Sequence[Inputs]) -> list[Tensor]:
+        """Logits [B, T, V] of each microbatch; none where the process is not of the pipeline's last stage."""
+        ...
+
+    def step(self) -> None:
+        """Clip, update and clear the gradients."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing of the engine in the process."""
+        ...
+
+
+class Store(Protocol):
+    """Where weights, gradients and moments are. They are read whole over the replicas, but as shards over `tensor`."""
+
+    def norm(self) -> float:
+        """The norm of all gradients, before clipping."""
+        ...
+
+    def read(self, kind: Stored, parameter: nn.Parameter) -> Tensor:
+        """One tensor of `parameter`'s. All replicas have to call."""
+        ...
+
+    def write(self, kind: Stored, parameter: nn.Parameter, value: Tensor) -> None:
+        """The reverse of `read`. A master weight gets `value` as it is, the weight that is computed with rounds it."""
+        ...
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """The training state in this process: `weights`, `gradients`, `master` weights and `moments`."""
+        ...
+
+
+def by_kind(
+    weights: Iterable[Tensor],
+    gradients: Iterable[Tensor],
+    master: Iterable[Tensor],
+    optimizer: torch.optim.AdamW,
+) -> dict[str, list[Tensor]]:
+    """What a store's `tensors` gives."""
+    moments = [state[key] for state in optimizer.state.values() for key in MOMENTS.values()]
+    return {
+        "weights": list(weights),
+        "gradients": list(gradients),
+        "master": list(master),
+        "moments": moments,
+    }
