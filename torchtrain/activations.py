@@ -21,13 +21,13 @@ from trainspec.trace import LAYER_POINTS, activation_points
 
 
 class Recording:
-    """The activations of one microbatch by point, each with its gradient once the backward pass is through."""
+    """The activations of one microbatch by point, each with its gradient after the backward pass."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def keep(self, point: str, activation: Tensor) -> None:
-        """Remember `activation` and have its gradient kept; a recomputed one is not a second one."""
+        """Remember `activation` and have its gradient kept. A recomputed one is ignored."""
         if point not in self.tensors:
             if not activation.requires_grad:
                 activation.requires_grad_()  # of a frozen embedding: nothing before it is trained
@@ -39,8 +39,8 @@ class Recording:
 def recorded(model: PreTrainedModel) -> Iterator[list[Recording]]:
     """Forward passes inside leave their activations in the last recording of the list, which starts empty.
 
-    A layer is computed again in its microbatch's backward pass only: whatever recording is the last one by then has
-    the layer's points already.
+    A layer is recomputed in its microbatch's backward pass only. Whichever recording is the last one by then, it has the
+    layer's points already.
     """
     recordings: list[Recording] = []
     handles = []
@@ -70,21 +70,21 @@ def by_point(
 ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
     """Activations and gradients [examples, sequence_tokens, ...] by point, of all microbatches in their order.
 
-    `stages` says where each point is. There, each of the replicas has recorded its rows of every microbatch, each of
-    the tensor peers its part of the logits. `scale` is what the loss was multiplied by before the backward pass.
+    `stages` is each point's stage. There each replica has recorded its examples of every microbatch, and each tensor
+    peer its shard of the logits. The loss was multiplied by `scale` before the backward pass.
     """
     activations, gradients = {}, {}
 
-    def whole(point: str, parts: Sequence[Tensor]) -> NDArray[Any]:
-        gathered = [mesh.tensor.gather(t, -1) if point == "logits" else t for t in parts]
-        mine = torch.cat([mesh.replicas.gather(t, 0) for t in gathered]) if parts else None
-        return to_numpy(mesh.stages.share(mine, stages[point]))
+    def whole(point: str, microbatches: Sequence[Tensor]) -> NDArray[Any]:
+        gathered = [mesh.tensor.gather(t, -1) if point == "logits" else t for t in microbatches]
+        joined = torch.cat([mesh.replicas.gather(t, 0) for t in gathered]) if gathered else None
+        return to_numpy(mesh.stages.share(joined, stages[point]))
 
     for point in stages:
-        found = [recording.tensors[point] for recording in recordings if point in recording.tensors]
-        activations[point] = whole(point, found)
-        slopes = [torch.zeros_like(t) if t.grad is None else t.grad / scale for t in found]
-        gradients[point] = whole(point, slopes)
+        tensors = [recording.tensors[point] for recording in recordings if point in recording.tensors]
+        activations[point] = whole(point, tensors)
+        scaled = [torch.zeros_like(t) if t.grad is None else t.grad / scale for t in tensors]
+        gradients[point] = whole(point, scaled)
     return activations, gradients
 
 

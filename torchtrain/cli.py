@@ -31,13 +31,13 @@ from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import resolve_on
 
 PROGRAM = BACKENDS["torch"].program
-# A process that does not lead says what is wrong this much later: mostly the leader has said it by then, has ended
-# (with all of torch loaded that alone takes seconds on a busy machine), and whoever started them has ended them all.
+# How long a process that is not the leader waits before it says what is wrong. By then the leader has mostly said it and
+# ended, which takes seconds on a busy machine with all of torch loaded, and their launcher has ended them all.
 _FOLLOWER_DELAY_SECONDS = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is one of those that `trainspec.command` lists."""
+    """Run one command; returns one of the exit codes that `trainspec.command` lists."""
     words = list(sys.argv[1:] if argv is None else argv)
     tell = report_to_launcher()
     command = partial(run_command, lambda args: _run(args, words), backend_parser(PROGRAM), words, tell=tell)
@@ -45,20 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _follow(command: Callable[[], int]) -> int:
-    """`command` in a process that does not lead: it has something to say only where it failed."""
-    said, code = io.StringIO(), None
+    """Run `command` in a process that is not the leader: it speaks only if it fails, and late."""
+    stderr, code = io.StringIO(), None
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             code = command()
         return code
     finally:  # also where the parser or a traceback ends the process
-        if code not in (EXIT_DONE, EXIT_INTERRUPTED) and said.getvalue():
+        if code not in (EXIT_DONE, EXIT_INTERRUPTED) and stderr.getvalue():
             time.sleep(_FOLLOWER_DELAY_SECONDS)
-            sys.stderr.write(said.getvalue())
+            sys.stderr.write(stderr.getvalue())
 
 
 def _launch(recipe: Recipe, words: Sequence[str], out: Path, *, trains: bool) -> None:
-    """The same command in a process for each device. A mistake in the plan must not wait for them."""
+    """Run the same command in a process for each device, after what can be checked without them."""
     resolve_on(recipe, BACKENDS["torch"])
     check_accelerators()
     with explained(recipe, partial(describe_devices, recipe.plan), out=out if trains else None):
@@ -66,7 +66,7 @@ def _launch(recipe: Recipe, words: Sequence[str], out: Path, *, trains: bool) ->
 
 
 def _run(args: Namespace, words: Sequence[str]) -> None:
-    count_processes(os.environ)  # refuses what no launcher would have said
+    count_processes(os.environ)  # raises for an environment that is no launcher's
     recipe = load_recipe(args.recipe, args.overrides)
     out = out_directory(args, PROGRAM)
     request = train_request(args, out) if args.command == "train" else TrainRequest(out)

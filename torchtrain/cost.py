@@ -1,4 +1,4 @@
-"""What a run costs a process, counted: bytes of training state it holds, and bytes its collectives move."""
+"""What a run costs a process, measured: bytes of training state, and bytes that its collectives move."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from trainspec.plans.cost import Collective
 def held(state: State, batch: Batch) -> dict[str, int]:
     """Bytes of weights, gradients, master weights and moments in this process, in a step on `batch`; consumes `state`.
 
-    Counted after the backward pass that leaves the largest gradients. Memory is counted once, however many tensors
-    look at it. A process's count of updates is left out. Differs from jaxtrain as `moved` does.
+    Measured after the backward pass that leaves the largest gradients. Memory that several tensors share counts once.
+    Adam's count of updates is left out. Differs from jaxtrain as `moved` does.
     """
-    found: list[dict[str, int]] = []
+    measured: list[dict[str, int]] = []
     accumulate = state.engine.accumulate
 
     def weigh() -> None:
         seen: set[int] = set()
-        parts = state.engine.store.tensors()
-        found.append({part: _bytes(tensors, seen) for part, tensors in parts.items()})
+        tensors = state.engine.store.tensors()
+        measured.append({kind: _bytes(of_kind, seen) for kind, of_kind in tensors.items()})
 
     def weighed(microbatches: Microbatches) -> None:
         forward = microbatches.forward
@@ -45,7 +45,7 @@ def held(state: State, batch: Batch) -> dict[str, int]:
 
     with patch.object(state.engine, "accumulate", weighed):
         train_step(state, batch, lr=0.0)
-    return max(found, key=lambda parts: parts["gradients"])
+    return max(measured, key=lambda sizes: sizes["gradients"])
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
@@ -61,7 +61,7 @@ def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
 def moved(state: State, batch: Batch) -> list[Collective]:
     """The collectives of one step on `batch`; consumes `state`.
 
-    Differs from jaxtrain, which reads a compiled program: here a step is made, with a rate of zero.
+    Differs from jaxtrain, which reads a compiled program: here a step with a rate of zero is made.
     """
     seen: Counter[tuple[str, str, int, int]] = Counter()
     with _counted(seen):
@@ -72,8 +72,8 @@ def moved(state: State, batch: Batch) -> list[Collective]:
     ]
 
 
-# What every function of torch.distributed ends in, whoever keeps a reference to the function: the method of a process
-# group, the kind, and which argument is the payload.
+# The methods of a process group that functions of torch.distributed call: the kind of collective, and which argument is
+# the payload. A function may be bound under other names; these methods are looked up at each call.
 _METHODS: dict[str, tuple[str, int]] = {
     "allreduce": ("all-reduce", 0),
     "reduce": ("reduce", 0),
@@ -98,7 +98,7 @@ _DTYPES = {
 
 @contextmanager
 def _counted(seen: Counter[tuple[str, str, int, int]]) -> Iterator[None]:
-    """Collectives inside are counted by kind, type, bytes and processes."""
+    """Count the collectives of the block in `seen`, by kind, type, bytes and number of processes."""
     with ExitStack() as stack:
         for name, (kind, argument) in _METHODS.items():
             method = getattr(ProcessGroup, name)
@@ -125,5 +125,5 @@ def _tensors(payload: Any) -> Iterator[Tensor]:
     if isinstance(payload, Tensor):
         yield payload
     else:
-        for part in payload:
-            yield from _tensors(part)
+        for item in payload:
+            yield from _tensors(item)

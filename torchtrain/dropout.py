@@ -1,7 +1,7 @@
 """Dropout with shared masks: the rounds of trainspec/rng.py on torch tensors, bit for bit.
 
-torch has no full set of uint32 operations, so words are int32: additions wrap alike, a right shift is made
-logical with a mask, and an unsigned comparison is a signed one with the top bit flipped.
+torch lacks some uint32 operations, so words are int32: additions wrap in the same way, a mask makes a right shift
+logical, and flipping the top bit makes a signed comparison unsigned.
 """
 
 # B examples, S sequence, F features
@@ -20,10 +20,10 @@ from trainspec.rng import PARITY_CONSTANT, ROTATIONS, drop_threshold, fold, name
 class DropoutPoint:
     """Where a run is: the update (from 0) and the rows [B] of the global batch that are in the model now.
 
-    `first_feature` says by module where this process's part of an input begins, where it has a part only.
+    `first_feature` is, for each module whose input is split, the first feature of this process's shard.
 
-    Differs from jaxtrain, where it is an argument of the forward: PEFT's layers own their call of dropout, so
-    one shared object is moved before each microbatch.
+    Differs from jaxtrain, where it is an argument of the forward pass: here PEFT's layers call dropout, so one shared
+    object is moved before each microbatch.
     """
 
     step: int = 0
@@ -37,11 +37,10 @@ def keep_mask(
 ) -> Tensor:  # fmt: skip
     """True where an element of a module's input is kept; bool [B, S, F].
 
-    `key` belongs to (seed, module); `step` counts from 0; `rows` [B] are the examples' indices in the global
-    batch. An element's bits depend on (key, step, row, position, feature) alone, so a mask does not change with
-    the split into microbatches, over processes or with recomputation. A process that holds features
-    [first_feature, first_feature + F) of a whole input draws the mask of those. Differs from jaxtrain, which draws
-    whole masks and lets the compiler split them.
+    `key` is of (seed, module); `step` counts from 0; `rows` [B] are the examples' rows in the global batch. An element's
+    bits depend on (key, step, row, position, feature) alone: a mask is the same however the batch is split into
+    microbatches or over processes, and when it is recomputed. A process that holds features [first_feature,
+    first_feature + F) of an input draws the mask of those. Differs from jaxtrain, where the compiler splits whole masks.
     """
     device = rows.device
     feature_F = torch.arange(first_feature, first_feature + features, dtype=torch.int32, device=device)
@@ -54,8 +53,8 @@ def keep_mask(
 class CounterDropout(nn.Module):
     """x / (1 - rate) where the mask of (seed, module, step, row, position, feature) keeps x, else 0.
 
-    A recomputed forward draws the same mask, as the point moves only between microbatches. Off in eval mode. What is
-    `shared` belongs to no example: all microbatches and replicas draw the mask of row 0.
+    A recomputed forward pass draws the same mask, as the point moves only between microbatches. Off in eval mode. A
+    `shared` input belongs to no example: all microbatches and replicas draw the mask of row 0.
     """
 
     def __init__(

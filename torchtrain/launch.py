@@ -1,11 +1,10 @@
 """Starting the processes of a run, where no launcher has: one for every device of the plan, on this machine.
 
-torchrun, DeepSpeed's launcher and Slurm say who is who in the environment; with one of them this starts nothing.
-Not torch's own elastic launcher: a kill of it leaves its processes running, and a user's mistake comes out as a
-page of its own.
+With torchrun, DeepSpeed's launcher or Slurm nothing is started here. torch's own elastic launcher is not used: a kill of
+it leaves its processes running, and it prints a page about a user's mistake.
 
-Of several processes the first that fails is the cause, the others fail of its connections. So none says itself why it
-failed: each hands its line to this one through a pipe, and writes its stack, like all that its libraries say, to a log.
+Of several processes the first to fail is the cause; the others fail because it is gone. So none prints why it failed:
+each sends its line to this process through a pipe, and writes its stack and its libraries' messages to a log.
 """
 
 from __future__ import annotations
@@ -33,20 +32,20 @@ from trainspec.parent import end_with
 _POLL_SECONDS = 0.05
 # How long processes may take to end by themselves once one has, before they are ended.
 _GRACE_SECONDS = 5.0
-# A Ctrl-C reaches all of them, a `kill -INT` this process alone: who is still there so much later has not had it.
+# A Ctrl-C reaches all of them, a `kill -INT` this process alone: those still running after this time did not get it.
 _INTERRUPT_SECONDS = 1.0
-# How long a process that was killed may take to be known as ended, after what others see of it.
+# How long it may take until a killed process is known as ended, after the others have seen its connections close.
 _SETTLE_SECONDS = 0.5
-# How long a process that is stuck may take to write its stack.
+# How long a process that hangs may take to write its stack.
 _STACK_SECONDS = 0.5
-# Where a process that `launch` started finds the pipe for its line and, if it leads, the console.
+# File descriptors of a process that `launch` started: the pipe for its line and, in the leader, the console.
 _REPORTS, _CONSOLE = "TWINTRAIN_REPORTS_FD", "TWINTRAIN_CONSOLE_FD"
-# What several processes write to a pipe stays apart up to 4096 bytes (POSIX asks for 512).
+# Writes of several processes to a pipe do not mix up to 4096 bytes (POSIX asks for 512).
 _LONGEST_BYTES = 3900
 
 
 class _Failure(NamedTuple):
-    """Which process failed, and why; `code` is what it ends with, None where it ended without a word."""
+    """Which process failed, and why; `code` is its exit code, None if it ended without a line."""
 
     rank: int
     code: int | None
@@ -56,14 +55,14 @@ class _Failure(NamedTuple):
 def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> None:
     """Run `python -m PROGRAM ARGV` that many times, as one group.
 
-    All of them end with the first that fails, and with this process, however it ends. What they say goes to the
-    directory `logs`, but for what the leader prints and shows.
+    All of them end with the first that fails, and with this process, however it ends. Their output goes to the directory
+    `logs`, except for what the leader's Python prints.
 
-    Raises ProcessError with the line of the first that failed, MachineError where it ended without a word, PlanError
-    where there are not enough GPUs, and KeyboardInterrupt when all have ended of it.
+    Raises ProcessError with the line of the first that failed, MachineError if it ended without one, PlanError if there
+    are not enough GPUs, and KeyboardInterrupt after all have ended of it.
     """
     check_gpus(processes)
-    # Held here, so that its port is one that is free.
+    # Opened here, on a port that the system chooses.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     group = {
         "WORLD_SIZE": str(processes),
@@ -81,13 +80,13 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
     with _pipe() as (reports, end), _logs(logs, processes) as files:
         try:
             for rank, log in enumerate(files):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                children.append(_start(command, group | place, log, reports=end, leads=rank == 0))
+                member = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                children.append(_start(command, member, log, reports=end, leads=rank == 0))
             first, told = _first_failure(children, reports)
             if first is None:
                 return
-            # The others fail of its connections or are stuck in them: either way their stacks are of interest.
-            told = _wait_for_words(children, told, reports)
+            # The others fail or hang on its connections: either way their stacks are of interest.
+            told = _wait_for_lines(children, told, reports)
         except KeyboardInterrupt:
             _wait_for_all(children, _INTERRUPT_SECONDS)
             _signal(children, signal.SIGINT)
@@ -101,20 +100,20 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
     who, stacks = f"process {first.rank} of {processes}", f"the stacks of all are in {logs}"
     if first.code is None:
         raise MachineError(f"{who} {first.line}; {stacks}")
-    # What every process says is about none of them.
+    # A line that every process sends is about none of them.
     is_common = len(told) == processes and len({failure.line for failure in told}) == 1
     raise ProcessError(first.line if is_common else f"{who} ({stacks}): {first.line}", first.code)
 
 
 def report_to_launcher() -> Callable[[int, str], None] | None:
-    """How a process that `launch` started tells an exit code and its line; None in any other.
+    """A function by which a process that `launch` started tells its exit code and line; None in any other process.
 
-    From here on only what Python writes to stderr is on the leader's console: not what its libraries in C++ do.
+    From here on the leader's console shows only what Python writes to stderr, not what C++ libraries write.
     """
     if _REPORTS not in os.environ:
         return None
     log, rank = sys.stderr, int(os.environ["RANK"])
-    # Nothing that is started from here inherits either of the two.
+    # Neither of the two is inherited by what this process starts.
     reports = int(os.environ.pop(_REPORTS))
     os.set_inheritable(reports, False)
     if _CONSOLE in os.environ:
@@ -135,14 +134,14 @@ def report_to_launcher() -> Callable[[int, str], None] | None:
 
 
 def _start(
-    command: Sequence[str], place: Mapping[str, str], log: IO[bytes], *, reports: int, leads: bool
+    command: Sequence[str], member: Mapping[str, str], log: IO[bytes], *, reports: int, leads: bool
 ) -> subprocess.Popen[bytes]:
     console = os.dup(2) if leads else None
-    mine = {_REPORTS: str(reports)} | ({_CONSOLE: str(console)} if leads else {})
+    descriptors = {_REPORTS: str(reports)} | ({_CONSOLE: str(console)} if leads else {})
     try:
         return subprocess.Popen(
             command,
-            env=os.environ | place | mine,
+            env=os.environ | member | descriptors,
             stdout=None if leads else log,
             stderr=log,
             pass_fds=[reports] if console is None else [reports, console],
@@ -155,7 +154,7 @@ def _start(
 
 @contextmanager
 def _pipe() -> Iterator[tuple[int, int]]:
-    """Both ends of a pipe; who reads from it does not wait."""
+    """Both ends of a pipe, of which reading does not block."""
     reads, writes = os.pipe()
     os.set_blocking(reads, False)
     try:
@@ -167,7 +166,7 @@ def _pipe() -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _logs(directory: Path, processes: int) -> Iterator[list[IO[bytes]]]:
-    """A file for each process. Those that stay empty are removed, and so is a directory that was made for nothing."""
+    """A file for each process. Empty ones are removed at the end, and so are directories that were made and stay empty."""
     made = [path for path in (directory, directory.parent) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -186,10 +185,10 @@ def _logs(directory: Path, processes: int) -> Iterator[list[IO[bytes]]]:
 def _first_failure(
     children: Sequence[subprocess.Popen[bytes]], reports: int
 ) -> tuple[_Failure | None, list[_Failure]]:
-    """Wait for the first process that fails, or for all to end well; with it all that have told their line by then.
+    """Wait for the first process that fails, or for all to end well; also returns all lines told by then.
 
-    One that ended without a word goes before those that tell of a broken connection. But not if it was by SIGABRT, with
-    which NCCL ends a process whose peer is gone.
+    A process that ended without a line comes before those that tell of a broken connection, unless SIGABRT ended it:
+    with that NCCL ends a process whose peer is gone.
     """
     told: list[_Failure] = []
     codes: list[int | None] = [None]
@@ -198,7 +197,7 @@ def _first_failure(
             return None, told
         time.sleep(_POLL_SECONDS)
         told, codes = _received(reports), [child.poll() for child in children]
-    # The kernel closes the connections of a process before it says that the process has ended.
+    # The kernel closes the connections of a process before it reports its end.
     time.sleep(_SETTLE_SECONDS)
     codes = [child.poll() for child in children]
     told += _received(reports)
@@ -219,7 +218,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _received(reports: int) -> list[_Failure]:
-    """What processes have told since the last call."""
+    """The lines that were told since the last call."""
     try:
         lines = os.read(reports, 2**20).splitlines()
     except BlockingIOError:
@@ -227,10 +226,10 @@ def _received(reports: int) -> list[_Failure]:
     return [_Failure(*json.loads(line)) for line in lines]
 
 
-def _wait_for_words(
+def _wait_for_lines(
     children: Sequence[subprocess.Popen[bytes]], told: list[_Failure], reports: int
 ) -> list[_Failure]:
-    """Wait until every process has ended or told its line; who does neither is stuck, and writes where."""
+    """Wait until every process has ended or told its line; those that do neither hang, and write their stacks."""
     deadline, silent = time.monotonic() + _GRACE_SECONDS, list(children)
     while silent and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -243,7 +242,7 @@ def _wait_for_words(
 
 
 def _signal(children: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
-    """Send a signal to those that are still there."""
+    """Send a signal to those that still run."""
     for child in children:
         if child.poll() is None:
             child.send_signal(number)

@@ -1,4 +1,4 @@
-"""What every family's torch module is given in place of its own: norms in float64, rotary tables, the mask."""
+"""What replaces a family's own in its torch module: norms in float64, rotary tables, the mask."""
 
 # B examples, S sequence, D head dim
 
@@ -13,7 +13,7 @@ from trainspec.rope import inverse_frequencies
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x²) + eps) * weight in the type of x: Hugging Face's without its detour over float32."""
+    """x * rsqrt(mean(x²) + eps) * weight, computed in the type of x; Hugging Face's computes in float32."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 class RotaryTables(nn.Module):
     """cos and sin [B, S, D] of each position's angles, made in `dtype` (float32 or float64), cast to the type of x.
 
-    In place of Hugging Face's, whose frequencies are float32 and a buffer that a cast of the model rounds.
+    Hugging Face's frequencies are a float32 buffer, which a cast of the model rounds.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
@@ -43,7 +43,7 @@ class RotaryTables(nn.Module):
 
 
 def attention_mask(segments_BS: Tensor) -> Tensor:
-    """True where a query may see a key: same document, and not later. Bool [B, 1, S, S].
+    """True where a query may see a key: same segment, and not later. Bool [B, 1, S, S].
 
     Padding (segment 0) sees earlier padding, so that no row of the softmax is empty.
     """

@@ -16,11 +16,10 @@ from trainspec.plans.plan import Policy
 
 
 def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -> PreTrainedModel:
-    """This process's part of the module, on the meta device: weights.allocate gives every weight its memory.
+    """This process's shards of the module, on the meta device: `weights.allocate` gives every weight its memory.
 
-    `remat` full recomputes each layer in the backward pass. fp64 runs get their own RMSNorm: Hugging Face's
-    computes in float32 whatever the model's type. Differs from jaxtrain, where a constraint on the activations says
-    what is split: here it is the layers.
+    `remat` full recomputes each layer in the backward pass. fp64 runs get RMSNorms of our own, as Hugging Face's
+    compute in float32. Differs from jaxtrain, where activations are constrained to a sharding: here layers are split.
     """
     anatomy = FAMILIES[spec.family]
     dtype = compute_dtype(policy)
@@ -34,7 +33,7 @@ def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -
     model.tie_weights()
     anatomy.put_rotary(model, RotaryTables(spec, accumulation_dtype(dtype)))
     if remat == "full":
-        # No torch random numbers are drawn in a layer: their state need not be kept for the recomputation.
+        # A layer draws no random numbers of torch's, whose state need not be kept for the recomputation.
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model
 

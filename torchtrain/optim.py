@@ -1,4 +1,4 @@
-"""torch's AdamW and the global-norm clip, exactly as torch and DeepSpeed run them."""
+"""torch's AdamW, and the clip by the global norm as torch and DeepSpeed compute it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def clip(gradients: Mapping[str, Tensor], norm: Tensor, *, max_norm: float) -> N
 def make_optimizer(
     spec: AdamW, decayed: Set[str], *, parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.AdamW:
-    """AdamW over `parameters`, with decay for the names in `decayed` only; set_learning_rate goes before an update.
+    """AdamW over `parameters`, with decay for the names in `decayed` only; `set_learning_rate` comes before an update.
 
-    foreach=False: tensor after tensor takes no second copy of the gradients, and it is the order of operations
-    that a GPU and a CPU share. Differs from jaxtrain, whose optimizer knows its weights by their names alone.
+    foreach=False: tensor by tensor there is no second copy of the gradients, and GPUs and CPUs have the same order of
+    operations. Differs from jaxtrain, whose optimizer is not given its weights.
     """
     groups = [
         {
@@ -44,14 +44,13 @@ def make_optimizer(
         for decays, decay in ((True, spec.weight_decay), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, foreach=False)
-    return optimizer
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, foreach=False)
 
 
 def start_moments(optimizer: torch.optim.AdamW, tensors: Iterable[Tensor]) -> None:
-    """What AdamW itself starts from, made now so that the moments are there to be read and restored.
+    """Make the moments that AdamW itself would make at its first update, so that they can be read and restored before.
 
-    `tensors` are what the optimizer updates: the parameters, or the flat parts that DeepSpeed makes of them.
+    `tensors` are what the optimizer updates: the parameters, or the flat buffers that DeepSpeed makes of them.
     """
     for tensor in tensors:
         optimizer.state[tensor] = {
@@ -61,12 +60,12 @@ def start_moments(optimizer: torch.optim.AdamW, tensors: Iterable[Tensor]) -> No
 
 
 def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
-    """The rate of the next update."""
+    """Set the rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def set_steps(optimizer: torch.optim.AdamW, steps: int) -> None:
-    """How many updates were made, for Adam's bias correction."""
+    """Set the number of updates made so far, for Adam's bias correction."""
     for state in optimizer.state.values():
         state["step"].fill_(float(steps))

@@ -1,6 +1,6 @@
-"""One update: microbatches in, gradients summed, one step of the engine."""
+"""The functions of a backend: one update makes gradients of microbatches and a step of the engine."""
 
-# B examples, S sequence, T rows of a layer (`methods.virtual_tokens`), V vocabulary
+# B examples, S sequence, T positions of a layer (`methods.virtual_tokens`), V vocabulary
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from trainspec.weight import WeightLike
 
 @dataclass(frozen=True)
 class State:
-    """A run after `step` updates. The module and the optimizer are torch's: an update changes them in place."""
+    """A run after `step` updates. Module and optimizer are torch's: an update changes them in place."""
 
     step: int
     run: Run
@@ -60,7 +60,7 @@ class State:
 def init_state(run: Run, *, like: State | None = None) -> State:
     """The run before its first update. `cluster.start` comes first.
 
-    Differs from jaxtrain: of `like` nothing was compiled that could be used again.
+    Differs from jaxtrain: nothing is compiled, so nothing of `like` is used again.
     """
     recipe, spec, weights = run.recipe, run.spec, list(starting_weights(run))
     policy, mesh = recipe.precision.policy, make_mesh(recipe.plan)
@@ -78,7 +78,7 @@ def init_state(run: Run, *, like: State | None = None) -> State:
     engine = make_engine(run, model, optimizer, mesh=mesh)
     state = State(0, run, mesh, model, engine, optimizer, point)
     if policy == "bf16":
-        # DeepSpeed made its float32 masters from the rounded weights: they start where the other backend's do.
+        # DeepSpeed has made its float32 masters from rounded weights; the other backend's are not rounded.
         names = {p.name for p in run.trained}
         trained = ((p, weight) for p, weight in weights if p.name in names)
         from_canonical(
@@ -88,14 +88,14 @@ def init_state(run: Run, *, like: State | None = None) -> State:
 
 
 def _optimizer(run: Run, model: PreTrainedModel) -> torch.optim.AdamW:
-    """AdamW over the weights of this process's stage, in the same groups on every stage."""
+    """AdamW over the trained weights of this process's stage, in the same groups on every stage."""
     decays = {p.name: p.decay for p in run.trained}
     parameters = {name: p for name, p in _trainable(model).items() if not p.is_meta}
     decayed = {name for name in parameters if decays[canonical_name(name)]}
-    for decays_too in set(decays.values()) - {name in decayed for name in parameters}:
-        name = f"placeholder.{decays_too}"
+    for is_decayed in set(decays.values()) - {name in decayed for name in parameters}:
+        name = f"placeholder.{is_decayed}"
         parameters[name] = placeholder()
-        if decays_too:
+        if is_decayed:
             decayed.add(name)
     return make_optimizer(run.recipe.optimizer, decayed, parameters=parameters)
 
@@ -108,9 +108,9 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
     """
     state.model.train()
     with nullcontext() if keep != "activations" else recorded(state.model) as recordings:
-        rows = _Rows(state, batch, recordings)
-        state.engine.accumulate(rows)
-    loss_sum = state.mesh.total(rows.loss_sum).item()
+        microbatches = _Microbatches(state, batch, recordings)
+        state.engine.accumulate(microbatches)
+    loss_sum = state.mesh.total(microbatches.loss_sum).item()
     grad_norm = state.engine.store.norm()
     if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
         state.model.zero_grad()
@@ -119,60 +119,66 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
     if keep != "nothing":
         metrics = replace(metrics, gradients=_arrays(state, "gradient", state.run.trained))
     if recordings is not None:
-        points = point_stages(state.run.recipe.plan, state.run.spec.layers)
-        activations, activation_gradients = by_point(
-            recordings, points, mesh=state.mesh, scale=state.engine.loss_scale
-        )
-        metrics = replace(metrics, activations=activations, activation_gradients=activation_gradients)
+        metrics = _with_activations(metrics, state, recordings)
     set_learning_rate(state.optimizer, lr)
     state.engine.step()
     return replace(state, step=state.step + 1), metrics
 
 
-class _Rows:
-    """The microbatches of a batch, in this process's rows: what an engine asks of them, and the loss summed over them.
+class _Microbatches:
+    """What an engine asks of a batch: this process's examples of each microbatch, and the loss, summed over them.
 
-    Where there is a list of `recordings`, it gets one for every microbatch.
+    Each microbatch's forward pass appends to `recordings`, if there is such a list.
     """
 
     def __init__(self, state: State, batch: Batch, recordings: list[Recording] | None) -> None:
-        parts = batch.split(state.run.recipe.batch.accumulation * state.run.recipe.plan.microbatches)
+        microbatches = batch.split(state.run.recipe.batch.accumulation * state.run.recipe.plan.microbatches)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=compute_device())
         self._state, self._batch, self._recordings = state, batch, recordings
-        self._parts = [_mine(state, part) for part in parts]
+        self._microbatches = [_own_examples(state, microbatch) for microbatch in microbatches]
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._microbatches)
 
     def forward(self, index: int) -> Inputs:
-        """What the forward pass takes that comes next."""
+        """What the next forward pass takes."""
         if self._recordings is not None:
             self._recordings.append(Recording())
         self._move_dropout(index)
-        return _inputs(self._parts[index], self._state.run.recipe.method)
+        return _inputs(self._microbatches[index], self._state.run.recipe.method)
 
     def loss(self, index: int, logits: Tensor) -> Tensor:
-        """The share of the batch's loss."""
-        part, batch = self._parts[index], self._batch
-        part_loss = _loss_sum(self._state, part, logits)
-        self.loss_sum += part_loss.detach()
-        return part_loss / batch.target_tokens
+        """The microbatch's share of the batch's loss."""
+        microbatch, batch = self._microbatches[index], self._batch
+        loss_sum = _loss_sum(self._state, microbatch, logits)
+        self.loss_sum += loss_sum.detach()
+        return loss_sum / batch.target_tokens
 
     def backward(self, index: int) -> None:
-        """A layer that is computed again draws the masks of its own rows."""
+        """A recomputed layer draws its dropout masks again, of this microbatch's examples."""
         self._move_dropout(index)
 
     def _move_dropout(self, index: int) -> None:
         point = self._state.point
-        point.step, point.rows = self._state.step, _tensor(self._parts[index].rows)
+        point.step, point.rows = self._state.step, _tensor(self._microbatches[index].rows)
+
+
+def _with_activations(metrics: Metrics, state: State, recordings: Sequence[Recording]) -> Metrics:
+    activations, gradients = by_point(
+        recordings,
+        point_stages(state.run.recipe.plan, state.run.spec.layers),
+        mesh=state.mesh,
+        scale=state.engine.loss_scale,
+    )
+    return replace(metrics, activations=activations, activation_gradients=gradients)
 
 
 @torch.no_grad()
 def eval_step(state: State, batch: Batch) -> tuple[float, int]:
     """(loss sum, target tokens) of a batch, without dropout."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=compute_device())
-    for part, logits_BTV in _inferred(state, batch):
-        loss_sum += _loss_sum(state, part, logits_BTV)
+    for microbatch, logits_BTV in _inferred(state, batch):
+        loss_sum += _loss_sum(state, microbatch, logits_BTV)
     return state.mesh.total(loss_sum).item(), batch.target_tokens
 
 
@@ -180,29 +186,25 @@ def eval_step(state: State, batch: Batch) -> tuple[float, int]:
 def logits(state: State, batch: Batch) -> NDArray[Any]:
     """The model's output [B, S, V] at the tokens, without dropout."""
     mesh = state.mesh
-    parts = [mesh.tensor.gather(part_BTV, -1) for _, part_BTV in _inferred(state, batch)]
-    whole = torch.cat([mesh.replicas.gather(part_BTV, 0) for part_BTV in parts]) if parts else None
-    return to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))[
-        :, leading_rows(state.run.recipe.method) :
-    ]
+    shards = [mesh.tensor.gather(shard_BTV, -1) for _, shard_BTV in _inferred(state, batch)]
+    whole = torch.cat([mesh.replicas.gather(shard_BTV, 0) for shard_BTV in shards]) if shards else None
+    logits_BTV = to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))
+    return logits_BTV[:, leading_rows(state.run.recipe.method) :]
 
 
 def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
-    """This replica's rows of a batch with their logits, in parts, where the process has logits.
-
-    A pipeline takes them as microbatches.
-    """
+    """This replica's examples of each microbatch, with their logits; none where the process has no logits."""
     state.model.eval()
-    microbatches = state.run.recipe.plan.microbatches_of(len(batch.rows))
-    parts = [_mine(state, part) for part in batch.split(microbatches)]
-    inputs = [_inputs(part, state.run.recipe.method) for part in parts]
-    return zip(parts, state.engine.infer(inputs), strict=False)
+    count = state.run.recipe.plan.microbatches_of(len(batch.rows))
+    microbatches = [_own_examples(state, microbatch) for microbatch in batch.split(count)]
+    inputs = [_inputs(microbatch, state.run.recipe.method) for microbatch in microbatches]
+    return zip(microbatches, state.engine.infer(inputs), strict=False)
 
 
 def weights_of(state: State, *, frozen: bool = False) -> Arrays:
     """Copies of the trained weights, and on request of the frozen ones, under their canonical names.
 
-    As all functions that give arrays by canonical name: whole for the leader, and nothing for the others.
+    Like all functions that give arrays by canonical name: whole for the leader, nothing for the others.
     """
     return _arrays(state, "weight", state.run.full_table if frozen else state.run.trained)
 
@@ -214,27 +216,27 @@ def moments_of(state: State) -> tuple[Arrays, Arrays]:
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:
-    """`state` moved to where `checkpoint` was saved; consumes `state`."""
+    """`state` as it was when `checkpoint` was saved; consumes `state`."""
     sources: tuple[tuple[Stored, Mapping[str, WeightLike]], ...] = (
         ("weight", checkpoint.weights),
         ("moment1", checkpoint.moment1),
         ("moment2", checkpoint.moment2),
     )
-    for what, arrays in sources:
-        rows = ((p, arrays[p.name]) for p in state.run.trained)
-        write = partial(state.engine.store.write, what)
-        from_canonical(rows, _trainable(state.model), tensor=state.mesh.tensor, write=write)
+    for kind, arrays in sources:
+        entries = ((p, arrays[p.name]) for p in state.run.trained)
+        write = partial(state.engine.store.write, kind)
+        from_canonical(entries, _trainable(state.model), tensor=state.mesh.tensor, write=write)
     set_steps(state.optimizer, checkpoint.step)
     return replace(state, step=checkpoint.step)
 
 
-def _arrays(state: State, what: Stored, table: Sequence[Param]) -> Arrays:
-    """One kind of tensor of every row of the table."""
+def _arrays(state: State, kind: Stored, table: Sequence[Param]) -> Arrays:
+    """One kind of tensor of every entry of the table."""
     reduced = compute_dtype(state.run.recipe.precision.reduce)
 
     def read(parameter: nn.Parameter) -> Tensor:
-        found = state.engine.store.read(what, parameter)
-        return found.to(reduced) if what == "gradient" else found
+        tensor = state.engine.store.read(kind, parameter)
+        return tensor.to(reduced) if kind == "gradient" else tensor
 
     return to_canonical(
         dict(state.model.named_parameters()),
@@ -246,8 +248,8 @@ def _arrays(state: State, what: Stored, table: Sequence[Param]) -> Arrays:
     )
 
 
-def _mine(state: State, batch: Batch) -> Batch:
-    """This replica's rows."""
+def _own_examples(state: State, batch: Batch) -> Batch:
+    """This replica's."""
     replicas = state.mesh.replicas
     return batch.split(replicas.size)[replicas.index]
 

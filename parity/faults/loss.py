@@ -115,7 +115,11 @@ FAULTS = (
                 ),
             ),
             "torch": (
-                Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__loss / part.target_tokens / len(self)"),
+                Edit(
+                    "torchtrain.step:_Microbatches.loss",
+                    TORCH_DIVIDED,
+                    "__loss / microbatch.target_tokens / len(self)",
+                ),
             ),
         },
     ),
@@ -126,7 +130,9 @@ FAULTS = (
         where=LOGITS_GRADIENT,
         edits={
             "jax": (Edit("jaxtrain.step:Program._gradients", DIVIDED, "_mean(__sum, stacked['rows'].size)"),),
-            "torch": (Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__loss / len(__batch.rows)"),),
+            "torch": (
+                Edit("torchtrain.step:_Microbatches.loss", TORCH_DIVIDED, "__loss / len(__batch.rows)"),
+            ),
         },
     ),
     Fault(
@@ -142,7 +148,7 @@ FAULTS = (
                     "_mean(__sum, __tokens * len(stacked['rows']))",
                 ),
             ),
-            "torch": (Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__it / len(self)"),),
+            "torch": (Edit("torchtrain.step:_Microbatches.loss", TORCH_DIVIDED, "__it / len(self)"),),
         },
     ),
     Fault(
@@ -160,7 +166,9 @@ FAULTS = (
                     "__gradients, __by_probe = jax.tree.map(lambda g: jnp.where(late, 0, g), (__gradients, __by_probe))",
                 ),
             ),
-            "torch": (Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__it * (index + 1 < len(self))"),),
+            "torch": (
+                Edit("torchtrain.step:_Microbatches.loss", TORCH_DIVIDED, "__it * (index + 1 < len(self))"),
+            ),
         },
     ),
     Fault(

@@ -105,7 +105,9 @@ FAULTS = (
         where=LOGITS_GRADIENT,
         edits={
             "jax": (_gradient_times("jnp.where(microbatch == 0, 2, 1)"),),
-            "torch": (Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__it * (1 + (index == 0))"),),
+            "torch": (
+                Edit("torchtrain.step:_Microbatches.loss", TORCH_DIVIDED, "__it * (1 + (index == 0))"),
+            ),
         },
         setup="pipe",
         note=NO_FLOAT64,
@@ -148,7 +150,11 @@ FAULTS = (
                 ),
             ),
             "torch": (
-                Edit("torchtrain.step:_Rows.loss", TORCH_DIVIDED, "__loss / part.target_tokens / len(self)"),
+                Edit(
+                    "torchtrain.step:_Microbatches.loss",
+                    TORCH_DIVIDED,
+                    "__loss / microbatch.target_tokens / len(self)",
+                ),
             ),
         },
         setup="pipe",

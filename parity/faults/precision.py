@@ -85,7 +85,7 @@ FAULTS = (
             "torch": (
                 # What is added up when the next microbatch comes, and in the end.
                 Edit(
-                    "torchtrain.step:_Rows.loss",
+                    "torchtrain.step:_Microbatches.loss",
                     "__sum += __loss.detach()",
                     f"__it\n{ROUNDING}\nround_gradients(self._state.model)",
                 ),

@@ -226,7 +226,7 @@ FAULTS = (
                     "          for __part in __parts for a in [getattr(__part, __field)]])",
                 ),
             ),
-            "torch": (Edit("torchtrain.step:_mine", "__shares[__replicas.index]", "__shares[0]"),),
+            "torch": (Edit("torchtrain.step:_own_examples", "__shares[__replicas.index]", "__shares[0]"),),
         },
         setup="data",
         note="in JAX the input tokens alone are repeated: its count of targets would show before",

@@ -71,7 +71,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.methods.prefix:attend_behind_prefix",
+                    "torchtrain.methods.prefix:attend_after_prefix",
                     "__prefix[2 * __layer], __prefix[2 * __layer + 1]",
                     "__prefix[2 * __layer + 1], __prefix[2 * __layer]",
                 ),

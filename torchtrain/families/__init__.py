@@ -13,6 +13,6 @@ FAMILIES: dict[str, Anatomy] = {"llama": Llama(), "qwen3": Qwen3()}
 
 
 def anatomy_of(model: Any) -> Anatomy:
-    """The anatomy of a module that one of the families made."""
+    """The anatomy of a model that a family's `make` gave."""
     names = {family.model_type: name for name, family in NEUTRAL.items()}
     return FAMILIES[names[model.config.model_type]]

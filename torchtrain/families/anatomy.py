@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a family's torch module: where in it is what."""
+"""What the rest of the package asks of a family's torch module: where in it each submodule is."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from trainspec.model import ModelSpec
 
 
 class Anatomy(Protocol):
-    """A family's module, made and taken apart. A model is what `make` gave, with or without a method attached."""
+    """Makes a family's module and finds its submodules. A `model` is what `make` gave, also with a method attached."""
 
-    # The classes of its norms: RMS norms with a `weight`, which compute in float32 whatever they are given.
+    # The classes of its norms: RMS norms with a `weight`, which compute in float32 whatever their input.
     norms: ClassVar[tuple[type[nn.Module], ...]]
 
     def make(self, spec: ModelSpec) -> PreTrainedModel:
-        """Hugging Face's module. It is made on the meta device; frequencies of its rotation are not the run's."""
+        """Hugging Face's module, made on the meta device. Its rotary frequencies are not the run's."""
         ...
 
     def inner(self, model: Any) -> nn.Module:
@@ -30,11 +30,11 @@ class Anatomy(Protocol):
         ...
 
     def rotary(self, model: Any) -> nn.Module:
-        """The module that makes cos and sin, called with hidden states (for their type) and `position_ids`."""
+        """The module that makes cos and sin; called with hidden states, for their type, and `position_ids`."""
         ...
 
     def put_rotary(self, model: Any, rotary: nn.Module) -> None:
-        """Have `rotary` make them."""
+        """Replace it by `rotary`."""
         ...
 
     def layers(self, model: Any) -> Sequence[nn.Module]:
@@ -42,11 +42,11 @@ class Anatomy(Protocol):
         ...
 
     def attention(self, layer: Any) -> nn.Module:
-        """A layer's attention, called with `hidden_states` by keyword; gives a tuple, the output first."""
+        """A layer's attention; called with `hidden_states` by keyword, gives a tuple with the output first."""
         ...
 
     def mlp(self, layer: Any) -> nn.Module:
-        """A layer's feed-forward block, called with the hidden states."""
+        """A layer's feed-forward block; called with the hidden states."""
         ...
 
     def norm(self, model: Any) -> nn.Module:

@@ -13,12 +13,12 @@ from trainspec.model import ModelSpec
 
 
 class Llama:
-    """Its anatomy, which other families of Hugging Face's with the same names share."""
+    """The anatomy of Llama, and of Hugging Face's other families with the same names."""
 
     norms: ClassVar[tuple[type[nn.Module], ...]] = (LlamaRMSNorm,)
 
     def make(self, spec: ModelSpec) -> PreTrainedModel:
-        # RoPE's settings are left out: the run's tables take them from the spec.
+        # Without RoPE's settings: the run's own tables take them from the spec.
         return LlamaForCausalLM(LlamaConfig(**sizes(spec), mlp_bias=spec.mlp_bias))
 
     def inner(self, model: Any) -> nn.Module:
@@ -50,7 +50,7 @@ class Llama:
 
 
 def sizes(spec: ModelSpec) -> dict[str, Any]:
-    """The arguments of a Hugging Face configuration that say a spec."""
+    """A spec as arguments of a Hugging Face configuration."""
     return {
         "vocab_size": spec.vocab,
         "hidden_size": spec.embed,
@@ -63,7 +63,7 @@ def sizes(spec: ModelSpec) -> dict[str, Any]:
         "max_position_embeddings": spec.max_positions,
         "tie_word_embeddings": spec.tied_embeddings,
         "attention_bias": spec.attention_bias,
-        "pad_token_id": None,  # padding has a loss of zero by its labels; no row of the embedding is special
+        "pad_token_id": None,  # labels keep padding out of the loss; no row of the embedding is special
         "use_cache": False,
         "attn_implementation": "sdpa",
     }

@@ -13,7 +13,7 @@ from trainspec.model import ModelSpec
 
 
 class Qwen3(Llama):
-    """Llama's anatomy; two more norms in every attention."""
+    """Llama's anatomy. Every attention has two more norms."""
 
     norms: ClassVar[tuple[type[nn.Module], ...]] = (Qwen3RMSNorm,)
 

@@ -1,7 +1,4 @@
-"""Putting a training method into the model, one file per kind, with dropout from the shared counter-based generator.
-
-The layers are PEFT's, where PEFT has them.
-"""
+"""Training methods, one file per kind: each attaches itself to the model. The layers are PEFT's, where PEFT has them."""
 
 from __future__ import annotations
 
@@ -32,17 +29,17 @@ ATTACH: dict[str, Callable[[PreTrainedModel, Any, Site], None]] = {
     "ptuning": ptuning.attach,
     "prefix": prefix.attach,
 }
-# What every layer is given beside hidden states: of the methods that have such a thing.
+# What every layer takes besides hidden states, for the methods that have such inputs.
 _LAYER_INPUTS: dict[str, Callable[..., dict[str, Any]]] = {"prefix": prefix.layer_inputs}
 
 
 def attach(
     model: PreTrainedModel, spec: ModelSpec, method: Method, *, seed: int, tensor: Peers
 ) -> DropoutPoint:
-    """Put `method` into `model` in place; everything it does not train stops requiring gradients.
+    """Attach `method` to `model` in place; what it does not train no longer requires gradients.
 
-    Returns the point that dropout reads and the step moves. An adapter of a layer that is split over the
-    `tensor` peers is split alike.
+    Returns the point that dropout reads and each microbatch moves. An adapter of a layer that the `tensor` peers split
+    is split alike.
     """
     site = Site(spec, seed=seed, tensor=tensor)
     model.requires_grad_(method.trains_model)
@@ -54,10 +51,10 @@ def attach(
 def layer_inputs(
     model: PreTrainedModel, spec: ModelSpec, method: Method, *, tensor: Peers
 ) -> Callable[[], dict[str, Any]] | None:
-    """What makes the arguments that the method has for every layer; None where it has none.
+    """A function that makes the method's inputs of every layer; None for a method without such inputs.
 
-    A pipeline calls its layers one by one, past the hooks of the model: each stage makes them once for a microbatch,
-    from weights that every stage has.
+    A pipeline calls its layers one by one, without the hooks of the model: each stage makes these inputs once per
+    microbatch, from weights that every stage has.
     """
     if method.kind not in _LAYER_INPUTS:
         return None

@@ -1,7 +1,7 @@
 """Bottleneck adapters after attention and MLP, before their output is added to the residual stream.
 
-Houlsby and others, arXiv 1902.00751, figure 2. PEFT has no such method. Every tensor peer holds an adapter whole, as the
-stream is whole on each.
+Houlsby and others, arXiv 1902.00751, figure 2. PEFT has no such method. Every tensor peer holds the whole adapter, as it
+has the whole residual stream.
 """
 
 # B examples, S sequence, E embed
@@ -44,21 +44,21 @@ class Bottleneck(nn.Module):
 
 
 def attach(model: PreTrainedModel, method: Adapter, site: Site) -> None:
-    """Two adapters for each layer of `model`, on the meta device; a layer owns them under their canonical names."""
+    """Add two adapters to each layer of `model`, on the meta device, as children with their canonical names."""
     anatomy = anatomy_of(model)
     for layer in anatomy.layers(model):
-        _put_behind(layer, anatomy.attention(layer), "attention_adapter", site.spec, method)
-        _put_behind(layer, anatomy.mlp(layer), "mlp_adapter", site.spec, method)
+        _append(layer, anatomy.attention(layer), "attention_adapter", site.spec, method)
+        _append(layer, anatomy.mlp(layer), "mlp_adapter", site.spec, method)
 
 
-def _put_behind(layer: nn.Module, block: nn.Module, name: str, spec: ModelSpec, method: Adapter) -> None:
-    """What `block` gives is what the adapter makes of it."""
+def _append(layer: nn.Module, block: nn.Module, name: str, spec: ModelSpec, method: Adapter) -> None:
+    """Have the output of `block` go through an adapter, a child of `layer`."""
     with torch.device("meta"):
         adapter = Bottleneck(spec.embed, method)
     layer.add_module(name, adapter)
 
     def adapt(_: nn.Module, __: Any, output: Any) -> Any:
-        # Attention gives its weights as well.
+        # Attention returns its weights as well.
         return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 
     block.register_forward_hook(adapt)

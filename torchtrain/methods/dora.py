@@ -1,4 +1,4 @@
-"""DoRA: PEFT's layers, with a variant of PEFT's own arithmetic that knows layers of which a process holds a part."""
+"""DoRA: PEFT's layers, with a variant of its own arithmetic for layers that are split over tensor peers."""
 
 # B examples, S sequence, I inputs, O outputs, R rank; where a layer is split, those of this process
 
@@ -22,12 +22,12 @@ _ALONE = Peers()
 
 
 class Magnitude(nn.Module):
-    """m (u + s B A d) / n, with n the norms of the rows of W + s B A, a constant of the gradient."""
+    """m (u + s B A d) / n, where n, the norms of the rows of W + s B A, has no gradient."""
 
     def __init__(self, base: nn.Linear, *, tensor: Peers) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(base.out_features, device="meta"))
-        # A row of a row layer is over all peers, one of a column layer on a single one.
+        # A row of a row layer is spread over all peers, one of a column layer is on a single one.
         self._peers = tensor if isinstance(base, RowLinear) else _ALONE
 
     def forward(self, direction_BSO: Tensor, weight_OI: Tensor, product_OI: Tensor) -> Tensor:
@@ -40,28 +40,28 @@ class Magnitude(nn.Module):
 
 
 class _Variant(LoraVariant):
-    """PEFT's DoraLinearVariant: without dropout W x is computed once, with it the change is of dropout(x)."""
+    """PEFT's DoraLinearVariant: without dropout W x is computed once; with dropout, u and d are of dropout(x)."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """`result` is W x + bias, to which the change is added; in the wide type, as it is a small difference."""
+        """`result`, which is W x + bias, plus the change; that is a small difference, taken in the accumulation type."""
         base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        scale, wide = module.scaling[active_adapter], accumulation_dtype(x.dtype)
+        scale, dtype = module.scaling[active_adapter], accumulation_dtype(x.dtype)
         drops = module.training and not isinstance(dropout, nn.Identity)
         dropped_BSI = dropout(x) if drops else x
-        plain_BSO = (base(dropped_BSI) if drops else result).to(wide)
+        plain_BSO = (base(dropped_BSI) if drops else result).to(dtype)
         if base.bias is not None:
             plain_BSO = plain_BSO - base.bias
         with torch.no_grad():
-            product_OI = scale * (b.weight.to(wide) @ a.weight.to(wide))
-        direction_BSO = plain_BSO + scale * b(a(dropped_BSI)).to(wide)
+            product_OI = scale * (b.weight.to(dtype) @ a.weight.to(dtype))
+        direction_BSO = plain_BSO + scale * b(a(dropped_BSI)).to(dtype)
         scaled_BSO = module.lora_magnitude_vector[active_adapter](direction_BSO, base.weight, product_OI)
         return result + (scaled_BSO - plain_BSO).to(result.dtype)
 
 
 def attach(model: PreTrainedModel, method: DoRA, site: Site) -> None:
-    """One of PEFT's layers in the place of each target, with a magnitude on the meta device."""
+    """Replace each target by PEFT's layer, with a magnitude on the meta device."""
     for layer in replace_targets(model, method, site):
         base = layer.get_base_layer()
         assert isinstance(base, nn.Linear)

@@ -1,4 +1,4 @@
-"""Full training changes nothing of the model."""
+"""Full training: the model is trained as it is."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from trainspec.methods import Full
 
 
 def attach(model: PreTrainedModel, method: Full, site: Site) -> None:
-    """Nothing."""
+    """There is nothing to attach."""

@@ -1,4 +1,4 @@
-"""LoRA: PEFT's layers, which hold the linear ones that they take the place of."""
+"""LoRA: PEFT's layers, which hold the linear ones that they replace."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from trainspec.methods import LoRA
 
 
 def attach(model: PreTrainedModel, method: LoRA, site: Site) -> None:
-    """One of PEFT's layers in the place of each target."""
+    """Replace each target by PEFT's layer."""
     replace_targets(model, method, site)

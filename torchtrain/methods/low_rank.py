@@ -1,4 +1,4 @@
-"""What methods share that replace linear layers by ones with a low-rank product: PEFT's layers, split like their bases."""
+"""What LoRA and DoRA share: PEFT's layers in place of linear ones, split like these."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torchtrain.methods.site import Site
 from torchtrain.tensor_parallel import RowLinear, WholeLinear
 from trainspec.methods import LowRank, target_modules
 
-# PEFT's name for the only adapter of a model; weights.py knows it from the parameters' names.
+# PEFT's name for a model's only adapter; it is in the parameters' names that weights.py reads.
 _ADAPTER = "default"
 
 
 def replace_targets(model: PreTrainedModel, method: LowRank, site: Site) -> list[LoraLayer]:
-    """One of PEFT's layers in the place of each target, in the order of the table; returns them."""
+    """Replace each target by PEFT's layer; returns these in the order of the table."""
     modules, seed, point, tensor = target_modules(site.spec, method), site.seed, site.point, site.tensor
     config = LoraConfig(
         r=method.rank,
@@ -30,8 +30,8 @@ def replace_targets(model: PreTrainedModel, method: LowRank, site: Site) -> list
         target_modules=list(modules),
         task_type="CAUSAL_LM",
     )
-    # In place, unlike get_peft_model: the model stays Hugging Face's. Its adapters have the sizes of this process's
-    # part of a layer, and no memory yet.
+    # In place, unlike get_peft_model: the model stays Hugging Face's. The adapters have the sizes of this process's
+    # shard of a layer, and no memory yet.
     with torch.device("meta"):
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     layers = []
@@ -52,7 +52,7 @@ def replace_targets(model: PreTrainedModel, method: LowRank, site: Site) -> list
 
 
 def _split_adapter(layer: LoraLayer, base: nn.Linear, *, rank: int, tensor: Peers) -> None:
-    """A row layer's A sums its parts, and B is whole; a column layer's B is split, and A whole."""
+    """Of a row layer A is split, with its output summed, and B whole; of a column layer A is whole and B split."""
     with torch.device("meta"):
         if isinstance(base, RowLinear):
             new: nn.Module = RowLinear(base.in_features * tensor.size, rank, bias=False, peers=tensor)

@@ -1,7 +1,7 @@
 """Prefix tuning: PEFT's encoder as a child of the model, and its keys and values before each layer's own.
 
-They are not rotated, and the layers keep S positions. Not by way of a cache, which is PEFT's: Hugging Face drops one
-where layers are computed again in the backward pass.
+They are not rotated, and the layers keep S positions. PEFT passes them as a cache; Hugging Face drops a cache where layers
+are recomputed in the backward pass.
 """
 
 # B examples, S sequence, N virtual tokens, T keys of a layer, H heads, K kv heads, D head dim
@@ -26,7 +26,7 @@ from trainspec.model import ModelSpec
 
 # Keys and values [K, N, D] of every layer in turn: those of layer i are 2 i and 2 i + 1.
 Prefix = Sequence[Tensor]
-_ATTENTION = "sdpa_behind_prefix"
+_ATTENTION = "sdpa_after_prefix"
 
 
 def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
@@ -41,7 +41,7 @@ def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
             encoder_hidden_size=method.hidden or spec.kv_heads * spec.head_dim,
         )
         model.add_module(ENCODER, PrefixEncoder(config))
-    AttentionInterface.register(_ATTENTION, attend_behind_prefix)
+    AttentionInterface.register(_ATTENTION, attend_after_prefix)
     model.config._attn_implementation = _ATTENTION
 
     def give(
@@ -49,19 +49,19 @@ def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, kwargs | layer_inputs(model, spec, method, tensor=site.tensor)
 
-    # Of the model inside: DeepSpeed's own hook on the whole model has to come before any weight is used.
+    # On the inner model: DeepSpeed's hook on the whole model has to come before any weight is used.
     anatomy_of(model).inner(model).register_forward_pre_hook(give, with_kwargs=True)
 
 
 def layer_inputs(
     model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers
 ) -> dict[str, Any]:
-    """What every layer is given beside hidden states."""
+    """What every layer takes besides hidden states."""
     return {"prefix": make_prefix(model, spec, method, tensor=tensor)}
 
 
 def make_prefix(model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers) -> Prefix:
-    """The keys and values of every layer, in the kv heads of this process."""
+    """The keys and values of every layer, of this process's kv heads."""
     encoder = model.get_submodule(ENCODER)
     tokens_1N = torch.arange(method.virtual_tokens, device=compute_device())[None]
     # PEFT's layout: virtual token, layer, keys before values, kv head, head_dim.
@@ -70,7 +70,7 @@ def make_prefix(model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *
     return mine.permute(1, 2, 0, 3).unbind(0)
 
 
-def attend_behind_prefix(
+def attend_after_prefix(
     module: Any,
     query_BHSD: Tensor,
     key_BKSD: Tensor,
@@ -80,7 +80,7 @@ def attend_behind_prefix(
     prefix: Prefix,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention's output [B, S, H, D]. Its keys and values are rotated, the prefix is not."""
+    """Attention's output [B, S, H, D]. Keys and queries come rotated; the prefix is not."""
     keys_KND, values_KND = prefix[2 * module.layer_idx], prefix[2 * module.layer_idx + 1]
     examples = len(key_BKSD)
     key_BKTD = torch.cat((keys_KND.expand(examples, -1, -1, -1), key_BKSD), 2)

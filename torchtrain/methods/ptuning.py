@@ -18,7 +18,7 @@ from trainspec.methods import ENCODER, LSTM_LAYERS, PTuning
 
 
 def attach(model: PreTrainedModel, method: PTuning, site: Site) -> None:
-    """Put what the encoder makes before the embedded tokens; the encoder's weights are on the meta device."""
+    """Put the encoder's output before the embedded tokens; the encoder's weights are on the meta device."""
     hidden = method.hidden or site.spec.embed
     with torch.device("meta"):
         config = PromptEncoderConfig(
@@ -35,7 +35,7 @@ def attach(model: PreTrainedModel, method: PTuning, site: Site) -> None:
 
 
 def _between(method: PTuning, site: Site) -> nn.Module:
-    """What stands between the layers of the LSTM."""
+    """Dropout between the layers of the LSTM, if there is any."""
     if not method.dropout:
         return nn.Identity()
     name = f"{ENCODER}.lstm_head"
@@ -43,21 +43,21 @@ def _between(method: PTuning, site: Site) -> nn.Module:
 
 
 class _LSTM(nn.LSTM):
-    """PEFT's LSTM, bidirectional, with `between` its layers in the place of torch's own dropout."""
+    """PEFT's bidirectional LSTM, with `between` its layers in place of torch's dropout."""
 
     def __init__(self, inputs: int, hidden: int, *, between: nn.Module) -> None:
         super().__init__(inputs, hidden, num_layers=LSTM_LAYERS, bidirectional=True, batch_first=True)
         self._between = between
 
     def forward(self, x_BNF: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Hidden states [B, N, 2 hidden] of the last layer; nobody asks for the last states."""
+        """Hidden states [B, N, 2 hidden] of the last layer; the last states, which are not used, are None."""
         start = x_BNF.new_zeros(2, len(x_BNF), self.hidden_size)
         each = len(self._flat_weights) // self.num_layers
         for layer in range(self.num_layers):
             if layer > 0:
                 x_BNF = self._between(x_BNF)
             weights: list[Any] = self._flat_weights[layer * each : (layer + 1) * each]
-            # cuDNN's would round to TF32, and wants all weights in one piece of memory.
+            # cuDNN's LSTM would round to TF32, and wants all weights in one buffer.
             with torch.backends.cudnn.flags(enabled=False):
                 x_BNF, _, _ = torch.lstm(
                     x_BNF, (start, start), weights, True, 1, 0.0, self.training, True, True

@@ -1,4 +1,4 @@
-"""What is known of the model that a method is put into."""
+"""What a method has to know of the model that it is attached to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainspec.model import ModelSpec
 
 @dataclass(frozen=True)
 class Site:
-    """The model's sizes, the seed that dropout is drawn from, the point it reads, and who has the rest of a layer."""
+    """The model's sizes, dropout's seed and the point that it reads, and the peers that split the layers."""
 
     spec: ModelSpec
     seed: int = field(kw_only=True)

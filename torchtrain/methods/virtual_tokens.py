@@ -1,8 +1,8 @@
-"""What methods with virtual tokens share: how a batch looks with them, and embeddings put before those of the tokens.
+"""What methods with virtual tokens share: a batch's arrays with them, and embeddings before those of the tokens.
 
 With leading embeddings every layer has T = N + S positions. Virtual tokens have positions 0 to N - 1, real ones start
-at N, and every query sees all virtual tokens before it, whatever its document: a packed example is its documents one by
-one.
+at N, and every query sees all virtual tokens before it, whatever its segment: a packed example gives what its segments give
+one by one.
 """
 
 # B examples, S sequence, N virtual tokens, T positions of a layer, E embed
@@ -22,33 +22,33 @@ from trainspec.methods import ENCODER, Method, leading_rows, virtual_tokens
 
 
 def all_positions(positions_BS: Tensor, method: Method) -> Tensor:
-    """Positions [B, T] of a layer's rows, from those of the tokens in their documents."""
+    """Positions [B, T] in a layer, from those of the tokens in their segments."""
     moved_BS = positions_BS + virtual_tokens(method)
     leading_N = torch.arange(leading_rows(method), device=positions_BS.device)
     return torch.cat((leading_N.expand(len(moved_BS), -1), moved_BS), 1)
 
 
 def all_labels(labels_BS: Tensor, method: Method) -> Tensor:
-    """Labels [B, T] of a layer's rows: a virtual token is nobody's target."""
+    """Labels [B, T]: a virtual token is never a target."""
     return F.pad(labels_BS, (leading_rows(method), 0), value=IGNORED)
 
 
 def all_visible(visible_B1SS: Tensor, method: Method) -> Tensor:
-    """Which key [B, 1, T, N + S] a row may see, from which token a token may see."""
+    """Which keys [B, 1, T, N + S] each position may see, from which tokens each token may see."""
     tokens_B1SK = F.pad(visible_B1SS, (virtual_tokens(method), 0), value=True)  # K: N + S keys
-    # Rows in front see those before them.
+    # Virtual tokens see those before them.
     leading_NK = tokens_B1SK.new_ones(leading_rows(method), tokens_B1SK.shape[-1]).tril()
     return torch.cat((leading_NK.expand(len(tokens_B1SK), 1, -1, -1), tokens_B1SK), 2)
 
 
 def put_in_front(model: PreTrainedModel, encoder: nn.Module, count: int) -> None:
-    """Put what `encoder` makes of `count` virtual tokens before what the embedding gives."""
+    """Put the output of `encoder` for `count` virtual tokens before that of the embedding."""
     model.add_module(ENCODER, encoder)
     tokens_1N = torch.arange(count)[None]
 
-    # The embedding stays as it is: it may be the head as well.
+    # A hook, as the embedding may be the head as well.
     def prepend(_: nn.Module, __: Any, embedded_BSE: Tensor) -> Tensor:
-        rows_1NE = encoder(tokens_1N.to(embedded_BSE.device))
-        return torch.cat((rows_1NE.expand(len(embedded_BSE), -1, -1), embedded_BSE), 1)
+        virtual_1NE = encoder(tokens_1N.to(embedded_BSE.device))
+        return torch.cat((virtual_1NE.expand(len(embedded_BSE), -1, -1), embedded_BSE), 1)
 
     anatomy_of(model).embedding(model).register_forward_hook(prepend)
