@@ -1,8 +1,8 @@
 """What recipes cost a process, counted in processes of a launcher; see test_cost.py.
 
-CASES is a list of recipe files; the leader writes, for each, what it holds behind the backward pass that leaves most,
-what its collectives moved in its second step and, where weights are split, in a first step of one microbatch, and how
-much of the model was whole while weights were filled.
+CASES is a list of recipe files. For each the leader writes what it holds after the backward pass that leaves most, what
+its collectives moved in its second step and, if weights are split, in a first step of one microbatch, and how much of the
+model was whole while weights were filled.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def moved_first(file: Path) -> list[dict[str, object]]:
     cluster.start(recipe)
     state = step.init_state(resolve(recipe))
     batch = open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
-    found = [asdict(collective) for collective in cost.moved(state, batch)]
+    collectives = [asdict(collective) for collective in cost.moved(state, batch)]
     cluster.finish()
-    return found
+    return collectives
 
 
 def largest(held: dict[str, int]) -> dict[str, int]:
@@ -47,12 +47,12 @@ def measured(file: Path) -> dict[str, object]:
     whole: list[int] = []  # elements that are whole in memory, before each parameter gets its own
     allocate = weights.allocate
 
-    def watched(model, rows, **how):
+    def watched(model, entries, **how):
         def each():
-            for row in rows:
+            for entry in entries:
                 parameters = [p for p in model.parameters() if p.device.type != "meta"]
                 whole.append(sum(p.numel() for p in parameters))
-                yield row
+                yield entry
 
         allocate(model, each(), **how)
 
@@ -69,9 +69,9 @@ def measured(file: Path) -> dict[str, object]:
 
 def main() -> None:
     cases, results = map(Path, sys.argv[1:])
-    found = [measured(Path(file)) for file in json.loads(cases.read_text())]
+    measurements = [measured(Path(file)) for file in json.loads(cases.read_text())]
     if cluster.is_leader():
-        results.write_text(json.dumps(found))
+        results.write_text(json.dumps(measurements))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,10 @@ class Case:
     packing: bool = False
 
     def __str__(self) -> str:
-        rows = ("packed",) if self.packing else ()
-        return "-".join((self.model, self.method, self.precision, *rows, *(f"{k}-{v}" for k, v in self.plan)))
+        packed = ("packed",) if self.packing else ()
+        return "-".join(
+            (self.model, self.method, self.precision, *packed, *(f"{k}-{v}" for k, v in self.plan))
+        )
 
     @property
     def alone(self) -> Case:
@@ -124,7 +126,7 @@ class Resumed:
 RESUMED = [
     Resumed(FEW[1], case("tied", "lora", "fp64", data=2)),
     Resumed(FEW[3], case("wide", "full", "fp32", tensor=2)),
-    # The same rows on the same process: equal gradients, so that only the masters can differ.
+    # The same examples on the same process: equal gradients, so that only the masters can differ.
     Resumed(FEW[4], case("wide", "full", "bf16", fsdp=2, shards="params")),
 ]
 RESUMED_MORE = [

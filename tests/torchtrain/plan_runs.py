@@ -57,13 +57,13 @@ def drawn_adapter(recipe: Recipe, spec: ModelSpec) -> Path:
     words = "-".join(str(value) for value in method.model_dump(exclude_none=True).values())
     directory = Path(recipe.model.from_).parent / f"adapter-{spec.name}-{words}"
     if not directory.exists():
-        rows = {
+        weights = {
             # A length of DoRA's is about the norm that it stands for.
             p.name: initial_value(replace(p, init=Normal(0.3)), seed=4, dtype="float32")
             + np.float32(2 * isinstance(p.init, FromWeights))
             for p in adapter_table(spec, method)
         }
-        write_adapter(directory, rows, model=spec, method=method, base=recipe.model.from_)
+        write_adapter(directory, weights, model=spec, method=method, base=recipe.model.from_)
     return directory
 
 
@@ -75,7 +75,7 @@ def stopped_and_resumed(make: Make, resumed: Resumed, out: Path, *edits: Edit) -
 
 
 def evaluated(make: Make, case: Case, out: Path) -> list[Command]:
-    """Held-out losses, behind an update and of the checkpoint."""
+    """Held-out losses, after an update and of the checkpoint."""
     recipe = recipe_of(make, case, steps=1)
     heldout = recipe.data.model_copy(update={"heldout": str(HELDOUT)})
     recipe = recipe.model_copy(update={"data": heldout})
@@ -92,22 +92,22 @@ def run_cases(
         commands.setdefault(case.processes, []).extend(some)
 
     for c in dict.fromkeys([*(c.alone for c in cases), *cases]):
-        add(c, traced(recipe_of(make, c), place(home, c)))
+        add(c, traced(recipe_of(make, c), directory_of(home, c)))
     for r in resumed:
         add(r.first, *stopped_and_resumed(make, r, home / str(r)))
     for c in [*(c.alone for c in evaluate), *evaluate]:
-        add(c, *evaluated(make, c, place(home, c) / "evaluated"))
+        add(c, *evaluated(make, c, directory_of(home, c) / "evaluated"))
     for processes, some in commands.items():
         run_all(some, home / f"launch-{processes}", processes=processes)
     return home
 
 
-def place(home: Path, case: Case) -> Path:
+def directory_of(home: Path, case: Case) -> Path:
     return home / str(case)
 
 
 def traces(home: Path, case: Case) -> tuple[Path, Path]:
-    return place(home, case.alone) / "trace", place(home, case) / "trace"
+    return directory_of(home, case.alone) / "trace", directory_of(home, case) / "trace"
 
 
 def check(left: Path, right: Path, precision: str) -> None:
@@ -138,27 +138,27 @@ def check(left: Path, right: Path, precision: str) -> None:
 
 def check_resumed(home: Path, resumed: Resumed, out: Path) -> None:
     last = f"checkpoints/step-{STEPS:06d}"
-    unbroken = place(home, resumed.first) / "run" / last
+    unbroken = directory_of(home, resumed.first) / "run" / last
     left, right = (
-        {part: load_file(folder / f"{part}.safetensors") for part in ("weights", "moment1", "moment2")}
+        {kind: load_file(folder / f"{kind}.safetensors") for kind in ("weights", "moment1", "moment2")}
         for folder in (unbroken, out / last)
     )
     is_proof = resumed.first.precision == "fp64"
-    for part in ("moment1", "moment2"):
+    for kind in ("moment1", "moment2"):
         bound = PROOF if is_proof else FP32_GRADIENT
-        assert distance(left[part], right[part]) <= bound, f"restored {part}"
+        assert distance(left[kind], right[kind]) <= bound, f"restored {kind}"
     moved = [np.abs(left["weights"][name] - array).max() for name, array in right["weights"].items()]
     assert np.max(moved) <= (PROOF if is_proof else RESUMED_UPDATE) * LR, "restored weights"
 
 
 def check_evaluated(home: Path, case: Case) -> None:
-    """Behind an update and from the checkpoint, under the plan and alone, all say the same."""
+    """After an update and from the checkpoint, under the plan and alone: all are the same."""
     said = []
     for each in (case.alone, case):
-        out = place(home, each) / "evaluated"
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        out = directory_of(home, each) / "evaluated"
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         words = (out / "said.txt").read_text().split()
         assert words[:2] == ["held-out", "loss"]
-        said += [rows[-1]["heldout_loss"], float(words[2])]
+        said += [lines[-1]["heldout_loss"], float(words[2])]
     assert np.ptp(said) <= FP32_LOSS * np.mean(said)
-    assert abs(rows[-1]["loss"] - said[0]) > 100 * FP32_LOSS * said[0]  # control: of other rows
+    assert abs(lines[-1]["loss"] - said[0]) > 100 * FP32_LOSS * said[0]  # control: of other examples

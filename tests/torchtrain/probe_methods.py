@@ -1,8 +1,8 @@
 """What a process holds of a method's training state, in processes of a launcher; see test_torch_methods.py.
 
 CASES is a list of recipe files. Of each the leader writes, for all processes: the frozen weights that have a gradient
-behind a step's passes, how many numbers the optimizer has a moment of, and whether the weights that all stages have are
-the same bits on each behind two updates.
+after a step's passes, how many numbers the optimizer has a moment of, and whether the weights that all stages have are
+the same bits on each after two updates.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from trainspec.runs.run import resolve  # noqa: E402
 
 def gradients_of_frozen(state: step.State, batch: Batch) -> list[str]:
     """Names of frozen weights that have one when the update comes; consumes `state`."""
-    found: list[str] = []
+    names: list[str] = []
     update = state.engine.step
 
     def look() -> None:
         for name, parameter in state.model.named_parameters():
             if parameter.grad is not None and not parameter.requires_grad:
-                found.append(name)
+                names.append(name)
         update()
 
     with patch.object(state.engine, "step", look):
         step.train_step(state, batch, lr=1e-3)
-    return found
+    return names
 
 
 def shared_alike(state: step.State) -> bool:
     """Whether each weight of several stages is the same on all of them."""
-    recipe, spec, stages = state.recipe, state.spec, state.mesh.stages
+    recipe, spec, stages = state.run.recipe, state.run.spec, state.mesh.stages
     parameters = {canonical_name(name): p for name, p in state.model.named_parameters()}
     alike = True
     for param in trainable_table(spec, recipe.method):
@@ -74,9 +74,9 @@ def probe(file: Path) -> dict[str, Any]:
 def main() -> None:
     cases, results = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    found = [probe(Path(file)) for file in json.loads(cases.read_text())]
+    probed = [probe(Path(file)) for file in json.loads(cases.read_text())]
     if cluster.is_leader():
-        results.write_text(json.dumps(found))
+        results.write_text(json.dumps(probed))
 
 
 if __name__ == "__main__":

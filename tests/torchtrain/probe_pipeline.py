@@ -1,7 +1,8 @@
 """What a pipeline does beside training, in processes of a launcher; see test_torch_pipeline.py.
 
-CASES is a list of one recipe file. The leader writes the logits of rows that the microbatches do not divide, what its
-step sends, whether an update that was refused left every process's weights as they were, and how many process groups there are behind each of two runs.
+CASES is a list of one recipe file. The leader writes the logits of a number of examples that the microbatches do not
+divide, what its step sends, whether a refused update changed no process's weights, and how many process groups there are
+after each of two runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from trainspec.errors import NonFiniteLossError  # noqa: E402
 from trainspec.recipe import Recipe, load_recipe  # noqa: E402
 from trainspec.runs.run import resolve  # noqa: E402
 
-ODD_ROWS = 3
+ODD_EXAMPLES = 3
 
 
 def held_weights(state: step.State) -> list[torch.Tensor]:
@@ -56,9 +57,9 @@ def probe(recipe: Recipe, logits_file: Path) -> dict[str, object]:
     state = step.init_state(resolve(recipe))
     dataset = open_dataset(resolve(recipe), "train")
     batch = dataset.batch(0, recipe.batch.global_examples)
-    found = step.logits(state, dataset.batch(0, ODD_ROWS))
+    logits = step.logits(state, dataset.batch(0, ODD_EXAMPLES))
     if cluster.is_leader():
-        found.tofile(logits_file)
+        logits.tofile(logits_file)
     moved = [asdict(collective) for collective in cost.moved(state, batch)]
     is_refused = refused(state, batch)
     cluster.finish()
@@ -68,9 +69,9 @@ def probe(recipe: Recipe, logits_file: Path) -> dict[str, object]:
 def main() -> None:
     cases, results = map(Path, sys.argv[1:])
     (file,) = json.loads(cases.read_text())
-    found = [probe(load_recipe(Path(file)), results.with_suffix(".logits")) for _ in range(2)]
+    probed = [probe(load_recipe(Path(file)), results.with_suffix(".logits")) for _ in range(2)]
     if cluster.is_leader():
-        results.write_text(json.dumps(found))
+        results.write_text(json.dumps(probed))
 
 
 if __name__ == "__main__":

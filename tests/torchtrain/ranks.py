@@ -83,12 +83,12 @@ def distance(left: Mapping[str, NDArray[Any]], right: Mapping[str, NDArray[Any]]
     """The largest difference of any tensor, as a share of its largest entry on the left; NaN where there is one."""
     assert left
     assert left.keys() == right.keys()
-    found = []
+    shares = []
     for name, array in left.items():
         mine, theirs = (np.asarray(a, np.float64) for a in (array, right[name]))
         assert mine.shape == theirs.shape
-        found.append(np.abs(mine - theirs).max() / max(np.abs(mine).max(), 1e-300))
-    return float(np.max(found))  # not Python's max, which passes over a NaN
+        shares.append(np.abs(mine - theirs).max() / max(np.abs(mine).max(), 1e-300))
+    return float(np.max(shares))  # not Python's max, which passes over a NaN
 
 
 def drift(left: Path, right: Path, key: str, *, steps: int) -> float:

@@ -57,8 +57,8 @@ def counted(model_dirs, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
         Path(files[-1]).write_text(recipe.to_yaml())
         recipes.append(recipe)
     run(Path(count_cost.__file__), files, home, processes=2)
-    found = json.loads((home / "results.json").read_text())
-    return {key: (recipe, result) for key, recipe, result in zip(CASES, recipes, found, strict=True)}
+    results = json.loads((home / "results.json").read_text())
+    return {key: (recipe, result) for key, recipe, result in zip(CASES, recipes, results, strict=True)}
 
 
 def arithmetic(recipe: Recipe) -> Cost:

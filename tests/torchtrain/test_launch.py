@@ -1,4 +1,4 @@
-"""Starting the processes of a run: who is who, one line for a user's mistake, and nothing left behind."""
+"""Starting the processes of a run: who is who, one line for a user's mistake, and nothing that stays."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ PEER = re.compile("Connection (closed|reset) by peer")
 
 
 def planted(file: Path, out: Path, where: str, what: str) -> tuple[int, str, dict[int, str]]:
-    """A run in two processes, of which those named do `what` behind its second update, where a checkpoint was written.
+    """A run in two processes, of which those named do `what` after its second update, when a checkpoint was written.
 
-    Gives the exit code, what is on the console beside the leader's steps, and the log of each process.
+    Gives the exit code, what is on the console besides the leader's steps, and the log of each process.
     """
     done = run(
         "train", file, "--out", out, "--set", "checkpoint.every_steps=2", "--set", "run.steps=4",
@@ -293,12 +293,12 @@ def test_who_was_the_first_to_fail(children, told, first, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     rest = [[_Failure(*failure) for failure in told]]
     monkeypatch.setattr("torchtrain.launch._received", lambda reports: rest.pop() if rest else [])
-    found, _ = _first_failure(children, 0)
+    failure, _ = _first_failure(children, 0)
     if first is None:
-        assert found is None
+        assert failure is None
     else:
-        assert found[:2] == first[:2]
-        assert found.line.startswith(first[2])
+        assert failure[:2] == first[:2]
+        assert failure.line.startswith(first[2])
 
 
 @pytest.mark.full
@@ -326,20 +326,20 @@ def endless(make_recipe, tmp_path: Path) -> Path:
 
 
 def children_of(pid: int) -> list[int]:
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
         if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return found
+            pids.append(int(path.parent.name))
+    return pids
 
 
 @contextmanager
 def running(file: Path, out: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A run behind its first step, in a group of its own, and its processes; they are gone behind it."""
+    """A run after its first step, in a group of its own, and its processes; they have ended after the block."""
     # A shell's background ignores an interruption, and so would what is started from there.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(

@@ -66,7 +66,7 @@ PLANTED = {
         Edit("torchtrain.engines.deepspeed:DeepSpeedEngine.__init__", "float(__plan.replicas)", "1.0"),
         "gradient",
     ),
-    "clipped by the norm of one process's part": (
+    "clipped by the norm of one process's shard": (
         case("wide", "full", "fp32", tensor=2),
         Edit("torchtrain.engines.deepspeed:Mpu.get_model_parallel_group", "__mesh.tensor", "__mesh.replicas"),
         "moment1",

@@ -77,7 +77,7 @@ PLANTED = {
         Edit("torchtrain.methods.bottleneck:Bottleneck.forward", "__h + self.up(__x)", "__h + 2 * self.up(__x)"),
         "activation",
     ),
-    "the LSTM's mask is that of a row of the batch": (
+    "the LSTM's mask is that of an example of the batch": (
         case("wide", "ptuning-lstm", "fp32", data=2),
         Edit("torchtrain.dropout:CounterDropout.forward", "__x.new_zeros(__examples, dtype=torch.int32)", "self._point.rows[:1]"),
         "gradient",
@@ -139,20 +139,20 @@ def saved(make: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
     """Of each method the adapters that the plans leave, that of one process first, and the one they started from last."""
     home = tmp_path_factory.mktemp("saved")
     commands: dict[int, list[Command]] = {1: [], 2: []}
-    found: dict[str, list[Path]] = {}
+    adapters: dict[str, list[Path]] = {}
     for method in ADDED:
         for plan in SAVED:
             recipe = recipe_of(make, case("wide", method, "fp32", **plan), steps=1)
             warm = recipe.schedule.model_copy(update={"warmup_steps": 1})
             recipe = recipe.model_copy(update={"schedule": warm})
-            out = home / method / f"{len(found.setdefault(method, []))}"
+            out = home / method / f"{len(adapters.setdefault(method, []))}"
             some = [Command("train", recipe, out), Command("export", recipe, out)]
             commands[recipe.plan.devices] += some
-            found[method].append(out / "adapter")
-        found[method].append(drawn_adapter(recipe_of(make, case("wide", method, "fp32")), MODELS["wide"]))
+            adapters[method].append(out / "adapter")
+        adapters[method].append(drawn_adapter(recipe_of(make, case("wide", method, "fp32")), MODELS["wide"]))
     for processes, some in commands.items():
         run_all(some, home / f"launch-{processes}", processes=processes)
-    return found
+    return adapters
 
 
 @pytest.mark.full
@@ -190,15 +190,15 @@ def probed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[s
 @pytest.mark.parametrize("plan", ["params", "gradients", "pipe"])
 @pytest.mark.parametrize("method", ADDED)
 def test_a_process_holds_state_of_what_is_trained_only(probed: Any, method: str, plan: str):
-    recipe, found = probed[method, plan]
-    rows = trainable_table(MODELS["wide"], recipe.method)
+    recipe, result = probed[method, plan]
+    table = trainable_table(MODELS["wide"], recipe.method)
     processes = recipe.plan.devices
-    assert found["frozen"] == [[]] * processes
-    assert found["alike"] == [True] * processes
+    assert result["frozen"] == [[]] * processes
+    assert result["alike"] == [True] * processes
     # Split flat, with padding; stages that all hold an encoder hold it whole.
     copies = processes if plan == "pipe" and method.startswith("prefix") else 1
-    padding = processes * (2 * len(rows) + 8)
-    assert 0 <= sum(found["moments"]) - copies * sum(p.size for p in rows) <= padding
+    padding = processes * (2 * len(table) + 8)
+    assert 0 <= sum(result["moments"]) - copies * sum(p.size for p in table) <= padding
 
 
 @contextmanager

@@ -154,13 +154,13 @@ def probed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe
 
 
 @pytest.mark.full
-def test_logits_of_rows_that_microbatches_do_not_divide(probed, make: Make):
+def test_logits_of_examples_that_microbatches_do_not_divide(probed, make: Make):
     _, home, _ = probed
     recipe = recipe_of(make, PROBED.alone)
     cluster.start(recipe)
     try:
         state = init_state(resolve(recipe))
-        whole = logits(state, open_dataset(resolve(recipe), "train").batch(0, probe_pipeline.ODD_ROWS))
+        whole = logits(state, open_dataset(resolve(recipe), "train").batch(0, probe_pipeline.ODD_EXAMPLES))
     finally:
         cluster.finish()
     np.testing.assert_array_equal(
@@ -170,22 +170,22 @@ def test_logits_of_rows_that_microbatches_do_not_divide(probed, make: Make):
 
 @pytest.mark.full
 def test_between_stages_hidden_states_travel_and_nothing_else(probed):
-    recipe, _, (found, _) = probed
+    recipe, _, (result, _) = probed
     microbatches = recipe.batch.accumulation * recipe.plan.microbatches
-    rows = recipe.batch.global_examples // microbatches
-    size = rows * recipe.data.sequence_tokens * resolve_model(recipe.model)[0].embed * 4
-    sent = [c for c in found["moved"] if c["kind"] == "collective-permute" and c["dtype"] == "f32"]
+    examples = recipe.batch.global_examples // microbatches
+    size = examples * recipe.data.sequence_tokens * resolve_model(recipe.model)[0].embed * 4
+    sent = [c for c in result["moved"] if c["kind"] == "collective-permute" and c["dtype"] == "f32"]
     assert [(c["payload_bytes"], c["times"]) for c in sent] == [(size, microbatches)]
 
 
 @pytest.mark.full
 def test_a_loss_that_is_no_number_leaves_every_stage_as_it_was(probed):
-    assert all(found["refused"] for found in probed[2])
+    assert all(result["refused"] for result in probed[2])
 
 
 @pytest.mark.full
 def test_a_run_leaves_no_groups_behind(probed):
-    first, second = (found["groups"] for found in probed[2])
+    first, second = (result["groups"] for result in probed[2])
     assert first == second
 
 
