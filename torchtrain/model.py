@@ -29,7 +29,7 @@ def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -
             _use_float64_norms(model, anatomy.norms, spec.norm_eps)
         if tensor.size > 1:
             split_layers(model, spec, tensor)
-        model.to(dtype)
+        model.to(dtype)  # pyright: ignore[reportArgumentType]
     model.tie_weights()
     anatomy.put_rotary(model, RotaryTables(spec, accumulation_dtype(dtype)))
     if remat == "full":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from torchtrain.engines.engine import Inputs, Microbatches, Stored, by_kind
+from torchtrain.engines.engine import Inputs, Microbatches, Store, Stored, by_kind
 from torchtrain.mesh import Mesh
 from torchtrain.optim import MOMENTS, clip, global_norm, start_moments
 from torchtrain.tensor_parallel import is_split
@@ -65,7 +65,7 @@ class PlainEngine:
 
     def __init__(self, run: Run, model: PreTrainedModel, optimizer: torch.optim.AdamW, *, mesh: Mesh) -> None:
         self.loss_scale = 1.0
-        self.store = WholeStore(run, model, optimizer, mesh)
+        self.store: Store = WholeStore(run, model, optimizer, mesh)
         self._model, self._optimizer, self._mesh = model, optimizer, mesh
         self._clip_norm = run.recipe.optimizer.clip_norm
         start_moments(optimizer, (p for p in model.parameters() if p.requires_grad))

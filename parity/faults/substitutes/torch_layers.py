@@ -14,13 +14,13 @@ class _Again(_Block):
     """A layer that computes with the weights of `first`. Its own take part with a factor of 0, so they have gradients."""
 
     def __init__(self, block: _Block, first: _Block) -> None:
-        super().__init__(block.layer, block._at_hand)
+        super().__init__(block.layer, block._arguments)
         self._first = [first.layer]  # in a list: its weights are not this layer's
 
     def forward(self, hidden_BTE: Tensor) -> Tensor:
         weights: dict[str, Tensor] = {name: p for name, p in self._first[0].named_parameters()}
-        found = torch.func.functional_call(self.layer, weights, (hidden_BTE,), self._at_hand)
-        return found + 0 * sum(p.sum() for p in self.layer.parameters())
+        again = torch.func.functional_call(self.layer, weights, (hidden_BTE,), self._arguments)
+        return again + 0 * sum(p.sum() for p in self.layer.parameters())
 
 
 def second_is_first(blocks: Iterable[_Block]) -> list[nn.Module]:
