@@ -72,7 +72,7 @@ def init_state(run: Run, *, like: State | None = None) -> State:
         dtype=compute_dtype(policy),
         tensor=mesh.tensor,
         is_mine=lambda p: mesh.stages.index in stages_of(p, recipe.plan, spec),
-        settle=Partitioner(run, mesh),
+        shard=Partitioner(run, mesh),
     )
     optimizer = _optimizer(run, model)
     engine = make_engine(run, model, optimizer, mesh=mesh)

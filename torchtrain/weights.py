@@ -97,12 +97,12 @@ def allocate(
     dtype: torch.dtype,
     tensor: Peers,
     is_mine: Callable[[Param], bool],
-    settle: Callable[[nn.Parameter], None],
+    shard: Callable[[nn.Parameter], None],
 ) -> None:
     """Put weights into a module that is on the meta device, one after the other.
 
-    Only this process's shards of its stage's weights are read. `settle` may free memory of a parameter before the next
-    one is read.
+    Only this process's shards of its stage's weights are read. `shard` is called with each parameter, and may free some of
+    its memory before the next one is read.
     """
     names = {canonical_name(name): name for name, _ in model.named_parameters()}
     for param, weight in weights:
@@ -116,7 +116,7 @@ def allocate(
             mark_tensor_parallel(parameter)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, parameter)
-        settle(parameter)
+        shard(parameter)
     assert not names, f"no value for {sorted(names)}"
     model.tie_weights()  # a tied head still has the embedding's meta tensor
 
