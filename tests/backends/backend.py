@@ -16,8 +16,8 @@ from trainspec.runs.request import TrainRequest
 
 NAME = os.environ.get("TWINTRAIN_BACKEND", "jax")
 PROGRAM = f"{NAME}train"
-_cli, _cluster, _dropout, _step, _train = (
-    importlib.import_module(f"{PROGRAM}.{name}") for name in ("cli", "cluster", "dropout", "step", "train")
+_cli, _dropout, _cluster, _step, _train = (
+    importlib.import_module(f"{PROGRAM}.{name}") for name in ("cli", "dropout", "cluster", "step", "train")
 )
 main = _cli.main
 finish, check_accelerators, describe_devices = (
