@@ -1,4 +1,4 @@
-"""DeepSpeed's private and version-dependent names, each behind a function with a plain name.
+"""DeepSpeed's private and version-dependent names, each wrapped in a function with a plain name.
 
 No other module imports deepspeed or uses a private name of it: to upgrade, hold this file to the new version. A `zero` is
 DeepSpeed's own optimizer around ours.
