@@ -50,7 +50,7 @@ def told(verdict: Verdict, *, report: Path | None) -> str:
     first = verdict.comparison.first_divergence
     assert first is not None
     lines = [f"{verdict.left} and {verdict.right} did not do the same training in {verdict.precision}"]
-    lines += [f"first divergence: {first.place}: {explained(first)}"]
+    lines += [f"first divergence: {first.location}: {explained(first)}"]
     element = f"element {list(first.index)} in " if first.index else ""
     lines += [f"  {element}{side}: {value}" for side, value in values_at(verdict, first)]
     lines += [f"  reading: {verdict.reading}"] if verdict.reading else []

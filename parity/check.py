@@ -133,12 +133,16 @@ class _Request:
         if seen.holds:
             return verdict
         before, after = (
-            [f for f in verdict.comparison.findings if f.place.step < step],
-            [f for f in verdict.comparison.findings if f.place.step > step],
+            [f for f in verdict.comparison.findings if f.location.step < step],
+            [f for f in verdict.comparison.findings if f.location.step > step],
         )
-        # The second look adds places; one that failed at first does not come to hold by it.
-        failed = {f.place: f for f in verdict.comparison.findings if f.place.step == step and not f.holds}
-        again = [failed.get(f.place, f) if f.holds else f for f in seen.findings if f.place.step == step]
+        # The second look adds locations; one that failed at first does not come to hold by it.
+        failed = {
+            f.location: f for f in verdict.comparison.findings if f.location.step == step and not f.holds
+        }
+        again = [
+            failed.get(f.location, f) if f.holds else f for f in seen.findings if f.location.step == step
+        ]
         comparison = replace(verdict.comparison, findings=(*before, *again, *after))
         return replace(verdict, comparison=comparison, reading=self.read(comparison, ran))
 
@@ -161,7 +165,7 @@ def _counts(recipe: Recipe) -> dict[str, float]:
 def _worth_a_closer_look(comparison: Comparison) -> int | None:
     """The step of the first divergence, where activations can tell more: in the loss or in a gradient."""
     first = comparison.first_divergence
-    return first.place.step if first and first.place.phase in ("loss", "gradient") else None
+    return first.location.step if first and first.location.phase in ("loss", "gradient") else None
 
 
 def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None) -> Verdict:
@@ -189,7 +193,7 @@ def _refuse_a_check(path: Path) -> None:
 
 
 def _share_names(left: Trace, right: Trace) -> None:
-    """Every place of unrelated traces would be missing on one side: that is one mistake, not a thousand."""
+    """Every location of unrelated traces would be missing on one side: that is one mistake, not a thousand."""
     names = [set(trace.initial_names()) for trace in (left, right)]
     if all(names) and not names[0] & names[1]:
         one, other = (min(each).removeprefix("weight/") for each in names)

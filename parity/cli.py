@@ -64,9 +64,7 @@ def parser() -> ArgumentParser:
         "--status", type=Path, metavar="FILE",
         help=f"the page to write; {STATUS_PAGE} by default, with --only DIR/{STATUS_PAGE.name}",
     )  # fmt: skip
-    faults = commands.add_parser(
-        "faults", help="plant known mistakes; each must be caught, at the right place"
-    )
+    faults = commands.add_parser("faults", help="plant known mistakes; each must be caught at its location")
     faults.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="NAME", help="these faults (all)"
     )

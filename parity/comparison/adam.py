@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.pair import Pair, as_float64
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from trainspec.recipe import AdamW
 
 Array = NDArray[Any]
@@ -37,7 +37,7 @@ def fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
         moment = pair.read(step, phase, name)[0]
         if moment is None:
             continue
-        gradient, before = gradient_and_before(pair, Place(step, phase, name))
+        gradient, before = gradient_and_before(pair, Location(step, phase, name))
         columns = np.stack([before[0].ravel(), gradient[0].ravel() ** power])
         normal += columns @ columns.T
         target += columns @ as_float64(moment).ravel()
@@ -67,17 +67,19 @@ def fit_update(pair: Pair, step: int) -> float:
     return abs(top) / bottom if bottom else 0.0
 
 
-def gradient_and_before(pair: Pair, place: Place) -> tuple[Array, Array]:
-    """[2, ...] gradients of both sides at the place, and its moments one step earlier (zero before the first)."""
-    shape = next(side for side in pair.read(place.step, place.phase, place.tensor) if side is not None)
-    gradient = float64_sides(pair.read(place.step, "gradient", place.tensor), shape)
-    if place.step == 1:
+def gradient_and_before(pair: Pair, location: Location) -> tuple[Array, Array]:
+    """[2, ...] gradients of both sides at the location, and its moments one step earlier (zero before the first)."""
+    shape = next(
+        side for side in pair.read(location.step, location.phase, location.tensor) if side is not None
+    )
+    gradient = float64_sides(pair.read(location.step, "gradient", location.tensor), shape)
+    if location.step == 1:
         return gradient, np.zeros_like(gradient)
-    return gradient, float64_sides(pair.read(place.step - 1, place.phase, place.tensor), shape)
+    return gradient, float64_sides(pair.read(location.step - 1, location.phase, location.tensor), shape)
 
 
 def float64_sides(sides: Iterable[Array | None], like: Array) -> Array:
-    """[2, ...] of both sides; one that is missing or of another shape fails at its own place and counts as zero."""
+    """[2, ...] of both sides; one that is missing or of another shape fails at its own location and counts as zero."""
     return np.stack(
         [
             np.zeros(like.shape) if side is None or side.shape != like.shape else as_float64(side)
@@ -149,7 +151,7 @@ def clip_condition(pair: Pair, step: int) -> float:
     keep, take = fit_moment(pair, "moment1", step)
     kept = added = 0.0
     for name in pair.names(step, "moment1"):
-        gradient, before = gradient_and_before(pair, Place(step, "moment1", name))
+        gradient, before = gradient_and_before(pair, Location(step, "moment1", name))
         kept += float(np.sum(np.abs(before[0] * gradient[0])))
         added += float(np.sum(np.square(gradient[0])))
     return 1.0 + (keep * kept / (take * added) if take * added else 0.0)
@@ -162,7 +164,7 @@ def _sums(pair: Pair, phase: str, step: int, keep: float) -> dict[str, Array]:
     """
     power, found = (1 if phase == "moment1" else 2), {}
     for name in pair.names(step, phase):
-        gradient, before = gradient_and_before(pair, Place(step, phase, name))
+        gradient, before = gradient_and_before(pair, Location(step, phase, name))
         moment = float64_sides(pair.read(step, phase, name), gradient[0])
         powers = gradient.reshape(2, -1) ** power
         added = (moment - keep * before).reshape(2, -1)

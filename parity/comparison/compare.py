@@ -1,4 +1,4 @@
-"""Walks two traces in causal order and judges every place: nothing is skipped, nothing passes unread."""
+"""Walks two traces in causal order and judges every location: nothing is skipped, nothing passes unread."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from parity.comparison.phases import (
     ROW_TENSORS,
     STEP_PHASES,
     TENSOR_PHASES,
+    Location,
     Phase,
-    Place,
 )
 from parity.comparison.tolerance import Bounds, Contrast, largest
 
@@ -37,7 +37,7 @@ DETERMINED = 0.5
 
 @dataclass(frozen=True)
 class Finding:
-    """What one place showed.
+    """What one location showed.
 
     `error` and `bound` belong to the element that stands worst against its bound, as shares of the tensor's
     largest entry. `used` is error / bound or, where earlier differences were handed on, the share of the phase's
@@ -48,7 +48,7 @@ class Finding:
     `names` says whose they are.
     """
 
-    place: Place
+    location: Location
     error: float | None
     bound: float | None
     used: float
@@ -62,7 +62,7 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        """Whether the place is within its bound."""
+        """Whether the location is within its bound."""
         return self.used <= 1.0
 
 
@@ -77,41 +77,43 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether every place is within its bound."""
+        """Whether every location is within its bound."""
         return all(finding.holds for finding in self.findings)
 
     @property
     def first_divergence(self) -> Finding | None:
-        """The first place, in causal order, that is not."""
+        """The first location, in causal order, that is not."""
         return next((finding for finding in self.findings if not finding.holds), None)
 
     @property
     def worst(self) -> dict[str, Finding]:
         """Per phase, the finding that uses most of its bound (the earliest of equals)."""
-        by_phase = {phase.name: [f for f in self.findings if f.place.phase == phase.name] for phase in PHASES}
+        by_phase = {
+            phase.name: [f for f in self.findings if f.location.phase == phase.name] for phase in PHASES
+        }
         return {name: max(found, key=lambda f: f.used) for name, found in by_phase.items() if found}
 
     def worst_tensors(self, count: int) -> list[Finding]:
-        """The `count` places that use most of their bounds, one per phase and tensor."""
+        """The `count` locations that use most of their bounds, one per phase and tensor."""
         chosen: dict[tuple[str, str], Finding] = {}
         for finding in sorted(self.findings, key=lambda f: -f.used):
-            chosen.setdefault((finding.place.phase, finding.place.tensor), finding)
+            chosen.setdefault((finding.location.phase, finding.location.tensor), finding)
         return list(chosen.values())[:count]
 
     @property
     def undetermined(self) -> float:
         """The share of all update elements whose bound is as large as they are."""
-        updates = [f for f in self.findings if f.place.phase == "update"]
+        updates = [f for f in self.findings if f.location.phase == "update"]
         elements = sum(f.elements for f in updates)
         return sum(f.undetermined for f in updates) / elements if elements else 0.0
 
 
 def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = None) -> Comparison:
-    """Judge every place of both traces; a place that only one side has is a failure.
+    """Judge every location of both traces; a location that only one side has is a failure.
 
     `stopped` says, for a side that ended its training itself, why: that is a failure at the next step.
     """
-    findings = [_judge(place, pair, bounds) for place in places(pair)]
+    findings = [_judge(location, pair, bounds) for location in locations(pair)]
     findings += _nothing_shown(pair, findings)
     findings += ending(pair.steps, stopped or {})
     notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")))
@@ -123,24 +125,24 @@ def ending(steps: tuple[int, int], stopped: Mapping[str, str]) -> Iterator[Findi
     after = min(steps) + 1
     if stopped:
         reason = "; ".join(f"{name} stopped: {why}" for name, why in stopped.items())
-        yield _failure(Place(after, "loss", "loss"), reason)
+        yield _failure(Location(after, "loss", "loss"), reason)
     elif steps[0] != steps[1]:
         yield _failure(
-            Place(after, "batch", "every tensor"), f"left made {steps[0]} updates, right {steps[1]}"
+            Location(after, "batch", "every tensor"), f"left made {steps[0]} updates, right {steps[1]}"
         )
 
 
-def places(pair: Pair) -> Iterator[Place]:
-    """Every place of the two runs in causal order: the starting weights, then step by step, phase by phase."""
+def locations(pair: Pair) -> Iterator[Location]:
+    """Every location of the two runs in causal order: the starting weights, then step by step, phase by phase."""
     for name in pair.structure.in_order(pair.names(0, "weight"), backward=False):
-        yield Place(0, INITIAL.name, name)
+        yield Location(0, INITIAL.name, name)
     for step in range(1, pair.common_steps + 1):
         for backward, phases in groupby(STEP_PHASES, key=lambda phase: phase.backward):
             found = [(phase, name) for phase in phases for name in _tensors(pair, step, phase)]
             if backward:  # one pass: a layer's activations, then its weights, then the layer before
                 found.sort(key=lambda each: pair.structure.key(each[1]), reverse=True)
             for phase, name in found:
-                yield Place(step, phase.name, name)
+                yield Location(step, phase.name, name)
 
 
 def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
@@ -169,34 +171,38 @@ def _batch_tensors(found: set[str]) -> list[str]:
     return [*rows, *sorted(found - set(rows))]
 
 
-def _sides(place: Place, pair: Pair) -> Sides:
-    if place.phase in ROW_TENSORS:
-        left, right = pair.scalar(place.step, place.tensor)
+def _sides(location: Location, pair: Pair) -> Sides:
+    if location.phase in ROW_TENSORS:
+        left, right = pair.scalar(location.step, location.tensor)
         return np.asarray(left), np.asarray(right)
-    if place.phase == CLIP:
-        left, right = clip_factors(pair, place.step)
+    if location.phase == CLIP:
+        left, right = clip_factors(pair, location.step)
         return np.asarray(left), np.asarray(right)
-    return pair.read(place.step, "weight" if place.phase == INITIAL.name else place.phase, place.tensor)
+    return pair.read(
+        location.step, "weight" if location.phase == INITIAL.name else location.phase, location.tensor
+    )
 
 
-def _judge(place: Place, pair: Pair, bounds: Bounds) -> Finding:
-    left, right = _sides(place, pair)
+def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
+    left, right = _sides(location, pair)
     if left is None or right is None:
         missing = "both sides" if left is right else "left" if left is None else "right"
-        return _failure(place, f"missing in {missing}")
+        return _failure(location, f"missing in {missing}")
     if left.shape != right.shape:
-        return _failure(place, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
-    if place.phase in {phase.name for phase in TENSOR_PHASES}:
-        weight = pair.read(0, "weight", place.tensor)[0]
+        return _failure(location, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
+    if location.phase in {phase.name for phase in TENSOR_PHASES}:
+        weight = pair.read(0, "weight", location.tensor)[0]
         if weight is not None and weight.shape != left.shape:
-            return _failure(place, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}")
-    if refused := bounds.refuses(place, left, right):
-        return _failure(place, refused)
+            return _failure(
+                location, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}"
+            )
+    if refused := bounds.refuses(location, left, right):
+        return _failure(location, refused)
     a, b = left.astype(np.float64), right.astype(np.float64)
     if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:
-        return _failure(place, f"not finite in {' and '.join(broken)}")
-    contrasts = bounds.contrasts(place, a, b)
-    found = [_measure(place, contrast) for contrast in contrasts]
+        return _failure(location, f"not finite in {' and '.join(broken)}")
+    contrasts = bounds.contrasts(location, a, b)
+    found = [_measure(location, contrast) for contrast in contrasts]
     single = [f for f, c in zip(found, contrasts, strict=True) if c.norm is None]
     whole = [f for f, c in zip(found, contrasts, strict=True) if c.norm is not None]
     # Where single elements fail they say more than the whole tensor does: which, and by how much.
@@ -207,20 +213,20 @@ def _judge(place: Place, pair: Pair, bounds: Bounds) -> Finding:
     return replace(worst, undetermined=count.undetermined, elements=count.elements, proven=proven)
 
 
-def _measure(place: Place, contrast: Contrast) -> Finding:
+def _measure(location: Location, contrast: Contrast) -> Finding:
     """The element that uses most of its bound, and how many elements the bound says nothing about."""
     if contrast.norm is not None:
-        return _as_a_whole(place, contrast, contrast.norm)
+        return _as_a_whole(location, contrast, contrast.norm)
     left, right, allowed = contrast.first, contrast.second, contrast.bound
     if not left.size:
-        return Finding(place, 0.0, 0.0, 0.0)
+        return Finding(location, 0.0, 0.0, 0.0)
     for name, array in (
         *zip(contrast.names, (left, right), strict=True),
         ("the bound", allowed.own),
         ("the bound", allowed.handed),
     ):
         if not np.isfinite(array).all():
-            return _failure(place, f"nothing is proven: {name} is not finite")
+            return _failure(location, f"nothing is proven: {name} is not finite")
     error, size = np.abs(left - right), np.maximum(np.abs(left), np.abs(right))
     handed, own = np.asarray(allowed.handed), np.broadcast_to(allowed.own, error.shape)
     bound = own + handed
@@ -233,7 +239,7 @@ def _measure(place: Place, contrast: Contrast) -> Finding:
     elements, beyond = int(np.count_nonzero(size)), int(np.count_nonzero((bound >= size) & (size > 0)))
     noise = contrast.undetermined
     return Finding(
-        place,
+        location,
         error=float(error[worst]) / scale,
         bound=float(f"{float(bound[worst]) / scale:.9g}"),
         used=float(used[worst]),
@@ -247,18 +253,18 @@ def _measure(place: Place, contrast: Contrast) -> Finding:
     )
 
 
-def _as_a_whole(place: Place, contrast: Contrast, norm: float) -> Finding:
+def _as_a_whole(location: Location, contrast: Contrast, norm: float) -> Finding:
     """The distance of a tensor as a whole; which of its elements is off it does not say."""
     distance, own, handed = (float(x) for x in (contrast.first, contrast.bound.own, contrast.bound.handed))
     for name, number in ((" and ".join(contrast.names), distance), ("the bound", own + handed)):
         if not isfinite(number):
-            return _failure(place, f"nothing is proven: {name} is not finite")
+            return _failure(location, f"nothing is proven: {name} is not finite")
     added, scale = max(distance - handed, 0.0), norm or 1.0
     used = added / own if own > 0 else inf if added > 0 else 0.0
     error, bound = distance / scale, float(f"{(own + handed) / scale:.9g}")
     over = f"the tensor as a whole is off by {error:.2e} of its norm, over the bound {bound:.2e}"
     return Finding(
-        place,
+        location,
         error=error,
         bound=bound,
         used=used,
@@ -273,15 +279,15 @@ def _nothing_shown(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
     Gradients and updates alone are asked: after the gradient everything is computed from what has been judged.
     """
     moving = [step for step in range(1, pair.common_steps + 1) if max(pair.scalar(step, "lr")) > 0]
-    updates = [f for f in findings if f.place.phase == "update"]
-    place = Place(moving[0] if moving else 1, "update", "every tensor")
+    updates = [f for f in findings if f.location.phase == "update"]
+    location = Location(moving[0] if moving else 1, "update", "every tensor")
     if moving and all(f.error == 0 and not f.elements for f in updates):
-        yield _failure(place, "nothing was trained: every update is zero on both sides")
+        yield _failure(location, "nothing was trained: every update is zero on both sides")
     for finding in findings:
-        if finding.place.phase in ("gradient", "update") and finding.holds and not finding.proven:
+        if finding.location.phase in ("gradient", "update") and finding.holds and not finding.proven:
             share = finding.undetermined / finding.elements
             yield _failure(
-                finding.place,
+                finding.location,
                 f"nothing is proven: {share:.0%} of the elements are within the reach of rounding",
             )
 
@@ -290,5 +296,5 @@ def _named(left: Array, right: Array) -> tuple[tuple[str, Array], tuple[str, Arr
     return ("left", left), ("right", right)
 
 
-def _failure(place: Place, reason: str) -> Finding:
-    return Finding(place, None, None, inf, reason)
+def _failure(location: Location, reason: str) -> Finding:
+    return Finding(location, None, None, inf, reason)

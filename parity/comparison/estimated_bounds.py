@@ -1,7 +1,7 @@
 """The bounds for fp32 and bf16: what rounding does to each phase, given what the phase was handed.
 
 Every phase is judged on the difference it *adds*. The differences it was handed (of the weights, the gradients,
-the moments) are read from the traces, where an earlier place has already judged them, and carried through this
+the moments) are read from the traces, where an earlier location has already judged them, and carried through this
 phase's own arithmetic, element by element. With u the unit roundoff (2^-24 for fp32), a and b fitted below:
 
 gradient   tail(N) · sqrt(2) · u · k · max|g|  +  drift · max|g|
@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from parity.comparison.adam import clip_condition, fit_moment, fit_update, float64_sides, gradient_and_before
 from parity.comparison.drift import network_drift, partner_drift
 from parity.comparison.pair import Pair, as_float64
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from parity.comparison.structure import Structure
 from parity.comparison.tolerance import (
     EXACT_PHASES,
@@ -107,71 +107,71 @@ class RoundingBounds:
         self._moment_fit = cache(lambda phase, step: fit_moment(pair, phase, step))
         self._update_fit = cache(lambda step: fit_update(pair, step))
 
-    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
+    def refuses(self, location: Location, left: Array, right: Array) -> str | None:
         """Nothing: two traces may be of different types."""
         return None
 
-    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+    def contrasts(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
         """Left against right; what the network's two passes make also as a whole."""
-        found = Contrast(left, right, self.bound(place, left, right))
-        if place.phase in ONE_ROUNDING_EACH:
+        found = Contrast(left, right, self.bound(location, left, right))
+        if location.phase in ONE_ROUNDING_EACH:
             return (found,)
         norm = float(max(np.linalg.norm(left), np.linalg.norm(right)))
         rounding = math.sqrt(2.0) * too_large(INDEPENDENT) * math.sqrt(self._whole)
         own = rounding * norm + SMALLEST * math.sqrt(left.size)
-        return found, as_a_whole(left, right, Bound(np.asarray(own), self._moved(place) * norm))
+        return found, as_a_whole(left, right, Bound(np.asarray(own), self._moved(location) * norm))
 
-    def bound(self, place: Place, left: Array, right: Array) -> Bound:
+    def bound(self, location: Location, left: Array, right: Array) -> Bound:
         """See the head of this file, phase by phase."""
-        match place.phase:
+        match location.phase:
             case phase if phase in EXACT_PHASES:
-                return Bound(self._conversion(place) * np.maximum(abs(left), abs(right)))
+                return Bound(self._conversion(location) * np.maximum(abs(left), abs(right)))
             case "lr":
                 return Bound(np.asarray(SAME_DOUBLE * largest(left, right)))
             case "loss":
-                return self._loss(place)
+                return self._loss(location)
             case "grad_norm":
-                return self._norm(place.step)
+                return self._norm(location.step)
             case "clip":
-                return self._clip(place.step, largest(left, right))
+                return self._clip(location.step, largest(left, right))
             case "moment1" | "moment2":
-                return self._moment(place)
+                return self._moment(location)
             case "update":
-                return self._update(place, left, right)
+                return self._update(location, left, right)
             case _:
-                return self._gradient(place, largest(left, right), left.size)
+                return self._gradient(location, largest(left, right), left.size)
 
-    def _conversion(self, place: Place) -> float:
+    def _conversion(self, location: Location) -> float:
         """Nothing, or one rounding where the sides store the starting weights in different types."""
-        if place.phase != "initial":
+        if location.phase != "initial":
             return 0.0
-        left, right = self._pair.read(0, "weight", place.tensor)
+        left, right = self._pair.read(0, "weight", location.tensor)
         return 0.0 if left is not None and right is not None and left.dtype == right.dtype else self._stored
 
-    def _loss(self, place: Place) -> Bound:
+    def _loss(self, location: Location) -> Bound:
         """The forward path's rounding of logits, plus what the weights' distance moves: |gradient| · |Δw|.
 
         A token's loss is a log-sum-exp of logits that spread over at least ln(vocab) where the model knows
         anything: that, and the loss itself, is the size that the relative error of the logits applies to.
         """
-        tokens = self._pair.scalar(place.step, "tokens")[0]
-        mean = max(abs(loss) for loss in self._pair.scalar(place.step, "loss"))
+        tokens = self._pair.scalar(location.step, "tokens")[0]
+        mean = max(abs(loss) for loss in self._pair.scalar(location.step, "loss"))
         rounding = math.sqrt(2.0) * tail(1) * math.sqrt(self._forward) * (mean + math.log(self._vocab))
         moved = 0.0
-        for name, (left, right) in self._pair.weights(place.step).items():
-            gradient = self._pair.read(place.step, "gradient", name)[0]
+        for name, (left, right) in self._pair.weights(location.step).items():
+            gradient = self._pair.read(location.step, "gradient", name)[0]
             if gradient is not None and gradient.shape == left.shape:
                 moved += float(np.sum(np.abs(as_float64(gradient)) * np.abs(left - right)))
-        count = tokens if place.tensor == "loss_sum" else 1.0
+        count = tokens if location.tensor == "loss_sum" else 1.0
         return Bound(np.asarray(rounding * count), moved * count)
 
-    def _gradient(self, place: Place, scale: float, size: int) -> Bound:
+    def _gradient(self, location: Location, scale: float, size: int) -> Bound:
         rounding = math.sqrt(2.0) * tail(size) * math.sqrt(self._whole)
-        return Bound(np.asarray(rounding * scale + SMALLEST), self._moved(place) * scale)
+        return Bound(np.asarray(rounding * scale + SMALLEST), self._moved(location) * scale)
 
-    def _moved(self, place: Place) -> float:
+    def _moved(self, location: Location) -> float:
         """The share by which the weights' distance moves what passes them."""
-        return self._drift(place.step) + partner_drift(self._pair, place.step, place.tensor)
+        return self._drift(location.step) + partner_drift(self._pair, location.step, location.tensor)
 
     def _norm(self, step: int) -> Bound:
         """What the gradients' own difference explains, and the rounding of one long sum of squares."""
@@ -192,32 +192,32 @@ class RoundingBounds:
         own = MOMENT_ROUNDINGS["moment1"] * self._summed * clip_condition(self._pair, step) * scale
         return Bound(np.asarray(own), handed)
 
-    def _moment(self, place: Place) -> Bound:
-        power = 1 if place.phase == "moment1" else 2
-        keep, take = self._moment_fit(place.phase, place.step)
-        gradient, before = gradient_and_before(self._pair, place)
+    def _moment(self, location: Location) -> Bound:
+        power = 1 if location.phase == "moment1" else 2
+        keep, take = self._moment_fit(location.phase, location.step)
+        gradient, before = gradient_and_before(self._pair, location)
         new = [np.abs(side) ** power for side in gradient]
         moved = keep * abs(before[0] - before[1]) + take * abs(gradient[0] ** power - gradient[1] ** power)
-        norms = self._pair.scalar(place.step, "grad_norm")
+        norms = self._pair.scalar(location.step, "grad_norm")
         clip = (max(*norms, SMALLEST) / max(min(norms), SMALLEST)) ** power - 1.0
         size = keep * np.maximum(*np.abs(before)) + take * np.maximum(*new)
         return Bound(
-            MOMENT_ROUNDINGS[place.phase] * self._summed * size + SMALLEST,
+            MOMENT_ROUNDINGS[location.phase] * self._summed * size + SMALLEST,
             moved + clip * take * np.maximum(*new),
         )
 
-    def _update(self, place: Place, left: Array, right: Array) -> Bound:
-        rate = self._update_fit(place.step)
-        moment1 = float64_sides(self._pair.read(place.step, "moment1", place.tensor), left)
-        moment2 = float64_sides(self._pair.read(place.step, "moment2", place.tensor), left)
+    def _update(self, location: Location, left: Array, right: Array) -> Bound:
+        rate = self._update_fit(location.step)
+        moment1 = float64_sides(self._pair.read(location.step, "moment1", location.tensor), left)
+        moment2 = float64_sides(self._pair.read(location.step, "moment2", location.tensor), left)
         root = np.maximum(np.sqrt(np.abs(moment2)), math.sqrt(SMALLEST))
         linear = abs(moment1[0] - moment1[1]) / root[0]
         linear += np.abs(moment1[1]) * abs(root[0] - root[1]) / (root[0] * root[1])
         moved = rate * np.minimum(linear, np.sum(np.abs(moment1) / root, axis=0))
-        weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(()), np.zeros(())))
+        weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))
         rounded = 8 * self._summed * (abs(left) + abs(right))
         rounded += WEIGHT_ROUNDINGS * self._summed * (abs(weights[0]) + abs(weights[1]))
-        lr = max(self._pair.scalar(place.step, "lr"))
+        lr = max(self._pair.scalar(location.step, "lr"))
         return Bound(rounded + SMALLEST, moved + lr * abs(weights[0] - weights[1]))
 
 

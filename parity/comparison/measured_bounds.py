@@ -51,7 +51,7 @@ from parity.comparison.estimated_bounds import (
     too_large,
 )
 from parity.comparison.pair import Pair, as_float64
-from parity.comparison.phases import CLIP, Place
+from parity.comparison.phases import CLIP, Location
 from parity.comparison.tolerance import (
     EXACT_PHASES,
     SAME_DOUBLE,
@@ -145,12 +145,12 @@ class MeasuredBounds:
         self._gradient_bound = cache(self._measured_bound)
         self._factors = cache(self._factors_at)
 
-    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
+    def refuses(self, location: Location, left: Array, right: Array) -> str | None:
         """A gradient that one side alone summed in bfloat16 where more was asked: no bound of bf16 would see it.
 
         One of 65536 float32 numbers is a bfloat16 number. A single gradient, not a sum, may be all made of them.
         """
-        if place.phase != "gradient" or self._sums.asked == "bf16":
+        if location.phase != "gradient" or self._sums.asked == "bf16":
             return None
         narrow = [_is_bfloat16(side) for side in (left, right)]
         if all(narrow) or not any(narrow):
@@ -163,25 +163,25 @@ class MeasuredBounds:
             f"the recipe says precision.reduce={self._sums.asked}"
         )
 
-    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+    def contrasts(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
         """See the head of this file, phase by phase."""
-        match place.phase:
+        match location.phase:
             case phase if phase in EXACT_PHASES:
-                return self._coarse.contrasts(place, left, right)
+                return self._coarse.contrasts(location, left, right)
             case "lr":
-                return self._rate(place, left, right)
+                return self._rate(location, left, right)
             case "loss":
-                return self._loss(place, left, right)
+                return self._loss(location, left, right)
             case "grad_norm":
-                return self._norm(place.step, left, right)
+                return self._norm(location.step, left, right)
             case phase if phase == CLIP:
-                return self._clip(place.step)
+                return self._clip(location.step)
             case "moment1" | "moment2":
-                return self._moment(place, left, right)
+                return self._moment(location, left, right)
             case "update":
-                return self._update(place, left, right)
+                return self._update(location, left, right)
             case _:
-                return self._against_reference(place, left, right)
+                return self._against_reference(location, left, right)
 
     def multiple(self, *, forward: bool, size: int, freedom: int) -> float:
         """C · T · U."""
@@ -191,61 +191,66 @@ class MeasuredBounds:
         left, right = self.measurement.references
         return (left, right) if min(len(left.rows), len(right.rows)) >= step else None
 
-    def _against_reference(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        references, key = self._reference(place.step), f"{place.phase}/{place.tensor}"
-        if references is None or any(key not in trace.names(place.step) for trace in references):
-            return self._coarse.contrasts(place, left, right)
-        own, whole = Bound(self._gradient_bound(place).reshape(left.shape)), Bound(self._whole_bound(place))
-        expected = [trace.read(place.step, key).reshape(left.shape) for trace in references]
+    def _against_reference(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+        references, key = self._reference(location.step), f"{location.phase}/{location.tensor}"
+        if references is None or any(key not in trace.names(location.step) for trace in references):
+            return self._coarse.contrasts(location, left, right)
+        own, whole = (
+            Bound(self._gradient_bound(location).reshape(left.shape)),
+            Bound(self._whole_bound(location)),
+        )
+        expected = [trace.read(location.step, key).reshape(left.shape) for trace in references]
         each = list(zip((left, right), expected, NAMES, strict=True))
         return [
             *(Contrast(side, wanted, own, names) for side, wanted, names in each),
             *(as_a_whole(side, wanted, whole, names) for side, wanted, names in each),
         ]
 
-    def _measured_bound(self, place: Place) -> Array:
-        key = f"{place.phase}/{place.tensor}"
-        shape = self.measurement.references[0].read(place.step, key).shape
-        sigma = self.measurement.sigma(place.step, key, shape)
+    def _measured_bound(self, location: Location) -> Array:
+        key = f"{location.phase}/{location.tensor}"
+        shape = self.measurement.references[0].read(location.step, key).shape
+        sigma = self.measurement.sigma(location.step, key, shape)
         freedom = INDEPENDENT * self.measurement.draws
-        forward = place.phase == "activation"
+        forward = location.phase == "activation"
         return self.multiple(forward=forward, size=sigma.size, freedom=freedom) * sigma + SMALLEST
 
-    def _whole_bound(self, place: Place) -> Array:
+    def _whole_bound(self, location: Location) -> Array:
         """C · V · U · σ of the tensor as a whole."""
-        key = f"{place.phase}/{place.tensor}"
-        shape = self.measurement.references[0].read(place.step, key).shape
-        rows = self.measurement.mean_squares(place.step, key)[0]
+        key = f"{location.phase}/{location.tensor}"
+        shape = self.measurement.references[0].read(location.step, key).shape
+        rows = self.measurement.mean_squares(location.step, key)[0]
         size = math.prod(shape)
-        more = self.forward if place.phase == "activation" else self.whole
+        more = self.forward if location.phase == "activation" else self.whole
         wide = too_large(INDEPENDENT) * too_small(INDEPENDENT * self.measurement.draws)
         return np.asarray(more * wide * math.sqrt(size * rows.mean()) + SMALLEST * math.sqrt(size))
 
-    def _loss(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+    def _loss(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
         """A reference that ended before this step gave no finite loss from weights that the run itself could use.
 
         That is no gap to be filled by an estimate: it stands there as not a number, which fails.
         """
-        row = place.step - 1
+        row = location.step - 1
         rows = [trace.rows[row] if row < len(trace.rows) else None for trace in self.measurement.references]
         freedom = self.measurement.draws * len(self.measurement.references[0].rows)
-        tokens = max(self._pair.scalar(place.step, "tokens"))
+        tokens = max(self._pair.scalar(location.step, "tokens"))
         mean = max((abs(found["loss"]) for found in rows if found), default=0.0)
-        own = self.multiple(forward=True, size=1, freedom=freedom) * self.measurement.loss_sigma(place.step)
+        own = self.multiple(forward=True, size=1, freedom=freedom) * self.measurement.loss_sigma(
+            location.step
+        )
         own += tail(1) * self._summed * math.sqrt(1 + tokens / 2) * mean
-        own *= tokens if place.tensor == "loss_sum" else 1
-        expected = [np.asarray(found[place.tensor] if found else np.nan) for found in rows]
+        own *= tokens if location.tensor == "loss_sum" else 1
+        expected = [np.asarray(found[location.tensor] if found else np.nan) for found in rows]
         return [
             Contrast(side, wanted, Bound(np.asarray(own)), names)
             for side, wanted, names in zip((left, right), expected, NAMES, strict=True)
         ]
 
-    def _rate(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+    def _rate(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
         bound = Bound(np.asarray(SAME_DOUBLE * largest(left, right)))
-        references = self._reference(place.step)
+        references = self._reference(location.step)
         if references is None:
             return [Contrast(left, right, bound)]
-        wanted = np.asarray(references[0].rows[place.step - 1]["lr"])
+        wanted = np.asarray(references[0].rows[location.step - 1]["lr"])
         return [
             Contrast(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))
         ]
@@ -298,24 +303,24 @@ class MeasuredBounds:
             float(c.first if abs(c.first - c.second) <= c.bound.own else c.second) for c in self._clip(step)
         ]
 
-    def _moment(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        gradient, before = gradient_and_before(self._pair, place)
-        roundings, found = MOMENT_ROUNDINGS[place.phase] / 2 * self._summed, []
-        for side, factor in enumerate(self._factors(place.step)):
-            wanted, size = self._rule.moment(place.phase, gradient[side], before[side], factor=factor)
+    def _moment(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+        gradient, before = gradient_and_before(self._pair, location)
+        roundings, found = MOMENT_ROUNDINGS[location.phase] / 2 * self._summed, []
+        for side, factor in enumerate(self._factors(location.step)):
+            wanted, size = self._rule.moment(location.phase, gradient[side], before[side], factor=factor)
             bound = Bound(roundings * size + SMALLEST)
             found.append(Contrast((left, right)[side], wanted, bound, OWN_NAMES[side]))
         return found
 
-    def _update(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        moment1 = float64_sides(self._pair.read(place.step, "moment1", place.tensor), left)
-        moment2 = float64_sides(self._pair.read(place.step, "moment2", place.tensor), left)
-        weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(left.shape),) * 2)
-        lr = max(self._pair.scalar(place.step, "lr"))
-        noise, found = self._noise(place, moment1), []
+    def _update(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+        moment1 = float64_sides(self._pair.read(location.step, "moment1", location.tensor), left)
+        moment2 = float64_sides(self._pair.read(location.step, "moment2", location.tensor), left)
+        weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(left.shape),) * 2)
+        lr = max(self._pair.scalar(location.step, "lr"))
+        noise, found = self._noise(location, moment1), []
         for side, names in enumerate(OWN_NAMES):
             wanted = self._rule.update(
-                place.tensor, weights[side], moment1[side], moment2[side], lr=lr, step=place.step
+                location.tensor, weights[side], moment1[side], moment2[side], lr=lr, step=location.step
             )
             size = np.abs(weights[side]) + np.abs(wanted)  # of the weight before and after
             own = UPDATE_ROUNDINGS * np.abs(wanted) + WEIGHT_ROUNDINGS * size
@@ -323,14 +328,14 @@ class MeasuredBounds:
             found.append(Contrast((left, right)[side], wanted, bound, names, noise))
         return found
 
-    def _noise(self, place: Place, moment1: Array) -> Array:
+    def _noise(self, location: Location, moment1: Array) -> Array:
         """Elements whose gradient's bound reaches the first moment."""
-        gradient = Place(place.step, "gradient", place.tensor)
-        if self._reference(place.step) is None:
+        gradient = Location(location.step, "gradient", location.tensor)
+        if self._reference(location.step) is None:
             return np.zeros(moment1.shape[1:], bool)
-        if f"gradient/{place.tensor}" not in self.measurement.references[0].names(place.step):
+        if f"gradient/{location.tensor}" not in self.measurement.references[0].names(location.step):
             return np.zeros(moment1.shape[1:], bool)
-        beta, factor = self._rule.spec.betas[0], max(self._factors(place.step))
+        beta, factor = self._rule.spec.betas[0], max(self._factors(location.step))
         reach = (1.0 - beta) * factor * self._gradient_bound(gradient)
         reach = reach.reshape(moment1.shape[1:])
         size = np.abs(moment1).max(axis=0)

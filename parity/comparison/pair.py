@@ -60,11 +60,11 @@ class Pair:
 
     def read(self, step: int, group: str, name: str) -> Sides:
         """The two arrays of `group/name`, None where a side lacks it; step 0 reads the starting weights."""
-        place = (step, f"{group}/{name}")
-        if place not in self._cache:
+        location = (step, f"{group}/{name}")
+        if location not in self._cache:
             self._forget(before=step - 1)
-            self._cache[place] = (self._read(0, *place), self._read(1, *place))
-        return self._cache[place]
+            self._cache[location] = (self._read(0, *location), self._read(1, *location))
+        return self._cache[location]
 
     def scalar(self, step: int, key: str) -> tuple[float, float]:
         """A number from the step's row, of both sides."""
@@ -107,13 +107,13 @@ class Pair:
         return trace.read(step, key) if step else trace.read_initial(key)
 
     def _forget(self, *, before: int) -> None:
-        """Drop what no later place asks for, so that memory does not grow with the number of steps."""
-        for place in [place for place in self._cache if place[0] < before]:
-            del self._cache[place]
+        """Drop what no later location asks for, so that memory does not grow with the number of steps."""
+        for location in [location for location in self._cache if location[0] < before]:
+            del self._cache[location]
 
 
 def as_float64(array: Array) -> Array:
-    """A float64 copy for the arithmetic of bounds. What is not finite fails at its own place and counts as zero."""
+    """A float64 copy for the arithmetic of bounds. What is not finite fails at its own location and counts as zero."""
     return np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 

@@ -52,7 +52,7 @@ ROW_TENSORS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where in a run something is compared; `step` is 0 for the starting weights, else counts from 1."""
 
     step: int

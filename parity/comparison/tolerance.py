@@ -1,6 +1,6 @@
-"""How far two traces may stand apart, place by place, and why.
+"""How far two traces may stand apart, location by location, and why.
 
-`Bounds` is the interface: anything that says, for a place and the two arrays found there, what is compared with what
+`Bounds` is the interface: anything that says, for a location and the two arrays found there, what is compared with what
 and how large the difference may be. `ProofBounds` here is fp64's. For fp32 and bf16 `measured.MeasuredBounds` holds
 each side to a float64 reference; `rounding.RoundingBounds` compares two traces that nothing more is known of.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.pair import Pair
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from trainspec.plans.plan import Policy
 
 Array = NDArray[Any]
@@ -52,7 +52,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two arrays of one place and how far apart they may be; `names` says whose they are."""
+    """Two arrays of one location and how far apart they may be; `names` says whose they are."""
 
     first: Array
     second: Array
@@ -76,9 +76,9 @@ def as_a_whole(
 
 
 class Bounds(Protocol):
-    """Says what is compared at `place`, and how far apart it may be.
+    """Says what is compared at `location`, and how far apart it may be.
 
-    Places are asked in causal order, each once. `notes` are what a user should know of how the bounds were made.
+    Locations are asked in causal order, each once. `notes` are what a user should know of how the bounds were made.
     """
 
     @property
@@ -86,12 +86,12 @@ class Bounds(Protocol):
         """See above."""
         ...
 
-    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
+    def refuses(self, location: Location, left: Array, right: Array) -> str | None:
         """Why the two arrays are not compared at all: their types, as they stand in the traces; None where they are."""
         ...
 
-    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        """One or more pairs that must agree; the place is as good as the worst of them.
+    def contrasts(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+        """One or more pairs that must agree; the location is as good as the worst of them.
 
         Both arrays are float64 copies of equal shape.
         """
@@ -112,24 +112,24 @@ class ProofBounds:
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
 
-    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
+    def refuses(self, location: Location, left: Array, right: Array) -> str | None:
         """Numbers of fewer bits than float64's."""
         sides = (("left", left), ("right", right))
         coarse = [f"{side.dtype} in {name}" for name, side in sides if _is_coarse(side)]
         return f"{' and '.join(coarse)}: fp64 wants float64" if coarse else None
 
-    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+    def contrasts(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
         """Left against right."""
-        return (Contrast(left, right, self.bound(place, left, right)),)
+        return (Contrast(left, right, self.bound(location, left, right)),)
 
-    def bound(self, place: Place, left: Array, right: Array) -> Bound:
+    def bound(self, location: Location, left: Array, right: Array) -> Bound:
         """Zero, the learning rate's, or `PROOF`, times the largest entry of either side."""
-        if place.phase in EXACT_PHASES:
+        if location.phase in EXACT_PHASES:
             return Bound(np.zeros(()))
-        factor = SAME_DOUBLE if place.phase == "lr" else PROOF
+        factor = SAME_DOUBLE if location.phase == "lr" else PROOF
         own = np.asarray(factor * largest(left, right))
-        if place.phase == "update":
-            weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(()), np.zeros(())))
+        if location.phase == "update":
+            weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))
             own = own + 2 * WEIGHT_ROUNDINGS * UNIT["fp64"] * np.maximum(*np.abs(weights))
         return Bound(own)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from parity.runs.edit import Edit
 from parity.runs.fixture import METHODS, Tiny
 from parity.runs.plans import refusal, runs_as
@@ -17,7 +17,7 @@ from trainspec.recipe import Recipe
 
 @dataclass(frozen=True)
 class Where:
-    """A place: phase, step, and a pattern that the whole name of the tensor or point must match."""
+    """A location: phase, step, and a pattern that the whole name of the tensor or point must match."""
 
     phase: str
     tensor: str
@@ -26,10 +26,10 @@ class Where:
     def __str__(self) -> str:
         return f"step {self.step}, {self.phase}, {self.tensor.replace(chr(92), '')}"
 
-    def matches(self, place: Place) -> bool:
-        """Whether `place` is one of those meant."""
-        named = place.phase == self.phase and place.step == self.step
-        return named and re.fullmatch(self.tensor, place.tensor) is not None
+    def matches(self, location: Location) -> bool:
+        """Whether `location` is one of those meant."""
+        named = location.phase == self.phase and location.step == self.step
+        return named and re.fullmatch(self.tensor, location.tensor) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from parity.comparison.compare import Finding, compare
 from parity.comparison.estimated_bounds import RoundingBounds
 from parity.comparison.pair import Pair
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from parity.comparison.tolerance import ProofBounds
 from parity.faults import FAULTS, SHARED
 from parity.faults.fault import Fault, in_every_backend, setup_recipe
@@ -41,13 +41,13 @@ class Outcome:
     crash: str | None = None
 
     @property
-    def said(self) -> Place | None:
-        """The place that the check names."""
-        return self.found.place if self.found else None
+    def said(self) -> Location | None:
+        """The location that the check names."""
+        return self.found.location if self.found else None
 
     @property
     def as_expected(self) -> bool:
-        """Caught at the place named, or rightly passed."""
+        """Caught at the location named, or rightly passed."""
         if self.crash is not None:
             return False
         below = self.precision in self.fault.below_bound_in
@@ -73,7 +73,7 @@ class Outcome:
             "precision": self.precision,
             "result": self.word.lower(),
             "as_expected": self.as_expected,
-            "said": asdict(self.found.place) | {"error": self.found.error} if self.found else None,
+            "said": asdict(self.found.location) | {"error": self.found.error} if self.found else None,
             "true": asdict(self.fault.where) if self.fault.where else None,
             "crash": self.crash,
         }
@@ -102,7 +102,7 @@ def run_faults(
 ) -> list[Outcome]:
     """Train everything under `out` and judge it: first the clean pairs (they must pass), then every fault.
 
-    fp64 is the proof; fp32 shows what remains above rounding, and which place is named then.
+    fp64 is the proof; fp32 shows what remains above rounding, and which location is named then.
     Traces that came out as expected are removed again unless they are to be kept.
     """
     tiny = write_tiny(out / "tiny")

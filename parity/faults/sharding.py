@@ -13,7 +13,7 @@ FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 EMBEDDING = r"model\.embed_tokens\.weight"
 HEAD_GRADIENT = Where("gradient", r"lm_head\.weight")
 REPLICAS_SUM = "__mesh.replicas.sum_(__gradient)"
-COMPILER = "JAX has no place for it: the compiler makes the sum over devices"
+COMPILER = "JAX has no counterpart: the compiler makes the sum over devices"
 PLAIN_ONLY = "in fp32 DeepSpeed does this part: the torch edit reaches the plain engine of fp64 runs only"
 
 FAULTS = (
@@ -111,7 +111,7 @@ FAULTS = (
             )
         },
         setup="tensor",
-        note="JAX has no place for it: rows are looked up by their global number",
+        note="JAX has no counterpart: rows are looked up by their global number",
     ),
     Fault(
         name="vocab-offset-in-loss",
@@ -158,7 +158,7 @@ FAULTS = (
             "torch": (Edit("torchtrain.methods.low_rank:replace_targets", "__peers.index * __features", "0"),)
         },
         setup="tensor-adapter",
-        note="JAX has no place for it: a mask is drawn by the global number of a feature",
+        note="JAX has no counterpart: a mask is drawn by the global number of a feature",
     ),
     Fault(
         name="reduced-over-wrong-group",

@@ -12,7 +12,7 @@ PAGE_HEAD = """# Faults that must be caught
 
 Written by `parity faults --page docs/faults.md`; what stands here was run. Each fault is
 planted in one backend, as an edit of its source while it is loaded, and its trace, activations included, is compared with
-the other backend's clean one. The check must fail and name the place where the fault acts first; where the arithmetic is
+the other backend's clean one. The check must fail and name the location where the fault acts first; where the arithmetic is
 the same it must pass. The clean pairs pass. A set-up that is split over devices is so on both sides; a plan that a
 backend refuses (torch has no split optimizer and no pipeline in fp64) is compared with that backend's run on one device.
 
@@ -57,7 +57,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     passed = sum(outcome.word == "passes" for outcome in outcomes)
     below = good - caught - passed
     return (
-        f"{caught} caught in place, {passed} pass as they must, {below} below the bound, "
+        f"{caught} caught at the right location, {passed} pass as they must, {below} below the bound, "
         f"{len(outcomes) - good} not as expected"
     )
 
@@ -74,7 +74,7 @@ def page(outcomes: Sequence[Outcome]) -> str:
             for o in mine
             if o.fault.source
         ]
-        head = [_row("fault", "backend", "result", "place said", "place true"), _row(*["---"] * 5)]
+        head = [_row("fault", "backend", "result", "location said", "location true"), _row(*["---"] * 5)]
         parts += [f"## {precision}", "", f"{summary(mine)}.", "", *head, *rows, ""]
     about = [_row(f.name, f.imitates, f.source, f.setup, f.note or "–") for f in faults]
     head = [_row("fault", "imitates", "source", "set-up", "note"), _row(*["---"] * 5)]
@@ -94,4 +94,4 @@ def _said(outcome: Outcome) -> str:
     found = outcome.found
     if found is None:
         return "no divergence"
-    return f"{found.place} ({found.reason or f'error {found.error:.1e}'})"
+    return f"{found.location} ({found.reason or f'error {found.error:.1e}'})"

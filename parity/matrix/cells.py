@@ -118,7 +118,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a cell. `shown` is the place nearest to its bound; where the cell fails, the first divergence.
+    """What became of a cell. `shown` is the location nearest to its bound; where the cell fails, the first divergence.
 
     `refused` is what a backend says that does not run the cell's plan; it ran on one device, unless both refuse.
     """

@@ -23,7 +23,7 @@ compared with its run on one device; the line that it says stands below. `packed
 gradients in float32, `bf16-sums` in bfloat16. `deep` has five layers, the other models two. Adapters start from weights of
 which none is zero, so that all of them take part from the first update.
 
-Error and bound are shares of the tensor's largest entry, at the place that uses most of its bound; in a cell that
+Error and bound are shares of the tensor's largest entry, at the location that uses most of its bound; in a cell that
 fails, at the first divergence. Used is error / bound, where an earlier difference is handed on the share of the rest.
 Noise is the share of update elements about which the bound says nothing. fp64 is held to the proof's bound; fp32 and bf16
 to the estimated one (`numerics.md`), which needs no run of its own; `parity check` measures it.
@@ -64,8 +64,10 @@ def status_page(rows: Sequence[Row]) -> str:
 def status_lines(rows: Sequence[Row]) -> list[str]:
     """For the terminal: what failed and where, and how many cells passed."""
     failed = [row for row in rows if row.verdict == "fail"]
-    places = [f"{row.shown.place}: " if row.shown else "" for row in failed]
-    lines = [f"FAIL  {row.cell}: {place}{row.reason}" for row, place in zip(failed, places, strict=True)]
+    locations = [f"{row.shown.location}: " if row.shown else "" for row in failed]
+    lines = [
+        f"FAIL  {row.cell}: {location}{row.reason}" for row, location in zip(failed, locations, strict=True)
+    ]
     return [*lines, _counts(rows)]
 
 
@@ -106,8 +108,8 @@ def _ran(row: Row) -> list[str]:
     alone = ", ".join(row.refused) or "–"
     if row.shown is None:
         return [*_names(row), alone, verdict, "–", "–", "–", "–", row.reason or ""]
-    place = row.shown.place
-    where = f"step {place.step}, {TITLES[place.phase]}, `{place.tensor}`"
+    location = row.shown.location
+    where = f"step {location.step}, {TITLES[location.phase]}, `{location.tensor}`"
     if row.shown.error is None:
         where += f": {row.reason}"
     figures = [number(value) for value in (row.shown.error, row.shown.bound, row.shown.used)]
@@ -142,9 +144,9 @@ def _object(row: Row) -> dict[str, Any]:
         entry["refused_by"] = list(row.refused)
     if shown := row.shown:
         entry |= {
-            "step": shown.place.step,
-            "phase": shown.place.phase,
-            "tensor": shown.place.tensor,
+            "step": shown.location.step,
+            "phase": shown.location.phase,
+            "tensor": shown.location.tensor,
             "error": finite(shown.error),
             "bound": finite(shown.bound),
             "bound_used": finite(shown.used),

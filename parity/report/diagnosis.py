@@ -1,6 +1,6 @@
 """What kind of cause a first divergence looks like: one line where the pattern is known.
 
-A reading is a hint for a user, drawn from the two tensors at the first divergence and from which other places
+A reading is a hint for a user, drawn from the two tensors at the first divergence and from which other locations
 differ; the verdict does not depend on it.
 """
 
@@ -65,27 +65,35 @@ def read(
     first = comparison.first_divergence
     if first is None or traces is None or first.error is None:
         return None
-    pair, place = Pair(*traces), first.place
+    pair, location = Pair(*traces), first.location
     found = _arrays(first, pair)
     if found is None:
         return None
-    same = [f for f in comparison.findings if (f.place.step, f.place.phase) == (place.step, place.phase)]
-    segments = pair.read(max(place.step, 1), "batch", "segments")[0]
+    same = [
+        f
+        for f in comparison.findings
+        if (f.location.step, f.location.phase) == (location.step, location.phase)
+    ]
+    segments = pair.read(max(location.step, 1), "batch", "segments")[0]
     scene = Scene(
         first, tuple(f for f in same if not f.holds), tuple(same), *found, segments,
-        dict(counts or {}) | _counts(pair, max(place.step, 1)), pair,
+        dict(counts or {}) | _counts(pair, max(location.step, 1)), pair,
     )  # fmt: skip
     return next((line for rule in RULES if (line := rule(scene))), UNKNOWN)
 
 
 def _arrays(first: Finding, pair: Pair) -> tuple[Array, Array] | None:
-    place = first.place
-    if place.phase in ROW_TENSORS or first.index == ():
+    location = first.location
+    if location.phase in ROW_TENSORS or first.index == ():
         left, right = (
-            pair.scalar(place.step, place.tensor) if place.phase in ROW_TENSORS else first.values or (0, 0)
+            pair.scalar(location.step, location.tensor)
+            if location.phase in ROW_TENSORS
+            else first.values or (0, 0)
         )
         return np.asarray(left, np.float64), np.asarray(right, np.float64)
-    sides = pair.read(place.step, "weight" if place.phase == INITIAL.name else place.phase, place.tensor)
+    sides = pair.read(
+        location.step, "weight" if location.phase == INITIAL.name else location.phase, location.tensor
+    )
     if sides[0] is None or sides[1] is None or sides[0].shape != sides[1].shape:
         return None
     return sides[0].astype(np.float64), sides[1].astype(np.float64)
@@ -107,15 +115,15 @@ def _counts(pair: Pair, step: int) -> dict[str, float]:
 
 def data_order(scene: Scene) -> str | None:
     """The same rows, elsewhere."""
-    if scene.first.place.phase != "batch" or scene.left.ndim != 2:
+    if scene.first.location.phase != "batch" or scene.left.ndim != 2:
         return None
     left, right = (side[np.lexsort(side.T)] for side in (scene.left, scene.right))
     if np.array_equal(left, right):
         return "the same rows in another order: the order of the data"
-    for other in (scene.first.place.step - 1, scene.first.place.step + 1):
+    for other in (scene.first.location.step - 1, scene.first.location.step + 1):
         if 1 <= other <= scene.pair.common_steps and np.array_equal(_batch_of(scene, other), scene.right):
             return f"right has the rows of left's step {other}: the cursor into the data"
-    names = {finding.place.tensor for finding in scene.failing}
+    names = {finding.location.tensor for finding in scene.failing}
     if names == {"positions"}:
         return "only the positions differ: restarted documents or padding"
     if names == {"labels"}:
@@ -124,7 +132,7 @@ def data_order(scene: Scene) -> str | None:
 
 
 def _batch_of(scene: Scene, step: int) -> Array:
-    found = scene.pair.read(step, "batch", scene.first.place.tensor)[0]
+    found = scene.pair.read(step, "batch", scene.first.location.tensor)[0]
     return np.zeros(0) if found is None else found
 
 
@@ -139,10 +147,10 @@ def transposed(scene: Scene) -> str | None:
 
 def schedule(scene: Scene) -> str | None:
     """A rate that another step has."""
-    place = scene.first.place
-    if place.phase != "lr":
+    location = scene.first.location
+    if location.phase != "lr":
         return None
-    for other in (place.step - 1, place.step + 1):
+    for other in (location.step - 1, location.step + 1):
         rates = scene.pair.scalar(other, "lr") if 1 <= other <= scene.pair.common_steps else None
         if rates and math.isclose(rates[0], float(scene.right), rel_tol=1e-12):
             return f"right has left's rate of step {other}: the schedule is off by one"
@@ -151,12 +159,14 @@ def schedule(scene: Scene) -> str | None:
 
 def clipped(scene: Scene) -> str | None:
     """The phase says it."""
-    return "the gradient's factor before the moments: the clip" if scene.first.place.phase == "clip" else None
+    return (
+        "the gradient's factor before the moments: the clip" if scene.first.location.phase == "clip" else None
+    )
 
 
 def not_updated(scene: Scene) -> str | None:
     """One side stands still."""
-    if scene.first.place.phase == "update":
+    if scene.first.location.phase == "update":
         for name, side in (("left", scene.left), ("right", scene.right)):
             if not side.any():
                 return f"{name} made no update of this tensor: skipped or frozen"
@@ -165,9 +175,9 @@ def not_updated(scene: Scene) -> str | None:
 
 def decay_mask(scene: Scene) -> str | None:
     """Among updates, those of norms and biases alone."""
-    if scene.first.place.phase != "update":
+    if scene.first.location.phase != "update":
         return None
-    names, judged = ({f.place.tensor for f in found} for found in (scene.failing, scene.judged))
+    names, judged = ({f.location.tensor for f in found} for found in (scene.failing, scene.judged))
     quiet = {name for name in judged if NOT_DECAYED.search(name)}
     if names and names <= quiet < judged:
         return "only norms and biases: which weights decay"
@@ -179,7 +189,7 @@ def decay_mask(scene: Scene) -> str | None:
 def constant_factor(scene: Scene) -> str | None:
     """One tensor is a multiple of the other."""
     top, bottom = float(np.sum(scene.left * scene.right)), float(np.sum(scene.left**2))
-    if not bottom or not top or scene.first.place.phase in ("batch", "tokens"):
+    if not bottom or not top or scene.first.location.phase in ("batch", "tokens"):
         return None
     factor = top / bottom
     apart = float(np.sqrt(np.sum((scene.right - scene.left) ** 2)))
@@ -239,7 +249,7 @@ def grows(scene: Scene) -> str | None:
     """The error of a position, against how far into its document it stands."""
     if _wrong_positions(scene) is None:
         return None
-    positions = scene.pair.read(scene.first.place.step, "batch", "positions")[0]
+    positions = scene.pair.read(scene.first.location.step, "batch", "positions")[0]
     if positions is None or scene.segments is None or positions.shape != scene.segments.shape:
         return None
     error = _by_position(scene)[:, -positions.shape[1] :]  # of the tokens of the batch
@@ -259,7 +269,7 @@ def _by_position(scene: Scene) -> Array:
 
 def _wrong_positions(scene: Scene) -> Array | None:
     """[examples, rows]; rows are tokens, and in front of them the virtual tokens of a prompt."""
-    if scene.first.place.phase not in TOKEN_WISE or scene.segments is None or scene.left.ndim < 3:
+    if scene.first.location.phase not in TOKEN_WISE or scene.segments is None or scene.left.ndim < 3:
         return None
     examples, tokens = scene.segments.shape
     if scene.left.shape[0] != examples or scene.left.shape[1] < tokens:
@@ -275,10 +285,10 @@ def _rank_correlation(values: Array) -> float:
 
 def one_family(scene: Scene) -> str | None:
     """Only one kind of tensor differs, in whichever layers."""
-    if scene.first.place.phase == "batch":
+    if scene.first.location.phase == "batch":
         return None
-    families = {_family(f.place.tensor) for f in scene.failing}
-    others = {_family(f.place.tensor) for f in scene.judged} - families
+    families = {_family(f.location.tensor) for f in scene.failing}
+    others = {_family(f.location.tensor) for f in scene.judged} - families
     if len(families) == 1 and len(others) >= 2:
         return f"only {next(iter(families))}: that operation"
     return None
@@ -290,15 +300,17 @@ def _family(name: str) -> str:
 
 def after_the_first(scene: Scene) -> str | None:
     """Step 1 was right."""
-    place = scene.first.place
-    kind = {phase.name: phase.title for phase in PHASES}.get(place.phase)
-    if place.step <= 1 or place.phase not in ("moment1", "moment2", "update"):
+    location = scene.first.location
+    kind = {phase.name: phase.title for phase in PHASES}.get(location.phase)
+    if location.step <= 1 or location.phase not in ("moment1", "moment2", "update"):
         return None
-    if place.phase == "update" and not any(
-        any(scene.pair.scalar(step, "lr")) for step in range(1, place.step)
+    if location.phase == "update" and not any(
+        any(scene.pair.scalar(step, "lr")) for step in range(1, location.step)
     ):
         return None  # at a rate of 0 no update was made that could have been right
-    return f"{kind} differ from step {place.step} on, not before: the optimizer's state or its count of steps"
+    return (
+        f"{kind} differ from step {location.step} on, not before: the optimizer's state or its count of steps"
+    )
 
 
 RULES: tuple[Callable[[Scene], str | None], ...] = (

@@ -22,7 +22,7 @@ CELLS, COLUMNS = 20_000, 100
 DENSE = (
     30  # with more columns than this cells are narrow, so that a laptop shows fifty of them beside the names
 )
-# Of these every step has only a few places: they share one map.
+# Of these every step has only a few locations: they share one map.
 FEW = ("batch", "tokens", "loss", "grad_norm", "clip", "lr")
 
 
@@ -47,7 +47,7 @@ def heat_maps(findings: Sequence[Finding]) -> list[HeatMap]:
     groups: dict[str, list[Finding]] = {}
     titles = {"few": "batch and scalars"} | {phase.name: phase.title for phase in PHASES}
     for finding in findings:
-        name = finding.place.phase
+        name = finding.location.phase
         groups.setdefault("few" if name in FEW else name, []).append(finding)
     first = next((finding for finding in findings if not finding.holds), None)
     shown = [name for name in titles if name in groups]
@@ -71,8 +71,8 @@ def legend() -> list[str]:
 def _map(title: str, findings: Sequence[Finding], first: Finding | None, *, opened: bool) -> HeatMap:
     rows: dict[str, dict[int, Finding]] = {}
     for finding in findings:
-        rows.setdefault(finding.place.tensor, {})[finding.place.step] = finding
-    steps = sorted({finding.place.step for finding in findings})
+        rows.setdefault(finding.location.tensor, {})[finding.location.step] = finding
+    steps = sorted({finding.location.step for finding in findings})
     columns = max(1, min(len(steps), COLUMNS, CELLS // len(rows)))
     width = math.ceil(len(steps) / columns)
     groups = [steps[at : at + width] for at in range(0, len(steps), width)]
@@ -96,7 +96,7 @@ def _row(row: dict[int, Finding], groups: Sequence[Sequence[int]], first: Findin
             worst = max(found, key=lambda f: f.used)
             frame = " id=first" if any(f is first for f in found) else ""
             cells.append(
-                f'<td class=u{level(worst.used)}{frame} title="step {worst.place.step}: {_said(worst)}">'
+                f'<td class=u{level(worst.used)}{frame} title="step {worst.location.step}: {_said(worst)}">'
             )
         else:
             cells.append("<td>")

@@ -52,8 +52,10 @@ def render(report: Report) -> str:
     environment.filters |= {"number": number, "decades": _decades}
     verdict, comparison = report.verdict, report.verdict.comparison
     first = comparison.first_divergence
-    losses = [f for f in comparison.findings if f.place.phase == "loss" and f.place.tensor == "loss"]
-    points = [(f.place.step, f.error, f.bound) for f in losses if f.error is not None and f.bound is not None]
+    losses = [f for f in comparison.findings if f.location.phase == "loss" and f.location.tensor == "loss"]
+    points = [
+        (f.location.step, f.error, f.bound) for f in losses if f.error is not None and f.bound is not None
+    ]
     return environment.get_template("report.html.j2").render(
         report=report,
         verdict=verdict,
@@ -69,7 +71,7 @@ def render(report: Report) -> str:
         explained=explained,
         curves=loss_curves(report.left_losses, report.right_losses),
         difference=loss_difference(points),
-        places=len(comparison.findings),
+        locations=len(comparison.findings),
         versions=versions(),
     )
 

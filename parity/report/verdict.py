@@ -44,7 +44,7 @@ class Verdict:
             notes.append(
                 f"{share:.2%} of the update elements are rounding noise in {self.precision}: undetermined"
             )
-        updates = [f for f in self.comparison.findings if f.place.phase == "update"]
+        updates = [f for f in self.comparison.findings if f.location.phase == "update"]
         if updates and self.holds and not any(f.elements for f in updates):
             notes.append(
                 "no update was made, the learning rate is 0 at every compared step: compare more steps"
@@ -61,7 +61,7 @@ class Verdict:
             "left": self.left,
             "right": self.right,
             "worst": {name: _entry(finding) for name, finding in self.comparison.worst.items()},
-            "first_divergence": _entry(first) | {"phase": first.place.phase} if first else None,
+            "first_divergence": _entry(first) | {"phase": first.location.phase} if first else None,
             "reading": self.reading,
             "notes": self.notes,
         }
@@ -86,7 +86,7 @@ class Verdict:
             numbers = f"{number(finding.error):>9}{number(finding.bound):>10}{number(finding.used):>9}"
             table.append(f"{mark}{TITLES[name]:<23}{numbers}  {where(finding)}")
         first = self.comparison.first_divergence
-        end = [f"first divergence: {first.place}: {explained(first)}"] if first else []
+        end = [f"first divergence: {first.location}: {explained(first)}"] if first else []
         if first and first.values:
             end.append(f"  {values(first)}")
         if self.reading:
@@ -121,7 +121,7 @@ def values_at(verdict: Verdict, finding: Finding) -> list[tuple[str, str]]:
 
 def where(finding: Finding) -> str:
     """Step and tensor of a finding."""
-    return f"step {finding.place.step}, {finding.place.tensor}"
+    return f"step {finding.location.step}, {finding.location.tensor}"
 
 
 def explained(finding: Finding) -> str:
@@ -135,15 +135,15 @@ def values(finding: Finding) -> str:
     """Both numbers at the worst element, and where it stands in its tensor; nothing where there are none."""
     if finding.values is None or finding.index is None:
         return ""
-    place = f"at [{', '.join(map(str, finding.index))}]: " if finding.index else ""
+    at = f"at [{', '.join(map(str, finding.index))}]: " if finding.index else ""
     (first, second), (one, other) = finding.values, finding.names
-    return f"{place}{first:.9g} ({one}), {second:.9g} ({other})"
+    return f"{at}{first:.9g} ({one}), {second:.9g} ({other})"
 
 
 def _entry(finding: Finding) -> dict[str, Any]:
     entry: dict[str, Any] = {
-        "tensor": finding.place.tensor,
-        "step": finding.place.step,
+        "tensor": finding.location.tensor,
+        "step": finding.location.step,
         "error": finite(finding.error),
         "bound": finite(finding.bound),
         "bound_used": finite(finding.used),
@@ -153,7 +153,7 @@ def _entry(finding: Finding) -> dict[str, Any]:
         entry["index"] = list(finding.index)
     if finding.reason:
         entry["reason"] = finding.reason
-    if finding.place.phase == "update" and finding.elements:
+    if finding.location.phase == "update" and finding.elements:
         entry["undetermined"] = finding.undetermined / finding.elements
     return entry
 

@@ -19,7 +19,7 @@ from parity.comparison.compare import DETERMINED, _measure, compare
 from parity.comparison.estimated_bounds import tail, too_large
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Sums, too_small
 from parity.comparison.pair import Pair
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from parity.comparison.tolerance import Bound, Contrast, as_a_whole
 from parity.measure import measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
@@ -110,7 +110,7 @@ def test_clean_lora_in_bf16_keeps_its_distance_and_every_gradient_is_proven(
     """Most single elements may be noise there; each tensor as a whole is held to less than half of itself."""
     pair = Pair(Trace(coarse / "left/trace"), Trace(coarse / "right/trace"))
     keeps_its_distance(pair, measured_coarse, noise=0.6)
-    found = [f for f in compare(pair, measured_coarse).findings if f.place.phase == "gradient"]
+    found = [f for f in compare(pair, measured_coarse).findings if f.location.phase == "gradient"]
     assert all(finding.proven for finding in found)
     assert any(finding.undetermined > DETERMINED * finding.elements for finding in found)
 
@@ -139,7 +139,7 @@ def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny
         comparison = compare(pair, bounds)
         failing = [finding for finding in comparison.findings if not finding.holds]
         assert all(str(finding.reason).startswith("nothing is proven") for finding in failing)
-        assert {finding.place.phase for finding in failing} <= {"gradient", "moment1", "moment2", "update"}
+        assert {finding.location.phase for finding in failing} <= {"gradient", "moment1", "moment2", "update"}
         assert 0.003 < comparison.worst["loss"].used < 0.4
         return
     keeps_its_distance(pair, bounds, noise=0.001 if precision == "fp32" else 0.8)
@@ -158,7 +158,7 @@ def test_thirty_times_the_rounding_fails(phase: str, run: str, request: pytest.F
     worst = {"as it is": 0.0, "times 30": 0.0}
     for name in sorted(pair.names(2, phase)):
         left, right = (side.astype(np.float64) for side in pair.read(2, phase, name) if side is not None)
-        for contrast in measured.contrasts(Place(2, phase, name), left, right):
+        for contrast in measured.contrasts(Location(2, phase, name), left, right):
             more = Contrast(
                 30 * (contrast.first - contrast.second) + contrast.second, contrast.second, contrast.bound
             )
@@ -193,7 +193,7 @@ def test_a_reference_that_ends_before_the_runs_is_a_failure(
     )
     first = compare(pair, bounds).first_divergence
     assert first is not None
-    assert first.place.step == 2
+    assert first.location.step == 2
     assert first.reason == "nothing is proven: fp64 from right is not finite"
 
 
@@ -203,27 +203,27 @@ def test_a_reference_that_ends_before_the_runs_is_a_failure(
 )
 def test_a_sum_in_bfloat16_on_one_side_only_is_found(asked, summands, said, measured: MeasuredBounds):
     """Within the bound of bf16, and still a finding; a single gradient that is no sum may be bfloat16."""
-    place = Place(1, "gradient", "w")
+    location = Location(1, "gradient", "w")
     bounds = copy.copy(measured)
     bounds._sums = Sums(asked, summands)
     wide = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     narrow = wide.astype(ml_dtypes.bfloat16).astype(np.float32)
-    reason = bounds.refuses(place, wide, narrow)
+    reason = bounds.refuses(location, wide, narrow)
     assert (reason is not None) == said
     if reason:
         assert reason.startswith("summed in bfloat16: every element in right")
-    assert bounds.refuses(place, narrow, narrow) is None
-    assert bounds.refuses(place, wide, np.zeros_like(wide)) is None
-    assert bounds.refuses(Place(1, "moment1", "w"), wide, narrow) is None
+    assert bounds.refuses(location, narrow, narrow) is None
+    assert bounds.refuses(location, wide, np.zeros_like(wide)) is None
+    assert bounds.refuses(Location(1, "moment1", "w"), wide, narrow) is None
 
 
 def test_a_tensor_is_held_as_a_whole_where_its_elements_are_not():
     """Half of every element's bound, everywhere at once: no element shows it, the tensor's distance does."""
-    place, wanted = Place(1, "gradient", "w"), np.ones(400)
+    location, wanted = Location(1, "gradient", "w"), np.ones(400)
     for moved, holds in ((0.01, True), (0.5, False)):
         side = wanted + moved
-        each = _measure(place, Contrast(side, wanted, Bound(np.full(400, 1.6))))
-        whole = _measure(place, as_a_whole(side, wanted, Bound(np.asarray(0.3 * 20.0))))
+        each = _measure(location, Contrast(side, wanted, Bound(np.full(400, 1.6))))
+        whole = _measure(location, as_a_whole(side, wanted, Bound(np.asarray(0.3 * 20.0))))
         assert each.holds
         assert not each.proven
         assert (whole.holds, whole.proven) == (holds, True)
@@ -233,7 +233,7 @@ def test_a_tensor_is_held_as_a_whole_where_its_elements_are_not():
 
 def test_a_whole_bound_as_large_as_the_tensor_proves_nothing():
     assert not _measure(
-        Place(1, "gradient", "w"), as_a_whole(np.ones(4), np.ones(4), Bound(np.asarray(1.9)))
+        Location(1, "gradient", "w"), as_a_whole(np.ones(4), np.ones(4), Bound(np.asarray(1.9)))
     ).proven
 
 
@@ -295,9 +295,9 @@ def test_a_tensor_that_is_mostly_noise_proves_nothing(phase: str, noisy: float, 
     """Equal to the last bit and still no proof: a bound that reaches most updates would let any fault through."""
     pair = Pair(*(Trace(write(Sim(steps=1), tmp_path / side)) for side in ("a", "b")))
 
-    def contrasts(place: Place, left: np.ndarray, right: np.ndarray) -> list[Contrast]:
+    def contrasts(location: Location, left: np.ndarray, right: np.ndarray) -> list[Contrast]:
         own = np.zeros(left.shape)
-        if (place.phase, place.tensor) == (phase, Q1):
+        if (location.phase, location.tensor) == (phase, Q1):
             own.ravel()[: round(noisy * own.size)] = 1.0
         return [Contrast(left, right, Bound(own))]
 
@@ -306,5 +306,5 @@ def test_a_tensor_that_is_mostly_noise_proves_nothing(phase: str, noisy: float, 
     if not holds:
         first = comparison.first_divergence
         assert first is not None
-        assert first.place == Place(1, phase, Q1)
+        assert first.location == Location(1, phase, Q1)
         assert "nothing is proven" in str(first.reason)

@@ -171,10 +171,10 @@ def test_parity_imports_no_framework():
 def test_what_is_not_finite_is_never_agreement():
     """A NaN on either hand or an infinite bound must not pass for a small difference."""
     from parity.comparison.compare import _measure
-    from parity.comparison.phases import Place
+    from parity.comparison.phases import Location
     from parity.comparison.tolerance import Bound, Contrast
 
-    place, seven, nothing = Place(1, "moment1", "w"), np.array([7.0]), np.array([np.nan])
+    location, seven, nothing = Location(1, "moment1", "w"), np.array([7.0]), np.array([np.nan])
     for first, second, own, handed in (
         (seven, nothing, seven, 0.0),
         (nothing, seven, seven, 0.0),
@@ -182,5 +182,5 @@ def test_what_is_not_finite_is_never_agreement():
         (seven, 2 * seven, seven, np.inf),
         (seven, 2 * seven, nothing, 0.0),
     ):
-        assert not _measure(place, Contrast(first, second, Bound(own, handed))).holds
-    assert _measure(place, Contrast(seven, seven, Bound(seven))).holds
+        assert not _measure(location, Contrast(first, second, Bound(own, handed))).holds
+    assert _measure(location, Contrast(seven, seven, Bound(seven))).holds

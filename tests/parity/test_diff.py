@@ -97,7 +97,7 @@ TOO_FINE = {("lr a millionth off, not logged", "float32")}
 @pytest.mark.parametrize(
     ("name", "dtype"), [(n, d) for n in MISTAKES for d in ("float64", "float32") if (n, d) not in TOO_FINE]
 )
-def test_a_planted_mistake_fails_at_its_place(name, dtype, base, tmp_path):
+def test_a_planted_mistake_fails_at_its_location(name, dtype, base, tmp_path):
     sim, phase, tensor, step = MISTAKES[name]
     code, verdict = diff(base[dtype], write(sim.but(dtype=dtype), tmp_path / "b"), tmp_path / "out")
     first = verdict["first_divergence"]

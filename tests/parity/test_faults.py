@@ -1,4 +1,4 @@
-"""Every named fault is caught at its place, on both backends; one that is none is reported as missed.
+"""Every named fault is caught at its location, on both backends; one that is none is reported as missed.
 
 The registry is checked against the sources always, a sample is trained in `make test`, all of it in `make test-full`.
 """
@@ -21,7 +21,7 @@ from many import run_many
 from small import ROOT
 
 from parity.comparison.compare import Finding
-from parity.comparison.phases import PHASES, Place
+from parity.comparison.phases import PHASES, Location
 from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
@@ -30,7 +30,7 @@ from parity.runs.edit import Edit, PlantError, edited
 from parity.runs.fixture import Tiny
 from trainspec.plans.plan import Backend
 
-# One for each kind of place that a fault may have, and those that a training run is most often wrong by.
+# One for each kind of location that a fault may have, and the most common mistakes of training runs.
 SAMPLE = (
     "causal-off-by-one",
     "label-shift",
@@ -45,7 +45,7 @@ SAMPLE = (
     "vocab-offset-in-loss",  # on two devices
     "pipeline-not-drained",  # of which torch has none in fp64
 )
-# No mistakes: what is put in the place of a library's code, unchanged, and an edit of no effect.
+# No mistakes: what replaces a library's code, unchanged, and an edit of no effect.
 HARMLESS = Fault(
     name="harmless",
     imitates="nothing",
@@ -148,7 +148,9 @@ def sampled(root: Path) -> dict[tuple[str, str], Outcome]:
 
 
 @pytest.mark.parametrize(("name", "backend"), SAMPLED)
-def test_a_sample_is_caught_in_place(sampled: dict[tuple[str, str], Outcome], name: str, backend: Backend):
+def test_a_sample_is_caught_at_its_location(
+    sampled: dict[tuple[str, str], Outcome], name: str, backend: Backend
+):
     outcome = sampled[name, backend]
     assert outcome.as_expected, (outcome.word, outcome.said, outcome.crash)
     assert outcome.word == ("caught" if outcome.fault.where else "passes")
@@ -167,7 +169,7 @@ def test_only_what_is_said_to_be_below_a_bound_may_pass_there():
     [small], [large] = chosen(["clip-without-epsilon"]), chosen(["label-shift"])
     passed = Outcome(small, "jax", "fp32", None)
     assert (passed.word, passed.as_expected) == ("below bound", True)
-    late = replace(passed, found=Finding(Place(2, "clip", "clip_factor"), 1.1e-6, 1e-6, 1.1))
+    late = replace(passed, found=Finding(Location(2, "clip", "clip_factor"), 1.1e-6, 1e-6, 1.1))
     assert (late.word, late.as_expected) == ("caught", True)
     assert not replace(late, precision="fp64").as_expected
     for outcome in (replace(passed, precision="fp64"), replace(passed, fault=large)):
@@ -200,7 +202,7 @@ def test_a_fault_that_does_not_run_is_no_catch(sampled: dict[tuple[str, str], Ou
 
 
 def test_a_diff_of_the_traces_says_the_same(sampled: dict[tuple[str, str], Outcome], root: Path):
-    """The verdict as a user gets it: exit code 1 and the place; 0 without a mistake."""
+    """The verdict as a user gets it: exit code 1 and the location; 0 without a mistake."""
     faults = [*chosen([name for name in SAMPLE if sampled[name, "jax"].fault.where]), HARMLESS]
     faults += [clean_pair("full"), clean_pair("tensor"), clean_pair("pipe")]
     cases = [(fault, backend) for fault in faults for backend in BACKENDS if fault.applies(backend, "fp64")]
@@ -230,7 +232,7 @@ def test_the_command_line(root: Path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("precision", get_args(Precision))
-def test_every_fault_is_caught_in_place(tmp_path: Path, precision: Precision):
+def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Precision):
     command = [sys.executable, "-m", "parity", "faults", "--precision", precision, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

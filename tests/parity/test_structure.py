@@ -32,7 +32,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_name_of_a_run_has_one_place(variant: str, method: str):
+def test_every_name_of_a_run_has_one_position(variant: str, method: str):
     spec = VARIANTS[variant]
     order = causal_order(spec, METHODS[method])
     names = [named.name for named in order]
