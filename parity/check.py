@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import assert_never
 
 from parity.comparison.compare import Comparison, compare, ending
-from parity.comparison.estimated_bounds import RoundingBounds
+from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.measure import measured_bounds
@@ -17,7 +17,7 @@ from parity.report.diagnosis import read
 from parity.report.html import Report, write_report
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
-from parity.runs.sides import Ran, Side, resolved_recipe, run_side
+from parity.runs.sides import Side, SideResult, resolved_recipe, run_side
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plans.plan import Policy
@@ -63,13 +63,13 @@ def check(
     request = _Request(
         recipe_path, tuple(overrides), precision, (left, right), _summands(*sides), _counts(recipe)
     )
-    ran = request.run(steps, out=out)
-    comparison = request.judge(ran, out=out)
-    verdict = Verdict(precision, str(left), str(right), comparison, reading=request.read(comparison, ran))
-    if (step := _worth_a_closer_look(comparison)) and not any(side.stopped for side in ran):
+    results = request.run(steps, out=out)
+    comparison = request.judge(results, out=out)
+    verdict = Verdict(precision, str(left), str(right), comparison, reading=request.read(comparison, results))
+    if (step := _worth_a_closer_look(comparison)) and not any(side.stopped for side in results):
         verdict = request.closer(verdict, step, out=out / "first-divergence")
     recipes = [resolved_recipe(out, name) for name in NAMES]
-    _write(verdict, ran, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
+    _write(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
     return verdict
 
 
@@ -94,7 +94,7 @@ class _Request:
     summands: tuple[int, int]
     counts: Mapping[str, float]
 
-    def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[Ran]:
+    def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[SideResult]:
         """Train both sides, one after the other."""
         return [
             run_side(
@@ -104,7 +104,9 @@ class _Request:
             for side, name in zip(self.sides, NAMES, strict=True)
         ]  # fmt: skip
 
-    def judge(self, ran: Sequence[Ran], *, out: Path, activations_at: int | None = None) -> Comparison:
+    def judge(
+        self, results: Sequence[SideResult], *, out: Path, activations_at: int | None = None
+    ) -> Comparison:
         """Compare with the bounds of the precision; those of fp32 and bf16 are measured."""
 
         def bounds(pair: Pair) -> Bounds:
@@ -119,17 +121,17 @@ class _Request:
                 case other:
                     assert_never(other)
 
-        return _compare(ran, bounds)
+        return _compare(results, bounds)
 
     def closer(self, verdict: Verdict, step: int, *, out: Path) -> Verdict:
         """The verdict with `step` seen again, activations included: the first divergence may lie before the first seen.
 
         Everything goes under `out`. Where the step shows nothing the second time, the verdict stays as it was.
         """
-        ran = self.run(step, out=out, activations_at=step)
-        if any(side.stopped for side in ran):
+        results = self.run(step, out=out, activations_at=step)
+        if any(side.stopped for side in results):
             return verdict
-        seen = self.judge(ran, out=out, activations_at=step)
+        seen = self.judge(results, out=out, activations_at=step)
         if seen.holds:
             return verdict
         before, after = (
@@ -144,11 +146,11 @@ class _Request:
             failed.get(f.location, f) if f.holds else f for f in seen.findings if f.location.step == step
         ]
         comparison = replace(verdict.comparison, findings=(*before, *again, *after))
-        return replace(verdict, comparison=comparison, reading=self.read(comparison, ran))
+        return replace(verdict, comparison=comparison, reading=self.read(comparison, results))
 
-    def read(self, comparison: Comparison, ran: Sequence[Ran]) -> str | None:
+    def read(self, comparison: Comparison, results: Sequence[SideResult]) -> str | None:
         """What kind of cause the first divergence looks like."""
-        return read(comparison, _traces(ran), counts=self.counts)
+        return read(comparison, _traces(results), counts=self.counts)
 
 
 def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
@@ -177,12 +179,14 @@ def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None)
         _refuse_a_check(path)
     traces = Trace(left), Trace(right)
     _share_names(*traces)
-    ran = [Ran(trace) for trace in traces]
+    results = [SideResult(trace) for trace in traces]
     precision = precision or _coarser(traces)
-    comparison = _compare(ran, lambda pair: bounds_for(pair, precision, lora_scale=1.0))
-    verdict = Verdict(precision, str(left), str(right), comparison, reading=read(comparison, _traces(ran)))
+    comparison = _compare(results, lambda pair: bounds_for(pair, precision, lora_scale=1.0))
+    verdict = Verdict(
+        precision, str(left), str(right), comparison, reading=read(comparison, _traces(results))
+    )
     if out:
-        _write(verdict, ran, out, recipe=None, settings=(), recipes=())
+        _write(verdict, results, out, recipe=None, settings=(), recipes=())
     return verdict
 
 
@@ -208,22 +212,22 @@ def bounds_for(pair: Pair, precision: Policy, *, lora_scale: float) -> Bounds:
         case "fp64":
             return ProofBounds(pair)
         case "fp32" | "bf16":
-            return RoundingBounds(pair, precision, lora_scale=lora_scale)
+            return EstimatedBounds(pair, precision, lora_scale=lora_scale)
         case other:
             assert_never(other)
 
 
-def _compare(ran: Sequence[Ran], bounds: Callable[[Pair], Bounds]) -> Comparison:
-    left, right = (side.trace for side in ran)
-    stopped = {name: side.stopped for name, side in zip(NAMES, ran, strict=True) if side.stopped}
+def _compare(results: Sequence[SideResult], bounds: Callable[[Pair], Bounds]) -> Comparison:
+    left, right = (side.trace for side in results)
+    stopped = {name: side.stopped for name, side in zip(NAMES, results, strict=True) if side.stopped}
     if left is None or right is None:  # a side stopped before its first update
         return Comparison(0, tuple(ending((0, 0), stopped)))
     pair = Pair(left, right)
     return compare(pair, bounds(pair), stopped=stopped)
 
 
-def _traces(ran: Sequence[Ran]) -> tuple[Trace, Trace] | None:
-    left, right = (side.trace for side in ran)
+def _traces(results: Sequence[SideResult]) -> tuple[Trace, Trace] | None:
+    left, right = (side.trace for side in results)
     return (left, right) if left and right else None
 
 
@@ -246,14 +250,14 @@ def _coarser(traces: Sequence[Trace]) -> Policy:
 
 def _write(
     verdict: Verdict,
-    ran: Sequence[Ran],
+    results: Sequence[SideResult],
     out: Path,
     *,
     recipe: str | None,
     settings: Sequence[str],
     recipes: Sequence[str],
 ) -> None:
-    losses = [[row["loss"] for row in side.trace.rows] if side.trace else [] for side in ran]
+    losses = [[row["loss"] for row in side.trace.rows] if side.trace else [] for side in results]
     verdict.write(out)
     report = Report(verdict, *losses, recipe=recipe, settings=tuple(settings), recipes=tuple(recipes))
     write_report(out / "report.html", report)

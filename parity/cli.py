@@ -113,13 +113,13 @@ def _run(args: Namespace) -> int:
 
 
 def _matrix(args: Namespace) -> int:
-    rows = run_matrix(select(args.only), out=args.out)
+    results = run_matrix(select(args.only), out=args.out)
     page = args.status or (args.out / STATUS_PAGE.name if args.only else STATUS_PAGE)
-    write_json(args.out / "matrix.json", rows)
-    write_status(page, rows)
-    print("\n".join(status_lines(rows)))
+    write_json(args.out / "matrix.json", results)
+    write_status(page, results)
+    print("\n".join(status_lines(results)))
     print(f"page: {page}")
-    return EXIT_FAILED if any(row.verdict == "fail" for row in rows) else EXIT_DONE
+    return EXIT_FAILED if any(result.verdict == "fail" for result in results) else EXIT_DONE
 
 
 def _faults(args: Namespace) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 
 from parity.comparison.adam import AdamRule
 from parity.comparison.drift import lora_scale
-from parity.comparison.estimated_bounds import RoundingBounds
-from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Sums
+from parity.comparison.estimated_bounds import EstimatedBounds
+from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import UNIT, Bounds
 from parity.runs.perturb import DRAWS
@@ -68,13 +68,13 @@ def measured_bounds(
     run = resolve(load_recipe(recipe, overrides))
     if not _start_as(run, pair):
         scale = lora_scale(run.recipe.method)
-        return RoundingBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
+        return EstimatedBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
     runs = [trace.directory for trace in pair.traces]
     measurement = measure(
         runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
     )
-    sums = Sums(run.recipe.precision.reduce, summands)
-    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(run), sums=sums)
+    summation = Summation(run.recipe.precision.reduce, summands)
+    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(run), summation=summation)
 
 
 def measure(

@@ -99,19 +99,19 @@ class Factors:
     factor: Array
     first: Array
     second: Array
-    left_over: Array
+    residual: Array
 
     def explain(self, expected: Array) -> Array:
         """[2]: whether a clip explains what differs from `expected`: a multiple of the gradient, squared in v.
 
         No clip has the factor 0: a tensor whose moments stay as they were was not updated.
         """
-        multiple = self.left_over <= CLIP_AGREES * np.abs(self.first - expected)
+        multiple = self.residual <= CLIP_AGREES * np.abs(self.first - expected)
         squared = np.abs(self.second - self.first**2) <= CLIP_AGREES * np.abs(self.first**2 - expected**2)
         return multiple & squared & (self.first > 0) & (self.factor > 0)
 
 
-def shown_factors(pair: Pair, step: int, *, betas: tuple[float, float]) -> Factors | None:
+def fit_factors(pair: Pair, step: int, *, betas: tuple[float, float]) -> Factors | None:
     """The factors that the moments show, given their betas; None where there is nothing to read them off."""
     sums = [_sums(pair, phase, step, beta) for phase, beta in zip(MOMENTS, betas, strict=True)]
     if not sums[0]:
@@ -122,8 +122,8 @@ def shown_factors(pair: Pair, step: int, *, betas: tuple[float, float]) -> Facto
         _ratio(each.get(largest, np.zeros((3, 2)))) / (1 - beta)
         for each, beta in zip(sums, betas, strict=True)
     )
-    left_over = np.sqrt(_ratio(sums[0][largest][[2, 1, 0]])) / (1 - betas[0])
-    return Factors(factor, first, second, left_over)
+    residual = np.sqrt(_ratio(sums[0][largest][[2, 1, 0]])) / (1 - betas[0])
+    return Factors(factor, first, second, residual)
 
 
 def clip_factors(pair: Pair, step: int) -> tuple[float, float]:
@@ -132,7 +132,7 @@ def clip_factors(pair: Pair, step: int) -> tuple[float, float]:
     The betas are fitted to the left side. The factors are equal where no clip explains their difference.
     """
     keep1, keep2 = (fit_moment(pair, phase, step)[0] for phase in MOMENTS)
-    shown = shown_factors(pair, step, betas=(min(keep1, ALMOST_ONE), min(keep2, ALMOST_ONE)))
+    shown = fit_factors(pair, step, betas=(min(keep1, ALMOST_ONE), min(keep2, ALMOST_ONE)))
     if shown is None:
         return 1.0, 1.0
     left = shown.first[0]
@@ -169,8 +169,8 @@ def _sums(pair: Pair, phase: str, step: int, keep: float) -> dict[str, Array]:
         powers = gradient.reshape(2, -1) ** power
         added = (moment - keep * before).reshape(2, -1)
         both = np.stack([np.sum(added * powers, axis=1), np.sum(powers * powers, axis=1)])
-        left_over = added - _ratio(both)[:, None] * powers
-        found[name] = np.stack([*both, np.sum(left_over**2, axis=1)])
+        residual = added - _ratio(both)[:, None] * powers
+        found[name] = np.stack([*both, np.sum(residual**2, axis=1)])
     return found
 
 

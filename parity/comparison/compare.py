@@ -18,13 +18,13 @@ from parity.comparison.phases import (
     CLIP,
     INITIAL,
     PHASES,
-    ROW_TENSORS,
+    SCALAR_TENSORS,
     STEP_PHASES,
     TENSOR_PHASES,
     Location,
     Phase,
 )
-from parity.comparison.tolerance import Bounds, Contrast, largest
+from parity.comparison.tolerance import Bounds, CheckedPair, largest
 
 Array = NDArray[Any]
 
@@ -153,7 +153,7 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
         case "derived":
             return ["clip_factor"]
         case "row":
-            return list(ROW_TENSORS[phase.name])
+            return list(SCALAR_TENSORS[phase.name])
         case "optional":
             recorded = [any(k.startswith(f"{phase.name}/") for k in keys) for keys in pair.keys(step)]
             names = pair.names(step, phase.name) if all(recorded) else set()
@@ -172,7 +172,7 @@ def _batch_tensors(found: set[str]) -> list[str]:
 
 
 def _sides(location: Location, pair: Pair) -> Sides:
-    if location.phase in ROW_TENSORS:
+    if location.phase in SCALAR_TENSORS:
         left, right = pair.scalar(location.step, location.tensor)
         return np.asarray(left), np.asarray(right)
     if location.phase == CLIP:
@@ -196,15 +196,15 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
             return _failure(
                 location, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}"
             )
-    if refused := bounds.refuses(location, left, right):
+    if refused := bounds.incomparable(location, left, right):
         return _failure(location, refused)
     a, b = left.astype(np.float64), right.astype(np.float64)
     if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:
         return _failure(location, f"not finite in {' and '.join(broken)}")
-    contrasts = bounds.contrasts(location, a, b)
-    found = [_measure(location, contrast) for contrast in contrasts]
-    single = [f for f, c in zip(found, contrasts, strict=True) if c.norm is None]
-    whole = [f for f, c in zip(found, contrasts, strict=True) if c.norm is not None]
+    checked_pairs = bounds.checked_pairs(location, a, b)
+    found = [_measure(location, checked) for checked in checked_pairs]
+    single = [f for f, c in zip(found, checked_pairs, strict=True) if c.norm is None]
+    whole = [f for f, c in zip(found, checked_pairs, strict=True) if c.norm is not None]
     # Where single elements fail they say more than the whole tensor does: which, and by how much.
     failing = [f for f in single if not f.holds]
     worst = max(failing or found, key=lambda finding: finding.used)
@@ -213,31 +213,31 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
     return replace(worst, undetermined=count.undetermined, elements=count.elements, proven=proven)
 
 
-def _measure(location: Location, contrast: Contrast) -> Finding:
+def _measure(location: Location, checked: CheckedPair) -> Finding:
     """The element that uses most of its bound, and how many elements the bound says nothing about."""
-    if contrast.norm is not None:
-        return _as_a_whole(location, contrast, contrast.norm)
-    left, right, allowed = contrast.first, contrast.second, contrast.bound
+    if checked.norm is not None:
+        return _as_a_whole(location, checked, checked.norm)
+    left, right, allowed = checked.first, checked.second, checked.bound
     if not left.size:
         return Finding(location, 0.0, 0.0, 0.0)
     for name, array in (
-        *zip(contrast.names, (left, right), strict=True),
+        *zip(checked.names, (left, right), strict=True),
         ("the bound", allowed.own),
-        ("the bound", allowed.handed),
+        ("the bound", allowed.inherited),
     ):
         if not np.isfinite(array).all():
             return _failure(location, f"nothing is proven: {name} is not finite")
     error, size = np.abs(left - right), np.maximum(np.abs(left), np.abs(right))
-    handed, own = np.asarray(allowed.handed), np.broadcast_to(allowed.own, error.shape)
-    bound = own + handed
+    inherited, own = np.asarray(allowed.inherited), np.broadcast_to(allowed.own, error.shape)
+    bound = own + inherited
     # A difference where none is allowed uses infinitely much of its bound, none there uses nothing.
-    added = np.maximum(error - handed, 0.0)
+    added = np.maximum(error - inherited, 0.0)
     used = np.divide(added, own, out=np.where(added > 0, inf, 0.0), where=own > 0)
     worst = tuple(int(i) for i in np.unravel_index(np.argmax(used), used.shape))
     scale = largest(left, right) or 1.0
     differing = int(np.count_nonzero(error))
     elements, beyond = int(np.count_nonzero(size)), int(np.count_nonzero((bound >= size) & (size > 0)))
-    noise = contrast.undetermined
+    noise = checked.undetermined
     return Finding(
         location,
         error=float(error[worst]) / scale,
@@ -249,19 +249,19 @@ def _measure(location: Location, contrast: Contrast) -> Finding:
         proven=beyond <= DETERMINED * elements,
         values=(float(left[worst]), float(right[worst])),
         index=worst,
-        names=contrast.names,
+        names=checked.names,
     )
 
 
-def _as_a_whole(location: Location, contrast: Contrast, norm: float) -> Finding:
+def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Finding:
     """The distance of a tensor as a whole; which of its elements is off it does not say."""
-    distance, own, handed = (float(x) for x in (contrast.first, contrast.bound.own, contrast.bound.handed))
-    for name, number in ((" and ".join(contrast.names), distance), ("the bound", own + handed)):
+    distance, own, inherited = (float(x) for x in (checked.first, checked.bound.own, checked.bound.inherited))
+    for name, number in ((" and ".join(checked.names), distance), ("the bound", own + inherited)):
         if not isfinite(number):
             return _failure(location, f"nothing is proven: {name} is not finite")
-    added, scale = max(distance - handed, 0.0), norm or 1.0
+    added, scale = max(distance - inherited, 0.0), norm or 1.0
     used = added / own if own > 0 else inf if added > 0 else 0.0
-    error, bound = distance / scale, float(f"{(own + handed) / scale:.9g}")
+    error, bound = distance / scale, float(f"{(own + inherited) / scale:.9g}")
     over = f"the tensor as a whole is off by {error:.2e} of its norm, over the bound {bound:.2e}"
     return Finding(
         location,
@@ -269,7 +269,7 @@ def _as_a_whole(location: Location, contrast: Contrast, norm: float) -> Finding:
         bound=bound,
         used=used,
         reason=over if used > 1 else None,
-        proven=own + handed <= DETERMINED * norm,
+        proven=own + inherited <= DETERMINED * norm,
     )
 
 

@@ -50,7 +50,7 @@ from parity.comparison.tolerance import (
     UNIT,
     WEIGHT_ROUNDINGS,
     Bound,
-    Contrast,
+    CheckedPair,
     as_a_whole,
     largest,
 )
@@ -62,7 +62,7 @@ FALSE_ALARM = 1e-6
 # Of both sides together, as counted above.
 MOMENT_ROUNDINGS = {"moment1": 14, "moment2": 20}
 # XLA flushes numbers below this to zero, torch keeps them.
-SMALLEST = float(np.finfo(np.float32).tiny)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 # Roundings of one layer that belong to no contraction: rotation 3, scaling 1, softmax 2, two residual sums 2,
 # SiLU and product 3, two norms 4; the backward pass has as many.
 POINTWISE = 15
@@ -70,12 +70,12 @@ POINTWISE = 15
 POINTWISE_OF_CELL = 11
 # The independent ways in which a tensor's elements move, per draw: 2 mean² / variance of the squared norm of a
 # tensor's movement, over 12 draws of step 3 of the demo recipe, was 6.8 at the least of 16 tensors, some 30 in the median.
-INDEPENDENT = 6
+EFFECTIVE_DOF = 6
 # Phases that are judged element by element alone.
 ONE_ROUNDING_EACH = (*EXACT_PHASES, "lr", "loss", "grad_norm", "clip", "moment1", "moment2", "update")
 
 
-class RoundingBounds:
+class EstimatedBounds:
     """Derived bounds of two runs in `precision`; reads what the phases were handed from `pair`.
 
     A trace does not say what a low-rank product is multiplied by; without a recipe it is PEFT's default of
@@ -107,18 +107,18 @@ class RoundingBounds:
         self._moment_fit = cache(lambda phase, step: fit_moment(pair, phase, step))
         self._update_fit = cache(lambda step: fit_update(pair, step))
 
-    def refuses(self, location: Location, left: Array, right: Array) -> str | None:
+    def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
         """Nothing: two traces may be of different types."""
         return None
 
-    def contrasts(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """Left against right; what the network's two passes make also as a whole."""
-        found = Contrast(left, right, self.bound(location, left, right))
+        found = CheckedPair(left, right, self.bound(location, left, right))
         if location.phase in ONE_ROUNDING_EACH:
             return (found,)
         norm = float(max(np.linalg.norm(left), np.linalg.norm(right)))
-        rounding = math.sqrt(2.0) * too_large(INDEPENDENT) * math.sqrt(self._whole)
-        own = rounding * norm + SMALLEST * math.sqrt(left.size)
+        rounding = math.sqrt(2.0) * rms_upper_factor(EFFECTIVE_DOF) * math.sqrt(self._whole)
+        own = rounding * norm + FLOAT32_TINY * math.sqrt(left.size)
         return found, as_a_whole(left, right, Bound(np.asarray(own), self._moved(location) * norm))
 
     def bound(self, location: Location, left: Array, right: Array) -> Bound:
@@ -156,7 +156,12 @@ class RoundingBounds:
         """
         tokens = self._pair.scalar(location.step, "tokens")[0]
         mean = max(abs(loss) for loss in self._pair.scalar(location.step, "loss"))
-        rounding = math.sqrt(2.0) * tail(1) * math.sqrt(self._forward) * (mean + math.log(self._vocab))
+        rounding = (
+            math.sqrt(2.0)
+            * gaussian_max_quantile(1)
+            * math.sqrt(self._forward)
+            * (mean + math.log(self._vocab))
+        )
         moved = 0.0
         for name, (left, right) in self._pair.weights(location.step).items():
             gradient = self._pair.read(location.step, "gradient", name)[0]
@@ -166,8 +171,8 @@ class RoundingBounds:
         return Bound(np.asarray(rounding * count), moved * count)
 
     def _gradient(self, location: Location, scale: float, size: int) -> Bound:
-        rounding = math.sqrt(2.0) * tail(size) * math.sqrt(self._whole)
-        return Bound(np.asarray(rounding * scale + SMALLEST), self._moved(location) * scale)
+        rounding = math.sqrt(2.0) * gaussian_max_quantile(size) * math.sqrt(self._whole)
+        return Bound(np.asarray(rounding * scale + FLOAT32_TINY), self._moved(location) * scale)
 
     def _moved(self, location: Location) -> float:
         """The share by which the weights' distance moves what passes them."""
@@ -188,9 +193,9 @@ class RoundingBounds:
     def _clip(self, step: int, scale: float) -> Bound:
         """The factor follows the norm; it is read off moments, which are rounded as many times as `_moment` says."""
         norms = self._pair.scalar(step, "grad_norm")
-        handed = abs(norms[0] - norms[1]) / max(*norms, SMALLEST) * scale
+        inherited = abs(norms[0] - norms[1]) / max(*norms, FLOAT32_TINY) * scale
         own = MOMENT_ROUNDINGS["moment1"] * self._summed * clip_condition(self._pair, step) * scale
-        return Bound(np.asarray(own), handed)
+        return Bound(np.asarray(own), inherited)
 
     def _moment(self, location: Location) -> Bound:
         power = 1 if location.phase == "moment1" else 2
@@ -199,10 +204,10 @@ class RoundingBounds:
         new = [np.abs(side) ** power for side in gradient]
         moved = keep * abs(before[0] - before[1]) + take * abs(gradient[0] ** power - gradient[1] ** power)
         norms = self._pair.scalar(location.step, "grad_norm")
-        clip = (max(*norms, SMALLEST) / max(min(norms), SMALLEST)) ** power - 1.0
+        clip = (max(*norms, FLOAT32_TINY) / max(min(norms), FLOAT32_TINY)) ** power - 1.0
         size = keep * np.maximum(*np.abs(before)) + take * np.maximum(*new)
         return Bound(
-            MOMENT_ROUNDINGS[location.phase] * self._summed * size + SMALLEST,
+            MOMENT_ROUNDINGS[location.phase] * self._summed * size + FLOAT32_TINY,
             moved + clip * take * np.maximum(*new),
         )
 
@@ -210,7 +215,7 @@ class RoundingBounds:
         rate = self._update_fit(location.step)
         moment1 = float64_sides(self._pair.read(location.step, "moment1", location.tensor), left)
         moment2 = float64_sides(self._pair.read(location.step, "moment2", location.tensor), left)
-        root = np.maximum(np.sqrt(np.abs(moment2)), math.sqrt(SMALLEST))
+        root = np.maximum(np.sqrt(np.abs(moment2)), math.sqrt(FLOAT32_TINY))
         linear = abs(moment1[0] - moment1[1]) / root[0]
         linear += np.abs(moment1[1]) * abs(root[0] - root[1]) / (root[0] * root[1])
         moved = rate * np.minimum(linear, np.sum(np.abs(moment1) / root, axis=0))
@@ -218,7 +223,7 @@ class RoundingBounds:
         rounded = 8 * self._summed * (abs(left) + abs(right))
         rounded += WEIGHT_ROUNDINGS * self._summed * (abs(weights[0]) + abs(weights[1]))
         lr = max(self._pair.scalar(location.step, "lr"))
-        return Bound(rounded + SMALLEST, moved + lr * abs(weights[0] - weights[1]))
+        return Bound(rounded + FLOAT32_TINY, moved + lr * abs(weights[0] - weights[1]))
 
 
 def path_roundings(
@@ -278,19 +283,19 @@ def _in_encoder(encoder: Mapping[str, tuple[int, ...]], virtual: int) -> list[tu
     return found
 
 
-def tail(size: int) -> float:
+def gaussian_max_quantile(size: int) -> float:
     """The largest of `size` normal errors in standard deviations, but for one case in a million."""
     return math.sqrt(2.0 * math.log(2.0 * max(size, 1) / FALSE_ALARM))
 
 
-def too_large(freedom: int) -> float:
+def rms_upper_factor(dof: int) -> float:
     """By what factor a root mean square of `freedom` normal values (an even number) may come out too large, likewise.
 
     P(χ² > 2h) = exp(-h) · sum of h^k / k! over k < freedom / 2; solved for h by halving.
     """
-    low, high = 0.0, 100.0 + freedom
+    low, high = 0.0, 100.0 + dof
     for _ in range(100):
         half = (low + high) / 2
-        above = math.exp(-half) * sum(half**k / math.factorial(k) for k in range(freedom // 2))
+        above = math.exp(-half) * sum(half**k / math.factorial(k) for k in range(dof // 2))
         low, high = (half, high) if above > FALSE_ALARM else (low, half)
-    return math.sqrt(2 * high / freedom)
+    return math.sqrt(2 * high / dof)

@@ -39,16 +39,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from parity.comparison.adam import AdamRule, clip_condition, float64_sides, gradient_and_before, shown_factors
+from parity.comparison.adam import AdamRule, clip_condition, fit_factors, float64_sides, gradient_and_before
 from parity.comparison.estimated_bounds import (
+    EFFECTIVE_DOF,
     FALSE_ALARM,
-    INDEPENDENT,
+    FLOAT32_TINY,
     MOMENT_ROUNDINGS,
-    SMALLEST,
-    RoundingBounds,
+    EstimatedBounds,
+    gaussian_max_quantile,
     path_roundings,
-    tail,
-    too_large,
+    rms_upper_factor,
 )
 from parity.comparison.pair import Pair, as_float64
 from parity.comparison.phases import CLIP, Location
@@ -58,7 +58,7 @@ from parity.comparison.tolerance import (
     UNIT,
     WEIGHT_ROUNDINGS,
     Bound,
-    Contrast,
+    CheckedPair,
     as_a_whole,
     largest,
 )
@@ -106,7 +106,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Sums:
+class Summation:
     """How gradients are added up: the type that the recipe asks for, and how many of them each side makes one of."""
 
     asked: Policy = "fp32"
@@ -125,9 +125,9 @@ class MeasuredBounds:
         *,
         measurement: Measurement,
         rule: AdamRule,
-        sums: Sums,
+        summation: Summation,
     ) -> None:
-        self._pair, self.measurement, self._rule, self._sums = pair, measurement, rule, sums
+        self._pair, self.measurement, self._rule, self._summation = pair, measurement, rule, summation
         self._unit = UNIT[precision]
         self._summed = UNIT["fp32"]
         shapes = pair.starting_shapes()
@@ -141,33 +141,33 @@ class MeasuredBounds:
         )
         uses = len(shapes) * self._unit**2
         self.forward, self.whole = math.sqrt(forward / uses), math.sqrt(whole / (2 * uses))
-        self._coarse = RoundingBounds(pair, precision)
+        self._coarse = EstimatedBounds(pair, precision)
         self._gradient_bound = cache(self._measured_bound)
         self._factors = cache(self._factors_at)
 
-    def refuses(self, location: Location, left: Array, right: Array) -> str | None:
+    def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
         """A gradient that one side alone summed in bfloat16 where more was asked: no bound of bf16 would see it.
 
         One of 65536 float32 numbers is a bfloat16 number. A single gradient, not a sum, may be all made of them.
         """
-        if location.phase != "gradient" or self._sums.asked == "bf16":
+        if location.phase != "gradient" or self._summation.asked == "bf16":
             return None
         narrow = [_is_bfloat16(side) for side in (left, right)]
         if all(narrow) or not any(narrow):
             return None
         side = narrow.index(True)
-        if self._sums.summands[side] == 1 or not np.any((left, right)[side]):
+        if self._summation.summands[side] == 1 or not np.any((left, right)[side]):
             return None
         return (
             f"summed in bfloat16: every element in {NAMES[side][0]} is a bfloat16 number, "
-            f"the recipe says precision.reduce={self._sums.asked}"
+            f"the recipe says precision.reduce={self._summation.asked}"
         )
 
-    def contrasts(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """See the head of this file, phase by phase."""
         match location.phase:
             case phase if phase in EXACT_PHASES:
-                return self._coarse.contrasts(location, left, right)
+                return self._coarse.checked_pairs(location, left, right)
             case "lr":
                 return self._rate(location, left, right)
             case "loss":
@@ -183,18 +183,18 @@ class MeasuredBounds:
             case _:
                 return self._against_reference(location, left, right)
 
-    def multiple(self, *, forward: bool, size: int, freedom: int) -> float:
+    def multiple(self, *, forward: bool, size: int, dof: int) -> float:
         """C · T · U."""
-        return (self.forward if forward else self.whole) * tail(size) * too_small(freedom)
+        return (self.forward if forward else self.whole) * gaussian_max_quantile(size) * rms_lower_factor(dof)
 
     def _reference(self, step: int) -> tuple[Trace, Trace] | None:
         left, right = self.measurement.references
         return (left, right) if min(len(left.rows), len(right.rows)) >= step else None
 
-    def _against_reference(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+    def _against_reference(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         references, key = self._reference(location.step), f"{location.phase}/{location.tensor}"
         if references is None or any(key not in trace.names(location.step) for trace in references):
-            return self._coarse.contrasts(location, left, right)
+            return self._coarse.checked_pairs(location, left, right)
         own, whole = (
             Bound(self._gradient_bound(location).reshape(left.shape)),
             Bound(self._whole_bound(location)),
@@ -202,7 +202,7 @@ class MeasuredBounds:
         expected = [trace.read(location.step, key).reshape(left.shape) for trace in references]
         each = list(zip((left, right), expected, NAMES, strict=True))
         return [
-            *(Contrast(side, wanted, own, names) for side, wanted, names in each),
+            *(CheckedPair(side, wanted, own, names) for side, wanted, names in each),
             *(as_a_whole(side, wanted, whole, names) for side, wanted, names in each),
         ]
 
@@ -210,9 +210,9 @@ class MeasuredBounds:
         key = f"{location.phase}/{location.tensor}"
         shape = self.measurement.references[0].read(location.step, key).shape
         sigma = self.measurement.sigma(location.step, key, shape)
-        freedom = INDEPENDENT * self.measurement.draws
+        dof = EFFECTIVE_DOF * self.measurement.draws
         forward = location.phase == "activation"
-        return self.multiple(forward=forward, size=sigma.size, freedom=freedom) * sigma + SMALLEST
+        return self.multiple(forward=forward, size=sigma.size, dof=dof) * sigma + FLOAT32_TINY
 
     def _whole_bound(self, location: Location) -> Array:
         """C · V · U · σ of the tensor as a whole."""
@@ -221,41 +221,39 @@ class MeasuredBounds:
         rows = self.measurement.mean_squares(location.step, key)[0]
         size = math.prod(shape)
         more = self.forward if location.phase == "activation" else self.whole
-        wide = too_large(INDEPENDENT) * too_small(INDEPENDENT * self.measurement.draws)
-        return np.asarray(more * wide * math.sqrt(size * rows.mean()) + SMALLEST * math.sqrt(size))
+        wide = rms_upper_factor(EFFECTIVE_DOF) * rms_lower_factor(EFFECTIVE_DOF * self.measurement.draws)
+        return np.asarray(more * wide * math.sqrt(size * rows.mean()) + FLOAT32_TINY * math.sqrt(size))
 
-    def _loss(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+    def _loss(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """A reference that ended before this step gave no finite loss from weights that the run itself could use.
 
         That is no gap to be filled by an estimate: it stands there as not a number, which fails.
         """
         row = location.step - 1
         rows = [trace.rows[row] if row < len(trace.rows) else None for trace in self.measurement.references]
-        freedom = self.measurement.draws * len(self.measurement.references[0].rows)
+        dof = self.measurement.draws * len(self.measurement.references[0].rows)
         tokens = max(self._pair.scalar(location.step, "tokens"))
         mean = max((abs(found["loss"]) for found in rows if found), default=0.0)
-        own = self.multiple(forward=True, size=1, freedom=freedom) * self.measurement.loss_sigma(
-            location.step
-        )
-        own += tail(1) * self._summed * math.sqrt(1 + tokens / 2) * mean
+        own = self.multiple(forward=True, size=1, dof=dof) * self.measurement.loss_sigma(location.step)
+        own += gaussian_max_quantile(1) * self._summed * math.sqrt(1 + tokens / 2) * mean
         own *= tokens if location.tensor == "loss_sum" else 1
         expected = [np.asarray(found[location.tensor] if found else np.nan) for found in rows]
         return [
-            Contrast(side, wanted, Bound(np.asarray(own)), names)
+            CheckedPair(side, wanted, Bound(np.asarray(own)), names)
             for side, wanted, names in zip((left, right), expected, NAMES, strict=True)
         ]
 
-    def _rate(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+    def _rate(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         bound = Bound(np.asarray(SAME_DOUBLE * largest(left, right)))
         references = self._reference(location.step)
         if references is None:
-            return [Contrast(left, right, bound)]
+            return [CheckedPair(left, right, bound)]
         wanted = np.asarray(references[0].rows[location.step - 1]["lr"])
         return [
-            Contrast(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))
+            CheckedPair(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))
         ]
 
-    def _norm(self, step: int, left: Array, right: Array) -> Sequence[Contrast]:
+    def _norm(self, step: int, left: Array, right: Array) -> Sequence[CheckedPair]:
         """The root of the sum of squares of the side's own gradients: one long sum."""
         found = []
         for side, (reported, names) in enumerate(zip((left, right), OWN_NAMES, strict=True)):
@@ -265,8 +263,8 @@ class MeasuredBounds:
                 if gradient is not None:
                     squares += float(np.sum(np.square(as_float64(gradient))))
             norm = math.sqrt(squares)
-            own = self._norm_rounding(step) * norm + SMALLEST
-            found.append(Contrast(reported, np.asarray(norm), Bound(np.asarray(own)), names))
+            own = self._norm_rounding(step) * norm + FLOAT32_TINY
+            found.append(CheckedPair(reported, np.asarray(norm), Bound(np.asarray(own)), names))
         return found
 
     def _norm_rounding(self, step: int) -> float:
@@ -276,7 +274,7 @@ class MeasuredBounds:
         )
         return self._summed * math.sqrt(1 + largest_sum / 2)
 
-    def _clip(self, step: int) -> Sequence[Contrast]:
+    def _clip(self, step: int) -> Sequence[CheckedPair]:
         """The factor that a side's moments show; where they show no factor at all they are judged as moments.
 
         A backend may clip by a norm of its own (DeepSpeed does), which is rounded like the one it reports.
@@ -286,12 +284,12 @@ class MeasuredBounds:
         summed = np.where(wanted < 1, self._norm_rounding(step), 0.0)
         own = MOMENT_ROUNDINGS["moment1"] / 2 * self._summed * clip_condition(self._pair, step)
         allowed = (own + summed) * wanted
-        shown, factor = shown_factors(self._pair, step, betas=self._rule.spec.betas), wanted
+        shown, factor = fit_factors(self._pair, step, betas=self._rule.spec.betas), wanted
         if shown is not None:
             within = np.abs(shown.factor - wanted) <= allowed
             factor = np.where(within | shown.explain(wanted), shown.factor, wanted)
         return [
-            Contrast(
+            CheckedPair(
                 np.asarray(factor[i]), np.asarray(wanted[i]), Bound(np.asarray(allowed[i])), OWN_NAMES[i]
             )
             for i in range(2)
@@ -303,16 +301,16 @@ class MeasuredBounds:
             float(c.first if abs(c.first - c.second) <= c.bound.own else c.second) for c in self._clip(step)
         ]
 
-    def _moment(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+    def _moment(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         gradient, before = gradient_and_before(self._pair, location)
         roundings, found = MOMENT_ROUNDINGS[location.phase] / 2 * self._summed, []
         for side, factor in enumerate(self._factors(location.step)):
             wanted, size = self._rule.moment(location.phase, gradient[side], before[side], factor=factor)
-            bound = Bound(roundings * size + SMALLEST)
-            found.append(Contrast((left, right)[side], wanted, bound, OWN_NAMES[side]))
+            bound = Bound(roundings * size + FLOAT32_TINY)
+            found.append(CheckedPair((left, right)[side], wanted, bound, OWN_NAMES[side]))
         return found
 
-    def _update(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+    def _update(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         moment1 = float64_sides(self._pair.read(location.step, "moment1", location.tensor), left)
         moment2 = float64_sides(self._pair.read(location.step, "moment2", location.tensor), left)
         weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(left.shape),) * 2)
@@ -324,8 +322,8 @@ class MeasuredBounds:
             )
             size = np.abs(weights[side]) + np.abs(wanted)  # of the weight before and after
             own = UPDATE_ROUNDINGS * np.abs(wanted) + WEIGHT_ROUNDINGS * size
-            bound = Bound(self._summed * own + SMALLEST)
-            found.append(Contrast((left, right)[side], wanted, bound, names, noise))
+            bound = Bound(self._summed * own + FLOAT32_TINY)
+            found.append(CheckedPair((left, right)[side], wanted, bound, names, noise))
         return found
 
     def _noise(self, location: Location, moment1: Array) -> Array:
@@ -341,7 +339,7 @@ class MeasuredBounds:
         size = np.abs(moment1).max(axis=0)
         # A gradient that cannot move at all (of A, while B is zero) leaves no noise, nor does one that is exactly zero on
         # both sides (after a ReLU): Adam makes no step of it.
-        return (reach >= size) & (reach > SMALLEST) & (size > 0)
+        return (reach >= size) & (reach > FLOAT32_TINY) & (size > 0)
 
 
 def _is_bfloat16(array: Array) -> bool:
@@ -349,13 +347,13 @@ def _is_bfloat16(array: Array) -> bool:
     return bool(np.all(array.astype(ml_dtypes.bfloat16).astype(np.float64) == array.astype(np.float64)))
 
 
-def too_small(freedom: int) -> float:
+def rms_lower_factor(dof: int) -> float:
     """By what factor a root mean square of `freedom` normal values may come out too small, once in a million.
 
     P(χ² ≤ x) ≤ (x/2)^(ν/2) / Γ(ν/2 + 1), from the incomplete gamma function's series; solved for x.
     """
-    half = freedom / 2
-    return math.sqrt(half) * math.exp(-(math.log(FALSE_ALARM) + math.lgamma(half + 1)) / freedom)
+    half = dof / 2
+    return math.sqrt(half) * math.exp(-(math.log(FALSE_ALARM) + math.lgamma(half + 1)) / dof)
 
 
 def _size(pair: Pair, step: int, name: str) -> int:

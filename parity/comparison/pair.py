@@ -60,11 +60,11 @@ class Pair:
 
     def read(self, step: int, group: str, name: str) -> Sides:
         """The two arrays of `group/name`, None where a side lacks it; step 0 reads the starting weights."""
-        location = (step, f"{group}/{name}")
-        if location not in self._cache:
+        key = (step, f"{group}/{name}")
+        if key not in self._cache:
             self._forget(before=step - 1)
-            self._cache[location] = (self._read(0, *location), self._read(1, *location))
-        return self._cache[location]
+            self._cache[key] = (self._read(0, *key), self._read(1, *key))
+        return self._cache[key]
 
     def scalar(self, step: int, key: str) -> tuple[float, float]:
         """A number from the step's row, of both sides."""
@@ -108,8 +108,8 @@ class Pair:
 
     def _forget(self, *, before: int) -> None:
         """Drop what no later location asks for, so that memory does not grow with the number of steps."""
-        for location in [location for location in self._cache if location[0] < before]:
-            del self._cache[location]
+        for key in [key for key in self._cache if key[0] < before]:
+            del self._cache[key]
 
 
 def as_float64(array: Array) -> Array:

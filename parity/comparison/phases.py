@@ -43,7 +43,7 @@ PHASES = (INITIAL, *STEP_PHASES)
 TENSOR_PHASES = tuple(phase for phase in STEP_PHASES if phase.kind == "tensor")
 BATCH_TENSORS = ("input_ids", "labels", "positions", "segments")
 # The scalars of a step's row that each phase compares.
-ROW_TENSORS = {
+SCALAR_TENSORS = {
     "tokens": ("tokens",),
     "loss": ("loss_sum", "loss"),
     "grad_norm": ("grad_norm",),

@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 # Rounding moves a float64 run by about 1e-15 of a tensor's largest entry (measured on both backends: gradients
 # within 3e-15), the mildest known difference of algorithm by 1e-6: the bound stands half-way between the two.
-PROOF = 1e-9
+FP64_TOLERANCE = 1e-9
 
 # Unit roundoff, half the distance from 1 to the next number, of the type that a policy computes with. What bf16 sums and
 # keeps (master weights, moments) has fp32's.
@@ -47,11 +47,11 @@ class Bound:
     """
 
     own: Array
-    handed: Array | float = 0.0
+    inherited: Array | float = 0.0
 
 
 @dataclass(frozen=True)
-class Contrast:
+class CheckedPair:
     """Two arrays of one location and how far apart they may be; `names` says whose they are."""
 
     first: Array
@@ -66,13 +66,13 @@ class Contrast:
 
 def as_a_whole(
     first: Array, second: Array, bound: Bound, names: tuple[str, str] = ("left", "right")
-) -> Contrast:
+) -> CheckedPair:
     """The distance of two tensors (Frobenius norm) against what it may be: one number, and so a bound without a tail.
 
     Where rounding is coarse a bound for the worst of all elements is as large as most of them; this one is not.
     """
     norm = float(max(np.linalg.norm(first), np.linalg.norm(second)))
-    return Contrast(np.asarray(np.linalg.norm(first - second)), np.zeros(()), bound, names, norm=norm)
+    return CheckedPair(np.asarray(np.linalg.norm(first - second)), np.zeros(()), bound, names, norm=norm)
 
 
 class Bounds(Protocol):
@@ -86,11 +86,11 @@ class Bounds(Protocol):
         """See above."""
         ...
 
-    def refuses(self, location: Location, left: Array, right: Array) -> str | None:
+    def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
         """Why the two arrays are not compared at all: their types, as they stand in the traces; None where they are."""
         ...
 
-    def contrasts(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """One or more pairs that must agree; the location is as good as the worst of them.
 
         Both arrays are float64 copies of equal shape.
@@ -112,21 +112,21 @@ class ProofBounds:
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
 
-    def refuses(self, location: Location, left: Array, right: Array) -> str | None:
+    def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
         """Numbers of fewer bits than float64's."""
         sides = (("left", left), ("right", right))
         coarse = [f"{side.dtype} in {name}" for name, side in sides if _is_coarse(side)]
         return f"{' and '.join(coarse)}: fp64 wants float64" if coarse else None
 
-    def contrasts(self, location: Location, left: Array, right: Array) -> Sequence[Contrast]:
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """Left against right."""
-        return (Contrast(left, right, self.bound(location, left, right)),)
+        return (CheckedPair(left, right, self.bound(location, left, right)),)
 
     def bound(self, location: Location, left: Array, right: Array) -> Bound:
         """Zero, the learning rate's, or `PROOF`, times the largest entry of either side."""
         if location.phase in EXACT_PHASES:
             return Bound(np.zeros(()))
-        factor = SAME_DOUBLE if location.phase == "lr" else PROOF
+        factor = SAME_DOUBLE if location.phase == "lr" else FP64_TOLERANCE
         own = np.asarray(factor * largest(left, right))
         if location.phase == "update":
             weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from parity.comparison.phases import Location
 from parity.runs.edit import Edit
-from parity.runs.fixture import METHODS, Tiny
+from parity.runs.fixture import METHODS, TinySetup
 from parity.runs.plans import refusal, runs_as
 from trainspec.plans.plan import Backend, Plan, Policy
 from trainspec.recipe import Recipe
@@ -121,7 +121,7 @@ _VARIANTS = {
 }
 
 
-def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) -> Recipe:
+def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backend) -> Recipe:
     """What a backend trains in a set-up of `SETUPS`; a plan that it refuses on one device."""
     sections: dict[str, Mapping[str, Any]] = {
         "data": _LEFT,

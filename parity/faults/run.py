@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from parity.comparison.compare import Finding, compare
-from parity.comparison.estimated_bounds import RoundingBounds
+from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
 from parity.comparison.tolerance import ProofBounds
@@ -37,13 +37,13 @@ class Outcome:
     fault: Fault
     backend: Backend
     precision: Policy
-    found: Finding | None
+    divergence: Finding | None
     crash: str | None = None
 
     @property
     def said(self) -> Location | None:
         """The location that the check names."""
-        return self.found.location if self.found else None
+        return self.divergence.location if self.divergence else None
 
     @property
     def as_expected(self) -> bool:
@@ -73,7 +73,9 @@ class Outcome:
             "precision": self.precision,
             "result": self.word.lower(),
             "as_expected": self.as_expected,
-            "said": asdict(self.found.location) | {"error": self.found.error} if self.found else None,
+            "said": asdict(self.divergence.location) | {"error": self.divergence.error}
+            if self.divergence
+            else None,
             "true": asdict(self.fault.where) if self.fault.where else None,
             "crash": self.crash,
         }
@@ -114,7 +116,7 @@ def run_faults(
     }
     with ThreadPoolExecutor() as pool:
         trained = pool.map(lambda b: _train(b, [*clean, *planted[b]], recipes[b], out), BACKENDS)
-        crashes: Crashes = {at: why for found in trained for at, why in found.items()}
+        crashes: Crashes = {at: why for divergence in trained for at, why in divergence.items()}
     pairs: list[tuple[Fault, Backend]] = [(fault, b) for fault in clean for b in BACKENDS[1:]]
     cases = [*pairs, *((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])]
     outcomes = [_judge(fault, b, precision, crashes, out) for fault, b in cases]
@@ -165,6 +167,6 @@ def _judge(fault: Fault, backend: Backend, precision: Precision, crashes: Crashe
     pair = Pair(*(Trace(home_of(out, b, side) / "trace") for b, side in sides))
     # Nothing but the two traces is known to a bound here: a measured one would take a run of its own for each fault.
     bounds = (
-        ProofBounds(pair) if precision == "fp64" else RoundingBounds(pair, precision, lora_scale=LORA.scale)
+        ProofBounds(pair) if precision == "fp64" else EstimatedBounds(pair, precision, lora_scale=LORA.scale)
     )
     return Outcome(fault, backend, precision, compare(pair, bounds).first_divergence)

@@ -91,7 +91,7 @@ def _row(*cells: str) -> str:
 def _said(outcome: Outcome) -> str:
     if outcome.crash is not None:
         return outcome.crash
-    found = outcome.found
-    if found is None:
+    divergence = outcome.divergence
+    if divergence is None:
         return "no divergence"
-    return f"{found.location} ({found.reason or f'error {found.error:.1e}'})"
+    return f"{divergence.location} ({divergence.reason or f'error {divergence.error:.1e}'})"

@@ -16,12 +16,12 @@ ATTENTION_WRITTEN_OUT = (
         f"from {ATTENTION} import put_into\nput_into(__model)\nreturn __model",
     ),
 )
-ADAMW = "parity.faults.substitutes.torch_adamw:WrittenOut.step"
+ADAMW = "parity.faults.substitutes.torch_adamw:ExplicitAdamW.step"
 ADAMW_WRITTEN_OUT = (
-    Edit("torchtrain.optim:make_optimizer", "torch.optim.AdamW", "WrittenOut"),
+    Edit("torchtrain.optim:make_optimizer", "torch.optim.AdamW", "ExplicitAdamW"),
     Edit(
         "torchtrain.optim:make_optimizer",
         "",
-        "from parity.faults.substitutes.torch_adamw import WrittenOut",
+        "from parity.faults.substitutes.torch_adamw import ExplicitAdamW",
     ),
 )

@@ -17,8 +17,8 @@ from parity.comparison.compare import Comparison, Finding, compare
 from parity.comparison.drift import lora_scale
 from parity.comparison.pair import Pair
 from parity.report.verdict import explained
-from parity.runs.fixture import METHODS, VARIANTS, Tiny, write_tiny
-from parity.runs.launch_many import Ended, run_cases, training
+from parity.runs.fixture import METHODS, VARIANTS, TinySetup, write_tiny
+from parity.runs.launch_many import CaseResult, run_cases, training
 from parity.runs.plans import refusal, runs_as
 from trainspec.backends import BACKENDS
 from trainspec.errors import TraceError, UserError
@@ -100,7 +100,7 @@ class Cell:
     def __str__(self) -> str:
         return "/".join((self.model, self.method, self.batch, self.plan, self.precision))
 
-    def recipe(self, tiny: Tiny, backend: Backend) -> Recipe:
+    def recipe(self, tiny: TinySetup, backend: Backend) -> Recipe:
         """What a backend trains: five updates under a warm-up, with clipping and decay."""
         data, batch = BATCHES[self.batch]
         return tiny.recipe(
@@ -117,7 +117,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class CellResult:
     """What became of a cell. `shown` is the location nearest to its bound; where the cell fails, the first divergence.
 
     `refused` is what a backend says that does not run the cell's plan; it ran on one device, unless both refuse.
@@ -151,9 +151,9 @@ def cells() -> list[Cell]:
             found += [Cell(plain, a, name, "one-device", "fp64") for a in others]
     for name in PLANS:
         if name != "one-device":
-            model, rows = PIPELINES.get(name, (plain, base))
-            found += [Cell(model, a, rows, name, p) for a, p in itertools.product(shared, usual)]
-            found += [Cell(model, a, rows, name, p) for a, p in itertools.product(others, _telling(name))]
+            model, batch = PIPELINES.get(name, (plain, base))
+            found += [Cell(model, a, batch, name, p) for a, p in itertools.product(shared, usual)]
+            found += [Cell(model, a, batch, name, p) for a, p in itertools.product(others, _telling(name))]
     # What of a model is split in a way of its own: a table that is used twice, biases of either kind.
     for variant in ("tied", "bias"):
         found += [Cell(variant, a, base, "data-2-tensor-2", p) for a, p in itertools.product(shared, proofs)]
@@ -182,38 +182,38 @@ def refusals(cell: Cell) -> dict[Backend, str]:
     return found
 
 
-def run_matrix(chosen: Sequence[Cell], *, out: Path) -> list[Row]:
+def run_matrix(chosen: Sequence[Cell], *, out: Path) -> list[CellResult]:
     """Train every cell of `chosen` that not both backends refuse, and judge it; a row for each, in their order."""
     refused = {cell: refusals(cell) for cell in chosen}
     supported = [cell for cell in chosen if len(refused[cell]) < len(BACKENDS)]
     wrong = _train(supported, out) if supported else {}
-    rows = []
+    results = []
     for cell in chosen:
         if cell not in supported:
-            row = Row(cell, "unsupported", reason=next(iter(refused[cell].values())))
+            result = CellResult(cell, "unsupported", reason=next(iter(refused[cell].values())))
         elif line := wrong.get(cell):
-            row = Row(cell, "fail", reason=line)
+            result = CellResult(cell, "fail", reason=line)
         else:
-            row = judge(cell, *(_home(out, backend, cell) / "trace" for backend in BACKENDS))
-        rows.append(replace(row, refused=refused[cell]))
-    return rows
+            result = judge(cell, *(_home(out, backend, cell) / "trace" for backend in BACKENDS))
+        results.append(replace(result, refused=refused[cell]))
+    return results
 
 
-def judge(cell: Cell, left: Path, right: Path) -> Row:
+def judge(cell: Cell, left: Path, right: Path) -> CellResult:
     """Compare the cell's two traces with the bounds of its precision."""
     try:
         pair = Pair(Trace(left), Trace(right))
         scale = lora_scale(METHODS[cell.method])
-        return row_of(cell, compare(pair, bounds_for(pair, cell.policy, lora_scale=scale)))
+        return result_of(cell, compare(pair, bounds_for(pair, cell.policy, lora_scale=scale)))
     except TraceError as error:
-        return Row(cell, "fail", reason=str(error))
+        return CellResult(cell, "fail", reason=str(error))
 
 
-def row_of(cell: Cell, found: Comparison) -> Row:
+def result_of(cell: Cell, found: Comparison) -> CellResult:
     """The figures of a comparison that stand for the cell."""
     if first := found.first_divergence:
-        return Row(cell, "fail", first, found.undetermined, explained(first))
-    return Row(cell, "pass", max(found.findings, key=lambda f: f.used), found.undetermined)
+        return CellResult(cell, "fail", first, found.undetermined, explained(first))
+    return CellResult(cell, "pass", max(found.findings, key=lambda f: f.used), found.undetermined)
 
 
 def _train(supported: Sequence[Cell], out: Path) -> dict[Cell, str]:
@@ -223,7 +223,7 @@ def _train(supported: Sequence[Cell], out: Path) -> dict[Cell, str]:
     """
     tiny = write_tiny(out / "tiny")
 
-    def ends(backend: Backend) -> list[Ended]:
+    def ends(backend: Backend) -> list[CaseResult]:
         cases = []
         for cell in supported:
             home = _home(out, backend, cell)

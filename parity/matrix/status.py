@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from parity.matrix.cells import STEPS, Row
+from parity.matrix.cells import STEPS, CellResult
 from parity.report.html import versions
 from parity.report.verdict import TITLES, finite, number
 
@@ -32,100 +32,101 @@ With {versions}.
 """
 
 
-def write_status(page: Path, rows: Sequence[Row]) -> None:
+def write_status(page: Path, results: Sequence[CellResult]) -> None:
     """Write the status page."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(status_page(rows), encoding="utf-8")
+    page.write_text(status_page(results), encoding="utf-8")
 
 
-def status_page(rows: Sequence[Row]) -> str:
+def status_page(results: Sequence[CellResult]) -> str:
     """The page as Markdown: a row for every cell, those that ran before those that were refused."""
     head = HEAD.format(
-        total=len(rows),
-        counts=_counts(rows),
+        total=len(results),
+        counts=_counts(results),
         steps=STEPS,
         versions=", ".join(" ".join(pair) for pair in versions()),
     )
-    ran = [row for row in rows if row.verdict != "unsupported"]
-    refused = [row for row in rows if row.verdict == "unsupported"]
+    ran = [result for result in results if result.verdict != "unsupported"]
+    refused = [result for result in results if result.verdict == "unsupported"]
     names = ("model", "method", "rows", "plan", "precision")
-    parts = [head, "## Methods and plans\n\n" + _methods_by_plans(rows)]
+    parts = [head, "## Methods and plans\n\n" + _methods_by_plans(results)]
     if ran:
         columns = (*names, "on one device", "verdict", "error", "bound", "used", "noise", "where")
         parts.append("## Run and compared\n\n" + _table(columns, map(_ran, ran)))
     if refused:
         parts.append("## Unsupported\n\n" + _table((*names, "verdict"), map(_unsupported, refused)))
-    if lines := _refusals(rows):
+    if lines := _refusals(results):
         columns = ("plan", "precision", "refused by", "what it says")
         parts.append("## What is refused\n\n" + _table(columns, lines))
     return "\n".join(parts)
 
 
-def status_lines(rows: Sequence[Row]) -> list[str]:
+def status_lines(results: Sequence[CellResult]) -> list[str]:
     """For the terminal: what failed and where, and how many cells passed."""
-    failed = [row for row in rows if row.verdict == "fail"]
-    locations = [f"{row.shown.location}: " if row.shown else "" for row in failed]
+    failed = [result for result in results if result.verdict == "fail"]
+    locations = [f"{result.shown.location}: " if result.shown else "" for result in failed]
     lines = [
-        f"FAIL  {row.cell}: {location}{row.reason}" for row, location in zip(failed, locations, strict=True)
+        f"FAIL  {result.cell}: {location}{result.reason}"
+        for result, location in zip(failed, locations, strict=True)
     ]
-    return [*lines, _counts(rows)]
+    return [*lines, _counts(results)]
 
 
-def write_json(path: Path, rows: Sequence[Row]) -> None:
+def write_json(path: Path, results: Sequence[CellResult]) -> None:
     """Write the versions and an object for every cell; numbers that do not exist are null."""
-    content = {"versions": dict(versions()), "cells": [_object(row) for row in rows]}
+    content = {"versions": dict(versions()), "cells": [_object(result) for result in results]}
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _counts(rows: Sequence[Row]) -> str:
-    counts = Counter(row.verdict for row in rows)
+def _counts(results: Sequence[CellResult]) -> str:
+    counts = Counter(result.verdict for result in results)
     return ", ".join(f"{counts[word]} {word}" for word in ("pass", "fail", "unsupported"))
 
 
-def _methods_by_plans(rows: Sequence[Row]) -> str:
+def _methods_by_plans(results: Sequence[CellResult]) -> str:
     """A line for every plan with what each method was run in; what did not pass, in any model or rows, stands out."""
-    methods = dict.fromkeys(row.cell.method for row in rows)
+    methods = dict.fromkeys(result.cell.method for result in results)
 
     def cell(plan: str, method: str) -> str:
         found: dict[str, set[str]] = {}
-        for row in rows:
-            if (row.cell.plan, row.cell.method) == (plan, method):
-                found.setdefault(row.cell.precision, set()).add(row.verdict)
+        for result in results:
+            if (result.cell.plan, result.cell.method) == (plan, method):
+                found.setdefault(result.cell.precision, set()).add(result.verdict)
         words = [p if v == {"pass"} else f"**{p}: {', '.join(sorted(v))}**" for p, v in found.items()]
         return " ".join(words) or "**not run**"
 
-    plans = dict.fromkeys(row.cell.plan for row in rows)
+    plans = dict.fromkeys(result.cell.plan for result in results)
     return _table(("plan", *methods), ([plan, *(cell(plan, m) for m in methods)] for plan in plans))
 
 
-def _names(row: Row) -> list[str]:
-    cell = row.cell
+def _names(result: CellResult) -> list[str]:
+    cell = result.cell
     return [cell.model, cell.method, cell.batch, cell.plan, cell.precision]
 
 
-def _ran(row: Row) -> list[str]:
-    verdict = "pass" if row.verdict == "pass" else "**fail**"
-    alone = ", ".join(row.refused) or "–"
-    if row.shown is None:
-        return [*_names(row), alone, verdict, "–", "–", "–", "–", row.reason or ""]
-    location = row.shown.location
+def _ran(result: CellResult) -> list[str]:
+    verdict = "pass" if result.verdict == "pass" else "**fail**"
+    alone = ", ".join(result.refused) or "–"
+    if result.shown is None:
+        return [*_names(result), alone, verdict, "–", "–", "–", "–", result.reason or ""]
+    location = result.shown.location
     where = f"step {location.step}, {TITLES[location.phase]}, `{location.tensor}`"
-    if row.shown.error is None:
-        where += f": {row.reason}"
-    figures = [number(value) for value in (row.shown.error, row.shown.bound, row.shown.used)]
-    return [*_names(row), alone, verdict, *figures, f"{row.undetermined:.2%}", where]
+    if result.shown.error is None:
+        where += f": {result.reason}"
+    figures = [number(value) for value in (result.shown.error, result.shown.bound, result.shown.used)]
+    return [*_names(result), alone, verdict, *figures, f"{result.undetermined:.2%}", where]
 
 
-def _unsupported(row: Row) -> list[str]:
-    return [*_names(row), row.verdict]
+def _unsupported(result: CellResult) -> list[str]:
+    return [*_names(result), result.verdict]
 
 
-def _refusals(rows: Sequence[Row]) -> list[list[str]]:
+def _refusals(results: Sequence[CellResult]) -> list[list[str]]:
     """Each refusal once, whichever models and methods it was for."""
     said = [
-        (row.cell.plan, row.cell.policy, backend, line)
-        for row in rows
-        for backend, line in row.refused.items()
+        (result.cell.plan, result.cell.policy, backend, line)
+        for result in results
+        for backend, line in result.refused.items()
     ]
     return [list(line) for line in dict.fromkeys(said)]
 
@@ -135,14 +136,14 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _object(row: Row) -> dict[str, Any]:
+def _object(result: CellResult) -> dict[str, Any]:
     entry: dict[str, Any] = dict(
-        zip(("model", "method", "rows", "plan", "precision"), _names(row), strict=True)
+        zip(("model", "method", "rows", "plan", "precision"), _names(result), strict=True)
     )
-    entry |= {"verdict": row.verdict, "reason": row.reason, "undetermined": row.undetermined}
-    if row.refused:
-        entry["refused_by"] = list(row.refused)
-    if shown := row.shown:
+    entry |= {"verdict": result.verdict, "reason": result.reason, "undetermined": result.undetermined}
+    if result.refused:
+        entry["refused_by"] = list(result.refused)
+    if shown := result.shown:
         entry |= {
             "step": shown.location.step,
             "phase": shown.location.phase,

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from parity.comparison.compare import Comparison, Finding
 from parity.comparison.pair import Pair
-from parity.comparison.phases import INITIAL, PHASES, ROW_TENSORS
+from parity.comparison.phases import INITIAL, PHASES, SCALAR_TENSORS
 from trainspec.data import IGNORED
 from trainspec.trace import Trace
 
 Array = NDArray[Any]
 UNKNOWN = "no known pattern"
 # A factor explains a difference where what it leaves over is below this share of it.
-LEFT_OVER = 0.02
+MAX_RESIDUAL = 0.02
 # Two numbers are called the same ratio when they agree to this.
 SAME_RATIO = 1e-4
 MOST_NAMES = 3
@@ -36,7 +36,7 @@ DIGITS = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
-class Scene:
+class Evidence:
     """The first divergence with what a rule looks at. `left` and `right` are float64 and of equal shape."""
 
     first: Finding
@@ -75,19 +75,19 @@ def read(
         if (f.location.step, f.location.phase) == (location.step, location.phase)
     ]
     segments = pair.read(max(location.step, 1), "batch", "segments")[0]
-    scene = Scene(
+    evidence = Evidence(
         first, tuple(f for f in same if not f.holds), tuple(same), *found, segments,
         dict(counts or {}) | _counts(pair, max(location.step, 1)), pair,
     )  # fmt: skip
-    return next((line for rule in RULES if (line := rule(scene))), UNKNOWN)
+    return next((line for rule in RULES if (line := rule(evidence))), UNKNOWN)
 
 
 def _arrays(first: Finding, pair: Pair) -> tuple[Array, Array] | None:
     location = first.location
-    if location.phase in ROW_TENSORS or first.index == ():
+    if location.phase in SCALAR_TENSORS or first.index == ():
         left, right = (
             pair.scalar(location.step, location.tensor)
-            if location.phase in ROW_TENSORS
+            if location.phase in SCALAR_TENSORS
             else first.values or (0, 0)
         )
         return np.asarray(left, np.float64), np.asarray(right, np.float64)
@@ -113,17 +113,19 @@ def _counts(pair: Pair, step: int) -> dict[str, float]:
     }
 
 
-def data_order(scene: Scene) -> str | None:
+def data_order(evidence: Evidence) -> str | None:
     """The same rows, elsewhere."""
-    if scene.first.location.phase != "batch" or scene.left.ndim != 2:
+    if evidence.first.location.phase != "batch" or evidence.left.ndim != 2:
         return None
-    left, right = (side[np.lexsort(side.T)] for side in (scene.left, scene.right))
+    left, right = (side[np.lexsort(side.T)] for side in (evidence.left, evidence.right))
     if np.array_equal(left, right):
         return "the same rows in another order: the order of the data"
-    for other in (scene.first.location.step - 1, scene.first.location.step + 1):
-        if 1 <= other <= scene.pair.common_steps and np.array_equal(_batch_of(scene, other), scene.right):
+    for other in (evidence.first.location.step - 1, evidence.first.location.step + 1):
+        if 1 <= other <= evidence.pair.common_steps and np.array_equal(
+            _batch_of(evidence, other), evidence.right
+        ):
             return f"right has the rows of left's step {other}: the cursor into the data"
-    names = {finding.location.tensor for finding in scene.failing}
+    names = {finding.location.tensor for finding in evidence.failing}
     if names == {"positions"}:
         return "only the positions differ: restarted documents or padding"
     if names == {"labels"}:
@@ -131,53 +133,55 @@ def data_order(scene: Scene) -> str | None:
     return None
 
 
-def _batch_of(scene: Scene, step: int) -> Array:
-    found = scene.pair.read(step, "batch", scene.first.location.tensor)[0]
+def _batch_of(evidence: Evidence, step: int) -> Array:
+    found = evidence.pair.read(step, "batch", evidence.first.location.tensor)[0]
     return np.zeros(0) if found is None else found
 
 
-def transposed(scene: Scene) -> str | None:
+def transposed(evidence: Evidence) -> str | None:
     """A square matrix that was read the other way round."""
-    if scene.left.ndim == 2 and scene.left.shape == scene.left.T.shape:
-        apart = np.abs(scene.left.T - scene.right).max(initial=0.0)
-        if apart <= 1e-6 * np.abs(scene.left).max(initial=0.0):
+    if evidence.left.ndim == 2 and evidence.left.shape == evidence.left.T.shape:
+        apart = np.abs(evidence.left.T - evidence.right).max(initial=0.0)
+        if apart <= 1e-6 * np.abs(evidence.left).max(initial=0.0):
             return "one is the other's transpose: the layout of a weight"
     return None
 
 
-def schedule(scene: Scene) -> str | None:
+def schedule(evidence: Evidence) -> str | None:
     """A rate that another step has."""
-    location = scene.first.location
+    location = evidence.first.location
     if location.phase != "lr":
         return None
     for other in (location.step - 1, location.step + 1):
-        rates = scene.pair.scalar(other, "lr") if 1 <= other <= scene.pair.common_steps else None
-        if rates and math.isclose(rates[0], float(scene.right), rel_tol=1e-12):
+        rates = evidence.pair.scalar(other, "lr") if 1 <= other <= evidence.pair.common_steps else None
+        if rates and math.isclose(rates[0], float(evidence.right), rel_tol=1e-12):
             return f"right has left's rate of step {other}: the schedule is off by one"
     return "the learning rate: peak, warm-up or schedule"
 
 
-def clipped(scene: Scene) -> str | None:
+def clipped(evidence: Evidence) -> str | None:
     """The phase says it."""
     return (
-        "the gradient's factor before the moments: the clip" if scene.first.location.phase == "clip" else None
+        "the gradient's factor before the moments: the clip"
+        if evidence.first.location.phase == "clip"
+        else None
     )
 
 
-def not_updated(scene: Scene) -> str | None:
+def not_updated(evidence: Evidence) -> str | None:
     """One side stands still."""
-    if scene.first.location.phase == "update":
-        for name, side in (("left", scene.left), ("right", scene.right)):
+    if evidence.first.location.phase == "update":
+        for name, side in (("left", evidence.left), ("right", evidence.right)):
             if not side.any():
                 return f"{name} made no update of this tensor: skipped or frozen"
     return None
 
 
-def decay_mask(scene: Scene) -> str | None:
+def decay_mask(evidence: Evidence) -> str | None:
     """Among updates, those of norms and biases alone."""
-    if scene.first.location.phase != "update":
+    if evidence.first.location.phase != "update":
         return None
-    names, judged = ({f.location.tensor for f in found} for found in (scene.failing, scene.judged))
+    names, judged = ({f.location.tensor for f in found} for found in (evidence.failing, evidence.judged))
     quiet = {name for name in judged if NOT_DECAYED.search(name)}
     if names and names <= quiet < judged:
         return "only norms and biases: which weights decay"
@@ -186,18 +190,18 @@ def decay_mask(scene: Scene) -> str | None:
     return None
 
 
-def constant_factor(scene: Scene) -> str | None:
+def constant_factor(evidence: Evidence) -> str | None:
     """One tensor is a multiple of the other."""
-    top, bottom = float(np.sum(scene.left * scene.right)), float(np.sum(scene.left**2))
-    if not bottom or not top or scene.first.location.phase in ("batch", "tokens"):
+    top, bottom = float(np.sum(evidence.left * evidence.right)), float(np.sum(evidence.left**2))
+    if not bottom or not top or evidence.first.location.phase in ("batch", "tokens"):
         return None
     factor = top / bottom
-    apart = float(np.sqrt(np.sum((scene.right - scene.left) ** 2)))
-    left_over = float(np.sqrt(np.sum((scene.right - factor * scene.left) ** 2)))
-    if not apart or left_over > LEFT_OVER * apart:
+    apart = float(np.sqrt(np.sum((evidence.right - evidence.left) ** 2)))
+    residual = float(np.sqrt(np.sum((evidence.right - factor * evidence.left) ** 2)))
+    if not apart or residual > MAX_RESIDUAL * apart:
         return None
-    name = _known_ratio(factor, scene.counts)
-    if name is None and scene.left.size < 3:
+    name = _known_ratio(factor, evidence.counts)
+    if name is None and evidence.left.size < 3:
         return None  # two numbers always have a ratio
     return f"right is {factor:.6g} times left: a normalisation or a scale" + (f" ({name})" if name else "")
 
@@ -223,37 +227,37 @@ def _ratios(counts: Mapping[str, float]) -> Iterator[tuple[str, float]]:
                 yield f"{one} / {other}", a / b
 
 
-def masked(scene: Scene) -> str | None:
+def masked(evidence: Evidence) -> str | None:
     """Where in the batch it differs, against where virtual tokens, padding and the documents' boundaries are."""
-    wrong = _wrong_positions(scene)
-    if wrong is None or scene.segments is None or not wrong.any() or wrong.all():
+    wrong = _wrong_positions(evidence)
+    if wrong is None or evidence.segments is None or not wrong.any() or wrong.all():
         return None
-    in_front, wrong = np.split(wrong, [wrong.shape[1] - scene.segments.shape[1]], axis=1)
+    in_front, wrong = np.split(wrong, [wrong.shape[1] - evidence.segments.shape[1]], axis=1)
     if not wrong.any():
         return "only on virtual tokens, in front of the embedded ones: the prompt or its encoder"
     if in_front.any():
         return None
-    padding = scene.segments == 0
+    padding = evidence.segments == 0
     if padding.any() and not (wrong & ~padding).any():
         return "only on padded positions: the mask of the padding"
     padded_rows = padding.any(axis=1)
     if padded_rows.any() and not padded_rows.all() and not wrong[~padded_rows].any():
         return "only in rows that have padding: the mask of the padding, or positions after it"
-    later = scene.segments > 1
+    later = evidence.segments > 1
     if later.any() and not (wrong & ~later & ~padding).any():
         return "only after a document's boundary in a packed row: the block mask or restarted positions"
     return None
 
 
-def grows(scene: Scene) -> str | None:
+def grows(evidence: Evidence) -> str | None:
     """The error of a position, against how far into its document it stands."""
-    if _wrong_positions(scene) is None:
+    if _wrong_positions(evidence) is None:
         return None
-    positions = scene.pair.read(scene.first.location.step, "batch", "positions")[0]
-    if positions is None or scene.segments is None or positions.shape != scene.segments.shape:
+    positions = evidence.pair.read(evidence.first.location.step, "batch", "positions")[0]
+    if positions is None or evidence.segments is None or positions.shape != evidence.segments.shape:
         return None
-    error = _by_position(scene)[:, -positions.shape[1] :]  # of the tokens of the batch
-    real = scene.segments > 0
+    error = _by_position(evidence)[:, -positions.shape[1] :]  # of the tokens of the batch
+    real = evidence.segments > 0
     at = np.unique(positions[real])
     means = np.array([error[real & (positions == each)].mean() for each in at])
     if len(at) < 8 or means[0] > means.max() / 4 or _rank_correlation(means) < GROWS:
@@ -261,20 +265,20 @@ def grows(scene: Scene) -> str | None:
     return "grows with the position: rotary embedding, its frequencies or its positions"
 
 
-def _by_position(scene: Scene) -> Array:
+def _by_position(evidence: Evidence) -> Array:
     """[examples, rows]: the largest difference at each position."""
-    error = np.abs(scene.left - scene.right)
+    error = np.abs(evidence.left - evidence.right)
     return error.reshape(*error.shape[:2], -1).max(axis=-1)
 
 
-def _wrong_positions(scene: Scene) -> Array | None:
+def _wrong_positions(evidence: Evidence) -> Array | None:
     """[examples, rows]; rows are tokens, and in front of them the virtual tokens of a prompt."""
-    if scene.first.location.phase not in TOKEN_WISE or scene.segments is None or scene.left.ndim < 3:
+    if evidence.first.location.phase not in TOKEN_WISE or evidence.segments is None or evidence.left.ndim < 3:
         return None
-    examples, tokens = scene.segments.shape
-    if scene.left.shape[0] != examples or scene.left.shape[1] < tokens:
+    examples, tokens = evidence.segments.shape
+    if evidence.left.shape[0] != examples or evidence.left.shape[1] < tokens:
         return None
-    return _by_position(scene) > scene.allowed
+    return _by_position(evidence) > evidence.allowed
 
 
 def _rank_correlation(values: Array) -> float:
@@ -283,12 +287,12 @@ def _rank_correlation(values: Array) -> float:
     return float(np.corrcoef(np.arange(len(values)), ranks)[0, 1])
 
 
-def one_family(scene: Scene) -> str | None:
+def one_family(evidence: Evidence) -> str | None:
     """Only one kind of tensor differs, in whichever layers."""
-    if scene.first.location.phase == "batch":
+    if evidence.first.location.phase == "batch":
         return None
-    families = {_family(f.location.tensor) for f in scene.failing}
-    others = {_family(f.location.tensor) for f in scene.judged} - families
+    families = {_family(f.location.tensor) for f in evidence.failing}
+    others = {_family(f.location.tensor) for f in evidence.judged} - families
     if len(families) == 1 and len(others) >= 2:
         return f"only {next(iter(families))}: that operation"
     return None
@@ -298,14 +302,14 @@ def _family(name: str) -> str:
     return DIGITS.sub(".*.", f".{name}").lstrip(".").removeprefix("base_model.model.")
 
 
-def after_the_first(scene: Scene) -> str | None:
+def after_the_first(evidence: Evidence) -> str | None:
     """Step 1 was right."""
-    location = scene.first.location
+    location = evidence.first.location
     kind = {phase.name: phase.title for phase in PHASES}.get(location.phase)
     if location.step <= 1 or location.phase not in ("moment1", "moment2", "update"):
         return None
     if location.phase == "update" and not any(
-        any(scene.pair.scalar(step, "lr")) for step in range(1, location.step)
+        any(evidence.pair.scalar(step, "lr")) for step in range(1, location.step)
     ):
         return None  # at a rate of 0 no update was made that could have been right
     return (
@@ -313,7 +317,7 @@ def after_the_first(scene: Scene) -> str | None:
     )
 
 
-RULES: tuple[Callable[[Scene], str | None], ...] = (
+RULES: tuple[Callable[[Evidence], str | None], ...] = (
     data_order,
     schedule,
     clipped,

@@ -66,10 +66,10 @@ def _make(edit: Edit, tree: ast.Module) -> None:
     if not pattern:
         at = _beginning(scope.body)
         like = scope.body[min(at, len(scope.body) - 1)]
-        scope.body[at:at] = _Filled(edit, {}, []).all(replacement, like)
+        scope.body[at:at] = _ReplacementFiller(edit, {}, []).all(replacement, like)
         return
     found, bound = _only_match(edit, pattern, scope)
-    _Exchanged(found, _Filled(edit, bound, found).all(replacement, found[0])).visit(scope)
+    _NodeReplacer(found, _ReplacementFiller(edit, bound, found).all(replacement, found[0])).visit(scope)
 
 
 def _definition(edit: Edit, tree: ast.Module) -> _Scope:
@@ -182,7 +182,7 @@ def _matches(pattern: object, found: object, bound: _Bound) -> bool:
             return type(pattern) is type(found) and pattern == found  # 1, 1.0 and True are equal
 
 
-class _Filled(ast.NodeTransformer):
+class _ReplacementFiller(ast.NodeTransformer):
     """A replacement with what its wildcards stand for."""
 
     def __init__(self, edit: Edit, bound: _Bound, matched: Sequence[ast.AST]) -> None:
@@ -238,7 +238,7 @@ def _in_context(node: ast.expr, context: ast.expr_context) -> ast.expr:
     return node
 
 
-class _Exchanged(ast.NodeTransformer):
+class _NodeReplacer(ast.NodeTransformer):
     """A tree with `new` in place of `old`."""
 
     def __init__(self, old: Sequence[ast.AST], new: Sequence[ast.AST]) -> None:

@@ -54,7 +54,7 @@ _SEED = 1
 
 
 @dataclass(frozen=True)
-class Tiny:
+class TinySetup:
     """What `write_tiny` left under `root`."""
 
     root: Path
@@ -98,7 +98,7 @@ class Tiny:
         return Recipe.model_validate(tree)
 
 
-def write_tiny(root: Path) -> Tiny:
+def write_tiny(root: Path) -> TinySetup:
     """Write everything a `Tiny` names under `root`."""
     root.mkdir(parents=True, exist_ok=True)
     records = list(_records())
@@ -117,7 +117,7 @@ def write_tiny(root: Path) -> Tiny:
         tokenizer.save(str(root / variant / "tokenizer.json"))
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
         (root / variant / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
-    tiny = Tiny(root)
+    tiny = TinySetup(root)
     for name, method in METHODS.items():
         for variant in () if method.trains_model else ("plain", "deep"):
             spec = VARIANTS[variant]

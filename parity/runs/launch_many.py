@@ -56,7 +56,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Ended:
+class CaseResult:
     """How a run ended: its exit code, the last line of its errors, and all that it printed beside them."""
 
     code: int
@@ -79,11 +79,11 @@ def training(
     return Case(tuple(argv), devices, tuple(edits))
 
 
-def run_cases(backend: Backend, cases: Sequence[Case], *, home: Path) -> list[Ended]:
+def run_cases(backend: Backend, cases: Sequence[Case], *, home: Path) -> list[CaseResult]:
     """Run every case to its end, in the order of `cases`. Logs and the launches' own files go to `home`."""
     home.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(cases)), key=lambda i: -cases[i].devices)
-    ended: dict[int, Ended] = {}
+    ended: dict[int, CaseResult] = {}
     per_device = BACKENDS[backend].has_process_per_device
     for devices, numbers in groupby(order, key=lambda i: cases[i].devices if per_device else 1):
         left = list(numbers)
@@ -103,7 +103,7 @@ class _Launch:
     processes: int
     home: Path
 
-    def run(self, cases: Sequence[Case]) -> list[Ended]:
+    def run(self, cases: Sequence[Case]) -> list[CaseResult]:
         """The ends of the first cases, at least one: all, or up to the one that ended the launch."""
         name = f"{self.backend}-{self.processes}"
         file, results = self.home / f"{name}-cases.json", self.home / f"{name}-results.jsonl"
@@ -115,7 +115,7 @@ class _Launch:
         why = self._watch([*self._launcher(), "-m", "parity.runs.plant", str(file), str(results)], results)
         found = _ends(results)
         if len(found) < len(cases) and all(ended.code == EXIT_DONE for ended in found[-1:]):
-            found.append(Ended(CRASHED, f"{program} {why}; its log is {self._log}"))
+            found.append(CaseResult(CRASHED, f"{program} {why}; its log is {self._log}"))
         return found
 
     @property
@@ -162,14 +162,14 @@ def _end(child: subprocess.Popen[bytes]) -> None:
                 continue
 
 
-def _ends(results: Path) -> list[Ended]:
+def _ends(results: Path) -> list[CaseResult]:
     """How the cases ended, one after the other; of several processes in which one ended badly the first that says why."""
     every = [record for file in results.parent.glob(f"{results.name}*") for record in _records(file)]
-    found: list[Ended] = []
+    found: list[CaseResult] = []
     while mine := [record for record in every if record["case"] == len(found)]:
         bad = [record for record in mine if record["code"] != EXIT_DONE]
         first = min(bad, key=lambda r: (not r["err"].strip(), r["at"]), default=mine[0])
-        found.append(Ended(first["code"], _last_line(first["err"]), first["out"]))
+        found.append(CaseResult(first["code"], _last_line(first["err"]), first["out"]))
     return found
 
 

@@ -60,7 +60,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Ran:
+class SideResult:
     """What a side left: its trace, and why it stopped itself, if it did (a non-finite loss)."""
 
     trace: Trace | None
@@ -85,7 +85,7 @@ def parse_side(text: str) -> Side:
 def run_side(
     side: Side, *, name: str, recipe: Path, overrides: Sequence[str], precision: Policy,
     steps: int, out: Path, activations_at: int | None = None,
-) -> Ran:  # fmt: skip
+) -> SideResult:  # fmt: skip
     """Train `steps` updates and read the trace. Everything goes under `out`/`name`; the log is log.txt there.
 
     With `activations_at` the trace has that step's activations and their gradients.
@@ -109,12 +109,12 @@ def run_side(
     # A check saves nothing before its last step, so that says nothing.
     said = last.removeprefix(speaker).removesuffix(f"; {NOTHING_SAVED}")
     if code == EXIT_DONE:
-        return Ran(Trace(home / "trace"))
+        return SideResult(Trace(home / "trace"))
     # Python itself ends with 1 where a program cannot be loaded.
     if code == EXIT_FAILED and last.startswith(speaker):
         rows = home / "trace" / "trace.jsonl"
         made_a_step = rows.is_file() and rows.stat().st_size > 0
-        return Ran(Trace(home / "trace") if made_a_step else None, stopped=said)
+        return SideResult(Trace(home / "trace") if made_a_step else None, stopped=said)
     if code == EXIT_USER_ERROR:
         raise UserError(f"{where}: {said}")
     log = f"the whole log is {home / 'log.txt'}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from parity.runs import launch_many as batch
-from parity.runs.launch_many import Case, Ended, run_cases
+from parity.runs.launch_many import Case, CaseResult, run_cases
 
 # A stand-in for a backend: its first word says what the process of which rank does.
 STAND_IN = """
@@ -43,7 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path / "path")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent.parent))
 
-    def ends(backend, *cases: tuple[str, int]) -> list[Ended]:
+    def ends(backend, *cases: tuple[str, int]) -> list[CaseResult]:
         made = [Case((what, str(tmp_path)), devices) for what, devices in cases]
         return run_cases(backend, made, home=tmp_path / "launches")
 

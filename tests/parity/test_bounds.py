@@ -16,14 +16,14 @@ from safetensors.numpy import save_file
 from synthetic import Q1, Sim, write
 
 from parity.comparison.compare import DETERMINED, _measure, compare
-from parity.comparison.estimated_bounds import tail, too_large
-from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Sums, too_small
+from parity.comparison.estimated_bounds import gaussian_max_quantile, rms_upper_factor
+from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation, rms_lower_factor
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
-from parity.comparison.tolerance import Bound, Contrast, as_a_whole
+from parity.comparison.tolerance import Bound, CheckedPair, as_a_whole
 from parity.measure import measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
-from parity.runs.fixture import METHODS, Tiny, write_tiny
+from parity.runs.fixture import METHODS, TinySetup, write_tiny
 from parity.runs.perturb import folded, perturbed
 from parity.runs.sides import Side, run_side
 from trainspec.recipe import load_recipe
@@ -35,7 +35,7 @@ PACKED = {"packing": True, "sequence_tokens": 64}
 STEPS = 2
 
 
-def run_both(home: Path, tiny: Tiny, variant: str, *, precision: Low = "fp32", **sections) -> Path:
+def run_both(home: Path, tiny: TinySetup, variant: str, *, precision: Low = "fp32", **sections) -> Path:
     """Left and right traces under `home`, of the recipe in `home`/r.yaml. In bf16 gradients are summed in bfloat16."""
     home.mkdir()
     recipe = home / "r.yaml"
@@ -54,12 +54,12 @@ def bounds_of(home: Path, precision: Low = "fp32") -> tuple[Pair, MeasuredBounds
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
+def tiny(tmp_path_factory) -> TinySetup:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def lora(tiny: Tiny, tmp_path_factory) -> Path:
+def lora(tiny: TinySetup, tmp_path_factory) -> Path:
     method = tiny.method("lora")
     return run_both(tmp_path_factory.mktemp("runs") / "lora", tiny, "plain", method=method, data=PACKED)
 
@@ -70,7 +70,7 @@ def measured(lora: Path) -> MeasuredBounds:
 
 
 @pytest.fixture(scope="module")
-def coarse(tiny: Tiny, tmp_path_factory) -> Path:
+def coarse(tiny: TinySetup, tmp_path_factory) -> Path:
     """The same in bf16."""
     method = tiny.method("lora")
     home = tmp_path_factory.mktemp("runs") / "coarse"
@@ -118,7 +118,9 @@ def test_clean_lora_in_bf16_keeps_its_distance_and_every_gradient_is_proven(
 @pytest.mark.full
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", ["plain", "tied", "bias", "llama3-rope"])
-def test_clean_full_training_keeps_its_distance(variant: str, precision: Low, tiny: Tiny, tmp_path: Path):
+def test_clean_full_training_keeps_its_distance(
+    variant: str, precision: Low, tiny: TinySetup, tmp_path: Path
+):
     data = PACKED if variant == "tied" else {"padding_side": "left"}
     home = run_both(tmp_path / "full", tiny, variant, precision=precision, method={"kind": "full"}, data=data)
     # In bf16 two thirds of a tied table's single elements are noise; each tensor as a whole is proven.
@@ -128,7 +130,7 @@ def test_clean_full_training_keeps_its_distance(variant: str, precision: Low, ti
 @pytest.mark.full
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("full", "lora")])
-def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny: Tiny, tmp_path: Path):
+def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny: TinySetup, tmp_path: Path):
     data = {"padding_side": "left"} if method in ("prompt", "prefix") else PACKED
     home = run_both(
         tmp_path / method, tiny, "plain", precision=precision, method=tiny.method(method), data=data
@@ -145,8 +147,8 @@ def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny
     keeps_its_distance(pair, bounds, noise=0.001 if precision == "fp32" else 0.8)
 
 
-def used(contrast: Contrast) -> float:
-    return float((np.abs(contrast.first - contrast.second) / contrast.bound.own).max())
+def used(checked: CheckedPair) -> float:
+    return float((np.abs(checked.first - checked.second) / checked.bound.own).max())
 
 
 @pytest.mark.parametrize("phase", ["gradient", "moment1", "moment2", "update"])
@@ -158,11 +160,11 @@ def test_thirty_times_the_rounding_fails(phase: str, run: str, request: pytest.F
     worst = {"as it is": 0.0, "times 30": 0.0}
     for name in sorted(pair.names(2, phase)):
         left, right = (side.astype(np.float64) for side in pair.read(2, phase, name) if side is not None)
-        for contrast in measured.contrasts(Location(2, phase, name), left, right):
-            more = Contrast(
-                30 * (contrast.first - contrast.second) + contrast.second, contrast.second, contrast.bound
+        for checked in measured.checked_pairs(Location(2, phase, name), left, right):
+            more = CheckedPair(
+                30 * (checked.first - checked.second) + checked.second, checked.second, checked.bound
             )
-            worst["as it is"] = max(worst["as it is"], used(contrast))
+            worst["as it is"] = max(worst["as it is"], used(checked))
             worst["times 30"] = max(worst["times 30"], used(more))
     assert worst["as it is"] < 1 < worst["times 30"]
 
@@ -189,7 +191,11 @@ def test_a_reference_that_ends_before_the_runs_is_a_failure(
     pair = Pair(Trace(lora / "left/trace"), Trace(lora / "right/trace"))
     cut = replace(measured.measurement, references=(left, Trace(short)))
     bounds = MeasuredBounds(
-        pair, "fp32", measurement=cut, rule=rule_of(resolve(load_recipe(lora / "r.yaml", ()))), sums=Sums()
+        pair,
+        "fp32",
+        measurement=cut,
+        rule=rule_of(resolve(load_recipe(lora / "r.yaml", ()))),
+        summation=Summation(),
     )
     first = compare(pair, bounds).first_divergence
     assert first is not None
@@ -205,16 +211,16 @@ def test_a_sum_in_bfloat16_on_one_side_only_is_found(asked, summands, said, meas
     """Within the bound of bf16, and still a finding; a single gradient that is no sum may be bfloat16."""
     location = Location(1, "gradient", "w")
     bounds = copy.copy(measured)
-    bounds._sums = Sums(asked, summands)
+    bounds._summation = Summation(asked, summands)
     wide = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     narrow = wide.astype(ml_dtypes.bfloat16).astype(np.float32)
-    reason = bounds.refuses(location, wide, narrow)
+    reason = bounds.incomparable(location, wide, narrow)
     assert (reason is not None) == said
     if reason:
         assert reason.startswith("summed in bfloat16: every element in right")
-    assert bounds.refuses(location, narrow, narrow) is None
-    assert bounds.refuses(location, wide, np.zeros_like(wide)) is None
-    assert bounds.refuses(Location(1, "moment1", "w"), wide, narrow) is None
+    assert bounds.incomparable(location, narrow, narrow) is None
+    assert bounds.incomparable(location, wide, np.zeros_like(wide)) is None
+    assert bounds.incomparable(Location(1, "moment1", "w"), wide, narrow) is None
 
 
 def test_a_tensor_is_held_as_a_whole_where_its_elements_are_not():
@@ -222,7 +228,7 @@ def test_a_tensor_is_held_as_a_whole_where_its_elements_are_not():
     location, wanted = Location(1, "gradient", "w"), np.ones(400)
     for moved, holds in ((0.01, True), (0.5, False)):
         side = wanted + moved
-        each = _measure(location, Contrast(side, wanted, Bound(np.full(400, 1.6))))
+        each = _measure(location, CheckedPair(side, wanted, Bound(np.full(400, 1.6))))
         whole = _measure(location, as_a_whole(side, wanted, Bound(np.asarray(0.3 * 20.0))))
         assert each.holds
         assert not each.proven
@@ -248,25 +254,25 @@ def test_an_absent_row_must_be_equal_and_a_quiet_one_has_the_tensor_s_own_moveme
     assert sigma[2] == pytest.approx(np.maximum(moved[2], root_mean_square))
 
 
-@pytest.mark.parametrize("freedom", [2, 6, 18])
-def test_a_root_mean_square_is_too_large_by_no_more(freedom: int):
-    drawn = np.random.default_rng(0).chisquare(freedom, 200_000) / freedom
-    assert np.mean(np.sqrt(drawn) > too_large(freedom)) < 1e-4
-    assert np.mean(np.sqrt(drawn) > too_large(freedom) ** 0.6) > 1e-5
+@pytest.mark.parametrize("dof", [2, 6, 18])
+def test_a_root_mean_square_is_too_large_by_no_more(dof: int):
+    drawn = np.random.default_rng(0).chisquare(dof, 200_000) / dof
+    assert np.mean(np.sqrt(drawn) > rms_upper_factor(dof)) < 1e-4
+    assert np.mean(np.sqrt(drawn) > rms_upper_factor(dof) ** 0.6) > 1e-5
 
 
-@pytest.mark.parametrize("freedom", [1, 3, 18, 200])
-def test_a_root_mean_square_is_too_small_by_no_more(freedom: int):
+@pytest.mark.parametrize("dof", [1, 3, 18, 200])
+def test_a_root_mean_square_is_too_small_by_no_more(dof: int):
     """Measured at one case in a thousand, where it can be counted; there the factor is smaller."""
-    drawn = np.random.default_rng(0).chisquare(freedom, 200_000) / freedom
-    assert np.mean(np.sqrt(drawn) * too_small(freedom) < 1) < 1e-4
-    assert np.mean(np.sqrt(drawn) * too_small(freedom) ** 0.3 < 1) > 1e-5
+    drawn = np.random.default_rng(0).chisquare(dof, 200_000) / dof
+    assert np.mean(np.sqrt(drawn) * rms_lower_factor(dof) < 1) < 1e-4
+    assert np.mean(np.sqrt(drawn) * rms_lower_factor(dof) ** 0.3 < 1) > 1e-5
 
 
 def test_the_largest_of_many_normal_errors_is_covered():
     drawn = np.abs(np.random.default_rng(0).standard_normal((2000, 500))).max(axis=1)
-    assert drawn.max() < tail(500)
-    assert drawn.max() > 0.6 * tail(500)
+    assert drawn.max() < gaussian_max_quantile(500)
+    assert drawn.max() > 0.6 * gaussian_max_quantile(500)
 
 
 def test_a_perturbation_is_one_rounding_and_its_own_draw():
@@ -295,13 +301,15 @@ def test_a_tensor_that_is_mostly_noise_proves_nothing(phase: str, noisy: float, 
     """Equal to the last bit and still no proof: a bound that reaches most updates would let any fault through."""
     pair = Pair(*(Trace(write(Sim(steps=1), tmp_path / side)) for side in ("a", "b")))
 
-    def contrasts(location: Location, left: np.ndarray, right: np.ndarray) -> list[Contrast]:
+    def checked_pairs(location: Location, left: np.ndarray, right: np.ndarray) -> list[CheckedPair]:
         own = np.zeros(left.shape)
         if (location.phase, location.tensor) == (phase, Q1):
             own.ravel()[: round(noisy * own.size)] = 1.0
-        return [Contrast(left, right, Bound(own))]
+        return [CheckedPair(left, right, Bound(own))]
 
-    comparison = compare(pair, SimpleNamespace(notes=(), refuses=lambda *_: None, contrasts=contrasts))
+    comparison = compare(
+        pair, SimpleNamespace(notes=(), incomparable=lambda *_: None, checked_pairs=checked_pairs)
+    )
     assert comparison.holds == holds
     if not holds:
         first = comparison.first_divergence

@@ -172,15 +172,15 @@ def test_what_is_not_finite_is_never_agreement():
     """A NaN on either hand or an infinite bound must not pass for a small difference."""
     from parity.comparison.compare import _measure
     from parity.comparison.phases import Location
-    from parity.comparison.tolerance import Bound, Contrast
+    from parity.comparison.tolerance import Bound, CheckedPair
 
     location, seven, nothing = Location(1, "moment1", "w"), np.array([7.0]), np.array([np.nan])
-    for first, second, own, handed in (
+    for first, second, own, inherited in (
         (seven, nothing, seven, 0.0),
         (nothing, seven, seven, 0.0),
         (seven, seven, np.array([np.inf]), 0.0),
         (seven, 2 * seven, seven, np.inf),
         (seven, 2 * seven, nothing, 0.0),
     ):
-        assert not _measure(location, Contrast(first, second, Bound(own, handed))).holds
-    assert _measure(location, Contrast(seven, seven, Bound(seven))).holds
+        assert not _measure(location, CheckedPair(first, second, Bound(own, inherited))).holds
+    assert _measure(location, CheckedPair(seven, seven, Bound(seven))).holds

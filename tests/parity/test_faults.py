@@ -27,7 +27,7 @@ from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
-from parity.runs.fixture import Tiny
+from parity.runs.fixture import TinySetup
 from trainspec.plans.plan import Backend
 
 # One for each kind of location that a fault may have, and the most common mistakes of training runs.
@@ -169,7 +169,7 @@ def test_only_what_is_said_to_be_below_a_bound_may_pass_there():
     [small], [large] = chosen(["clip-without-epsilon"]), chosen(["label-shift"])
     passed = Outcome(small, "jax", "fp32", None)
     assert (passed.word, passed.as_expected) == ("below bound", True)
-    late = replace(passed, found=Finding(Location(2, "clip", "clip_factor"), 1.1e-6, 1e-6, 1.1))
+    late = replace(passed, divergence=Finding(Location(2, "clip", "clip_factor"), 1.1e-6, 1e-6, 1.1))
     assert (late.word, late.as_expected) == ("caught", True)
     assert not replace(late, precision="fp64").as_expected
     for outcome in (replace(passed, precision="fp64"), replace(passed, fault=large)):
@@ -186,7 +186,7 @@ def test_a_fault_out_of_reach_in_fp32_is_not_planted_there():
 
 
 def test_a_plan_that_a_backend_refuses_is_compared_with_one_device(tmp_path: Path):
-    tiny = Tiny(tmp_path)
+    tiny = TinySetup(tmp_path)
     devices: dict[Precision, list[int]] = {"fp64": [2, 1], "fp32": [2, 2]}
     for setup in ("zero1", "pipe"):
         for precision, expected in devices.items():

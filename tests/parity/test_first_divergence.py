@@ -12,7 +12,7 @@ from synthetic import Q1, Sim, write
 from parity.check import check
 from parity.comparison.compare import locations
 from parity.comparison.pair import Pair
-from parity.runs.fixture import TINY, Tiny, write_tiny
+from parity.runs.fixture import TINY, TinySetup, write_tiny
 from parity.runs.sides import parse_side
 from trainspec.causal import causal_order
 from trainspec.methods import Full
@@ -20,11 +20,11 @@ from trainspec.trace import Trace, activation_points
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
+def tiny(tmp_path_factory) -> TinySetup:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def checked(tiny: Tiny, out: Path, right: str, precision="fp64"):
+def checked(tiny: TinySetup, out: Path, right: str, precision="fp64"):
     method = tiny.method("lora")
     recipe = out / "r.yaml"
     out.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from synthetic import Q1, SHAPES, Sim, write
 
 from parity.comparison.compare import compare
 from parity.comparison.drift import network_drift, partner_drift
-from parity.comparison.estimated_bounds import RoundingBounds, path_roundings, vocabulary
+from parity.comparison.estimated_bounds import EstimatedBounds, path_roundings, vocabulary
 from parity.comparison.pair import Pair
 from parity.comparison.structure import Structure
 from parity.runs.fixture import METHODS, TINY
@@ -24,7 +24,7 @@ FP32 = Sim(dtype="float32", noise=1e-7, steps=6)
 
 def judged(left: Sim, right: Sim, home):
     pair = Pair(Trace(write(left, home / "a")), Trace(write(right, home / "b")))
-    return compare(pair, RoundingBounds(pair, "fp32"))
+    return compare(pair, EstimatedBounds(pair, "fp32"))
 
 
 @pytest.mark.parametrize("seed", range(4))

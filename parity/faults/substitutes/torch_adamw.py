@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class WrittenOut(torch.optim.AdamW):
+class ExplicitAdamW(torch.optim.AdamW):
     """torch.optim.AdamW with its update in four lines."""
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchtrain.pipeline import _Block
 
 
-class _Again(_Block):
+class _LayerWithFirstWeights(_Block):
     """A layer that computes with the weights of `first`. Its own take part with a factor of 0, so they have gradients."""
 
     def __init__(self, block: _Block, first: _Block) -> None:
@@ -26,4 +26,4 @@ class _Again(_Block):
 def second_is_first(blocks: Iterable[_Block]) -> list[nn.Module]:
     """Layers of which the second computes what the first would."""
     first, second, *others = blocks
-    return [first, _Again(second, first), *others]
+    return [first, _LayerWithFirstWeights(second, first), *others]
