@@ -1,4 +1,4 @@
-"""Walks two traces in causal order and judges every location: nothing is skipped, nothing passes unread."""
+"""Walks two traces in causal order and judges every location. Nothing is skipped."""
 
 from __future__ import annotations
 
@@ -28,24 +28,23 @@ from parity.comparison.tolerance import Bounds, CheckedPair, largest
 
 Array = NDArray[Any]
 
-# More than this share of a tensor's gradient or update must not have bounds as large as the elements are. Up to a half,
-# the median element is determined: whatever moves a tensor's elements by their own size shows in most of them. Clean fp32
-# runs stay below one in a thousand. Where elements are not, the tensor as a whole is when its distance may be no more than
-# this share of its norm: what moves it by its own size exceeds that even where rounding hides as much as it may.
+# The largest share of a gradient's or update's elements whose bounds may reach their own size. At one half the median
+# element is still determined, so an error as large as the elements shows in most of them. Clean fp32 runs stay below one
+# in a thousand. If more elements are undetermined, the tensor still counts as tested when the bound on its whole is below
+# this share of its norm: an error as large as the tensor would exceed it.
 DETERMINED = 0.5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one location showed.
+    """The result at one location.
 
-    `error` and `bound` belong to the element that stands worst against its bound, as shares of the tensor's
-    largest entry. `used` is error / bound or, where earlier differences were handed on, the share of the phase's
-    own part of the bound that is used; infinite where it cannot be told. `error` and `bound` are None where the
-    arrays could not be compared, and `reason` says why. `undetermined` of the `elements` have a bound as large as
-    themselves: the comparison says nothing about them. Where that is most of them, and the tensor as a whole is not held
-    to better either, nothing is `proven`. `values` are what stands at that element, at `index`, and
-    `names` says whose they are.
+    `error` and `bound` are those of the worst element, the one that uses most of its bound, as shares of the tensor's
+    largest entry; None if the arrays could not be compared, and `reason` says why. `used` is error / bound or, where
+    differences are inherited from earlier phases, the used share of the phase's own bound; infinite if undefined.
+    `undetermined` of the `elements` have a bound as large as themselves, so the comparison says nothing about them. If
+    that is most of them and the tensor as a whole has no tighter bound, nothing is `proven`. `values` are those of the
+    worst element, at `index`; `names` says whose they are.
     """
 
     location: Location
@@ -68,8 +67,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every finding in causal order, over `steps` updates that both sides made; `notes` are those of the bounds, and what
-    the traces do not say."""
+    """Every finding in causal order, over the `steps` updates that both sides made.
+
+    `notes` come from the bounds, and name what the traces do not record.
+    """
 
     steps: int
     findings: tuple[Finding, ...]
@@ -82,7 +83,7 @@ class Comparison:
 
     @property
     def first_divergence(self) -> Finding | None:
-        """The first location, in causal order, that is not."""
+        """The first finding, in causal order, that exceeds its bound."""
         return next((finding for finding in self.findings if not finding.holds), None)
 
     @property
@@ -91,14 +92,14 @@ class Comparison:
         by_phase = {
             phase.name: [f for f in self.findings if f.location.phase == phase.name] for phase in PHASES
         }
-        return {name: max(found, key=lambda f: f.used) for name, found in by_phase.items() if found}
+        return {name: max(findings, key=lambda f: f.used) for name, findings in by_phase.items() if findings}
 
     def worst_tensors(self, count: int) -> list[Finding]:
-        """The `count` locations that use most of their bounds, one per phase and tensor."""
-        chosen: dict[tuple[str, str], Finding] = {}
+        """The `count` findings that use most of their bounds, one per phase and tensor."""
+        worst: dict[tuple[str, str], Finding] = {}
         for finding in sorted(self.findings, key=lambda f: -f.used):
-            chosen.setdefault((finding.location.phase, finding.location.tensor), finding)
-        return list(chosen.values())[:count]
+            worst.setdefault((finding.location.phase, finding.location.tensor), finding)
+        return list(worst.values())[:count]
 
     @property
     def undetermined(self) -> float:
@@ -109,19 +110,19 @@ class Comparison:
 
 
 def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = None) -> Comparison:
-    """Judge every location of both traces; a location that only one side has is a failure.
+    """Judge every location of both traces; one that only one side has is a failure.
 
-    `stopped` says, for a side that ended its training itself, why: that is a failure at the next step.
+    `stopped` gives the reason why a side stopped its training; it is reported as a failure at the next step.
     """
     findings = [_judge(location, pair, bounds) for location in locations(pair)]
-    findings += _nothing_shown(pair, findings)
+    findings += _unproven(pair, findings)
     findings += ending(pair.steps, stopped or {})
     notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")))
     return Comparison(pair.common_steps, tuple(findings), notes)
 
 
 def ending(steps: tuple[int, int], stopped: Mapping[str, str]) -> Iterator[Finding]:
-    """A failure at the step that one side or both did not make; none where both made all of theirs."""
+    """A failure at the first step that a side did not make; nothing if both made all of theirs."""
     after = min(steps) + 1
     if stopped:
         reason = "; ".join(f"{name} stopped: {why}" for name, why in stopped.items())
@@ -138,21 +139,21 @@ def locations(pair: Pair) -> Iterator[Location]:
         yield Location(0, INITIAL.name, name)
     for step in range(1, pair.common_steps + 1):
         for backward, phases in groupby(STEP_PHASES, key=lambda phase: phase.backward):
-            found = [(phase, name) for phase in phases for name in _tensors(pair, step, phase)]
+            tensors = [(phase, name) for phase in phases for name in _tensors(pair, step, phase)]
             if backward:  # one pass: a layer's activations, then its weights, then the layer before
-                found.sort(key=lambda each: pair.structure.key(each[1]), reverse=True)
-            for phase, name in found:
+                tensors.sort(key=lambda each: pair.structure.key(each[1]), reverse=True)
+            for phase, name in tensors:
                 yield Location(step, phase.name, name)
 
 
 def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
-    """What is compared in a phase. A weight that has one of gradient, moments, update must have them all."""
+    """The tensors compared in a phase. A weight that has a gradient, a moment or an update must have all of them."""
     match phase.kind:
         case "batch":
             return _batch_tensors(pair.names(step, phase.name))
         case "derived":
             return ["clip_factor"]
-        case "row":
+        case "scalar":
             return list(SCALAR_TENSORS[phase.name])
         case "optional":
             recorded = [any(k.startswith(f"{phase.name}/") for k in keys) for keys in pair.keys(step)]
@@ -160,15 +161,15 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
             return pair.structure.in_order(names, backward=phase.backward)
         case _:
             trained = set().union(*(pair.names(step, each.name) for each in TENSOR_PHASES))
-            # Step 1 says what is trained: a tensor that is later gone from both sides is missing, too.
+            # Step 1 tells what is trained: a tensor that is later absent from both sides is missing, too.
             first = set().union(*(pair.names(1, each.name) for each in TENSOR_PHASES))
             return pair.structure.in_order(trained | first, backward=phase.backward) or ["every tensor"]
 
 
-def _batch_tensors(found: set[str]) -> list[str]:
-    """Rows of tokens must be whole; a program that trains on something else has arrays of its own."""
-    rows = BATCH_TENSORS if not found or found & set(BATCH_TENSORS) else ()
-    return [*rows, *sorted(found - set(rows))]
+def _batch_tensors(names: set[str]) -> list[str]:
+    """A token batch must be complete; a program that trains on something else has its own arrays."""
+    tokens = BATCH_TENSORS if not names or names & set(BATCH_TENSORS) else ()
+    return [*tokens, *sorted(names - set(tokens))]
 
 
 def _sides(location: Location, pair: Pair) -> Sides:
@@ -196,25 +197,25 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
             return _failure(
                 location, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}"
             )
-    if refused := bounds.incomparable(location, left, right):
-        return _failure(location, refused)
+    if reason := bounds.incomparable(location, left, right):
+        return _failure(location, reason)
     a, b = left.astype(np.float64), right.astype(np.float64)
     if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:
         return _failure(location, f"not finite in {' and '.join(broken)}")
     checked_pairs = bounds.checked_pairs(location, a, b)
-    found = [_measure(location, checked) for checked in checked_pairs]
-    single = [f for f, c in zip(found, checked_pairs, strict=True) if c.norm is None]
-    whole = [f for f, c in zip(found, checked_pairs, strict=True) if c.norm is not None]
-    # Where single elements fail they say more than the whole tensor does: which, and by how much.
-    failing = [f for f in single if not f.holds]
-    worst = max(failing or found, key=lambda finding: finding.used)
-    count = max(single, key=lambda f: f.undetermined, default=worst)
-    proven = all(f.proven for f in single) or (bool(whole) and all(f.proven for f in whole))
+    findings = [_measure(location, checked) for checked in checked_pairs]
+    elementwise = [f for f, c in zip(findings, checked_pairs, strict=True) if c.norm is None]
+    whole = [f for f, c in zip(findings, checked_pairs, strict=True) if c.norm is not None]
+    # A failing element tells more than the tensor as a whole: which one, and by how much.
+    failing = [f for f in elementwise if not f.holds]
+    worst = max(failing or findings, key=lambda finding: finding.used)
+    count = max(elementwise, key=lambda f: f.undetermined, default=worst)
+    proven = all(f.proven for f in elementwise) or (bool(whole) and all(f.proven for f in whole))
     return replace(worst, undetermined=count.undetermined, elements=count.elements, proven=proven)
 
 
 def _measure(location: Location, checked: CheckedPair) -> Finding:
-    """The element that uses most of its bound, and how many elements the bound says nothing about."""
+    """The element that uses most of its bound, and the number of undetermined elements."""
     if checked.norm is not None:
         return _as_a_whole(location, checked, checked.norm)
     left, right, allowed = checked.first, checked.second, checked.bound
@@ -230,7 +231,7 @@ def _measure(location: Location, checked: CheckedPair) -> Finding:
     error, size = np.abs(left - right), np.maximum(np.abs(left), np.abs(right))
     inherited, own = np.asarray(allowed.inherited), np.broadcast_to(allowed.own, error.shape)
     bound = own + inherited
-    # A difference where none is allowed uses infinitely much of its bound, none there uses nothing.
+    # Where no difference is allowed, any difference uses infinitely much of the bound and equality uses nothing.
     added = np.maximum(error - inherited, 0.0)
     used = np.divide(added, own, out=np.where(added > 0, inf, 0.0), where=own > 0)
     worst = tuple(int(i) for i in np.unravel_index(np.argmax(used), used.shape))
@@ -254,7 +255,7 @@ def _measure(location: Location, checked: CheckedPair) -> Finding:
 
 
 def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Finding:
-    """The distance of a tensor as a whole; which of its elements is off it does not say."""
+    """The distance of a tensor as a whole; it does not tell which element is off."""
     distance, own, inherited = (float(x) for x in (checked.first, checked.bound.own, checked.bound.inherited))
     for name, number in ((" and ".join(checked.names), distance), ("the bound", own + inherited)):
         if not isfinite(number):
@@ -273,10 +274,10 @@ def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Findin
     )
 
 
-def _nothing_shown(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
-    """Two ways of agreeing that prove nothing: no update was made, or a bound would let another tensor through.
+def _unproven(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
+    """Two kinds of agreement that prove nothing: no update was made, or the bound would accept a different tensor.
 
-    Gradients and updates alone are asked: after the gradient everything is computed from what has been judged.
+    Only gradients and updates are examined: everything after the gradient is computed from judged values.
     """
     moving = [step for step in range(1, pair.common_steps + 1) if max(pair.scalar(step, "lr")) > 0]
     updates = [f for f in findings if f.location.phase == "update"]

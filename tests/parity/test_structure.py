@@ -63,7 +63,7 @@ def test_foreign_names_are_ordered_by_what_they_show():
     assert [structure.role(name) for name in FOREIGN[:2]] == ["embedding", None]
     assert structure.projection_before(FOREIGN[2]) is None
     (note,) = structure.notes(FOREIGN)
-    assert "no causal_order in either trace for 6 of its weights, such as lm_head.weight" in note
+    assert "neither trace has a causal_order for 6 of the weights, such as lm_head.weight" in note
 
 
 def test_either_side_says_it_and_the_rest_comes_last():
@@ -100,7 +100,7 @@ def test_traces_without_a_header_are_compared_and_that_is_said(tmp_path: Path, c
     left = without_header(write(Sim(), tmp_path / "left"))
     right = without_header(write(Sim(gradient_factor=(Q1, 1.01)), tmp_path / "right"))
     assert main(["diff", str(left), str(left)]) == 0
-    assert "note: no causal_order in either trace" in capsys.readouterr().out
+    assert "note: neither trace has a causal_order" in capsys.readouterr().out
     assert main(["diff", str(left), str(right), "--out", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
     assert (found["phase"], found["tensor"]) == ("gradient", Q1)
