@@ -1,7 +1,7 @@
-"""What kind of cause a first divergence looks like: one line where the pattern is known.
+"""What kind of cause a first divergence looks like, in one line if the pattern is known.
 
-A reading is a hint for a user, drawn from the two tensors at the first divergence and from which other locations
-differ; the verdict does not depend on it.
+A reading is a hint for the user, drawn from the two tensors at the first divergence and from the other locations that
+differ. The verdict does not depend on it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from trainspec.trace import Trace
 
 Array = NDArray[Any]
 UNKNOWN = "no known pattern"
-# A factor explains a difference where what it leaves over is below this share of it.
+# A factor explains a difference if the residual is below this share of it.
 MAX_RESIDUAL = 0.02
-# Two numbers are called the same ratio when they agree to this.
+# Two ratios are called equal if they agree to this.
 SAME_RATIO = 1e-4
 MOST_NAMES = 3
-# Rank correlation of error and position from which an error is said to grow with it.
+# An error is said to grow with the position from this rank correlation on.
 GROWS = 0.6
 TOKEN_WISE = ("activation", "activation_gradient")
 NOT_DECAYED = re.compile(r"norm|\.bias$|\.bias_[ih]h_")
@@ -37,7 +37,10 @@ DIGITS = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True)
 class Evidence:
-    """The first divergence with what a rule looks at. `left` and `right` are float64 and of equal shape."""
+    """The first divergence and what a rule may examine. `left` and `right` are float64 and of equal shape.
+
+    `failing` and `judged` are the findings of its step and phase, `counts` what recipe and batch count, by name.
+    """
 
     first: Finding
     failing: tuple[Finding, ...]
@@ -58,7 +61,7 @@ class Evidence:
 def read(
     comparison: Comparison, traces: tuple[Trace, Trace] | None, *, counts: Mapping[str, float] | None = None
 ) -> str | None:
-    """The reading of a failed comparison; None where it holds, or where there is nothing to look at.
+    """The reading of a failed comparison; None if it holds, or if there are no arrays to examine.
 
     `counts` are what the recipe counts (accumulation, rank, ...), by name: a constant factor may be one of them.
     """
@@ -66,8 +69,8 @@ def read(
     if first is None or traces is None or first.error is None:
         return None
     pair, location = Pair(*traces), first.location
-    found = _arrays(first, pair)
-    if found is None:
+    arrays = _arrays(first, pair)
+    if arrays is None:
         return None
     same = [
         f
@@ -76,7 +79,7 @@ def read(
     ]
     segments = pair.read(max(location.step, 1), "batch", "segments")[0]
     evidence = Evidence(
-        first, tuple(f for f in same if not f.holds), tuple(same), *found, segments,
+        first, tuple(f for f in same if not f.holds), tuple(same), *arrays, segments,
         dict(counts or {}) | _counts(pair, max(location.step, 1)), pair,
     )  # fmt: skip
     return next((line for rule in RULES if (line := rule(evidence))), UNKNOWN)
@@ -100,31 +103,31 @@ def _arrays(first: Finding, pair: Pair) -> tuple[Array, Array] | None:
 
 
 def _counts(pair: Pair, step: int) -> dict[str, float]:
-    """What can be counted in the batch; a loss or gradient divided by the wrong one of them is off by a ratio."""
+    """What can be counted in the batch. A loss or gradient divided by the wrong count is off by a ratio of two."""
     labels, segments = (pair.read(step, "batch", name)[0] for name in ("labels", "segments"))
     if labels is None or segments is None or labels.ndim != 2:
         return {}
     return {
         "target tokens": float((labels != IGNORED).sum()),
-        "tokens that are no padding": float((segments != 0).sum()),
+        "tokens that are not padding": float((segments != 0).sum()),
         "positions": float(labels.size),
-        "rows": float(labels.shape[0]),
+        "examples": float(labels.shape[0]),
         "sequence tokens": float(labels.shape[1]),
     }
 
 
 def data_order(evidence: Evidence) -> str | None:
-    """The same rows, elsewhere."""
+    """The same examples in another order or step."""
     if evidence.first.location.phase != "batch" or evidence.left.ndim != 2:
         return None
     left, right = (side[np.lexsort(side.T)] for side in (evidence.left, evidence.right))
     if np.array_equal(left, right):
-        return "the same rows in another order: the order of the data"
+        return "the same examples in another order: the order of the data"
     for other in (evidence.first.location.step - 1, evidence.first.location.step + 1):
         if 1 <= other <= evidence.pair.common_steps and np.array_equal(
             _batch_of(evidence, other), evidence.right
         ):
-            return f"right has the rows of left's step {other}: the cursor into the data"
+            return f"right has the examples of left's step {other}: the position in the data"
     names = {finding.location.tensor for finding in evidence.failing}
     if names == {"positions"}:
         return "only the positions differ: restarted documents or padding"
@@ -134,12 +137,12 @@ def data_order(evidence: Evidence) -> str | None:
 
 
 def _batch_of(evidence: Evidence, step: int) -> Array:
-    found = evidence.pair.read(step, "batch", evidence.first.location.tensor)[0]
-    return np.zeros(0) if found is None else found
+    array = evidence.pair.read(step, "batch", evidence.first.location.tensor)[0]
+    return np.zeros(0) if array is None else array
 
 
 def transposed(evidence: Evidence) -> str | None:
-    """A square matrix that was read the other way round."""
+    """A transposed square matrix."""
     if evidence.left.ndim == 2 and evidence.left.shape == evidence.left.T.shape:
         apart = np.abs(evidence.left.T - evidence.right).max(initial=0.0)
         if apart <= 1e-6 * np.abs(evidence.left).max(initial=0.0):
@@ -148,19 +151,19 @@ def transposed(evidence: Evidence) -> str | None:
 
 
 def schedule(evidence: Evidence) -> str | None:
-    """A rate that another step has."""
+    """The learning rate of another step."""
     location = evidence.first.location
     if location.phase != "lr":
         return None
     for other in (location.step - 1, location.step + 1):
         rates = evidence.pair.scalar(other, "lr") if 1 <= other <= evidence.pair.common_steps else None
         if rates and math.isclose(rates[0], float(evidence.right), rel_tol=1e-12):
-            return f"right has left's rate of step {other}: the schedule is off by one"
+            return f"right has left's learning rate of step {other}: the schedule is off by one"
     return "the learning rate: peak, warm-up or schedule"
 
 
 def clipped(evidence: Evidence) -> str | None:
-    """The phase says it."""
+    """The clip factor itself differs."""
     return (
         "the gradient's factor before the moments: the clip"
         if evidence.first.location.phase == "clip"
@@ -169,7 +172,7 @@ def clipped(evidence: Evidence) -> str | None:
 
 
 def not_updated(evidence: Evidence) -> str | None:
-    """One side stands still."""
+    """One side's update is zero."""
     if evidence.first.location.phase == "update":
         for name, side in (("left", evidence.left), ("right", evidence.right)):
             if not side.any():
@@ -178,10 +181,12 @@ def not_updated(evidence: Evidence) -> str | None:
 
 
 def decay_mask(evidence: Evidence) -> str | None:
-    """Among updates, those of norms and biases alone."""
+    """Only the updates of norms and biases differ, or all others."""
     if evidence.first.location.phase != "update":
         return None
-    names, judged = ({f.location.tensor for f in found} for found in (evidence.failing, evidence.judged))
+    names, judged = (
+        {f.location.tensor for f in findings} for findings in (evidence.failing, evidence.judged)
+    )
     quiet = {name for name in judged if NOT_DECAYED.search(name)}
     if names and names <= quiet < judged:
         return "only norms and biases: which weights decay"
@@ -202,12 +207,12 @@ def constant_factor(evidence: Evidence) -> str | None:
         return None
     name = _known_ratio(factor, evidence.counts)
     if name is None and evidence.left.size < 3:
-        return None  # two numbers always have a ratio
+        return None  # any two numbers have a ratio
     return f"right is {factor:.6g} times left: a normalisation or a scale" + (f" ({name})" if name else "")
 
 
 def _known_ratio(factor: float, counts: Mapping[str, float]) -> str | None:
-    """Every name that the factor has: two counts may be equal."""
+    """Every count or ratio of counts that equals the factor; there may be several."""
     names = [
         name
         for name, value in _ratios(counts)
@@ -228,7 +233,7 @@ def _ratios(counts: Mapping[str, float]) -> Iterator[tuple[str, float]]:
 
 
 def masked(evidence: Evidence) -> str | None:
-    """Where in the batch it differs, against where virtual tokens, padding and the documents' boundaries are."""
+    """Only virtual tokens differ, or only padding, or only what follows a document's boundary."""
     wrong = _wrong_positions(evidence)
     if wrong is None or evidence.segments is None or not wrong.any() or wrong.all():
         return None
@@ -239,18 +244,18 @@ def masked(evidence: Evidence) -> str | None:
         return None
     padding = evidence.segments == 0
     if padding.any() and not (wrong & ~padding).any():
-        return "only on padded positions: the mask of the padding"
-    padded_rows = padding.any(axis=1)
-    if padded_rows.any() and not padded_rows.all() and not wrong[~padded_rows].any():
-        return "only in rows that have padding: the mask of the padding, or positions after it"
+        return "only on padded positions: the padding mask"
+    padded = padding.any(axis=1)
+    if padded.any() and not padded.all() and not wrong[~padded].any():
+        return "only in examples that have padding: the padding mask, or positions after it"
     later = evidence.segments > 1
     if later.any() and not (wrong & ~later & ~padding).any():
-        return "only after a document's boundary in a packed row: the block mask or restarted positions"
+        return "only after a document's boundary in a packed example: the block mask or restarted positions"
     return None
 
 
 def grows(evidence: Evidence) -> str | None:
-    """The error of a position, against how far into its document it stands."""
+    """The error grows with the position in the document."""
     if _wrong_positions(evidence) is None:
         return None
     positions = evidence.pair.read(evidence.first.location.step, "batch", "positions")[0]
@@ -266,13 +271,13 @@ def grows(evidence: Evidence) -> str | None:
 
 
 def _by_position(evidence: Evidence) -> Array:
-    """[examples, rows]: the largest difference at each position."""
+    """[examples, positions]: the largest difference at each position."""
     error = np.abs(evidence.left - evidence.right)
     return error.reshape(*error.shape[:2], -1).max(axis=-1)
 
 
 def _wrong_positions(evidence: Evidence) -> Array | None:
-    """[examples, rows]; rows are tokens, and in front of them the virtual tokens of a prompt."""
+    """[examples, positions]: where the bound is exceeded. The virtual tokens of a prompt come before the real ones."""
     if evidence.first.location.phase not in TOKEN_WISE or evidence.segments is None or evidence.left.ndim < 3:
         return None
     examples, tokens = evidence.segments.shape
@@ -282,13 +287,13 @@ def _wrong_positions(evidence: Evidence) -> Array | None:
 
 
 def _rank_correlation(values: Array) -> float:
-    """Spearman's, of values in order."""
+    """Spearman's correlation of values with their order."""
     ranks = np.argsort(np.argsort(values)).astype(np.float64)
     return float(np.corrcoef(np.arange(len(values)), ranks)[0, 1])
 
 
 def one_family(evidence: Evidence) -> str | None:
-    """Only one kind of tensor differs, in whichever layers."""
+    """Only one kind of tensor differs, in one layer or several."""
     if evidence.first.location.phase == "batch":
         return None
     families = {_family(f.location.tensor) for f in evidence.failing}
@@ -303,7 +308,7 @@ def _family(name: str) -> str:
 
 
 def after_the_first(evidence: Evidence) -> str | None:
-    """Step 1 was right."""
+    """The optimizer's tensors agree in step 1 and differ later."""
     location = evidence.first.location
     kind = {phase.name: phase.title for phase in PHASES}.get(location.phase)
     if location.step <= 1 or location.phase not in ("moment1", "moment2", "update"):
@@ -311,7 +316,7 @@ def after_the_first(evidence: Evidence) -> str | None:
     if location.phase == "update" and not any(
         any(evidence.pair.scalar(step, "lr")) for step in range(1, location.step)
     ):
-        return None  # at a rate of 0 no update was made that could have been right
+        return None  # at a learning rate of 0 no earlier update could have been wrong
     return (
         f"{kind} differ from step {location.step} on, not before: the optimizer's state or its count of steps"
     )

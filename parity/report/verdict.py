@@ -18,7 +18,7 @@ TITLES = {phase.name: phase.title for phase in PHASES}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared and what came of it; `reading` is what kind of cause a failure looks like."""
+    """What was compared, and the result; `reading` is what kind of cause a failure looks like."""
 
     precision: Policy
     left: str
@@ -38,7 +38,7 @@ class Verdict:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know beside the verdict."""
+        """What a user should know besides the verdict."""
         share, notes = self.comparison.undetermined, []
         if share:
             notes.append(
@@ -52,7 +52,7 @@ class Verdict:
         return [*notes, *self.comparison.notes]
 
     def as_json(self) -> dict[str, Any]:
-        """The content of verdict.json. Numbers that do not exist (a missing tensor's error) are null."""
+        """The content of verdict.json. Undefined numbers (a missing tensor's error) are null."""
         first = self.comparison.first_divergence
         return {
             "verdict": self.word,
@@ -74,7 +74,7 @@ class Verdict:
         return path
 
     def lines(self, *, colour: bool) -> list[str]:
-        """A compact account for the terminal."""
+        """A summary for the terminal."""
         shade = (GREEN if self.holds else RED, PLAIN, DIM) if colour else ("", "", "")
         steps = f"{self.comparison.steps} step{'s' * (self.comparison.steps != 1)}"
         head = f"{shade[0]}{self.word.upper()}{shade[1]}  {self.left}  vs  {self.right}  in {self.precision}, {steps}"
@@ -95,7 +95,7 @@ class Verdict:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A verdict.json or matrix.json. Older ones call the share of the bound that is used `headroom`: here it is `bound_used`."""
+    """The content of a verdict.json or matrix.json. `headroom`, the older name of `bound_used`, is renamed."""
     return json.loads(path.read_text(encoding="utf-8"), object_hook=_renamed)
 
 
@@ -104,14 +104,14 @@ def _renamed(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def number(value: float | None) -> str:
-    """A number short enough for a table; a dash where there is none."""
+    """A number formatted for a table; a dash if there is none."""
     if value is None or not isfinite(value):
         return "–"
     return "0" if value == 0 else f"{value:.2g}" if 1e-3 <= value < 1e3 else f"{value:.1e}"
 
 
 def values_at(verdict: Verdict, finding: Finding) -> list[tuple[str, str]]:
-    """(whose, value in full) of the element that a finding is about; nothing where there is none."""
+    """(side, full value) of a finding's worst element; empty if it has none."""
     if finding.values is None:
         return []
     sides = {"left": verdict.left, "right": verdict.right}
@@ -132,7 +132,7 @@ def explained(finding: Finding) -> str:
 
 
 def values(finding: Finding) -> str:
-    """Both numbers at the worst element, and where it stands in its tensor; nothing where there are none."""
+    """Both numbers at the worst element, and its index; empty if there are none."""
     if finding.values is None or finding.index is None:
         return ""
     at = f"at [{', '.join(map(str, finding.index))}]: " if finding.index else ""
@@ -159,5 +159,5 @@ def _entry(finding: Finding) -> dict[str, Any]:
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
+    """The number, or None for infinity and NaN, which JSON does not have."""
     return value if value is not None and isfinite(value) else None
