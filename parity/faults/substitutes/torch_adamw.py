@@ -1,4 +1,4 @@
-"""AdamW written out, in the place of torch's."""
+"""AdamW written out, to replace torch's."""
 
 from __future__ import annotations
 
