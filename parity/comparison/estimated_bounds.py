@@ -95,7 +95,7 @@ class EstimatedBounds:
         shapes = pair.starting_shapes()
         self._vocab = vocabulary(shapes)
         ids = pair.read(1, "batch", "input_ids")[0]
-        self._forward, self._whole = path_roundings(
+        self._forward, self._both_passes = path_roundings(
             shapes,
             ids.shape if ids is not None and ids.ndim == 2 else (1, 1),
             structure=pair.structure,
@@ -116,7 +116,7 @@ class EstimatedBounds:
         if location.phase in ELEMENTWISE_PHASES:
             return (elementwise,)
         norm = float(max(np.linalg.norm(left), np.linalg.norm(right)))
-        rounding = math.sqrt(2.0) * rms_upper_factor(EFFECTIVE_DOF) * math.sqrt(self._whole)
+        rounding = math.sqrt(2.0) * rms_upper_factor(EFFECTIVE_DOF) * math.sqrt(self._both_passes)
         own = rounding * norm + FLOAT32_TINY * math.sqrt(left.size)
         return elementwise, as_a_whole(
             left, right, Bound(np.asarray(own), self._weight_drift(location) * norm)
@@ -172,7 +172,7 @@ class EstimatedBounds:
         return Bound(np.asarray(rounding * count), moved * count)
 
     def _gradient(self, location: Location, scale: float, size: int) -> Bound:
-        rounding = math.sqrt(2.0) * gaussian_max_quantile(size) * math.sqrt(self._whole)
+        rounding = math.sqrt(2.0) * gaussian_max_quantile(size) * math.sqrt(self._both_passes)
         return Bound(np.asarray(rounding * scale + FLOAT32_TINY), self._weight_drift(location) * scale)
 
     def _weight_drift(self, location: Location) -> float:

@@ -134,7 +134,7 @@ class MeasuredBounds:
         self._summed = UNIT["fp32"]
         shapes = pair.starting_shapes()
         ids = pair.read(1, "batch", "input_ids")[0]
-        forward, whole = path_roundings(
+        forward, both_passes = path_roundings(
             shapes,
             ids.shape if ids is not None and ids.ndim == 2 else (1, 1),
             structure=pair.structure,
@@ -142,7 +142,7 @@ class MeasuredBounds:
             summed=self._summed,
         )
         uses = len(shapes) * self._unit**2
-        self.forward, self.whole = math.sqrt(forward / uses), math.sqrt(whole / (2 * uses))
+        self.forward, self.both_passes = math.sqrt(forward / uses), math.sqrt(both_passes / (2 * uses))
         self._coarse = EstimatedBounds(pair, precision)
         self._gradient_bound = cache(self._measured_bound)
         self._factors = cache(self._factors_at)
@@ -187,7 +187,11 @@ class MeasuredBounds:
 
     def multiple(self, *, forward: bool, size: int, dof: int) -> float:
         """C · T · U of the module docstring."""
-        return (self.forward if forward else self.whole) * gaussian_max_quantile(size) * rms_lower_factor(dof)
+        return (
+            (self.forward if forward else self.both_passes)
+            * gaussian_max_quantile(size)
+            * rms_lower_factor(dof)
+        )
 
     def _reference(self, step: int) -> tuple[Trace, Trace] | None:
         left, right = self.measurement.references
@@ -222,7 +226,7 @@ class MeasuredBounds:
         shape = self.measurement.references[0].read(location.step, key).shape
         rows = self.measurement.mean_squares(location.step, key)[0]
         size = math.prod(shape)
-        more = self.forward if location.phase == "activation" else self.whole
+        more = self.forward if location.phase == "activation" else self.both_passes
         margin = rms_upper_factor(EFFECTIVE_DOF) * rms_lower_factor(EFFECTIVE_DOF * self.measurement.draws)
         return np.asarray(more * margin * math.sqrt(size * rows.mean()) + FLOAT32_TINY * math.sqrt(size))
 

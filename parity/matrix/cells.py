@@ -143,26 +143,26 @@ def cells() -> list[Cell]:
     proofs, usual = ("fp64", "fp32"), ("fp64", "fp32", "bf16")
     shared, others = ("full", "lora"), [name for name in METHODS if name not in ("full", "lora")]
     models = [name for name in VARIANTS if name != "deep"]  # that one is for the pipelines
-    found = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(models, shared, usual)]
-    found += [Cell(plain, a, base, "one-device", p) for a, p in itertools.product(others, usual)]
-    found += [Cell(m, a, base, "one-device", "fp64") for m in models if m != plain for a in others]
+    matrix = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(models, shared, usual)]
+    matrix += [Cell(plain, a, base, "one-device", p) for a, p in itertools.product(others, usual)]
+    matrix += [Cell(m, a, base, "one-device", "fp64") for m in models if m != plain for a in others]
     for name in BATCHES:
         if name != base:
-            found += [Cell(plain, a, name, "one-device", p) for a, p in itertools.product(shared, proofs)]
-            found += [Cell(plain, a, name, "one-device", "fp64") for a in others]
+            matrix += [Cell(plain, a, name, "one-device", p) for a, p in itertools.product(shared, proofs)]
+            matrix += [Cell(plain, a, name, "one-device", "fp64") for a in others]
     for name in PLANS:
         if name != "one-device":
             model, batch = PIPELINES.get(name, (plain, base))
-            found += [Cell(model, a, batch, name, p) for a, p in itertools.product(shared, usual)]
-            found += [Cell(model, a, batch, name, p) for a, p in itertools.product(others, _telling(name))]
+            matrix += [Cell(model, a, batch, name, p) for a, p in itertools.product(shared, usual)]
+            matrix += [Cell(model, a, batch, name, p) for a, p in itertools.product(others, _telling(name))]
     # What tensor parallelism splits in a special way: tied embeddings, and biases of both kinds.
     for variant in ("tied", "bias"):
-        found += [Cell(variant, a, base, "data-2-tensor-2", p) for a, p in itertools.product(shared, proofs)]
-        found += [Cell(variant, a, base, "zero3-2-tensor-2", "fp32") for a in METHODS]
+        matrix += [Cell(variant, a, base, "data-2-tensor-2", p) for a, p in itertools.product(shared, proofs)]
+        matrix += [Cell(variant, a, base, "zero3-2-tensor-2", "fp32") for a in METHODS]
     tied_stages = "pipe-2-zero1-2-tensor-2"  # the first and the last stage share the embedding
-    found += [Cell("tied", a, base, tied_stages, p) for a, p in itertools.product(shared, proofs)]
+    matrix += [Cell("tied", a, base, tied_stages, p) for a, p in itertools.product(shared, proofs)]
     summed = ("one-device", "zero1-2", "zero3-2", "tensor-2", "zero3-2-tensor-2")
-    return [*found, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in shared)]
+    return [*matrix, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in shared)]
 
 
 def _telling(plan: str) -> list[str]:

@@ -48,7 +48,7 @@ def status_page(results: Sequence[CellResult]) -> str:
     )
     ran = [result for result in results if result.verdict != "unsupported"]
     refused = [result for result in results if result.verdict == "unsupported"]
-    names = ("model", "method", "rows", "plan", "precision")
+    names = ("model", "method", "batch", "plan", "precision")
     sections = [head, "## Methods and plans\n\n" + _methods_by_plans(results)]
     if ran:
         columns = (*names, "on one device", "verdict", "error", "bound", "used", "noise", "where")

@@ -54,10 +54,10 @@ def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[
     undoes the rounding of that difference. A run computes with the stored weight rounded to `computed`.
     """
     stored = {name: trace.read_initial(f"weight/{name}") for name in sorted(names)}
-    for row in trace.rows:
+    for record in trace.rows:
         yield {name: _rounded(weight, computed) for name, weight in stored.items()}
         for name, weight in stored.items():
-            update = trace.read(row["step"], f"update/{name}").astype(np.float64)
+            update = trace.read(record["step"], f"update/{name}").astype(np.float64)
             stored[name] = (weight.astype(np.float64) + update).astype(weight.dtype)
 
 

@@ -1,4 +1,4 @@
-"""`assert_parity` in a test suite: silent where both sides agree, and the first divergence in its message where not."""
+"""`assert_parity` in a test suite: silent if both sides agree, else its message has the first divergence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many runs, few launches: every run gets an end, whichever process crashes or waits, and no process stays behind."""
+"""Many runs, few launches: every run gets a result, whichever process crashes or hangs, and no process stays behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from parity.runs import launch_many as batch
 from parity.runs.launch_many import Case, CaseResult, run_cases
 
-# A stand-in for a backend: its first word says what the process of which rank does.
+# A stand-in for a backend: its first word says what the process of each rank does.
 STAND_IN = """
 import os, sys, time
 from pathlib import Path
@@ -34,7 +34,7 @@ def main(argv):
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`run("torch", ("pass", 2), ...)`: the ends of cases on a stand-in that is found first on the path."""
+    """`run("torch", ("pass", 2), ...)`: the results of cases on a stand-in that comes first on the path."""
     for program in ("jaxtrain", "torchtrain"):
         (tmp_path / "path" / program).mkdir(parents=True)
         (tmp_path / "path" / program / "__init__.py").touch()
@@ -61,7 +61,7 @@ def alive(process: int) -> bool:
 
 
 def started(tmp_path: Path, what: str) -> dict[str, int]:
-    """Process of each rank that ran a case, by rank."""
+    """The process that ran a case, by rank."""
     files = tmp_path.glob(f"pid-{what}-*")
     return {file.name.rsplit("-", 1)[1]: int(file.read_text().split()[0]) for file in files}
 

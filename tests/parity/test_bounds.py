@@ -1,4 +1,4 @@
-"""The measured fp32 bound: clean runs keep a stated distance to it, thirty times their rounding does not."""
+"""The measured fp32 bound: clean runs keep a stated distance from it, thirty times their rounding exceeds it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STEPS = 2
 
 
 def run_both(home: Path, tiny: TinySetup, variant: str, *, precision: Low = "fp32", **sections) -> Path:
-    """Left and right traces under `home`, of the recipe in `home`/r.yaml. In bf16 gradients are summed in bfloat16."""
+    """Left and right traces under `home` of the recipe `home`/r.yaml. In bf16, gradients are summed in bfloat16."""
     home.mkdir()
     recipe = home / "r.yaml"
     types = {"policy": precision, "reduce": precision}
@@ -83,7 +83,7 @@ def measured_coarse(coarse: Path) -> MeasuredBounds:
 
 
 def keeps_its_distance(pair: Pair, bounds: MeasuredBounds, *, noise: float = 0.001) -> None:
-    """Rounding uses neither so much of a bound that luck decides, nor so little that the bound says nothing."""
+    """Rounding uses neither so much of a bound that luck decides, nor so little that the bound means nothing."""
     comparison = compare(pair, bounds)
     assert comparison.holds, comparison.first_divergence
     assert 0.01 < comparison.worst["gradient"].used < 0.4
@@ -107,12 +107,12 @@ def test_clean_lora_keeps_its_distance(lora: Path, measured: MeasuredBounds):
 def test_clean_lora_in_bf16_keeps_its_distance_and_every_gradient_is_proven(
     coarse: Path, measured_coarse: MeasuredBounds
 ):
-    """Most single elements may be noise there; each tensor as a whole is held to less than half of itself."""
+    """Most single elements may be noise there; each tensor as a whole is held to less than half its norm."""
     pair = Pair(Trace(coarse / "left/trace"), Trace(coarse / "right/trace"))
     keeps_its_distance(pair, measured_coarse, noise=0.6)
-    found = [f for f in compare(pair, measured_coarse).findings if f.location.phase == "gradient"]
-    assert all(finding.proven for finding in found)
-    assert any(finding.undetermined > DETERMINED * finding.elements for finding in found)
+    gradients = [f for f in compare(pair, measured_coarse).findings if f.location.phase == "gradient"]
+    assert all(gradient.proven for gradient in gradients)
+    assert any(gradient.undetermined > DETERMINED * gradient.elements for gradient in gradients)
 
 
 @pytest.mark.full
@@ -137,7 +137,7 @@ def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny
     )
     pair, bounds = bounds_of(home, precision)
     if (method, precision) == ("ptuning-mlp", "bf16"):
-        # In some draws a ReLU goes the other way: the bound before it is as large as the gradient, and the verdict says so.
+        # In some draws a ReLU flips: the bound before it is as large as the gradient, and the verdict says so.
         comparison = compare(pair, bounds)
         failing = [finding for finding in comparison.findings if not finding.holds]
         assert all(str(finding.reason).startswith("nothing is proven") for finding in failing)
@@ -183,11 +183,11 @@ def test_runs_that_start_elsewhere_are_not_replayed(lora: Path, tmp_path: Path):
 def test_a_reference_that_ends_before_the_runs_is_a_failure(
     lora: Path, measured: MeasuredBounds, tmp_path: Path
 ):
-    """From a weight that the run could use float64 gave no finite loss: no estimate takes its place."""
+    """Float64 gave no finite loss from a weight that the run could use: no estimate replaces it."""
     left, right = measured.measurement.references
     short = shutil.copytree(right.directory, tmp_path / "short")
-    rows = (short / "trace.jsonl").read_text().splitlines(keepends=True)
-    (short / "trace.jsonl").write_text(rows[0])
+    lines = (short / "trace.jsonl").read_text().splitlines(keepends=True)
+    (short / "trace.jsonl").write_text(lines[0])
     pair = Pair(Trace(lora / "left/trace"), Trace(lora / "right/trace"))
     cut = replace(measured.measurement, references=(left, Trace(short)))
     bounds = MeasuredBounds(
@@ -208,7 +208,7 @@ def test_a_reference_that_ends_before_the_runs_is_a_failure(
     [("fp32", (2, 2), True), ("bf16", (2, 2), False), ("fp32", (2, 1), False), ("fp32", (1, 2), True)],
 )
 def test_a_sum_in_bfloat16_on_one_side_only_is_found(asked, summands, said, measured: MeasuredBounds):
-    """Within the bound of bf16, and still a finding; a single gradient that is no sum may be bfloat16."""
+    """Within the bound of bf16, and still a failure; a single gradient that is no sum may be bfloat16."""
     location = Location(1, "gradient", "w")
     bounds = copy.copy(measured)
     bounds._summation = Summation(asked, summands)
@@ -263,7 +263,7 @@ def test_a_root_mean_square_is_too_large_by_no_more(dof: int):
 
 @pytest.mark.parametrize("dof", [1, 3, 18, 200])
 def test_a_root_mean_square_is_too_small_by_no_more(dof: int):
-    """Measured at one case in a thousand, where it can be counted; there the factor is smaller."""
+    """Measured at one case in a thousand, where cases can be counted; the factor is smaller there."""
     drawn = np.random.default_rng(0).chisquare(dof, 200_000) / dof
     assert np.mean(np.sqrt(drawn) * rms_lower_factor(dof) < 1) < 1e-4
     assert np.mean(np.sqrt(drawn) * rms_lower_factor(dof) ** 0.3 < 1) > 1e-5
@@ -298,7 +298,7 @@ def test_the_rule_decays_what_the_table_says(lora: Path):
 @pytest.mark.parametrize("phase", ["gradient", "update"])
 @pytest.mark.parametrize(("noisy", "holds"), [(DETERMINED, True), (DETERMINED + 0.1, False)])
 def test_a_tensor_that_is_mostly_noise_proves_nothing(phase: str, noisy: float, holds: bool, tmp_path: Path):
-    """Equal to the last bit and still no proof: a bound that reaches most updates would let any fault through."""
+    """Equal to the last bit and still no proof: a bound as large as most updates would accept any fault."""
     pair = Pair(*(Trace(write(Sim(steps=1), tmp_path / side)) for side in ("a", "b")))
 
     def checked_pairs(location: Location, left: np.ndarray, right: np.ndarray) -> list[CheckedPair]:

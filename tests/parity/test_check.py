@@ -1,4 +1,4 @@
-"""`parity check`: both sides run as programs of their own, here stand-ins that are found first on the path."""
+"""`parity check`: both sides run as separate programs, here stand-ins that come first on the path."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REFUSES = 'print("torchtrain: plan.data=2: not so far", file=sys.stderr)\nraise 
 
 
 def says(line: str, code: int) -> str:
-    """What a side does that ends so."""
+    """The code of a stand-in that ends like this."""
     return f"print('torchtrain: ' + {line + '; nothing was saved yet'!r}, file=sys.stderr)\nraise SystemExit({code})"
 
 
@@ -169,7 +169,7 @@ def test_parity_imports_no_framework():
 
 
 def test_what_is_not_finite_is_never_agreement():
-    """A NaN on either hand or an infinite bound must not pass for a small difference."""
+    """A NaN on either side or an infinite bound must not pass as a small difference."""
     from parity.comparison.compare import _measure
     from parity.comparison.phases import Location
     from parity.comparison.tolerance import Bound, CheckedPair

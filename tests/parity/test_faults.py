@@ -45,7 +45,7 @@ SAMPLE = (
     "vocab-offset-in-loss",  # on two devices
     "pipeline-not-drained",  # of which torch has none in fp64
 )
-# No mistakes: what replaces a library's code, unchanged, and an edit of no effect.
+# No mistakes: unchanged substitutes for a library's code, and an edit without effect.
 HARMLESS = Fault(
     name="harmless",
     imitates="nothing",
@@ -62,9 +62,9 @@ SAMPLED = [
     for backend in BACKENDS
     if fault.applies(backend, "fp64")
 ]
-# The same, said to be a mistake: it must come out as missed.
+# The same, declared a mistake: it must come out as missed.
 NOT_THERE = replace(HARMLESS, name="not-there", where=Where("update", ".*"))
-# A real mistake, said to show elsewhere.
+# A real mistake, declared to show elsewhere.
 ELSEWHERE = replace(chosen(["label-shift"])[0], name="elsewhere", where=Where("update", ".*"))
 NO_RUN = replace(
     HARMLESS,
@@ -96,14 +96,14 @@ def test_the_registry_is_whole():
         assert fault.source
         assert fault.setup in SETUPS
         assert fault.where is None or fault.where.phase in {phase.name for phase in PHASES}
-        # What must pass, and a backend that is left out, is explained.
+        # A fault that must pass and a backend without edits are explained.
         assert fault.note or (fault.where and set(fault.edits) == set(BACKENDS)), fault.name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_every_edit_fits_the_source(fault: Fault, backend: Backend):
-    """A refactoring that moves a fault's ground from under it is noticed here, without training anything."""
+    """A refactoring that removes the code a fault edits is noticed here, without any training."""
     edits = fault.edits.get(backend, ())
     for module in {edit.module for edit in edits}:
         assert module.startswith(("trainspec.", f"{backend}train.", f"{SUBSTITUTES}.{backend}_"))
@@ -118,7 +118,7 @@ def test_an_edit_that_no_longer_fits_is_an_error():
 
 
 def undefined(directory: Path, every: list[tuple[str, tuple[Edit, ...]]]) -> str:
-    """What ruff says of names that no edited module has."""
+    """What ruff says about undefined names in the edited modules."""
     for name, edits in every:
         for module in {edit.module for edit in edits}:
             (directory / f"{name}-{module}.py").write_text(ast.unparse(changed_by(edits, module)))
@@ -127,7 +127,7 @@ def undefined(directory: Path, every: list[tuple[str, tuple[Edit, ...]]]) -> str
 
 
 def test_what_is_put_in_names_what_is_there(tmp_path: Path):
-    """A variable that a replacement names, and the pattern does not, may have been renamed."""
+    """A variable that only the replacement names may have been renamed."""
     every = [(f"{f.name}-{backend}", edits) for f in FAULTS for backend, edits in f.edits.items()]
     every += [(f.name, (f.edit,)) for f in SHARED]
     assert undefined(tmp_path, every) == "All checks passed!\n"
@@ -241,7 +241,7 @@ def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Precis
 
 
 def test_the_page_in_docs_is_of_these_faults():
-    """`parity faults --page docs/faults.md` writes it; a fault that was added since is missing there."""
+    """`parity faults --page docs/faults.md` writes it; faults added since are missing."""
     rows = re.findall(
         r"^\| ([a-z0-9-]+) \| (jax|torch) \|", (ROOT / "docs/faults.md").read_text(), flags=re.M
     )

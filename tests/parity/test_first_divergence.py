@@ -1,4 +1,4 @@
-"""A failed check says where it went wrong first, in causal order, and what the two numbers are."""
+"""A failed check names the first divergence in causal order, and both numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each pattern is read where it is planted, and nothing is read into a difference without one."""
+"""Each planted pattern gets its reading, and a difference without a pattern gets none."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def noise(shape, seed: int = 5) -> np.ndarray:
 
 
 def at(where: np.ndarray, point: str = "layers.0.attention"):
-    """Noise in the activations where `where` is not zero, and as large as it."""
+    """Noise in the activations, in proportion to `where`."""
     return lambda arrays: arrays | {point: arrays[point] + noise(arrays[point].shape) * where[:, :, None]}
 
 

@@ -1,4 +1,4 @@
-"""What a trace says of its names, and what is made of names that nobody says anything of."""
+"""What a trace says about its names, and what is guessed for names that no trace describes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainspec.families import FAMILIES
 from trainspec.methods import full_table
 from trainspec.trace import Named, Trace, TraceWriter, activation_points
 
-# Of a program that knows nothing of us.
+# Names of a program that is not ours.
 FOREIGN = [
     "transformer.wte.weight",
     "transformer.h.2.attn.weight",
@@ -91,7 +91,7 @@ def test_the_header_is_passed_over_by_other_readers_and_read_back(tmp_path: Path
 
 
 def without_header(trace: Path) -> Path:
-    """As a version before, or another program, writes it."""
+    """As an earlier version or another program writes it."""
     save_file(load_file(trace / "initial.safetensors"), trace / "initial.safetensors")
     return trace
 
@@ -102,8 +102,8 @@ def test_traces_without_a_header_are_compared_and_that_is_said(tmp_path: Path, c
     assert main(["diff", str(left), str(left)]) == 0
     assert "note: neither trace has a causal_order" in capsys.readouterr().out
     assert main(["diff", str(left), str(right), "--out", str(tmp_path)]) == 1
-    found = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
-    assert (found["phase"], found["tensor"]) == ("gradient", Q1)
+    first = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
+    assert (first["phase"], first["tensor"]) == ("gradient", Q1)
     capsys.readouterr()
     assert main(["diff", str(left), str(write(Sim(), tmp_path / "says"))]) == 0
     assert "causal_order" not in capsys.readouterr().out
