@@ -1,4 +1,4 @@
-"""The structure behind the names in two traces: causal order, role in the model, layer.
+"""What the names in two traces stand for: causal order, role in the model, layer.
 
 A trace states it in its header (`trainspec.trace`, `causal_order`). For a name in neither header it is guessed from the
 name itself: a layer from its number, an embedding, a head or a method's encoder from the word.
