@@ -136,8 +136,8 @@ def cells() -> list[Cell]:
     """Every cell: all methods on all plans, models and batches, in the precisions that show something new.
 
     What all methods share (models, batches, how weights are split) is run in every precision with full training and LoRA.
-    The other methods are proven in fp64, in fp32 wherever torch has no fp64 (that is where DeepSpeed works), and in bf16
-    on the plans of `COARSE`.
+    The other methods are proven in fp64, in fp32 on one device and wherever torch has no fp64 (that is where DeepSpeed
+    works), and in bf16 on one device and the plans of `COARSE`.
     """
     base, plain = "packed-2", "plain"
     proofs, usual = ("fp64", "fp32"), ("fp64", "fp32", "bf16")

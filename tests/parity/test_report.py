@@ -84,7 +84,7 @@ def test_names_are_visited_as_data_flows(prefix):
         assert structure.in_order(set(shown), backward=True) == shown[::-1]
 
 
-def test_a_real_page_shows_verdict_place_curves_heat_map_versions_and_recipe(tmp_path):
+def test_a_real_page_shows_verdict_location_curves_heat_map_versions_and_recipe(tmp_path):
     left = write(Sim(), tmp_path / "left")
     diff(left, write(Sim(gradient_factor=(Q1, 1.01)), tmp_path / "right"), precision=None, out=tmp_path)
     page = (tmp_path / "report.html").read_text()
