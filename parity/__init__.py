@@ -1,7 +1,7 @@
 """The proof: runs both backends as subprocesses and compares their traces. Imports trainspec only.
 
-For other programs and test suites: `assert_parity` checks a recipe, `Recorder` writes a trace that `parity diff` reads
-(docs/record-a-trace.md), `read_results` reads what a check or the matrix wrote. Importing this loads neither framework.
+For other programs and test suites: `assert_parity` checks a recipe, `Recorder` writes a trace for `parity diff`
+(docs/record-a-trace.md), `read_results` reads the output of a check or the matrix. Importing this loads neither framework.
 """
 
 from parity.assertion import assert_parity

@@ -1,4 +1,4 @@
-"""`assert_parity`: the check as one line of anybody's test suite."""
+"""`assert_parity`: the check as one line of a test suite."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def assert_parity(
     overrides: Sequence[str] = (),
     out: Path | str | None = None,
 ) -> None:
-    """Train `recipe` on both sides and raise AssertionError, with the first divergence, where they differ.
+    """Train `recipe` on both sides and raise AssertionError, with the first divergence, if they differ.
 
-    A side is a backend and what is set differently for it, such as "torch optimizer.eps=1e-6"; `overrides` such as
-    "run.seed=3" go to both. Each side is a program of its own: the caller's process loads neither framework. With
-    `out`, verdict.json, report.html and both traces stay there. Raises UserError, in one line, for what the recipe or
-    its files have wrong, MachineError where a side's machine failed.
+    A side is a backend and its own overrides, such as "torch optimizer.eps=1e-6"; `overrides` such as "run.seed=3"
+    apply to both. Each side runs as a separate program: the caller's process loads neither framework. `out` keeps
+    verdict.json, report.html and both traces. Raises UserError for a mistake in the recipe or its files, MachineError
+    if a side's machine failed.
     """
     __tracebackhide__ = True
     if precision not in get_args(Policy):
@@ -38,27 +38,27 @@ def assert_parity(
     with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
         home = Path(out) if out else Path(scratch) / "check"
         verdict = check(
-            _file(recipe, Path(scratch)), left=parse_side(left), right=parse_side(right), precision=precision,
+            _recipe_file(recipe, Path(scratch)), left=parse_side(left), right=parse_side(right), precision=precision,
             steps=steps, overrides=overrides, out=home,
         )  # fmt: skip
     if not verdict.holds:
-        raise AssertionError(told(verdict, report=Path(out) / "report.html" if out else None))
+        raise AssertionError(message(verdict, report=Path(out) / "report.html" if out else None))
 
 
-def told(verdict: Verdict, *, report: Path | None) -> str:
-    """A failing verdict as the message of an AssertionError."""
+def message(verdict: Verdict, *, report: Path | None) -> str:
+    """The AssertionError's message for a failing verdict."""
     first = verdict.comparison.first_divergence
     assert first is not None
     lines = [f"{verdict.left} and {verdict.right} did not do the same training in {verdict.precision}"]
-    lines += [f"first divergence: {first.place}: {explained(first)}"]
+    lines += [f"first divergence: {first.location}: {explained(first)}"]
     element = f"element {list(first.index)} in " if first.index else ""
     lines += [f"  {element}{side}: {value}" for side, value in values_at(verdict, first)]
     lines += [f"  reading: {verdict.reading}"] if verdict.reading else []
-    lines += [f"report: {report}" if report else "give out=DIR to keep the traces and a report"]
+    lines += [f"report: {report}" if report else "pass out=DIR to keep the traces and a report"]
     return "\n".join(lines)
 
 
-def _file(recipe: Path | str | Recipe, scratch: Path) -> Path:
+def _recipe_file(recipe: Path | str | Recipe, scratch: Path) -> Path:
     if not isinstance(recipe, Recipe):
         return Path(recipe)
     path = scratch / "recipe.yaml"

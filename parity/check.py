@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import assert_never
 
 from parity.comparison.compare import Comparison, compare, ending
-from parity.comparison.estimated_bounds import RoundingBounds
+from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.measure import measured_bounds
@@ -17,7 +17,7 @@ from parity.report.diagnosis import read
 from parity.report.html import Report, write_report
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
-from parity.runs.sides import Ran, Side, resolved_recipe, run_side
+from parity.runs.sides import Side, SideResult, resolved_recipe, run_side
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plans.plan import Policy
@@ -42,8 +42,9 @@ def check(
 ) -> Verdict:
     """Train the recipe on both sides and judge their traces. Writes `out`/verdict.json and report.html.
 
-    `steps` None compares the first ten updates, or all of a shorter run. Where loss or gradients differ, both sides
-    are trained again up to that step, with its activations, to find where it went wrong first.
+    `steps` None compares the first ten updates, or all of a shorter run. If loss or gradients differ, both sides are
+    trained again up to that step, with its activations, to locate the first divergence. Raises UserError for a mistake in
+    the arguments or the recipe.
     """
     recipe = load_recipe(recipe_path, overrides)
     span = recipe.span(lambda: open_dataset(resolve(recipe), "train").rows)
@@ -51,41 +52,41 @@ def check(
     if steps > span.last:
         raise UserError(f"--steps {steps}: {recipe_path} makes {span.last} updates; compare at most those")
     _check_rates(recipe, span, steps)
-    # A mistake in the second must not wait for the first to be trained.
+    # A mistake in the right side's recipe must show before the left side is trained.
     sides = [load_recipe(recipe_path, (*overrides, *side.overrides)) for side in (left, right)]
     for name, side, resolved in zip(NAMES, (left, right), sides, strict=True):
         if line := refusal(resolved.plan, precision, side.backend):
             raise UserError(f"{name} ({side}): {line}")
     if (out / "checkpoints").exists() or (out / "recipe.yaml").exists():
-        raise UserError(f"--out {out}: holds a training run; give the check a directory of its own")
+        raise UserError(f"--out {out}: holds a training run; give the check its own directory")
     for old in ("first-divergence", "measured"):  # of an earlier check
         shutil.rmtree(out / old, ignore_errors=True)
     request = _Request(
         recipe_path, tuple(overrides), precision, (left, right), _summands(*sides), _counts(recipe)
     )
-    ran = request.run(steps, out=out)
-    comparison = request.judge(ran, out=out)
-    verdict = Verdict(precision, str(left), str(right), comparison, reading=request.read(comparison, ran))
-    if (step := _worth_a_closer_look(comparison)) and not any(side.stopped for side in ran):
-        verdict = request.closer(verdict, step, out=out / "first-divergence")
+    results = request.run(steps, out=out)
+    comparison = request.judge(results, out=out)
+    verdict = Verdict(precision, str(left), str(right), comparison, reading=request.read(comparison, results))
+    if (step := _step_to_refine(comparison)) and not any(side.stopped for side in results):
+        verdict = request.refined(verdict, step, out=out / "first-divergence")
     recipes = [resolved_recipe(out, name) for name in NAMES]
-    _write(verdict, ran, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
+    _write(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
     return verdict
 
 
 def _check_rates(recipe: Recipe, span: Span, steps: int) -> None:
-    """Raises UserError where no compared update moves a weight: agreement would prove nothing."""
-    made = (
+    """Raises UserError if no compared update moves a weight: agreement would prove nothing."""
+    rates = (
         learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step, steps=span.steps)
         for step in range(steps)
     )
-    if not any(made):
+    if not any(rates):
         raise UserError(f"--steps {steps}: the learning rate is 0 in all of them; compare more steps")
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What a check was asked for."""
+    """The arguments of a check, resolved."""
 
     recipe: Path
     overrides: tuple[str, ...]
@@ -94,7 +95,7 @@ class _Request:
     summands: tuple[int, int]
     counts: Mapping[str, float]
 
-    def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[Ran]:
+    def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[SideResult]:
         """Train both sides, one after the other."""
         return [
             run_side(
@@ -104,8 +105,10 @@ class _Request:
             for side, name in zip(self.sides, NAMES, strict=True)
         ]  # fmt: skip
 
-    def judge(self, ran: Sequence[Ran], *, out: Path, activations_at: int | None = None) -> Comparison:
-        """Compare with the bounds of the precision; those of fp32 and bf16 are measured."""
+    def judge(
+        self, results: Sequence[SideResult], *, out: Path, activations_at: int | None = None
+    ) -> Comparison:
+        """Compare with the bounds of the precision, which are measured in fp32 and bf16."""
 
         def bounds(pair: Pair) -> Bounds:
             match self.precision:
@@ -119,66 +122,72 @@ class _Request:
                 case other:
                     assert_never(other)
 
-        return _compare(ran, bounds)
+        return _compare(results, bounds)
 
-    def closer(self, verdict: Verdict, step: int, *, out: Path) -> Verdict:
-        """The verdict with `step` seen again, activations included: the first divergence may lie before the first seen.
+    def refined(self, verdict: Verdict, step: int, *, out: Path) -> Verdict:
+        """The verdict with `step` judged again, activations included, where an earlier divergence may show.
 
-        Everything goes under `out`. Where the step shows nothing the second time, the verdict stays as it was.
+        Everything goes under `out`. If the step holds the second time, the verdict stays as it is.
         """
-        ran = self.run(step, out=out, activations_at=step)
-        if any(side.stopped for side in ran):
+        results = self.run(step, out=out, activations_at=step)
+        if any(side.stopped for side in results):
             return verdict
-        seen = self.judge(ran, out=out, activations_at=step)
-        if seen.holds:
+        second = self.judge(results, out=out, activations_at=step)
+        if second.holds:
             return verdict
         before, after = (
-            [f for f in verdict.comparison.findings if f.place.step < step],
-            [f for f in verdict.comparison.findings if f.place.step > step],
+            [f for f in verdict.comparison.findings if f.location.step < step],
+            [f for f in verdict.comparison.findings if f.location.step > step],
         )
-        # The second look adds places; one that failed at first does not come to hold by it.
-        failed = {f.place: f for f in verdict.comparison.findings if f.place.step == step and not f.holds}
-        again = [failed.get(f.place, f) if f.holds else f for f in seen.findings if f.place.step == step]
+        # The second comparison adds locations; one that failed in the first stays failed.
+        failed = {
+            f.location: f for f in verdict.comparison.findings if f.location.step == step and not f.holds
+        }
+        again = [
+            failed.get(f.location, f) if f.holds else f for f in second.findings if f.location.step == step
+        ]
         comparison = replace(verdict.comparison, findings=(*before, *again, *after))
-        return replace(verdict, comparison=comparison, reading=self.read(comparison, ran))
+        return replace(verdict, comparison=comparison, reading=self.read(comparison, results))
 
-    def read(self, comparison: Comparison, ran: Sequence[Ran]) -> str | None:
+    def read(self, comparison: Comparison, results: Sequence[SideResult]) -> str | None:
         """What kind of cause the first divergence looks like."""
-        return read(comparison, _traces(ran), counts=self.counts)
+        return read(comparison, _traces(results), counts=self.counts)
 
 
 def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
-    """Of how many gradients each side makes one: microbatches, each of them in as many parts as there are replicas."""
+    """How many gradients each side sums: one for each accumulation slice and replica."""
     one, other = (recipe.batch.accumulation * recipe.plan.replicas for recipe in (left, right))
     return one, other
 
 
 def _counts(recipe: Recipe) -> dict[str, float]:
-    """What a recipe counts: a factor between two tensors may be one of these."""
+    """What the recipe counts, by name; a factor between two tensors may be one of these."""
     return {"accumulation": float(recipe.batch.accumulation)} | recipe.method.counts()
 
 
-def _worth_a_closer_look(comparison: Comparison) -> int | None:
-    """The step of the first divergence, where activations can tell more: in the loss or in a gradient."""
+def _step_to_refine(comparison: Comparison) -> int | None:
+    """The step of the first divergence if activations can tell more: if it is in the loss or a gradient."""
     first = comparison.first_divergence
-    return first.place.step if first and first.place.phase in ("loss", "gradient") else None
+    return first.location.step if first and first.location.phase in ("loss", "gradient") else None
 
 
 def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None) -> Verdict:
-    """Judge two traces of any origin; `precision` None takes the coarser of the types found in them.
+    """Judge two traces of any origin; `precision` None takes the coarser type of their gradients.
 
-    Raises UserError where a directory holds a whole check, and where the two traces share no name.
+    Raises UserError if a directory holds a whole check, or if the two traces share no name.
     """
     for path in (left, right):
         _refuse_a_check(path)
     traces = Trace(left), Trace(right)
     _share_names(*traces)
-    ran = [Ran(trace) for trace in traces]
+    results = [SideResult(trace) for trace in traces]
     precision = precision or _coarser(traces)
-    comparison = _compare(ran, lambda pair: bounds_for(pair, precision, lora_scale=1.0))
-    verdict = Verdict(precision, str(left), str(right), comparison, reading=read(comparison, _traces(ran)))
+    comparison = _compare(results, lambda pair: bounds_for(pair, precision, lora_scale=1.0))
+    verdict = Verdict(
+        precision, str(left), str(right), comparison, reading=read(comparison, _traces(results))
+    )
     if out:
-        _write(verdict, ran, out, recipe=None, settings=(), recipes=())
+        _write(verdict, results, out, recipe=None, settings=(), recipes=())
     return verdict
 
 
@@ -189,67 +198,67 @@ def _refuse_a_check(path: Path) -> None:
 
 
 def _share_names(left: Trace, right: Trace) -> None:
-    """Every place of unrelated traces would be missing on one side: that is one mistake, not a thousand."""
+    """Raises one UserError for unrelated traces, of which every single location would be missing on one side."""
     names = [set(trace.initial_names()) for trace in (left, right)]
     if all(names) and not names[0] & names[1]:
         one, other = (min(each).removeprefix("weight/") for each in names)
         raise UserError(
-            f"{left.directory} and {right.directory}: no weight has the same name in both ({one!r}, {other!r}); record them under names that both agree on"
+            f"{left.directory} and {right.directory}: no weight has the same name in both ({one!r}, {other!r}); record them under common names"
         )
 
 
 def bounds_for(pair: Pair, precision: Policy, *, lora_scale: float) -> Bounds:
-    """The bounds for two traces of which nothing more is known: in fp32 and bf16 estimated, not measured."""
+    """The bounds for two traces without a recipe: in fp32 and bf16 estimated, not measured."""
     match precision:
         case "fp64":
             return ProofBounds(pair)
         case "fp32" | "bf16":
-            return RoundingBounds(pair, precision, lora_scale=lora_scale)
+            return EstimatedBounds(pair, precision, lora_scale=lora_scale)
         case other:
             assert_never(other)
 
 
-def _compare(ran: Sequence[Ran], bounds: Callable[[Pair], Bounds]) -> Comparison:
-    left, right = (side.trace for side in ran)
-    stopped = {name: side.stopped for name, side in zip(NAMES, ran, strict=True) if side.stopped}
+def _compare(results: Sequence[SideResult], bounds: Callable[[Pair], Bounds]) -> Comparison:
+    left, right = (side.trace for side in results)
+    stopped = {name: side.stopped for name, side in zip(NAMES, results, strict=True) if side.stopped}
     if left is None or right is None:  # a side stopped before its first update
         return Comparison(0, tuple(ending((0, 0), stopped)))
     pair = Pair(left, right)
     return compare(pair, bounds(pair), stopped=stopped)
 
 
-def _traces(ran: Sequence[Ran]) -> tuple[Trace, Trace] | None:
-    left, right = (side.trace for side in ran)
+def _traces(results: Sequence[SideResult]) -> tuple[Trace, Trace] | None:
+    left, right = (side.trace for side in results)
     return (left, right) if left and right else None
 
 
 def _coarser(traces: Sequence[Trace]) -> Policy:
-    """The precision of the coarsest gradients found at step 1."""
+    """The precision of the coarsest gradients of step 1."""
     order: tuple[tuple[str, Policy], ...] = (("bfloat16", "bf16"), ("float32", "fp32"), ("float64", "fp64"))
-    found = {
+    dtypes = {
         str(trace.read(1, key).dtype)
         for trace in traces
         for key in trace.names(1)
         if key.startswith(("gradient/", "update/"))
     }
     for dtype, precision in order:
-        if dtype in found:
+        if dtype in dtypes:
             return precision
     raise UserError(
-        f"{traces[0].directory}: gradients of type {', '.join(sorted(found)) or 'none'}; say --precision fp64, fp32 or bf16"
+        f"{traces[0].directory}: gradients of type {', '.join(sorted(dtypes)) or 'none'}; give --precision fp64, fp32 or bf16"
     )
 
 
 def _write(
     verdict: Verdict,
-    ran: Sequence[Ran],
+    results: Sequence[SideResult],
     out: Path,
     *,
     recipe: str | None,
     settings: Sequence[str],
     recipes: Sequence[str],
 ) -> None:
-    losses = [[row["loss"] for row in side.trace.rows] if side.trace else [] for side in ran]
+    losses = [[record["loss"] for record in side.trace.rows] if side.trace else [] for side in results]
     verdict.write(out)
     report = Report(verdict, *losses, recipe=recipe, settings=tuple(settings), recipes=tuple(recipes))
     write_report(out / "report.html", report)

@@ -30,15 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> ArgumentParser:
-    """What the command line takes."""
+    """The command line's arguments."""
     parser = ArgumentParser(prog="parity", description="Prove that two runs did the same training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("check", help="train a recipe on two sides and compare every update")
     add_recipe(run)
-    run.add_argument("--left", default="jax", metavar="SIDE", help='such as "jax plan.data=2" (jax)')
+    run.add_argument(
+        "--left",
+        default="jax",
+        metavar="SIDE",
+        help='a backend and its own settings, such as "jax plan.data=2" (jax)',
+    )
     run.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
     run.add_argument(
-        "--precision", choices=get_args(Policy), default="fp64", help="fp64, the proof, by default"
+        "--precision", choices=get_args(Policy), default="fp64", help="fp64 (the proof) by default"
     )
     run.add_argument(
         "--steps", type=_count, metavar="N", help=f"how many updates to compare ({DEFAULT_STEPS})"
@@ -47,12 +52,12 @@ def parser() -> ArgumentParser:
     compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")
     compare.add_argument("left", type=Path, metavar="TRACE_A")
     compare.add_argument("right", type=Path, metavar="TRACE_B")
-    compare.add_argument("--precision", choices=get_args(Policy), help="by default that of the coarser trace")
+    compare.add_argument("--precision", choices=get_args(Policy), help="that of the coarser trace by default")
     compare.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write verdict.json and report.html here"
+        "--out", type=Path, metavar="DIR", help="write verdict.json and report.html here, too"
     )
     matrix = commands.add_parser("matrix", help="models, methods, plans and precisions, proven or refused")
-    matrix.add_argument("--only", metavar="TEXT", help="cells whose name has TEXT in it, such as /lora/")
+    matrix.add_argument("--only", metavar="TEXT", help="only cells whose name contains TEXT, such as /lora/")
     matrix.add_argument(
         "--out",
         type=Path,
@@ -64,23 +69,21 @@ def parser() -> ArgumentParser:
         "--status", type=Path, metavar="FILE",
         help=f"the page to write; {STATUS_PAGE} by default, with --only DIR/{STATUS_PAGE.name}",
     )  # fmt: skip
-    faults = commands.add_parser(
-        "faults", help="plant known mistakes; each must be caught, at the right place"
-    )
+    faults = commands.add_parser("faults", help="plant known mistakes; each must be caught at its location")
     faults.add_argument(
-        "--only", nargs="+", action="extend", default=[], metavar="NAME", help="these faults (all)"
+        "--only", nargs="+", action="extend", default=[], metavar="NAME", help="only these faults (all)"
     )
     faults.add_argument("--backend", choices=BACKENDS, help="plant them in this backend only")
     faults.add_argument(
         "--precision",
         choices=get_args(Precision),
         action="append",
-        help="fp64, the proof, by default; may repeat",
+        help="fp64 (the proof) by default; may be repeated",
     )
     faults.add_argument(
-        "--keep", action="store_true", help="keep the traces of what came out as expected, too"
+        "--keep", action="store_true", help="also keep the traces of faults that came out as expected"
     )
-    faults.add_argument("--list", action="store_true", help="say what there is and run nothing")
+    faults.add_argument("--list", action="store_true", help="list the faults and run nothing")
     faults.add_argument(
         "--page", type=Path, metavar="FILE", help="write the results as Markdown, such as docs/faults.md"
     )
@@ -115,13 +118,13 @@ def _run(args: Namespace) -> int:
 
 
 def _matrix(args: Namespace) -> int:
-    rows = run_matrix(select(args.only), out=args.out)
+    results = run_matrix(select(args.only), out=args.out)
     page = args.status or (args.out / STATUS_PAGE.name if args.only else STATUS_PAGE)
-    write_json(args.out / "matrix.json", rows)
-    write_status(page, rows)
-    print("\n".join(status_lines(rows)))
+    write_json(args.out / "matrix.json", results)
+    write_status(page, results)
+    print("\n".join(status_lines(results)))
     print(f"page: {page}")
-    return EXIT_FAILED if any(row.verdict == "fail" for row in rows) else EXIT_DONE
+    return EXIT_FAILED if any(result.verdict == "fail" for result in results) else EXIT_DONE
 
 
 def _faults(args: Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Runs `parity.runs.replay` for the two sides of a check, and makes their bounds of what it leaves."""
+"""Runs `parity.runs.replay` for the two sides of a check, and makes bounds from its output."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from parity.comparison.adam import AdamRule
 from parity.comparison.drift import lora_scale
-from parity.comparison.estimated_bounds import RoundingBounds
-from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Sums
+from parity.comparison.estimated_bounds import EstimatedBounds
+from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import UNIT, Bounds
 from parity.runs.perturb import DRAWS
@@ -26,17 +26,17 @@ from trainspec.recipe import load_recipe
 from trainspec.runs.run import Run, resolve
 from trainspec.trace import Trace
 
-# The reference is the same for both sides: one of the backends, on one device.
+# The backend that computes the reference of both sides, on one device.
 REFERENCE: Backend = "jax"
-ESTIMATED = "the bounds are estimated, not measured: the runs do not start from the weights that the recipe gives, or train others"
+ESTIMATED = "the bounds are estimated, not measured: the runs do not start from the recipe's weights, or train other ones"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What `parity.runs.replay` is told: the reference's backend and recipe, the runs (traces) that it makes again.
+    """The input of `parity.runs.replay`: the reference's backend and recipe, and the runs (traces) that it repeats.
 
-    `draws` are made of the first run, its weights moved by `unit`; step `activations_at` is seen with activations.
-    `computed` is the type that the runs compute with: what they made of their weights is rounded to it.
+    `draws` is the number of repetitions of the first run with its weights perturbed by `unit`; step `activations_at` is
+    recorded with activations. `computed` is the type that the runs compute in, to which their weights are rounded.
     """
 
     backend: Backend
@@ -62,19 +62,19 @@ def measured_bounds(
 ) -> Bounds:
     """Bounds for two runs of `recipe`, measured under `out`/measured.
 
-    `summands` says of how many microbatches' and replicas' gradients each side makes one. Runs that do not start as the
-    recipe does, or train something else, cannot be replayed: they get estimates, and a note that says so.
+    `summands` is the number of gradients that each side sums. Runs that do not start as the recipe does, or train
+    something else, cannot be replayed: they get estimated bounds, and a note that says so.
     """
     run = resolve(load_recipe(recipe, overrides))
     if not _start_as(run, pair):
         scale = lora_scale(run.recipe.method)
-        return RoundingBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
+        return EstimatedBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
     runs = [trace.directory for trace in pair.traces]
     measurement = measure(
         runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
     )
-    sums = Sums(run.recipe.precision.reduce, summands)
-    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(run), sums=sums)
+    summation = Summation(run.recipe.precision.reduce, summands)
+    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(run), summation=summation)
 
 
 def measure(
@@ -86,7 +86,7 @@ def measure(
     out: Path,
     activations_at: int | None = None,
 ) -> Measurement:
-    """Replay every run in float64, and the first of them from perturbed weights as well: one process for all."""
+    """Replay every run in float64, the first also from perturbed weights, in one process. Raises UserError if it fails."""
     home = out / "measured"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
@@ -112,12 +112,12 @@ def measure(
 
 
 def rule_of(run: Run) -> AdamRule:
-    """The run's optimizer, with the names that decay."""
+    """The run's optimizer rule, with the names of the weights that decay."""
     return AdamRule(run.recipe.optimizer, frozenset(p.name for p in run.trained if p.decay))
 
 
 def _start_as(run: Run, pair: Pair) -> bool:
-    """Whether both runs started from the same finite weights, of the names and shapes that the recipe gives."""
+    """Whether both runs started from equal, finite weights with the recipe's names and shapes, and train the same ones."""
     wanted = {p.name: p.shape for p in run.full_table}
     if pair.names(0, "weight") != set(wanted):
         return False

@@ -1,7 +1,7 @@
-"""Record a trace from any training program, in any framework, for `parity diff`: arrays in, files out.
+"""Record a trace of any training program, in any framework, for `parity diff`: arrays in, files out.
 
-Two programs that do the same training name and lay out their weights differently. Each gives a map from its own names
-to names that both agree on; after that the traces can be compared, tensor by tensor, step by step.
+Two programs that do the same training may name and lay out their weights differently. Each maps its own names to common
+ones, so that the traces can be compared tensor by tensor, step by step.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ NamedArrays = Mapping[str, ArrayLike]
 
 
 class Recorder:
-    """Writes the trace of one run of a model trained by a method of Adam's family.
+    """Writes the trace of one training run with an optimizer of the Adam family.
 
         recorder = Recorder(Path("runs/mine"), names={"fc.kernel": "fc.weight"}, transpose={"fc.kernel"})
         recorder.initial(weights)
         for ...:
             recorder.step(batch=..., loss_sum=..., tokens=..., lr=..., gradients=..., weights=..., moment1=..., moment2=...)
 
-    `names` maps the program's own names to those that both sides agree on, one to one. Arrays of `transpose` (own names)
-    have two dimensions that stand the other way round on the other side. Arrays are what `numpy.asarray` takes:
-    `tensor.detach().cpu().numpy()` for torch, a `jax.Array` as it is. Each is copied at once, so that a program which
-    updates its weights in place does no harm. Types are kept: a float64 run leaves a float64 trace, and is held to 1e-9.
+    `names` maps the program's own names to the common ones, one to one. `transpose` lists the matrices (by their own
+    names) whose two dimensions are swapped on the other side. Arrays are anything that `numpy.asarray` takes:
+    `tensor.detach().cpu().numpy()` for torch, a `jax.Array` itself. Each is copied at once, so the program may update its
+    weights in place. Types are kept: a float64 run gives a float64 trace, which is held to 1e-9.
 
-    Raises TraceError where a name is not in the map, one is missing, or a shape is not the weight's.
+    Raises TraceError if a name is not in the map, an array is missing, or a shape is not the weight's.
     """
 
     def __init__(self, directory: Path, *, names: Mapping[str, str], transpose: Collection[str] = ()) -> None:
@@ -50,7 +50,7 @@ class Recorder:
         self._step = 0
 
     def initial(self, weights: NamedArrays) -> None:
-        """The weights before the first update, frozen ones included. Call it once, before the first `step`."""
+        """Record the weights before the first update, frozen ones included. Call it once, before the first `step`."""
         missing = sorted(set(self._names) - set(weights))
         if missing:
             raise TraceError(f"initial: no {missing[0]!r}, which is in the name map; give every weight")
@@ -72,14 +72,14 @@ class Recorder:
         activations: NamedArrays | None = None,
         activation_gradients: NamedArrays | None = None,
     ) -> None:
-        """One update.
+        """Record one update.
 
-        `batch` is whatever the update is trained on, by names that both sides agree on; it must be equal to the last
-        bit. The loss is `loss_sum / tokens`, tokens being what the program averages over (elements, rows, tokens).
-        `gradients` are the loss's, before clipping, and say what is trained; the other three must have the same names.
-        `weights`, `moment1` and `moment2` (Adam's, without bias correction) are as the update leaves them.
-        `grad_norm` is the norm over all gradients, before clipping, as the program sees it; left out, it is computed.
-        `activations` and their gradients go by names that both sides agree on.
+        `batch` is whatever the update is trained on, by common names; both sides' must be equal to the last bit. The
+        loss is `loss_sum / tokens`, where `tokens` counts what the program averages over (elements, examples, tokens).
+        `gradients` are those of the loss, before clipping; they tell what is trained, and `weights`, `moment1` and
+        `moment2` (Adam's, without bias correction) must have their names. Those three are the values after the update.
+        `grad_norm` is the program's norm over all gradients, before clipping; by default it is computed. `activations`
+        and their gradients have common names.
         """
         if not self._weights:
             raise TraceError("step: call initial(weights) before the first step")
@@ -112,7 +112,7 @@ class Recorder:
         self._step += 1
 
     def _trained(self, what: str, arrays: NamedArrays, gradients: Arrays) -> Arrays:
-        """The arrays of trained weights only; frozen ones may be given as well."""
+        """The arrays of the trained weights; those of frozen ones are ignored."""
         mapped = self._mapped(what, arrays)
         missing = [name for name in gradients if name not in mapped]
         if missing:
@@ -120,7 +120,7 @@ class Recorder:
         return {name: mapped[name] for name in gradients}
 
     def _mapped(self, what: str, arrays: NamedArrays) -> Arrays:
-        """Copies under the names and in the layout that both sides agree on."""
+        """Copies under the common names and in the common layout."""
         mapped = {}
         for name, array in arrays.items():
             if name not in self._names:
@@ -141,7 +141,7 @@ def _copy(array: ArrayLike) -> Array:
 
 
 def _plain(array: ArrayLike) -> Array:
-    """A mask of truth values is written as numbers: there a type has no precision."""
+    """A boolean mask becomes uint8, as integer types have no precision to check."""
     copy = _copy(array)
     return copy.astype(np.uint8) if copy.dtype == np.bool_ else copy
 

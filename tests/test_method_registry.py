@@ -19,7 +19,7 @@ from small import ROOT, SMALL
 from parity.faults import FAULTS
 from parity.faults.fault import setup_recipe
 from parity.matrix.cells import PLANS, cells
-from parity.runs.fixture import Tiny
+from parity.runs.fixture import TinySetup
 from trainspec.errors import RecipeError
 from trainspec.files.adapters import read_adapter, write_adapter
 from trainspec.init import initial_value
@@ -117,7 +117,7 @@ def test_every_example_is_in_the_matrix_under_every_plan():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_method_has_a_fault_of_its_own(kind: str, tmp_path: Path):
-    setups = {setup_recipe(Tiny(tmp_path), fault.setup, "fp64", "jax").method.kind for fault in FAULTS}
+    setups = {setup_recipe(TinySetup(tmp_path), fault.setup, "fp64", "jax").method.kind for fault in FAULTS}
     assert kind in setups
 
 

@@ -66,4 +66,7 @@ def test_a_gradient_of_own_heads_only_is_seen(
     verdict = checked(make_recipe, tmp_path, "torch", "torch plan.tensor=2", "fp64", FULL)
     first = verdict.comparison.first_divergence
     assert first is not None
-    assert (first.place.phase, first.place.tensor) == ("gradient", "model.layers.1.self_attn.k_norm.weight")
+    assert (first.location.phase, first.location.tensor) == (
+        "gradient",
+        "model.layers.1.self_attn.k_norm.weight",
+    )

@@ -1,6 +1,6 @@
-"""The optimizer: its coefficients, read off a trace where there is no recipe, and its rule, where there is one.
+"""The optimizer: its coefficients fitted to a trace if there is no recipe, and its rule if there is one.
 
-Fitted coefficients only scale bounds: what moments and updates themselves are is compared between the sides.
+Fitted coefficients only scale bounds; the moments and updates themselves are compared between the sides.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.pair import Pair, as_float64
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from trainspec.recipe import AdamW
 
 Array = NDArray[Any]
 MOMENTS = ("moment1", "moment2")
 # torch.nn.utils.clip_grad_norm_ and DeepSpeed clip by max / (norm + 1e-6).
 CLIP_EPS = 1e-6
-# A clip's factor shows squared in the second moment; a beta that differs shows nothing there, or something else. What
-# is called a clip agrees to a tenth of the difference, far from either.
+# A clip factor appears squared in the second moment; a different beta leaves it alone or changes it otherwise. A
+# difference is called a clip if the two agree to this share of it, which no other cause comes near.
 CLIP_AGREES = 0.1
-ALMOST_ONE = 1.0 - 1e-9  # a fitted beta of 1 leaves no gradient to read a factor off
+ALMOST_ONE = 1.0 - 1e-9  # with a fitted beta of 1, no gradient would be left to read a factor off
 
 
 def fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
-    """(keep, take) of `moment = keep · moment before + take · gradient^power`, read off the left trace.
+    """(keep, take) of `moment = keep · previous moment + take · gradient^power`, fitted to the left trace.
 
-    `keep` is the beta, `take` is 1 - beta times the clip factor (to the power): least squares over all tensors.
+    `keep` is the beta, `take` is (1 - beta) · clip factor^power: least squares over all tensors.
     """
     power = 1 if phase == "moment1" else 2
     normal, target = np.zeros((2, 2)), np.zeros(2)
@@ -37,7 +37,7 @@ def fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
         moment = pair.read(step, phase, name)[0]
         if moment is None:
             continue
-        gradient, before = gradient_and_before(pair, Place(step, phase, name))
+        gradient, before = gradient_and_before(pair, Location(step, phase, name))
         columns = np.stack([before[0].ravel(), gradient[0].ravel() ** power])
         normal += columns @ columns.T
         target += columns @ as_float64(moment).ravel()
@@ -47,9 +47,9 @@ def fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
 
 
 def fit_update(pair: Pair, step: int) -> float:
-    """r of `update = -r · moment1 / sqrt(moment2) - d · weight`, read off the left trace, large gradients counting most.
+    """r of `update = -r · moment1 / sqrt(moment2) - d · weight`, fitted to the left trace; large gradients count most.
 
-    `d`, the decay, may be another for each tensor: what is parallel to the weight is taken out of both sides first.
+    The decay `d` may differ between tensors, so the component parallel to the weight is removed first.
     """
     top = bottom = 0.0
     weights = pair.weights(step)
@@ -67,17 +67,19 @@ def fit_update(pair: Pair, step: int) -> float:
     return abs(top) / bottom if bottom else 0.0
 
 
-def gradient_and_before(pair: Pair, place: Place) -> tuple[Array, Array]:
-    """[2, ...] gradients of both sides at the place, and its moments one step earlier (zero before the first)."""
-    shape = next(side for side in pair.read(place.step, place.phase, place.tensor) if side is not None)
-    gradient = float64_sides(pair.read(place.step, "gradient", place.tensor), shape)
-    if place.step == 1:
+def gradient_and_before(pair: Pair, location: Location) -> tuple[Array, Array]:
+    """[2, ...] gradients of both sides at the location, and its moments one step earlier (zero at step 1)."""
+    shape = next(
+        side for side in pair.read(location.step, location.phase, location.tensor) if side is not None
+    )
+    gradient = float64_sides(pair.read(location.step, "gradient", location.tensor), shape)
+    if location.step == 1:
         return gradient, np.zeros_like(gradient)
-    return gradient, float64_sides(pair.read(place.step - 1, place.phase, place.tensor), shape)
+    return gradient, float64_sides(pair.read(location.step - 1, location.phase, location.tensor), shape)
 
 
 def float64_sides(sides: Iterable[Array | None], like: Array) -> Array:
-    """[2, ...] of both sides; one that is missing or of another shape fails at its own place and counts as zero."""
+    """[2, ...] of both sides. A missing or misshapen one fails at its own location and counts as zero."""
     return np.stack(
         [
             np.zeros(like.shape) if side is None or side.shape != like.shape else as_float64(side)
@@ -88,30 +90,30 @@ def float64_sides(sides: Iterable[Array | None], like: Array) -> Array:
 
 @dataclass(frozen=True)
 class Factors:
-    """What each side multiplied its gradient by before it went into the moments; every array is [2], left and right.
+    """What each side multiplied its gradient by before it entered the moments; every array is [2], left and right.
 
-    `factor` is a least-squares fit over all tensors. `first`, `second` and `left_over` are of the tensor of the largest
-    gradient alone: the factors in its first and second moment, and what the first leaves over, as a share.
+    `factor` is a least-squares fit over all tensors. `first`, `second` and `residual` belong to the tensor with the
+    largest gradient: the factors in its first and second moment, and the relative residual of the first.
     """
 
     factor: Array
     first: Array
     second: Array
-    left_over: Array
+    residual: Array
 
     def explain(self, expected: Array) -> Array:
-        """[2]: whether a clip explains what differs from `expected`: a multiple of the gradient, squared in v.
+        """[2]: whether a clip explains the difference from `expected`: a multiple of the gradient, squared in v.
 
-        No clip has the factor 0: a tensor whose moments stay as they were was not updated.
+        No clip has the factor 0: a tensor whose moments do not change was not updated.
         """
-        multiple = self.left_over <= CLIP_AGREES * np.abs(self.first - expected)
+        multiple = self.residual <= CLIP_AGREES * np.abs(self.first - expected)
         squared = np.abs(self.second - self.first**2) <= CLIP_AGREES * np.abs(self.first**2 - expected**2)
         return multiple & squared & (self.first > 0) & (self.factor > 0)
 
 
-def shown_factors(pair: Pair, step: int, *, betas: tuple[float, float]) -> Factors | None:
-    """The factors that the moments show, given their betas; None where there is nothing to read them off."""
-    sums = [_sums(pair, phase, step, beta) for phase, beta in zip(MOMENTS, betas, strict=True)]
+def fit_factors(pair: Pair, step: int, *, betas: tuple[float, float]) -> Factors | None:
+    """The factors in the moments, given the betas; None if no tensor has moments."""
+    sums = [_fit_sums(pair, phase, step, beta) for phase, beta in zip(MOMENTS, betas, strict=True)]
     if not sums[0]:
         return None
     largest = max(sums[0], key=lambda name: float(sums[0][name][1].sum()))
@@ -120,17 +122,17 @@ def shown_factors(pair: Pair, step: int, *, betas: tuple[float, float]) -> Facto
         _ratio(each.get(largest, np.zeros((3, 2)))) / (1 - beta)
         for each, beta in zip(sums, betas, strict=True)
     )
-    left_over = np.sqrt(_ratio(sums[0][largest][[2, 1, 0]])) / (1 - betas[0])
-    return Factors(factor, first, second, left_over)
+    residual = np.sqrt(_ratio(sums[0][largest][[2, 1, 0]])) / (1 - betas[0])
+    return Factors(factor, first, second, residual)
 
 
 def clip_factors(pair: Pair, step: int) -> tuple[float, float]:
-    """Each side's factor in its first moment, 1 - beta1 included: without a recipe the two are not told apart.
+    """Each side's factor in its first moment, 1 - beta1 included, since the two cannot be separated without a recipe.
 
-    The betas are fitted to the left side. The factors are equal where no clip explains their difference.
+    The betas are fitted to the left side. The factors are equal unless a clip explains their difference.
     """
     keep1, keep2 = (fit_moment(pair, phase, step)[0] for phase in MOMENTS)
-    shown = shown_factors(pair, step, betas=(min(keep1, ALMOST_ONE), min(keep2, ALMOST_ONE)))
+    shown = fit_factors(pair, step, betas=(min(keep1, ALMOST_ONE), min(keep2, ALMOST_ONE)))
     if shown is None:
         return 1.0, 1.0
     left = shown.first[0]
@@ -142,34 +144,34 @@ def clip_factors(pair: Pair, step: int) -> tuple[float, float]:
 
 
 def clip_condition(pair: Pair, step: int) -> float:
-    """By how much roundings of the first moment are larger in the factor that is read off it; at least 1.
+    """The amplification (at least 1) of the first moment's rounding errors in the factor fitted to it.
 
-    A moment is rounded at the size of both of its terms, the factor is made of one.
+    A moment is rounded at the size of both of its terms; the factor depends on one of them.
     """
     keep, take = fit_moment(pair, "moment1", step)
     kept = added = 0.0
     for name in pair.names(step, "moment1"):
-        gradient, before = gradient_and_before(pair, Place(step, "moment1", name))
+        gradient, before = gradient_and_before(pair, Location(step, "moment1", name))
         kept += float(np.sum(np.abs(before[0] * gradient[0])))
         added += float(np.sum(np.square(gradient[0])))
     return 1.0 + (keep * kept / (take * added) if take * added else 0.0)
 
 
-def _sums(pair: Pair, phase: str, step: int, keep: float) -> dict[str, Array]:
-    """[3, 2] by name, of both sides: added · gradient^power, gradient^(2 power), and what is left of added².
+def _fit_sums(pair: Pair, phase: str, step: int, keep: float) -> dict[str, Array]:
+    """[3, 2] by name, of both sides: Σ added · gradient^power, Σ gradient^(2 power), and the sum of squared residuals.
 
-    `added` is moment - keep · moment before; the first divided by the second is its factor.
+    `added` is moment - keep · previous moment; the first sum divided by the second is its factor.
     """
-    power, found = (1 if phase == "moment1" else 2), {}
+    power, sums = (1 if phase == "moment1" else 2), {}
     for name in pair.names(step, phase):
-        gradient, before = gradient_and_before(pair, Place(step, phase, name))
+        gradient, before = gradient_and_before(pair, Location(step, phase, name))
         moment = float64_sides(pair.read(step, phase, name), gradient[0])
         powers = gradient.reshape(2, -1) ** power
         added = (moment - keep * before).reshape(2, -1)
         both = np.stack([np.sum(added * powers, axis=1), np.sum(powers * powers, axis=1)])
-        left_over = added - _ratio(both)[:, None] * powers
-        found[name] = np.stack([*both, np.sum(left_over**2, axis=1)])
-    return found
+        residual = added - _ratio(both)[:, None] * powers
+        sums[name] = np.stack([*both, np.sum(residual**2, axis=1)])
+    return sums
 
 
 def _ratio(sums: Array) -> Array:
@@ -178,9 +180,9 @@ def _ratio(sums: Array) -> Array:
 
 @dataclass(frozen=True)
 class AdamRule:
-    """AdamW as the recipe says it, in numpy float64: what one side's own gradient and state must lead to.
+    """The recipe's AdamW in numpy float64: what one side's own gradient and state must lead to.
 
-    An implementation of its own, beside both backends': docs/numerics.md, "Clip, optimizer, schedule".
+    Implemented independently of both backends: docs/numerics.md, "Clip, optimizer, schedule".
     """
 
     spec: AdamW
@@ -191,7 +193,7 @@ class AdamRule:
         return 1.0 if self.spec.clip_norm is None else min(1.0, self.spec.clip_norm / (norm + CLIP_EPS))
 
     def moment(self, phase: str, gradient: Array, before: Array, *, factor: float) -> tuple[Array, Array]:
-        """The new moment, and the sum of its terms' magnitudes: the size that its roundings have."""
+        """The new moment, and the sum of its terms' magnitudes, at whose size it is rounded."""
         first = phase == "moment1"
         beta = self.spec.betas[0 if first else 1]
         clipped = factor * gradient
@@ -201,7 +203,7 @@ class AdamRule:
     def update(
         self, name: str, weight: Array, moment1: Array, moment2: Array, *, lr: float, step: int
     ) -> Array:
-        """What is added to the weight at `step` (from 1)."""
+        """What is added to the weight at `step` (counted from 1)."""
         correction1, correction2 = (1.0 - beta**step for beta in self.spec.betas)
         root = np.sqrt(np.maximum(moment2, 0.0) / correction2) + self.spec.eps
         decay = self.spec.weight_decay if name in self.decayed else 0.0

@@ -1,4 +1,4 @@
-"""Walks two traces in causal order and judges every place: nothing is skipped, nothing passes unread."""
+"""Walks two traces in causal order and judges every location. Nothing is skipped."""
 
 from __future__ import annotations
 
@@ -18,37 +18,36 @@ from parity.comparison.phases import (
     CLIP,
     INITIAL,
     PHASES,
-    ROW_TENSORS,
+    SCALAR_TENSORS,
     STEP_PHASES,
     TENSOR_PHASES,
+    Location,
     Phase,
-    Place,
 )
-from parity.comparison.tolerance import Bounds, Contrast, largest
+from parity.comparison.tolerance import Bounds, CheckedPair, largest
 
 Array = NDArray[Any]
 
-# More than this share of a tensor's gradient or update must not have bounds as large as the elements are. Up to a half,
-# the median element is determined: whatever moves a tensor's elements by their own size shows in most of them. Clean fp32
-# runs stay below one in a thousand. Where elements are not, the tensor as a whole is when its distance may be no more than
-# this share of its norm: what moves it by its own size exceeds that even where rounding hides as much as it may.
+# The largest share of a gradient's or update's elements whose bounds may reach their own size. At one half the median
+# element is still determined, so an error as large as the elements shows in most of them. Clean fp32 runs stay below one
+# in a thousand. If more elements are undetermined, the tensor still counts as tested when the bound on its whole is below
+# this share of its norm: an error as large as the tensor would exceed it.
 DETERMINED = 0.5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one place showed.
+    """The result at one location.
 
-    `error` and `bound` belong to the element that stands worst against its bound, as shares of the tensor's
-    largest entry. `used` is error / bound or, where earlier differences were handed on, the share of the phase's
-    own part of the bound that is used; infinite where it cannot be told. `error` and `bound` are None where the
-    arrays could not be compared, and `reason` says why. `undetermined` of the `elements` have a bound as large as
-    themselves: the comparison says nothing about them. Where that is most of them, and the tensor as a whole is not held
-    to better either, nothing is `proven`. `values` are what stands at that element, at `index`, and
-    `names` says whose they are.
+    `error` and `bound` are those of the worst element, the one that uses most of its bound, as shares of the tensor's
+    largest entry; None if the arrays could not be compared, and `reason` says why. `used` is error / bound or, where
+    differences are inherited from earlier phases, the used share of the phase's own bound; infinite if undefined.
+    `undetermined` of the `elements` have a bound as large as themselves, so the comparison says nothing about them. If
+    that is most of them and the tensor as a whole has no tighter bound, nothing is `proven`. `values` are those of the
+    worst element, at `index`; `names` says whose they are.
     """
 
-    place: Place
+    location: Location
     error: float | None
     bound: float | None
     used: float
@@ -62,14 +61,16 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        """Whether the place is within its bound."""
+        """Whether the location is within its bound."""
         return self.used <= 1.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every finding in causal order, over `steps` updates that both sides made; `notes` are those of the bounds, and what
-    the traces do not say."""
+    """Every finding in causal order, over the `steps` updates that both sides made.
+
+    `notes` come from the bounds, and name what the traces do not record.
+    """
 
     steps: int
     findings: tuple[Finding, ...]
@@ -77,163 +78,169 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether every place is within its bound."""
+        """Whether every location is within its bound."""
         return all(finding.holds for finding in self.findings)
 
     @property
     def first_divergence(self) -> Finding | None:
-        """The first place, in causal order, that is not."""
+        """The first finding, in causal order, that exceeds its bound."""
         return next((finding for finding in self.findings if not finding.holds), None)
 
     @property
     def worst(self) -> dict[str, Finding]:
         """Per phase, the finding that uses most of its bound (the earliest of equals)."""
-        by_phase = {phase.name: [f for f in self.findings if f.place.phase == phase.name] for phase in PHASES}
-        return {name: max(found, key=lambda f: f.used) for name, found in by_phase.items() if found}
+        by_phase = {
+            phase.name: [f for f in self.findings if f.location.phase == phase.name] for phase in PHASES
+        }
+        return {name: max(findings, key=lambda f: f.used) for name, findings in by_phase.items() if findings}
 
     def worst_tensors(self, count: int) -> list[Finding]:
-        """The `count` places that use most of their bounds, one per phase and tensor."""
-        chosen: dict[tuple[str, str], Finding] = {}
+        """The `count` findings that use most of their bounds, one per phase and tensor."""
+        worst: dict[tuple[str, str], Finding] = {}
         for finding in sorted(self.findings, key=lambda f: -f.used):
-            chosen.setdefault((finding.place.phase, finding.place.tensor), finding)
-        return list(chosen.values())[:count]
+            worst.setdefault((finding.location.phase, finding.location.tensor), finding)
+        return list(worst.values())[:count]
 
     @property
     def undetermined(self) -> float:
         """The share of all update elements whose bound is as large as they are."""
-        updates = [f for f in self.findings if f.place.phase == "update"]
+        updates = [f for f in self.findings if f.location.phase == "update"]
         elements = sum(f.elements for f in updates)
         return sum(f.undetermined for f in updates) / elements if elements else 0.0
 
 
 def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = None) -> Comparison:
-    """Judge every place of both traces; a place that only one side has is a failure.
+    """Judge every location of both traces; one that only one side has is a failure.
 
-    `stopped` says, for a side that ended its training itself, why: that is a failure at the next step.
+    `stopped` gives the reason why a side stopped its training; it is reported as a failure at the next step.
     """
-    findings = [_judge(place, pair, bounds) for place in places(pair)]
-    findings += _nothing_shown(pair, findings)
+    findings = [_judge(location, pair, bounds) for location in locations(pair)]
+    findings += _unproven(pair, findings)
     findings += ending(pair.steps, stopped or {})
     notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")))
     return Comparison(pair.common_steps, tuple(findings), notes)
 
 
 def ending(steps: tuple[int, int], stopped: Mapping[str, str]) -> Iterator[Finding]:
-    """A failure at the step that one side or both did not make; none where both made all of theirs."""
+    """A failure at the first step that a side did not make; nothing if both made all of theirs."""
     after = min(steps) + 1
     if stopped:
         reason = "; ".join(f"{name} stopped: {why}" for name, why in stopped.items())
-        yield _failure(Place(after, "loss", "loss"), reason)
+        yield _failure(Location(after, "loss", "loss"), reason)
     elif steps[0] != steps[1]:
         yield _failure(
-            Place(after, "batch", "every tensor"), f"left made {steps[0]} updates, right {steps[1]}"
+            Location(after, "batch", "every tensor"), f"left made {steps[0]} updates, right {steps[1]}"
         )
 
 
-def places(pair: Pair) -> Iterator[Place]:
-    """Every place of the two runs in causal order: the starting weights, then step by step, phase by phase."""
+def locations(pair: Pair) -> Iterator[Location]:
+    """Every location of the two runs in causal order: the starting weights, then step by step, phase by phase."""
     for name in pair.structure.in_order(pair.names(0, "weight"), backward=False):
-        yield Place(0, INITIAL.name, name)
+        yield Location(0, INITIAL.name, name)
     for step in range(1, pair.common_steps + 1):
         for backward, phases in groupby(STEP_PHASES, key=lambda phase: phase.backward):
-            found = [(phase, name) for phase in phases for name in _tensors(pair, step, phase)]
+            tensors = [(phase, name) for phase in phases for name in _tensors(pair, step, phase)]
             if backward:  # one pass: a layer's activations, then its weights, then the layer before
-                found.sort(key=lambda each: pair.structure.key(each[1]), reverse=True)
-            for phase, name in found:
-                yield Place(step, phase.name, name)
+                tensors.sort(key=lambda each: pair.structure.key(each[1]), reverse=True)
+            for phase, name in tensors:
+                yield Location(step, phase.name, name)
 
 
 def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
-    """What is compared in a phase. A weight that has one of gradient, moments, update must have them all."""
+    """The tensors compared in a phase. A weight that has a gradient, a moment or an update must have all of them."""
     match phase.kind:
         case "batch":
             return _batch_tensors(pair.names(step, phase.name))
         case "derived":
             return ["clip_factor"]
-        case "row":
-            return list(ROW_TENSORS[phase.name])
+        case "scalar":
+            return list(SCALAR_TENSORS[phase.name])
         case "optional":
             recorded = [any(k.startswith(f"{phase.name}/") for k in keys) for keys in pair.keys(step)]
             names = pair.names(step, phase.name) if all(recorded) else set()
             return pair.structure.in_order(names, backward=phase.backward)
         case _:
             trained = set().union(*(pair.names(step, each.name) for each in TENSOR_PHASES))
-            # Step 1 says what is trained: a tensor that is later gone from both sides is missing, too.
+            # Step 1 tells what is trained: a tensor that is later absent from both sides is missing, too.
             first = set().union(*(pair.names(1, each.name) for each in TENSOR_PHASES))
             return pair.structure.in_order(trained | first, backward=phase.backward) or ["every tensor"]
 
 
-def _batch_tensors(found: set[str]) -> list[str]:
-    """Rows of tokens must be whole; a program that trains on something else has arrays of its own."""
-    rows = BATCH_TENSORS if not found or found & set(BATCH_TENSORS) else ()
-    return [*rows, *sorted(found - set(rows))]
+def _batch_tensors(names: set[str]) -> list[str]:
+    """A token batch must be complete; a program that trains on something else has its own arrays."""
+    tokens = BATCH_TENSORS if not names or names & set(BATCH_TENSORS) else ()
+    return [*tokens, *sorted(names - set(tokens))]
 
 
-def _sides(place: Place, pair: Pair) -> Sides:
-    if place.phase in ROW_TENSORS:
-        left, right = pair.scalar(place.step, place.tensor)
+def _sides(location: Location, pair: Pair) -> Sides:
+    if location.phase in SCALAR_TENSORS:
+        left, right = pair.scalar(location.step, location.tensor)
         return np.asarray(left), np.asarray(right)
-    if place.phase == CLIP:
-        left, right = clip_factors(pair, place.step)
+    if location.phase == CLIP:
+        left, right = clip_factors(pair, location.step)
         return np.asarray(left), np.asarray(right)
-    return pair.read(place.step, "weight" if place.phase == INITIAL.name else place.phase, place.tensor)
+    return pair.read(
+        location.step, "weight" if location.phase == INITIAL.name else location.phase, location.tensor
+    )
 
 
-def _judge(place: Place, pair: Pair, bounds: Bounds) -> Finding:
-    left, right = _sides(place, pair)
+def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
+    left, right = _sides(location, pair)
     if left is None or right is None:
         missing = "both sides" if left is right else "left" if left is None else "right"
-        return _failure(place, f"missing in {missing}")
+        return _failure(location, f"missing in {missing}")
     if left.shape != right.shape:
-        return _failure(place, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
-    if place.phase in {phase.name for phase in TENSOR_PHASES}:
-        weight = pair.read(0, "weight", place.tensor)[0]
+        return _failure(location, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
+    if location.phase in {phase.name for phase in TENSOR_PHASES}:
+        weight = pair.read(0, "weight", location.tensor)[0]
         if weight is not None and weight.shape != left.shape:
-            return _failure(place, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}")
-    if refused := bounds.refuses(place, left, right):
-        return _failure(place, refused)
+            return _failure(
+                location, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}"
+            )
+    if reason := bounds.incomparable(location, left, right):
+        return _failure(location, reason)
     a, b = left.astype(np.float64), right.astype(np.float64)
     if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:
-        return _failure(place, f"not finite in {' and '.join(broken)}")
-    contrasts = bounds.contrasts(place, a, b)
-    found = [_measure(place, contrast) for contrast in contrasts]
-    single = [f for f, c in zip(found, contrasts, strict=True) if c.norm is None]
-    whole = [f for f, c in zip(found, contrasts, strict=True) if c.norm is not None]
-    # Where single elements fail they say more than the whole tensor does: which, and by how much.
-    failing = [f for f in single if not f.holds]
-    worst = max(failing or found, key=lambda finding: finding.used)
-    count = max(single, key=lambda f: f.undetermined, default=worst)
-    proven = all(f.proven for f in single) or (bool(whole) and all(f.proven for f in whole))
+        return _failure(location, f"not finite in {' and '.join(broken)}")
+    checked_pairs = bounds.checked_pairs(location, a, b)
+    findings = [_measure(location, checked) for checked in checked_pairs]
+    elementwise = [f for f, c in zip(findings, checked_pairs, strict=True) if c.norm is None]
+    whole = [f for f, c in zip(findings, checked_pairs, strict=True) if c.norm is not None]
+    # A failing element tells more than the tensor as a whole: which one, and by how much.
+    failing = [f for f in elementwise if not f.holds]
+    worst = max(failing or findings, key=lambda finding: finding.used)
+    count = max(elementwise, key=lambda f: f.undetermined, default=worst)
+    proven = all(f.proven for f in elementwise) or (bool(whole) and all(f.proven for f in whole))
     return replace(worst, undetermined=count.undetermined, elements=count.elements, proven=proven)
 
 
-def _measure(place: Place, contrast: Contrast) -> Finding:
-    """The element that uses most of its bound, and how many elements the bound says nothing about."""
-    if contrast.norm is not None:
-        return _as_a_whole(place, contrast, contrast.norm)
-    left, right, allowed = contrast.first, contrast.second, contrast.bound
+def _measure(location: Location, checked: CheckedPair) -> Finding:
+    """The element that uses most of its bound, and the number of undetermined elements."""
+    if checked.norm is not None:
+        return _as_a_whole(location, checked, checked.norm)
+    left, right, allowed = checked.first, checked.second, checked.bound
     if not left.size:
-        return Finding(place, 0.0, 0.0, 0.0)
+        return Finding(location, 0.0, 0.0, 0.0)
     for name, array in (
-        *zip(contrast.names, (left, right), strict=True),
+        *zip(checked.names, (left, right), strict=True),
         ("the bound", allowed.own),
-        ("the bound", allowed.handed),
+        ("the bound", allowed.inherited),
     ):
         if not np.isfinite(array).all():
-            return _failure(place, f"nothing is proven: {name} is not finite")
+            return _failure(location, f"nothing is proven: {name} is not finite")
     error, size = np.abs(left - right), np.maximum(np.abs(left), np.abs(right))
-    handed, own = np.asarray(allowed.handed), np.broadcast_to(allowed.own, error.shape)
-    bound = own + handed
-    # A difference where none is allowed uses infinitely much of its bound, none there uses nothing.
-    added = np.maximum(error - handed, 0.0)
+    inherited, own = np.asarray(allowed.inherited), np.broadcast_to(allowed.own, error.shape)
+    bound = own + inherited
+    # Where no difference is allowed, any difference uses infinitely much of the bound and equality uses nothing.
+    added = np.maximum(error - inherited, 0.0)
     used = np.divide(added, own, out=np.where(added > 0, inf, 0.0), where=own > 0)
     worst = tuple(int(i) for i in np.unravel_index(np.argmax(used), used.shape))
     scale = largest(left, right) or 1.0
     differing = int(np.count_nonzero(error))
     elements, beyond = int(np.count_nonzero(size)), int(np.count_nonzero((bound >= size) & (size > 0)))
-    noise = contrast.undetermined
+    noise = checked.undetermined
     return Finding(
-        place,
+        location,
         error=float(error[worst]) / scale,
         bound=float(f"{float(bound[worst]) / scale:.9g}"),
         used=float(used[worst]),
@@ -243,45 +250,45 @@ def _measure(place: Place, contrast: Contrast) -> Finding:
         proven=beyond <= DETERMINED * elements,
         values=(float(left[worst]), float(right[worst])),
         index=worst,
-        names=contrast.names,
+        names=checked.names,
     )
 
 
-def _as_a_whole(place: Place, contrast: Contrast, norm: float) -> Finding:
-    """The distance of a tensor as a whole; which of its elements is off it does not say."""
-    distance, own, handed = (float(x) for x in (contrast.first, contrast.bound.own, contrast.bound.handed))
-    for name, number in ((" and ".join(contrast.names), distance), ("the bound", own + handed)):
+def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Finding:
+    """The distance of a tensor as a whole; it does not tell which element is off."""
+    distance, own, inherited = (float(x) for x in (checked.first, checked.bound.own, checked.bound.inherited))
+    for name, number in ((" and ".join(checked.names), distance), ("the bound", own + inherited)):
         if not isfinite(number):
-            return _failure(place, f"nothing is proven: {name} is not finite")
-    added, scale = max(distance - handed, 0.0), norm or 1.0
+            return _failure(location, f"nothing is proven: {name} is not finite")
+    added, scale = max(distance - inherited, 0.0), norm or 1.0
     used = added / own if own > 0 else inf if added > 0 else 0.0
-    error, bound = distance / scale, float(f"{(own + handed) / scale:.9g}")
+    error, bound = distance / scale, float(f"{(own + inherited) / scale:.9g}")
     over = f"the tensor as a whole is off by {error:.2e} of its norm, over the bound {bound:.2e}"
     return Finding(
-        place,
+        location,
         error=error,
         bound=bound,
         used=used,
         reason=over if used > 1 else None,
-        proven=own + handed <= DETERMINED * norm,
+        proven=own + inherited <= DETERMINED * norm,
     )
 
 
-def _nothing_shown(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
-    """Two ways of agreeing that prove nothing: no update was made, or a bound would let another tensor through.
+def _unproven(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
+    """Two kinds of agreement that prove nothing: no update was made, or the bound would accept a different tensor.
 
-    Gradients and updates alone are asked: after the gradient everything is computed from what has been judged.
+    Only gradients and updates are examined: everything after the gradient is computed from judged values.
     """
     moving = [step for step in range(1, pair.common_steps + 1) if max(pair.scalar(step, "lr")) > 0]
-    updates = [f for f in findings if f.place.phase == "update"]
-    place = Place(moving[0] if moving else 1, "update", "every tensor")
+    updates = [f for f in findings if f.location.phase == "update"]
+    location = Location(moving[0] if moving else 1, "update", "every tensor")
     if moving and all(f.error == 0 and not f.elements for f in updates):
-        yield _failure(place, "nothing was trained: every update is zero on both sides")
+        yield _failure(location, "nothing was trained: every update is zero on both sides")
     for finding in findings:
-        if finding.place.phase in ("gradient", "update") and finding.holds and not finding.proven:
+        if finding.location.phase in ("gradient", "update") and finding.holds and not finding.proven:
             share = finding.undetermined / finding.elements
             yield _failure(
-                finding.place,
+                finding.location,
                 f"nothing is proven: {share:.0%} of the elements are within the reach of rounding",
             )
 
@@ -290,5 +297,5 @@ def _named(left: Array, right: Array) -> tuple[tuple[str, Array], tuple[str, Arr
     return ("left", left), ("right", right)
 
 
-def _failure(place: Place, reason: str) -> Finding:
-    return Finding(place, None, None, inf, reason)
+def _failure(location: Location, reason: str) -> Finding:
+    return Finding(location, None, None, inf, reason)

@@ -1,12 +1,12 @@
-"""How far the two sides' weights have come apart, and what that alone does to a gradient.
+"""How far the two sides' weights have drifted apart, and what that alone does to a gradient.
 
-The growth model: a module whose effective weight differs by a share d between the sides (Frobenius norms) moves
-what passes through it by that share, once forward and once backward, and nothing amplifies it on its way. So a
-gradient's relative movement is at most 2 · sum of d over all modules. A bias is measured against its weight (after a
+The growth model: a module whose effective weight differs between the sides by a share d (Frobenius norms) changes
+what passes through it by that share, once forward and once backward, and nothing amplifies the change on its way. So a
+gradient's relative change is at most 2 · sum of d over all modules. A bias is measured against its weight (after a
 norm the input has unit size, so |bias| compares with |weight|). A pair of matrices whose product is added to something
-else is measured against that: LoRA's against the matrix, a bottleneck adapter's against the identity, with norm sqrt(E);
-its biases against the projection that it stands after, or its own matrices where the traces do not tell which that is. The
-gradient of one of a pair is proportional to the other one: that partner's own relative distance comes on top.
+else is measured against that: LoRA's against the matrix, a bottleneck adapter's against the identity, with norm sqrt(E).
+The adapter's biases are measured against the projection before it or, if the traces do not tell which that is, its own
+matrices. The gradient of one of a pair is proportional to the other, whose own relative distance is added.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from trainspec.methods import ENCODER, PEFT_PREFIX, Method
 
 Array = NDArray[Any]
 Weights = dict[str, tuple[Array, Array]]
-# The ends of the names of both halves of a pair.
+# Name suffixes of the two halves of a pair.
 INNER, OUTER = (".lora_A.weight", "_adapter.down.weight"), (".lora_B.weight", "_adapter.up.weight")
 _ADAPTER = re.compile(r"(attention_adapter|mlp_adapter)\.(down|up)$")
 
 
 def lora_scale(method: Method) -> float:
-    """What a low-rank product is multiplied by; 1 where there is none."""
+    """What a low-rank product is multiplied by; 1 if the method has none."""
     return method.low_rank_scale
 
 
@@ -39,7 +39,7 @@ def network_drift(pair: Pair, step: int, *, lora_scale: float) -> float:
     weights = pair.weights(step)
     distance: dict[str, float] = defaultdict(float)
     for name, (left, right) in weights.items():
-        size = _size_beside(pair, name, weights)
+        size = _reference_size(pair, name, weights)
         apart = _norm(left - right)
         if (partner := _partner(name)) != name:
             apart *= _norm(weights[partner][0]) if partner in weights else 0.0
@@ -49,7 +49,7 @@ def network_drift(pair: Pair, step: int, *, lora_scale: float) -> float:
 
 
 def partner_drift(pair: Pair, step: int, name: str) -> float:
-    """The relative distance of the other half of a pair; 0 for every other weight."""
+    """The relative distance of a weight's other half; 0 for a weight that is not one of a pair."""
     if _partner(name) == name or _partner(name) not in pair.weights(step):
         return 0.0
     left, right = pair.weights(step)[_partner(name)]
@@ -58,17 +58,17 @@ def partner_drift(pair: Pair, step: int, name: str) -> float:
 
 
 def _module(name: str) -> str:
-    for tail in (INNER[0], OUTER[0]):
-        if name.endswith(tail):
-            return name.removeprefix(PEFT_PREFIX).removesuffix(tail)
-    for tail in (".weight", ".bias"):
-        if name.endswith(tail):
-            return name.removesuffix(tail)
+    for suffix in (INNER[0], OUTER[0]):
+        if name.endswith(suffix):
+            return name.removeprefix(PEFT_PREFIX).removesuffix(suffix)
+    for suffix in (".weight", ".bias"):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
     return name.replace(".bias_", ".weight_") if name.startswith(ENCODER) else name  # an LSTM's
 
 
-def _size_beside(pair: Pair, name: str, weights: Weights) -> float:
-    """The norm of what the weight's module is measured against; where that is frozen, as it started."""
+def _reference_size(pair: Pair, name: str, weights: Weights) -> float:
+    """The norm of what the weight's module is measured against; the starting norm if that is frozen."""
     module = _module(name)
     if adapter := _ADAPTER.search(module):
         if name.endswith(".weight"):
@@ -81,7 +81,7 @@ def _size_beside(pair: Pair, name: str, weights: Weights) -> float:
 
 
 def _partner(name: str) -> str:
-    """The other half of a pair (of an inner bias the outer half); the name itself where there is none."""
+    """The other half of a pair (for an inner bias the outer matrix); the name itself if there is none."""
     for inner, outer in zip(INNER, OUTER, strict=True):
         if name.endswith(inner):
             return name.removesuffix(inner) + outer

@@ -1,32 +1,32 @@
-"""The bounds for fp32 and bf16: what rounding does to each phase, given what the phase was handed.
+"""The bounds of two traces in fp32 and bf16: what rounding adds in each phase, given what the phase inherits.
 
-Every phase is judged on the difference it *adds*. The differences it was handed (of the weights, the gradients,
-the moments) are read from the traces, where an earlier place has already judged them, and carried through this
-phase's own arithmetic, element by element. With u the unit roundoff (2^-24 for fp32), a and b fitted below:
+A phase is judged on the difference it *adds*. The differences it inherits (of weights, gradients, moments) have been
+judged at earlier locations; they are read from the traces and carried through this phase's own arithmetic, element by
+element. u is the unit roundoff (2^-24 for fp32); p, a (`adam.fit_moment`: keep, take) and r (`adam.fit_update`) are fitted:
 
-gradient   tail(N) · sqrt(2) · u · k · max|g|  +  drift · max|g|
+gradient   T(N) · sqrt(2) · u · k · max|g|  +  drift · max|g|
            A contraction of n products rounds n times. In a sum of terms of random sign the partial sums grow
            as sqrt(i), so the squared errors add up to u² n²/2 against a result of size sqrt(n): a relative
            error of u sqrt(n/2) (Higham & Mary 2019, SIAM J. Sci. Comput. 41(5), without their safety factor),
            and one more rounding to store it. Independent errors add in squares along the longest path, each
            carried on with factor one: k² = sum of (1 + n/2) over the contractions of the forward and the
-           backward pass (`path_roundings`), an encoder's of virtual tokens included. Two sides: sqrt(2). The largest of N such errors, with one false
-           alarm in a million tensors: tail(N) = sqrt(2 ln(2N / 1e-6)).
-           The tensor as a whole: V(ν) · sqrt(2) · u · k · |g|, and drift · |g|, with Frobenius norms. Its squared
-           distance has ν = INDEPENDENT ways or more to be large, and is above its mean by V² in one case in a million.
-drift      How a gradient moves because the two sides' weights have come apart (`network_drift`): a module whose
-           weight differs by a share d moves what passes it by d, forward and backward, so 2 · sum(d). Linear:
-           weights drift apart by what each update adds, and nothing is amplified; valid while it is far below 1.
+           backward pass (`path_roundings`), those of an encoder of virtual tokens included. Two sides: sqrt(2).
+           The largest of N such errors, with one false alarm in a million tensors: T(N) = sqrt(2 ln(2N / 1e-6)).
+           The tensor as a whole: V(ν) · sqrt(2) · u · k · |g|, and drift · |g|, in Frobenius norms. Its squared
+           distance has at least ν = EFFECTIVE_DOF degrees of freedom and exceeds V² times its mean once in a million.
+drift      The change of a gradient caused by the distance of the two sides' weights (`network_drift`): a module whose
+           weight differs by a share d changes what passes through it by d, forward and backward, so 2 · sum(d). The
+           model is linear (weights drift by what each update adds, nothing is amplified) and valid far below 1.
 moment1    p |Δm before| + a |Δg| + a |g| (R - 1) + 14u (p |m before| + a |g|)
-           The clip factor follows the norm; R is the larger norm divided by the smaller. Seven roundings a side: clip factor 2, its product with g 1, 1 - beta
-           and its product 2, difference and sum 2.
+           The clip factor follows the norm; R is the larger norm divided by the smaller. Seven roundings per side:
+           clip factor 2, its product with g 1, 1 - beta and its product 2, difference and sum 2.
 moment2    p |Δv before| + a |Δg²| + a g² (R² - 1) + 20u (p v before + a g²)
-           Ten roundings a side: the clipped gradient's 3 twice, its square 1, 1 - beta and its product 2, the sum 1.
+           Ten roundings per side: those of the clipped gradient 3 twice, its square 1, 1 - beta and its product 2, the sum 1.
 update     r · min(|Δm|/s + |m| |Δs|/s², |m|/s of both) + 8u (|update| of both) + 3u (|weight| of both) + lr |Δw|
-           with s = sqrt(moment2): Adam's own derivative (an eps only makes it smaller), capped by what Adam can
-           move at all. Eight roundings a side: both bias corrections and their quotients 4, root, eps, quotient and
-           lr 4; three more at the size of the weight (`tolerance.WEIGHT_ROUNDINGS`). decay · lr ≤ lr.
-           Where s is rounding noise, the bound reaches the update itself: that element is undetermined.
+           with s = sqrt(moment2): Adam's derivative (eps only makes it smaller), capped by the largest update that
+           Adam can make. Eight roundings per side: both bias corrections and their quotients 4, root, eps, quotient
+           and lr 4; three more at the size of the weight (`tolerance.WEIGHT_ROUNDINGS`). decay · lr ≤ lr.
+           Where s is rounding noise the bound reaches the update itself, and that element is undetermined.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from parity.comparison.adam import clip_condition, fit_moment, fit_update, float64_sides, gradient_and_before
 from parity.comparison.drift import network_drift, partner_drift
 from parity.comparison.pair import Pair, as_float64
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from parity.comparison.structure import Structure
 from parity.comparison.tolerance import (
     EXACT_PHASES,
@@ -50,7 +50,7 @@ from parity.comparison.tolerance import (
     UNIT,
     WEIGHT_ROUNDINGS,
     Bound,
-    Contrast,
+    CheckedPair,
     as_a_whole,
     largest,
 )
@@ -59,27 +59,26 @@ from trainspec.methods import ENCODER
 Array = NDArray[Any]
 
 FALSE_ALARM = 1e-6
-# Of both sides together, as counted above.
+# Both sides together, as counted above.
 MOMENT_ROUNDINGS = {"moment1": 14, "moment2": 20}
 # XLA flushes numbers below this to zero, torch keeps them.
-SMALLEST = float(np.finfo(np.float32).tiny)
-# Roundings of one layer that belong to no contraction: rotation 3, scaling 1, softmax 2, two residual sums 2,
-# SiLU and product 3, two norms 4; the backward pass has as many.
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+# Pointwise roundings of one layer: rotation 3, scaling 1, softmax 2, two residual sums 2, SiLU and product 3, two norms 4;
+# the backward pass has as many.
 POINTWISE = 15
-# Of a step of an LSTM: gates summed 2, their non-linearities 4, two products and a sum, tanh and product 2.
+# Those of one LSTM step: sums of the gates 2, their non-linearities 4, two products and a sum 3, tanh and product 2.
 POINTWISE_OF_CELL = 11
-# The independent ways in which a tensor's elements move, per draw: 2 mean² / variance of the squared norm of a
-# tensor's movement, over 12 draws of step 3 of the demo recipe, was 6.8 at the least of 16 tensors, some 30 in the median.
-INDEPENDENT = 6
-# Phases that are judged element by element alone.
-ONE_ROUNDING_EACH = (*EXACT_PHASES, "lr", "loss", "grad_norm", "clip", "moment1", "moment2", "update")
+# Effective degrees of freedom of a tensor's movement, per draw: 2 mean² / variance of its squared norm. Over 12 draws of
+# step 3 of the demo recipe the smallest of 16 tensors was 6.8, the median some 30.
+EFFECTIVE_DOF = 6
+# Phases that are judged element by element only, not as a whole tensor.
+ELEMENTWISE_PHASES = (*EXACT_PHASES, "lr", "loss", "grad_norm", "clip", "moment1", "moment2", "update")
 
 
-class RoundingBounds:
-    """Derived bounds of two runs in `precision`; reads what the phases were handed from `pair`.
+class EstimatedBounds:
+    """Bounds of two runs in `precision`, estimated from their traces alone; inherited differences are read from `pair`.
 
-    A trace does not say what a low-rank product is multiplied by; without a recipe it is PEFT's default of
-    alpha / rank = 8 / 8.
+    A trace does not record what a low-rank product is multiplied by; `lora_scale` defaults to PEFT's alpha / rank = 8 / 8.
     """
 
     def __init__(
@@ -95,10 +94,10 @@ class RoundingBounds:
         self._stored, self._summed = UNIT[precision], UNIT["fp32"]
         shapes = pair.starting_shapes()
         self._vocab = vocabulary(shapes)
-        rows = pair.read(1, "batch", "input_ids")[0]
-        self._forward, self._whole = path_roundings(
+        ids = pair.read(1, "batch", "input_ids")[0]
+        self._forward, self._both_passes = path_roundings(
             shapes,
-            rows.shape if rows is not None and rows.ndim == 2 else (1, 1),
+            ids.shape if ids is not None and ids.ndim == 2 else (1, 1),
             structure=pair.structure,
             stored=self._stored,
             summed=self._summed,
@@ -107,74 +106,81 @@ class RoundingBounds:
         self._moment_fit = cache(lambda phase, step: fit_moment(pair, phase, step))
         self._update_fit = cache(lambda step: fit_update(pair, step))
 
-    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
-        """Nothing: two traces may be of different types."""
+    def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
+        """Never: two traces may have different types."""
         return None
 
-    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        """Left against right; what the network's two passes make also as a whole."""
-        found = Contrast(left, right, self.bound(place, left, right))
-        if place.phase in ONE_ROUNDING_EACH:
-            return (found,)
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
+        """Left against right; what the forward and backward passes produce also as a whole tensor."""
+        elementwise = CheckedPair(left, right, self.bound(location, left, right))
+        if location.phase in ELEMENTWISE_PHASES:
+            return (elementwise,)
         norm = float(max(np.linalg.norm(left), np.linalg.norm(right)))
-        rounding = math.sqrt(2.0) * too_large(INDEPENDENT) * math.sqrt(self._whole)
-        own = rounding * norm + SMALLEST * math.sqrt(left.size)
-        return found, as_a_whole(left, right, Bound(np.asarray(own), self._moved(place) * norm))
+        rounding = math.sqrt(2.0) * rms_upper_factor(EFFECTIVE_DOF) * math.sqrt(self._both_passes)
+        own = rounding * norm + FLOAT32_TINY * math.sqrt(left.size)
+        return elementwise, as_a_whole(
+            left, right, Bound(np.asarray(own), self._weight_drift(location) * norm)
+        )
 
-    def bound(self, place: Place, left: Array, right: Array) -> Bound:
-        """See the head of this file, phase by phase."""
-        match place.phase:
+    def bound(self, location: Location, left: Array, right: Array) -> Bound:
+        """The bound of the location's phase, as derived in the module docstring."""
+        match location.phase:
             case phase if phase in EXACT_PHASES:
-                return Bound(self._conversion(place) * np.maximum(abs(left), abs(right)))
+                return Bound(self._conversion(location) * np.maximum(abs(left), abs(right)))
             case "lr":
                 return Bound(np.asarray(SAME_DOUBLE * largest(left, right)))
             case "loss":
-                return self._loss(place)
+                return self._loss(location)
             case "grad_norm":
-                return self._norm(place.step)
+                return self._norm(location.step)
             case "clip":
-                return self._clip(place.step, largest(left, right))
+                return self._clip(location.step, largest(left, right))
             case "moment1" | "moment2":
-                return self._moment(place)
+                return self._moment(location)
             case "update":
-                return self._update(place, left, right)
+                return self._update(location, left, right)
             case _:
-                return self._gradient(place, largest(left, right), left.size)
+                return self._gradient(location, largest(left, right), left.size)
 
-    def _conversion(self, place: Place) -> float:
-        """Nothing, or one rounding where the sides store the starting weights in different types."""
-        if place.phase != "initial":
+    def _conversion(self, location: Location) -> float:
+        """Zero, or one rounding if the sides store the starting weight in different types."""
+        if location.phase != "initial":
             return 0.0
-        left, right = self._pair.read(0, "weight", place.tensor)
+        left, right = self._pair.read(0, "weight", location.tensor)
         return 0.0 if left is not None and right is not None and left.dtype == right.dtype else self._stored
 
-    def _loss(self, place: Place) -> Bound:
-        """The forward path's rounding of logits, plus what the weights' distance moves: |gradient| · |Δw|.
+    def _loss(self, location: Location) -> Bound:
+        """The forward pass's rounding of the logits, plus what the distance of the weights causes: |gradient| · |Δw|.
 
-        A token's loss is a log-sum-exp of logits that spread over at least ln(vocab) where the model knows
-        anything: that, and the loss itself, is the size that the relative error of the logits applies to.
+        A token's loss is a log-sum-exp of logits, which spread over at least ln(vocab) once a model has learned
+        anything. The relative error of the logits applies to that and to the loss itself.
         """
-        tokens = self._pair.scalar(place.step, "tokens")[0]
-        mean = max(abs(loss) for loss in self._pair.scalar(place.step, "loss"))
-        rounding = math.sqrt(2.0) * tail(1) * math.sqrt(self._forward) * (mean + math.log(self._vocab))
+        tokens = self._pair.scalar(location.step, "tokens")[0]
+        mean = max(abs(loss) for loss in self._pair.scalar(location.step, "loss"))
+        rounding = (
+            math.sqrt(2.0)
+            * gaussian_max_quantile(1)
+            * math.sqrt(self._forward)
+            * (mean + math.log(self._vocab))
+        )
         moved = 0.0
-        for name, (left, right) in self._pair.weights(place.step).items():
-            gradient = self._pair.read(place.step, "gradient", name)[0]
+        for name, (left, right) in self._pair.weights(location.step).items():
+            gradient = self._pair.read(location.step, "gradient", name)[0]
             if gradient is not None and gradient.shape == left.shape:
                 moved += float(np.sum(np.abs(as_float64(gradient)) * np.abs(left - right)))
-        count = tokens if place.tensor == "loss_sum" else 1.0
+        count = tokens if location.tensor == "loss_sum" else 1.0
         return Bound(np.asarray(rounding * count), moved * count)
 
-    def _gradient(self, place: Place, scale: float, size: int) -> Bound:
-        rounding = math.sqrt(2.0) * tail(size) * math.sqrt(self._whole)
-        return Bound(np.asarray(rounding * scale + SMALLEST), self._moved(place) * scale)
+    def _gradient(self, location: Location, scale: float, size: int) -> Bound:
+        rounding = math.sqrt(2.0) * gaussian_max_quantile(size) * math.sqrt(self._both_passes)
+        return Bound(np.asarray(rounding * scale + FLOAT32_TINY), self._weight_drift(location) * scale)
 
-    def _moved(self, place: Place) -> float:
-        """The share by which the weights' distance moves what passes them."""
-        return self._drift(place.step) + partner_drift(self._pair, place.step, place.tensor)
+    def _weight_drift(self, location: Location) -> float:
+        """The share by which the distance of the weights changes a gradient or an activation."""
+        return self._drift(location.step) + partner_drift(self._pair, location.step, location.tensor)
 
     def _norm(self, step: int) -> Bound:
-        """What the gradients' own difference explains, and the rounding of one long sum of squares."""
+        """What the difference of the gradients explains, and the rounding of one long sum of squares."""
         squares, count = np.zeros(2), 0
         for name in self._pair.names(step, "gradient"):
             for side, gradient in enumerate(self._pair.read(step, "gradient", name)):
@@ -186,44 +192,44 @@ class RoundingBounds:
         return Bound(np.asarray(own), float(abs(norms[0] - norms[1])))
 
     def _clip(self, step: int, scale: float) -> Bound:
-        """The factor follows the norm; it is read off moments, which are rounded as many times as `_moment` says."""
+        """The factor follows the norm; it is fitted to the moments, whose roundings `_moment` counts."""
         norms = self._pair.scalar(step, "grad_norm")
-        handed = abs(norms[0] - norms[1]) / max(*norms, SMALLEST) * scale
+        inherited = abs(norms[0] - norms[1]) / max(*norms, FLOAT32_TINY) * scale
         own = MOMENT_ROUNDINGS["moment1"] * self._summed * clip_condition(self._pair, step) * scale
-        return Bound(np.asarray(own), handed)
+        return Bound(np.asarray(own), inherited)
 
-    def _moment(self, place: Place) -> Bound:
-        power = 1 if place.phase == "moment1" else 2
-        keep, take = self._moment_fit(place.phase, place.step)
-        gradient, before = gradient_and_before(self._pair, place)
+    def _moment(self, location: Location) -> Bound:
+        power = 1 if location.phase == "moment1" else 2
+        keep, take = self._moment_fit(location.phase, location.step)
+        gradient, before = gradient_and_before(self._pair, location)
         new = [np.abs(side) ** power for side in gradient]
         moved = keep * abs(before[0] - before[1]) + take * abs(gradient[0] ** power - gradient[1] ** power)
-        norms = self._pair.scalar(place.step, "grad_norm")
-        clip = (max(*norms, SMALLEST) / max(min(norms), SMALLEST)) ** power - 1.0
+        norms = self._pair.scalar(location.step, "grad_norm")
+        clip = (max(*norms, FLOAT32_TINY) / max(min(norms), FLOAT32_TINY)) ** power - 1.0
         size = keep * np.maximum(*np.abs(before)) + take * np.maximum(*new)
         return Bound(
-            MOMENT_ROUNDINGS[place.phase] * self._summed * size + SMALLEST,
+            MOMENT_ROUNDINGS[location.phase] * self._summed * size + FLOAT32_TINY,
             moved + clip * take * np.maximum(*new),
         )
 
-    def _update(self, place: Place, left: Array, right: Array) -> Bound:
-        rate = self._update_fit(place.step)
-        moment1 = float64_sides(self._pair.read(place.step, "moment1", place.tensor), left)
-        moment2 = float64_sides(self._pair.read(place.step, "moment2", place.tensor), left)
-        root = np.maximum(np.sqrt(np.abs(moment2)), math.sqrt(SMALLEST))
+    def _update(self, location: Location, left: Array, right: Array) -> Bound:
+        rate = self._update_fit(location.step)
+        moment1 = float64_sides(self._pair.read(location.step, "moment1", location.tensor), left)
+        moment2 = float64_sides(self._pair.read(location.step, "moment2", location.tensor), left)
+        root = np.maximum(np.sqrt(np.abs(moment2)), math.sqrt(FLOAT32_TINY))
         linear = abs(moment1[0] - moment1[1]) / root[0]
         linear += np.abs(moment1[1]) * abs(root[0] - root[1]) / (root[0] * root[1])
         moved = rate * np.minimum(linear, np.sum(np.abs(moment1) / root, axis=0))
-        weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(()), np.zeros(())))
+        weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))
         rounded = 8 * self._summed * (abs(left) + abs(right))
         rounded += WEIGHT_ROUNDINGS * self._summed * (abs(weights[0]) + abs(weights[1]))
-        lr = max(self._pair.scalar(place.step, "lr"))
-        return Bound(rounded + SMALLEST, moved + lr * abs(weights[0] - weights[1]))
+        lr = max(self._pair.scalar(location.step, "lr"))
+        return Bound(rounded + FLOAT32_TINY, moved + lr * abs(weights[0] - weights[1]))
 
 
 def path_roundings(
     shapes: Mapping[str, tuple[int, ...]],
-    rows: tuple[int, ...],
+    batch: tuple[int, ...],
     *,
     structure: Structure,
     stored: float,
@@ -233,14 +239,15 @@ def path_roundings(
 
     Read from the shapes of the weights: a matrix [out, in] sums over `in` forward and over `out` backward, a
     norm over its width; attention's scores sum over a head, its softmax and its values over the sequence; the
-    head's softmax over the vocabulary; a weight's own gradient over the tokens of the batch (`rows` is
-    [examples, sequence_tokens]). Matrices that work side by side are counted one after another: an over-estimate.
-    What is an embedding, and how many layers of attention there are, `structure` says. Virtual tokens make the sequence longer, and their encoder's matrices stand before all others.
+    head's softmax over the vocabulary; a weight's own gradient over the tokens of the batch (`batch` is its shape,
+    [examples, sequence_tokens]). Parallel matrices are counted as if in sequence: an over-estimate. `structure` tells
+    embeddings from other matrices and counts the layers. Virtual tokens lengthen the sequence, and their encoder's
+    matrices come before all others.
     """
     encoder = {name: shape for name, shape in shapes.items() if name.startswith(f"{ENCODER}.")}
     model = {name: shape for name, shape in shapes.items() if name not in encoder}
     virtual = encoder.get(f"{ENCODER}.embedding.weight", (0,))[0]
-    examples, sequence = rows[0], rows[1] + virtual
+    examples, sequence = batch[0], batch[1] + virtual
     widths = [shape[0] for shape in model.values() if len(shape) == 1]
     width, vocab = max(widths, default=1), vocabulary(model)
     layers = structure.num_layers(model)
@@ -260,37 +267,37 @@ def path_roundings(
 
 
 def vocabulary(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The longest first dimension of the model's weights."""
-    rows = [s[0] for name, s in shapes.items() if s and not name.startswith(f"{ENCODER}.")]
-    return max(rows, default=1)
+    """The size of the vocabulary: the longest first dimension of the model's weights."""
+    sizes = [s[0] for name, s in shapes.items() if s and not name.startswith(f"{ENCODER}.")]
+    return max(sizes, default=1)
 
 
 def _in_encoder(encoder: Mapping[str, tuple[int, ...]], virtual: int) -> list[tuple[int, ...]]:
-    """[out, in] of every product of an encoder, one after the other: of an LSTM as many as there are virtual tokens.
+    """[out, in] of every product of an encoder in sequence; an LSTM's recurrent ones once per virtual token.
 
-    A bias is one sum, and after it a non-linearity: two products of length 1.
+    A bias counts as two products of length 1: one sum, and the non-linearity after it.
     """
-    found: list[tuple[int, ...]] = []
+    products: list[tuple[int, ...]] = []
     for name, shape in encoder.items():
         if name != f"{ENCODER}.embedding.weight":
             times = virtual if ".weight_hh_" in name else 1
-            found += times * [shape] if len(shape) == 2 else 2 * [(1, 1)]
-    return found
+            products += times * [shape] if len(shape) == 2 else 2 * [(1, 1)]
+    return products
 
 
-def tail(size: int) -> float:
-    """The largest of `size` normal errors in standard deviations, but for one case in a million."""
+def gaussian_max_quantile(size: int) -> float:
+    """The largest of `size` normal errors, in standard deviations, exceeds this once in a million."""
     return math.sqrt(2.0 * math.log(2.0 * max(size, 1) / FALSE_ALARM))
 
 
-def too_large(freedom: int) -> float:
-    """By what factor a root mean square of `freedom` normal values (an even number) may come out too large, likewise.
+def rms_upper_factor(dof: int) -> float:
+    """The factor by which a root mean square of `dof` (even) normal values comes out too large, once in a million.
 
-    P(χ² > 2h) = exp(-h) · sum of h^k / k! over k < freedom / 2; solved for h by halving.
+    P(χ² > 2h) = exp(-h) · sum of h^k / k! over k < dof / 2; solved for h by bisection.
     """
-    low, high = 0.0, 100.0 + freedom
+    low, high = 0.0, 100.0 + dof
     for _ in range(100):
         half = (low + high) / 2
-        above = math.exp(-half) * sum(half**k / math.factorial(k) for k in range(freedom // 2))
+        above = math.exp(-half) * sum(half**k / math.factorial(k) for k in range(dof // 2))
         low, high = (half, high) if above > FALSE_ALARM else (low, half)
-    return math.sqrt(2 * high / freedom)
+    return math.sqrt(2 * high / dof)

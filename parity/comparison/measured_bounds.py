@@ -1,28 +1,30 @@
-"""The bounds of `parity check` in fp32: each side is held to a float64 reference that starts every step where it stands.
+"""The bounds of `parity check` in fp32 and bf16: each side is held to a float64 reference of every step.
 
-forward and backward pass: measured. `parity.runs.replay` makes every step of each side again in float64, and for the left
-           side also from weights that are moved by one rounding each. With σ the measured movement of an element,
+forward and backward pass: measured. `parity.runs.replay` repeats every step of each side in float64 from that side's own
+           weights, and for the left side also from weights perturbed by one rounding each. With σ the measured movement
+           of an element,
 
                bound = C · T(N) · U(ν) · σ
 
-           σ  of element (i, j) of a tensor folded to [rows, columns]: the root of rows_i · columns_j / mean, the
-              product form of its mean squares, but not less than the tensor's own root mean square. Where a whole row
-              or column does not move at all (a token that is absent, a padded position) nothing may differ.
-           C  how much more a run rounds than a draw: it rounds every product, sum and stored value, a draw every
+           σ  of element (i, j) of a tensor folded to [rows, columns]: the root of rows_i · columns_j / mean, where rows
+              and columns are mean squares, but at least the tensor's own root mean square. A row or column that does
+              not move at all (an absent token, a padded position) must be equal.
+           C  how much more a run rounds than a draw: a run rounds every product, sum and stored value, a draw every
               weight once. C² = (roundings on the path, `path_roundings`) / (weights on the path), each rounding counted
-              at its largest, as the draws' are. Forward the loss and activations, forward and backward the rest.
-           T  the largest of N normal errors, but for one case in a million.
-           A tensor is also held as a whole, its distance from the reference (Frobenius norm) to C · V · U · |σ|: the
-           squared distance has INDEPENDENT ways or more, and is above its mean by V² in one case in a million.
-           U  what σ may be too small by, since it comes from few draws: χ² with ν degrees of freedom is below its mean
-              by U² in one case in a million. Per draw the elements of a tensor move in at least INDEPENDENT ways.
+              at its largest, as in the draws. The path is the forward pass for loss and activations, both passes for
+              the rest.
+           T  the largest of N normal errors exceeds T once in a million.
+           U  σ comes from few draws and may be too small: χ² with ν degrees of freedom falls below its mean / U² once in
+              a million. Each draw gives a tensor at least EFFECTIVE_DOF degrees of freedom.
+           The tensor as a whole: its distance from the reference (Frobenius norm) is held to C · V · U · |σ|. The squared
+           distance has at least EFFECTIVE_DOF degrees of freedom and exceeds V² times its mean once in a million.
 
 loss       the same, ν = one per draw and step (the larger of the step's σ and that of all steps), and the rounding of
            one sum over the targets: T · u · sqrt(1 + n/2) · loss.
 gradient norm, clip factor, moments, update: computed in numpy float64 from the side's own gradient, moments and
-           weights by the recipe's rule (`adam.AdamRule`), so nothing but this phase's few roundings is left.
-           An element is undetermined where its first moment is within reach of its gradient's bound: there Adam makes
-           a whole step of noise, and the two sides may step apart, each rightly.
+           weights by the recipe's rule (`adam.AdamRule`), so only this phase's few roundings remain.
+           An element is undetermined if its first moment is within reach of its gradient's bound: there Adam turns
+           noise into a whole step, and the two sides may rightly step apart.
 """
 
 from __future__ import annotations
@@ -39,26 +41,26 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from parity.comparison.adam import AdamRule, clip_condition, float64_sides, gradient_and_before, shown_factors
+from parity.comparison.adam import AdamRule, clip_condition, fit_factors, float64_sides, gradient_and_before
 from parity.comparison.estimated_bounds import (
+    EFFECTIVE_DOF,
     FALSE_ALARM,
-    INDEPENDENT,
+    FLOAT32_TINY,
     MOMENT_ROUNDINGS,
-    SMALLEST,
-    RoundingBounds,
+    EstimatedBounds,
+    gaussian_max_quantile,
     path_roundings,
-    tail,
-    too_large,
+    rms_upper_factor,
 )
 from parity.comparison.pair import Pair, as_float64
-from parity.comparison.phases import CLIP, Place
+from parity.comparison.phases import CLIP, Location
 from parity.comparison.tolerance import (
     EXACT_PHASES,
     SAME_DOUBLE,
     UNIT,
     WEIGHT_ROUNDINGS,
     Bound,
-    Contrast,
+    CheckedPair,
     as_a_whole,
     largest,
 )
@@ -66,8 +68,8 @@ from trainspec.plans.plan import Policy
 from trainspec.trace import Trace
 
 Array = NDArray[Any]
-# Roundings of an update at its own size (a side): both bias corrections and their quotients 4, root, eps, quotient,
-# rate 4, and 1 where the two weights are subtracted to record it.
+# One side's roundings of an update at its own size: both bias corrections and their quotients 4, root, eps, quotient and
+# rate 4, and 1 for the subtraction of the two weights that records it.
 UPDATE_ROUNDINGS = 9
 NAMES = (("left", "fp64 from left"), ("right", "fp64 from right"))
 OWN_NAMES = (("left", "its own rule"), ("right", "its own rule"))
@@ -75,14 +77,14 @@ OWN_NAMES = (("left", "its own rule"), ("right", "its own rule"))
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `parity.runs.replay` left: a reference for each run, and how far the first one's tensors move."""
+    """The output of `parity.runs.replay`: a reference for each run, and the movement of the first run's tensors."""
 
     references: tuple[Trace, ...]
     movement: Path
     draws: int
 
     def mean_squares(self, step: int, key: str) -> tuple[Array, Array]:
-        """Of the rows and of the columns of a folded tensor, over all draws; no number where a draw did not get there."""
+        """Mean squares of the rows and of the columns of a folded tensor, over all draws; NaN if a draw did not reach `step`."""
         path = self.movement / f"step-{step:06d}.safetensors"
         if not path.is_file():
             return np.full(1, np.nan), np.full(1, np.nan)
@@ -90,7 +92,7 @@ class Measurement:
             return file.get_tensor(f"{key}/rows"), file.get_tensor(f"{key}/columns")
 
     def sigma(self, step: int, key: str, shape: tuple[int, ...]) -> Array:
-        """The movement of every element, see the head of this file."""
+        """σ of every element, see the module docstring."""
         rows, columns = self.mean_squares(step, key)
         mean = rows.mean()
         if not mean or not math.isfinite(mean):
@@ -99,22 +101,22 @@ class Measurement:
         return np.sqrt(np.where(product > 0, np.maximum(product, mean), 0.0)).reshape(shape)
 
     def loss_sigma(self, step: int) -> float:
-        """The movement of the mean loss: the step's own, or that of all steps where it is larger."""
+        """σ of the mean loss: the larger of the step's own and that of all steps."""
         steps = range(1, 1 + len(self.references[0].rows))
         squares = {each: float(self.mean_squares(each, "loss")[0][0]) for each in steps}
         return math.sqrt(float(np.maximum(squares.get(step, math.nan), np.mean(list(squares.values())))))
 
 
 @dataclass(frozen=True)
-class Sums:
-    """How gradients are added up: the type that the recipe asks for, and how many of them each side makes one of."""
+class Summation:
+    """How gradients are summed: the type that the recipe asks for, and the number of summands on each side."""
 
     asked: Policy = "fp32"
     summands: tuple[int, int] = (1, 1)
 
 
 class MeasuredBounds:
-    """Each side against its reference, with the unit roundoff of what both compute in."""
+    """Bounds of each side against its float64 reference."""
 
     notes = ()
 
@@ -125,134 +127,141 @@ class MeasuredBounds:
         *,
         measurement: Measurement,
         rule: AdamRule,
-        sums: Sums,
+        summation: Summation,
     ) -> None:
-        self._pair, self.measurement, self._rule, self._sums = pair, measurement, rule, sums
+        self._pair, self.measurement, self._rule, self._summation = pair, measurement, rule, summation
         self._unit = UNIT[precision]
         self._summed = UNIT["fp32"]
         shapes = pair.starting_shapes()
-        rows = pair.read(1, "batch", "input_ids")[0]
-        forward, whole = path_roundings(
+        ids = pair.read(1, "batch", "input_ids")[0]
+        forward, both_passes = path_roundings(
             shapes,
-            rows.shape if rows is not None and rows.ndim == 2 else (1, 1),
+            ids.shape if ids is not None and ids.ndim == 2 else (1, 1),
             structure=pair.structure,
             stored=self._unit,
             summed=self._summed,
         )
         uses = len(shapes) * self._unit**2
-        self.forward, self.whole = math.sqrt(forward / uses), math.sqrt(whole / (2 * uses))
-        self._coarse = RoundingBounds(pair, precision)
+        self.forward, self.both_passes = math.sqrt(forward / uses), math.sqrt(both_passes / (2 * uses))
+        self._coarse = EstimatedBounds(pair, precision)
         self._gradient_bound = cache(self._measured_bound)
         self._factors = cache(self._factors_at)
 
-    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
-        """A gradient that one side alone summed in bfloat16 where more was asked: no bound of bf16 would see it.
+    def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
+        """A gradient that one side summed in bfloat16 against the recipe, which no bound of bf16 would detect.
 
-        One of 65536 float32 numbers is a bfloat16 number. A single gradient, not a sum, may be all made of them.
+        One in 65536 float32 numbers is a bfloat16 number. A gradient that is no sum may consist of them.
         """
-        if place.phase != "gradient" or self._sums.asked == "bf16":
+        if location.phase != "gradient" or self._summation.asked == "bf16":
             return None
         narrow = [_is_bfloat16(side) for side in (left, right)]
         if all(narrow) or not any(narrow):
             return None
         side = narrow.index(True)
-        if self._sums.summands[side] == 1 or not np.any((left, right)[side]):
+        if self._summation.summands[side] == 1 or not np.any((left, right)[side]):
             return None
         return (
             f"summed in bfloat16: every element in {NAMES[side][0]} is a bfloat16 number, "
-            f"the recipe says precision.reduce={self._sums.asked}"
+            f"the recipe says precision.reduce={self._summation.asked}"
         )
 
-    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        """See the head of this file, phase by phase."""
-        match place.phase:
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
+        """Each side against its reference or rule, as the module docstring says for the phase."""
+        match location.phase:
             case phase if phase in EXACT_PHASES:
-                return self._coarse.contrasts(place, left, right)
+                return self._coarse.checked_pairs(location, left, right)
             case "lr":
-                return self._rate(place, left, right)
+                return self._rate(location, left, right)
             case "loss":
-                return self._loss(place, left, right)
+                return self._loss(location, left, right)
             case "grad_norm":
-                return self._norm(place.step, left, right)
+                return self._norm(location.step, left, right)
             case phase if phase == CLIP:
-                return self._clip(place.step)
+                return self._clip(location.step)
             case "moment1" | "moment2":
-                return self._moment(place, left, right)
+                return self._moment(location, left, right)
             case "update":
-                return self._update(place, left, right)
+                return self._update(location, left, right)
             case _:
-                return self._against_reference(place, left, right)
+                return self._against_reference(location, left, right)
 
-    def multiple(self, *, forward: bool, size: int, freedom: int) -> float:
-        """C · T · U."""
-        return (self.forward if forward else self.whole) * tail(size) * too_small(freedom)
+    def multiple(self, *, forward: bool, size: int, dof: int) -> float:
+        """C · T · U of the module docstring."""
+        return (
+            (self.forward if forward else self.both_passes)
+            * gaussian_max_quantile(size)
+            * rms_lower_factor(dof)
+        )
 
     def _reference(self, step: int) -> tuple[Trace, Trace] | None:
         left, right = self.measurement.references
         return (left, right) if min(len(left.rows), len(right.rows)) >= step else None
 
-    def _against_reference(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        references, key = self._reference(place.step), f"{place.phase}/{place.tensor}"
-        if references is None or any(key not in trace.names(place.step) for trace in references):
-            return self._coarse.contrasts(place, left, right)
-        own, whole = Bound(self._gradient_bound(place).reshape(left.shape)), Bound(self._whole_bound(place))
-        expected = [trace.read(place.step, key).reshape(left.shape) for trace in references]
+    def _against_reference(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
+        references, key = self._reference(location.step), f"{location.phase}/{location.tensor}"
+        if references is None or any(key not in trace.names(location.step) for trace in references):
+            return self._coarse.checked_pairs(location, left, right)
+        own, whole = (
+            Bound(self._gradient_bound(location).reshape(left.shape)),
+            Bound(self._whole_bound(location)),
+        )
+        expected = [trace.read(location.step, key).reshape(left.shape) for trace in references]
         each = list(zip((left, right), expected, NAMES, strict=True))
         return [
-            *(Contrast(side, wanted, own, names) for side, wanted, names in each),
+            *(CheckedPair(side, wanted, own, names) for side, wanted, names in each),
             *(as_a_whole(side, wanted, whole, names) for side, wanted, names in each),
         ]
 
-    def _measured_bound(self, place: Place) -> Array:
-        key = f"{place.phase}/{place.tensor}"
-        shape = self.measurement.references[0].read(place.step, key).shape
-        sigma = self.measurement.sigma(place.step, key, shape)
-        freedom = INDEPENDENT * self.measurement.draws
-        forward = place.phase == "activation"
-        return self.multiple(forward=forward, size=sigma.size, freedom=freedom) * sigma + SMALLEST
+    def _measured_bound(self, location: Location) -> Array:
+        key = f"{location.phase}/{location.tensor}"
+        shape = self.measurement.references[0].read(location.step, key).shape
+        sigma = self.measurement.sigma(location.step, key, shape)
+        dof = EFFECTIVE_DOF * self.measurement.draws
+        forward = location.phase == "activation"
+        return self.multiple(forward=forward, size=sigma.size, dof=dof) * sigma + FLOAT32_TINY
 
-    def _whole_bound(self, place: Place) -> Array:
-        """C · V · U · σ of the tensor as a whole."""
-        key = f"{place.phase}/{place.tensor}"
-        shape = self.measurement.references[0].read(place.step, key).shape
-        rows = self.measurement.mean_squares(place.step, key)[0]
+    def _whole_bound(self, location: Location) -> Array:
+        """C · V · U · |σ| of the tensor as a whole."""
+        key = f"{location.phase}/{location.tensor}"
+        shape = self.measurement.references[0].read(location.step, key).shape
+        rows = self.measurement.mean_squares(location.step, key)[0]
         size = math.prod(shape)
-        more = self.forward if place.phase == "activation" else self.whole
-        wide = too_large(INDEPENDENT) * too_small(INDEPENDENT * self.measurement.draws)
-        return np.asarray(more * wide * math.sqrt(size * rows.mean()) + SMALLEST * math.sqrt(size))
+        more = self.forward if location.phase == "activation" else self.both_passes
+        margin = rms_upper_factor(EFFECTIVE_DOF) * rms_lower_factor(EFFECTIVE_DOF * self.measurement.draws)
+        return np.asarray(more * margin * math.sqrt(size * rows.mean()) + FLOAT32_TINY * math.sqrt(size))
 
-    def _loss(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        """A reference that ended before this step gave no finite loss from weights that the run itself could use.
+    def _loss(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
+        """A reference that ended before this step had a non-finite loss on weights that the run itself could use.
 
-        That is no gap to be filled by an estimate: it stands there as not a number, which fails.
+        No estimate fills that gap: NaN is expected, which fails.
         """
-        row = place.step - 1
-        rows = [trace.rows[row] if row < len(trace.rows) else None for trace in self.measurement.references]
-        freedom = self.measurement.draws * len(self.measurement.references[0].rows)
-        tokens = max(self._pair.scalar(place.step, "tokens"))
-        mean = max((abs(found["loss"]) for found in rows if found), default=0.0)
-        own = self.multiple(forward=True, size=1, freedom=freedom) * self.measurement.loss_sigma(place.step)
-        own += tail(1) * self._summed * math.sqrt(1 + tokens / 2) * mean
-        own *= tokens if place.tensor == "loss_sum" else 1
-        expected = [np.asarray(found[place.tensor] if found else np.nan) for found in rows]
+        at = location.step - 1
+        records = [trace.rows[at] if at < len(trace.rows) else None for trace in self.measurement.references]
+        dof = self.measurement.draws * len(self.measurement.references[0].rows)
+        tokens = max(self._pair.scalar(location.step, "tokens"))
+        mean = max((abs(record["loss"]) for record in records if record), default=0.0)
+        own = self.multiple(forward=True, size=1, dof=dof) * self.measurement.loss_sigma(location.step)
+        own += gaussian_max_quantile(1) * self._summed * math.sqrt(1 + tokens / 2) * mean
+        own *= tokens if location.tensor == "loss_sum" else 1
+        expected = [np.asarray(record[location.tensor] if record else np.nan) for record in records]
         return [
-            Contrast(side, wanted, Bound(np.asarray(own)), names)
+            CheckedPair(side, wanted, Bound(np.asarray(own)), names)
             for side, wanted, names in zip((left, right), expected, NAMES, strict=True)
         ]
 
-    def _rate(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+    def _rate(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         bound = Bound(np.asarray(SAME_DOUBLE * largest(left, right)))
-        references = self._reference(place.step)
+        references = self._reference(location.step)
         if references is None:
-            return [Contrast(left, right, bound)]
-        wanted = np.asarray(references[0].rows[place.step - 1]["lr"])
+            return [CheckedPair(left, right, bound)]
+        wanted = np.asarray(references[0].rows[location.step - 1]["lr"])
         return [
-            Contrast(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))
+            CheckedPair(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))
         ]
 
-    def _norm(self, step: int, left: Array, right: Array) -> Sequence[Contrast]:
-        """The root of the sum of squares of the side's own gradients: one long sum."""
-        found = []
+    def _norm(self, step: int, left: Array, right: Array) -> Sequence[CheckedPair]:
+        """The root of the sum of squares of the side's own gradients, one long sum."""
+        checked_pairs = []
         for side, (reported, names) in enumerate(zip((left, right), OWN_NAMES, strict=True)):
             squares = 0.0
             for name in self._pair.names(step, "gradient"):
@@ -260,83 +269,83 @@ class MeasuredBounds:
                 if gradient is not None:
                     squares += float(np.sum(np.square(as_float64(gradient))))
             norm = math.sqrt(squares)
-            own = self._norm_rounding(step) * norm + SMALLEST
-            found.append(Contrast(reported, np.asarray(norm), Bound(np.asarray(own)), names))
-        return found
+            own = self._norm_rounding(step) * norm + FLOAT32_TINY
+            checked_pairs.append(CheckedPair(reported, np.asarray(norm), Bound(np.asarray(own)), names))
+        return checked_pairs
 
     def _norm_rounding(self, step: int) -> float:
-        """The relative error of the norm: a sum over the largest tensor is the longest."""
+        """The relative error of the norm; its longest sum is over the largest tensor."""
         largest_sum = max(
             (_size(self._pair, step, name) for name in self._pair.names(step, "gradient")), default=1
         )
         return self._summed * math.sqrt(1 + largest_sum / 2)
 
-    def _clip(self, step: int) -> Sequence[Contrast]:
-        """The factor that a side's moments show; where they show no factor at all they are judged as moments.
+    def _clip(self, step: int) -> Sequence[CheckedPair]:
+        """The factor fitted to a side's moments; moments that fit no factor are judged as moments.
 
-        A backend may clip by a norm of its own (DeepSpeed does), which is rounded like the one it reports.
+        A backend may clip by another norm than the one it reports (DeepSpeed does), with the same rounding.
         """
         norms = self._pair.scalar(step, "grad_norm")
         wanted = np.array([self._rule.clip_factor(norm) for norm in norms])
         summed = np.where(wanted < 1, self._norm_rounding(step), 0.0)
         own = MOMENT_ROUNDINGS["moment1"] / 2 * self._summed * clip_condition(self._pair, step)
         allowed = (own + summed) * wanted
-        shown, factor = shown_factors(self._pair, step, betas=self._rule.spec.betas), wanted
+        shown, factor = fit_factors(self._pair, step, betas=self._rule.spec.betas), wanted
         if shown is not None:
             within = np.abs(shown.factor - wanted) <= allowed
             factor = np.where(within | shown.explain(wanted), shown.factor, wanted)
         return [
-            Contrast(
+            CheckedPair(
                 np.asarray(factor[i]), np.asarray(wanted[i]), Bound(np.asarray(allowed[i])), OWN_NAMES[i]
             )
             for i in range(2)
         ]
 
     def _factors_at(self, step: int) -> list[float]:
-        """Each side's clip factor: what its moments show where that is within bounds, or else the rule's."""
+        """Each side's clip factor: the one fitted to its moments if that is within bounds, else the rule's."""
         return [
             float(c.first if abs(c.first - c.second) <= c.bound.own else c.second) for c in self._clip(step)
         ]
 
-    def _moment(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        gradient, before = gradient_and_before(self._pair, place)
-        roundings, found = MOMENT_ROUNDINGS[place.phase] / 2 * self._summed, []
-        for side, factor in enumerate(self._factors(place.step)):
-            wanted, size = self._rule.moment(place.phase, gradient[side], before[side], factor=factor)
-            bound = Bound(roundings * size + SMALLEST)
-            found.append(Contrast((left, right)[side], wanted, bound, OWN_NAMES[side]))
-        return found
+    def _moment(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
+        gradient, before = gradient_and_before(self._pair, location)
+        roundings, checked_pairs = MOMENT_ROUNDINGS[location.phase] / 2 * self._summed, []
+        for side, factor in enumerate(self._factors(location.step)):
+            wanted, size = self._rule.moment(location.phase, gradient[side], before[side], factor=factor)
+            bound = Bound(roundings * size + FLOAT32_TINY)
+            checked_pairs.append(CheckedPair((left, right)[side], wanted, bound, OWN_NAMES[side]))
+        return checked_pairs
 
-    def _update(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        moment1 = float64_sides(self._pair.read(place.step, "moment1", place.tensor), left)
-        moment2 = float64_sides(self._pair.read(place.step, "moment2", place.tensor), left)
-        weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(left.shape),) * 2)
-        lr = max(self._pair.scalar(place.step, "lr"))
-        noise, found = self._noise(place, moment1), []
+    def _update(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
+        moment1 = float64_sides(self._pair.read(location.step, "moment1", location.tensor), left)
+        moment2 = float64_sides(self._pair.read(location.step, "moment2", location.tensor), left)
+        weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(left.shape),) * 2)
+        lr = max(self._pair.scalar(location.step, "lr"))
+        noise, checked_pairs = self._noise(location, moment1), []
         for side, names in enumerate(OWN_NAMES):
             wanted = self._rule.update(
-                place.tensor, weights[side], moment1[side], moment2[side], lr=lr, step=place.step
+                location.tensor, weights[side], moment1[side], moment2[side], lr=lr, step=location.step
             )
             size = np.abs(weights[side]) + np.abs(wanted)  # of the weight before and after
             own = UPDATE_ROUNDINGS * np.abs(wanted) + WEIGHT_ROUNDINGS * size
-            bound = Bound(self._summed * own + SMALLEST)
-            found.append(Contrast((left, right)[side], wanted, bound, names, noise))
-        return found
+            bound = Bound(self._summed * own + FLOAT32_TINY)
+            checked_pairs.append(CheckedPair((left, right)[side], wanted, bound, names, noise))
+        return checked_pairs
 
-    def _noise(self, place: Place, moment1: Array) -> Array:
-        """Elements whose gradient's bound reaches the first moment."""
-        gradient = Place(place.step, "gradient", place.tensor)
-        if self._reference(place.step) is None:
+    def _noise(self, location: Location, moment1: Array) -> Array:
+        """Mask of the elements whose gradient's bound reaches the first moment."""
+        gradient = Location(location.step, "gradient", location.tensor)
+        if self._reference(location.step) is None:
             return np.zeros(moment1.shape[1:], bool)
-        if f"gradient/{place.tensor}" not in self.measurement.references[0].names(place.step):
+        if f"gradient/{location.tensor}" not in self.measurement.references[0].names(location.step):
             return np.zeros(moment1.shape[1:], bool)
-        beta, factor = self._rule.spec.betas[0], max(self._factors(place.step))
+        beta, factor = self._rule.spec.betas[0], max(self._factors(location.step))
         reach = (1.0 - beta) * factor * self._gradient_bound(gradient)
         reach = reach.reshape(moment1.shape[1:])
         size = np.abs(moment1).max(axis=0)
-        # A gradient that cannot move at all (of A, while B is zero) leaves no noise, nor does one that is exactly zero on
-        # both sides (after a ReLU): Adam makes no step of it.
-        return (reach >= size) & (reach > SMALLEST) & (size > 0)
+        # A gradient that cannot move (of A, while B is zero) or is exactly zero on both sides (after a ReLU) is no noise:
+        # Adam makes no step of it.
+        return (reach >= size) & (reach > FLOAT32_TINY) & (size > 0)
 
 
 def _is_bfloat16(array: Array) -> bool:
@@ -344,13 +353,13 @@ def _is_bfloat16(array: Array) -> bool:
     return bool(np.all(array.astype(ml_dtypes.bfloat16).astype(np.float64) == array.astype(np.float64)))
 
 
-def too_small(freedom: int) -> float:
-    """By what factor a root mean square of `freedom` normal values may come out too small, once in a million.
+def rms_lower_factor(dof: int) -> float:
+    """The factor by which a root mean square of `dof` normal values comes out too small, once in a million.
 
     P(χ² ≤ x) ≤ (x/2)^(ν/2) / Γ(ν/2 + 1), from the incomplete gamma function's series; solved for x.
     """
-    half = freedom / 2
-    return math.sqrt(half) * math.exp(-(math.log(FALSE_ALARM) + math.lgamma(half + 1)) / freedom)
+    half = dof / 2
+    return math.sqrt(half) * math.exp(-(math.log(FALSE_ALARM) + math.lgamma(half + 1)) / dof)
 
 
 def _size(pair: Pair, step: int, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Two traces side by side: every read a comparison makes goes through here, and each array is read once."""
+"""Two traces side by side. A comparison reads through here, and each array is read once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Sides = tuple[Array | None, Array | None]
 
 
 class Pair:
-    """Reads left and right together. Arrays of the current step and the one before it are kept in memory."""
+    """Reads left and right together. Arrays of the current and the previous step stay in memory."""
 
     def __init__(self, left: Trace, right: Trace) -> None:
         self.traces = (left, right)
@@ -39,11 +39,11 @@ class Pair:
 
     @cached_property
     def structure(self) -> Structure:
-        """What the traces say of the names in them."""
+        """Causal order, roles and layers of the names in the traces."""
         return Structure(*(trace.causal_order() for trace in self.traces))
 
     def keys(self, step: int) -> tuple[frozenset[str], frozenset[str]]:
-        """The tensor keys of each side at `step`; step 0 stands for the starting weights."""
+        """The tensor keys of each side at `step`; step 0 means the starting weights."""
         if step not in self._keys:
             left, right = (
                 frozenset(trace.names(step) if step else trace.initial_names()) for trace in self.traces
@@ -59,22 +59,22 @@ class Pair:
         }
 
     def read(self, step: int, group: str, name: str) -> Sides:
-        """The two arrays of `group/name`, None where a side lacks it; step 0 reads the starting weights."""
-        place = (step, f"{group}/{name}")
-        if place not in self._cache:
+        """The two arrays of `group/name`, None for a side that lacks it; step 0 reads the starting weights."""
+        key = (step, f"{group}/{name}")
+        if key not in self._cache:
             self._forget(before=step - 1)
-            self._cache[place] = (self._read(0, *place), self._read(1, *place))
-        return self._cache[place]
+            self._cache[key] = (self._read(0, *key), self._read(1, *key))
+        return self._cache[key]
 
     def scalar(self, step: int, key: str) -> tuple[float, float]:
-        """A number from the step's row, of both sides."""
+        """A scalar of the step, of both sides. Raises TraceError if it is not a number."""
         left, right = (_number(trace, step, key) for trace in self.traces)
         return left, right
 
     def weights(self, step: int) -> dict[str, tuple[Array, Array]]:
         """Trainable weights of both sides before update `step` (float64), for the names that both have.
 
-        Steps must be asked for in ascending order: the weights are the starting ones plus the updates so far.
+        Call it with ascending steps: the weights are the starting ones plus the updates so far.
         """
         if not self._weights:
             for name in sorted(self.names(1, "update")):
@@ -83,13 +83,13 @@ class Pair:
                     self._weights[name] = (as_float64(left), as_float64(right))
         while self._weights_step < step:
             for name, (left, right) in self._weights.items():
-                moves = self.read(self._weights_step, "update", name)
-                self._weights[name] = (_moved(left, moves[0]), _moved(right, moves[1]))
+                updates = self.read(self._weights_step, "update", name)
+                self._weights[name] = (_updated(left, updates[0]), _updated(right, updates[1]))
             self._weights_step += 1
         return self._weights
 
     def starting_size(self, name: str) -> float:
-        """The Frobenius norm of a starting weight of the left side; 0 where it has no such weight."""
+        """The Frobenius norm of a starting weight of the left side; 0 if it has no such weight."""
         if name not in self._sizes:
             weight = self.read(0, "weight", name)[0]
             self._sizes[name] = 0.0 if weight is None else float(np.linalg.norm(as_float64(weight)))
@@ -107,13 +107,13 @@ class Pair:
         return trace.read(step, key) if step else trace.read_initial(key)
 
     def _forget(self, *, before: int) -> None:
-        """Drop what no later place asks for, so that memory does not grow with the number of steps."""
-        for place in [place for place in self._cache if place[0] < before]:
-            del self._cache[place]
+        """Drop what no later location reads, so that memory does not grow with the number of steps."""
+        for key in [key for key in self._cache if key[0] < before]:
+            del self._cache[key]
 
 
 def as_float64(array: Array) -> Array:
-    """A float64 copy for the arithmetic of bounds. What is not finite fails at its own place and counts as zero."""
+    """A float64 copy for the arithmetic of bounds. Non-finite values fail at their own location and count as zero."""
     return np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -126,5 +126,5 @@ def _number(trace: Trace, step: int, key: str) -> float:
     return value
 
 
-def _moved(weight: Array, update: Array | None) -> Array:
+def _updated(weight: Array, update: Array | None) -> Array:
     return weight if update is None or update.shape != weight.shape else weight + as_float64(update)

@@ -1,19 +1,19 @@
-"""The phases of a comparison in causal order: what a run does first comes first."""
+"""The phases of a comparison, in causal order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["initial", "batch", "row", "tensor", "optional", "derived"]
+Kind = Literal["initial", "batch", "scalar", "tensor", "optional", "derived"]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of an update. `backward` phases are visited from the last layer to the first, all in one pass.
+    """A kind of quantity within an update. `backward` phases are visited together, from the last layer to the first.
 
-    `kind` says where a trace keeps it: the starting weights, the batch, the step's row of scalars, tensors that every
-    trainable weight must have, tensors that a run records on request only, or nowhere: derived from what it keeps.
+    `kind` says where a trace keeps it: with the starting weights, the batch, the step's scalars, the tensors of every
+    trainable weight, or the tensors recorded on request only. `derived`: it is computed from the others.
     """
 
     name: str
@@ -22,18 +22,18 @@ class Phase:
     backward: bool = False
 
 
-# Tokens before loss: the count is settled by the batch. The norm after the gradients that it is made of.
+# Tokens come before the loss, as the batch settles their number; the norm comes after the gradients it is made of.
 INITIAL = Phase("initial", "initial", "starting weights")
 STEP_PHASES = (
     Phase("batch", "batch", "batch"),
-    Phase("tokens", "row", "target tokens"),
+    Phase("tokens", "scalar", "target tokens"),
     Phase("activation", "optional", "activations"),
-    Phase("loss", "row", "loss"),
+    Phase("loss", "scalar", "loss"),
     Phase("activation_gradient", "optional", "gradients of activations", backward=True),
     Phase("gradient", "tensor", "gradients", backward=True),
-    Phase("grad_norm", "row", "gradient norm"),
+    Phase("grad_norm", "scalar", "gradient norm"),
     Phase("clip", "derived", "clip factor"),
-    Phase("lr", "row", "learning rate"),
+    Phase("lr", "scalar", "learning rate"),
     Phase("moment1", "tensor", "first moments"),
     Phase("moment2", "tensor", "second moments"),
     Phase("update", "tensor", "updates"),
@@ -42,8 +42,8 @@ CLIP = "clip"
 PHASES = (INITIAL, *STEP_PHASES)
 TENSOR_PHASES = tuple(phase for phase in STEP_PHASES if phase.kind == "tensor")
 BATCH_TENSORS = ("input_ids", "labels", "positions", "segments")
-# The scalars of a step's row that each phase compares.
-ROW_TENSORS = {
+# The scalars of a step that each phase compares.
+SCALAR_TENSORS = {
     "tokens": ("tokens",),
     "loss": ("loss_sum", "loss"),
     "grad_norm": ("grad_norm",),
@@ -52,8 +52,8 @@ ROW_TENSORS = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in a run something is compared; `step` is 0 for the starting weights, else counts from 1."""
+class Location:
+    """Where in a run something is compared; `step` counts from 1, and is 0 for the starting weights."""
 
     step: int
     phase: str

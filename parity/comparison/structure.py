@@ -1,7 +1,7 @@
-"""What two traces say of the names in them: which comes first as data flows, what each is in the model, in which layer.
+"""What the names in two traces stand for: causal order, role in the model, layer.
 
-A trace says it in its header (`trainspec.trace`, `causal_order`). Of a name that neither header has, only what the name
-itself shows is known: a layer by its number, an embedding, a head or a method's encoder by the word.
+A trace states it in its header (`trainspec.trace`, `causal_order`). For a name in neither header it is guessed from the
+name itself: a layer from its number, an embedding, a head or a method's encoder from the word.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KNOWN, _ENCODER, _EMBEDDING, _LAYERS, _END = range(5)
 
 
 class Structure:
-    """Causal order, roles and layers by name; of several orders the first that has a name says it."""
+    """Causal order, roles and layers by name; the first of several orders that has a name decides."""
 
     def __init__(self, *orders: Sequence[Named]) -> None:
         entries: dict[str, Named] = {}
@@ -29,7 +29,7 @@ class Structure:
         self._rank = {name: i for i, name in enumerate(entries)}
 
     def key(self, name: str) -> tuple[int, int, int, str]:
-        """Sorts names in causal order; those that no order has come last, by what they show."""
+        """Sorts names in causal order; names in no order come last, sorted by what they suggest."""
         if name in self._rank:
             return _KNOWN, self._rank[name], 0, ""
         plain = name.removeprefix(PEFT_PREFIX)
@@ -48,31 +48,31 @@ class Structure:
         return sorted(names, key=self.key, reverse=backward)
 
     def role(self, name: str) -> Role | None:
-        """What a name is in the model; None where that is not known."""
+        """What a name is in the model; None if unknown."""
         if name in self._entries:
             return self._entries[name].role
         return "embedding" if _is_embedding(name) and _layer_in(name) is None else None
 
     def num_layers(self, names: Iterable[str]) -> int:
-        """In how many layers `names` are."""
+        """The number of layers that `names` belong to."""
         return len({self._layer(name) for name in names} - {None})
 
     def projection_before(self, name: str) -> str | None:
-        """The module of the last projection in the layer that comes before a weight; None where that is not known."""
+        """The module of the last projection before a weight in its layer; None if unknown."""
         for named in reversed(self._order[: self._rank.get(name, 0)]):
             if named.role == "linear" and named.layer == self._layer(name):
                 return named.name.rpartition(".")[0]
         return None
 
     def notes(self, names: Iterable[str]) -> list[str]:
-        """What a user should know of a comparison of `names`: that their order is not told, and what stands for it."""
+        """A note for the user if the causal order of some of `names` is unknown: what is used instead."""
         unknown = sorted(name for name in names if name not in self._entries)
         if not unknown:
             return []
         return [
-            f"no causal_order in either trace for {len(unknown)} of its weights, such as {unknown[0]}: they are compared by "
-            "the layer number in their names and alphabetically within a layer, so what is shown as the first divergence may "
-            "be a later one of its layer"
+            f"neither trace has a causal_order for {len(unknown)} of the weights, such as {unknown[0]}: they are compared by "
+            "the layer number in their names and alphabetically within a layer, so the first divergence shown may not be the "
+            "first in its layer"
         ]
 
     def _layer(self, name: str) -> int | None:
@@ -80,8 +80,8 @@ class Structure:
 
 
 def _layer_in(name: str) -> int | None:
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else None
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
 
 
 def _is_embedding(name: str) -> bool:

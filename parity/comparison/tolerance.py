@@ -1,8 +1,8 @@
-"""How far two traces may stand apart, place by place, and why.
+"""How far two traces may differ at each location, and why.
 
-`Bounds` is the interface: anything that says, for a place and the two arrays found there, what is compared with what
-and how large the difference may be. `ProofBounds` here is fp64's. For fp32 and bf16 `measured.MeasuredBounds` holds
-each side to a float64 reference; `rounding.RoundingBounds` compares two traces that nothing more is known of.
+`Bounds` is the interface: for a location and its two arrays it says what is compared with what, and how large the
+difference may be. `ProofBounds` is for fp64. For fp32 and bf16, `measured_bounds.MeasuredBounds` holds each side to a
+float64 reference; `estimated_bounds.EstimatedBounds` compares two traces without one.
 """
 
 from __future__ import annotations
@@ -15,85 +15,82 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.pair import Pair
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from trainspec.plans.plan import Policy
 
 Array = NDArray[Any]
 
 # Rounding moves a float64 run by about 1e-15 of a tensor's largest entry (measured on both backends: gradients
-# within 3e-15), the mildest known difference of algorithm by 1e-6: the bound stands half-way between the two.
-PROOF = 1e-9
+# within 3e-15), the mildest known difference of algorithm by 1e-6. The bound lies half-way between the two.
+FP64_TOLERANCE = 1e-9
 
-# Unit roundoff, half the distance from 1 to the next number, of the type that a policy computes with. What bf16 sums and
-# keeps (master weights, moments) has fp32's.
+# Unit roundoff (half the distance from 1 to the next number) of the type that a policy computes in. In bf16, sums and
+# stored state (master weights, moments) have fp32's.
 UNIT: dict[Policy, float] = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8}
-# How often a side rounds at the size of the weight when it updates it: the factor 1 - lr · decay, its product with the
-# weight, the sum with Adam's step.
+# Roundings at the size of the weight in one side's update: the factor 1 - lr · decay, its product with the weight, the sum
+# with Adam's step.
 WEIGHT_ROUNDINGS = 3
 
 # The learning rate is computed once, in double precision, by the same Python: 4 units in the last place.
 SAME_DOUBLE = 1e-15
 
-# What must not differ at all: the data, the count of targets, and the weights that training starts from.
+# What must be equal: the data, the number of target tokens, and the starting weights.
 EXACT_PHASES = ("initial", "batch", "tokens")
 
 
 @dataclass(frozen=True)
 class Bound:
-    """How far apart two arrays may be: `handed` on by earlier, already judged differences, plus the phase's `own`.
+    """How far apart two arrays may be: what is `inherited` from earlier, already judged differences, plus the phase's `own`.
 
-    Both are absolute and broadcast to the arrays' shape. The sum decides; the share of `own` that is used up by
-    what goes beyond `handed` is what is told as `bound_used`.
+    Both are absolute and broadcast to the arrays' shape. The sum is the bound; `bound_used` is the share of `own` that
+    the error beyond `inherited` takes.
     """
 
     own: Array
-    handed: Array | float = 0.0
+    inherited: Array | float = 0.0
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """Two arrays of one place and how far apart they may be; `names` says whose they are."""
+class CheckedPair:
+    """Two arrays of one location and how far apart they may be; `names` says whose they are."""
 
     first: Array
     second: Array
     bound: Bound
     names: tuple[str, str] = ("left", "right")
-    # Elements that say nothing: what they are made of is rounding noise. None: those whose bound is their own size.
+    # Mask of the elements that consist of rounding noise; None means those whose bound reaches their own size.
     undetermined: Array | None = None
-    # For a tensor as a whole (`as_a_whole`): the norm that its distance and its bound are told as shares of.
+    # For a tensor as a whole (`as_a_whole`): its norm; distance and bound are reported as shares of it.
     norm: float | None = None
 
 
 def as_a_whole(
     first: Array, second: Array, bound: Bound, names: tuple[str, str] = ("left", "right")
-) -> Contrast:
-    """The distance of two tensors (Frobenius norm) against what it may be: one number, and so a bound without a tail.
+) -> CheckedPair:
+    """The distance of two tensors (Frobenius norm) as one number, so its bound needs no margin for the worst of many.
 
-    Where rounding is coarse a bound for the worst of all elements is as large as most of them; this one is not.
+    Under coarse rounding a bound on the worst element is as large as most elements; this one is not.
     """
     norm = float(max(np.linalg.norm(first), np.linalg.norm(second)))
-    return Contrast(np.asarray(np.linalg.norm(first - second)), np.zeros(()), bound, names, norm=norm)
+    return CheckedPair(np.asarray(np.linalg.norm(first - second)), np.zeros(()), bound, names, norm=norm)
 
 
 class Bounds(Protocol):
-    """Says what is compared at `place`, and how far apart it may be.
-
-    Places are asked in causal order, each once. `notes` are what a user should know of how the bounds were made.
-    """
+    """Says what is compared at a location, and how far apart it may be. Locations come in causal order, each once."""
 
     @property
     def notes(self) -> Sequence[str]:
-        """See above."""
+        """What a user should know about how the bounds were made."""
         ...
 
-    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
-        """Why the two arrays are not compared at all: their types, as they stand in the traces; None where they are."""
+    def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
+        """Why the two arrays, in the types of the traces, cannot be compared; None if they can."""
         ...
 
-    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
-        """One or more pairs that must agree; the place is as good as the worst of them.
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
+        """The pairs that must agree; the worst of them is the location's result.
 
-        Both arrays are float64 copies of equal shape.
+        `left` and `right` are float64 copies of equal shape.
         """
         ...
 
@@ -101,10 +98,10 @@ class Bounds(Protocol):
 class ProofBounds:
     """fp64: 1e-9 of the tensor's largest entry for every loss, gradient, moment and update, at every step.
 
-    The bound does not grow with the step: at 1e-15 a step, drift stays below it for as long as a check runs.
-    An update is the difference of two stored weights, each side's rounded three times at the size of the weight
-    (1 - lr · decay, its product, the sum): where an update is tiny beside its weight (decay alone, the start of a
-    warm-up) these 6 u |weight| come on top.
+    The bound does not grow with the step: at 1e-15 per step, drift stays below it for as long as a check runs.
+    An update is the difference of two stored weights, and each side rounds it three times at the size of the weight
+    (1 - lr · decay, its product, the sum). These 6 u |weight| are added; they matter where an update is tiny beside its
+    weight (decay alone, the start of a warm-up).
     """
 
     notes = ()
@@ -112,33 +109,33 @@ class ProofBounds:
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
 
-    def refuses(self, place: Place, left: Array, right: Array) -> str | None:
-        """Numbers of fewer bits than float64's."""
+    def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
+        """Floating-point types narrower than float64 are not compared."""
         sides = (("left", left), ("right", right))
         coarse = [f"{side.dtype} in {name}" for name, side in sides if _is_coarse(side)]
         return f"{' and '.join(coarse)}: fp64 wants float64" if coarse else None
 
-    def contrasts(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """Left against right."""
-        return (Contrast(left, right, self.bound(place, left, right)),)
+        return (CheckedPair(left, right, self.bound(location, left, right)),)
 
-    def bound(self, place: Place, left: Array, right: Array) -> Bound:
-        """Zero, the learning rate's, or `PROOF`, times the largest entry of either side."""
-        if place.phase in EXACT_PHASES:
+    def bound(self, location: Location, left: Array, right: Array) -> Bound:
+        """Zero, `SAME_DOUBLE` or `FP64_TOLERANCE`, times the largest entry of either side."""
+        if location.phase in EXACT_PHASES:
             return Bound(np.zeros(()))
-        factor = SAME_DOUBLE if place.phase == "lr" else PROOF
+        factor = SAME_DOUBLE if location.phase == "lr" else FP64_TOLERANCE
         own = np.asarray(factor * largest(left, right))
-        if place.phase == "update":
-            weights = self._pair.weights(place.step).get(place.tensor, (np.zeros(()), np.zeros(())))
+        if location.phase == "update":
+            weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))
             own = own + 2 * WEIGHT_ROUNDINGS * UNIT["fp64"] * np.maximum(*np.abs(weights))
         return Bound(own)
 
 
 def _is_coarse(array: Array) -> bool:
-    """A type of fewer bits than float64 that is not an integer's (bfloat16 has numpy's kind V)."""
+    """Whether it is a floating-point type narrower than float64 (bfloat16 has numpy's kind V)."""
     return array.dtype.kind not in "iu" and array.dtype != np.float64
 
 
 def largest(left: Array, right: Array) -> float:
-    """The largest magnitude in either array; 0 for empty ones."""
+    """The largest magnitude in either array; 0 if both are empty."""
     return float(max(np.abs(left).max(initial=0.0), np.abs(right).max(initial=0.0)))

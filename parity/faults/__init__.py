@@ -1,4 +1,4 @@
-"""Named faults that a check must catch, each at the right place: the negative controls of the proof."""
+"""Named faults that a check must catch, each at the right location: the negative controls of the proof."""
 
 from parity.faults import forward, loss, methods, pipeline, precision, sharding, update, virtual
 from parity.faults.fault import Fault, Where

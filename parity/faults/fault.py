@@ -1,4 +1,4 @@
-"""What a named fault is, and what it takes to show."""
+"""What a fault is, and the set-ups in which faults show."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from parity.runs.edit import Edit
-from parity.runs.fixture import METHODS, Tiny
+from parity.runs.fixture import METHODS, TinySetup
 from parity.runs.plans import refusal, runs_as
 from trainspec.plans.plan import Backend, Plan, Policy
 from trainspec.recipe import Recipe
@@ -17,7 +17,7 @@ from trainspec.recipe import Recipe
 
 @dataclass(frozen=True)
 class Where:
-    """A place: phase, step, and a pattern that the whole name of the tensor or point must match."""
+    """The location where a fault must show: phase, step, and a pattern for the whole name of the tensor or point."""
 
     phase: str
     tensor: str
@@ -26,20 +26,20 @@ class Where:
     def __str__(self) -> str:
         return f"step {self.step}, {self.phase}, {self.tensor.replace(chr(92), '')}"
 
-    def matches(self, place: Place) -> bool:
-        """Whether `place` is one of those meant."""
-        named = place.phase == self.phase and place.step == self.step
-        return named and re.fullmatch(self.tensor, place.tensor) is not None
+    def matches(self, location: Location) -> bool:
+        """Whether `location` matches."""
+        named = location.phase == self.phase and location.step == self.step
+        return named and re.fullmatch(self.tensor, location.tensor) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A mistake that the field has made, as edits of each backend's source.
+    """A mistake made in the field, as edits of each backend's source.
 
-    `where` is where it must show first; None says that it cannot show in fp64, because the arithmetic is the same:
-    then the check must pass, and `note` says why. A backend without `edits` cannot have it (`note`).
-    `below_bound_in` names the precisions in which the difference is smaller than what rounding explains: there it may
-    pass. `fp64_only` names the backends in which another part does the work in other precisions, out of the edit's reach.
+    `imitates` describes it and `source` cites it. `where` is where it must show first; None means that the arithmetic is
+    the same, so the check must pass in fp64, and `note` says why. A backend without `edits` cannot have it (`note`).
+    `below_bound_in` names the precisions in which rounding explains the difference: there it may pass. `fp64_only` names
+    the backends whose other precisions run different code, out of the edit's reach.
     """
 
     name: str
@@ -53,23 +53,23 @@ class Fault:
     note: str = ""
 
     def applies(self, backend: Backend, precision: Policy) -> bool:
-        """Whether it can be planted in `backend` in a run of `precision`: not where that refuses the set-up's plan."""
+        """Whether it can be planted in `backend` in a run of `precision`; not if that refuses the set-up's plan."""
         is_out_of_reach = precision != "fp64" and backend in self.fp64_only
         is_refused = refusal(PLANS.get(self.setup, Plan()), precision, backend) is not None
         return backend in self.edits and not (is_out_of_reach or is_refused)
 
 
 def in_every_backend(*edits: Edit) -> dict[Backend, tuple[Edit, ...]]:
-    """The same edits, of what the backends share, planted in one of them at a time."""
+    """The same edits of shared code, planted in one backend at a time."""
     return dict.fromkeys(get_args(Backend), edits)
 
 
-# What a fault needs of a recipe to be visible, by name. Rows are padded on the left, where a causal mask alone does
-# not hide the padding.
+# The recipes that make faults visible, by name. Examples are padded on the left, where a causal mask alone does not hide
+# the padding.
 _LEFT = {"padding_side": "left"}
 SETUPS: dict[str, str] = {
-    "full": "every weight is trained, two microbatches, rows padded on the left, clipped, decayed",
-    "packed": "the same with several documents in a row",
+    "full": "every weight is trained, two accumulation slices, examples padded on the left, with clipping and decay",
+    "packed": "the same with several documents packed into an example",
     "tied": "the same with a head that is the embedding",
     "bias": "the same with biases",
     "warmup": "the same with a warm-up of three updates",
@@ -78,19 +78,19 @@ SETUPS: dict[str, str] = {
     "remat": "the same, recomputed in the backward pass",
     "dora": "DoRA whose B and magnitudes are drawn, with dropout",
     "qwen3": "every weight of a Qwen3 is trained",
-    "bottleneck": "bottleneck adapters, every one of them not zero, with gelu",
-    "prompt": "three virtual tokens in front of the embedded ones",
+    "bottleneck": "bottleneck adapters, none of them zero, with gelu",
+    "prompt": "three virtual tokens before the embedded ones",
     "ptuning-mlp": "the same, made by P-tuning's MLP",
     "ptuning-lstm": "the same, made by P-tuning's LSTM, with dropout",
-    "prefix": "three keys and values in front of every layer's own",
+    "prefix": "three keys and values before every layer's own",
     "prefix-projection": "the same, made by a projection",
     "tensor": "every weight and bias is trained, each layer split over two devices",
     "tensor-qwen3": "every weight of a Qwen3 is trained, each layer split over two devices",
     "tensor-adapter": "an adapter whose B is not zero, with dropout, each layer split over two devices",
-    "data": "every weight is trained, the rows of each microbatch split over two devices",
-    "data-tensor": "every weight and bias is trained, rows and layers split over two by two devices",
-    "zero1": "every weight is trained, rows and the optimizer's state split over two devices",
-    "pipe": "every weight is trained, two layers as the two stages of a pipeline, four microbatches of a row each",
+    "data": "every weight is trained, the examples of each accumulation slice split over two devices",
+    "data-tensor": "every weight and bias is trained, examples and layers split over two by two devices",
+    "zero1": "every weight is trained, examples and the optimizer's state split over two devices",
+    "pipe": "every weight is trained, two layers as two pipeline stages, four microbatches of one example each",
     "pipe-tied": "the same with a head that is the embedding",
     "pipe-deep": "the same with five layers: stages of three and two",
     "pipe-prefix": "a prefix made by a projection, in the same two stages",
@@ -121,8 +121,8 @@ _VARIANTS = {
 }
 
 
-def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) -> Recipe:
-    """What a backend trains in a set-up of `SETUPS`; a plan that it refuses on one device."""
+def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backend) -> Recipe:
+    """The recipe that a backend trains in a set-up of `SETUPS`; on one device if it refuses the plan."""
     sections: dict[str, Mapping[str, Any]] = {
         "data": _LEFT,
         "precision": {"policy": precision},
@@ -134,7 +134,7 @@ def setup_recipe(tiny: Tiny, setup: str, precision: Policy, backend: Backend) ->
         ):
             pass
         case "pipe" | "pipe-tied" | "pipe-deep":
-            sections["batch"] = {"accumulation": 1}  # the pipeline's microbatches are all there are
+            sections["batch"] = {"accumulation": 1}  # the pipeline's microbatches are the only ones
         case "pipe-prefix":
             sections |= {"batch": {"accumulation": 1}, "method": tiny.method("prefix-projection")}
         case "packed":

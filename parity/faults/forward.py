@@ -16,7 +16,7 @@ OWN_NORM = Edit("torchtrain.model:build_model", '__policy == "fp64"', "True")
 FAULTS = (
     Fault(
         name="rope-pairing",
-        imitates="interleaved pairs are rotated where the checkpoint has halves",
+        imitates="interleaved pairs are rotated, but the checkpoint has halves",
         source="huggingface/transformers#31788, karpathy/llama2.c#286",
         where=FIRST_ATTENTION,
         edits={
@@ -53,7 +53,7 @@ FAULTS = (
     ),
     Fault(
         name="rope-theta",
-        imitates="theta stays at 10000 where the checkpoint says another",
+        imitates="theta is 10000 whatever the checkpoint says",
         source="google-deepmind/penzai#102, marin-community/levanter#649",
         where=FIRST_ATTENTION,
         edits=in_every_backend(Edit("trainspec.rope:inverse_frequencies", "__model.rope_theta", "10_000.0")),
@@ -89,7 +89,7 @@ FAULTS = (
                 Edit(f"{ATTENTION}:attention", "__tables[:2], __tables[:2]", "__tables[:2], __tables[2:]"),
             ),
         },
-        note="an offset of queries and keys alike changes nothing: see rope-all-offset",
+        note="an equal offset of queries and keys changes nothing: see rope-all-offset",
     ),
     Fault(
         name="rope-all-offset",
@@ -106,11 +106,11 @@ FAULTS = (
             ),
             "torch": (Edit("torchtrain.step:_inputs", "_tensor(__batch.positions)", "__it + 1"),),
         },
-        note="rotary attention depends on differences of positions only: the same arithmetic, so it must pass",
+        note="rotary attention depends only on differences of positions: the arithmetic is the same, so it must pass",
     ),
     Fault(
         name="attention-scale",
-        imitates="scores are scaled by embed / heads where the head has another size",
+        imitates="scores are scaled by embed / heads, which is not the head size",
         source="lucidrains/vit-pytorch#65, karpathy/ng-video-lecture#6",
         where=FIRST_ATTENTION,
         edits={
@@ -134,7 +134,7 @@ FAULTS = (
     ),
     Fault(
         name="causal-off-by-one",
-        imitates="a query sees the token behind it",
+        imitates="a query sees the token after it",
         source="huggingface/transformers#48745 (decoders that see future tokens)",
         where=FIRST_ATTENTION,
         edits={
@@ -144,7 +144,7 @@ FAULTS = (
     ),
     Fault(
         name="padding-attended",
-        imitates="padding on the left is seen by the tokens behind it",
+        imitates="padding on the left is seen by the tokens after it",
         source="NVIDIA-NeMo/Automodel#3704 (36 of 150 models), huggingface/transformers#29419",
         where=FIRST_ATTENTION,
         edits={
@@ -154,7 +154,7 @@ FAULTS = (
     ),
     Fault(
         name="packed-rows-attend",
-        imitates="documents packed into one row see each other",
+        imitates="documents packed into one example see each other",
         source="LlamaFactory#7318, MeetKai/functionary#265, meta-pytorch/torchtune#875",
         where=FIRST_ATTENTION,
         edits={
@@ -165,7 +165,7 @@ FAULTS = (
     ),
     Fault(
         name="packed-positions-ignored",
-        imitates="the model counts positions over the whole row, whatever the batch says",
+        imitates="the model counts positions over the whole example, whatever the batch says",
         source="LlamaFactory#7318, #4224",
         where=None,
         edits={
@@ -185,7 +185,7 @@ FAULTS = (
             ),
         },
         setup="packed",
-        note="behind a block mask only differences of positions within a document count: it must pass. A batch "
+        note="under a block mask only differences of positions within a document matter: it must pass. A batch "
         "with such positions does show: see packed-positions-not-restarted",
     ),
     Fault(
@@ -233,11 +233,11 @@ FAULTS = (
                 ),
             ),
         },
-        note="a cast to the type that is there already does nothing: it shows in bf16 only and must pass in fp64",
+        note="a cast to the type that an array already has does nothing: it shows in bf16 only and must pass in fp64",
     ),
     Fault(
         name="head-norm-behind-the-rotation",
-        imitates="queries and keys are rotated and then normed, not normed and then rotated",
+        imitates="queries and keys are rotated before they are normed, not after",
         source="karpathy/nanochat#743, allenai/OLMo#806 (either order is in use); Qwen3, arXiv 2505.09388",
         where=FIRST_ATTENTION,
         edits={
@@ -265,7 +265,7 @@ FAULTS = (
     ),
     Fault(
         name="gqa-tile",
-        imitates="kv heads are tiled (0 1 0 1) where each serves neighbours (0 0 1 1)",
+        imitates="kv heads are tiled (0 1 0 1), though each serves neighbouring query heads (0 0 1 1)",
         source="onnx/onnx#7274; GQA, arXiv 2305.13245",
         where=FIRST_ATTENTION,
         edits={
@@ -293,7 +293,7 @@ FAULTS = (
     ),
     Fault(
         name="swiglu-swapped",
-        imitates="the activation is on the up half, not on the gate",
+        imitates="the activation is applied to the up half, not to the gate",
         source="ml-explore/mlx-lm#767; SwiGLU, arXiv 2002.05202",
         where=Where("activation", r"layers\.0\.mlp"),
         edits={

@@ -1,4 +1,4 @@
-"""Faults of data, loss and gradient: what is trained on, what the sum is divided by, what is added up."""
+"""Faults of data, loss and gradient: wrong examples, wrong divisors, wrong sums."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from parity.runs.edit import Edit
 TARGETS = "int((__labels != __ignored).sum())"
 DIVIDED, TORCH_DIVIDED = "_mean(__sum, __tokens)", "__loss / __batch.target_tokens"
 PASSED = "__loss_sum, __tokens, __gradients, __seen, __by_probe = __passed"
-# The loss as reported is right; the first thing that a wrong divisor changes is the gradient of the logits.
+# The reported loss is right; a wrong divisor first changes the gradient of the logits.
 LOGITS_GRADIENT = Where("activation_gradient", "logits")
 
 FAULTS = (
     Fault(
         name="packed-positions-not-restarted",
-        imitates="the collator counts positions over the whole packed row",
+        imitates="the collator counts positions over the whole packed example",
         source="LlamaFactory#7318, meta-pytorch/torchtune#875",
         where=Where("batch", "positions"),
         edits=in_every_backend(
@@ -37,7 +37,7 @@ FAULTS = (
     ),
     Fault(
         name="record-repeated",
-        imitates="the last record of a batch is the first of the next again",
+        imitates="the last record of a batch is repeated as the first of the next",
         source="huggingface/accelerate#4071, meta-pytorch/torchtune#247",
         where=Where("batch", "input_ids", step=2),
         edits=in_every_backend(
@@ -68,7 +68,7 @@ FAULTS = (
     ),
     Fault(
         name="ignored-in-the-sum",
-        imitates="positions without a label add to the loss as if they asked for token 0",
+        imitates="positions without a label count in the loss as if their label were token 0",
         source="huggingface/trl#4147, axolotl-ai-cloud/axolotl#2089",
         where=Where("loss", "loss_sum"),
         edits={

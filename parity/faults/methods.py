@@ -1,4 +1,4 @@
-"""Faults of methods and starting weights: LoRA's parts, adapters, what is frozen, what a run starts from."""
+"""Faults of methods and starting weights: LoRA, adapters, frozen weights, initial values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SQUARE = "model.layers.0.self_attn.v_proj.weight"  # the right shape when transp
 
 
 def dropout_elsewhere(product: str) -> tuple[Edit, ...]:
-    """LoRA's layer without dropout on its input, with another product."""
+    """LoRA's layer without dropout on its input, with `product` as its low-rank product."""
     layer = "jaxtrain.methods.lora:LoRALinear.__call__"
     return (
         Edit(layer, "__x if __is_off else self._dropout(__x, __point)", "__x"),
@@ -23,12 +23,12 @@ def dropout_elsewhere(product: str) -> tuple[Edit, ...]:
 
 
 def dropped(value: str) -> str:
-    """A value of that layer with its dropout."""
+    """`value` with that layer's dropout."""
     return f"({value} if point is None or self.rate == 0 else self._dropout({value}, point))"
 
 
 def torch_dropout_after(matrix: str) -> tuple[Edit, ...]:
-    """PEFT's layer with its dropout on what `matrix` gives out."""
+    """PEFT's layer with its dropout on the output of `matrix`."""
     return (
         Edit(
             "torchtrain.methods.low_rank:replace_targets",
@@ -56,7 +56,7 @@ FAULTS = (
     ),
     Fault(
         name="lora-scale-of-rslora",
-        imitates="alpha / sqrt(rank) where the adapter says alpha / rank",
+        imitates="alpha / sqrt(rank), though the adapter says alpha / rank",
         source="NVIDIA/TensorRT-LLM#1668; rsLoRA, arXiv 2312.03732",
         where=FIRST_ATTENTION,
         edits={
@@ -73,7 +73,7 @@ FAULTS = (
     ),
     Fault(
         name="lora-starts-swapped",
-        imitates="A starts at zero and B at random",
+        imitates="A starts at zero and B at random values",
         source="microsoft/LoRA#155, #76",
         where=Where(
             "initial", r"base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_[AB]\.weight", 0
@@ -138,7 +138,7 @@ FAULTS = (
     ),
     Fault(
         name="adapter-behind-the-residual",
-        imitates="the adapter behind the MLP is given the residual stream, with what the MLP adds to it",
+        imitates="the adapter after the MLP is given the residual stream with the MLP's output added",
         source="google-research/adapter-bert#7, adapter-hub/adapters#95; arXiv 1902.00751, figure 2",
         where=Where("activation", r"layers\.0\.mlp"),
         edits={
@@ -155,7 +155,7 @@ FAULTS = (
     ),
     Fault(
         name="adapter-without-non-linearity",
-        imitates="nothing stands between the adapter's two matrices, which makes them one",
+        imitates="the adapter has no non-linearity between its two matrices, which makes them one",
         source="thuml/Universal-Domain-Adaptation#7; arXiv 1902.00751, figure 2",
         where=FIRST_ATTENTION,
         edits={
@@ -174,7 +174,7 @@ FAULTS = (
     ),
     Fault(
         name="dora-norm-in-the-graph",
-        imitates="the norm that DoRA divides by is no constant: its gradient reaches A and B",
+        imitates="the norm that DoRA divides by is not treated as a constant: its gradient reaches A and B",
         source="DoRA, arXiv 2402.09353, section 4.3 (the norm is to be detached from the gradient graph)",
         where=Where("gradient", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight"),
         edits={
@@ -238,7 +238,7 @@ FAULTS = (
             ),
         },
         setup="adapter",
-        note="a trace holds the gradients of what the recipe trains: the stranger shows in their norm",
+        note="a trace holds the gradients of what the recipe trains: the extra one shows in their norm",
     ),
     Fault(
         name="start-transposed",

@@ -1,7 +1,7 @@
 """Faults of pipelines: layers on the wrong stage, microbatches that come twice, late or never, sums over stages missing.
 
-JAX's stages are a dimension of arrays, so one edit is made for all of them; torch's are processes, each with DeepSpeed's
-schedule of its own.
+JAX's stages are a dimension of arrays, so an edit applies to all of them; torch's are processes, each with its own
+DeepSpeed schedule.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NO_FLOAT64 = "DeepSpeed has no float64, so torch has a pipeline in fp32 only"
 
 
 def _gradient_times(factor: str) -> Edit:
-    """In JAX each microbatch's loss as it is, its gradient times `factor`."""
+    """In JAX: each microbatch's loss unchanged, its gradient times `factor`."""
     return Edit(
         "jaxtrain.pipeline:Stages.leave",
         "return __loss, (__tokens, __seen)",
@@ -25,7 +25,7 @@ def _gradient_times(factor: str) -> Edit:
 FAULTS = (
     Fault(
         name="stage-order-swapped",
-        imitates="each of two stages has the other one's layers",
+        imitates="the two stages have each other's layers",
         source="NVIDIA/Megatron-LM#1584, alpa-projects/alpa#752",
         where=Where("activation", r"layers\.0\.attention"),
         edits={
@@ -50,7 +50,7 @@ FAULTS = (
     ),
     Fault(
         name="layer-assigned-twice",
-        imitates="a stage's first layer is its second one, too, and the second one is lost",
+        imitates="a stage uses its first layer twice and its second one not at all",
         source="huggingface/transformers#24381, ml-explore/mlx-lm#1688",
         where=Where("activation", r"layers\.1\.attention"),
         edits={
@@ -75,7 +75,7 @@ FAULTS = (
     ),
     Fault(
         name="stage-input-reused",
-        imitates="the first stage is fed the microbatch before once more",
+        imitates="the first stage is fed the previous microbatch again",
         source="ooples/AiDotNet#845 (every microbatch is given the same input)",
         where=Where("activation", "embedding"),
         edits={
@@ -114,7 +114,7 @@ FAULTS = (
     ),
     Fault(
         name="pipeline-not-drained",
-        imitates="the update comes when the last microbatch's gradient has not come back to the first stage",
+        imitates="the update is made before the last microbatch's gradient is back at the first stage",
         source="PipeDream-Flush, arXiv 2006.09503; NVIDIA-NeMo/Automodel#3530 (microbatches' gradients are lost)",
         where=Where("activation_gradient", r"layers\.0\.block"),
         edits={
@@ -140,7 +140,7 @@ FAULTS = (
     ),
     Fault(
         name="microbatch-means-averaged",
-        imitates="the last stage takes the mean over each microbatch's own tokens, then the mean of these",
+        imitates="the last stage averages each microbatch over its own tokens, then averages the microbatches",
         source="pytorch/torchtitan#2206, NVIDIA/Megatron-LM#936",
         where=LOGITS_GRADIENT,
         edits={
@@ -186,7 +186,7 @@ FAULTS = (
     ),
     Fault(
         name="prefix-gradients-not-summed-over-stages",
-        imitates="each stage makes the prefix of all layers and keeps the gradient of its own layers' part",
+        imitates="each stage makes the prefix of all layers and keeps only the gradient of its own layers",
         source="uw-syfi/piper#13 (likewise of a tied embedding)",
         where=Where("gradient", r"prompt_encoder\.transform\.2\.weight"),
         edits={
@@ -210,7 +210,7 @@ FAULTS = (
     ),
     Fault(
         name="later-stages-left-out-of-clip-norm",
-        imitates="the norm that gradients are clipped by is that of the first stage's",
+        imitates="gradients are clipped by the norm of the first stage's gradients alone",
         source="pytorch/torchtitan#596, Modalities/modalities#313",
         where=Where("grad_norm", "grad_norm"),
         edits={

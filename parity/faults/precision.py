@@ -1,6 +1,6 @@
-"""Faults of precision: what is rounded to bfloat16 where the contract says wider.
+"""Faults of precision: values rounded to bfloat16 that the contract keeps wider.
 
-JAX's are written with reduce_precision: XLA may leave out a cast to bfloat16 and back.
+JAX's are written with reduce_precision, as XLA may remove a cast to bfloat16 and back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ROUNDING = "from parity.faults.substitutes.torch_gradients import round_gradient
 FAULTS = (
     Fault(
         name="start-rounded-to-bf16",
-        imitates="weights go through bfloat16 when they are loaded",
+        imitates="weights are rounded to bfloat16 when they are loaded",
         source="huggingface/sentence-transformers#3773, Physical-Intelligence/openpi#989",
         where=Where("initial", r"model\.embed_tokens\.weight", 0),
         edits={
@@ -30,7 +30,7 @@ FAULTS = (
     ),
     Fault(
         name="softmax-in-bf16",
-        imitates="attention's softmax is not widened",
+        imitates="attention's softmax is computed in bfloat16",
         source="apple/axlearn#18, huggingface/transformers#24519",
         where=Where("activation", r"layers\.0\.attention"),
         edits={
@@ -53,7 +53,7 @@ FAULTS = (
     ),
     Fault(
         name="loss-in-bf16",
-        imitates="logits are not widened for the loss",
+        imitates="the loss is computed from logits in bfloat16",
         source="google-deepmind/optax#1020, Modalities/modalities#464",
         where=Where("loss", "loss_sum"),
         edits={
@@ -71,7 +71,7 @@ FAULTS = (
     ),
     Fault(
         name="accumulated-in-bf16",
-        imitates="gradients of microbatches are added up in bfloat16",
+        imitates="gradients of microbatches are summed in bfloat16",
         source="deepspeedai/DeepSpeed#1800, #2352, #2768",
         where=Where("gradient", r"lm_head\.weight"),
         edits={

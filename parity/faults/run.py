@@ -1,4 +1,4 @@
-"""`parity faults`: plant each fault in one backend, compare with another's clean run, look at what is named."""
+"""`parity faults`: plant each fault in one backend, compare with another's clean run, check the first divergence."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from parity.comparison.compare import Finding, compare
-from parity.comparison.estimated_bounds import RoundingBounds
+from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.pair import Pair
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from parity.comparison.tolerance import ProofBounds
 from parity.faults import FAULTS, SHARED
 from parity.faults.fault import Fault, in_every_backend, setup_recipe
@@ -24,36 +24,36 @@ from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 
 Precision = Literal["fp64", "fp32"]
-# In a comparison of two the one that comes first here is on the left.
+# Of two compared backends, the first one here is on the left.
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-# The last line of what ended badly, by backend and fault.
+# The error of each failed run, by backend and fault.
 Crashes = dict[tuple[Backend, str], str]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one fault in one backend. `found` is the first divergence, None where the check passed."""
+    """The result of one fault in one backend. `divergence` is the first one, None if the check passed."""
 
     fault: Fault
     backend: Backend
     precision: Policy
-    found: Finding | None
+    divergence: Finding | None
     crash: str | None = None
 
     @property
-    def said(self) -> Place | None:
-        """The place that the check names."""
-        return self.found.place if self.found else None
+    def said(self) -> Location | None:
+        """The location that the check names."""
+        return self.divergence.location if self.divergence else None
 
     @property
     def as_expected(self) -> bool:
-        """Caught at the place named, or rightly passed."""
+        """Whether it was caught at the expected location, or rightly passed."""
         if self.crash is not None:
             return False
         below = self.precision in self.fault.below_bound_in
         if self.said is None or self.fault.where is None:
             return self.said is None and (self.fault.where is None or below)
-        # What is about as large as the bound may show at a neighbour first, or a step later.
+        # A difference about as large as the bound may show first at a neighbour, or a step later.
         return self.fault.where.matches(self.said) or (below and self.said.phase == self.fault.where.phase)
 
     @property
@@ -66,21 +66,23 @@ class Outcome:
         return "MISSED" if self.said is None else "MISPLACED" if self.fault.where else "FALSE ALARM"
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Its entry in faults.json."""
         return {
             "fault": self.fault.name,
             "backend": self.backend,
             "precision": self.precision,
             "result": self.word.lower(),
             "as_expected": self.as_expected,
-            "said": asdict(self.found.place) | {"error": self.found.error} if self.found else None,
+            "said": asdict(self.divergence.location) | {"error": self.divergence.error}
+            if self.divergence
+            else None,
             "true": asdict(self.fault.where) if self.fault.where else None,
             "crash": self.crash,
         }
 
 
 def chosen(names: Sequence[str]) -> tuple[Fault, ...]:
-    """The faults of these names, all where none is given. Raises UserError with the nearest known name."""
+    """The faults with these names, or all if there are none. Raises UserError with the nearest known name."""
     known = {fault.name: fault for fault in FAULTS}
     for name in names:
         if name not in known:
@@ -100,10 +102,10 @@ def run_faults(
     precision: Precision = "fp64",
     keep: bool = False,
 ) -> list[Outcome]:
-    """Train everything under `out` and judge it: first the clean pairs (they must pass), then every fault.
+    """Train everything under `out` and judge it: first the clean pairs, which must pass, then every fault.
 
-    fp64 is the proof; fp32 shows what remains above rounding, and which place is named then.
-    Traces that came out as expected are removed again unless they are to be kept.
+    fp64 is the proof; fp32 shows which faults exceed rounding, and which location is named then. Traces of faults that
+    came out as expected are removed unless `keep`.
     """
     tiny = write_tiny(out / "tiny")
     setups = dict.fromkeys(fault.setup for fault in faults)
@@ -114,7 +116,7 @@ def run_faults(
     }
     with ThreadPoolExecutor() as pool:
         trained = pool.map(lambda b: _train(b, [*clean, *planted[b]], recipes[b], out), BACKENDS)
-        crashes: Crashes = {at: why for found in trained for at, why in found.items()}
+        crashes: Crashes = {case: why for failed in trained for case, why in failed.items()}
     pairs: list[tuple[Fault, Backend]] = [(fault, b) for fault in clean for b in BACKENDS[1:]]
     cases = [*pairs, *((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])]
     outcomes = [_judge(fault, b, precision, crashes, out) for fault, b in cases]
@@ -125,19 +127,19 @@ def run_faults(
 
 
 def clean_pair(setup: str) -> Fault:
-    """No fault at all: what both backends of a set-up are compared with."""
+    """A set-up without a fault: both backends are compared with it."""
     return Fault(
         name=f"no fault, {setup}", imitates="", source="", where=None, edits=in_every_backend(), setup=setup
     )
 
 
 def home_of(out: Path, backend: Backend, fault: Fault) -> Path:
-    """Where a fault's run and its trace are, under `out`."""
+    """The directory of a fault's run and trace, under `out`."""
     return out / backend / fault.name.replace(", ", "-").replace(" ", "-")
 
 
 def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Recipe], out: Path) -> Crashes:
-    """Train all of them; why it ended badly, for each that did."""
+    """Train with each of `faults`; returns the errors of those that failed."""
     cases = []
     for setup, recipe in recipes.items():
         (out / f"{setup}-{backend}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -145,16 +147,16 @@ def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Reci
         home, devices = home_of(out, backend, fault), recipes[fault.setup].plan.devices
         file, edits = out / f"{fault.setup}-{backend}.yaml", fault.edits[backend]
         cases.append(training(file, home, devices=devices, edits=edits, activations=True))
-    ended = run_cases(backend, cases, home=out / "launches")
+    results = run_cases(backend, cases, home=out / "launches")
     return {
-        (backend, fault.name): end.wrong
-        for fault, end in zip(faults, ended, strict=True)
-        if end.wrong is not None
+        (backend, fault.name): result.wrong
+        for fault, result in zip(faults, results, strict=True)
+        if result.wrong is not None
     }
 
 
 def _judge(fault: Fault, backend: Backend, precision: Precision, crashes: Crashes, out: Path) -> Outcome:
-    """The planted backend against the clean run of the first other one."""
+    """Compare the planted backend with the clean run of the first other one."""
     other = next(b for b in BACKENDS if b != backend)
     sides: list[tuple[Backend, Fault]] = [
         (b, fault if b == backend else clean_pair(fault.setup)) for b in BACKENDS if b in (backend, other)
@@ -163,8 +165,8 @@ def _judge(fault: Fault, backend: Backend, precision: Precision, crashes: Crashe
         if why := crashes.get((b, side.name)):
             return Outcome(fault, backend, precision, None, crash=why)
     pair = Pair(*(Trace(home_of(out, b, side) / "trace") for b, side in sides))
-    # Nothing but the two traces is known to a bound here: a measured one would take a run of its own for each fault.
+    # Estimated bounds need only the two traces; measured ones would need a further run for each fault.
     bounds = (
-        ProofBounds(pair) if precision == "fp64" else RoundingBounds(pair, precision, lora_scale=LORA.scale)
+        ProofBounds(pair) if precision == "fp64" else EstimatedBounds(pair, precision, lora_scale=LORA.scale)
     )
     return Outcome(fault, backend, precision, compare(pair, bounds).first_divergence)

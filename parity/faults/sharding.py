@@ -1,7 +1,7 @@
 """Faults of sharded training: sums over devices that are missing, made twice, or made over the wrong devices.
 
-torch's layers and groups are our own, so each has its place there. Under JAX the compiler puts the collectives in: a
-fault has a place only where our code says what is split, and then it is planted as what it does to the numbers.
+torch's parallel layers and groups are our own code, which every fault can edit. In JAX the compiler inserts the
+collectives: only what our code says about sharding can be edited, so a fault is planted as its effect on the numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 EMBEDDING = r"model\.embed_tokens\.weight"
 HEAD_GRADIENT = Where("gradient", r"lm_head\.weight")
 REPLICAS_SUM = "__mesh.replicas.sum_(__gradient)"
-COMPILER = "JAX has no place for it: the compiler makes the sum over devices"
+COMPILER = "JAX has no counterpart: the compiler makes the sum over devices"
 PLAIN_ONLY = "in fp32 DeepSpeed does this part: the torch edit reaches the plain engine of fp64 runs only"
 
 FAULTS = (
@@ -67,7 +67,7 @@ FAULTS = (
     ),
     Fault(
         name="norm-gradient-not-reduced",
-        imitates="the weights of the norms get each tensor rank's own gradient, and are not reduced over them",
+        imitates="the gradients of the norms' weights are not reduced over the tensor ranks",
         source="NVIDIA/TransformerEngine#435, NVIDIA/Megatron-LM#1446",
         where=Where("gradient", r"model\.layers\.1\.post_attention_layernorm\.weight"),
         edits={
@@ -89,7 +89,7 @@ FAULTS = (
     ),
     Fault(
         name="head-norm-gradient-not-reduced",
-        imitates="the norms of queries and keys get the gradient of each tensor rank's own heads",
+        imitates="the norms of queries and keys get the gradient of each tensor rank's own heads only",
         source="NVIDIA-NeMo/RL#3716, NVIDIA/Megatron-LM#816",
         where=Where("gradient", r"model\.layers\.1\.self_attn\.[qk]_norm\.weight"),
         edits={
@@ -106,7 +106,7 @@ FAULTS = (
     ),
     Fault(
         name="vocab-offset-in-embedding",
-        imitates="each further shard of the embedding starts one row late",
+        imitates="every shard of the embedding after the first starts one row late",
         source="hpcaitech/ColossalAI#242, pytorch/torchtitan#4637",
         where=Where("activation", "embedding"),
         edits={
@@ -119,11 +119,11 @@ FAULTS = (
             )
         },
         setup="tensor",
-        note="JAX has no place for it: rows are looked up by their global number",
+        note="JAX has no counterpart: rows are looked up by their global number",
     ),
     Fault(
         name="vocab-offset-in-loss",
-        imitates="each further shard of the logits looks for its targets one column late",
+        imitates="every shard of the logits after the first looks for its targets one column late",
         source="apple/ml-cross-entropy#59, #42",
         where=Where("loss", "loss_sum"),
         edits={
@@ -146,7 +146,7 @@ FAULTS = (
     ),
     Fault(
         name="lora-factor-not-reduced",
-        imitates="the factor of an adapter that all tensor ranks hold gets each rank's own gradient",
+        imitates="the gradient of an adapter factor that all tensor ranks hold is not reduced over them",
         source="modelscope/mcore-bridge#173, radixark/miles#2723",
         where=Where("gradient", r"base_model\.model\.model\.layers\.1\.self_attn\.v_proj\.lora_A\.weight"),
         edits={
@@ -170,11 +170,11 @@ FAULTS = (
             "torch": (Edit("torchtrain.methods.low_rank:replace_targets", "__peers.index * __features", "0"),)
         },
         setup="tensor-adapter",
-        note="JAX has no place for it: a mask is drawn by the global number of a feature",
+        note="JAX has no counterpart: a mask is drawn by the global number of a feature",
     ),
     Fault(
         name="reduced-over-wrong-group",
-        imitates="gradients are summed over the tensor ranks where those with other rows are meant",
+        imitates="gradients are summed over the tensor ranks instead of the replicas",
         source="NVIDIA/Megatron-LM#779, inclusionAI/AReno#496",
         where=HEAD_GRADIENT,
         edits={
@@ -214,7 +214,7 @@ FAULTS = (
     ),
     Fault(
         name="rows-repeated-on-a-rank",
-        imitates="one rank trains on another's rows",
+        imitates="one rank trains on another's examples",
         source="openspeech-team/openspeech#149, karpathy/llama2.c#522",
         where=Where("activation", "embedding"),
         edits={
@@ -229,11 +229,11 @@ FAULTS = (
             "torch": (Edit("torchtrain.step:_own_examples", "__shares[__replicas.index]", "__shares[0]"),),
         },
         setup="data",
-        note="in JAX the input tokens alone are repeated: its count of targets would show before",
+        note="in JAX only the input tokens are repeated, as its number of targets would show first",
     ),
     Fault(
         name="reduced-in-bf16",
-        imitates="gradients are summed over the replicas in bfloat16 where float32 was asked for",
+        imitates="gradients are summed over the replicas in bfloat16, not in float32 as asked for",
         source="deepspeedai/DeepSpeed#3370, NVIDIA/Megatron-LM#502",
         where=HEAD_GRADIENT,
         edits={
@@ -284,11 +284,11 @@ FAULTS = (
         },
         setup="tensor",
         fp64_only=("torch",),
-        note=f"each rank's shards have a factor of their own, so no one clip explains what the moments show; {PLAIN_ONLY}",
+        note=f"each rank's shards have their own factor, so no single clip factor explains the moments; {PLAIN_ONLY}",
     ),
     Fault(
         name="optimizer-shard-not-updated",
-        imitates="the moments of one rank's shard stay as they were",
+        imitates="the moments of one rank's shard are not updated",
         source="deepspeedai/DeepSpeed#2058 (a fraction of the weights is trained)",
         where=Where("moment1", EMBEDDING),
         edits={

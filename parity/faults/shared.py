@@ -1,7 +1,7 @@
-"""Faults of what both backends share: the same wrong tokens reach both, so parity passes and another judge must see them.
+"""Faults in shared code: the same wrong tokens reach both backends, so parity passes and another judge must catch them.
 
-That judge is transformers, in `tests/oracle`: `test_shared_faults.py` plants each of these where records become tokens, has
-the judge catch it, and shows that `parity check` passes all the same. `docs/data.md` says which judge covers what.
+That judge is transformers, in `tests/oracle`: `test_shared_faults.py` plants each of these where records become tokens,
+has the judge catch it, and shows that `parity check` still passes. `docs/data.md` says which judge covers what.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ENCODER = "trainspec.text.encode:Encoder"
 
 @dataclass(frozen=True, kw_only=True)
 class SharedFault:
-    """A mistake in what both backends read, and the conversation of `tests/oracle` on which transformers disagrees."""
+    """A mistake in code that both backends use, and the conversation of `tests/oracle` on which transformers disagrees."""
 
     name: str
     imitates: str

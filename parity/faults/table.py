@@ -1,4 +1,4 @@
-"""The registry and its results, for the terminal and as a page."""
+"""The registry of faults and its results, for the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from parity.faults.shared import SharedFault
 
 PAGE_HEAD = """# Faults that must be caught
 
-Written by `parity faults --page docs/faults.md`; what stands here was run. Each fault is
-planted in one backend, as an edit of its source while it is loaded, and its trace, activations included, is compared with
-the other backend's clean one. The check must fail and name the place where the fault acts first; where the arithmetic is
-the same it must pass. The clean pairs pass. A set-up that is split over devices is so on both sides; a plan that a
-backend refuses (torch has no split optimizer and no pipeline in fp64) is compared with that backend's run on one device.
+Written by `parity faults --page docs/faults.md` from its results. Each fault is planted in one backend, as an edit of its
+source while it is loaded, and its trace, activations included, is compared with the other backend's clean one. The check
+must fail and name the location where the fault acts first; if the arithmetic is the same, it must pass. The clean pairs
+pass. A set-up that is split over devices is so on both sides; a backend that refuses the plan (torch has no split
+optimizer and no pipeline in fp64) runs on one device.
 
-fp64 is the proof. In fp32 the two traces are compared by themselves, with the estimated bounds of `parity diff`: what is
-smaller than rounding there is "below bound".
+fp64 is the proof. In fp32 the two traces are compared with the estimated bounds of `parity diff`: a fault smaller than
+rounding is "below bound" there.
 """
 
 
 def listed(faults: Sequence[Fault]) -> Iterator[str]:
-    """What `parity faults --list` shows."""
+    """The lines of `parity faults --list`."""
     for fault in faults:
         yield f"{fault.name}: {fault.imitates}"
         yield f"    source: {fault.source}"
@@ -34,7 +34,7 @@ def listed(faults: Sequence[Fault]) -> Iterator[str]:
 
 
 def listed_shared(faults: Sequence[SharedFault]) -> Iterator[str]:
-    """What `parity faults --list` shows of what parity cannot see."""
+    """The lines of `parity faults --list` for the faults that parity cannot see."""
     for fault in faults:
         yield f"{fault.name}: {fault.imitates}"
         yield f"    source: {fault.source}"
@@ -42,7 +42,7 @@ def listed_shared(faults: Sequence[SharedFault]) -> Iterator[str]:
 
 
 def result_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """A line for each outcome; what is not as expected says what it should have been."""
+    """A line for each outcome, with the expectation if it is not met."""
     width = max(len(outcome.fault.name) for outcome in outcomes)
     for outcome in outcomes:
         backend = outcome.backend if outcome.fault.source else "both"
@@ -51,22 +51,22 @@ def result_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """How many were as expected."""
+    """The numbers of outcomes of each kind, in words."""
     good = sum(outcome.as_expected for outcome in outcomes)
     caught = sum(outcome.word == "caught" for outcome in outcomes)
     passed = sum(outcome.word == "passes" for outcome in outcomes)
     below = good - caught - passed
     return (
-        f"{caught} caught in place, {passed} pass as they must, {below} below the bound, "
+        f"{caught} caught at the right location, {passed} pass as they must, {below} below the bound, "
         f"{len(outcomes) - good} not as expected"
     )
 
 
 def page(outcomes: Sequence[Outcome]) -> str:
-    """The results as a Markdown page: what each fault imitates, and what the check said of it."""
+    """The results as a Markdown page: what each fault imitates, and what the check said about it."""
     planted = [outcome for outcome in outcomes if outcome.fault.source]
     faults = dict.fromkeys(outcome.fault for outcome in planted)
-    parts = [PAGE_HEAD]
+    lines = [PAGE_HEAD]
     for precision in dict.fromkeys(outcome.precision for outcome in planted):
         mine = [outcome for outcome in outcomes if outcome.precision == precision]
         rows = [
@@ -74,13 +74,13 @@ def page(outcomes: Sequence[Outcome]) -> str:
             for o in mine
             if o.fault.source
         ]
-        head = [_row("fault", "backend", "result", "place said", "place true"), _row(*["---"] * 5)]
-        parts += [f"## {precision}", "", f"{summary(mine)}.", "", *head, *rows, ""]
+        head = [_row("fault", "backend", "result", "location named", "location expected"), _row(*["---"] * 5)]
+        lines += [f"## {precision}", "", f"{summary(mine)}.", "", *head, *rows, ""]
     about = [_row(f.name, f.imitates, f.source, f.setup, f.note or "–") for f in faults]
     head = [_row("fault", "imitates", "source", "set-up", "note"), _row(*["---"] * 5)]
-    parts += ["## What they imitate", "", *head, *about, ""]
-    parts += ["## Set-ups", "", *(f"- `{name}`: {words}." for name, words in SETUPS.items())]
-    return "\n".join(parts) + "\n"
+    lines += ["## What they imitate", "", *head, *about, ""]
+    lines += ["## Set-ups", "", *(f"- `{name}`: {words}." for name, words in SETUPS.items())]
+    return "\n".join(lines) + "\n"
 
 
 def _row(*cells: str) -> str:
@@ -91,7 +91,7 @@ def _row(*cells: str) -> str:
 def _said(outcome: Outcome) -> str:
     if outcome.crash is not None:
         return outcome.crash
-    found = outcome.found
-    if found is None:
+    divergence = outcome.divergence
+    if divergence is None:
         return "no divergence"
-    return f"{found.place} ({found.reason or f'error {found.error:.1e}'})"
+    return f"{divergence.location} ({divergence.reason or f'error {divergence.error:.1e}'})"

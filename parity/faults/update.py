@@ -39,7 +39,7 @@ FAULTS = (
     ),
     Fault(
         name="clip-after-the-update",
-        imitates="gradients are clipped when the optimizer has used them already",
+        imitates="gradients are clipped after the optimizer has used them",
         source="awslabs/graphstorm#1366, Lightning-AI/pytorch-lightning#10248",
         where=CLIP,
         edits={
@@ -89,7 +89,7 @@ FAULTS = (
     ),
     Fault(
         name="adam-no-bias-correction",
-        imitates="moments are used as they are, without 1 - beta**t",
+        imitates="moments are used without bias correction (1 - beta**t)",
         source="google-research/bert#153, ml-explore/mlx#1640",
         where=FIRST_UPDATE,
         edits={
@@ -121,7 +121,7 @@ FAULTS = (
     ),
     Fault(
         name="adam-decays-norms-and-biases",
-        imitates="weight decay reaches norms and biases",
+        imitates="weight decay is applied to norms and biases",
         source="huggingface/transformers#35927, ServiceNow/Fast-LLM#542",
         where=Where("update", r"model\.layers\.0\.input_layernorm\.weight"),
         edits=in_every_backend(
@@ -132,7 +132,7 @@ FAULTS = (
     ),
     Fault(
         name="adam-betas-swapped",
-        imitates="beta1 and beta2 change places",
+        imitates="beta1 and beta2 are swapped",
         source="mila-iqia/blocks#1159 (betas backwards); Adam, arXiv 1412.6980",
         where=FIRST_MOMENT,
         edits={
@@ -162,7 +162,7 @@ FAULTS = (
     ),
     Fault(
         name="rate-off-by-a-millionth",
-        imitates="a learning rate that went through float32 or was rounded on its way",
+        imitates="the learning rate is rounded to float32 on its way",
         source="google-deepmind/optax schedules return float32 under x64",
         where=FIRST_UPDATE,
         edits={
@@ -190,7 +190,7 @@ FAULTS = (
     ),
     Fault(
         name="warmup-twice-zero",
-        imitates="two updates of a warm-up have rate zero",
+        imitates="two updates of a warm-up have learning rate zero",
         source="deepspeedai/DeepSpeed#5287",
         where=Where("lr", "lr", step=2),
         edits=in_every_backend(
@@ -204,7 +204,7 @@ FAULTS = (
     ),
     Fault(
         name="update-skipped",
-        imitates="update 3 is skipped without a word, as after an overflow",
+        imitates="update 3 is silently skipped, as after an overflow",
         source="deepspeedai/DeepSpeed#8417, huggingface/accelerate#4242",
         where=Where("moment1", EMBEDDING, step=3),
         edits={
@@ -226,7 +226,7 @@ FAULTS = (
     ),
     Fault(
         name="update-lost",
-        imitates="moments move and weights never do",
+        imitates="moments are updated and weights are not",
         source="Levanter's one-step check at rtol 1e-3 passes on it (docs/numerics.md); kohya-ss/sd-scripts#91",
         where=FIRST_UPDATE,
         edits={

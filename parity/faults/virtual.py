@@ -11,7 +11,7 @@ FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 FAULTS = (
     Fault(
         name="prefix-positions-from-zero",
-        imitates="the tokens behind a prefix start at position 0, not behind its virtual tokens",
+        imitates="the tokens after a prefix start at position 0, not after its virtual tokens",
         source="XiangLi1999/PrefixTuning#40, huggingface/transformers#33852",
         where=FIRST_ATTENTION,
         edits={
@@ -31,11 +31,11 @@ FAULTS = (
             ),
         },
         setup="prefix",
-        note="a prefix is not rotated, so that positions count from it: rope-all-offset has none, and passes",
+        note="a prefix is not rotated, so positions relative to it matter: rope-all-offset has no prefix, and passes",
     ),
     Fault(
         name="prefix-masked-out",
-        imitates="no token may look at the prefix",
+        imitates="no token may attend to the prefix",
         source="QwenLM/ParScale#11, zai-org/ChatGLM3#359",
         where=FIRST_ATTENTION,
         edits={
@@ -58,7 +58,7 @@ FAULTS = (
     ),
     Fault(
         name="prefix-keys-and-values-swapped",
-        imitates="of each layer's pair in the prefix the values come first",
+        imitates="each layer's keys and values in the prefix are swapped",
         source="zai-org/ChatGLM3#359, huggingface/peft#919 (the prefix is cut up in another order)",
         where=FIRST_ATTENTION,
         edits={
@@ -81,7 +81,7 @@ FAULTS = (
     ),
     Fault(
         name="prefix-rotated",
-        imitates="the keys of the prefix are rotated as tokens at positions 0, 1, ... are",
+        imitates="the keys of the prefix are rotated like tokens at positions 0, 1, ...",
         source="mistyreed63849/Graph-LLM#1",
         where=FIRST_ATTENTION,
         edits={
@@ -106,7 +106,7 @@ FAULTS = (
     ),
     Fault(
         name="prompt-rows-in-the-loss",
-        imitates="virtual rows have labels, as if they stood for padding, and count as targets",
+        imitates="virtual tokens get labels like padding and count as targets",
         source="huggingface/trl#4168",
         where=Where("tokens", "tokens"),
         edits={
@@ -123,7 +123,7 @@ FAULTS = (
                     "F.pad(__labels, __widths, value=IGNORED)",
                     "F.pad(__labels, __widths)",
                 ),
-                # Each but the first is the target of the one before it.
+                # Each virtual token but the first is the target of the previous one.
                 Edit("trainspec.data:Batch.target_tokens", TARGETS, "__it + 2 * len(__labels)"),
             ),
         },
@@ -131,7 +131,7 @@ FAULTS = (
     ),
     Fault(
         name="virtual-tokens-appended",
-        imitates="the rows of the prompt stand behind the embedded tokens",
+        imitates="the prompt comes after the embedded tokens",
         source="huggingface/peft#416, yeyeyeye33/SEC-Prompt#3",
         where=Where("activation", "embedding"),
         edits={
@@ -154,7 +154,7 @@ FAULTS = (
     ),
     Fault(
         name="encoder-frozen",
-        imitates="the virtual tokens' embeddings are trained, the encoder that reads them is not",
+        imitates="the virtual tokens' embeddings are trained, but not the encoder that reads them",
         source="bowang-lab/MedSAM#233, MaverickRen/PixelLM#30",
         where=Where("gradient", r"prompt_encoder\.mlp_head\.4\.weight"),
         edits={

@@ -1,7 +1,7 @@
-"""Parts of torch and Hugging Face written out in `substitutes`, so that one line of them can be changed.
+"""Code of torch and Hugging Face written out in `substitutes`, so that a single line of it can be edited.
 
-A library's own source is not edited: the part is put into its place by an edit of torchtrain. That is no mistake by
-itself (a test shows that the check passes), so what a changed line does is that line's doing.
+A library's own source is not edited; an edit of torchtrain substitutes the written-out code. That alone is no mistake (a
+test shows that the check passes), so any effect comes from the edited line.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ATTENTION_WRITTEN_OUT = (
         f"from {ATTENTION} import put_into\nput_into(__model)\nreturn __model",
     ),
 )
-ADAMW = "parity.faults.substitutes.torch_adamw:WrittenOut.step"
+ADAMW = "parity.faults.substitutes.torch_adamw:ExplicitAdamW.step"
 ADAMW_WRITTEN_OUT = (
-    Edit("torchtrain.optim:make_optimizer", "torch.optim.AdamW", "WrittenOut"),
+    Edit("torchtrain.optim:make_optimizer", "torch.optim.AdamW", "ExplicitAdamW"),
     Edit(
         "torchtrain.optim:make_optimizer",
         "",
-        "from parity.faults.substitutes.torch_adamw import WrittenOut",
+        "from parity.faults.substitutes.torch_adamw import ExplicitAdamW",
     ),
 )

@@ -1,6 +1,6 @@
-"""`parity matrix`: models, methods, batches, plans and precisions as data; every cell is run and judged, or refused.
+"""`parity matrix`: models, methods, batches, plans and precisions as data; every cell is run and judged, or unsupported.
 
-A plan that one backend refuses is compared with the other's run of it on one device.
+If one backend refuses a plan, its run on one device is compared with the other backend's run of the plan.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from parity.comparison.compare import Comparison, Finding, compare
 from parity.comparison.drift import lora_scale
 from parity.comparison.pair import Pair
 from parity.report.verdict import explained
-from parity.runs.fixture import METHODS, VARIANTS, Tiny, write_tiny
-from parity.runs.launch_many import Ended, run_cases, training
+from parity.runs.fixture import METHODS, VARIANTS, TinySetup, write_tiny
+from parity.runs.launch_many import CaseResult, run_cases, training
 from parity.runs.plans import refusal, runs_as
 from trainspec.backends import BACKENDS
 from trainspec.errors import TraceError, UserError
@@ -29,9 +29,9 @@ from trainspec.trace import Trace
 Fields = Mapping[str, Any]
 
 _PACKED: Fields = {"packing": True, "sequence_tokens": 64}
-# So that four replicas have a row each in a microbatch of two.
+# Enough for four replicas to have an example each in both accumulation slices.
 GLOBAL_EXAMPLES = 8
-# How rows are filled and split: sections `data` and `batch` of a recipe.
+# How examples are filled and accumulated: sections `data` and `batch` of a recipe.
 BATCHES: dict[str, tuple[Fields, Fields]] = {
     "packed-2": (_PACKED, {"accumulation": 2}),
     "packed-1": (_PACKED, {"accumulation": 1}),
@@ -60,8 +60,8 @@ PLANS: dict[str, Plan] = {
     "pipe-4-zero3-2-gpipe": Plan(pipe=4, fsdp=2, shards="params", microbatches=4, schedule="gpipe"),
     "pipe-2-data-2-interleaved": Plan(pipe=2, data=2, microbatches=2, schedule="interleaved"),
 }
-# Model and rows of each pipeline. Two layers are two stages; four stages, or two with two pieces each, take the model of
-# five. Four microbatches of two replicas have a row each without accumulation.
+# Model and batch of each pipeline. Two layers make two stages; four stages, or two of two model chunks each, need the model
+# of five layers. With four microbatches and two replicas there is one example for each, without accumulation.
 PIPELINES: dict[str, tuple[str, str]] = {
     "pipe-2": ("plain", "packed-2"),
     "pipe-2-data-2-tensor-2": ("plain", "packed-2"),
@@ -70,9 +70,10 @@ PIPELINES: dict[str, tuple[str, str]] = {
     "pipe-4-zero3-2-gpipe": ("deep", "packed-1"),
     "pipe-2-data-2-interleaved": ("deep", "packed-2"),
 }
-# Where every method is run in bf16: whole, split as a weight, as a layer, and over stages.
+# The plans on which every method is run in bf16: replicated, split as a weight, as a layer, and over stages.
 COARSE = ("zero2-2", "zero3-2", "tensor-2", "pipe-2-zero1-2-tensor-2")
-# The usual sums in float32, and DeepSpeed's own default, which is also what XLA does where weights are cast before use.
+# bf16 with its usual sums in float32, and with sums in bfloat16: DeepSpeed's default, and what XLA does where weights are
+# cast before use.
 PRECISIONS: dict[str, Precision] = {
     "fp64": Precision(policy="fp64", reduce="fp64"),
     "fp32": Precision(policy="fp32", reduce="fp32"),
@@ -84,7 +85,7 @@ STEPS = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """One recipe that both backends must train alike; every field is a key of the tables above."""
+    """One recipe that both backends must train alike; every field is a key of a table in this package."""
 
     model: str
     method: str
@@ -94,14 +95,14 @@ class Cell:
 
     @property
     def policy(self) -> Policy:
-        """What is stored and computed."""
+        """The precision policy, without the type of sums."""
         return PRECISIONS[self.precision].policy
 
     def __str__(self) -> str:
         return "/".join((self.model, self.method, self.batch, self.plan, self.precision))
 
-    def recipe(self, tiny: Tiny, backend: Backend) -> Recipe:
-        """What a backend trains: five updates under a warm-up, with clipping and decay."""
+    def recipe(self, tiny: TinySetup, backend: Backend) -> Recipe:
+        """What a backend trains: five updates with warm-up, clipping and decay."""
         data, batch = BATCHES[self.batch]
         return tiny.recipe(
             self.model,
@@ -117,10 +118,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What became of a cell. `shown` is the place nearest to its bound; where the cell fails, the first divergence.
+class CellResult:
+    """The result of a cell. `shown` is the finding that uses most of its bound or, if the cell fails, the first divergence.
 
-    `refused` is what a backend says that does not run the cell's plan; it ran on one device, unless both refuse.
+    `refused` has the sentence of each backend that refuses the plan; it ran on one device, unless both refuse.
     """
 
     cell: Cell
@@ -132,98 +133,99 @@ class Row:
 
 
 def cells() -> list[Cell]:
-    """Every cell: all methods on all plans, models and ways to fill rows, in the precisions that show something new.
+    """Every cell: all methods on all plans, models and batches, in the precisions that show something new.
 
-    What all methods share (models, rows, how weights are split) is run in every precision with full training and LoRA.
-    The others are proven in fp64, and in fp32 wherever torch has no fp64, which is where DeepSpeed works; in bf16 where
-    arithmetic is as different as it gets.
+    What all methods share (models, batches, how weights are split) is run in every precision with full training and LoRA.
+    The other methods are proven in fp64, in fp32 on one device and wherever torch has no fp64 (that is where DeepSpeed
+    works), and in bf16 on one device and the plans of `COARSE`.
     """
     base, plain = "packed-2", "plain"
     proofs, usual = ("fp64", "fp32"), ("fp64", "fp32", "bf16")
     shared, others = ("full", "lora"), [name for name in METHODS if name not in ("full", "lora")]
-    models = [name for name in VARIANTS if name != "deep"]  # which is there for the pipelines
-    found = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(models, shared, usual)]
-    found += [Cell(plain, a, base, "one-device", p) for a, p in itertools.product(others, usual)]
-    found += [Cell(m, a, base, "one-device", "fp64") for m in models if m != plain for a in others]
+    models = [name for name in VARIANTS if name != "deep"]  # that one is for the pipelines
+    matrix = [Cell(m, a, base, "one-device", p) for m, a, p in itertools.product(models, shared, usual)]
+    matrix += [Cell(plain, a, base, "one-device", p) for a, p in itertools.product(others, usual)]
+    matrix += [Cell(m, a, base, "one-device", "fp64") for m in models if m != plain for a in others]
     for name in BATCHES:
         if name != base:
-            found += [Cell(plain, a, name, "one-device", p) for a, p in itertools.product(shared, proofs)]
-            found += [Cell(plain, a, name, "one-device", "fp64") for a in others]
+            matrix += [Cell(plain, a, name, "one-device", p) for a, p in itertools.product(shared, proofs)]
+            matrix += [Cell(plain, a, name, "one-device", "fp64") for a in others]
     for name in PLANS:
         if name != "one-device":
-            model, rows = PIPELINES.get(name, (plain, base))
-            found += [Cell(model, a, rows, name, p) for a, p in itertools.product(shared, usual)]
-            found += [Cell(model, a, rows, name, p) for a, p in itertools.product(others, _telling(name))]
-    # What of a model is split in a way of its own: a table that is used twice, biases of either kind.
+            model, batch = PIPELINES.get(name, (plain, base))
+            matrix += [Cell(model, a, batch, name, p) for a, p in itertools.product(shared, usual)]
+            matrix += [Cell(model, a, batch, name, p) for a, p in itertools.product(others, _telling(name))]
+    # What tensor parallelism splits in a special way: tied embeddings, and biases of both kinds.
     for variant in ("tied", "bias"):
-        found += [Cell(variant, a, base, "data-2-tensor-2", p) for a, p in itertools.product(shared, proofs)]
-        found += [Cell(variant, a, base, "zero3-2-tensor-2", "fp32") for a in METHODS]
-    tied_stages = "pipe-2-zero1-2-tensor-2"  # a table that the first and the last stage have
-    found += [Cell("tied", a, base, tied_stages, p) for a, p in itertools.product(shared, proofs)]
+        matrix += [Cell(variant, a, base, "data-2-tensor-2", p) for a, p in itertools.product(shared, proofs)]
+        matrix += [Cell(variant, a, base, "zero3-2-tensor-2", "fp32") for a in METHODS]
+    tied_stages = "pipe-2-zero1-2-tensor-2"  # the first and the last stage share the embedding
+    matrix += [Cell("tied", a, base, tied_stages, p) for a, p in itertools.product(shared, proofs)]
     summed = ("one-device", "zero1-2", "zero3-2", "tensor-2", "zero3-2-tensor-2")
-    return [*found, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in shared)]
+    return [*matrix, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in shared)]
 
 
 def _telling(plan: str) -> list[str]:
-    """The precisions that a method is run in on a plan, where others have been run in all of them."""
+    """The precisions in which the other methods are run on a plan, as the shared ones are run in all of them."""
     runs = {p: not any(refusal(PLANS[plan], PRECISIONS[p].policy, b) for b in BACKENDS) for p in PRECISIONS}
-    found = ["fp64"]
+    precisions = ["fp64"]
     if runs["fp32"] and not runs["fp64"]:
-        found.append("fp32")
-    return [*found, "bf16"] if plan in COARSE else found
+        precisions.append("fp32")
+    return [*precisions, "bf16"] if plan in COARSE else precisions
 
 
 def refusals(cell: Cell) -> dict[Backend, str]:
-    """What each backend that refuses the cell's plan says."""
-    found: dict[Backend, str] = {}
+    """The sentence of each backend that refuses the cell's plan."""
+    lines: dict[Backend, str] = {}
     for backend in BACKENDS:
         if (line := refusal(PLANS[cell.plan], cell.policy, backend)) is not None:
-            found[backend] = line
-    return found
+            lines[backend] = line
+    return lines
 
 
-def run_matrix(chosen: Sequence[Cell], *, out: Path) -> list[Row]:
-    """Train every cell of `chosen` that not both backends refuse, and judge it; a row for each, in their order."""
+def run_matrix(chosen: Sequence[Cell], *, out: Path) -> list[CellResult]:
+    """Train and judge every cell of `chosen` that at least one backend supports; one result per cell, in their order."""
     refused = {cell: refusals(cell) for cell in chosen}
     supported = [cell for cell in chosen if len(refused[cell]) < len(BACKENDS)]
     wrong = _train(supported, out) if supported else {}
-    rows = []
+    results = []
     for cell in chosen:
         if cell not in supported:
-            row = Row(cell, "unsupported", reason=next(iter(refused[cell].values())))
+            result = CellResult(cell, "unsupported", reason=next(iter(refused[cell].values())))
         elif line := wrong.get(cell):
-            row = Row(cell, "fail", reason=line)
+            result = CellResult(cell, "fail", reason=line)
         else:
-            row = judge(cell, *(_home(out, backend, cell) / "trace" for backend in BACKENDS))
-        rows.append(replace(row, refused=refused[cell]))
-    return rows
+            result = judge(cell, *(_home(out, backend, cell) / "trace" for backend in BACKENDS))
+        results.append(replace(result, refused=refused[cell]))
+    return results
 
 
-def judge(cell: Cell, left: Path, right: Path) -> Row:
+def judge(cell: Cell, left: Path, right: Path) -> CellResult:
     """Compare the cell's two traces with the bounds of its precision."""
     try:
         pair = Pair(Trace(left), Trace(right))
         scale = lora_scale(METHODS[cell.method])
-        return row_of(cell, compare(pair, bounds_for(pair, cell.policy, lora_scale=scale)))
+        return result_of(cell, compare(pair, bounds_for(pair, cell.policy, lora_scale=scale)))
     except TraceError as error:
-        return Row(cell, "fail", reason=str(error))
+        return CellResult(cell, "fail", reason=str(error))
 
 
-def row_of(cell: Cell, found: Comparison) -> Row:
-    """The figures of a comparison that stand for the cell."""
-    if first := found.first_divergence:
-        return Row(cell, "fail", first, found.undetermined, explained(first))
-    return Row(cell, "pass", max(found.findings, key=lambda f: f.used), found.undetermined)
+def result_of(cell: Cell, comparison: Comparison) -> CellResult:
+    """The result of a cell's comparison."""
+    undetermined = comparison.undetermined
+    if first := comparison.first_divergence:
+        return CellResult(cell, "fail", first, undetermined, explained(first))
+    return CellResult(cell, "pass", max(comparison.findings, key=lambda f: f.used), undetermined)
 
 
 def _train(supported: Sequence[Cell], out: Path) -> dict[Cell, str]:
-    """Leaves every cell's traces under `out`; for a cell that a backend did not finish, what it said.
+    """Write every cell's traces under `out`; returns the error of each cell that a backend did not finish.
 
     Both backends run at the same time.
     """
     tiny = write_tiny(out / "tiny")
 
-    def ends(backend: Backend) -> list[Ended]:
+    def train(backend: Backend) -> list[CaseResult]:
         cases = []
         for cell in supported:
             home = _home(out, backend, cell)
@@ -234,12 +236,12 @@ def _train(supported: Sequence[Cell], out: Path) -> dict[Cell, str]:
         return run_cases(backend, cases, home=out / "launches")
 
     with ThreadPoolExecutor() as pool:
-        ended = list(pool.map(ends, BACKENDS))
+        by_backend = list(pool.map(train, BACKENDS))
     wrong: dict[Cell, str] = {}
-    for backend, found in zip(BACKENDS, ended, strict=True):
-        for cell, end in zip(supported, found, strict=True):
-            if end.wrong is not None:
-                wrong.setdefault(cell, f"{backend}: {end.wrong}")
+    for backend, results in zip(BACKENDS, by_backend, strict=True):
+        for cell, result in zip(supported, results, strict=True):
+            if result.wrong is not None:
+                wrong.setdefault(cell, f"{backend}: {result.wrong}")
     return wrong
 
 
@@ -248,7 +250,7 @@ def _home(out: Path, backend: Backend, cell: Cell) -> Path:
 
 
 def select(only: str | None) -> list[Cell]:
-    """The cells whose name contains `only`. Raises UserError where there is none."""
+    """The cells whose name contains `only`. Raises UserError if there is none."""
     chosen = [cell for cell in cells() if only is None or only in str(cell)]
     if not chosen:
         raise UserError(f"--only {only}: no cell has that in its name; names are such as {cells()[0]}")

@@ -1,4 +1,4 @@
-"""The report's two drawings, as SVG text of our own: loss curves, and the loss difference against its bound."""
+"""The report's two charts as SVG: loss curves, and the loss difference against its bound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HUGE = 1e300  # beyond it (and for NaN) there is nothing to draw
 
 @dataclass(frozen=True)
 class Axes:
-    """Maps steps and values to pixels; `log` puts decades at equal distances."""
+    """Maps steps and values to pixels; `log` makes the value axis logarithmic."""
 
     steps: tuple[float, float]
     values: tuple[float, float]
@@ -34,7 +34,7 @@ class Axes:
 
 
 def loss_curves(left: Sequence[float], right: Sequence[float]) -> Markup:
-    """Both curves over the steps; the right one is dashed, so that equal curves show both."""
+    """Both curves over the steps; the right one is dashed, so that both are visible where they coincide."""
     values = [value for value in (*left, *right) if abs(value) < HUGE]
     if not values:
         return _svg("No step to draw", [])
@@ -48,9 +48,9 @@ def loss_curves(left: Sequence[float], right: Sequence[float]) -> Markup:
 
 
 def loss_difference(points: Sequence[tuple[int, float, float]]) -> Markup:
-    """(step, error, bound) as decades: the further the dots are below the line, the less of the bound is used.
+    """(step, error, bound) on a logarithmic axis: the further the dots are below the line, the less of the bound is used.
 
-    Steps where both sides agree to the last bit have no logarithm: they stand on the floor as hollow dots.
+    Steps where both sides agree to the last bit have no logarithm; they are hollow dots at the bottom.
     """
     shown = [value for _, *pair in points for value in pair if value > 0]
     if not shown:

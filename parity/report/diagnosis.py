@@ -1,7 +1,7 @@
-"""What kind of cause a first divergence looks like: one line where the pattern is known.
+"""What kind of cause a first divergence looks like, in one line if the pattern is known.
 
-A reading is a hint for a user, drawn from the two tensors at the first divergence and from which other places
-differ; the verdict does not depend on it.
+A reading is a hint for the user, drawn from the two tensors at the first divergence and from the other locations that
+differ. The verdict does not depend on it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 
 from parity.comparison.compare import Comparison, Finding
 from parity.comparison.pair import Pair
-from parity.comparison.phases import INITIAL, PHASES, ROW_TENSORS
+from parity.comparison.phases import INITIAL, PHASES, SCALAR_TENSORS
 from trainspec.data import IGNORED
 from trainspec.trace import Trace
 
 Array = NDArray[Any]
 UNKNOWN = "no known pattern"
-# A factor explains a difference where what it leaves over is below this share of it.
-LEFT_OVER = 0.02
-# Two numbers are called the same ratio when they agree to this.
+# A factor explains a difference if the residual is below this share of it.
+MAX_RESIDUAL = 0.02
+# Two ratios are called equal if they agree to this.
 SAME_RATIO = 1e-4
 MOST_NAMES = 3
-# Rank correlation of error and position from which an error is said to grow with it.
+# An error is said to grow with the position from this rank correlation on.
 GROWS = 0.6
 TOKEN_WISE = ("activation", "activation_gradient")
 NOT_DECAYED = re.compile(r"norm|\.bias$|\.bias_[ih]h_")
@@ -36,8 +36,11 @@ DIGITS = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
-class Scene:
-    """The first divergence with what a rule looks at. `left` and `right` are float64 and of equal shape."""
+class Evidence:
+    """The first divergence and what a rule may examine. `left` and `right` are float64 and of equal shape.
+
+    `failing` and `judged` are the findings of its step and phase, `counts` what recipe and batch count, by name.
+    """
 
     first: Finding
     failing: tuple[Finding, ...]
@@ -58,64 +61,74 @@ class Scene:
 def read(
     comparison: Comparison, traces: tuple[Trace, Trace] | None, *, counts: Mapping[str, float] | None = None
 ) -> str | None:
-    """The reading of a failed comparison; None where it holds, or where there is nothing to look at.
+    """The reading of a failed comparison; None if it holds, or if there are no arrays to examine.
 
     `counts` are what the recipe counts (accumulation, rank, ...), by name: a constant factor may be one of them.
     """
     first = comparison.first_divergence
     if first is None or traces is None or first.error is None:
         return None
-    pair, place = Pair(*traces), first.place
-    found = _arrays(first, pair)
-    if found is None:
+    pair, location = Pair(*traces), first.location
+    arrays = _arrays(first, pair)
+    if arrays is None:
         return None
-    same = [f for f in comparison.findings if (f.place.step, f.place.phase) == (place.step, place.phase)]
-    segments = pair.read(max(place.step, 1), "batch", "segments")[0]
-    scene = Scene(
-        first, tuple(f for f in same if not f.holds), tuple(same), *found, segments,
-        dict(counts or {}) | _counts(pair, max(place.step, 1)), pair,
+    same = [
+        f
+        for f in comparison.findings
+        if (f.location.step, f.location.phase) == (location.step, location.phase)
+    ]
+    segments = pair.read(max(location.step, 1), "batch", "segments")[0]
+    evidence = Evidence(
+        first, tuple(f for f in same if not f.holds), tuple(same), *arrays, segments,
+        dict(counts or {}) | _counts(pair, max(location.step, 1)), pair,
     )  # fmt: skip
-    return next((line for rule in RULES if (line := rule(scene))), UNKNOWN)
+    return next((line for rule in RULES if (line := rule(evidence))), UNKNOWN)
 
 
 def _arrays(first: Finding, pair: Pair) -> tuple[Array, Array] | None:
-    place = first.place
-    if place.phase in ROW_TENSORS or first.index == ():
+    location = first.location
+    if location.phase in SCALAR_TENSORS or first.index == ():
         left, right = (
-            pair.scalar(place.step, place.tensor) if place.phase in ROW_TENSORS else first.values or (0, 0)
+            pair.scalar(location.step, location.tensor)
+            if location.phase in SCALAR_TENSORS
+            else first.values or (0, 0)
         )
         return np.asarray(left, np.float64), np.asarray(right, np.float64)
-    sides = pair.read(place.step, "weight" if place.phase == INITIAL.name else place.phase, place.tensor)
+    sides = pair.read(
+        location.step, "weight" if location.phase == INITIAL.name else location.phase, location.tensor
+    )
     if sides[0] is None or sides[1] is None or sides[0].shape != sides[1].shape:
         return None
     return sides[0].astype(np.float64), sides[1].astype(np.float64)
 
 
 def _counts(pair: Pair, step: int) -> dict[str, float]:
-    """What can be counted in the batch; a loss or gradient divided by the wrong one of them is off by a ratio."""
+    """What can be counted in the batch. A loss or gradient divided by the wrong count is off by a ratio of two."""
     labels, segments = (pair.read(step, "batch", name)[0] for name in ("labels", "segments"))
     if labels is None or segments is None or labels.ndim != 2:
         return {}
     return {
         "target tokens": float((labels != IGNORED).sum()),
-        "tokens that are no padding": float((segments != 0).sum()),
+        "tokens that are not padding": float((segments != 0).sum()),
         "positions": float(labels.size),
-        "rows": float(labels.shape[0]),
+        "examples": float(labels.shape[0]),
         "sequence tokens": float(labels.shape[1]),
     }
 
 
-def data_order(scene: Scene) -> str | None:
-    """The same rows, elsewhere."""
-    if scene.first.place.phase != "batch" or scene.left.ndim != 2:
+def data_order(evidence: Evidence) -> str | None:
+    """The same examples in another order or step."""
+    if evidence.first.location.phase != "batch" or evidence.left.ndim != 2:
         return None
-    left, right = (side[np.lexsort(side.T)] for side in (scene.left, scene.right))
+    left, right = (side[np.lexsort(side.T)] for side in (evidence.left, evidence.right))
     if np.array_equal(left, right):
-        return "the same rows in another order: the order of the data"
-    for other in (scene.first.place.step - 1, scene.first.place.step + 1):
-        if 1 <= other <= scene.pair.common_steps and np.array_equal(_batch_of(scene, other), scene.right):
-            return f"right has the rows of left's step {other}: the cursor into the data"
-    names = {finding.place.tensor for finding in scene.failing}
+        return "the same examples in another order: the order of the data"
+    for other in (evidence.first.location.step - 1, evidence.first.location.step + 1):
+        if 1 <= other <= evidence.pair.common_steps and np.array_equal(
+            _batch_of(evidence, other), evidence.right
+        ):
+            return f"right has the examples of left's step {other}: the position in the data"
+    names = {finding.location.tensor for finding in evidence.failing}
     if names == {"positions"}:
         return "only the positions differ: restarted documents or padding"
     if names == {"labels"}:
@@ -123,51 +136,57 @@ def data_order(scene: Scene) -> str | None:
     return None
 
 
-def _batch_of(scene: Scene, step: int) -> Array:
-    found = scene.pair.read(step, "batch", scene.first.place.tensor)[0]
-    return np.zeros(0) if found is None else found
+def _batch_of(evidence: Evidence, step: int) -> Array:
+    array = evidence.pair.read(step, "batch", evidence.first.location.tensor)[0]
+    return np.zeros(0) if array is None else array
 
 
-def transposed(scene: Scene) -> str | None:
-    """A square matrix that was read the other way round."""
-    if scene.left.ndim == 2 and scene.left.shape == scene.left.T.shape:
-        apart = np.abs(scene.left.T - scene.right).max(initial=0.0)
-        if apart <= 1e-6 * np.abs(scene.left).max(initial=0.0):
+def transposed(evidence: Evidence) -> str | None:
+    """A transposed square matrix."""
+    if evidence.left.ndim == 2 and evidence.left.shape == evidence.left.T.shape:
+        apart = np.abs(evidence.left.T - evidence.right).max(initial=0.0)
+        if apart <= 1e-6 * np.abs(evidence.left).max(initial=0.0):
             return "one is the other's transpose: the layout of a weight"
     return None
 
 
-def schedule(scene: Scene) -> str | None:
-    """A rate that another step has."""
-    place = scene.first.place
-    if place.phase != "lr":
+def schedule(evidence: Evidence) -> str | None:
+    """The learning rate of another step."""
+    location = evidence.first.location
+    if location.phase != "lr":
         return None
-    for other in (place.step - 1, place.step + 1):
-        rates = scene.pair.scalar(other, "lr") if 1 <= other <= scene.pair.common_steps else None
-        if rates and math.isclose(rates[0], float(scene.right), rel_tol=1e-12):
-            return f"right has left's rate of step {other}: the schedule is off by one"
+    for other in (location.step - 1, location.step + 1):
+        rates = evidence.pair.scalar(other, "lr") if 1 <= other <= evidence.pair.common_steps else None
+        if rates and math.isclose(rates[0], float(evidence.right), rel_tol=1e-12):
+            return f"right has left's learning rate of step {other}: the schedule is off by one"
     return "the learning rate: peak, warm-up or schedule"
 
 
-def clipped(scene: Scene) -> str | None:
-    """The phase says it."""
-    return "the gradient's factor before the moments: the clip" if scene.first.place.phase == "clip" else None
+def clipped(evidence: Evidence) -> str | None:
+    """The clip factor itself differs."""
+    return (
+        "the gradient's factor before the moments: the clip"
+        if evidence.first.location.phase == "clip"
+        else None
+    )
 
 
-def not_updated(scene: Scene) -> str | None:
-    """One side stands still."""
-    if scene.first.place.phase == "update":
-        for name, side in (("left", scene.left), ("right", scene.right)):
+def not_updated(evidence: Evidence) -> str | None:
+    """One side's update is zero."""
+    if evidence.first.location.phase == "update":
+        for name, side in (("left", evidence.left), ("right", evidence.right)):
             if not side.any():
                 return f"{name} made no update of this tensor: skipped or frozen"
     return None
 
 
-def decay_mask(scene: Scene) -> str | None:
-    """Among updates, those of norms and biases alone."""
-    if scene.first.place.phase != "update":
+def decay_mask(evidence: Evidence) -> str | None:
+    """Only the updates of norms and biases differ, or all others."""
+    if evidence.first.location.phase != "update":
         return None
-    names, judged = ({f.place.tensor for f in found} for found in (scene.failing, scene.judged))
+    names, judged = (
+        {f.location.tensor for f in findings} for findings in (evidence.failing, evidence.judged)
+    )
     quiet = {name for name in judged if NOT_DECAYED.search(name)}
     if names and names <= quiet < judged:
         return "only norms and biases: which weights decay"
@@ -176,24 +195,24 @@ def decay_mask(scene: Scene) -> str | None:
     return None
 
 
-def constant_factor(scene: Scene) -> str | None:
+def constant_factor(evidence: Evidence) -> str | None:
     """One tensor is a multiple of the other."""
-    top, bottom = float(np.sum(scene.left * scene.right)), float(np.sum(scene.left**2))
-    if not bottom or not top or scene.first.place.phase in ("batch", "tokens"):
+    top, bottom = float(np.sum(evidence.left * evidence.right)), float(np.sum(evidence.left**2))
+    if not bottom or not top or evidence.first.location.phase in ("batch", "tokens"):
         return None
     factor = top / bottom
-    apart = float(np.sqrt(np.sum((scene.right - scene.left) ** 2)))
-    left_over = float(np.sqrt(np.sum((scene.right - factor * scene.left) ** 2)))
-    if not apart or left_over > LEFT_OVER * apart:
+    apart = float(np.sqrt(np.sum((evidence.right - evidence.left) ** 2)))
+    residual = float(np.sqrt(np.sum((evidence.right - factor * evidence.left) ** 2)))
+    if not apart or residual > MAX_RESIDUAL * apart:
         return None
-    name = _known_ratio(factor, scene.counts)
-    if name is None and scene.left.size < 3:
-        return None  # two numbers always have a ratio
+    name = _known_ratio(factor, evidence.counts)
+    if name is None and evidence.left.size < 3:
+        return None  # any two numbers have a ratio
     return f"right is {factor:.6g} times left: a normalisation or a scale" + (f" ({name})" if name else "")
 
 
 def _known_ratio(factor: float, counts: Mapping[str, float]) -> str | None:
-    """Every name that the factor has: two counts may be equal."""
+    """Every count or ratio of counts that equals the factor; there may be several."""
     names = [
         name
         for name, value in _ratios(counts)
@@ -213,37 +232,37 @@ def _ratios(counts: Mapping[str, float]) -> Iterator[tuple[str, float]]:
                 yield f"{one} / {other}", a / b
 
 
-def masked(scene: Scene) -> str | None:
-    """Where in the batch it differs, against where virtual tokens, padding and the documents' boundaries are."""
-    wrong = _wrong_positions(scene)
-    if wrong is None or scene.segments is None or not wrong.any() or wrong.all():
+def masked(evidence: Evidence) -> str | None:
+    """Only virtual tokens differ, or only padding, or only what follows a document's boundary."""
+    wrong = _wrong_positions(evidence)
+    if wrong is None or evidence.segments is None or not wrong.any() or wrong.all():
         return None
-    in_front, wrong = np.split(wrong, [wrong.shape[1] - scene.segments.shape[1]], axis=1)
+    in_front, wrong = np.split(wrong, [wrong.shape[1] - evidence.segments.shape[1]], axis=1)
     if not wrong.any():
         return "only on virtual tokens, in front of the embedded ones: the prompt or its encoder"
     if in_front.any():
         return None
-    padding = scene.segments == 0
+    padding = evidence.segments == 0
     if padding.any() and not (wrong & ~padding).any():
-        return "only on padded positions: the mask of the padding"
-    padded_rows = padding.any(axis=1)
-    if padded_rows.any() and not padded_rows.all() and not wrong[~padded_rows].any():
-        return "only in rows that have padding: the mask of the padding, or positions after it"
-    later = scene.segments > 1
+        return "only on padded positions: the padding mask"
+    padded = padding.any(axis=1)
+    if padded.any() and not padded.all() and not wrong[~padded].any():
+        return "only in examples that have padding: the padding mask, or positions after it"
+    later = evidence.segments > 1
     if later.any() and not (wrong & ~later & ~padding).any():
-        return "only after a document's boundary in a packed row: the block mask or restarted positions"
+        return "only after a document's boundary in a packed example: the block mask or restarted positions"
     return None
 
 
-def grows(scene: Scene) -> str | None:
-    """The error of a position, against how far into its document it stands."""
-    if _wrong_positions(scene) is None:
+def grows(evidence: Evidence) -> str | None:
+    """The error grows with the position in the document."""
+    if _wrong_positions(evidence) is None:
         return None
-    positions = scene.pair.read(scene.first.place.step, "batch", "positions")[0]
-    if positions is None or scene.segments is None or positions.shape != scene.segments.shape:
+    positions = evidence.pair.read(evidence.first.location.step, "batch", "positions")[0]
+    if positions is None or evidence.segments is None or positions.shape != evidence.segments.shape:
         return None
-    error = _by_position(scene)[:, -positions.shape[1] :]  # of the tokens of the batch
-    real = scene.segments > 0
+    error = _by_position(evidence)[:, -positions.shape[1] :]  # of the tokens of the batch
+    real = evidence.segments > 0
     at = np.unique(positions[real])
     means = np.array([error[real & (positions == each)].mean() for each in at])
     if len(at) < 8 or means[0] > means.max() / 4 or _rank_correlation(means) < GROWS:
@@ -251,34 +270,34 @@ def grows(scene: Scene) -> str | None:
     return "grows with the position: rotary embedding, its frequencies or its positions"
 
 
-def _by_position(scene: Scene) -> Array:
-    """[examples, rows]: the largest difference at each position."""
-    error = np.abs(scene.left - scene.right)
+def _by_position(evidence: Evidence) -> Array:
+    """[examples, positions]: the largest difference at each position."""
+    error = np.abs(evidence.left - evidence.right)
     return error.reshape(*error.shape[:2], -1).max(axis=-1)
 
 
-def _wrong_positions(scene: Scene) -> Array | None:
-    """[examples, rows]; rows are tokens, and in front of them the virtual tokens of a prompt."""
-    if scene.first.place.phase not in TOKEN_WISE or scene.segments is None or scene.left.ndim < 3:
+def _wrong_positions(evidence: Evidence) -> Array | None:
+    """[examples, positions]: where the bound is exceeded. The virtual tokens of a prompt come before the real ones."""
+    if evidence.first.location.phase not in TOKEN_WISE or evidence.segments is None or evidence.left.ndim < 3:
         return None
-    examples, tokens = scene.segments.shape
-    if scene.left.shape[0] != examples or scene.left.shape[1] < tokens:
+    examples, tokens = evidence.segments.shape
+    if evidence.left.shape[0] != examples or evidence.left.shape[1] < tokens:
         return None
-    return _by_position(scene) > scene.allowed
+    return _by_position(evidence) > evidence.allowed
 
 
 def _rank_correlation(values: Array) -> float:
-    """Spearman's, of values in order."""
+    """Spearman's correlation of values with their order."""
     ranks = np.argsort(np.argsort(values)).astype(np.float64)
     return float(np.corrcoef(np.arange(len(values)), ranks)[0, 1])
 
 
-def one_family(scene: Scene) -> str | None:
-    """Only one kind of tensor differs, in whichever layers."""
-    if scene.first.place.phase == "batch":
+def one_family(evidence: Evidence) -> str | None:
+    """Only one kind of tensor differs, in one layer or several."""
+    if evidence.first.location.phase == "batch":
         return None
-    families = {_family(f.place.tensor) for f in scene.failing}
-    others = {_family(f.place.tensor) for f in scene.judged} - families
+    families = {_family(f.location.tensor) for f in evidence.failing}
+    others = {_family(f.location.tensor) for f in evidence.judged} - families
     if len(families) == 1 and len(others) >= 2:
         return f"only {next(iter(families))}: that operation"
     return None
@@ -288,20 +307,22 @@ def _family(name: str) -> str:
     return DIGITS.sub(".*.", f".{name}").lstrip(".").removeprefix("base_model.model.")
 
 
-def after_the_first(scene: Scene) -> str | None:
-    """Step 1 was right."""
-    place = scene.first.place
-    kind = {phase.name: phase.title for phase in PHASES}.get(place.phase)
-    if place.step <= 1 or place.phase not in ("moment1", "moment2", "update"):
+def after_the_first(evidence: Evidence) -> str | None:
+    """The optimizer's tensors agree in step 1 and differ later."""
+    location = evidence.first.location
+    kind = {phase.name: phase.title for phase in PHASES}.get(location.phase)
+    if location.step <= 1 or location.phase not in ("moment1", "moment2", "update"):
         return None
-    if place.phase == "update" and not any(
-        any(scene.pair.scalar(step, "lr")) for step in range(1, place.step)
+    if location.phase == "update" and not any(
+        any(evidence.pair.scalar(step, "lr")) for step in range(1, location.step)
     ):
-        return None  # at a rate of 0 no update was made that could have been right
-    return f"{kind} differ from step {place.step} on, not before: the optimizer's state or its count of steps"
+        return None  # at a learning rate of 0 no earlier update could have been wrong
+    return (
+        f"{kind} differ from step {location.step} on, not before: the optimizer's state or its count of steps"
+    )
 
 
-RULES: tuple[Callable[[Scene], str | None], ...] = (
+RULES: tuple[Callable[[Evidence], str | None], ...] = (
     data_order,
     schedule,
     clipped,

@@ -1,4 +1,4 @@
-"""The report's heat map: per phase a table of tensors by steps, each cell the share of its bound that is used."""
+"""The report's heat maps: per phase a table of tensors by steps, each cell the share of its bound that is used."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from parity.comparison.compare import Finding
 from parity.comparison.phases import PHASES
 from parity.report.verdict import number
 
-# A cell's colour by decades of error / bound, finer near the bound; class u0 is no difference at all. Up to 1 it is
-# within the bound, the last two are beyond it.
+# The upper edges of the colours, in shares of the bound; finer near the bound. Class u0 means no difference, and the last
+# two classes are beyond the bound.
 EDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 1e3)
 WITHIN = EDGES.index(1.0) + 1
-# Cells of one phase; with more steps a column stands for several, so that the page stays below a few megabytes.
+# The most cells and columns of one map; with more steps a column stands for several, to limit the page to a few megabytes.
 CELLS, COLUMNS = 20_000, 100
-DENSE = (
-    30  # with more columns than this cells are narrow, so that a laptop shows fifty of them beside the names
-)
-# Of these every step has only a few places: they share one map.
+# With more columns than this, cells are narrow, so that a laptop shows fifty of them beside the names.
+DENSE = 30
+# Phases with only a few locations per step: they share one map.
 FEW = ("batch", "tokens", "loss", "grad_norm", "clip", "lr")
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One foldable part of the page."""
+    """One collapsible section of the page; `opened` if it starts open."""
 
     title: str
     tensors: int
@@ -40,14 +39,14 @@ class HeatMap:
 
 
 def heat_maps(findings: Sequence[Finding]) -> list[HeatMap]:
-    """One map per phase in causal order; the starting weights (they have no steps) where one of them fails.
+    """One map per phase in causal order; the starting weights, which have no steps, only if one of them fails.
 
-    Open is the one where the first divergence is, which has a frame around its cell.
+    The map with the first divergence is open and frames its cell.
     """
     groups: dict[str, list[Finding]] = {}
     titles = {"few": "batch and scalars"} | {phase.name: phase.title for phase in PHASES}
     for finding in findings:
-        name = finding.place.phase
+        name = finding.location.phase
         groups.setdefault("few" if name in FEW else name, []).append(finding)
     first = next((finding for finding in findings if not finding.holds), None)
     shown = [name for name in titles if name in groups]
@@ -57,7 +56,7 @@ def heat_maps(findings: Sequence[Finding]) -> list[HeatMap]:
 
 
 def level(used: float) -> int:
-    """The number of a cell's class: 0 for no difference, then one more with every edge passed."""
+    """The number of a cell's colour class: 0 for no difference, then one more for every edge passed."""
     return 0 if used == 0 else 1 + bisect_left(EDGES, used)
 
 
@@ -69,34 +68,34 @@ def legend() -> list[str]:
 
 
 def _map(title: str, findings: Sequence[Finding], first: Finding | None, *, opened: bool) -> HeatMap:
-    rows: dict[str, dict[int, Finding]] = {}
+    tensors: dict[str, dict[int, Finding]] = {}
     for finding in findings:
-        rows.setdefault(finding.place.tensor, {})[finding.place.step] = finding
-    steps = sorted({finding.place.step for finding in findings})
-    columns = max(1, min(len(steps), COLUMNS, CELLS // len(rows)))
+        tensors.setdefault(finding.location.tensor, {})[finding.location.step] = finding
+    steps = sorted({finding.location.step for finding in findings})
+    columns = max(1, min(len(steps), COLUMNS, CELLS // len(tensors)))
     width = math.ceil(len(steps) / columns)
     groups = [steps[at : at + width] for at in range(0, len(steps), width)]
     every = math.ceil(len(groups) / 10)
     head = "".join(f"<th>{group[0] if i % every == 0 else ''}" for i, group in enumerate(groups))
     body = "\n".join(
-        f'<tr><th scope=row title="{escape(name)}">{escape(name)}{_row(row, groups, first)}'
-        for name, row in rows.items()
+        f'<tr><th scope=row title="{escape(name)}">{escape(name)}{_cells(by_step, groups, first)}'
+        for name, by_step in tensors.items()
     )
     dense = " dense" if len(groups) > DENSE else ""
     table = Markup(f'<table class="heat{dense}"><thead><tr><th>tensor \\ step{head}<tbody>\n{body}</table>')
     worst = max(findings, key=lambda f: f.used)
-    return HeatMap(title, len(rows), len(steps), worst, table, width, opened)
+    return HeatMap(title, len(tensors), len(steps), worst, table, width, opened)
 
 
-def _row(row: dict[int, Finding], groups: Sequence[Sequence[int]], first: Finding | None) -> str:
+def _cells(by_step: dict[int, Finding], groups: Sequence[Sequence[int]], first: Finding | None) -> str:
     cells = []
     for group in groups:
-        found = [row[step] for step in group if step in row]
-        if found:
-            worst = max(found, key=lambda f: f.used)
-            frame = " id=first" if any(f is first for f in found) else ""
+        findings = [by_step[step] for step in group if step in by_step]
+        if findings:
+            worst = max(findings, key=lambda f: f.used)
+            frame = " id=first" if any(f is first for f in findings) else ""
             cells.append(
-                f'<td class=u{level(worst.used)}{frame} title="step {worst.place.step}: {_said(worst)}">'
+                f'<td class=u{level(worst.used)}{frame} title="step {worst.location.step}: {_said(worst)}">'
             )
         else:
             cells.append("<td>")

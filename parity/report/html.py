@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that shows a verdict to a user."""
+"""report.html: one self-contained page that shows a verdict."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from parity.report.chart import loss_curves, loss_difference
 from parity.report.heat import heat_maps, legend
 from parity.report.verdict import TITLES, Verdict, explained, number, values_at
 
-# What decides numbers. Their versions are read from package metadata: nothing of them is imported here.
+# Packages that affect the numbers. Their versions come from package metadata; none of them is imported here.
 PACKAGES = ("twintrain", "numpy", "jax", "flax", "optax", "torch", "transformers", "peft", "deepspeed")
 TABLE_ROWS = 10
-# What is shown before and after the first divergence, in causal order.
+# How many findings are shown before and after the first divergence, in causal order.
 BEFORE, AFTER = 3, 6
 
 
 @dataclass(frozen=True)
 class Report:
-    """A verdict with what only the page shows: loss per step of each side, and the recipe with its settings.
+    """A verdict, and what only the page shows: each side's loss per step, and the recipe with its settings.
 
-    `recipes` are those that left and right trained, as YAML with every default written out; none for two traces.
+    `recipes` are those that left and right trained, as YAML with every default; empty for two traces.
     """
 
     verdict: Verdict
@@ -45,15 +45,17 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def render(report: Report) -> str:
-    """The page as text; everything that comes from a trace or a recipe is escaped."""
+    """The page as HTML; everything from a trace or a recipe is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.filters |= {"number": number, "decades": _decades}
     verdict, comparison = report.verdict, report.verdict.comparison
     first = comparison.first_divergence
-    losses = [f for f in comparison.findings if f.place.phase == "loss" and f.place.tensor == "loss"]
-    points = [(f.place.step, f.error, f.bound) for f in losses if f.error is not None and f.bound is not None]
+    losses = [f for f in comparison.findings if f.location.phase == "loss" and f.location.tensor == "loss"]
+    points = [
+        (f.location.step, f.error, f.bound) for f in losses if f.error is not None and f.bound is not None
+    ]
     return environment.get_template("report.html.j2").render(
         report=report,
         verdict=verdict,
@@ -69,35 +71,35 @@ def render(report: Report) -> str:
         explained=explained,
         curves=loss_curves(report.left_losses, report.right_losses),
         difference=loss_difference(points),
-        places=len(comparison.findings),
+        locations=len(comparison.findings),
         versions=versions(),
     )
 
 
 def _around(findings: Sequence[Finding]) -> Sequence[Finding]:
-    """The first divergence between its neighbours; nothing where there is none."""
+    """The first divergence among its neighbours; empty if there is none."""
     at = next((i for i, finding in enumerate(findings) if not finding.holds), None)
     return [] if at is None else findings[max(0, at - BEFORE) : at + 1 + AFTER]
 
 
 def _side_by_side(left: str, right: str) -> list[tuple[str, str]]:
-    """(`both`, `left` or `right`, line of YAML): where the two sides' recipes differ, left's line comes first."""
+    """(`both`, `left` or `right`, line of YAML); where the sides' recipes differ, left's line comes first."""
     sides = {" ": "both", "-": "left", "+": "right"}
     lines = difflib.ndiff(left.splitlines(), right.splitlines())
     return [(sides[line[0]], line[2:]) for line in lines if line[0] in sides]
 
 
 def _decades(used: float) -> float:
-    """The length of a bar in per cent: 0 at 1e-8 of the bound, 100 at the bound."""
+    """The length of a bar in percent: 0 at 1e-8 of the bound, 100 at the bound."""
     return 0.0 if used <= 1e-8 else min(100.0, 100.0 * (1.0 + math.log10(used) / 8.0))
 
 
 def versions() -> list[tuple[str, str]]:
-    """(package, version) of what is installed and decides numbers."""
-    found = [("python", platform.python_version())]
+    """(package, version) of Python and the installed packages that affect the numbers."""
+    installed = [("python", platform.python_version())]
     for package in PACKAGES:
         try:
-            found.append((package, version(package)))
+            installed.append((package, version(package)))
         except PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -18,7 +18,7 @@ TITLES = {phase.name: phase.title for phase in PHASES}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared and what came of it; `reading` is what kind of cause a failure looks like."""
+    """What was compared, and the result; `reading` is what kind of cause a failure looks like."""
 
     precision: Policy
     left: str
@@ -38,13 +38,13 @@ class Verdict:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know beside the verdict."""
+        """What a user should know besides the verdict."""
         share, notes = self.comparison.undetermined, []
         if share:
             notes.append(
                 f"{share:.2%} of the update elements are rounding noise in {self.precision}: undetermined"
             )
-        updates = [f for f in self.comparison.findings if f.place.phase == "update"]
+        updates = [f for f in self.comparison.findings if f.location.phase == "update"]
         if updates and self.holds and not any(f.elements for f in updates):
             notes.append(
                 "no update was made, the learning rate is 0 at every compared step: compare more steps"
@@ -52,7 +52,7 @@ class Verdict:
         return [*notes, *self.comparison.notes]
 
     def as_json(self) -> dict[str, Any]:
-        """The content of verdict.json. Numbers that do not exist (a missing tensor's error) are null."""
+        """The content of verdict.json. Undefined numbers (a missing tensor's error) are null."""
         first = self.comparison.first_divergence
         return {
             "verdict": self.word,
@@ -61,7 +61,7 @@ class Verdict:
             "left": self.left,
             "right": self.right,
             "worst": {name: _entry(finding) for name, finding in self.comparison.worst.items()},
-            "first_divergence": _entry(first) | {"phase": first.place.phase} if first else None,
+            "first_divergence": _entry(first) | {"phase": first.location.phase} if first else None,
             "reading": self.reading,
             "notes": self.notes,
         }
@@ -74,7 +74,7 @@ class Verdict:
         return path
 
     def lines(self, *, colour: bool) -> list[str]:
-        """A compact account for the terminal."""
+        """A summary for the terminal."""
         shade = (GREEN if self.holds else RED, PLAIN, DIM) if colour else ("", "", "")
         steps = f"{self.comparison.steps} step{'s' * (self.comparison.steps != 1)}"
         head = f"{shade[0]}{self.word.upper()}{shade[1]}  {self.left}  vs  {self.right}  in {self.precision}, {steps}"
@@ -86,7 +86,7 @@ class Verdict:
             numbers = f"{number(finding.error):>9}{number(finding.bound):>10}{number(finding.used):>9}"
             table.append(f"{mark}{TITLES[name]:<23}{numbers}  {where(finding)}")
         first = self.comparison.first_divergence
-        end = [f"first divergence: {first.place}: {explained(first)}"] if first else []
+        end = [f"first divergence: {first.location}: {explained(first)}"] if first else []
         if first and first.values:
             end.append(f"  {values(first)}")
         if self.reading:
@@ -95,7 +95,7 @@ class Verdict:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A verdict.json or matrix.json. Older ones call the share of the bound that is used `headroom`: here it is `bound_used`."""
+    """The content of a verdict.json or matrix.json. `headroom`, the older name of `bound_used`, is renamed."""
     return json.loads(path.read_text(encoding="utf-8"), object_hook=_renamed)
 
 
@@ -104,14 +104,14 @@ def _renamed(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def number(value: float | None) -> str:
-    """A number short enough for a table; a dash where there is none."""
+    """A number formatted for a table; a dash if there is none."""
     if value is None or not isfinite(value):
         return "–"
     return "0" if value == 0 else f"{value:.2g}" if 1e-3 <= value < 1e3 else f"{value:.1e}"
 
 
 def values_at(verdict: Verdict, finding: Finding) -> list[tuple[str, str]]:
-    """(whose, value in full) of the element that a finding is about; nothing where there is none."""
+    """(side, full value) of a finding's worst element; empty if it has none."""
     if finding.values is None:
         return []
     sides = {"left": verdict.left, "right": verdict.right}
@@ -121,7 +121,7 @@ def values_at(verdict: Verdict, finding: Finding) -> list[tuple[str, str]]:
 
 def where(finding: Finding) -> str:
     """Step and tensor of a finding."""
-    return f"step {finding.place.step}, {finding.place.tensor}"
+    return f"step {finding.location.step}, {finding.location.tensor}"
 
 
 def explained(finding: Finding) -> str:
@@ -132,18 +132,18 @@ def explained(finding: Finding) -> str:
 
 
 def values(finding: Finding) -> str:
-    """Both numbers at the worst element, and where it stands in its tensor; nothing where there are none."""
+    """Both numbers at the worst element, and its index; empty if there are none."""
     if finding.values is None or finding.index is None:
         return ""
-    place = f"at [{', '.join(map(str, finding.index))}]: " if finding.index else ""
+    at = f"at [{', '.join(map(str, finding.index))}]: " if finding.index else ""
     (first, second), (one, other) = finding.values, finding.names
-    return f"{place}{first:.9g} ({one}), {second:.9g} ({other})"
+    return f"{at}{first:.9g} ({one}), {second:.9g} ({other})"
 
 
 def _entry(finding: Finding) -> dict[str, Any]:
     entry: dict[str, Any] = {
-        "tensor": finding.place.tensor,
-        "step": finding.place.step,
+        "tensor": finding.location.tensor,
+        "step": finding.location.step,
         "error": finite(finding.error),
         "bound": finite(finding.bound),
         "bound_used": finite(finding.used),
@@ -153,11 +153,11 @@ def _entry(finding: Finding) -> dict[str, Any]:
         entry["index"] = list(finding.index)
     if finding.reason:
         entry["reason"] = finding.reason
-    if finding.place.phase == "update" and finding.elements:
+    if finding.location.phase == "update" and finding.elements:
         entry["undetermined"] = finding.undetermined / finding.elements
     return entry
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
+    """The number, or None for infinity and NaN, which JSON does not have."""
     return value if value is not None and isfinite(value) else None

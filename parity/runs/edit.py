@@ -1,12 +1,12 @@
-"""An edit of a module: what stands in one of its definitions, found on the syntax tree, becomes something else.
+"""An edit of a module: code in one of its definitions, matched on the syntax tree, is replaced.
 
-Whitespace, line breaks, quotes, comments and redundant parentheses do not count, and annotations are not looked at. A
-name such as `__x` in a pattern matches any expression, the same one wherever it is repeated, and stands for it in the
-replacement. There `__it` stands for all that was matched. So
+Whitespace, line breaks, quotes, comments, redundant parentheses and annotations are ignored. A name such as `__x` in a
+pattern matches any expression, the same one wherever it is repeated, and stands for it in the replacement. There `__it`
+stands for everything that was matched. So
 
     Edit("jaxtrain.layers:attention_mask", "__query >= __key", "__query + 1 >= __key")
 
-fits whatever the variables of the mask are called and however the line is formatted.
+fits whatever the mask's variables are called and however the line is formatted.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _Bound = dict[str, ast.expr]
 
 @dataclass(frozen=True)
 class Edit:
-    """In the definition `at` what `pattern` matches, exactly once, becomes `replacement`.
+    """In the definition `at`, the only match of `pattern` becomes `replacement`.
 
-    `at` is `module:Class.function`, including definitions nested in it, or `module`: what is outside its definitions.
-    If pattern and replacement are one expression each, the pattern matches wherever a value is read. Otherwise both are
-    statements, and the pattern matches consecutive ones. An empty pattern is the beginning of the definition, after its
-    docstring.
+    `at` is `module:Class.function`, including the definitions nested in it, or `module` for the code outside its
+    definitions. If pattern and replacement are one expression each, the pattern matches wherever a value is read.
+    Otherwise both are statements, and the pattern matches consecutive ones. An empty pattern stands for the beginning
+    of the definition, after its docstring.
     """
 
     at: str
@@ -42,50 +42,50 @@ class Edit:
 
     @property
     def module(self) -> str:
-        """The name of the module that is edited."""
+        """The name of the edited module."""
         return self.at.partition(":")[0]
 
 
 class PlantError(Exception):
-    """An edit does not fit the source it is for."""
+    """An edit does not fit its source."""
 
 
 def edited(source: str, edits: Iterable[Edit]) -> ast.Module:
-    """The tree of `source` with every edit made, one after the other. Raises PlantError where one does not fit.
+    """The syntax tree of `source` with all edits applied in order. Raises PlantError if one does not fit.
 
-    A replacement has the line numbers of what it replaces.
+    A replacement keeps the line numbers of what it replaces.
     """
     tree = ast.parse(source)
     for edit in edits:
-        _make(edit, tree)
+        _apply(edit, tree)
     return tree
 
 
-def _make(edit: Edit, tree: ast.Module) -> None:
-    scope, (pattern, replacement) = _definition(edit, tree), _parts(edit)
+def _apply(edit: Edit, tree: ast.Module) -> None:
+    scope, (pattern, replacement) = _definition(edit, tree), _pattern_and_replacement(edit)
     if not pattern:
         at = _beginning(scope.body)
         like = scope.body[min(at, len(scope.body) - 1)]
-        scope.body[at:at] = _Filled(edit, {}, []).all(replacement, like)
+        scope.body[at:at] = _ReplacementFiller(edit, {}, []).all(replacement, like)
         return
-    found, bound = _only_match(edit, pattern, scope)
-    _Exchanged(found, _Filled(edit, bound, found).all(replacement, found[0])).visit(scope)
+    match, bound = _only_match(edit, pattern, scope)
+    _NodeReplacer(match, _ReplacementFiller(edit, bound, match).all(replacement, match[0])).visit(scope)
 
 
 def _definition(edit: Edit, tree: ast.Module) -> _Scope:
     scope: _Scope = tree
     for name in filter(None, edit.at.partition(":")[2].split(".")):
-        found = [node for node in _definitions(scope) if node.name == name]
-        if len(found) != 1:
+        definitions = [node for node in _definitions(scope) if node.name == name]
+        if len(definitions) != 1:
             raise PlantError(
-                f"{edit.at}: {name!r} is defined there {len(found)} times, not once; for {edit.pattern!r}"
+                f"{edit.at}: {name!r} is defined there {len(definitions)} times, not once; for {edit.pattern!r}"
             )
-        scope = found[0]
+        scope = definitions[0]
     return scope
 
 
 def _definitions(node: ast.AST) -> Iterator[_Definition]:
-    """Those in `node`, also under an `if` or a `with`, but not those inside them."""
+    """The definitions in `node`, also under an `if` or a `with`, but not those nested in them."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, _DEFINITIONS):
             yield child
@@ -93,8 +93,8 @@ def _definitions(node: ast.AST) -> Iterator[_Definition]:
             yield from _definitions(child)
 
 
-def _parts(edit: Edit) -> tuple[list[ast.AST], list[ast.AST]]:
-    """Pattern and replacement: an expression each, or statements."""
+def _pattern_and_replacement(edit: Edit) -> tuple[list[ast.AST], list[ast.AST]]:
+    """One expression each, or statements."""
     match _parsed(edit, edit.pattern), _parsed(edit, edit.replacement):
         case [ast.Expr(value)], [ast.Expr(other)]:
             return [value], [other]
@@ -110,7 +110,7 @@ def _parsed(edit: Edit, text: str) -> list[ast.stmt]:
 
 
 def _beginning(body: Sequence[ast.stmt]) -> int:
-    """The index of the first statement after a docstring and imports from the future."""
+    """The index of the first statement after a docstring and `__future__` imports."""
     for at, statement in enumerate(body):
         match statement:
             case ast.Expr(ast.Constant(str())) | ast.ImportFrom(module="__future__"):
@@ -121,7 +121,7 @@ def _beginning(body: Sequence[ast.stmt]) -> int:
 
 
 def _inside(scope: _Scope) -> Iterator[ast.AST]:
-    """Every node of a definition; of a module those outside its definitions."""
+    """Every node of a definition; for a module those outside its definitions."""
     todo: list[ast.AST] = [scope]
     while todo:
         node = todo.pop()
@@ -131,11 +131,11 @@ def _inside(scope: _Scope) -> Iterator[ast.AST]:
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:
-    """All but annotations."""
+    """All child nodes except annotations."""
     for name, value in ast.iter_fields(node):
         if name not in ("annotation", "returns"):
-            parts = value if isinstance(value, list) else [value]
-            yield from (part for part in parts if isinstance(part, ast.AST))
+            items = value if isinstance(value, list) else [value]
+            yield from (item for item in items if isinstance(item, ast.AST))
 
 
 def _candidates(scope: _Scope, length: int) -> Iterator[list[ast.AST]]:
@@ -144,46 +144,46 @@ def _candidates(scope: _Scope, length: int) -> Iterator[list[ast.AST]]:
         if isinstance(node, ast.expr):
             yield [node]
         for _, body in ast.iter_fields(node):
-            if isinstance(body, list) and all(isinstance(part, ast.stmt) for part in body):
+            if isinstance(body, list) and all(isinstance(item, ast.stmt) for item in body):
                 yield from (body[at : at + length] for at in range(len(body) - length + 1))
 
 
 def _only_match(edit: Edit, pattern: list[ast.AST], scope: _Scope) -> tuple[list[ast.AST], _Bound]:
-    found: list[tuple[list[ast.AST], _Bound]] = []
+    matches: list[tuple[list[ast.AST], _Bound]] = []
     for candidate in _candidates(scope, len(pattern)):
         bound: _Bound = {}
         if _matches(pattern, candidate, bound):
-            found.append((candidate, bound))
-    if len(found) != 1:
-        raise PlantError(f"{edit.at}: {edit.pattern!r} is there {len(found)} times, not once")
-    return found[0]
+            matches.append((candidate, bound))
+    if len(matches) != 1:
+        raise PlantError(f"{edit.at}: {edit.pattern!r} is there {len(matches)} times, not once")
+    return matches[0]
 
 
-def _matches(pattern: object, found: object, bound: _Bound) -> bool:
-    """Whether `found` is what `pattern` says; `bound` gets what the wildcards stand for."""
+def _matches(pattern: object, node: object, bound: _Bound) -> bool:
+    """Whether `node` matches `pattern`; adds what the wildcards stand for to `bound`."""
     match pattern:
         case ast.Name(id=name) if WILDCARD.fullmatch(name):
-            if not isinstance(found, ast.expr):
+            if not isinstance(node, ast.expr):
                 return False
             # As text: the nodes of a name that is read and of the same name assigned to differ.
-            return ast.unparse(bound.setdefault(name, found)) == ast.unparse(found)
+            return ast.unparse(bound.setdefault(name, node)) == ast.unparse(node)
         case ast.AST():
-            return type(pattern) is type(found) and all(
-                _matches(getattr(pattern, field, None), getattr(found, field, None), bound)
+            return type(pattern) is type(node) and all(
+                _matches(getattr(pattern, field, None), getattr(node, field, None), bound)
                 for field in pattern._fields
             )
         case list():
             return (
-                isinstance(found, list)
-                and len(pattern) == len(found)
-                and all(_matches(p, f, bound) for p, f in zip(pattern, found, strict=True))
+                isinstance(node, list)
+                and len(pattern) == len(node)
+                and all(_matches(p, n, bound) for p, n in zip(pattern, node, strict=True))
             )
         case _:
-            return type(pattern) is type(found) and pattern == found  # 1, 1.0 and True are equal
+            return type(pattern) is type(node) and pattern == node  # 1, 1.0 and True are equal
 
 
-class _Filled(ast.NodeTransformer):
-    """A replacement with what its wildcards stand for."""
+class _ReplacementFiller(ast.NodeTransformer):
+    """Fills a replacement's wildcards with what they stand for."""
 
     def __init__(self, edit: Edit, bound: _Bound, matched: Sequence[ast.AST]) -> None:
         self._edit, self._bound, self._matched = edit, bound, matched
@@ -193,18 +193,18 @@ class _Filled(ast.NodeTransformer):
             case _:
                 pass
 
-    def all(self, parts: Sequence[ast.AST], like: ast.AST) -> list[Any]:
-        """The parts, with the line numbers of `like`."""
+    def all(self, replacement: Sequence[ast.AST], like: ast.AST) -> list[Any]:
+        """The replacement, filled, with the line numbers of `like`."""
         new: list[Any] = []
-        for part in parts:
-            for node in ast.walk(part):
+        for each in replacement:
+            for node in ast.walk(each):
                 ast.copy_location(node, like)
-            filled = self.visit(part)
+            filled = self.visit(each)
             new += filled if isinstance(filled, list) else [filled]
         return new
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | list[ast.AST]:
-        """`__it` as a statement is the statements that were matched."""
+        """`__it` as a statement stands for the matched statements."""
         match node.value, self._matched:
             case ast.Name(id=name), [ast.stmt(), *_] if name == MATCHED:
                 return copy.deepcopy([*self._matched])
@@ -212,7 +212,7 @@ class _Filled(ast.NodeTransformer):
                 return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        """Raises PlantError for a wildcard that the pattern does not have."""
+        """What a wildcard stands for. Raises PlantError if the pattern does not have it."""
         if not WILDCARD.fullmatch(node.id):
             return node
         if node.id not in self._bound:
@@ -224,7 +224,7 @@ class _Filled(ast.NodeTransformer):
 
 
 def _in_context(node: ast.expr, context: ast.expr_context) -> ast.expr:
-    """`node` as it is where it is read or assigned to."""
+    """`node` with the context (load or store) of its new position."""
     match node:
         case ast.Tuple() | ast.List():
             node.ctx = context
@@ -238,14 +238,14 @@ def _in_context(node: ast.expr, context: ast.expr_context) -> ast.expr:
     return node
 
 
-class _Exchanged(ast.NodeTransformer):
-    """A tree with `new` in place of `old`."""
+class _NodeReplacer(ast.NodeTransformer):
+    """Puts the nodes `new` in place of `old`."""
 
     def __init__(self, old: Sequence[ast.AST], new: Sequence[ast.AST]) -> None:
         self._new: dict[int, Sequence[ast.AST]] = {id(node): () for node in old} | {id(old[0]): new}
 
     def visit(self, node: ast.AST) -> Any:
-        """An expression becomes one, a statement as many as there are."""
+        """An expression becomes one expression, a statement any number of statements."""
         new = self._new.get(id(node))
         if new is None:
             return self.generic_visit(node)

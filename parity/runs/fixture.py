@@ -1,7 +1,7 @@
-"""A complete training set-up of a few kilobytes, made on the spot: `parity faults` and `parity matrix` need no files.
+"""A complete training set-up of a few kilobytes, generated on the spot: `parity faults` and `parity matrix` need no files.
 
-Model directories (weights, biases and norms all drawn, so that a forgotten one shows), an adapter for each method
-of which the same is true, a tokenizer trained on the spot, and question-and-answer records of different lengths.
+It has model directories and an adapter for each method (weights, biases and norms all random, so that a forgotten one
+shows), a tokenizer trained on the spot, and question-and-answer records of different lengths.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trainspec.params import FromWeights, Normal, Param, Zeros, param_table
 from trainspec.recipe import Recipe
 from trainspec.rope import Llama3Scaling
 
-# Sizes that hide nothing: grouped kv heads, a head size that is not embed / heads, a theta that is not the usual
-# 10000, and square key and value projections, whose transpose has the right shape.
+# Sizes that expose mistakes: grouped kv heads, a head size other than embed / heads, a theta other than the usual 10000,
+# and square key and value projections, whose transpose has the right shape.
 TINY = ModelSpec(
     name="tiny", vocab=320, embed=24, layers=2, heads=4, kv_heads=2, head_dim=12, mlp=40, norm_eps=1e-5,
     rope_theta=50_000.0, rope_scaling=None, max_positions=512, tied_embeddings=False, attention_bias=False,
@@ -38,12 +38,12 @@ VARIANTS: dict[str, ModelSpec] = {
     "tied": replace(TINY, tied_embeddings=True),
     "bias": replace(TINY, attention_bias=True, mlp_bias=True),
     "llama3-rope": replace(TINY, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64)),
-    # Neither two nor four stages of a pipeline divide it, and each of two has two pieces.
+    # Divisible by neither two nor four pipeline stages, and enough for two stages of two model chunks each.
     "deep": replace(TINY, layers=5),
 }
-# The same sizes in the families beside Llama, by name: planted faults train them.
+# The same sizes in the families other than Llama, for planted faults.
 FAMILIES: dict[str, ModelSpec] = {"qwen3": replace(TINY, family="qwen3")}
-# Every method, and each of its encoders, under a name of its own.
+# Every method, and each of its encoders, by name.
 METHODS = EXAMPLES
 LORA = LoRA.examples()["lora"]
 
@@ -54,17 +54,17 @@ _SEED = 1
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """What `write_tiny` left under `root`."""
+class TinySetup:
+    """The set-up that `write_tiny` wrote under `root`."""
 
     root: Path
 
     def adapter(self, method: str, *, model: str = "plain") -> Path:
-        """A directory to start a method of `METHODS` from; nothing in it is zero: all of it takes part from step 1."""
+        """The directory of an adapter to start a method of `METHODS` from; none of it is zero, so all of it acts from step 1."""
         return self.root / "adapters" / f"{method}-{VARIANTS[model].layers}"
 
     def method(self, name: str, *, model: str = "plain") -> dict[str, Any]:
-        """The section of a recipe for a method of `METHODS` that starts from its adapter, where it has one."""
+        """The recipe section for a method of `METHODS`, started from its adapter if it has one."""
         method = METHODS[name]
         start = {} if method.trains_model else {"adapter": str(self.adapter(name, model=model))}
         return method.model_dump(mode="python") | start
@@ -74,9 +74,9 @@ class Tiny:
         return self.root / variant
 
     def recipe(self, variant: str = "plain", **sections: Mapping[str, Any]) -> Recipe:
-        """A small fp64 recipe; arguments replace whole sections' fields, `method` the whole section.
+        """A small fp64 recipe; arguments replace fields of their sections, `method` the whole section.
 
-        The rate of step 1 is not zero, gradients are clipped, and weights decay: every part of an update shows.
+        The learning rate of step 1 is not zero, gradients are clipped and weights decay, so every term of an update counts.
         """
         tree: dict[str, Mapping[str, Any]] = {
             "model": {"from": str(self.model(variant))},
@@ -98,8 +98,8 @@ class Tiny:
         return Recipe.model_validate(tree)
 
 
-def write_tiny(root: Path) -> Tiny:
-    """Write everything a `Tiny` names under `root`."""
+def write_tiny(root: Path) -> TinySetup:
+    """Write a `TinySetup` under `root`."""
     root.mkdir(parents=True, exist_ok=True)
     records = list(_records())
     (root / "train.jsonl").write_text(
@@ -117,30 +117,30 @@ def write_tiny(root: Path) -> Tiny:
         tokenizer.save(str(root / variant / "tokenizer.json"))
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
         (root / variant / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
-    tiny = Tiny(root)
+    tiny = TinySetup(root)
     for name, method in METHODS.items():
         for variant in () if method.trains_model else ("plain", "deep"):
             spec = VARIANTS[variant]
-            weights = {p.name: _drawn(p) for p in adapter_table(spec, method)}
+            weights = {p.name: _random(p) for p in adapter_table(spec, method)}
             directory = tiny.adapter(name, model=variant)
             write_adapter(directory, weights, model=spec, method=method, base=variant)
     return tiny
 
 
 def _weights(spec: ModelSpec) -> Iterator[tuple[str, NDArray[Any]]]:
-    return ((p.name, _drawn(p)) for p in param_table(spec))
+    return ((p.name, _random(p)) for p in param_table(spec))
 
 
-def _drawn(param: Param) -> NDArray[Any]:
-    """Like the table's own start, but nothing is constant: zeros and ones hide what is done with them."""
-    if param.role == "norm" or isinstance(param.init, FromWeights):  # what is made of weights is a size
+def _random(param: Param) -> NDArray[Any]:
+    """The table's initial value, but never constant: zeros and ones would hide what is done with them."""
+    if param.role == "norm" or isinstance(param.init, FromWeights):  # what is computed from weights is a magnitude
         return np.float32(1.0) + initial_value(replace(param, init=Normal(0.1)), seed=_SEED, dtype="float32")
     init = Normal(0.1) if isinstance(param.init, Zeros) else param.init
     return initial_value(replace(param, init=init), seed=_SEED, dtype="float32")
 
 
 def _records() -> Iterator[dict[str, str]]:
-    """Questions of three lengths with answers of three lengths, so that rows are filled unevenly."""
+    """Questions of three lengths with answers of three lengths, so that examples are filled unevenly."""
     for i, first in enumerate(_NUMBERS[:7]):
         for j, second in enumerate(_NUMBERS[:6]):
             question, answer = (
@@ -163,7 +163,7 @@ def _tokenizer(texts: list[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, "Question: \nAnswer:\n"] * 2, trainer)
-    # Like Llama's, it puts the begin token in front by itself.
+    # Like Llama's, it prepends the begin token itself.
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )

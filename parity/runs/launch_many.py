@@ -1,9 +1,9 @@
-"""Many training runs of one backend with few launches: imports and equal compilations are paid once.
+"""Many training runs of one backend in few launches, so that imports and equal compilations are paid once.
 
-A launch is `parity.runs.plant`. A backend whose process has all devices takes every case in one, those with most devices
-first, as the first run makes the process's fake devices. One with a process for each device takes a launch for each
-number of devices: with more than one it is torch's elastic launcher. Whatever happens in a launch, every run gets an end: one that
-crashed, or in which nothing more happened, is reported so, and those after it go on in a new launch.
+A launch runs `parity.runs.plant`. A backend whose process holds all devices runs every case in one launch, those with
+most devices first, as the first run creates the process's fake devices. A backend with a process per device needs a
+launch per number of devices, for more than one by torch's elastic launcher. Every case gets a result, whatever happens in
+a launch: one that crashed or hung is reported as such, and the cases after it continue in a new launch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from trainspec.backends import BACKENDS
 from trainspec.errors import EXIT_DONE
 from trainspec.plans.plan import Backend
 
-# One thread for each process: as many as there are devices share the machine's cores. Of tiny models compilation is
-# most of JAX's time: take its short way. It is the same program, fused less.
+# One thread per process, as all processes share the machine's cores. For tiny models compilation is most of JAX's time, so
+# it is told to optimize little: the program is the same, fused less.
 ENVIRONMENT = (
     QUIET_THREADS
     | COMPILE_CACHE
@@ -38,17 +38,17 @@ ENVIRONMENT = (
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
 )
-# Seconds without one more run having ended. The longest that a tiny run takes on a busy machine is a tenth of it: what
-# is silent for so long waits for a process that is gone.
+# Seconds in which no run has ended. The longest tiny run on a busy machine takes a tenth of it; a launch that is silent
+# for longer is waiting for a process that has died.
 SILENCE_SECONDS = 300.0
-# The elastic launcher gives its processes 30 seconds to end before it kills them.
+# The elastic launcher waits 30 seconds for its processes to end before it kills them.
 ENDING_SECONDS = 45.0
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Case:
-    """One command line of a backend, the mistakes planted in it, and how many devices its plan takes."""
+    """One command line of a backend, the edits planted in it, and the number of devices that its plan needs."""
 
     argv: tuple[str, ...]
     devices: int = 1
@@ -56,8 +56,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a run ended: its exit code, the last line of its errors, and all that it printed beside them."""
+class CaseResult:
+    """How a case ended: its exit code, the last line of stderr, and its stdout."""
 
     code: int
     said: str = ""
@@ -65,46 +65,46 @@ class Ended:
 
     @property
     def wrong(self) -> str | None:
-        """Why there is nothing to compare; None where the run was made."""
+        """Why there is nothing to compare; None if the run succeeded."""
         return None if self.code == EXIT_DONE else self.said or f"exit code {self.code}"
 
 
 def training(
     recipe: Path, home: Path, *, devices: int, edits: Sequence[Edit] = (), activations: bool = False
 ) -> Case:
-    """A run of `recipe` that leaves `home`/run and `home`/trace; what was there is removed."""
+    """A training of `recipe` that writes `home`/run and `home`/trace; an earlier `home` is removed."""
     shutil.rmtree(home, ignore_errors=True)
     argv = ["train", str(recipe), "--out", str(home / "run"), "--trace", str(home / "trace")]
     argv += ["--activations", "all"] if activations else []
     return Case(tuple(argv), devices, tuple(edits))
 
 
-def run_cases(backend: Backend, cases: Sequence[Case], *, home: Path) -> list[Ended]:
-    """Run every case to its end, in the order of `cases`. Logs and the launches' own files go to `home`."""
+def run_cases(backend: Backend, cases: Sequence[Case], *, home: Path) -> list[CaseResult]:
+    """Run every case to its end; the results are in the order of `cases`. Logs and the launches' files go to `home`."""
     home.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(cases)), key=lambda i: -cases[i].devices)
-    ended: dict[int, Ended] = {}
+    results: dict[int, CaseResult] = {}
     per_device = BACKENDS[backend].has_process_per_device
     for devices, numbers in groupby(order, key=lambda i: cases[i].devices if per_device else 1):
-        left = list(numbers)
-        while left:
+        remaining = list(numbers)
+        while remaining:
             launch = _Launch(backend, devices, home)
-            found = launch.run([cases[i] for i in left])
-            ended |= dict(zip(left, found, strict=False))
-            left = left[len(found) :]
-    return [ended[i] for i in range(len(cases))]
+            ended = launch.run([cases[i] for i in remaining])
+            results |= dict(zip(remaining, ended, strict=False))
+            remaining = remaining[len(ended) :]
+    return [results[i] for i in range(len(cases))]
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """One start of a backend; `processes` is 1 where one process has all devices."""
+    """One start of a backend; `processes` is 1 if one process holds all devices."""
 
     backend: Backend
     processes: int
     home: Path
 
-    def run(self, cases: Sequence[Case]) -> list[Ended]:
-        """The ends of the first cases, at least one: all, or up to the one that ended the launch."""
+    def run(self, cases: Sequence[Case]) -> list[CaseResult]:
+        """The results of the first cases, at least one: all, or up to the one that ended the launch."""
         name = f"{self.backend}-{self.processes}"
         file, results = self.home / f"{name}-cases.json", self.home / f"{name}-results.jsonl"
         for old in self.home.glob(f"{results.name}*"):
@@ -113,10 +113,10 @@ class _Launch:
         written = [{"program": program, "argv": c.argv, "edits": [asdict(e) for e in c.edits]} for c in cases]
         file.write_text(json.dumps(written), encoding="utf-8")
         why = self._watch([*self._launcher(), "-m", "parity.runs.plant", str(file), str(results)], results)
-        found = _ends(results)
-        if len(found) < len(cases) and all(ended.code == EXIT_DONE for ended in found[-1:]):
-            found.append(Ended(CRASHED, f"{program} {why}; its log is {self._log}"))
-        return found
+        ended = _read_results(results)
+        if len(ended) < len(cases) and all(result.code == EXIT_DONE for result in ended[-1:]):
+            ended.append(CaseResult(CRASHED, f"{program} {why}; its log is {self._log}"))
+        return ended
 
     @property
     def _log(self) -> Path:
@@ -131,9 +131,9 @@ class _Launch:
         return [*command, "--log-dir", str(self.home / "elastic")]
 
     def _watch(self, command: Sequence[str], results: Path) -> str:
-        """Run `command` until it ends or nothing more happens; how it ended. Leaves no process behind."""
+        """Run `command` until it ends or hangs; returns which of the two, in words. Leaves no process behind."""
         with self._log.open("a", encoding="utf-8") as log:
-            # What the user has set goes before what is set here.
+            # The user's environment overrides these defaults.
             cache = {"JAX_COMPILATION_CACHE_DIR": str(self.home / "jax-cache")}
             environment = ENVIRONMENT | cache | os.environ | CPU_ONLY
             child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -152,7 +152,7 @@ class _Launch:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """The elastic launcher ends its processes when it is asked to; one that it leaves ends by itself (`plant`)."""
+    """The elastic launcher ends its processes on SIGTERM; a process that outlives it ends by itself (`plant`)."""
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         if child.poll() is None:
             child.send_signal(signal_number)
@@ -162,19 +162,19 @@ def _end(child: subprocess.Popen[bytes]) -> None:
                 continue
 
 
-def _ends(results: Path) -> list[Ended]:
-    """How the cases ended, one after the other; of several processes in which one ended badly the first that says why."""
+def _read_results(results: Path) -> list[CaseResult]:
+    """The results of the cases in order. If a case failed in several processes, that of the first with an error message."""
     every = [record for file in results.parent.glob(f"{results.name}*") for record in _records(file)]
-    found: list[Ended] = []
-    while mine := [record for record in every if record["case"] == len(found)]:
+    ended: list[CaseResult] = []
+    while mine := [record for record in every if record["case"] == len(ended)]:
         bad = [record for record in mine if record["code"] != EXIT_DONE]
         first = min(bad, key=lambda r: (not r["err"].strip(), r["at"]), default=mine[0])
-        found.append(Ended(first["code"], _last_line(first["err"]), first["out"]))
-    return found
+        ended.append(CaseResult(first["code"], _last_line(first["err"]), first["out"]))
+    return ended
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
-    """A process that was killed may leave its last line cut short."""
+    """The complete lines; the last line of a killed process may be cut short."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -1,6 +1,6 @@
-"""One rounding of every weight, drawn: how the sensitivity of a run is measured.
+"""Weights perturbed by one random rounding each, to measure how sensitive a run is to rounding.
 
-Source of the method: TTrace, arXiv 2506.09280, which measures it within one framework.
+The method is TTrace's (arXiv 2506.09280), which measures within one framework.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from trainspec.rng import name_key
 
 Array = NDArray[Any]
-# How often. The rounding of bf16 is coarse: what few draws cost there is paid out of what the bound can tell.
+# Number of draws. With few draws the bound gets wider, which the coarse rounding of bf16 can least afford.
 DRAWS = {"fp32": 3, "bf16": 8}
 
 
 def perturbed(weight: Array, name: str, *, unit: float, draw: int, step: int) -> Array:
-    """`weight` (float64) with every element moved by the largest rounding, up or down: w (1 ± unit).
+    """`weight` (float64) with every element moved up or down by the largest rounding: w (1 ± unit).
 
-    The signs are a function of (draw, step, name) alone. Zeros stay zero, as they do under rounding.
+    The signs depend on (draw, step, name) only. Zeros stay zero, as they do under rounding.
     """
     random = np.random.default_rng((draw, step, *map(int, name_key(draw, "perturb", name))))
     signs = random.integers(0, 2, weight.shape, dtype=np.int8) * 2.0 - 1.0

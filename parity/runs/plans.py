@@ -1,4 +1,4 @@
-"""Which plan each backend runs where one of them refuses a plan: on one device its arithmetic is the same."""
+"""The plan that each backend runs if one of them refuses a plan: one device, where the arithmetic is the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainspec.plans.plan import Backend, Plan, Policy
 
 
 def refusal(plan: Plan, policy: Policy, backend: Backend) -> str | None:
-    """The line with which a backend refuses a plan; None where it runs it."""
+    """The sentence with which a backend refuses a plan; None if it runs the plan."""
     try:
         check_supported(plan, policy, BACKENDS[backend])
     except PlanError as error:
@@ -18,5 +18,5 @@ def refusal(plan: Plan, policy: Policy, backend: Backend) -> str | None:
 
 
 def runs_as(plan: Plan, policy: Policy, backend: Backend) -> Plan:
-    """The plan, or one device where the backend refuses it: the other one's run of the plan is compared with that."""
+    """The plan, or one device if the backend refuses it; the other backend's run of the plan is compared with that."""
     return Plan(remat=plan.remat) if refusal(plan, policy, backend) else plan

@@ -1,15 +1,15 @@
-"""Run a backend with a mistake planted in it, so that a check can be shown to catch it.
+"""Run a backend with a mistake planted in it, to show that a check catches it.
 
     python -m parity.runs.plant CASES.json RESULTS.jsonl
 
-A mistake is an edit of a module while it is loaded (`parity.runs.edit`): nothing of it stands in the product, and one that
-no longer fits is an error. Many cases run in one process: the backend's own modules are loaded anew for each, its
+A mistake is an edit of a module while it is loaded (`parity.runs.edit`): the product contains none of it, and an edit
+that no longer fits is an error. Many cases run in one process: the backend's own modules are loaded anew for each, its
 framework once.
 
 CASES is a list of {"program": "jaxtrain", "argv": [...], "edits": [{"at": ..., "pattern": ..., "replacement": ...}]}.
-RESULTS gets a line {"case": ..., "code": ..., "out": ..., "err": ..., "at": ...} when a case has ended. Of several
-processes (torch's launcher starts them) the first writes it; the others write RESULTS.1, ... where a case ended
-badly. Then the launch ends, too: one of them would else wait for the others forever.
+RESULTS gets a line {"case": ..., "code": ..., "out": ..., "err": ..., "at": ...} when a case has ended. If torch's
+launcher has started several processes the first writes it, and the others write RESULTS.1, ... for a case that failed in
+them. A failed case ends the launch, as the processes would otherwise wait for each other forever.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from parity.runs.edit import Edit, edited
 
 CRASHED = 70
 LEADER_SECONDS = 10.0
-# What a case has edited is loaded anew for the next one.
+# Packages that are loaded anew for each case, as it may have edited them.
 OWN = ("trainspec", "jaxtrain", "torchtrain", "parity.faults.substitutes")
 
 
@@ -65,7 +65,7 @@ class _EditedFinder(MetaPathFinder):
 
 @contextlib.contextmanager
 def planted(edits: Sequence[Edit]) -> Any:
-    """Own modules that are imported inside are new, with `edits` made; they are forgotten after it."""
+    """Within it, modules of `OWN` are loaded anew with `edits` applied; afterwards they are forgotten."""
     _forget()
     finder = _EditedFinder(edits)
     sys.meta_path.insert(0, finder)
@@ -82,7 +82,7 @@ def _forget() -> None:
 
 
 def run_case(program: str, argv: Sequence[str], edits: Sequence[Edit]) -> dict[str, Any]:
-    """The exit code of one command line and what it printed. A crash is code 70 with its traceback."""
+    """The exit code and the output of one command line. A crash has code 70 and its traceback."""
     out, err = io.StringIO(), io.StringIO()
     with planted(edits), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -93,14 +93,14 @@ def run_case(program: str, argv: Sequence[str], edits: Sequence[Edit]) -> dict[s
             traceback.print_exc()
             code = CRASHED
         unloaded = [edit.module for edit in edits if edit.module not in sys.modules]
-        if unloaded and code != CRASHED:  # a mistake in a module that was never loaded is none
+        if unloaded and code != CRASHED:  # an edit of a module that is never loaded plants nothing
             print(f"{unloaded[0]} was not loaded, so nothing was planted", file=err)
             code = CRASHED
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
 def main() -> None:
-    """Run every case of the file named first; write how each ended to the file named second."""
+    """Run every case of CASES and write its result to RESULTS."""
     cases, results = map(Path, sys.argv[1:])
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -112,18 +112,18 @@ def main() -> None:
                 file.write(json.dumps({"case": number, "at": time.time(), **ended}) + "\n")
         if ended["code"] and processes > 1:
             _wait_for_the_leader(results, number)
-            os._exit(1)  # an ordinary end would wait for processes that are stuck
+            os._exit(1)  # a regular exit would wait for stuck processes
 
 
 def _end_with(parent: int) -> None:
-    """A launcher that was killed takes its processes with it."""
+    """Exit when the launcher is killed."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
 
 
 def _wait_for_the_leader(results: Path, number: int) -> None:
-    """Give the first process time for its own account of a case that ended badly in all of them."""
+    """Give the first process time to report a case that failed in all of them."""
     until = time.monotonic() + LEADER_SECONDS
     while time.monotonic() < until:
         lines = results.read_text(encoding="utf-8").count("\n") if results.exists() else 0

@@ -1,15 +1,15 @@
-"""The fp64 reference: every step of a recorded run made again in float64, from that run's own weights.
+"""The fp64 reference: every step of a recorded run repeated in float64, from that run's own weights.
 
     python -m parity.runs.replay JOB.json
 
 A low-precision run drifts away from any other run, and Adam turns the noise of a near-zero gradient into a whole step,
-so two trajectories say little about each other after a few updates. Here each step starts where the recorded run
-stood: what is left between the two is the rounding of that one step. For the first run the steps are also made from
-weights that are moved by one rounding each (`parity.runs.perturb`), `draws` times; how far every tensor moves is kept as
-mean squares of its rows and columns, which is all that a bound needs and small on the disk.
+so two trajectories say little about each other after a few updates. Here each step starts from the recorded run's
+weights, so the difference is the rounding of that one step. The first run's steps are also repeated `draws` times from
+weights perturbed by one rounding each (`parity.runs.perturb`). How far every tensor moves is stored as mean squares of
+its rows and columns, which is all that a bound needs and takes little disk space.
 
-JOB is a `parity.measure.Job`; it leaves OUT/reference-0, OUT/reference-1, ... (traces without moments and updates) and
-OUT/movement. Runs as a program of its own; the backend is loaded by name.
+JOB is a `parity.measure.Job`. The output is OUT/reference-0, OUT/reference-1, ... (traces without moments and updates)
+and OUT/movement. It runs as its own program, which loads the backend by name.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ GROUPS = ("gradient", "activation", "activation_gradient")
 
 
 def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[Arrays]:
-    """Float64 copies of what updates 1, 2, ... compute with; each step is read when it is asked for.
+    """Float64 copies of the weights that updates 1, 2, ... compute with, read lazily.
 
-    An update is a difference of two stored weights. Sums of them are rounded to the stored type again, which undoes
-    the rounding of that difference; what is computed with is the stored weight rounded to `computed`.
+    An update is a difference of two stored weights. Its sum with the weight is rounded to the stored type again, which
+    undoes the rounding of that difference. A run computes with the stored weight rounded to `computed`.
     """
     stored = {name: trace.read_initial(f"weight/{name}") for name in sorted(names)}
-    for row in trace.rows:
+    for record in trace.rows:
         yield {name: _rounded(weight, computed) for name, weight in stored.items()}
         for name, weight in stored.items():
-            update = trace.read(row["step"], f"update/{name}").astype(np.float64)
+            update = trace.read(record["step"], f"update/{name}").astype(np.float64)
             stored[name] = (weight.astype(np.float64) + update).astype(weight.dtype)
 
 
@@ -66,7 +66,7 @@ def _rounded(weight: Array, computed: str) -> Array:
 
 
 class Replayer:
-    """A backend in this process with the reference's recipe: float64, one device."""
+    """A backend in this process that trains the reference's recipe: float64, one device."""
 
     def __init__(self, job: Job) -> None:
         recipe = load_recipe(Path(job.recipe), job.overrides)
@@ -81,8 +81,8 @@ class Replayer:
         self.trained = {p.name for p in self.run.trained}
 
     def steps(self, trace: Trace, *, draw: int | None) -> Iterator[tuple[int, Metrics]]:
-        """(step, what it gave) for every step of `trace`, from its weights or from perturbed ones."""
-        # What the first state compiled serves all of them: their recipes differ in where the weights lie.
+        """(step, metrics) of every step of `trace`, from its weights or from perturbed ones."""
+        # All states share the first one's compiled programs: their recipes differ only in the weights' directory.
         state = self.state = self.backend.init_state(self._with_weights_of(trace, draw), like=self.state)
         for step, weights in enumerate(weights_before(trace, self.trained, computed=self.job.computed), 1):
             if draw is not None:
@@ -100,11 +100,11 @@ class Replayer:
             yield step, metrics
 
     def batch(self, step: int) -> Any:
-        """What the recipe trains on at `step`, whatever the recorded run did."""
+        """The recipe's batch at `step`, whatever the recorded run used."""
         return self.dataset.batch(step - 1, self.recipe.batch.global_examples)
 
     def lr(self, step: int) -> float:
-        """The recipe's rate at `step`."""
+        """The recipe's learning rate at `step`."""
         recipe = self.recipe
         return learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step - 1, steps=self.span.steps)
 
@@ -124,7 +124,7 @@ class Replayer:
 
 
 def write_reference(replayer: Replayer, trace: Trace, out: Path) -> None:
-    """Every step of `trace` in float64, as a trace of its own."""
+    """Write every step of `trace`, repeated in float64, as a trace."""
     writer = TraceWriter(out)
     writer.initial({})
     for step, metrics in replayer.steps(trace, draw=None):
@@ -138,9 +138,9 @@ def write_reference(replayer: Replayer, trace: Trace, out: Path) -> None:
 
 
 def write_movement(replayer: Replayer, trace: Trace, reference: Trace, out: Path) -> None:
-    """How far every tensor of every step moves: mean squares over all draws, of rows and of columns.
+    """Write the movement of every tensor in every step: mean squares over all draws, by row and by column.
 
-    A step that some draw does not reach, as the loss is not finite from its weights, is left out.
+    A step that some draw does not reach, because its loss is not finite, is left out.
     """
     total: dict[int, Arrays] = {}
     made: Counter[int] = Counter()
@@ -150,9 +150,9 @@ def write_movement(replayer: Replayer, trace: Trace, reference: Trace, out: Path
             made[step] += 1
             for key, moved in _moved(metrics, reference, step):
                 square = np.square(folded(moved)) / replayer.job.draws
-                for axis, tail in ((1, "rows"), (0, "columns")):
+                for axis, name in ((1, "rows"), (0, "columns")):
                     mean = square.mean(axis=axis)
-                    sums[f"{key}/{tail}"] = sums.get(f"{key}/{tail}", np.zeros_like(mean)) + mean
+                    sums[f"{key}/{name}"] = sums.get(f"{key}/{name}", np.zeros_like(mean)) + mean
     out.mkdir(parents=True, exist_ok=True)
     for step, sums in total.items():
         if made[step] == replayer.job.draws:
@@ -160,7 +160,7 @@ def write_movement(replayer: Replayer, trace: Trace, reference: Trace, out: Path
 
 
 def _moved(metrics: Metrics, reference: Trace, step: int) -> Iterator[tuple[str, Array]]:
-    """(key, how far it moved) of everything a step gives; the loss is a mean over targets."""
+    """(key, movement) of every tensor of a step, and of the mean loss."""
     yield "loss", np.asarray(metrics.loss_sum / metrics.tokens - reference.rows[step - 1]["loss"])
     groups = (metrics.gradients, metrics.activations, metrics.activation_gradients)
     for group, arrays in zip(GROUPS, groups, strict=True):
@@ -169,7 +169,7 @@ def _moved(metrics: Metrics, reference: Trace, step: int) -> Iterator[tuple[str,
 
 
 def main() -> None:
-    """Do the job of the file named on the command line."""
+    """Run the job in the file named on the command line."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     replayer, out = Replayer(job), Path(job.out)
     for number, run in enumerate(job.runs):
@@ -177,7 +177,7 @@ def main() -> None:
     if job.draws:
         try:
             reference = Trace(out / "reference-0")
-        except TraceError:  # not even the first step is finite from that run's weights
+        except TraceError:  # not even the first step has a finite loss
             return
         write_movement(replayer, Trace(Path(job.runs[0])), reference, out / "movement")
 

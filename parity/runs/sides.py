@@ -1,7 +1,7 @@
-"""A side of a comparison: a backend and what is set differently for it, run as a program of its own.
+"""A side of a comparison: a backend with its own overrides, run as a separate program.
 
 JAX and torch never share a process: each side is `python -m jaxtrain` or `python -m torchtrain`, on CPU (with as
-many fake devices or processes as its plan needs), and what is known of it afterwards is its trace.
+many fake devices or processes as its plan needs), and only its trace is read afterwards.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from trainspec.trace import Trace
 PROGRAMS: dict[str, Backend] = {
     word: name for name, backend in BACKENDS.items() for word in (name, backend.program)
 }
-# A check compares updates: it saves no checkpoint and measures no held-out loss on its way.
+# A check compares updates: it saves no checkpoints on the way and measures no held-out loss.
 NEVER = 10**9
-# The proof is about arithmetic, not about a device: whatever this machine has, both sides run on its CPU.
+# The proof is about arithmetic, not devices: both sides run on the CPU, whatever this machine has.
 CPU_ONLY = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-# A check runs the same programs again, for its reference or a failing step: what takes long to compile is kept.
+# A check runs the same programs again, for its reference or a failing step, so slow compilations are cached.
 COMPILE_CACHE = {
     "JAX_COMPILATION_CACHE_DIR": str(Path("build/jax-cache").absolute()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
 }
-# Threads that spin while they wait take the core from those that work: up to five times the wall time in torch.
+# Threads that spin while waiting take the cores from working ones: up to five times the wall time in torch.
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
@@ -60,19 +60,19 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a side left: its trace, and why it stopped itself, if it did (a non-finite loss)."""
+class SideResult:
+    """A side's trace, None before its first update, and why the training stopped itself (a non-finite loss), if it did."""
 
     trace: Trace | None
     stopped: str | None = None
 
 
 def parse_side(text: str) -> Side:
-    """`jax plan.data=2 plan.tensor=2` -> Side. Raises UserError where it is not a backend and KEY=VALUE."""
+    """`jax plan.data=2 plan.tensor=2` -> Side. Raises UserError unless it is a backend followed by KEY=VALUE."""
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UserError(f"side {text!r}: {error}; write it such as 'jax plan.data=2'") from None
+        raise UserError(f"side {text!r}: {error}; write it like 'jax plan.data=2'") from None
     if not words or words[0] not in PROGRAMS:
         first = words[0] if words else ""
         raise UserError(f"side {text!r}: the first word is the backend{nearest(first, tuple(BACKENDS))}")
@@ -85,13 +85,13 @@ def parse_side(text: str) -> Side:
 def run_side(
     side: Side, *, name: str, recipe: Path, overrides: Sequence[str], precision: Policy,
     steps: int, out: Path, activations_at: int | None = None,
-) -> Ran:  # fmt: skip
-    """Train `steps` updates and read the trace. Everything goes under `out`/`name`; the log is log.txt there.
+) -> SideResult:  # fmt: skip
+    """Train `steps` updates and read the trace. Everything goes under `out`/`name`, the log to log.txt there.
 
     With `activations_at` the trace has that step's activations and their gradients.
 
-    Raises UserError, with the side named, for what the backend calls a user's mistake, and where it crashed;
-    MachineError where its machine failed.
+    Raises UserError, naming the side, for what the backend reports as a user's mistake and for a crash; MachineError
+    for a failure of the machine.
     """
     home = out / name
     for old in (home / "run", home / "trace"):
@@ -106,15 +106,15 @@ def run_side(
         command += ["--activations", str(activations_at)]
     code, last = run_program(command, log=home / "log.txt")
     where, speaker = f"{name} ({side})", f"{program}: "
-    # A check saves nothing before its last step, so that says nothing.
+    # A check saves nothing before its last step, so this is no news to the user.
     said = last.removeprefix(speaker).removesuffix(f"; {NOTHING_SAVED}")
     if code == EXIT_DONE:
-        return Ran(Trace(home / "trace"))
-    # Python itself ends with 1 where a program cannot be loaded.
+        return SideResult(Trace(home / "trace"))
+    # Python itself exits with 1 if a program cannot be loaded.
     if code == EXIT_FAILED and last.startswith(speaker):
-        rows = home / "trace" / "trace.jsonl"
-        made_a_step = rows.is_file() and rows.stat().st_size > 0
-        return Ran(Trace(home / "trace") if made_a_step else None, stopped=said)
+        records = home / "trace" / "trace.jsonl"
+        made_a_step = records.is_file() and records.stat().st_size > 0
+        return SideResult(Trace(home / "trace") if made_a_step else None, stopped=said)
     if code == EXIT_USER_ERROR:
         raise UserError(f"{where}: {said}")
     log = f"the whole log is {home / 'log.txt'}"
@@ -126,27 +126,27 @@ def run_side(
 
 
 def resolved_recipe(out: Path, name: str) -> str:
-    """The recipe that a side trained, every default written out, as it left it under `out`/`name`."""
+    """The recipe that a side trained, with every default, as written under `out`/`name`."""
     return (out / name / "run" / "recipe.yaml").read_text(encoding="utf-8")
 
 
 def _check_settings(precision: Policy, steps: int) -> list[str]:
-    """What a check changes in a recipe: precision, how many updates, and nothing that the updates depend on."""
+    """What a check changes in a recipe: precision and number of updates, and nothing else that affects an update."""
     settings = [f"precision.policy={precision}", f"run.stop_after_steps={steps}"]
     settings += [f"checkpoint.every_steps={NEVER}", f"run.eval_every_steps={NEVER}"]
     match precision:
         case "fp64" | "fp32":
             return [*settings, f"precision.reduce={precision}"]
         case "bf16":
-            return settings  # what bf16 sums in is the recipe's to say
+            return settings  # the recipe says in which type bf16 sums
         case other:
             assert_never(other)
 
 
 def run_program(command: Sequence[str], *, log: Path) -> tuple[int, str]:
-    """Run to the end with everything it says in `log`, shown as well where a user is watching.
+    """Run to the end with all output in `log`, and on the terminal if there is one.
 
-    Returns the exit code and the last line that says something.
+    Returns the exit code and the last non-empty line.
     """
     watched, last = sys.stderr.isatty(), ""
     environment = QUIET_THREADS | COMPILE_CACHE | os.environ | CPU_ONLY

@@ -1,4 +1,4 @@
-"""A small training run in numpy that leaves a trace, and every mistake that the tests plant in it.
+"""A small training run in numpy that writes a trace, and every mistake that the tests plant in it.
 
 The loss is a quadratic of the weights, f = 3 + sum(c · w + h w²/2) with a new c at every step, so gradients,
 their dependence on drifting weights, and the loss all belong together.
@@ -124,7 +124,7 @@ def adamw(sim: Sim, w, g, m, v, step: int, lr: float, decayed: bool):
 
 
 def write(sim: Sim, directory: Path) -> Path:
-    """Run `sim` and leave its trace in `directory`."""
+    """Run `sim` and write its trace to `directory`."""
     writer = TraceWriter(directory)
     weights = {name: w.astype(np.float32).astype(sim.dtype) for name, w in start().items()}
     writer.initial(weights, ORDER)

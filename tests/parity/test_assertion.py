@@ -1,4 +1,4 @@
-"""`assert_parity` in a test suite: silent where both sides agree, and the first divergence in its message where not."""
+"""`assert_parity` in a test suite: silent if both sides agree, else its message has the first divergence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_it_passes_and_keeps_the_report_where_asked(recipe, tmp_path: Path):
     assert "Pass" in (tmp_path / "report.html").read_text()
 
 
-def test_a_planted_difference_is_an_assertion_error_with_its_place(recipe, tmp_path: Path):
+def test_a_planted_difference_is_an_assertion_error_with_its_location(recipe, tmp_path: Path):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     with pytest.raises(AssertionError) as caught:

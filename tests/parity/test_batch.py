@@ -1,4 +1,4 @@
-"""Many runs, few launches: every run gets an end, whichever process crashes or waits, and no process stays behind."""
+"""Many runs, few launches: every run gets a result, whichever process crashes or hangs, and no process stays behind."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from parity.runs import launch_many as batch
-from parity.runs.launch_many import Case, Ended, run_cases
+from parity.runs.launch_many import Case, CaseResult, run_cases
 
-# A stand-in for a backend: its first word says what the process of which rank does.
+# A stand-in for a backend: its first word says what the process of each rank does.
 STAND_IN = """
 import os, sys, time
 from pathlib import Path
@@ -34,7 +34,7 @@ def main(argv):
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`run("torch", ("pass", 2), ...)`: the ends of cases on a stand-in that is found first on the path."""
+    """`run("torch", ("pass", 2), ...)`: the results of cases on a stand-in that comes first on the path."""
     for program in ("jaxtrain", "torchtrain"):
         (tmp_path / "path" / program).mkdir(parents=True)
         (tmp_path / "path" / program / "__init__.py").touch()
@@ -43,7 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path / "path")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent.parent))
 
-    def ends(backend, *cases: tuple[str, int]) -> list[Ended]:
+    def ends(backend, *cases: tuple[str, int]) -> list[CaseResult]:
         made = [Case((what, str(tmp_path)), devices) for what, devices in cases]
         return run_cases(backend, made, home=tmp_path / "launches")
 
@@ -61,7 +61,7 @@ def alive(process: int) -> bool:
 
 
 def started(tmp_path: Path, what: str) -> dict[str, int]:
-    """Process of each rank that ran a case, by rank."""
+    """The process that ran a case, by rank."""
     files = tmp_path.glob(f"pid-{what}-*")
     return {file.name.rsplit("-", 1)[1]: int(file.read_text().split()[0]) for file in files}
 

@@ -1,4 +1,4 @@
-"""The measured fp32 bound: clean runs keep a stated distance to it, thirty times their rounding does not."""
+"""The measured fp32 bound: clean runs keep a stated distance from it, thirty times their rounding exceeds it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from safetensors.numpy import save_file
 from synthetic import Q1, Sim, write
 
 from parity.comparison.compare import DETERMINED, _measure, compare
-from parity.comparison.estimated_bounds import tail, too_large
-from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Sums, too_small
+from parity.comparison.estimated_bounds import gaussian_max_quantile, rms_upper_factor
+from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation, rms_lower_factor
 from parity.comparison.pair import Pair
-from parity.comparison.phases import Place
-from parity.comparison.tolerance import Bound, Contrast, as_a_whole
+from parity.comparison.phases import Location
+from parity.comparison.tolerance import Bound, CheckedPair, as_a_whole
 from parity.measure import measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
-from parity.runs.fixture import METHODS, Tiny, write_tiny
+from parity.runs.fixture import METHODS, TinySetup, write_tiny
 from parity.runs.perturb import folded, perturbed
 from parity.runs.sides import Side, run_side
 from trainspec.recipe import load_recipe
@@ -35,8 +35,8 @@ PACKED = {"packing": True, "sequence_tokens": 64}
 STEPS = 2
 
 
-def run_both(home: Path, tiny: Tiny, variant: str, *, precision: Low = "fp32", **sections) -> Path:
-    """Left and right traces under `home`, of the recipe in `home`/r.yaml. In bf16 gradients are summed in bfloat16."""
+def run_both(home: Path, tiny: TinySetup, variant: str, *, precision: Low = "fp32", **sections) -> Path:
+    """Left and right traces under `home` of the recipe `home`/r.yaml. In bf16, gradients are summed in bfloat16."""
     home.mkdir()
     recipe = home / "r.yaml"
     types = {"policy": precision, "reduce": precision}
@@ -54,12 +54,12 @@ def bounds_of(home: Path, precision: Low = "fp32") -> tuple[Pair, MeasuredBounds
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
+def tiny(tmp_path_factory) -> TinySetup:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
-def lora(tiny: Tiny, tmp_path_factory) -> Path:
+def lora(tiny: TinySetup, tmp_path_factory) -> Path:
     method = tiny.method("lora")
     return run_both(tmp_path_factory.mktemp("runs") / "lora", tiny, "plain", method=method, data=PACKED)
 
@@ -70,7 +70,7 @@ def measured(lora: Path) -> MeasuredBounds:
 
 
 @pytest.fixture(scope="module")
-def coarse(tiny: Tiny, tmp_path_factory) -> Path:
+def coarse(tiny: TinySetup, tmp_path_factory) -> Path:
     """The same in bf16."""
     method = tiny.method("lora")
     home = tmp_path_factory.mktemp("runs") / "coarse"
@@ -83,7 +83,7 @@ def measured_coarse(coarse: Path) -> MeasuredBounds:
 
 
 def keeps_its_distance(pair: Pair, bounds: MeasuredBounds, *, noise: float = 0.001) -> None:
-    """Rounding uses neither so much of a bound that luck decides, nor so little that the bound says nothing."""
+    """Rounding uses neither so much of a bound that luck decides, nor so little that the bound means nothing."""
     comparison = compare(pair, bounds)
     assert comparison.holds, comparison.first_divergence
     assert 0.01 < comparison.worst["gradient"].used < 0.4
@@ -107,18 +107,20 @@ def test_clean_lora_keeps_its_distance(lora: Path, measured: MeasuredBounds):
 def test_clean_lora_in_bf16_keeps_its_distance_and_every_gradient_is_proven(
     coarse: Path, measured_coarse: MeasuredBounds
 ):
-    """Most single elements may be noise there; each tensor as a whole is held to less than half of itself."""
+    """Most single elements may be noise there; each tensor as a whole is held to less than half its norm."""
     pair = Pair(Trace(coarse / "left/trace"), Trace(coarse / "right/trace"))
     keeps_its_distance(pair, measured_coarse, noise=0.6)
-    found = [f for f in compare(pair, measured_coarse).findings if f.place.phase == "gradient"]
-    assert all(finding.proven for finding in found)
-    assert any(finding.undetermined > DETERMINED * finding.elements for finding in found)
+    gradients = [f for f in compare(pair, measured_coarse).findings if f.location.phase == "gradient"]
+    assert all(gradient.proven for gradient in gradients)
+    assert any(gradient.undetermined > DETERMINED * gradient.elements for gradient in gradients)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", ["plain", "tied", "bias", "llama3-rope"])
-def test_clean_full_training_keeps_its_distance(variant: str, precision: Low, tiny: Tiny, tmp_path: Path):
+def test_clean_full_training_keeps_its_distance(
+    variant: str, precision: Low, tiny: TinySetup, tmp_path: Path
+):
     data = PACKED if variant == "tied" else {"padding_side": "left"}
     home = run_both(tmp_path / "full", tiny, variant, precision=precision, method={"kind": "full"}, data=data)
     # In bf16 two thirds of a tied table's single elements are noise; each tensor as a whole is proven.
@@ -128,25 +130,25 @@ def test_clean_full_training_keeps_its_distance(variant: str, precision: Low, ti
 @pytest.mark.full
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("full", "lora")])
-def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny: Tiny, tmp_path: Path):
+def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny: TinySetup, tmp_path: Path):
     data = {"padding_side": "left"} if method in ("prompt", "prefix") else PACKED
     home = run_both(
         tmp_path / method, tiny, "plain", precision=precision, method=tiny.method(method), data=data
     )
     pair, bounds = bounds_of(home, precision)
     if (method, precision) == ("ptuning-mlp", "bf16"):
-        # In some draws a ReLU goes the other way: the bound before it is as large as the gradient, and the verdict says so.
+        # In some draws a ReLU flips: the bound before it is as large as the gradient, and the verdict says so.
         comparison = compare(pair, bounds)
         failing = [finding for finding in comparison.findings if not finding.holds]
         assert all(str(finding.reason).startswith("nothing is proven") for finding in failing)
-        assert {finding.place.phase for finding in failing} <= {"gradient", "moment1", "moment2", "update"}
+        assert {finding.location.phase for finding in failing} <= {"gradient", "moment1", "moment2", "update"}
         assert 0.003 < comparison.worst["loss"].used < 0.4
         return
     keeps_its_distance(pair, bounds, noise=0.001 if precision == "fp32" else 0.8)
 
 
-def used(contrast: Contrast) -> float:
-    return float((np.abs(contrast.first - contrast.second) / contrast.bound.own).max())
+def used(checked: CheckedPair) -> float:
+    return float((np.abs(checked.first - checked.second) / checked.bound.own).max())
 
 
 @pytest.mark.parametrize("phase", ["gradient", "moment1", "moment2", "update"])
@@ -158,11 +160,11 @@ def test_thirty_times_the_rounding_fails(phase: str, run: str, request: pytest.F
     worst = {"as it is": 0.0, "times 30": 0.0}
     for name in sorted(pair.names(2, phase)):
         left, right = (side.astype(np.float64) for side in pair.read(2, phase, name) if side is not None)
-        for contrast in measured.contrasts(Place(2, phase, name), left, right):
-            more = Contrast(
-                30 * (contrast.first - contrast.second) + contrast.second, contrast.second, contrast.bound
+        for checked in measured.checked_pairs(Location(2, phase, name), left, right):
+            more = CheckedPair(
+                30 * (checked.first - checked.second) + checked.second, checked.second, checked.bound
             )
-            worst["as it is"] = max(worst["as it is"], used(contrast))
+            worst["as it is"] = max(worst["as it is"], used(checked))
             worst["times 30"] = max(worst["times 30"], used(more))
     assert worst["as it is"] < 1 < worst["times 30"]
 
@@ -181,19 +183,23 @@ def test_runs_that_start_elsewhere_are_not_replayed(lora: Path, tmp_path: Path):
 def test_a_reference_that_ends_before_the_runs_is_a_failure(
     lora: Path, measured: MeasuredBounds, tmp_path: Path
 ):
-    """From a weight that the run could use float64 gave no finite loss: no estimate takes its place."""
+    """Float64 gave no finite loss from a weight that the run could use: no estimate replaces it."""
     left, right = measured.measurement.references
     short = shutil.copytree(right.directory, tmp_path / "short")
-    rows = (short / "trace.jsonl").read_text().splitlines(keepends=True)
-    (short / "trace.jsonl").write_text(rows[0])
+    lines = (short / "trace.jsonl").read_text().splitlines(keepends=True)
+    (short / "trace.jsonl").write_text(lines[0])
     pair = Pair(Trace(lora / "left/trace"), Trace(lora / "right/trace"))
     cut = replace(measured.measurement, references=(left, Trace(short)))
     bounds = MeasuredBounds(
-        pair, "fp32", measurement=cut, rule=rule_of(resolve(load_recipe(lora / "r.yaml", ()))), sums=Sums()
+        pair,
+        "fp32",
+        measurement=cut,
+        rule=rule_of(resolve(load_recipe(lora / "r.yaml", ()))),
+        summation=Summation(),
     )
     first = compare(pair, bounds).first_divergence
     assert first is not None
-    assert first.place.step == 2
+    assert first.location.step == 2
     assert first.reason == "nothing is proven: fp64 from right is not finite"
 
 
@@ -202,28 +208,28 @@ def test_a_reference_that_ends_before_the_runs_is_a_failure(
     [("fp32", (2, 2), True), ("bf16", (2, 2), False), ("fp32", (2, 1), False), ("fp32", (1, 2), True)],
 )
 def test_a_sum_in_bfloat16_on_one_side_only_is_found(asked, summands, said, measured: MeasuredBounds):
-    """Within the bound of bf16, and still a finding; a single gradient that is no sum may be bfloat16."""
-    place = Place(1, "gradient", "w")
+    """Within the bound of bf16, and still a failure; a single gradient that is no sum may be bfloat16."""
+    location = Location(1, "gradient", "w")
     bounds = copy.copy(measured)
-    bounds._sums = Sums(asked, summands)
+    bounds._summation = Summation(asked, summands)
     wide = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     narrow = wide.astype(ml_dtypes.bfloat16).astype(np.float32)
-    reason = bounds.refuses(place, wide, narrow)
+    reason = bounds.incomparable(location, wide, narrow)
     assert (reason is not None) == said
     if reason:
         assert reason.startswith("summed in bfloat16: every element in right")
-    assert bounds.refuses(place, narrow, narrow) is None
-    assert bounds.refuses(place, wide, np.zeros_like(wide)) is None
-    assert bounds.refuses(Place(1, "moment1", "w"), wide, narrow) is None
+    assert bounds.incomparable(location, narrow, narrow) is None
+    assert bounds.incomparable(location, wide, np.zeros_like(wide)) is None
+    assert bounds.incomparable(Location(1, "moment1", "w"), wide, narrow) is None
 
 
 def test_a_tensor_is_held_as_a_whole_where_its_elements_are_not():
     """Half of every element's bound, everywhere at once: no element shows it, the tensor's distance does."""
-    place, wanted = Place(1, "gradient", "w"), np.ones(400)
+    location, wanted = Location(1, "gradient", "w"), np.ones(400)
     for moved, holds in ((0.01, True), (0.5, False)):
         side = wanted + moved
-        each = _measure(place, Contrast(side, wanted, Bound(np.full(400, 1.6))))
-        whole = _measure(place, as_a_whole(side, wanted, Bound(np.asarray(0.3 * 20.0))))
+        each = _measure(location, CheckedPair(side, wanted, Bound(np.full(400, 1.6))))
+        whole = _measure(location, as_a_whole(side, wanted, Bound(np.asarray(0.3 * 20.0))))
         assert each.holds
         assert not each.proven
         assert (whole.holds, whole.proven) == (holds, True)
@@ -233,7 +239,7 @@ def test_a_tensor_is_held_as_a_whole_where_its_elements_are_not():
 
 def test_a_whole_bound_as_large_as_the_tensor_proves_nothing():
     assert not _measure(
-        Place(1, "gradient", "w"), as_a_whole(np.ones(4), np.ones(4), Bound(np.asarray(1.9)))
+        Location(1, "gradient", "w"), as_a_whole(np.ones(4), np.ones(4), Bound(np.asarray(1.9)))
     ).proven
 
 
@@ -248,25 +254,25 @@ def test_an_absent_row_must_be_equal_and_a_quiet_one_has_the_tensor_s_own_moveme
     assert sigma[2] == pytest.approx(np.maximum(moved[2], root_mean_square))
 
 
-@pytest.mark.parametrize("freedom", [2, 6, 18])
-def test_a_root_mean_square_is_too_large_by_no_more(freedom: int):
-    drawn = np.random.default_rng(0).chisquare(freedom, 200_000) / freedom
-    assert np.mean(np.sqrt(drawn) > too_large(freedom)) < 1e-4
-    assert np.mean(np.sqrt(drawn) > too_large(freedom) ** 0.6) > 1e-5
+@pytest.mark.parametrize("dof", [2, 6, 18])
+def test_a_root_mean_square_is_too_large_by_no_more(dof: int):
+    drawn = np.random.default_rng(0).chisquare(dof, 200_000) / dof
+    assert np.mean(np.sqrt(drawn) > rms_upper_factor(dof)) < 1e-4
+    assert np.mean(np.sqrt(drawn) > rms_upper_factor(dof) ** 0.6) > 1e-5
 
 
-@pytest.mark.parametrize("freedom", [1, 3, 18, 200])
-def test_a_root_mean_square_is_too_small_by_no_more(freedom: int):
-    """Measured at one case in a thousand, where it can be counted; there the factor is smaller."""
-    drawn = np.random.default_rng(0).chisquare(freedom, 200_000) / freedom
-    assert np.mean(np.sqrt(drawn) * too_small(freedom) < 1) < 1e-4
-    assert np.mean(np.sqrt(drawn) * too_small(freedom) ** 0.3 < 1) > 1e-5
+@pytest.mark.parametrize("dof", [1, 3, 18, 200])
+def test_a_root_mean_square_is_too_small_by_no_more(dof: int):
+    """Measured at one case in a thousand, where cases can be counted; the factor is smaller there."""
+    drawn = np.random.default_rng(0).chisquare(dof, 200_000) / dof
+    assert np.mean(np.sqrt(drawn) * rms_lower_factor(dof) < 1) < 1e-4
+    assert np.mean(np.sqrt(drawn) * rms_lower_factor(dof) ** 0.3 < 1) > 1e-5
 
 
 def test_the_largest_of_many_normal_errors_is_covered():
     drawn = np.abs(np.random.default_rng(0).standard_normal((2000, 500))).max(axis=1)
-    assert drawn.max() < tail(500)
-    assert drawn.max() > 0.6 * tail(500)
+    assert drawn.max() < gaussian_max_quantile(500)
+    assert drawn.max() > 0.6 * gaussian_max_quantile(500)
 
 
 def test_a_perturbation_is_one_rounding_and_its_own_draw():
@@ -292,19 +298,21 @@ def test_the_rule_decays_what_the_table_says(lora: Path):
 @pytest.mark.parametrize("phase", ["gradient", "update"])
 @pytest.mark.parametrize(("noisy", "holds"), [(DETERMINED, True), (DETERMINED + 0.1, False)])
 def test_a_tensor_that_is_mostly_noise_proves_nothing(phase: str, noisy: float, holds: bool, tmp_path: Path):
-    """Equal to the last bit and still no proof: a bound that reaches most updates would let any fault through."""
+    """Equal to the last bit and still no proof: a bound as large as most updates would accept any fault."""
     pair = Pair(*(Trace(write(Sim(steps=1), tmp_path / side)) for side in ("a", "b")))
 
-    def contrasts(place: Place, left: np.ndarray, right: np.ndarray) -> list[Contrast]:
+    def checked_pairs(location: Location, left: np.ndarray, right: np.ndarray) -> list[CheckedPair]:
         own = np.zeros(left.shape)
-        if (place.phase, place.tensor) == (phase, Q1):
+        if (location.phase, location.tensor) == (phase, Q1):
             own.ravel()[: round(noisy * own.size)] = 1.0
-        return [Contrast(left, right, Bound(own))]
+        return [CheckedPair(left, right, Bound(own))]
 
-    comparison = compare(pair, SimpleNamespace(notes=(), refuses=lambda *_: None, contrasts=contrasts))
+    comparison = compare(
+        pair, SimpleNamespace(notes=(), incomparable=lambda *_: None, checked_pairs=checked_pairs)
+    )
     assert comparison.holds == holds
     if not holds:
         first = comparison.first_divergence
         assert first is not None
-        assert first.place == Place(1, phase, Q1)
+        assert first.location == Location(1, phase, Q1)
         assert "nothing is proven" in str(first.reason)

@@ -1,4 +1,4 @@
-"""`parity check`: both sides run as programs of their own, here stand-ins that are found first on the path."""
+"""`parity check`: both sides run as separate programs, here stand-ins that come first on the path."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REFUSES = 'print("torchtrain: plan.data=2: not so far", file=sys.stderr)\nraise 
 
 
 def says(line: str, code: int) -> str:
-    """What a side does that ends so."""
+    """The code of a stand-in that ends like this."""
     return f"print('torchtrain: ' + {line + '; nothing was saved yet'!r}, file=sys.stderr)\nraise SystemExit({code})"
 
 
@@ -169,18 +169,18 @@ def test_parity_imports_no_framework():
 
 
 def test_what_is_not_finite_is_never_agreement():
-    """A NaN on either hand or an infinite bound must not pass for a small difference."""
+    """A NaN on either side or an infinite bound must not pass as a small difference."""
     from parity.comparison.compare import _measure
-    from parity.comparison.phases import Place
-    from parity.comparison.tolerance import Bound, Contrast
+    from parity.comparison.phases import Location
+    from parity.comparison.tolerance import Bound, CheckedPair
 
-    place, seven, nothing = Place(1, "moment1", "w"), np.array([7.0]), np.array([np.nan])
-    for first, second, own, handed in (
+    location, seven, nothing = Location(1, "moment1", "w"), np.array([7.0]), np.array([np.nan])
+    for first, second, own, inherited in (
         (seven, nothing, seven, 0.0),
         (nothing, seven, seven, 0.0),
         (seven, seven, np.array([np.inf]), 0.0),
         (seven, 2 * seven, seven, np.inf),
         (seven, 2 * seven, nothing, 0.0),
     ):
-        assert not _measure(place, Contrast(first, second, Bound(own, handed))).holds
-    assert _measure(place, Contrast(seven, seven, Bound(seven))).holds
+        assert not _measure(location, CheckedPair(first, second, Bound(own, inherited))).holds
+    assert _measure(location, CheckedPair(seven, seven, Bound(seven))).holds

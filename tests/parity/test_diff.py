@@ -1,4 +1,4 @@
-"""`parity diff` on traces that numpy made: equal runs pass, every planted mistake fails and is placed right."""
+"""`parity diff` on traces made by numpy: equal runs pass, every planted mistake fails at the right location."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ MISTAKES = {
 }
 
 
-# What lies below the rounding of float32: only the proof can see it.
+# Below the rounding of float32: only the proof can see these.
 TOO_FINE = {("lr a millionth off, not logged", "float32")}
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"), [(n, d) for n in MISTAKES for d in ("float64", "float32") if (n, d) not in TOO_FINE]
 )
-def test_a_planted_mistake_fails_at_its_place(name, dtype, base, tmp_path):
+def test_a_planted_mistake_fails_at_its_location(name, dtype, base, tmp_path):
     sim, phase, tensor, step = MISTAKES[name]
     code, verdict = diff(base[dtype], write(sim.but(dtype=dtype), tmp_path / "b"), tmp_path / "out")
     first = verdict["first_divergence"]
@@ -120,9 +120,9 @@ def test_not_a_number_fails_on_whichever_side_it_stands(dtype, both, base, tmp_p
 def test_a_scalar_that_is_not_a_number_fails_in_its_phase(base, tmp_path):
     for key, phase in (("grad_norm", "grad_norm"), ("loss_sum", "loss"), ("lr", "lr")):
         broken = write(Sim(dtype="float32"), tmp_path / key)
-        rows = [json.loads(line) for line in (broken / "trace.jsonl").read_text().splitlines()]
-        rows[1][key] = float("nan")
-        (broken / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records = [json.loads(line) for line in (broken / "trace.jsonl").read_text().splitlines()]
+        records[1][key] = float("nan")
+        (broken / "trace.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         code, verdict = diff(broken, base["float32"], tmp_path / "out")
         assert (code, verdict["first_divergence"]["phase"], verdict["first_divergence"]["step"]) == (
             1,
@@ -170,7 +170,7 @@ def test_a_file_of_before_bound_used_had_its_name_is_read_as_what_it_said(base, 
 
 
 def test_an_update_lost_in_its_weight_is_not_held_to_a_billionth_of_itself(tmp_path):
-    """At lr 1e-11 an update is a few units in the last place of its weight, and rounded like one."""
+    """At lr 1e-11 an update is a few units in the last place of its weight, and is rounded accordingly."""
     sim = Sim(lr=1e-11)
     left, right = write(sim, tmp_path / "a"), write(sim.but(fused=True), tmp_path / "b")
     code, verdict = diff(left, right, tmp_path / "out")
@@ -179,7 +179,7 @@ def test_an_update_lost_in_its_weight_is_not_held_to_a_billionth_of_itself(tmp_p
 
 
 def test_gradients_are_judged_from_the_last_layer_back(base, tmp_path):
-    """A mistake in several layers' gradients is placed where the backward pass meets it first."""
+    """A mistake in several layers' gradients is located where the backward pass first meets it."""
     other = write(Sim(not_a_number=Q1, missing=(2, "model.layers.0.mlp.down_proj.weight")), tmp_path / "b")
     assert diff(base["float64"], other, tmp_path / "out")[1]["first_divergence"]["tensor"] == Q1
 

@@ -1,4 +1,4 @@
-"""Edits of the syntax tree: what they find, what they refuse, and what does not disturb them."""
+"""Edits of the syntax tree: what they match, what they refuse, and what they ignore."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_traceback_has_the_line_of_what_was_changed():
 
 
 def test_a_substitute_is_new_for_every_case(tmp_path: Path):
-    """Each case is planted in the text as it is, whatever the one before it has done."""
+    """Each case is planted in the original source, whatever the previous one did."""
     program = tmp_path / "jaxtrain"
     program.mkdir()
     (program / "__init__.py").touch()

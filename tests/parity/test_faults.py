@@ -1,4 +1,4 @@
-"""Every named fault is caught at its place, on both backends; one that is none is reported as missed.
+"""Every named fault is caught at its location, on both backends; one that is none is reported as missed.
 
 The registry is checked against the sources always, a sample is trained in `make test`, all of it in `make test-full`.
 """
@@ -21,16 +21,16 @@ from many import run_many
 from small import ROOT
 
 from parity.comparison.compare import Finding
-from parity.comparison.phases import PHASES, Place
+from parity.comparison.phases import PHASES, Location
 from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
-from parity.runs.fixture import Tiny
+from parity.runs.fixture import TinySetup
 from trainspec.plans.plan import Backend
 
-# One for each kind of place that a fault may have, and those that a training run is most often wrong by.
+# One for each kind of location that a fault may have, and the most common mistakes of training runs.
 SAMPLE = (
     "causal-off-by-one",
     "label-shift",
@@ -45,7 +45,7 @@ SAMPLE = (
     "vocab-offset-in-loss",  # on two devices
     "pipeline-not-drained",  # of which torch has none in fp64
 )
-# No mistakes: what is put in the place of a library's code, unchanged, and an edit of no effect.
+# No mistakes: unchanged substitutes for a library's code, and an edit without effect.
 HARMLESS = Fault(
     name="harmless",
     imitates="nothing",
@@ -62,9 +62,9 @@ SAMPLED = [
     for backend in BACKENDS
     if fault.applies(backend, "fp64")
 ]
-# The same, said to be a mistake: it must come out as missed.
+# The same, declared a mistake: it must come out as missed.
 NOT_THERE = replace(HARMLESS, name="not-there", where=Where("update", ".*"))
-# A real mistake, said to show elsewhere.
+# A real mistake, declared to show elsewhere.
 ELSEWHERE = replace(chosen(["label-shift"])[0], name="elsewhere", where=Where("update", ".*"))
 NO_RUN = replace(
     HARMLESS,
@@ -96,14 +96,14 @@ def test_the_registry_is_whole():
         assert fault.source
         assert fault.setup in SETUPS
         assert fault.where is None or fault.where.phase in {phase.name for phase in PHASES}
-        # What must pass, and a backend that is left out, is explained.
+        # A fault that must pass and a backend without edits are explained.
         assert fault.note or (fault.where and set(fault.edits) == set(BACKENDS)), fault.name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_every_edit_fits_the_source(fault: Fault, backend: Backend):
-    """A refactoring that moves a fault's ground from under it is noticed here, without training anything."""
+    """A refactoring that removes the code a fault edits is noticed here, without any training."""
     edits = fault.edits.get(backend, ())
     for module in {edit.module for edit in edits}:
         assert module.startswith(("trainspec.", f"{backend}train.", f"{SUBSTITUTES}.{backend}_"))
@@ -118,7 +118,7 @@ def test_an_edit_that_no_longer_fits_is_an_error():
 
 
 def undefined(directory: Path, every: list[tuple[str, tuple[Edit, ...]]]) -> str:
-    """What ruff says of names that no edited module has."""
+    """What ruff says about undefined names in the edited modules."""
     for name, edits in every:
         for module in {edit.module for edit in edits}:
             (directory / f"{name}-{module}.py").write_text(ast.unparse(changed_by(edits, module)))
@@ -127,7 +127,7 @@ def undefined(directory: Path, every: list[tuple[str, tuple[Edit, ...]]]) -> str
 
 
 def test_what_is_put_in_names_what_is_there(tmp_path: Path):
-    """A variable that a replacement names, and the pattern does not, may have been renamed."""
+    """A variable that only the replacement names may have been renamed."""
     every = [(f"{f.name}-{backend}", edits) for f in FAULTS for backend, edits in f.edits.items()]
     every += [(f.name, (f.edit,)) for f in SHARED]
     assert undefined(tmp_path, every) == "All checks passed!\n"
@@ -148,7 +148,9 @@ def sampled(root: Path) -> dict[tuple[str, str], Outcome]:
 
 
 @pytest.mark.parametrize(("name", "backend"), SAMPLED)
-def test_a_sample_is_caught_in_place(sampled: dict[tuple[str, str], Outcome], name: str, backend: Backend):
+def test_a_sample_is_caught_at_its_location(
+    sampled: dict[tuple[str, str], Outcome], name: str, backend: Backend
+):
     outcome = sampled[name, backend]
     assert outcome.as_expected, (outcome.word, outcome.said, outcome.crash)
     assert outcome.word == ("caught" if outcome.fault.where else "passes")
@@ -167,7 +169,7 @@ def test_only_what_is_said_to_be_below_a_bound_may_pass_there():
     [small], [large] = chosen(["clip-without-epsilon"]), chosen(["label-shift"])
     passed = Outcome(small, "jax", "fp32", None)
     assert (passed.word, passed.as_expected) == ("below bound", True)
-    late = replace(passed, found=Finding(Place(2, "clip", "clip_factor"), 1.1e-6, 1e-6, 1.1))
+    late = replace(passed, divergence=Finding(Location(2, "clip", "clip_factor"), 1.1e-6, 1e-6, 1.1))
     assert (late.word, late.as_expected) == ("caught", True)
     assert not replace(late, precision="fp64").as_expected
     for outcome in (replace(passed, precision="fp64"), replace(passed, fault=large)):
@@ -184,7 +186,7 @@ def test_a_fault_out_of_reach_in_fp32_is_not_planted_there():
 
 
 def test_a_plan_that_a_backend_refuses_is_compared_with_one_device(tmp_path: Path):
-    tiny = Tiny(tmp_path)
+    tiny = TinySetup(tmp_path)
     devices: dict[Precision, list[int]] = {"fp64": [2, 1], "fp32": [2, 2]}
     for setup in ("zero1", "pipe"):
         for precision, expected in devices.items():
@@ -200,7 +202,7 @@ def test_a_fault_that_does_not_run_is_no_catch(sampled: dict[tuple[str, str], Ou
 
 
 def test_a_diff_of_the_traces_says_the_same(sampled: dict[tuple[str, str], Outcome], root: Path):
-    """The verdict as a user gets it: exit code 1 and the place; 0 without a mistake."""
+    """The verdict as a user gets it: exit code 1 and the location; 0 without a mistake."""
     faults = [*chosen([name for name in SAMPLE if sampled[name, "jax"].fault.where]), HARMLESS]
     faults += [clean_pair("full"), clean_pair("tensor"), clean_pair("pipe")]
     cases = [(fault, backend) for fault in faults for backend in BACKENDS if fault.applies(backend, "fp64")]
@@ -230,7 +232,7 @@ def test_the_command_line(root: Path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("precision", get_args(Precision))
-def test_every_fault_is_caught_in_place(tmp_path: Path, precision: Precision):
+def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Precision):
     command = [sys.executable, "-m", "parity", "faults", "--precision", precision, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -239,7 +241,7 @@ def test_every_fault_is_caught_in_place(tmp_path: Path, precision: Precision):
 
 
 def test_the_page_in_docs_is_of_these_faults():
-    """`parity faults --page docs/faults.md` writes it; a fault that was added since is missing there."""
+    """`parity faults --page docs/faults.md` writes it; faults added since are missing."""
     rows = re.findall(
         r"^\| ([a-z0-9-]+) \| (jax|torch) \|", (ROOT / "docs/faults.md").read_text(), flags=re.M
     )

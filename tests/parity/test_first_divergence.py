@@ -1,4 +1,4 @@
-"""A failed check says where it went wrong first, in causal order, and what the two numbers are."""
+"""A failed check names the first divergence in causal order, and both numbers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from synthetic import Q1, Sim, write
 
 from parity.check import check
-from parity.comparison.compare import places
+from parity.comparison.compare import locations
 from parity.comparison.pair import Pair
-from parity.runs.fixture import TINY, Tiny, write_tiny
+from parity.runs.fixture import TINY, TinySetup, write_tiny
 from parity.runs.sides import parse_side
 from trainspec.causal import causal_order
 from trainspec.methods import Full
@@ -20,11 +20,11 @@ from trainspec.trace import Trace, activation_points
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
+def tiny(tmp_path_factory) -> TinySetup:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def checked(tiny: Tiny, out: Path, right: str, precision="fp64"):
+def checked(tiny: TinySetup, out: Path, right: str, precision="fp64"):
     method = tiny.method("lora")
     recipe = out / "r.yaml"
     out.mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ def test_the_first_place_is_found_by_looking_again(tiny, right, phase, tensor, l
     verdict, written = checked(tiny, tmp_path / "o", right.replace("LLAMA3", str(tiny.model("llama3-rope"))))
     first = verdict.comparison.first_divergence
     assert first is not None
-    assert (first.place.phase, first.place.tensor, first.place.step) == (phase, tensor, 1)
+    assert (first.location.phase, first.location.tensor, first.location.step) == (phase, tensor, 1)
     assert first.values is not None
     assert first.values[0] != first.values[1]
     assert first.index is not None
@@ -77,7 +77,7 @@ def test_fp32_sees_it_too(tiny, right, phase, tmp_path):
     verdict, _ = checked(tiny, tmp_path / "o", right, "fp32")
     first = verdict.comparison.first_divergence
     assert first is not None
-    assert first.place.phase == phase
+    assert first.location.phase == phase
 
 
 def test_the_backward_pass_is_one_walk():
@@ -104,9 +104,9 @@ def test_the_backward_pass_is_one_walk():
 
 def test_every_place_comes_once_and_the_clip_before_the_rate(tmp_path):
     pair = Pair(*(Trace(write(Sim(steps=1), tmp_path / side)) for side in ("a", "b")))
-    seen = list(places(pair))
+    seen = list(locations(pair))
     assert len(seen) == len(set(seen))
-    phases = list(dict.fromkeys(place.phase for place in seen))
+    phases = list(dict.fromkeys(location.phase for location in seen))
     assert phases[-6:] == ["grad_norm", "clip", "lr", "moment1", "moment2", "update"]
     assert [p.tensor for p in seen if p.phase == "gradient"][-1] == "model.embed_tokens.weight"
-    assert Q1 in {place.tensor for place in seen}
+    assert Q1 in {location.tensor for location in seen}

@@ -17,7 +17,7 @@ from parity.matrix.cells import (
     PLANS,
     PRECISIONS,
     Cell,
-    Row,
+    CellResult,
     cells,
     judge,
     refusals,
@@ -25,7 +25,7 @@ from parity.matrix.cells import (
     select,
 )
 from parity.matrix.status import status_page
-from parity.runs.fixture import METHODS, VARIANTS, Tiny
+from parity.runs.fixture import METHODS, VARIANTS, TinySetup
 from parity.runs.plans import refusal
 from trainspec.errors import UserError
 from trainspec.plans.capabilities import check_fits
@@ -85,7 +85,7 @@ def test_every_plan_runs_on_jax_and_divides_model_and_batch(tmp_path: Path):
     for cell in cells():
         assert "jax" not in refusals(cell)
         for backend in BACKENDS:
-            recipe = cell.recipe(Tiny(tmp_path), backend)
+            recipe = cell.recipe(TinySetup(tmp_path), backend)
             check_fits(
                 recipe.plan,
                 VARIANTS[cell.model],
@@ -114,28 +114,30 @@ def test_what_both_refuse_stands_on_the_page_with_their_line(tmp_path: Path, mon
 def test_a_plan_that_one_backend_refuses_runs_there_on_one_device_and_the_page_says_so(tmp_path: Path):
     cell = Cell("plain", "full", "packed-2", "zero3-2", "fp64")
     assert set(refusals(cell)) == {"torch"}
-    assert [cell.recipe(Tiny(tmp_path), b).plan.devices for b in BACKENDS] == [2, 1]
-    row = judge(cell, write(Sim(), tmp_path / "left"), write(Sim(), tmp_path / "right"))
-    page = status_page([replace(row, refused=refusals(cell))])
+    assert [cell.recipe(TinySetup(tmp_path), b).plan.devices for b in BACKENDS] == [2, 1]
+    result = judge(cell, write(Sim(), tmp_path / "left"), write(Sim(), tmp_path / "right"))
+    page = status_page([replace(result, refused=refusals(cell))])
     assert "| zero3-2 | fp64 | torch | pass |" in page
     assert "DeepSpeed has no float64" in page
 
 
 @pytest.fixture
-def planted(tmp_path: Path) -> Row:
-    """The row of two runs that differ in one gradient."""
+def planted(tmp_path: Path) -> CellResult:
+    """The result of two runs that differ in one gradient."""
     left = write(Sim(), tmp_path / "left")
     return judge(CELL, left, write(Sim(gradient_factor=(Q1, 1 + 1e-5)), tmp_path / "right"))
 
 
-def run(rows: list[Row], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def run(results: list[CellResult], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """`parity matrix`, with the training already done."""
-    monkeypatch.setattr("parity.cli.run_matrix", lambda chosen, out: rows)
+    monkeypatch.setattr("parity.cli.run_matrix", lambda chosen, out: results)
     out.mkdir(exist_ok=True)
     return main(["matrix", "--only", str(CELL), "--out", str(out)])
 
 
-def test_a_failing_cell_shows_as_fail_with_its_first_divergence(planted: Row, tmp_path, monkeypatch, capsys):
+def test_a_failing_cell_shows_as_fail_with_its_first_divergence(
+    planted: CellResult, tmp_path, monkeypatch, capsys
+):
     assert run([planted], tmp_path, monkeypatch) == 1
     assert f"FAIL  {CELL}: step 1, gradient, {Q1}" in capsys.readouterr().out
     page = (tmp_path / "parity-status.md").read_text()
@@ -150,15 +152,15 @@ def test_a_failing_cell_shows_as_fail_with_its_first_divergence(planted: Row, tm
 
 def test_a_cell_without_a_difference_passes(tmp_path: Path, monkeypatch):
     left, right = write(Sim(), tmp_path / "left"), write(Sim(fused=True), tmp_path / "right")
-    row = judge(CELL, left, right)
-    assert row.verdict == "pass"
-    assert run([row], tmp_path, monkeypatch) == 0
+    result = judge(CELL, left, right)
+    assert result.verdict == "pass"
+    assert run([result], tmp_path, monkeypatch) == 0
 
 
 def test_a_cell_whose_trace_is_missing_fails(tmp_path: Path):
-    row = judge(CELL, write(Sim(), tmp_path / "left"), tmp_path / "nowhere")
-    assert row.verdict == "fail"
-    assert "missing" in status_page([row])
+    result = judge(CELL, write(Sim(), tmp_path / "left"), tmp_path / "nowhere")
+    assert result.verdict == "fail"
+    assert "missing" in status_page([result])
 
 
 def test_no_cell_of_that_name_is_a_persons_mistake():

@@ -1,4 +1,4 @@
-"""Clean runs must pass: every method, five seeds each (Full and LoRA ten), rows of up to 512 tokens, in fp64 and in fp32.
+"""Clean runs must pass: every method, five seeds each (Full and LoRA ten), examples of up to 512 tokens, in fp64 and in fp32.
 
 Each prints the largest share of its bounds that it uses (`pytest -m full -s tests/parity/test_no_false_alarm.py`).
 """

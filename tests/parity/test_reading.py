@@ -1,4 +1,4 @@
-"""Each pattern is read where it is planted, and nothing is read into a difference without one."""
+"""Each planted pattern gets its reading, and a difference without a pattern gets none."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ E = 6
 NORM = "model.norm.weight"
 
 
-def rows() -> Batch:
-    """Four rows of sixteen: one whole document, two packed ones, and two with padding behind them."""
+def packed_and_padded() -> Batch:
+    """Four examples of sixteen tokens: one whole document, two packed ones, and two with padding at the end."""
     plain = batch(Sim(), 1)
     segments = np.ones((4, 16), np.int32)
     segments[1, 9:] = 2
@@ -34,7 +34,7 @@ def rows() -> Batch:
 
 
 def leave(home: Path, **changes) -> Trace:
-    """A step of `rows` with activations in it."""
+    """A step of `packed_and_padded` with activations."""
     random, writer = np.random.default_rng(0), TraceWriter(home)
     tensors = {name: random.standard_normal(shape) for name, shape in SHAPES.items()}
     writer.initial(tensors)
@@ -44,7 +44,7 @@ def leave(home: Path, **changes) -> Trace:
         g: {n: w.copy() for n, w in tensors.items()} for g in ("gradients", "updates", "moment1", "moment2")
     }
     step = StepTrace(
-        1, rows(), 60.0, 60, 1.0, 1e-3, **groups, activations=points,
+        1, packed_and_padded(), 60.0, 60, 1.0, 1e-3, **groups, activations=points,
         activation_gradients={p: a.copy() for p, a in points.items()},
     )  # fmt: skip
     writer.step(replace(step, **{name: change(getattr(step, name)) for name, change in changes.items()}))
@@ -64,7 +64,7 @@ def noise(shape, seed: int = 5) -> np.ndarray:
 
 
 def at(where: np.ndarray, point: str = "layers.0.attention"):
-    """Noise in the activations where `where` is not zero, and as large as it."""
+    """Noise in the activations, in proportion to `where`."""
     return lambda arrays: arrays | {point: arrays[point] + noise(arrays[point].shape) * where[:, :, None]}
 
 
@@ -76,22 +76,22 @@ def all_noise(array: np.ndarray) -> np.ndarray:
     return array + noise(array.shape)
 
 
-SEGMENTS = rows().segments
-BEHIND_VIRTUAL = np.pad(SEGMENTS, ((0, 0), (2, 0)), constant_values=-1)
+SEGMENTS = packed_and_padded().segments
+AFTER_VIRTUAL = np.pad(SEGMENTS, ((0, 0), (2, 0)), constant_values=-1)
 PATTERNS = {
     "factor": ({"gradients": in_tensors(SHAPES, lambda g: g * 1.25)}, "1.25 times left: a normalisation or a scale"),
-    "tokens to rows": (
-        {"gradients": in_tensors(SHAPES, lambda g: g * (rows().target_tokens / 4))},
-        "(target tokens / rows)",
+    "tokens to examples": (
+        {"gradients": in_tensors(SHAPES, lambda g: g * (packed_and_padded().target_tokens / 4))},
+        "(target tokens / examples)",
     ),
     "padding": ({"activations": at(SEGMENTS == 0)}, "only on padded positions"),
-    "padded rows": ({"activations": at((SEGMENTS == 0).any(axis=1, keepdims=True) & (SEGMENTS >= 0))}, "rows that have padding"),
+    "padded examples": ({"activations": at((SEGMENTS == 0).any(axis=1, keepdims=True) & (SEGMENTS >= 0))}, "examples that have padding"),
     "boundary": ({"activations": at(SEGMENTS == 2)}, "after a document's boundary"),
-    "virtual": ({"activations": at(BEHIND_VIRTUAL < 0, "layers.1.attention")}, "only on virtual tokens"),
-    "padding behind virtual": (
-        {"activations": at(BEHIND_VIRTUAL == 0, "layers.1.attention")}, "only on padded positions",
+    "virtual": ({"activations": at(AFTER_VIRTUAL < 0, "layers.1.attention")}, "only on virtual tokens"),
+    "padding after virtual": (
+        {"activations": at(AFTER_VIRTUAL == 0, "layers.1.attention")}, "only on padded positions",
     ),
-    "position": ({"activations": at(rows().positions.astype(float))}, "grows with the position"),
+    "position": ({"activations": at(packed_and_padded().positions.astype(float))}, "grows with the position"),
     "one family": (
         {"gradients": in_tensors({n for n in SHAPES if "q_proj" in n}, all_noise)},
         "only model.layers.*.self_attn.q_proj.weight: that operation",
@@ -107,7 +107,7 @@ NO_PATTERN = {
     "noise in every gradient": {"gradients": in_tensors(SHAPES, all_noise)},
     "noise everywhere": {"activations": at(np.ones((4, 16)))},
     "one loss": {"loss_sum": lambda loss: loss * 1.0371},
-    "another row": {"batch": lambda b: replace(b, input_ids=(b.input_ids + 1) % 32)},
+    "another example": {"batch": lambda b: replace(b, input_ids=(b.input_ids + 1) % 32)},
     "noise in every update": {"updates": in_tensors(SHAPES, all_noise)},
 }
 

@@ -1,4 +1,4 @@
-"""The recorder, and the two example programs of docs/record-a-trace.md: they pass clean and fail where a mistake is planted."""
+"""The recorder, and the two example programs of docs/record-a-trace.md: they pass clean and fail with a planted mistake."""
 
 from __future__ import annotations
 

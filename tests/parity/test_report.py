@@ -13,7 +13,7 @@ from synthetic import Q1, Sim, write
 
 from parity.check import diff
 from parity.comparison.compare import Comparison, Finding, ending
-from parity.comparison.phases import Place
+from parity.comparison.phases import Location
 from parity.comparison.structure import Structure
 from parity.report.chart import loss_curves, loss_difference
 from parity.report.heat import CELLS, heat_maps, legend, level
@@ -30,7 +30,7 @@ def report(*findings: Finding) -> str:
 
 
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows():
-    page = report(Finding(Place(2, "gradient", "<script>x"), 2e-3, 1e-9, 2e6))
+    page = report(Finding(Location(2, "gradient", "<script>x"), 2e-3, 1e-9, 2e6))
     assert not re.search(r"(src|href)=|@import|url\(|https?://", page)
     assert "<script" not in page
     assert "jax &lt;b&gt;" in page
@@ -39,9 +39,9 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows():
 
 def test_a_failing_page_says_where_first():
     page = report(
-        Finding(Place(1, "loss", "loss"), 0.0, 1e-9, 0.0),
-        Finding(Place(2, "gradient", "model.norm.weight"), None, None, math.inf, "missing in right"),
-        Finding(Place(3, "update", "model.norm.weight"), 0.5, 1e-9, 5e8),
+        Finding(Location(1, "loss", "loss"), 0.0, 1e-9, 0.0),
+        Finding(Location(2, "gradient", "model.norm.weight"), None, None, math.inf, "missing in right"),
+        Finding(Location(3, "update", "model.norm.weight"), 0.5, 1e-9, 5e8),
     )
     assert "Fail" in page
     first = page[page.index("First divergence") : page.index("What was compared")]
@@ -84,7 +84,7 @@ def test_names_are_visited_as_data_flows(prefix):
         assert structure.in_order(set(shown), backward=True) == shown[::-1]
 
 
-def test_a_real_page_shows_verdict_place_curves_heat_map_versions_and_recipe(tmp_path):
+def test_a_real_page_shows_verdict_location_curves_heat_map_versions_and_recipe(tmp_path):
     left = write(Sim(), tmp_path / "left")
     diff(left, write(Sim(gradient_factor=(Q1, 1.01)), tmp_path / "right"), precision=None, out=tmp_path)
     page = (tmp_path / "report.html").read_text()
@@ -92,8 +92,8 @@ def test_a_real_page_shows_verdict_place_curves_heat_map_versions_and_recipe(tmp
         ">Fail<", "First divergence", ">Element<", "Around it, in causal order", "What was compared", "numpy 2.", "<svg",
         "The worst of each phase", "Every comparison",
     ]  # fmt: skip
-    places = [page.index(text) for text in order]
-    assert places == sorted(places)
+    locations = [page.index(text) for text in order]
+    assert locations == sorted(locations)
     assert page.count("<svg") == 2
     opened = re.findall(r"<details open><summary>(.*?)<span", page)
     assert [title.strip() for title in opened if "Around" not in title] == ["gradients"]
@@ -103,7 +103,7 @@ def test_a_real_page_shows_verdict_place_curves_heat_map_versions_and_recipe(tmp
 
 def test_the_sides_recipes_are_shown_and_their_difference_marked():
     verdict = Verdict(
-        "fp64", "jax", "torch", Comparison(1, (Finding(Place(1, "loss", "loss"), 0.0, 1e-9, 0.0),))
+        "fp64", "jax", "torch", Comparison(1, (Finding(Location(1, "loss", "loss"), 0.0, 1e-9, 0.0),))
     )
     page = render(Report(verdict, [1.0], [1.0], recipes=("a: 1\nb: 2\n", "a: 1\nb: <3>\n")))
     assert 'mark class="left">b: 2<' in page
@@ -123,7 +123,7 @@ def test_colours_change_at_the_bound(used, meaning):
 
 def findings(tensors: int, steps: int) -> list[Finding]:
     return [
-        Finding(Place(step, phase, f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight"), 1e-12, 1e-9, 1e-3)
+        Finding(Location(step, phase, f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight"), 1e-12, 1e-9, 1e-3)
         for step in range(1, steps + 1)
         for phase in ("gradient", "moment1", "moment2", "update")
         for i in range(tensors)
@@ -139,7 +139,7 @@ def test_three_hundred_tensors_by_fifty_steps_are_all_there_and_the_page_is_not_
 
 def test_a_long_run_is_shown_with_the_worst_of_several_steps():
     many = findings(400, 120)
-    many[-1] = Finding(Place(120, "update", many[-1].place.tensor), 1.0, 1e-9, 1e9)
+    many[-1] = Finding(Location(120, "update", many[-1].location.tensor), 1.0, 1e-9, 1e9)
     maps = heat_maps(many)
     assert all(m.table.count("<td class=u") <= CELLS for m in maps)
     assert 'id=first title="step 120: 1.0e+09"' in maps[-1].table
@@ -148,8 +148,8 @@ def test_a_long_run_is_shown_with_the_worst_of_several_steps():
 
 def test_maps_are_in_causal_order_though_activations_are_seen_at_one_step_only():
     seen = [
-        Finding(Place(2, "activation", "norm"), 0.0, 1e-9, 0.0),
-        Finding(Place(2, "batch", "labels"), 0.0, 0.0, 0.0),
+        Finding(Location(2, "activation", "norm"), 0.0, 1e-9, 0.0),
+        Finding(Location(2, "batch", "labels"), 0.0, 0.0, 0.0),
     ]
     assert [m.title for m in heat_maps([*findings(1, 1), *seen])] == [
         "batch and scalars", "activations", "gradients", "first moments", "second moments", "updates",

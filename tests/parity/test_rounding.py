@@ -10,7 +10,7 @@ from synthetic import Q1, SHAPES, Sim, write
 
 from parity.comparison.compare import compare
 from parity.comparison.drift import network_drift, partner_drift
-from parity.comparison.estimated_bounds import RoundingBounds, path_roundings, vocabulary
+from parity.comparison.estimated_bounds import EstimatedBounds, path_roundings, vocabulary
 from parity.comparison.pair import Pair
 from parity.comparison.structure import Structure
 from parity.runs.fixture import METHODS, TINY
@@ -24,7 +24,7 @@ FP32 = Sim(dtype="float32", noise=1e-7, steps=6)
 
 def judged(left: Sim, right: Sim, home):
     pair = Pair(Trace(write(left, home / "a")), Trace(write(right, home / "b")))
-    return compare(pair, RoundingBounds(pair, "fp32"))
+    return compare(pair, EstimatedBounds(pair, "fp32"))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -37,7 +37,7 @@ def test_rounding_noise_passes_at_every_step(seed, lr, tmp_path):
 
 
 def test_a_gradient_that_is_only_noise_leaves_its_update_undetermined(tmp_path):
-    """Adam makes ±lr of it: both signs must pass, and be counted."""
+    """Adam turns it into ±lr: both signs must pass, and be counted."""
     quiet = FP32.but(noiseless_zero=True, steps=2)
     comparison = judged(quiet, quiet.but(noise_seed=1), tmp_path)
     assert comparison.holds, comparison.first_divergence
@@ -62,9 +62,9 @@ def test_a_mild_mistake_fails_through_the_noise(mistake, tmp_path):
     assert not judged(FP32, FP32.but(noise_seed=1, **mistake), tmp_path).holds
 
 
-def rounded(shapes, rows):
-    """In float32, of names that no trace has said anything of."""
-    return path_roundings(shapes, rows, structure=Structure(), stored=2.0**-24, summed=2.0**-24)
+def rounded(shapes, batch):
+    """In float32, for names that no trace describes."""
+    return path_roundings(shapes, batch, structure=Structure(), stored=2.0**-24, summed=2.0**-24)
 
 
 @settings(max_examples=30, deadline=None)
@@ -111,7 +111,7 @@ def test_an_lstm_rounds_once_more_with_every_virtual_token():
 
 
 def test_places_are_in_the_order_of_the_data():
-    """Encoder, embedding, an adapter behind what it is given, and the point behind the adapter."""
+    """Encoder, embedding, an adapter after its input, and the point after the adapter."""
     orders = [causal_order(TINY, METHODS[method]) for method in ("ptuning-lstm", "adapter")]
     names = {p.name for m in ("ptuning-lstm", "adapter") for p in full_table(TINY, METHODS[m])}
     order = [named.name for named in orders[0] if named.role != "point"]
@@ -146,7 +146,7 @@ def test_places_are_in_the_order_of_the_data():
 
 
 def two_sides(home, starts: dict[str, np.ndarray], moved: dict[str, float]) -> Pair:
-    """Two traces of one step that start from `starts`, the right one `moved` by so much in every element."""
+    """Two traces of one step from `starts`; every element of the right one's weights is moved by `moved`."""
     empty = Batch(*(np.zeros((1, 4), np.int32) for _ in range(4)), np.zeros(1, np.int32))
     for side in ("a", "b"):
         weights = {n: w + (moved.get(n, 0.0) if side == "b" else 0.0) for n, w in starts.items()}
@@ -182,11 +182,11 @@ def test_drift_measures_a_bottleneck_adapter_against_the_identity(tmp_path):
         f"{at}.up.bias": np.full(4, 0.5),
     }
     # |Δ| of each, what it is multiplied by (the other matrix, for the inner bias too), and what it is added to.
-    parts = {
+    cases = {
         "down.weight": (0.25, 3.0, 2.0), "down.bias": (0.125, 3.0, 8.0),
         "up.weight": (0.25, 1.0, 2.0), "up.bias": (0.25, 1.0, 8.0),
     }  # fmt: skip
-    for name, (apart, times, size) in parts.items():
+    for name, (apart, times, size) in cases.items():
         pair = two_sides(tmp_path / name, starts, {f"{at}.{name}": 0.125})
         assert network_drift(pair, 1, lora_scale=7.0) == pytest.approx(2 * apart * times / size)
     pair = two_sides(tmp_path / "partner", starts, {f"{at}.up.weight": 0.125})

@@ -1,4 +1,4 @@
-"""What a trace says of its names, and what is made of names that nobody says anything of."""
+"""What a trace says about its names, and what is guessed for names that no trace describes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainspec.families import FAMILIES
 from trainspec.methods import full_table
 from trainspec.trace import Named, Trace, TraceWriter, activation_points
 
-# Of a program that knows nothing of us.
+# Names of a program that is not ours.
 FOREIGN = [
     "transformer.wte.weight",
     "transformer.h.2.attn.weight",
@@ -32,7 +32,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_name_of_a_run_has_one_place(variant: str, method: str):
+def test_every_name_of_a_run_has_one_position(variant: str, method: str):
     spec = VARIANTS[variant]
     order = causal_order(spec, METHODS[method])
     names = [named.name for named in order]
@@ -63,7 +63,7 @@ def test_foreign_names_are_ordered_by_what_they_show():
     assert [structure.role(name) for name in FOREIGN[:2]] == ["embedding", None]
     assert structure.projection_before(FOREIGN[2]) is None
     (note,) = structure.notes(FOREIGN)
-    assert "no causal_order in either trace for 6 of its weights, such as lm_head.weight" in note
+    assert "neither trace has a causal_order for 6 of the weights, such as lm_head.weight" in note
 
 
 def test_either_side_says_it_and_the_rest_comes_last():
@@ -91,7 +91,7 @@ def test_the_header_is_passed_over_by_other_readers_and_read_back(tmp_path: Path
 
 
 def without_header(trace: Path) -> Path:
-    """As a version before, or another program, writes it."""
+    """As an earlier version or another program writes it."""
     save_file(load_file(trace / "initial.safetensors"), trace / "initial.safetensors")
     return trace
 
@@ -100,10 +100,10 @@ def test_traces_without_a_header_are_compared_and_that_is_said(tmp_path: Path, c
     left = without_header(write(Sim(), tmp_path / "left"))
     right = without_header(write(Sim(gradient_factor=(Q1, 1.01)), tmp_path / "right"))
     assert main(["diff", str(left), str(left)]) == 0
-    assert "note: no causal_order in either trace" in capsys.readouterr().out
+    assert "note: neither trace has a causal_order" in capsys.readouterr().out
     assert main(["diff", str(left), str(right), "--out", str(tmp_path)]) == 1
-    found = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
-    assert (found["phase"], found["tensor"]) == ("gradient", Q1)
+    first = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
+    assert (first["phase"], first["tensor"]) == ("gradient", Q1)
     capsys.readouterr()
     assert main(["diff", str(left), str(write(Sim(), tmp_path / "says"))]) == 0
     assert "causal_order" not in capsys.readouterr().out

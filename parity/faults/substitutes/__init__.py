@@ -1,4 +1,4 @@
-"""Code that planted modules import, in the process of their backend: what is too long for the text of an edit.
+"""Code that planted modules import in their backend's process, because it is too long for the text of an edit.
 
-The beginning of a file's name says whose framework it uses. Nothing else imports these (`tests/test_architecture.py`).
+A file's name begins with the framework that it uses. Nothing else imports these files (`tests/test_architecture.py`).
 """

@@ -10,9 +10,9 @@ from jaxtrain.dropout import DropoutPoint
 
 
 def redrawn(layer: Callable[[DropoutPoint | None], Array], point: DropoutPoint | None) -> Array:
-    """The value of `layer` as it is, its gradient that of the next step's masks."""
+    """The value of `layer`, with the gradient that the next step's masks give."""
     if point is None:
         return layer(None)
-    # First the other pass: what is seen of activations is overwritten by the one that follows.
+    # The extra pass comes first, so that the activations it records are overwritten by the real one.
     again = layer(point._replace(step=point.step + 1))
     return lax.stop_gradient(layer(point)) + (again - lax.stop_gradient(again))

@@ -1,4 +1,4 @@
-"""What a device does with its own shard only."""
+"""Operations on a device's own shard that should involve all shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtrain.optim import Moments, Weights, global_norm
 
 
 def norm_of_own_shards(gradients: Weights, placed: Mapping[str, NamedSharding]) -> Array:
-    """Each device's own norm, though it is said to be that of all of them."""
+    """Each device's norm of its own shards, declared to be replicated."""
     mesh = next(iter(placed.values())).mesh
     specs = ({name: placed[name].spec for name in gradients},)
     return jax.shard_map(global_norm, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(
@@ -22,7 +22,7 @@ def norm_of_own_shards(gradients: Weights, placed: Mapping[str, NamedSharding]) 
 
 
 def with_a_stale_shard(old: Moments, new: Moments, placed: Mapping[str, NamedSharding]) -> Moments:
-    """`new`, where the second half of every dimension that fsdp splits stays as it was."""
+    """`new`, but the second half of every dimension that fsdp splits keeps its values of `old`."""
     return Moments(
         *(
             {n: _stale(before[n], after[n], placed[n]) for n in after}
@@ -31,8 +31,8 @@ def with_a_stale_shard(old: Moments, new: Moments, placed: Mapping[str, NamedSha
     )
 
 
-def _stale(old: Array, new: Array, place: NamedSharding) -> Array:
-    dim = next((d for d, axes in enumerate(place.spec) if axes and "fsdp" in axes), None)
+def _stale(old: Array, new: Array, sharding: NamedSharding) -> Array:
+    dim = next((d for d, axes in enumerate(sharding.spec) if axes and "fsdp" in axes), None)
     if dim is None:
         return new
     late = lax.broadcasted_iota(int, new.shape, dim) >= new.shape[dim] // 2

@@ -1,4 +1,4 @@
-"""Conversations that are encoded in several calls."""
+"""Conversations encoded in several calls."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Spans = list[tuple[int, int]]
 
 
 def encoded_apart(encoder: Any, text: str, chosen: Sequence[tuple[int, int]]) -> tuple[list[int], Spans]:
-    """Ids and where each stands, cut before they are encoded where a span of `chosen` begins or ends."""
+    """Token ids and their offsets; the text is cut where a span of `chosen` begins or ends, and each part encoded alone."""
     ids: list[int] = []
     offsets: Spans = []
     for at, to in pairwise(sorted({0, len(text), *(end for span in chosen for end in span)})):
-        part, places = encoder._tokens(text[at:to], special=False)
-        ids += part
-        offsets += [(at + start, at + end) for start, end in places]
+        cut_ids, spans = encoder._tokens(text[at:to], special=False)
+        ids += cut_ids
+        offsets += [(at + start, at + end) for start, end in spans]
     return ids, offsets

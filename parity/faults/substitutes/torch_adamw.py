@@ -1,4 +1,4 @@
-"""AdamW written out, in the place of torch's."""
+"""AdamW written out, to replace torch's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class WrittenOut(torch.optim.AdamW):
+class ExplicitAdamW(torch.optim.AdamW):
     """torch.optim.AdamW with its update in four lines."""
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Llama's and Qwen3's attention written out, in the place of Hugging Face's."""
+"""Llama's and Qwen3's attention written out, to replace Hugging Face's."""
 
 # B examples, S sequence, H heads, K kv heads, D head dim
 
@@ -24,7 +24,7 @@ def attention(
     attention_mask: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The method `forward` of LlamaAttention and Qwen3Attention: what it gives, and no weights."""
+    """The method `forward` of LlamaAttention and Qwen3Attention: its output, and None for the attention weights."""
     B, S, _E = hidden_states.shape
     projections = (self.q_proj, self.k_proj, self.v_proj)
     q, k, v = (p(hidden_states).view(B, S, -1, self.head_dim).transpose(1, 2) for p in projections)
@@ -39,12 +39,12 @@ def attention(
 
 
 def normed(layer: Any, q_BHSD: Tensor, k_BKSD: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys behind the norms of a layer that has them."""
+    """Queries and keys after the layer's norms, if it has any."""
     return (layer.q_norm(q_BHSD), layer.k_norm(k_BKSD)) if hasattr(layer, "q_norm") else (q_BHSD, k_BKSD)
 
 
 def rotated(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
-    """Element d turned with element d + D/2."""
+    """Rotates elements d and d + D/2 together."""
     cos, sin = cos_BSD[:, None], sin_BSD[:, None]
     first, second = x_BHSD.chunk(2, dim=-1)
     return x_BHSD * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,4 +1,4 @@
-"""Gradients that are summed in a narrower type than the contract says."""
+"""Gradients summed in a narrower type than the contract says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def round_gradients(model: nn.Module) -> None:
-    """Every gradient that is there becomes what bfloat16 makes of it, in its own type."""
+    """Round every gradient to bfloat16, in its own type."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.copy_(parameter.grad.bfloat16())

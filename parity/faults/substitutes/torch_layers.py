@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchtrain.engines.pipeline import _Block
 
 
-class _Again(_Block):
-    """A layer that computes with the weights of `first`. Its own take part with a factor of 0, so they have gradients."""
+class _LayerWithFirstWeights(_Block):
+    """A layer that computes with the weights of `first`. Its own enter with a factor of 0, so that they have gradients."""
 
     def __init__(self, block: _Block, first: _Block) -> None:
         super().__init__(block.layer, block._arguments)
@@ -19,11 +19,11 @@ class _Again(_Block):
 
     def forward(self, hidden_BTE: Tensor) -> Tensor:
         weights: dict[str, Tensor] = {name: p for name, p in self._first[0].named_parameters()}
-        again = torch.func.functional_call(self.layer, weights, (hidden_BTE,), self._arguments)
-        return again + 0 * sum(p.sum() for p in self.layer.parameters())
+        output_BTE = torch.func.functional_call(self.layer, weights, (hidden_BTE,), self._arguments)
+        return output_BTE + 0 * sum(p.sum() for p in self.layer.parameters())
 
 
 def second_is_first(blocks: Iterable[_Block]) -> list[nn.Module]:
-    """Layers of which the second computes what the first would."""
+    """The layers, with the second computing what the first would."""
     first, second, *others = blocks
-    return [first, _Again(second, first), *others]
+    return [first, _LayerWithFirstWeights(second, first), *others]

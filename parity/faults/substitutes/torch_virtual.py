@@ -1,4 +1,4 @@
-"""Virtual tokens that are treated as they must not be."""
+"""Virtual tokens treated wrongly."""
 
 # N virtual tokens, K kv heads, D head dim, L layers, E embed
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def rotated(
     both_LKND: Tensor, tables: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], tokens_1N: Tensor
 ) -> list[Tensor]:
-    """Keys and values in turn, the keys rotated as tokens at these positions are."""
+    """Keys and values in turn, the keys rotated like those of tokens at these positions."""
     cos, sin = tables(both_LKND, tokens_1N)
     first, second = both_LKND.chunk(2, -1)
     turned_LKND = both_LKND * cos + torch.cat((-second, first), -1) * sin
@@ -21,8 +21,8 @@ def rotated(
 
 
 def with_frozen_head(encoder: nn.Module, tokens_1N: Tensor) -> Tensor:
-    """What the encoder gives, with a gradient of zero for its `mlp_head`."""
+    """The encoder's output, with a gradient of zero for its `mlp_head`."""
     head = {name: p for name, p in encoder.named_parameters() if name.startswith("mlp_head")}
     still = {name: p.detach() for name, p in head.items()}
-    rows_1NE: Tensor = torch.func.functional_call(encoder, still, (tokens_1N,))
-    return rows_1NE + 0 * sum(p.sum() for p in head.values())
+    virtual_1NE: Tensor = torch.func.functional_call(encoder, still, (tokens_1N,))
+    return virtual_1NE + 0 * sum(p.sum() for p in head.values())
