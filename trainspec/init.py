@@ -7,6 +7,7 @@ so a shard is made where it lives.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import chain
 from typing import Any, assert_never
 
@@ -65,11 +66,11 @@ def _start(param: Param, others: Mapping[str, Weight], run: Run, dtype: DTypeLik
             array = text_start(run.recipe, run.spec, base, directory=run.directory).astype(dtype)
             return Weight(array.shape, array.dtype, array.__getitem__)
         case FromWeights(names, make):
-            return Weight(
-                param.shape,
-                np.dtype(dtype),
-                lambda index: make(*(others[name][...].astype(np.float64) for name in names))[index],
+            # Made at the first read and kept: a backend reads once for each device, and again for master weights.
+            made = cache(
+                lambda: make(*(others[name][...].astype(np.float64) for name in names)).astype(dtype)
             )
+            return Weight(param.shape, np.dtype(dtype), lambda index: made()[index])
         case _:
             return drawn(param, seed=run.recipe.run.seed, dtype=dtype)
 
