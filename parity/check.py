@@ -21,7 +21,7 @@ from parity.runs.sides import Ran, Side, resolved_recipe, run_side
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plans.plan import Policy
-from trainspec.recipe import Recipe, Span, load_recipe
+from trainspec.recipe import Recipe, RunLength, load_recipe
 from trainspec.runs.run import resolve
 from trainspec.schedule import learning_rate
 from trainspec.trace import Trace
@@ -46,7 +46,7 @@ def check(
     are trained again up to that step, with its activations, to find where it went wrong first.
     """
     recipe = load_recipe(recipe_path, overrides)
-    span = recipe.span(lambda: open_dataset(resolve(recipe), "train").rows)
+    span = recipe.span(lambda: open_dataset(resolve(recipe), "train").num_examples)
     steps = steps or min(DEFAULT_STEPS, span.last)
     if steps > span.last:
         raise UserError(f"--steps {steps}: {recipe_path} makes {span.last} updates; compare at most those")
@@ -73,7 +73,7 @@ def check(
     return verdict
 
 
-def _check_rates(recipe: Recipe, span: Span, steps: int) -> None:
+def _check_rates(recipe: Recipe, span: RunLength, steps: int) -> None:
     """Raises UserError where no compared update moves a weight: agreement would prove nothing."""
     made = (
         learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step, steps=span.steps)
@@ -249,7 +249,7 @@ def _write(
     settings: Sequence[str],
     recipes: Sequence[str],
 ) -> None:
-    losses = [[row["loss"] for row in side.trace.rows] if side.trace else [] for side in ran]
+    losses = [[row["loss"] for row in side.trace.steps] if side.trace else [] for side in ran]
     verdict.write(out)
     report = Report(verdict, *losses, recipe=recipe, settings=tuple(settings), recipes=tuple(recipes))
     write_report(out / "report.html", report)

@@ -47,5 +47,7 @@ def _run(args: Namespace) -> None:
             dataset = open_dataset(resolve(recipe), args.split)
             preview(dataset, dataset.batch(0, args.rows))
             if args.split == "train":
-                span = recipe.span(lambda: dataset.rows)
-                print(span.said(rows=dataset.rows, examples=recipe.batch.global_examples))
+                span = recipe.span(lambda: dataset.num_examples)
+                print(
+                    span.describe(examples=dataset.num_examples, global_examples=recipe.batch.global_examples)
+                )

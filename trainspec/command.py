@@ -117,7 +117,7 @@ def _step_or_all(text: str) -> int | Literal["all"]:
     if text == "all":
         return "all"
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is no step; give 1 or more, or all")
+        raise ArgumentTypeError(f"{text!r} is not a step; give 1 or more, or all")
     return int(text)
 
 

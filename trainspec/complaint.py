@@ -17,7 +17,7 @@ from trainspec.methods import METHODS
 LARGEST = 2**63 - 1
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a recipe has it, cut to what fits a line."""
     match value:
         case None:
@@ -69,19 +69,19 @@ def complaint(error: ValidationError, recipe: type[BaseModel]) -> str:
         return f"{where}: missing{number}; the recipe must say it"
     if kind.startswith("union_tag"):
         given = value.get("kind") if isinstance(value, dict) else value
-        return f"{where}.kind: {'missing' if given is None else f'unknown kind {shown(given)}'}; choose one of {', '.join(METHODS)}"
+        return f"{where}.kind: {'missing' if given is None else f'unknown kind {format_value(given)}'}; choose one of {', '.join(METHODS)}"
     if kind == "value_error":
         names_itself = message.startswith(tuple(f"{section}." for section in recipe.model_fields))
         return message if names_itself else f"{where}: {message}"
     if kind not in _WANTED:
-        return f"{where}: {message[0].lower()}{message[1:]}, not {shown(value)}{number}"
+        return f"{where}: {message[0].lower()}{message[1:]}, not {format_value(value)}{number}"
     # Of a union each branch complains: all that are about this value.
     kinds = [d["type"] for d in error.errors() if d["loc"][0] == detail["loc"][0] and d["input"] is value]
     wanted = " or ".join(dict.fromkeys(_WANTED[k] for k in kinds if k in _WANTED))
     quotes = (
         "; write it in quotes" if wanted == "text" and isinstance(value, int | float | datetime.date) else ""
     )
-    return f"{where}: must be {wanted}, not {shown(value)}{number}{quotes}"
+    return f"{where}: must be {wanted}, not {format_value(value)}{number}{quotes}"
 
 
 def _fields(recipe: type[BaseModel], place: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:

@@ -84,16 +84,16 @@ def _of_machine(error: BaseException) -> str | None:
     """The words of an error of memory, a disk, a device, a driver or the network; None where it is none of these."""
     if isinstance(error, MachineError):
         return str(error)
-    if lack := memory.lack_of_memory(error):
-        return memory.told(lack)
+    if lack := memory.memory_shortage(error):
+        return memory.describe_shortage(lack)
     if isinstance(error, OSError):
-        return words_of(error)
+        return describe_os_error(error)
     text, names = str(error), {kind.__name__ for kind in type(error).__mro__}
     known = names & _DEVICE_CLASSES or _XLA_STATUS.match(text) or _DEVICE_WORDS.search(text)
     return text if isinstance(error, RuntimeError) and known and _NOT_ITS_FAULT not in text else None
 
 
-def words_of(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """Which file, where it is known, and the system's own words; of an error that carries only text, the text."""
     if error.strerror is None:
         return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
@@ -113,8 +113,8 @@ def explained(recipe: Recipe, devices: Callable[[], Devices], *, out: Path | Non
         yield
     except BaseException as error:
         told = error
-        if lack := memory.lack_of_memory(error):
-            told = MachineError(memory.told(lack, devices=devices(), recipe=recipe))
+        if lack := memory.memory_shortage(error):
+            told = MachineError(memory.describe_shortage(lack, devices=devices(), recipe=recipe))
         if out is not None and (outcome(error)[0] != EXIT_USER_ERROR or _newest(out) != before):
             told.add_note(saved_in(out))
         if told is error:
@@ -127,8 +127,8 @@ def saved_in(out: Path) -> Note:
     try:
         newest = _newest(out)
     except OSError as error:
-        return Note(f"what is saved in {out} cannot be read ({words_of(error)})")
-    return Note(f"saved: {newest}; go on with --resume") if newest else NOTHING_SAVED
+        return Note(f"what is saved in {out} cannot be read ({describe_os_error(error)})")
+    return Note(f"saved: {newest}; continue with --resume") if newest else NOTHING_SAVED
 
 
 def _newest(out: Path | None) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from trainspec.complaint import LARGEST, shown
+from trainspec.complaint import LARGEST, format_value
 from trainspec.errors import RecipeError
 
 
@@ -94,10 +94,10 @@ def _unusable(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]
                 yield from _unusable(inner, key if name is None else f"{key}.{name}".lstrip("."), seen)
         case str():
             if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-                yield _printable(key), f"{shown(value)} has a character that is no text"
+                yield _printable(key), f"{format_value(value)} has a character that is not text"
         case int():
             if abs(value) > LARGEST:
-                yield _printable(key), f"{shown(value)} is larger than any setting"
+                yield _printable(key), f"{format_value(value)} is larger than any setting"
         case _:
             pass
 

@@ -48,7 +48,7 @@ class DynamicScaling:
 RopeScaling = Llama3Scaling | LinearScaling | DynamicScaling
 
 
-class Rotates(Protocol):
+class HasRope(Protocol):
     """What the frequencies depend on."""
 
     @property
@@ -67,7 +67,7 @@ class Rotates(Protocol):
         ...
 
 
-def inverse_frequencies(model: Rotates, dtype: DTypeLike) -> NDArray[Any]:
+def inverse_frequencies(model: HasRope, dtype: DTypeLike) -> NDArray[Any]:
     """RoPE's angle per position for each pair of a head, shape [head_dim / 2], computed in `dtype`.
 
     Source: RoFormer, arXiv 2104.09864; the scalings are Hugging Face's (`modeling_rope_utils.py`).
@@ -95,7 +95,7 @@ def _llama3(inverse: NDArray[Any], scaling: Llama3Scaling) -> NDArray[Any]:
     return np.where(is_long, stretched, np.where(is_short, inverse, between))
 
 
-def rope_parameters(model: Rotates) -> dict[str, Any]:
+def rope_parameters(model: HasRope) -> dict[str, Any]:
     """The `rope_parameters` of a `config.json`: what `RopeFields.rope` reads back."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     match model.rope_scaling:

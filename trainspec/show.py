@@ -29,7 +29,7 @@ def show(recipe: Recipe) -> None:
     run = resolve(recipe)
     print(recipe.to_yaml(), end="")
     _say(describe(run))
-    for line in grouped(run.trained):
+    for line in group_entries(run.trained):
         _say(f"  {line}")
     for note in model_notes(recipe.model, run.spec, run.directory):
         _say(note)
@@ -60,7 +60,7 @@ def _problem(check: Callable[[], None]) -> UserError | None:
     return None
 
 
-def grouped(rows: Iterable[Param]) -> list[str]:
+def group_entries(rows: Iterable[Param]) -> list[str]:
     """Rows of the table by name, those of the layers together: `model.layers.{0..31}.MODULE.weight [...] x 32`."""
     layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for param in rows:
@@ -95,12 +95,14 @@ def _say_length(run: Run) -> None:
     recipe, counted = run.recipe, list[int]()
 
     def rows() -> int:
-        counted.append(open_dataset(run, "train").rows)
+        counted.append(open_dataset(run, "train").num_examples)
         return counted[0]
 
     span = recipe.span(rows)
     warmup = recipe.schedule.warmup(span.steps)
-    _say(span.said(rows=counted[0] if counted else None, examples=recipe.batch.global_examples))
+    _say(
+        span.describe(examples=counted[0] if counted else None, global_examples=recipe.batch.global_examples)
+    )
     if warmup:
         _say(f"the rate warms up over {warmup} of {span.steps} updates")
     for line in idle_settings(recipe, span):
@@ -113,7 +115,7 @@ def _say_plan(run: Run) -> None:
     for name, backend in BACKENDS.items():
         try:
             check_plan(run, backend)
-            _say(f"{name}: each of {run.recipe.plan.devices} devices holds {_held(run, backend)}")
+            _say(f"{name}: each of {run.recipe.plan.devices} devices holds {_memory_use(run, backend)}")
         except PlanError as error:
             _say(f"{name}: {error}")
             refusals[name] = str(error)
@@ -123,8 +125,8 @@ def _say_plan(run: Run) -> None:
         raise PlanError(f"no backend runs this plan: {told.pop() if len(told) == 1 else each}")
 
 
-def _held(run: Run, backend: Capabilities) -> str:
+def _memory_use(run: Run, backend: Capabilities) -> str:
     """The training state on one device, in words."""
-    held = cost_of(run, backend).held()
-    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in asdict(held).items())
-    return f"{held.total / 2**20:,.1f} MiB of training state ({parts})"
+    use = cost_of(run, backend).memory_use()
+    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in asdict(use).items())
+    return f"{use.total / 2**20:,.1f} MiB of training state ({parts})"

@@ -43,7 +43,7 @@ LAYER_POINTS = ("attention", "mlp", "block")
 Role = WeightRole | Literal["point"]
 ROLES = (*get_args(WeightRole), "point")
 ORDER_KEY = "causal_order"
-ROW_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
+STEP_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class TraceWriter:
         for old in (*directory.glob("step-??????.safetensors"), directory / "initial.safetensors"):
             old.unlink(missing_ok=True)
         (directory / "trace.jsonl").write_text("", encoding="utf-8")
-        self._rows = directory / "trace.jsonl"
+        self._file = directory / "trace.jsonl"
 
     def initial(self, weights: Arrays, order: Sequence[Named] = ()) -> None:
         """Record every weight of the run as it starts, and in which causal order names stand where that is known."""
@@ -141,8 +141,8 @@ class TraceWriter:
             trace.grad_norm,
             trace.lr,
         )
-        with self._rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(zip(ROW_KEYS, values, strict=True))) + "\n")
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(zip(STEP_KEYS, values, strict=True))) + "\n")
 
 
 class Trace:
@@ -161,10 +161,10 @@ class Trace:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise TraceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        self.rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
-        if not self.rows:
+        self.steps = [_parse_step(path, number, line) for number, line in enumerate(lines, 1)]
+        if not self.steps:
             raise TraceError(f"{path}: no step in it; the run that wrote it made no update")
-        if [row["step"] for row in self.rows] != list(range(1, len(self.rows) + 1)):
+        if [row["step"] for row in self.steps] != list(range(1, len(self.steps) + 1)):
             raise TraceError(f"{path}: steps are not 1, 2, 3, ...; write the trace of a whole run")
 
     def names(self, step: int) -> list[str]:
@@ -191,7 +191,7 @@ class Trace:
             return tuple(Named(*entry) for entry in json.loads(listed) if _is_named(*entry))
         except (TypeError, ValueError) as error:
             raise TraceError(
-                f"{path}: {ORDER_KEY} is no list of [name, role, layer] ({error}); write the trace again, or without it"
+                f"{path}: {ORDER_KEY} is not a list of [name, role, layer] ({error}); write the trace again, or without it"
             ) from None
 
     def read_initial(self, key: str) -> NDArray[Any]:
@@ -230,10 +230,10 @@ def _save(path: Path, groups: Mapping[str, Arrays], *, metadata: Mapping[str, st
     temporary.rename(path)
 
 
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_step(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        missing = [key for key in ROW_KEYS if key not in row]
+        missing = [key for key in STEP_KEYS if key not in row]
     except (json.JSONDecodeError, TypeError) as error:
         raise TraceError(
             f"{path} line {number}: not a JSON object: {error}; the file is cut short or damaged"

@@ -100,7 +100,7 @@ class Measurement:
 
     def loss_sigma(self, step: int) -> float:
         """The movement of the mean loss: the step's own, or that of all steps where it is larger."""
-        steps = range(1, 1 + len(self.references[0].rows))
+        steps = range(1, 1 + len(self.references[0].steps))
         squares = {each: float(self.mean_squares(each, "loss")[0][0]) for each in steps}
         return math.sqrt(float(np.maximum(squares.get(step, math.nan), np.mean(list(squares.values())))))
 
@@ -189,7 +189,7 @@ class MeasuredBounds:
 
     def _reference(self, step: int) -> tuple[Trace, Trace] | None:
         left, right = self.measurement.references
-        return (left, right) if min(len(left.rows), len(right.rows)) >= step else None
+        return (left, right) if min(len(left.steps), len(right.steps)) >= step else None
 
     def _against_reference(self, place: Place, left: Array, right: Array) -> Sequence[Contrast]:
         references, key = self._reference(place.step), f"{place.phase}/{place.tensor}"
@@ -227,8 +227,8 @@ class MeasuredBounds:
         That is no gap to be filled by an estimate: it stands there as not a number, which fails.
         """
         row = place.step - 1
-        rows = [trace.rows[row] if row < len(trace.rows) else None for trace in self.measurement.references]
-        freedom = self.measurement.draws * len(self.measurement.references[0].rows)
+        rows = [trace.steps[row] if row < len(trace.steps) else None for trace in self.measurement.references]
+        freedom = self.measurement.draws * len(self.measurement.references[0].steps)
         tokens = max(self._pair.scalar(place.step, "tokens"))
         mean = max((abs(found["loss"]) for found in rows if found), default=0.0)
         own = self.multiple(forward=True, size=1, freedom=freedom) * self.measurement.loss_sigma(place.step)
@@ -245,7 +245,7 @@ class MeasuredBounds:
         references = self._reference(place.step)
         if references is None:
             return [Contrast(left, right, bound)]
-        wanted = np.asarray(references[0].rows[place.step - 1]["lr"])
+        wanted = np.asarray(references[0].steps[place.step - 1]["lr"])
         return [
             Contrast(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))
         ]

@@ -186,7 +186,7 @@ def test_every_stage_does_all_its_work_and_has_what_it_needs(timelines):
             for slot, work in enumerate(slots)
             if work is not None
         }
-        pieces = Plan.model_validate(plan).pieces
+        pieces = Plan.model_validate(plan).chunks_per_stage
         assert len(when) == 2 * microbatches * pieces * len(stages)
         for (work, stage), slot in when.items():
             forward = Work("forward", work.microbatch, work.piece)

@@ -86,7 +86,7 @@ def test_the_header_is_passed_over_by_other_readers_and_read_back(tmp_path: Path
         save_file(
             {"weight/w": np.ones(2)}, tmp_path / "initial.safetensors", metadata={"causal_order": wrong}
         )
-        with pytest.raises(TraceError, match="causal_order is no list"):
+        with pytest.raises(TraceError, match="causal_order is not a list"):
             Trace(tmp_path).causal_order()
 
 

@@ -54,8 +54,8 @@ def test_a_limit_is_met_only_where_all_that_it_names_is():
     limit = Limit(
         pipelined=True, replicated=False, precisions=("fp32",), shards=("nothing",), refusal="{policy}"
     )
-    assert limit.meets(Plan(pipe=2), "fp32")
-    assert limit.told(Plan(pipe=2), "fp32") == "fp32"
+    assert limit.applies_to(Plan(pipe=2), "fp32")
+    assert limit.refuse(Plan(pipe=2), "fp32") == "fp32"
     others = [(Plan(), "fp32"), (Plan(pipe=2, data=2), "fp32"), (Plan(pipe=2), "bf16")]
-    assert not any(limit.meets(plan, policy) for plan, policy in others)
-    assert Limit(refusal="").meets(Plan(), "fp64")
+    assert not any(limit.applies_to(plan, policy) for plan, policy in others)
+    assert Limit(refusal="").applies_to(Plan(), "fp64")

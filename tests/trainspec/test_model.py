@@ -55,7 +55,7 @@ def test_published_sizes():
         ({"architectures": None, "model_type": None}, "not given"),
         ({"architectures": 5}, "architectures 5"),
         ({"hidden_act": "gelu"}, "hidden_act: input should be 'silu'"),
-        ({"hidden_size": 34}, "hidden_size 34 is no multiple of num_attention_heads 4"),
+        ({"hidden_size": 34}, "hidden_size 34 is not a multiple of num_attention_heads 4"),
         (
             {"quantization_config": {"quant_method": "bitsandbytes"}},
             "quantization_config is unsupported: quantized",
@@ -67,7 +67,7 @@ def test_published_sizes():
         ({"hidden_size": "x" * 10_000}, "hidden_size: input should be a valid integer, not 'x{119}[.]{3}$"),
         ({"hidden_size": "x"}, "hidden_size: input should be a valid integer, not 'x'"),
         ({"hidden_size": True}, "hidden_size: input should be a valid integer"),
-        ({"num_key_value_heads": 3}, "no multiple"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
         ({"num_key_value_heads": "2"}, "num_key_value_heads"),
         ({"num_key_value_heads": -2}, "num_key_value_heads"),
         ({"head_dim": 7}, "head_dim 7 is odd"),

@@ -147,7 +147,7 @@ def test_a_turn_is_learnt_unless_it_says_otherwise(fields: dict, learnt: bool):
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, "a function with a name"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
-            "arguments of a tool call are no JSON",
+            "arguments of a tool call are not JSON",
         ),
         ("hello", "a message is a JSON object, not text"),
     ],

@@ -8,7 +8,7 @@ from trainspec.params import Param
 from trainspec.plans.capabilities import Capabilities
 from trainspec.plans.cost import Cost, width
 from trainspec.plans.pipeline import stack_order
-from trainspec.plans.plan import COMPUTE_DTYPE, Part, local_size
+from trainspec.plans.plan import COMPUTE_DTYPE, StateKind, local_size
 
 
 class JaxCost(Cost):
@@ -42,7 +42,7 @@ class JaxCost(Cost):
         """The sum over slices is one of reduced gradients."""
         return True
 
-    def elements(self, entries: Sequence[Param], part: Part, stage: int) -> float:
+    def elements(self, entries: Sequence[Param], part: StateKind, stage: int) -> float:
         """Embedding, norm and head are on every stage, and a stage of fewer layers is filled up."""
         share = len(stack_order(self.plan, self.model.layers)) / self.model.layers / self.plan.pipe
         return sum(

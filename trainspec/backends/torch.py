@@ -9,7 +9,7 @@ from trainspec.params import Param
 from trainspec.plans.capabilities import Capabilities, Limit
 from trainspec.plans.cost import Cost, width
 from trainspec.plans.pipeline import stages_of
-from trainspec.plans.plan import COMPUTE_DTYPE, Part, local_size
+from trainspec.plans.plan import COMPUTE_DTYPE, StateKind, local_size
 
 
 class TorchCost(Cost):
@@ -48,7 +48,7 @@ class TorchCost(Cost):
     def _is_bf16_optimizer(self) -> bool:
         return (self.policy, self.reduce) == ("bf16", "fp32") and not self.plan.splits("gradients")
 
-    def elements(self, entries: Sequence[Param], part: Part, stage: int) -> float:
+    def elements(self, entries: Sequence[Param], part: StateKind, stage: int) -> float:
         """A process has what its stage computes with."""
         mine = [p for p in entries if stage in stages_of(p, self.plan, self.model)]
         whole = sum(local_size(p, self.plan, over_fsdp=False) for p in mine)

@@ -52,7 +52,7 @@ class DecoderFields(RopeFields):
         head_dim = self.head_dim or self.hidden_size // heads
         if heads % kv_heads:
             raise ModelError(
-                f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
         if head_dim % 2:
             raise ModelError(f"{where}: head_dim {head_dim} is odd; rotary embedding turns pairs")
@@ -81,7 +81,7 @@ class DecoderFields(RopeFields):
 F = TypeVar("F", bound=DecoderFields)
 
 
-def checked(fields: type[F], config: dict[str, Any], where: str) -> F:
+def validated_fields(fields: type[F], config: dict[str, Any], where: str) -> F:
     """The checked fields. Raises ModelError, in one line, for what is malformed or unsupported."""
     for key, reason in REFUSED.items():
         if config.get(key):
@@ -91,12 +91,12 @@ def checked(fields: type[F], config: dict[str, Any], where: str) -> F:
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
-        value = "null" if detail["input"] is None else said(detail["input"])
+        value = "null" if detail["input"] is None else format_setting(detail["input"])
         got = "" if detail["type"] == "missing" else f", not {value}"
         raise ModelError(f"{where}: {key}: {detail['msg'][0].lower()}{detail['msg'][1:]}{got}") from None
 
 
-def said(value: object) -> str:
+def format_setting(value: object) -> str:
     """A value of a setting as an error shows it."""
     words = "not given" if value is None else repr(value)
     return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
@@ -120,7 +120,7 @@ def _is_behind(token: object, vocab: int) -> bool:
     return isinstance(token, int) and not -vocab <= token < vocab
 
 
-def exported(
+def export_config(
     config: dict[str, Any], model: ModelSpec, *, switches: Iterable[str] = SWITCHES
 ) -> dict[str, Any]:
     """`config` for the weights of `model`: as it is, but for nulls and settings beside others that say something else.

@@ -44,7 +44,7 @@ class Family(ABC):
         """The architecture that `config.json` is written with."""
         return self.architectures[0]
 
-    def is_named(self, architectures: object, model_type: object) -> bool:
+    def matches(self, architectures: object, model_type: object) -> bool:
         """Whether these two settings of a `config.json` mean this family; either may be absent, not both."""
         if model_type not in (self.model_type, None):
             return False
@@ -74,7 +74,7 @@ class Family(ABC):
         """What in a `config.json` says something else than what is trained, a sentence for each."""
 
     @abstractmethod
-    def exported(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
+    def export_config(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
         """`config` for the weights of `model`: as it is, but for what contradicts the spec."""
 
     @abstractmethod

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from trainspec.entry import Normal, Ones, Param, Role, Zeros
 from trainspec.errors import ModelError
-from trainspec.families.config import SWITCHES, DecoderFields, checked, decoder_notes, exported
+from trainspec.families.config import SWITCHES, DecoderFields, decoder_notes, export_config, validated_fields
 from trainspec.families.family import Family
 from trainspec.model import ModelSpec
 from trainspec.rope import inverse_frequencies, rope_parameters
@@ -97,10 +97,10 @@ class Llama(Family):
 
     def spec_of(self, config: dict[str, Any], *, name: str, where: str) -> ModelSpec:
         """Checked as transformers 5 reads it."""
-        fields = checked(_Fields, config, where)
+        fields = validated_fields(_Fields, config, where)
         if fields.hidden_size % fields.num_attention_heads:
             raise ModelError(
-                f"{where}: hidden_size {fields.hidden_size} is no multiple of num_attention_heads "
+                f"{where}: hidden_size {fields.hidden_size} is not a multiple of num_attention_heads "
                 f"{fields.num_attention_heads}"
             )
         return fields.spec(self.name, name=name, where=where, mlp_bias=bool(fields.mlp_bias))
@@ -129,11 +129,13 @@ class Llama(Family):
 
     def notes(self, config: dict[str, Any], *, where: str) -> list[str]:
         """Rotary settings, code of its own, a padding token that is none."""
-        return decoder_notes(config, checked(self.fields, config, where), title=self.title, where=where)
+        return decoder_notes(
+            config, validated_fields(self.fields, config, where), title=self.title, where=where
+        )
 
-    def exported(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
+    def export_config(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
         """Nulls that transformers 5 does not take are left out."""
-        return exported(config, model, switches=(*SWITCHES, "attention_bias", "mlp_bias"))
+        return export_config(config, model, switches=(*SWITCHES, "attention_bias", "mlp_bias"))
 
     def keys_and_values(self, model: ModelSpec, weights: Mapping[str, Weight], ids: Sequence[int]) -> Array:
         """Layer by layer, no further than the last one's keys and values."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from trainspec.entry import Param
-from trainspec.families.config import DecoderFields, checked
+from trainspec.families.config import DecoderFields, validated_fields
 from trainspec.families.llama import Array, LayerWeights, Llama, norm
 from trainspec.model import ModelSpec
 from trainspec.rope import Size
@@ -68,7 +68,7 @@ class Qwen3(Llama):
 
     def spec_of(self, config: dict[str, Any], *, name: str, where: str) -> ModelSpec:
         """Heads need not divide the hidden size."""
-        return checked(_Fields, config, where).spec(self.name, name=name, where=where)
+        return validated_fields(_Fields, config, where).spec(self.name, name=name, where=where)
 
     def config_of(self, model: ModelSpec) -> dict[str, Any]:
         """Llama's, without a bias that there is none of."""

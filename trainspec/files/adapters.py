@@ -23,7 +23,7 @@ from trainspec.files.hf import (
     TensorFiles,
     check_reads_back,
     copy_tokenizer,
-    read_rows,
+    read_entries,
     refuse_non_finite,
     replaced_directory,
 )
@@ -102,9 +102,9 @@ class _Files:
     ) -> Iterator[tuple[Param, Weight]]:
         """The weight of each entry of `table`, of `ADAPTER_FILE` or of another file."""
         if file is None:
-            return read_rows(self.tensors, table, dtype=dtype, where=self.directory)
+            return read_entries(self.tensors, table, dtype=dtype, where=self.directory)
         path = self.directory / file
-        return read_rows(TensorFiles([path]), table, dtype=dtype, where=path)
+        return read_entries(TensorFiles([path]), table, dtype=dtype, where=path)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def model_files(directory: Path) -> TensorFiles:
     return TensorFiles(weight_files(directory))
 
 
-def read_rows(
+def read_entries(
     files: TensorFiles,
     table: Sequence[Param],
     *,
@@ -257,7 +257,7 @@ def read_model(
         ignored.add(family.head)
         if family.embedding not in files.shapes and family.head in files.shapes:
             files.alias(family.embedding, family.head)
-    return read_rows(files, table, dtype=dtype, where=directory, ignored=ignored)
+    return read_entries(files, table, dtype=dtype, where=directory, ignored=ignored)
 
 
 @contextmanager

@@ -66,4 +66,4 @@ def exported_config(config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
     """`config` for the weights of `model`: as it is, but for nulls and settings beside others that say something else."""
     family = family_of(model)
     named = {"architectures": [family.architecture], "model_type": family.model_type}
-    return family.exported(config, model) | named
+    return family.export_config(config, model) | named

@@ -32,7 +32,7 @@ class Limit:
     schedules: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
 
-    def meets(self, plan: Plan, policy: Policy) -> bool:
+    def applies_to(self, plan: Plan, policy: Policy) -> bool:
         """Whether it is a limit for this plan and precision."""
         return (
             self.pipelined in (None, plan.pipe > 1)
@@ -42,7 +42,7 @@ class Limit:
             and plan.shards in (self.shards or (plan.shards,))
         )
 
-    def told(self, plan: Plan, policy: Policy) -> str:
+    def refuse(self, plan: Plan, policy: Policy) -> str:
         """The refusal of this plan."""
         return self.refusal.format(plan=plan, policy=policy, fsdp_of_all=plan.fsdp * plan.pipe)
 
@@ -81,8 +81,8 @@ def check_supported(plan: Plan, policy: Policy, backend: Capabilities) -> None:
         way_out = f"use plan.fsdp={plan.data} plan.data=1" if plan.data > 1 else "use plan.shards=nothing"
         raise PlanError(f"plan.shards={plan.shards}: nothing to split over with plan.fsdp=1; {way_out}")
     for limit in backend.limits:
-        if limit.meets(plan, policy):
-            raise PlanError(limit.told(plan, policy))
+        if limit.applies_to(plan, policy):
+            raise PlanError(limit.refuse(plan, policy))
 
 
 def check_fits(
@@ -126,25 +126,25 @@ def expected_bubble(plan: Plan, microbatches: int, backend: Capabilities) -> Fra
     idle = plan.pipe - 1
     if plan.schedule in backend.lockstep_schedules:
         return Fraction(2 * idle, microbatches + 2 * idle)
-    return Fraction(idle, plan.pieces * microbatches + idle)
+    return Fraction(idle, plan.chunks_per_stage * microbatches + idle)
 
 
 def _check_stages(plan: Plan, model: ModelSpec) -> None:
-    pieces, layers = plan.pipe * plan.pieces, model.layers
+    pieces, layers = plan.pipe * plan.chunks_per_stage, model.layers
     if pieces > layers:
         fewer = layers // plan.pipe
-        if plan.pieces == 1:
+        if plan.chunks_per_stage == 1:
             way_out = f"plan.pipe can be at most {layers}"
         elif fewer == 0:
             way_out = f"plan.pipe × plan.chunks can be at most {layers}"
         else:
             way_out = f"use plan.chunks={fewer}" if fewer > 1 else "use plan.schedule=1f1b"
-        held = f" × plan.chunks={plan.chunks}" if plan.pieces > 1 else ""
+        held = f" × plan.chunks={plan.chunks}" if plan.chunks_per_stage > 1 else ""
         raise PlanError(
             f"plan.pipe={plan.pipe}{held} cuts {model.name}, which has {layers} layers, into {pieces} pieces; {way_out}"
         )
     # A stage comes back to a group of microbatches as soon as the last stage is through with it.
-    if plan.pieces > 1 and plan.microbatches % plan.pipe:
+    if plan.chunks_per_stage > 1 and plan.microbatches % plan.pipe:
         fits = plan.pipe * -(-plan.microbatches // plan.pipe)
         raise PlanError(
             f"plan.schedule=interleaved takes microbatches in groups of plan.pipe={plan.pipe}, not "

@@ -14,7 +14,7 @@ import numpy as np
 
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, Part, Plan, Policy, local_size
+from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, Plan, Policy, StateKind, local_size
 
 
 def width(dtype: str) -> int:
@@ -47,7 +47,7 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryUse:
     """Bytes of training state on one device. `master` are the float32 weights after a copy that is computed with."""
 
     weights: int
@@ -62,7 +62,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Moved:
+class Traffic:
     """Bytes that one device sends in an update over data and fsdp, as a ring does it: gradients out, weights in."""
 
     gradients: float
@@ -86,26 +86,26 @@ class Cost(ABC):
     trained: tuple[Param, ...]
     frozen: tuple[Param, ...]
 
-    def held(self) -> Held:
+    def memory_use(self) -> MemoryUse:
         """What one device holds at most: gradients are those between two accumulation slices.
 
         A frozen weight has neither gradient nor moments. Of a pipeline's stages it is the one that holds most.
         """
-        return max((self._held(stage) for stage in range(self.plan.pipe)), key=lambda held: held.total)
+        return max((self._memory_use(stage) for stage in range(self.plan.pipe)), key=lambda use: use.total)
 
-    def _held(self, stage: int) -> Held:
+    def _memory_use(self, stage: int) -> MemoryUse:
         stored, computed = width(STORED_DTYPE[self.policy]), width(COMPUTE_DTYPE[self.policy])
         state = self.elements(self.trained, "optimizer", stage)
         gradients = self.elements(self.trained, "gradients", stage)
         everything = (*self.trained, *self.frozen)
-        return Held(
+        return MemoryUse(
             weights=round(self.elements(everything, "weights", stage) * computed),
             gradients=round(gradients * (width(COMPUTE_DTYPE[self.reduce]) + self.extra_gradient_bytes)),
             master=round(state * stored) if self.has_master else 0,
             moments=round(2 * state * stored),
         )
 
-    def moved(self) -> Moved:
+    def traffic(self) -> Traffic:
         """2Ψ with whole weights, 3Ψ where they are split, times (N - 1) / N: a reduction is reduce-scatter, then all-gather.
 
         The gather is of gradients where every device keeps them whole, else of the updated weights. Split weights are
@@ -122,9 +122,9 @@ class Cost(ABC):
         if plan.splits("weights"):
             everything = (*self.trained, *self.frozen)
             gathered = sum(self.gathers(p) * local_size(p, plan, over_fsdp=False) for p in everything)
-            return Moved(gradients, self.accumulation * sent * gathered)
+            return Traffic(gradients, self.accumulation * sent * gathered)
         own = sum(local_size(p, plan, over_fsdp=False) for p in self.trained)
-        return Moved(gradients, sent * own if plan.splits("optimizer") else 0.0)
+        return Traffic(gradients, sent * own if plan.splits("optimizer") else 0.0)
 
     def gradient_bytes(self, param: Param, scattered: bool) -> float:
         """What is sent of one gradient in one reduction."""
@@ -162,7 +162,7 @@ class Cost(ABC):
         """Whether gradients that are kept whole are reduced after each accumulation slice, not once."""
 
     @abstractmethod
-    def elements(self, entries: Sequence[Param], part: Part, stage: int) -> float:
+    def elements(self, entries: Sequence[Param], part: StateKind, stage: int) -> float:
         """How many elements of `entries` a device of `stage` holds in that part of the training state."""
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """Pipeline parallelism in neutral words: which layers a stage holds, and how full a schedule keeps the stages.
 
 A stage is one place of the mesh axis `pipe`. Under the schedules `gpipe` (arXiv 1811.06965) and `1f1b` (PipeDream-Flush,
-arXiv 2006.09503) it holds one piece of the model; under `interleaved` (arXiv 2104.04473, section 2.2) it holds
-`plan.chunks` pieces, and the model's pieces go round the stages. Schedules themselves are the backends'.
+arXiv 2006.09503) it holds one chunk of the model; under `interleaved` (arXiv 2104.04473, section 2.2) it holds
+`plan.chunks` chunks, and the model's chunks go round the stages. Schedules themselves are the backends'.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from trainspec.plans.plan import Plan
 PREFIX_ENCODER_AXES = frozenset({"prefix", "prefix_hidden"})
 
 
-def partition_layers(layers: int, pieces: int) -> tuple[range, ...]:
-    """The layers of each piece, in the model's order; where `pieces` do not divide, the first ones have one more.
+def partition_layers(layers: int, chunks: int) -> tuple[range, ...]:
+    """The layers of each chunk, in the model's order; where `chunks` do not divide, the first ones have one more.
 
     The last ones are the shorter, as the last stage has the head as well.
     """
-    each, longer = divmod(layers, pieces)
-    ends = [i * each + min(i, longer) for i in range(pieces + 1)]
+    each, longer = divmod(layers, chunks)
+    ends = [i * each + min(i, longer) for i in range(chunks + 1)]
     return tuple(range(start, end) for start, end in pairwise(ends))
 
 
 def layer_stages(plan: Plan, layers: int) -> tuple[int, ...]:
     """The stage of each layer."""
-    pieces = partition_layers(layers, plan.pipe * plan.pieces)
-    return tuple(i % plan.pipe for i, piece in enumerate(pieces) for _ in piece)
+    chunks = partition_layers(layers, plan.pipe * plan.chunks_per_stage)
+    return tuple(i % plan.pipe for i, chunk in enumerate(chunks) for _ in chunk)
 
 
 def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
@@ -57,25 +57,25 @@ def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
 def stack_order(plan: Plan, layers: int) -> tuple[int | None, ...]:
     """The layer at each place of a stack of layers that is cut into as many equal parts as there are stages.
 
-    A stage has the first layer of each of its pieces, then the second of each, and so on: a loop over the layers of a
-    piece takes what it needs without moving the weights of all pieces. None fills a piece up that is not the longest.
+    A stage has the first layer of each of its chunks, then the second of each, and so on: a loop over the layers of a
+    chunk takes what it needs without moving the weights of all chunks. None fills a chunk up that is not the longest.
     """
-    pieces = partition_layers(layers, plan.pipe * plan.pieces)
+    chunks = partition_layers(layers, plan.pipe * plan.chunks_per_stage)
     return tuple(
-        piece[k] if k < len(piece) else None
+        chunk[k] if k < len(chunk) else None
         for stage in range(plan.pipe)
-        for k in range(len(pieces[0]))
-        for piece in pieces[stage :: plan.pipe]
+        for k in range(len(chunks[0]))
+        for chunk in chunks[stage :: plan.pipe]
     )
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does in a slot of time: a pass over one of its pieces, of one microbatch."""
+    """What a stage does in a slot of time: a pass over one of its chunks, of one microbatch."""
 
     kind: Literal["forward", "backward"]
     microbatch: int
-    piece: int = 0
+    chunk: int = 0
 
 
 # For every stage what it does in each slot, None where it waits; a forward and a backward pass take a slot each.

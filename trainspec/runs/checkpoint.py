@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from trainspec.errors import RecipeError, WeightsError
-from trainspec.files.hf import TensorFiles, check_reads_back, read_rows, refuse_non_finite
+from trainspec.files.hf import TensorFiles, check_reads_back, read_entries, refuse_non_finite
 from trainspec.runs.identity import Identity
 from trainspec.plans.plan import STORED_DTYPE
 from trainspec.recipe import Recipe, recipe_from
-from trainspec.runs.resume import Made, check_reads
+from trainspec.runs.resume import CheckpointOrigin, check_loadable
 from trainspec.runs.run import Run
 from trainspec.files.tensors import save_tensors
 from trainspec.weight import WeightLike
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
-PARTS = ("weights", "moment1", "moment2")
+ARRAYS = ("weights", "moment1", "moment2")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _write(folder: Path, checkpoint: Checkpoint, recipe: Recipe, identity: Ident
     folder.mkdir(parents=True)
     sums = {}
     shapes = {name: weight.shape for name, weight in checkpoint.weights.items()}
-    for part in PARTS:
+    for part in ARRAYS:
         file = folder / f"{part}.safetensors"
         arrays = {name: weight[...] for name, weight in getattr(checkpoint, part).items()}
         found = {name: array.shape for name, array in arrays.items()}
@@ -105,24 +105,24 @@ def latest(out: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def start_from(out: Path, *, resume: bool) -> Path | None:
+def resumable_checkpoint(out: Path, *, resume: bool) -> Path | None:
     """The checkpoint to go on from. Refuses to start over in a directory that holds an earlier run's."""
     found = latest(out)
     if found and not resume:
         raise RecipeError(
-            f"{out}: holds {found.name} of an earlier run; go on with --resume, or give another --out"
+            f"{out}: holds {found.name} of an earlier run; continue with --resume, or give another --out"
         )
     if resume and found is None:
         raise RecipeError(f"{out}: --resume found no checkpoint there; leave --resume out to start")
     return found
 
 
-def read_made(path: Path) -> Made:
+def read_origin(path: Path) -> CheckpointOrigin:
     """How a checkpoint was made. Raises WeightsError where it does not say."""
     head = _read_head(path)
     with _complete(path):
         identity = head.get("identity")  # not there before digests were kept
-        return Made(
+        return CheckpointOrigin(
             path,
             int(head["step"]),
             _recipe_of(path, head["recipe"]),
@@ -135,23 +135,23 @@ def load(path: Path, run: Run) -> Checkpoint:
 
     Raises WeightsError for a damaged file and RecipeError where it is of another model or method.
     """
-    head, made = _read_head(path), read_made(path)
+    head, made = _read_head(path), read_origin(path)
     with _complete(path):
-        for name in (f"{part}.safetensors" for part in PARTS):
+        for name in (f"{part}.safetensors" for part in ARRAYS):
             if _sha256(path / name) != head["sha256"][name]:
                 raise WeightsError(
                     f"{path / name}: damaged (its SHA-256 is not the recorded one); remove {path} to use the one before it"
                 )
-    check_reads(made, run)
+    check_loadable(made, run)
     dtype = STORED_DTYPE[run.recipe.precision.policy]
     weights, moment1, moment2 = (
         {
             p.name: weight
-            for p, weight in read_rows(
+            for p, weight in read_entries(
                 TensorFiles([path / f"{part}.safetensors"]), run.trained, dtype=dtype, where=path
             )
         }
-        for part in PARTS
+        for part in ARRAYS
     )
     return Checkpoint(made.step, weights, moment1, moment2)
 

@@ -16,7 +16,7 @@ from trainspec.families import family_of
 from trainspec.files.hf import (
     model_files,
     read_model,
-    read_rows,
+    read_entries,
     write_model,
 )
 from trainspec.init import base_weights
@@ -65,7 +65,7 @@ def export(
     method = recipe.method
     if merge and method.not_merged is not None:
         raise RecipeError(f"method.kind={method.kind} {method.not_merged}; leave --merge out")
-    made = checkpoint.read_made(path)
+    made = checkpoint.read_origin(path)
     identity, template = made.identity, made.recipe.data.chat_template
     if template is not None and recipe.data.chat_template is None:
         raise RecipeError(
@@ -79,7 +79,7 @@ def export(
         write_model(
             target, weights, companions_from=source, config=config, shard_bytes=shard_bytes, **tokenizer
         )
-        for _, weight in read_rows(model_files(target), run.model_table, dtype=np.float32, where=target):
+        for _, weight in read_entries(model_files(target), run.model_table, dtype=np.float32, where=target):
             weight[...]  # it reads back
         return target
     if dtype is not None:
@@ -125,7 +125,7 @@ def _model(
     """The `config.json` of a whole model and its weights, one after the other, as `dtype` or as each is stored."""
     method, table = run.recipe.method, run.model_table
     rows: Sequence[tuple[Param, WeightLike]] = (
-        [(param, trained[param.name]) for param in table] if method.trains_model else list(_base_rows(run))
+        [(param, trained[param.name]) for param in table] if method.trains_model else list(_base_weights(run))
     )
     stored = {param.name: dtype or weight.dtype for param, weight in rows}
     weights = (
@@ -134,7 +134,7 @@ def _model(
     return _config(run.spec, run.directory, set(stored.values())), weights
 
 
-def _base_rows(run: Run) -> Iterable[tuple[Param, WeightLike]]:
+def _base_weights(run: Run) -> Iterable[tuple[Param, WeightLike]]:
     """The model that an adapter belongs to, as it is stored."""
     if run.directory is not None and run.recipe.model.weights == "pretrained":
         return read_model(run.directory, run.spec, run.model_table, dtype=None)

@@ -24,20 +24,20 @@ from trainspec.data import Batch, open_dataset
 from trainspec.files.hf import model_notes
 from trainspec.runs.observers import (
     Due,
-    Evaluation,
+    EvaluationObserver,
     Observer,
-    Reporting,
-    Saving,
-    Tracing,
+    ReportObserver,
+    CheckpointObserver,
+    TraceObserver,
     Update,
     heldout_loss,
     needs_of,
 )
-from trainspec.runs.prefetch import prefetched
+from trainspec.runs.prefetch import prefetch
 from trainspec.recipe import idle_settings
-from trainspec.runs.report import Reporter, Silent, describe, opening
+from trainspec.runs.report import Reporter, NullReporter, describe, opening
 from trainspec.runs.request import TrainRequest
-from trainspec.runs.resume import check_goes_on
+from trainspec.runs.resume import check_resumable
 from trainspec.runs.run import Run
 from trainspec.runs.run_data import RunData, open_data
 from trainspec.schedule import learning_rate
@@ -50,7 +50,7 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
     Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
     """
     out, program = request.out, BACKENDS[devices.backend].program
-    saved = checkpoint.start_from(out, resume=request.resume)
+    saved = checkpoint.resumable_checkpoint(out, resume=request.resume)
     if request.trace:
         check_free(request.trace.directory)
     if is_leader:  # before anything that takes long
@@ -60,7 +60,7 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
     lines = _summary(run, data, saved, request.allow)
     state, last = _started(backend, run, out, saved, is_leader=is_leader), data.span.last
     with (
-        Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else Silent()
+        Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else NullReporter()
     ) as reporter:
         for line in [*lines, *_resumed(state.step, last, saved)]:
             reporter.say(line)
@@ -74,7 +74,7 @@ def follow(backend: Backend[S], run: Run, data: RunData, state: S, observers: Se
     """Make the run's updates from `state` to its last, with the observers looking on; the next batch is made meanwhile."""
     recipe, span = run.recipe, data.span
     steps, examples = range(state.step, span.last), recipe.batch.global_examples
-    with ExitStack() as stack, prefetched(lambda step: data.train.batch(step, examples), steps) as batches:
+    with ExitStack() as stack, prefetch(lambda step: data.train.batch(step, examples), steps) as batches:
         for observer in observers:
             stack.callback(observer.finished)
             observer.started(state)
@@ -104,7 +104,7 @@ def _observers(
     backend: Backend[S],
     run: Run,
     data: RunData,
-    reporter: Reporter | Silent,
+    reporter: Reporter | NullReporter,
     request: TrainRequest,
     *,
     is_leader: bool,
@@ -114,23 +114,23 @@ def _observers(
     found: list[Observer[S]] = []
     if request.trace:
         order = causal_order(run.spec, recipe.method)
-        found.append(Tracing(backend, request.trace, order, is_leader=is_leader))
+        found.append(TraceObserver(backend, request.trace, order, is_leader=is_leader))
     if data.heldout:
         due = Due(recipe.run.eval_every_steps, last)
-        found.append(Evaluation(backend, data.heldout, examples=_heldout_examples(run), due=due))
-    found.append(Reporting(reporter))
+        found.append(EvaluationObserver(backend, data.heldout, examples=_heldout_examples(run), due=due))
+    found.append(ReportObserver(reporter))
     due = Due(recipe.checkpoint.every_steps, last)
-    return [*found, Saving(request.out, recipe, data.identity, due=due, is_leader=is_leader)]
+    return [*found, CheckpointObserver(request.out, recipe, data.identity, due=due, is_leader=is_leader)]
 
 
 def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]) -> list[str]:
     """What is said of the run before it trains. Raises RecipeError where it may not resume from `saved`."""
     recipe, span, lines = run.recipe, data.span, [describe(run)]
-    lines += [data.train.summary, span.said(rows=data.train.rows, examples=recipe.batch.global_examples)]
+    lines += [data.train.summary, span.describe(examples=data.train.num_examples, global_examples=recipe.batch.global_examples)]
     lines += idle_settings(recipe, span)
     if saved:
-        made = checkpoint.read_made(saved)
-        lines += check_goes_on(made, recipe, data.identity, steps=span.steps, allow=allow)
+        made = checkpoint.read_origin(saved)
+        lines += check_resumable(made, recipe, data.identity, steps=span.steps, allow=allow)
     return lines
 
 
@@ -161,7 +161,7 @@ def evaluate(backend: Backend[S], run: Run, *, out: Path) -> tuple[float, str]:
     loss = heldout_loss(backend, state, heldout, _heldout_examples(run))
     if not saved:
         return loss, f"the starting weights (no checkpoint under {out})"
-    made = checkpoint.read_made(saved).identity
+    made = checkpoint.read_origin(saved).identity
     is_another = made is not None and made.tokenizer != heldout.tokenizer_digest
     note = "; the tokenizer's files are not those that it was trained with" if is_another else ""
     return loss, f"{out} at step {state.step}{note}"

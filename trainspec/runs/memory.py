@@ -45,7 +45,7 @@ _HOST = re.compile(r"DefaultCPUAllocator|for an array with shape|unable to mmap|
 
 
 @dataclass(frozen=True)
-class Lack:
+class MemoryShortage:
     """An allocation that failed: sizes in bytes where they were told, of the device's memory or of the machine's."""
 
     where: Literal["device", "machine"]
@@ -54,7 +54,7 @@ class Lack:
     free: float | None = None
 
 
-def lack_of_memory(error: BaseException) -> Lack | None:
+def memory_shortage(error: BaseException) -> MemoryShortage | None:
     """What an error says of memory that was not there; None for an error of another kind."""
     if isinstance(error, UserError):
         return None
@@ -64,10 +64,10 @@ def lack_of_memory(error: BaseException) -> Lack | None:
     if not ours and not theirs:
         return None
     where = "machine" if ours or _HOST.search(text) else "device"
-    return Lack(where, *(_first_size(patterns, text) for patterns in (_ASKED, _THERE, _FREE)))
+    return MemoryShortage(where, *(_first_size(patterns, text) for patterns in (_ASKED, _THERE, _FREE)))
 
 
-def told(lack: Lack, *, devices: Devices | None = None, recipe: Recipe | None = None) -> str:
+def describe_shortage(lack: MemoryShortage, *, devices: Devices | None = None, recipe: Recipe | None = None) -> str:
     """The lack in one line, with what helps the recipe where it is known."""
     on_host = lack.where == "machine" or (devices is not None and devices.memory_bytes is None)
     parts = [f"asked for {_gib(lack.asked)}"] if lack.asked else []

@@ -19,7 +19,7 @@ from trainspec.runs.contract import Arrays, Backend, Metrics, S
 from trainspec.data import Batch, Dataset
 from trainspec.runs.identity import Identity
 from trainspec.recipe import Recipe
-from trainspec.runs.report import Reporter, Silent, StepReport
+from trainspec.runs.report import Reporter, NullReporter, StepReport
 from trainspec.trace import Keep, Named, StepTrace, TraceRequest, TraceWriter
 
 State = TypeVar("State", contravariant=True)
@@ -100,7 +100,7 @@ class Due:
         return step % self.every_steps == 0 or step == self.last
 
 
-class Tracing(Observer[S]):
+class TraceObserver(Observer[S]):
     """Leaves a trace of every update; `order` is the causal order of its names."""
 
     def __init__(
@@ -145,7 +145,7 @@ def step_trace(update: Update) -> StepTrace:
     )
 
 
-class Evaluation(Observer[S]):
+class EvaluationObserver(Observer[S]):
     """Measures the held-out loss after updates that are due."""
 
     def __init__(self, backend: Backend[S], heldout: Dataset, *, examples: int, due: Due) -> None:
@@ -164,10 +164,10 @@ def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, examples: int)
     return sum(loss_sum for loss_sum, _ in parts) / sum(tokens for _, tokens in parts)
 
 
-class Reporting(Observer[S], Generic[S]):
+class ReportObserver(Observer[S], Generic[S]):
     """A line for each update, with the held-out loss where it was measured."""
 
-    def __init__(self, reporter: Reporter | Silent) -> None:
+    def __init__(self, reporter: Reporter | NullReporter) -> None:
         self._reporter = reporter
 
     def updated(self, state: S, update: Update) -> Update:
@@ -182,7 +182,7 @@ class Reporting(Observer[S], Generic[S]):
         return update
 
 
-class Saving(Observer[S], Generic[S]):
+class CheckpointObserver(Observer[S], Generic[S]):
     """Leaves a checkpoint after updates that are due."""
 
     def __init__(self, out: Path, recipe: Recipe, identity: Identity, *, due: Due, is_leader: bool) -> None:

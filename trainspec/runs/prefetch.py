@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def prefetched(make: Callable[[int], T], numbers: range) -> Iterator[Iterator[T]]:
+def prefetch(make: Callable[[int], T], numbers: range) -> Iterator[Iterator[T]]:
     """`make(number)` for each of `numbers`, in order, one ahead of whoever takes them.
 
     An error of `make` is raised when its value is asked for, not before. The thread ends with the context.

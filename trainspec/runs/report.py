@@ -87,7 +87,7 @@ class Reporter:
         )
 
 
-class Silent:
+class NullReporter:
     """The reporter of a process that does not lead: it shows and records nothing."""
 
     def __enter__(self) -> Self:
@@ -124,7 +124,7 @@ def _plan_in_words(plan: Plan) -> str:
     axes = [f"{axis} {size}" for axis in MESH_AXES if (size := getattr(plan, axis)) > 1]
     words = [" × ".join(axes) or "one device", f"shards {plan.shards}", f"remat {plan.remat}"]
     if plan.pipe > 1:
-        chunks = f" of {plan.chunks} chunks a stage" if plan.pieces > 1 else ""
+        chunks = f" of {plan.chunks} chunks a stage" if plan.chunks_per_stage > 1 else ""
         words.append(f"schedule {plan.schedule}{chunks}, {plan.microbatches} microbatches")
     return ", ".join(words)
 
@@ -142,7 +142,7 @@ def describe(run: Run) -> str:
         return line
     mebi = np.dtype(STORED_DTYPE[policy]).itemsize / 2**20
     line = f"{line}; its adapter has {method.adapter_size(model) * mebi:,.2f} MiB"
-    return f"{line}, the encoder beside it {trained * mebi:,.2f}" if method.has_encoder else line
+    return f"{line}, its encoder {trained * mebi:,.2f}" if method.has_encoder else line
 
 
 def _drop_steps_after(metrics: Path, step: int) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainspec.complaint import shown
+from trainspec.complaint import format_value
 from trainspec.errors import RecipeError
 from trainspec.runs.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.recipe import Recipe
@@ -42,7 +42,7 @@ FIXED = (
 
 
 @dataclass(frozen=True)
-class Made:
+class CheckpointOrigin:
     """How a checkpoint was made; `identity` is None where an earlier version wrote it, which did not say."""
 
     path: Path
@@ -51,7 +51,7 @@ class Made:
     identity: Identity | None
 
     @property
-    def own_recipe(self) -> Path:
+    def recipe_file(self) -> Path:
         """The recipe that lies beside it."""
         return self.path.parent.parent / "recipe.yaml"
 
@@ -68,7 +68,7 @@ class _Change:
         return f"{self.key} was {self.was} and is {self.now}"
 
 
-def check_reads(made: Made, run: Run) -> None:
+def check_loadable(made: CheckpointOrigin, run: Run) -> None:
     """Raises RecipeError where the weights of a checkpoint mean nothing to the model and method of `run`."""
     recipe = run.recipe
     _refuse(made, _method_changes(made.recipe, recipe))
@@ -80,8 +80,8 @@ def check_reads(made: Made, run: Run) -> None:
         _refuse_model(made, recipe, was.weights, weights_digest(run), "the model's weights")
 
 
-def check_goes_on(
-    made: Made, recipe: Recipe, identity: Identity, *, steps: int, allow: Collection[str]
+def check_resumable(
+    made: CheckpointOrigin, recipe: Recipe, identity: Identity, *, steps: int, allow: Collection[str]
 ) -> list[str]:
     """What a user is told who goes on from a checkpoint with `recipe`, whose schedule spans `steps` updates.
 
@@ -107,14 +107,14 @@ def check_goes_on(
     if forbidden:
         told = ", ".join(str(change) for group in forbidden for change in changed[group])
         raise RecipeError(
-            f"{made.path}: {told}; go on all the same with --resume --allow {','.join(changed)}, or use the recipe it was "
-            f"made with, {made.own_recipe}"
+            f"{made.path}: {told}; continue anyway with --resume --allow {','.join(changed)}, or use the recipe it was "
+            f"made with, {made.recipe_file}"
         )
     lines += [f"allowed: {change}" for changes in changed.values() for change in changes]
     return lines + _schedule_lines(made, recipe, steps)
 
 
-def _schedule_lines(made: Made, recipe: Recipe, steps: int) -> list[str]:
+def _schedule_lines(made: CheckpointOrigin, recipe: Recipe, steps: int) -> list[str]:
     """A line where the schedule spans another number of updates or has another shape: the rate may jump."""
     planned = made.recipe.run.steps
     if planned is None:  # a checkpoint's recipe says steps, not epochs
@@ -129,7 +129,7 @@ def _schedule_lines(made: Made, recipe: Recipe, steps: int) -> list[str]:
     return [rate if planned == steps else f"the schedule spanned {planned} updates, now {steps}: {rate}"]
 
 
-def _refuse_contents(made: Made, recipe: Recipe, was: Identity, now: Identity) -> None:
+def _refuse_contents(made: CheckpointOrigin, recipe: Recipe, was: Identity, now: Identity) -> None:
     """Raises RecipeError where model, tokenizer or the method's start are others."""
     theirs = made.recipe
     _refuse_model(made, recipe, was.model, now.model, "the model's settings (config.json)")
@@ -152,7 +152,7 @@ def _with_digest(name: str | None, digest: str) -> str:
     return f"{name!r} (digest {digest[:8]})" if name else "null"
 
 
-def _refuse_model(made: Made, recipe: Recipe, was: str, now: str, what: str) -> None:
+def _refuse_model(made: CheckpointOrigin, recipe: Recipe, was: str, now: str, what: str) -> None:
     if was == now:
         return
     old, new = (digest if digest == RANDOM else digest[:8] for digest in (was, now))
@@ -162,12 +162,12 @@ def _refuse_model(made: Made, recipe: Recipe, was: str, now: str, what: str) -> 
     )
 
 
-def _refuse(made: Made, changes: list[_Change]) -> None:
+def _refuse(made: CheckpointOrigin, changes: list[_Change]) -> None:
     """Raises RecipeError for the first of `changes`."""
     for change in changes:
         raise RecipeError(
             f"{made.path}: was made with {change.key}={change.was}, the recipe says {change.now}; use the recipe it "
-            f"was made with, {made.own_recipe}"
+            f"was made with, {made.recipe_file}"
         )
 
 
@@ -181,7 +181,7 @@ def _method_changes(was: Recipe, now: Recipe) -> list[_Change]:
 
 def _changes(keys: Iterable[str], was: Recipe, now: Recipe) -> list[_Change]:
     pairs = ((key, _setting(was, key), _setting(now, key)) for key in keys)
-    return [_Change(key, shown(old), shown(new)) for key, old, new in pairs if old != new]
+    return [_Change(key, format_value(old), format_value(new)) for key, old, new in pairs if old != new]
 
 
 def _setting(recipe: Recipe, key: str) -> Any:

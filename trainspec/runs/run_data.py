@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from trainspec.data import Dataset, open_dataset
 from trainspec.runs.identity import Identity, identity_of
-from trainspec.recipe import Span
+from trainspec.recipe import RunLength
 from trainspec.runs.run import Run
 
 
@@ -16,7 +16,7 @@ class RunData:
 
     train: Dataset
     heldout: Dataset | None
-    span: Span
+    span: RunLength
     identity: Identity
 
 
@@ -24,6 +24,6 @@ def open_data(run: Run) -> tuple[Run, RunData]:
     """What the run reads, and the run with its number of updates in place of its epochs. Raises DataError."""
     train = open_dataset(run, "train")
     heldout = open_dataset(run, "heldout") if run.recipe.data.heldout else None
-    span = run.recipe.span(lambda: train.rows)
+    span = run.recipe.span(lambda: train.num_examples)
     data = RunData(train, heldout, span, identity_of(run, train))
-    return replace(run, recipe=run.recipe.spanning(span)), data
+    return replace(run, recipe=run.recipe.with_steps(span)), data

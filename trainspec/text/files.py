@@ -233,7 +233,7 @@ def _refuse_surrogates(value: Any) -> None:
                 value.encode()
             except UnicodeEncodeError as error:
                 raise BadRecord(
-                    f"half of a surrogate pair ({value[error.start]!a}), which is no text; remove it"
+                    f"half of a surrogate pair ({value[error.start]!a}), which is not text; remove it"
                 ) from None
         case dict():
             for key, item in value.items():

@@ -155,9 +155,9 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
 def _all_bad(source: str, total: _Done, num_records: int) -> str:
     said = f"{source} {'; '.join(_told(total))}"
     if len(total.bad) == 1:
-        return f"{said}; mend it, or set data.bad_records=skip"
+        return f"{said}; fix it, or set data.bad_records=skip"
     return (
-        f"{said}; {len(total.bad)} bad records of {num_records}: {places(total.bad)}; mend them, or set "
+        f"{said}; {len(total.bad)} bad records of {num_records}: {places(total.bad)}; fix them, or set "
         "data.bad_records=skip"
     )
 
@@ -202,7 +202,7 @@ def _encoded(chunks: _Chunks, source: str) -> Iterator[tuple[int, _Done]]:
         try:
             yield from _in_order(pool, parts, at_once=4 * processes)
         except BrokenProcessPool:
-            raise OSError("a process that tokenises was killed; mostly the memory was full") from None
+            raise OSError("a process that tokenises was killed; most likely it ran out of memory") from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -121,9 +121,9 @@ def _ended(code: int | None, request: dict[str, Any]) -> Exception:
     """What to raise for a worker that is gone: the kernel has killed it, or a library has crashed on its input."""
     if code == -signal.SIGABRT and "tokenizer" in request:
         return DataError(
-            f"{request['tokenizer']}: the library that reads it crashed; mostly a file of the tokenizer is damaged"
+            f"{request['tokenizer']}: the library that reads it crashed; most likely a file of the tokenizer is damaged"
         )
-    return OSError(f"the process that tokenises ended with code {code}; mostly the memory was full")
+    return OSError(f"the process that tokenises ended with code {code}; most likely it ran out of memory")
 
 
 def _result(answer: dict[str, Any]) -> Any:

@@ -225,7 +225,7 @@ class Reader:
         system = _text(fields, "system") if "system" in fields else self.system
         has_own = bool(messages) and messages[0]["role"] in ("system", "developer")
         if "system" in fields and has_own:
-            raise BadRecord("a 'system' field beside a conversation that begins with one")
+            raise BadRecord("a 'system' field and a conversation that begins with one")
         if system and not has_own and messages:
             messages, learnt = [{"role": "system", "content": system}, *messages], [False, *learnt]
         tools = _tools(fields["tools"]) if "tools" in fields else None
@@ -349,7 +349,7 @@ def _parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise BadRecord(f"{what} are no JSON: {text!r:.80}") from None
+        raise BadRecord(f"{what} are not JSON: {text!r:.80}") from None
 
 
 def _from_sharegpt(value: object) -> list[Message]:
