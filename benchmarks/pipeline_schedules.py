@@ -121,7 +121,7 @@ def timelines(backend: Backend) -> list[dict[str, Any]]:
         {
             "key": [backend, schedule, stages, microbatches],
             "stages": [
-                [work and [work.kind, work.microbatch, work.piece] for work in stage]
+                [work and [work.kind, work.microbatch, work.chunk] for work in stage]
                 for stage in pipeline.timeline(plan_of(schedule, stages), microbatches)
             ],
         }
@@ -266,7 +266,7 @@ def drawn(timeline: Timeline) -> str:
         parts.append(f'<text x="{LABEL / 2}" y="{middle}">stage {stage}</text>')
         for slot, work in enumerate(row):
             x, y = LABEL + slot * CELL + 1, stage * CELL + 1
-            colour = COLOURS[work.kind, work.piece % 2] if work else "#f2f2f2"
+            colour = COLOURS[work.kind, work.chunk % 2] if work else "#f2f2f2"
             parts.append(f'<rect x="{x}" y="{y}" width="{CELL - 1}" height="{CELL - 1}" fill="{colour}"/>')
             if work:
                 parts.append(f'<text x="{x + CELL / 2}" y="{middle}">{work.microbatch}</text>')

@@ -157,7 +157,7 @@ def test_what_a_run_goes_on_with_is_known_by_content(program: str, place: Path):
         "schedule, allowed": ([*kept, *words("schedule.kind=cosine"), "--allow", "data,schedule"], 0,
                               "the rate at step 5 is 0.00075 instead of 0.000667"),
         "tokenizer": ([*kept, *words(f"data.tokenizer={place / 'far'}"), "--allow", "data,schedule"], 2, "the tokenizer's files"),
-        "unknown word": ([*kept, "--allow", "date"], 2, "--allow date: no such thing; did you mean 'data'?"),
+        "unknown word": ([*kept, "--allow", "date"], 2, "--allow date: unknown; did you mean 'data'?"),
         "done": ([*kept, *stop], 0, "resuming after step 4 of 4, from"),
     }  # fmt: skip
     argvs = []

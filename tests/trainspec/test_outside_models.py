@@ -507,7 +507,7 @@ def test_a_tokenizer_that_has_changed_since_the_run_is_said(make_recipe: Make, t
     (base / "added_tokens.json").write_text("{}")
     export(recipe, out=tmp_path, merge=True, say=said.append)
     (line,) = said
-    assert "the tokenizer's files are not those of the run" in line
+    assert "the tokenizer's files have changed since the run" in line
 
 
 def ids_of(directory: Path) -> list[list[int]]:

@@ -199,7 +199,7 @@ class LayerWeights:
 
 
 def _silu(x: Array) -> Array:
-    """x / (1 + exp(-x)), by way of a function that never overflows."""
+    """x / (1 + exp(-x)), in a form that never overflows."""
     return x * (0.5 * (1.0 + np.tanh(0.5 * x)))
 
 
