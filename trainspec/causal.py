@@ -15,7 +15,7 @@ from trainspec.families import family_of
 from trainspec.methods import ENCODER, PEFT_PREFIX, Method, full_table
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
-from trainspec.trace import Named, Role, activation_points
+from trainspec.trace import Role, TraceName, activation_points
 
 # The four parts of a run.
 _ENCODER, _EMBEDDING, _LAYERS, _END = range(-1, 3)
@@ -24,18 +24,18 @@ _POINT = re.compile(r"layers\.(\d+)\.")
 Key = tuple[int, int, int, str]
 
 
-def causal_order(model: ModelSpec, method: Method) -> tuple[Named, ...]:
+def causal_order(model: ModelSpec, method: Method) -> tuple[TraceName, ...]:
     """Every weight of a run, frozen ones included, and every activation point, in causal order."""
     keyed = [*_weights(model, method), *_points(model)]
     return tuple(named for _, named in sorted(keyed, key=lambda each: each[0]))
 
 
-def _weights(model: ModelSpec, method: Method) -> Iterator[tuple[Key, Named]]:
+def _weights(model: ModelSpec, method: Method) -> Iterator[tuple[Key, TraceName]]:
     roles: dict[str, Role] = {param.module: param.role for param in param_table(model)}
     parts: list[str] = []
     for param in full_table(model, method):
         plain = param.name.removeprefix(PEFT_PREFIX)
-        named = Named(param.name, param.role, param.layer)
+        named = TraceName(param.name, param.role, param.layer)
         if plain.startswith(f"{ENCODER}."):
             part, lstm = plain.split(".")[1], _LSTM_LAYER.search(plain)
             parts += [] if part in parts else [part]
@@ -46,14 +46,14 @@ def _weights(model: ModelSpec, method: Method) -> Iterator[tuple[Key, Named]]:
             yield _outside(_role_beside(param, plain, roles), plain, is_point=False), named
 
 
-def _points(model: ModelSpec) -> Iterator[tuple[Key, Named]]:
+def _points(model: ModelSpec) -> Iterator[tuple[Key, TraceName]]:
     for name in activation_points(model.layers):
         if layer := _POINT.match(name):
             i = int(layer.group(1))
-            yield (_LAYERS, i, _within(model, name), name), Named(name, "point", i)
+            yield (_LAYERS, i, _within(model, name), name), TraceName(name, "point", i)
         else:
             role: dict[str, Role] = {"embedding": "embedding", "norm": "norm", "logits": "head"}
-            yield _outside(role[name], name, is_point=True), Named(name, "point", None)
+            yield _outside(role[name], name, is_point=True), TraceName(name, "point", None)
 
 
 def _role_beside(param: Param, plain: str, roles: dict[str, Role]) -> Role:

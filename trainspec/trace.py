@@ -47,7 +47,7 @@ STEP_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
 
 
 @dataclass(frozen=True)
-class Named:
+class TraceName:
     """What a trace says of one of its names: its role, and its layer where it has one (from 0)."""
 
     name: str
@@ -115,7 +115,7 @@ class TraceWriter:
         (directory / "trace.jsonl").write_text("", encoding="utf-8")
         self._file = directory / "trace.jsonl"
 
-    def initial(self, weights: Arrays, order: Sequence[Named] = ()) -> None:
+    def initial(self, weights: Arrays, order: Sequence[TraceName] = ()) -> None:
         """Record every weight of the run as it starts, and in which causal order names stand where that is known."""
         listed = json.dumps([[named.name, named.role, named.layer] for named in order])
         metadata = {ORDER_KEY: listed} if order else None
@@ -179,7 +179,7 @@ class Trace:
         """Keys of the starting weights, such as `weight/model.norm.weight`."""
         return _keys(self.directory / "initial.safetensors")
 
-    def causal_order(self) -> tuple[Named, ...]:
+    def causal_order(self) -> tuple[TraceName, ...]:
         """What the trace says of its names, in causal order; nothing where it was written without."""
         path = self.directory / "initial.safetensors"
         try:
@@ -188,7 +188,7 @@ class Trace:
         except (OSError, SafetensorError) as error:
             raise TraceError(f"{path}: {error}; the trace is incomplete, write it again") from None
         try:
-            return tuple(Named(*entry) for entry in json.loads(listed) if _is_named(*entry))
+            return tuple(TraceName(*entry) for entry in json.loads(listed) if _is_named(*entry))
         except (TypeError, ValueError) as error:
             raise TraceError(
                 f"{path}: {ORDER_KEY} is not a list of [name, role, layer] ({error}); write the trace again, or without it"

@@ -124,7 +124,7 @@ def damage(directory: Path, how: str) -> None:
         ("no header", "damaged or cut short"),
         ("gone", "neither model.safetensors nor"),
         ("missing", "layers.1.mlp.up_proj.weight is missing"),
-        ("shape", r"has shape \[48, 31\], the configuration asks for \[48, 32\]"),
+        ("shape", r"has shape \[48, 31\], the configuration requires \[48, 32\]"),
         ("unexpected", "layers.2.mlp.up_proj.weight is unexpected"),
         ("integers", "is stored as I32"),
     ],

@@ -112,7 +112,7 @@ def test_random_weights_have_no_digest():
 
 def test_files_of_another_model_have_no_digest(tmp_path: Path):
     directory = write_checkpoint(tmp_path / "m", SMALL)
-    with pytest.raises(WeightsError, match="asks for"):
+    with pytest.raises(WeightsError, match="requires"):
         weights_digest(run_on(pretrained(directory), replace(SMALL, mlp=64)))
 
 

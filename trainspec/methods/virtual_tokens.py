@@ -95,7 +95,7 @@ class VirtualTokens(AddedWeights, frozen=True):
         if found != param.shape:
             raise WeightsError(
                 f"{where}: {PROMPT_EMBEDDINGS} is {'missing' if found is None else list(found)}, the "
-                f"configuration asks for {list(param.shape)}"
+                f"configuration requires {list(param.shape)}"
             )
         return iter([(param, given.weight(PROMPT_EMBEDDINGS, dtype))])
 

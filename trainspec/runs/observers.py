@@ -20,7 +20,7 @@ from trainspec.data import Batch, Dataset
 from trainspec.runs.identity import Identity
 from trainspec.recipe import Recipe
 from trainspec.runs.report import Reporter, NullReporter, StepReport
-from trainspec.trace import Keep, Named, StepTrace, TraceRequest, TraceWriter
+from trainspec.trace import Keep, TraceName, StepTrace, TraceRequest, TraceWriter
 
 State = TypeVar("State", contravariant=True)
 
@@ -104,7 +104,7 @@ class TraceObserver(Observer[S]):
     """Writes every update to a trace; `order` is the causal order of its names."""
 
     def __init__(
-        self, backend: Backend[S], request: TraceRequest, order: Sequence[Named], *, is_leader: bool
+        self, backend: Backend[S], request: TraceRequest, order: Sequence[TraceName], *, is_leader: bool
     ) -> None:
         self._backend, self._request, self._order = backend, request, order
         self._writer = TraceWriter(request.directory) if is_leader else None

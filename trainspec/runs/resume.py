@@ -1,7 +1,7 @@
-"""Whether a run may go on from a checkpoint: what must be the same, what `--allow` lets change, and what is free.
+"""Whether a run may resume from a checkpoint: what must be the same, what `--allow` lets change, and what is free.
 
-Compared are contents (`trainspec.runs.identity`), not paths. Free are where and how a run computes (plan, precision, how a
-batch is accumulated), how long it is and how often it reports and saves, and what is measured on the way.
+Contents are compared (`trainspec.runs.identity`), not paths. Free are where and how a run computes (plan, precision,
+accumulation), its length, how often it reports and saves, and what it measures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainspec.recipe import Recipe
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
 
-# What `--allow` takes: settings that may change on the way, if it is wanted.
+# The groups of `--allow`: settings that may change on request.
 ALLOWABLE: dict[str, tuple[str, ...]] = {
     "data": ("data.sequence_tokens", "data.packing", "data.padding_side", "data.loss_on", "data.too_long"),
     "schedule": (
@@ -29,7 +29,7 @@ ALLOWABLE: dict[str, tuple[str, ...]] = {
         "optimizer.lr",
     ),
 }
-# What may not.
+# Settings that may not change.
 FIXED = (
     "model.weights",
     "run.seed",
@@ -43,7 +43,7 @@ FIXED = (
 
 @dataclass(frozen=True)
 class CheckpointOrigin:
-    """How a checkpoint was made; `identity` is None where an earlier version wrote it, which did not say."""
+    """How a checkpoint was made; `identity` is None where a version without digests wrote it."""
 
     path: Path
     step: int
@@ -52,13 +52,13 @@ class CheckpointOrigin:
 
     @property
     def recipe_file(self) -> Path:
-        """The recipe that lies beside it."""
+        """The run's own recipe.yaml."""
         return self.path.parent.parent / "recipe.yaml"
 
 
 @dataclass(frozen=True)
 class _Change:
-    """A setting, or what stands for a content, as the checkpoint and as the recipe has it, in words."""
+    """A setting, or the digest of a content, in the checkpoint and in the recipe, as text."""
 
     key: str
     was: str
@@ -69,23 +69,23 @@ class _Change:
 
 
 def check_loadable(origin: CheckpointOrigin, run: Run) -> None:
-    """Raises RecipeError where the weights of a checkpoint mean nothing to the model and method of `run`."""
+    """Raises RecipeError where a checkpoint's weights do not belong to the model and method of `run`."""
     recipe = run.recipe
     _refuse(origin, _method_changes(origin.recipe, recipe))
     was = origin.identity
     if was is None:
         return
     _refuse_model(origin, recipe, was.model, model_digest(run.spec), "the model's settings (config.json)")
-    if not recipe.method.trains_model:  # of which a checkpoint has every weight
+    if not recipe.method.trains_model:  # a full checkpoint has every weight itself
         _refuse_model(origin, recipe, was.weights, weights_digest(run), "the model's weights")
 
 
 def check_resumable(
     origin: CheckpointOrigin, recipe: Recipe, identity: Identity, *, steps: int, allow: Collection[str]
 ) -> list[str]:
-    """What a user is told who goes on from a checkpoint with `recipe`, whose schedule spans `steps` updates.
+    """What the user is told of resuming with `recipe`, whose schedule spans `steps` updates.
 
-    Raises RecipeError, in one line, where something is not as it was and is not allowed to change.
+    Raises RecipeError where something has changed and is not among `allow`.
     """
     _refuse(origin, [*_method_changes(origin.recipe, recipe), *_changes(FIXED, origin.recipe, recipe)])
     changed = {group: _changes(keys, origin.recipe, recipe) for group, keys in ALLOWABLE.items()}
@@ -105,9 +105,9 @@ def check_resumable(
     changed = {group: changes for group, changes in changed.items() if changes}
     forbidden = [group for group in changed if group not in allow]
     if forbidden:
-        told = ", ".join(str(change) for group in forbidden for change in changed[group])
+        listed = ", ".join(str(change) for group in forbidden for change in changed[group])
         raise RecipeError(
-            f"{origin.path}: {told}; continue anyway with --resume --allow {','.join(changed)}, or use the recipe it was "
+            f"{origin.path}: {listed}; continue anyway with --resume --allow {','.join(changed)}, or use the recipe it was "
             f"made with, {origin.recipe_file}"
         )
     lines += [f"allowed: {change}" for changes in changed.values() for change in changes]
@@ -115,9 +115,9 @@ def check_resumable(
 
 
 def _schedule_lines(origin: CheckpointOrigin, recipe: Recipe, steps: int) -> list[str]:
-    """A line where the schedule spans another number of updates or has another shape: the rate may jump."""
+    """A line where the length or the shape of the schedule has changed, so that the rate may jump."""
     planned = origin.recipe.run.steps
-    if planned is None:  # a checkpoint's recipe says steps, not epochs
+    if planned is None:  # checkpoints hold steps, not epochs
         return []
     old, new = (
         learning_rate(r.schedule, peak=r.optimizer.lr, step=origin.step, steps=span)
@@ -130,7 +130,7 @@ def _schedule_lines(origin: CheckpointOrigin, recipe: Recipe, steps: int) -> lis
 
 
 def _refuse_contents(origin: CheckpointOrigin, recipe: Recipe, was: Identity, now: Identity) -> None:
-    """Raises RecipeError where model, tokenizer or the method's start are others."""
+    """Raises RecipeError where the model, the tokenizer or the method's start has changed."""
     theirs = origin.recipe
     _refuse_model(origin, recipe, was.model, now.model, "the model's settings (config.json)")
     _refuse_model(origin, recipe, was.weights, now.weights, "the model's weights")
@@ -172,7 +172,7 @@ def _refuse(origin: CheckpointOrigin, changes: list[_Change]) -> None:
 
 
 def _method_changes(was: Recipe, now: Recipe) -> list[_Change]:
-    """Settings of the method, all but where its start lies."""
+    """Changed settings of the method, except the path it starts from."""
     if was.method.kind != now.method.kind:
         return [_Change("method.kind", was.method.kind, now.method.kind)]
     keys = (f"method.{key}" for key in type(now.method).model_fields if key != "adapter")
