@@ -241,7 +241,7 @@ def test_initial_values_have_the_named_distribution_and_depend_on_seed_and_name(
 
 def test_a_null_rope_type_beside_another_is_refused():
     rope = {"rope_type": None, "type": "linear", "factor": 2.0}
-    with pytest.raises(ModelError, match="rope_type null beside type 'linear'"):
+    with pytest.raises(ModelError, match="rope_type null and type 'linear'"):
         model_spec_from_config(
             config_of(VARIANTS["plain"]) | {"rope_parameters": None, "rope_scaling": rope},
             name="x",

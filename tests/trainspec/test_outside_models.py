@@ -250,7 +250,10 @@ def test_notes_of_the_shapes(shapes: dict[str, Path]):
         name: model_notes(source_of(path), *resolve_model(source_of(path))) for name, path in shapes.items()
     }
     assert [name for name, found in notes.items() if found] == ["own-head", "stale-index"]
-    assert "there are two sets of weights; as in transformers, model.safetensors is read" in notes["stale-index"][0]
+    assert (
+        "there are two sets of weights; as in transformers, model.safetensors is read"
+        in notes["stale-index"][0]
+    )
     assert not [note for found in notes.values() for note in found if "\n" in note]
     assert (
         model_notes(

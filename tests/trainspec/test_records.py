@@ -230,7 +230,7 @@ def test_text_files_keep_their_lines_and_lose_their_mark(tmp_path: Path):
     [
         ('{"output": "Good \\ud83d morning"}', "half of a surrogate pair"),
         ('{"a": ' + "[" * 100_000, "nested too deep"),
-        ('{"a": 1' + "0" * 5000 + "}", "not read"),
+        ('{"a": 1' + "0" * 5000 + "}", "cannot be read"),
         ("{", "not JSON"),
     ],
 )

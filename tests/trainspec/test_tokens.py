@@ -201,8 +201,8 @@ def test_a_killed_helper_ends_the_filling(tmp_path: Path, tokenizer: Path):
     file.write_text(line * 60_000)
     code = (
         "import json, os, sys; from trainspec.text import fill; fill._LARGE_BYTES = 1\n"
-        "encode = fill._Chunks.encode\n"
-        "fill._Chunks.encode = lambda self, chunk: os.kill(os.getpid(), 9) if chunk[0].where == 'line 1281' else encode(self, chunk)\n"
+        "encode = fill._BatchEncoder.encode\n"
+        "fill._BatchEncoder.encode = lambda self, batch: os.kill(os.getpid(), 9) if batch[0].where == 'line 1281' else encode(self, batch)\n"
         "fill.fill(json.loads(sys.argv[1]))"
     )
     job = {"task": "question_answering", "columns": [], "ignore": [], "bad_records": "stop", "system": None}
@@ -332,7 +332,7 @@ def test_odd_tokenizer_settings_are_transformers_or_one_line(open_, tokenizer: P
 
 def test_a_directory_without_a_tokenizer(open_, tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no tokenizer there; set data\.tokenizer"):
+    with pytest.raises(DataError, match=r"has no tokenizer; set data\.tokenizer"):
         open_([RECORD], tokenizer=str(tmp_path / "empty"))
 
 

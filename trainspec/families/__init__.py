@@ -1,4 +1,4 @@
-"""The model families: which one a model is of, by name or by its `config.json`."""
+"""The registry of model families, and which one a model or a `config.json` belongs to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def family_of(model: ModelSpec) -> Family:
 
 
 def family_of_config(config: dict[str, Any], *, where: str) -> Family:
-    """The family that a parsed `config.json` names. Raises ModelError where none of ours is."""
+    """The family of a parsed `config.json`. Raises ModelError for an unsupported one."""
     architectures, model_type = config.get("architectures"), config.get("model_type")
     for family in FAMILIES.values():
         if family.matches(architectures, model_type):
@@ -39,7 +39,7 @@ def family_of_config(config: dict[str, Any], *, where: str) -> Family:
 
 
 def preset(name: str) -> ModelSpec:
-    """The named preset. Raises ModelError with the nearest known name."""
+    """The preset of that name. Raises ModelError with the nearest known name."""
     if name not in PRESETS:
         raise ModelError(f"model.from: no preset {name!r}{nearest(name, PRESETS)}")
     return PRESETS[name]
