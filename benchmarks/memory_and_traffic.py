@@ -189,7 +189,7 @@ def table(
             continue
         measured, resolved = found[backend][case], case.recipe(recipe)
         cost = cost_of(resolve(resolved), BACKENDS[backend])
-        held, sent = cost.held(), cost.moved().total
+        held, sent = cost.memory_use(), cost.traffic().total
         psi = sum(local_size(p, resolved.plan, over_fsdp=False) for p in cost.trained)
         psi *= width(COMPUTE_DTYPE[policy])
         parts = [measured[part] for part in ("weights", "gradients", "master", "moments")]

@@ -48,23 +48,23 @@ Made by `python benchmarks/pipeline_schedules.py --page docs/pipeline.md`, on CP
 schedule is for:
 
 - **gpipe** (JAX): all forward passes, then all backward passes. Keeps every microbatch until its backward pass.
-- **1f1b**: a stage goes back with a microbatch as soon as it can, so what it keeps depends on the number of stages, not
-  of microbatches. torch's (DeepSpeed's) leaves as little unused as gpipe. JAX's runs in lockstep: in every pair of slots
-  all stages make one forward and one backward pass, and the backward pass makes its stage's forward pass again; it costs
-  time, and takes the least memory.
-- **interleaved** (JAX): a stage has `plan.chunks` pieces of the model, so that it waits for a shorter piece only.
+- **1f1b**: a stage starts the backward pass of a microbatch as soon as it can, so that memory depends on the number of
+  stages, not of microbatches. torch's (DeepSpeed's) is idle as little as gpipe. JAX's runs in lockstep: in every pair of
+  slots all stages make one forward and one backward pass, and the backward pass recomputes the stage's forward pass; it
+  costs time, and takes the least memory.
+- **interleaved** (JAX): a stage has `plan.chunks` model chunks, so that it waits for a shorter pass only.
 
 torch has 1f1b, with `shards: nothing` or `optimizer`; `trainspec show` says so in one line with the plan to use instead.
 
 | key | default | what it says |
 |---|---|---|
 | `plan.pipe` | 1 | stages; layers are split evenly and in order, the first stages have one more where they do not divide |
-| `plan.microbatches` | 1 | into how many each of the `batch.accumulation` parts of a batch is split; under interleaved a multiple of `pipe` |
+| `plan.microbatches` | 1 | into how many an accumulation slice is split; under interleaved a multiple of `pipe` |
 | `plan.schedule` | 1f1b | 1f1b, gpipe or interleaved |
-| `plan.chunks` | 2 | pieces of the model on a stage, under interleaved only |
+| `plan.chunks` | 2 | model chunks per stage, under interleaved only |
 
 Microbatches and accumulation multiply. DeepSpeed sends all of accumulation × microbatches through the pipeline in one go; JAX
-empties it after each part of accumulation. So in a pipeline set `batch.accumulation=1` and raise `plan.microbatches`.
+drains it after each accumulation slice. So in a pipeline set `batch.accumulation=1` and raise `plan.microbatches`.
 [pipeline-on-tpu.md](pipeline-on-tpu.md) has what Llama-2-70B takes on a pod.
 
 ```sh
@@ -99,7 +99,7 @@ def main() -> None:
     page += (
         "\n## What they look like\n\nFour stages (rows), eight microbatches (numbers), time to the right; "
     )
-    page += "forward passes are blue, backward passes orange, the second piece of a stage darker.\n"
+    page += "forward passes are blue, backward passes orange, the second chunk of a stage darker.\n"
     for backend, schedule in SCHEDULES:
         name = f"{backend}-{schedule}.svg"
         timeline = found[backend, schedule, DRAWN_STAGES, DRAWN_MICROBATCHES]
@@ -121,7 +121,7 @@ def timelines(backend: Backend) -> list[dict[str, Any]]:
         {
             "key": [backend, schedule, stages, microbatches],
             "stages": [
-                [work and [work.kind, work.microbatch, work.piece] for work in stage]
+                [work and [work.kind, work.microbatch, work.chunk] for work in stage]
                 for stage in pipeline.timeline(plan_of(schedule, stages), microbatches)
             ],
         }
@@ -149,10 +149,10 @@ def _worker(what: str) -> Any:
 def bubble_table(found: Mapping[tuple[Any, ...], Timeline]) -> str:
     """Idle slots of all slots, counted; `!` where the formula says something else. After it what a stage keeps."""
     lines = [
-        "\n## What is left unused\n",
-        "Slots of time in which a stage does nothing that is kept, of all slots, counted in the schedule; the formula",
-        "(`trainspec.plans.capabilities.expected_bubble`) says the same for every entry. After the stroke: for how many microbatches",
-        "(of one piece of the model) the first stage keeps something at most.\n",
+        "\n## The bubble\n",
+        "The share of time slots in which a stage is idle, counted in the schedule; the formula",
+        "(`trainspec.plans.capabilities.expected_bubble`) agrees in every cell. After the slash: the largest number of microbatches",
+        "(of one model chunk) for which the first stage keeps activations.\n",
         "| backend | schedule | stages | " + " | ".join(f"{m} microbatches" for m in MICROBATCHES) + " |",
         "|---|---|---|" + "---|" * len(MICROBATCHES),
     ]
@@ -231,7 +231,7 @@ def memory_table(weighed: Sequence[Mapping[str, Any]]) -> str:
     """MiB against the number of microbatches of the same size."""
     lines = [
         "\n## What is kept in memory\n",
-        f"JAX, fp32, {WEIGHED_STAGES} stages of two layers, {WEIGHED_ROWS} rows of {WEIGHED_TOKENS} tokens in a microbatch: MiB of temporary memory per device of the program that",
+        f"JAX, fp32, {WEIGHED_STAGES} stages of two layers, {WEIGHED_ROWS} examples of {WEIGHED_TOKENS} tokens in a microbatch: MiB of temporary memory per device of the program that",
         "makes the gradients, from the compiler's `memory_analysis()`. The batch grows with the microbatches, and 1f1b's memory",
         "does not.\n",
         "| remat | schedule | " + " | ".join(f"{m} microbatches" for m in MICROBATCHES) + " |",
@@ -266,7 +266,7 @@ def drawn(timeline: Timeline) -> str:
         parts.append(f'<text x="{LABEL / 2}" y="{middle}">stage {stage}</text>')
         for slot, work in enumerate(row):
             x, y = LABEL + slot * CELL + 1, stage * CELL + 1
-            colour = COLOURS[work.kind, work.piece % 2] if work else "#f2f2f2"
+            colour = COLOURS[work.kind, work.chunk % 2] if work else "#f2f2f2"
             parts.append(f'<rect x="{x}" y="{y}" width="{CELL - 1}" height="{CELL - 1}" fill="{colour}"/>')
             if work:
                 parts.append(f'<text x="{x + CELL / 2}" y="{middle}">{work.microbatch}</text>')

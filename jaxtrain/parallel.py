@@ -28,7 +28,7 @@ from trainspec.errors import PlanError
 from trainspec.failures import outcome
 from trainspec.params import Param
 from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
-from trainspec.plans.plan import ACTIVATION_AXES, MESH_AXES, Part, Plan, weight_axes
+from trainspec.plans.plan import ACTIVATION_AXES, MESH_AXES, Plan, StateKind, weight_axes
 from trainspec.recipe import Recipe
 from trainspec.runs.run import Run, resolve_on
 
@@ -241,8 +241,9 @@ class Layout:
     def __init__(self, mesh: Mesh, plan: Plan, table: Sequence[Param]) -> None:
         self._mesh, self._plan = mesh, plan
         self._rows = {native_name(p)[0]: p for p in table}
-        self.of: dict[Part, dict[str, NamedSharding]] = {
-            part: {name: self._stacked(p, part) for name, p in self._rows.items()} for part in get_args(Part)
+        self.of: dict[StateKind, dict[str, NamedSharding]] = {
+            part: {name: self._stacked(p, part) for name, p in self._rows.items()}
+            for part in get_args(StateKind)
         }
 
     def place(self, name: str, *, is_trained: bool, dtype: np.dtype) -> Place:
@@ -273,10 +274,10 @@ class Layout:
         split = (tuple(a for a in ACTIVATION_AXES.get(axis, ()) if self._mesh.shape[a] > 1) for axis in axes)
         return NamedSharding(self._mesh, PartitionSpec(*(dim or None for dim in split)))
 
-    def _spec(self, param: Param, part: Part) -> PartitionSpec:
+    def _spec(self, param: Param, part: StateKind) -> PartitionSpec:
         return native_spec(param, weight_axes(param, self._plan, over_fsdp=self._plan.splits(part)))
 
-    def _stacked(self, param: Param, part: Part) -> NamedSharding:
+    def _stacked(self, param: Param, part: StateKind) -> NamedSharding:
         spec = self._spec(param, part)
         layers = "pipe" if self._plan.pipe > 1 else None
         return NamedSharding(self._mesh, spec if param.layer is None else PartitionSpec(layers, *spec))

@@ -50,7 +50,7 @@ def forward_work(plan: Plan, tick: N, stage: N) -> tuple[N, N]:
     second. So the first stage gets a microbatch back just when the last stage has handed it on.
     """
     at = tick - stage
-    group, within = at // (plan.pipe * plan.pieces), at % (plan.pipe * plan.pieces)
+    group, within = at // (plan.pipe * plan.chunks_per_stage), at % (plan.pipe * plan.chunks_per_stage)
     return group * plan.pipe + within % plan.pipe, within // plan.pipe
 
 
@@ -62,7 +62,7 @@ def backward_work(plan: Plan, tick: N, stage: N) -> N:
 def forward_tick(plan: Plan, microbatch: N, piece: N, stage: N) -> N:
     """The tick in which a stage makes that forward pass: `forward_work` the other way round."""
     group, within = microbatch // plan.pipe, microbatch % plan.pipe
-    return (group * plan.pieces + piece) * plan.pipe + within + stage
+    return (group * plan.chunks_per_stage + piece) * plan.pipe + within + stage
 
 
 def backward_tick(plan: Plan, microbatch: N, stage: N | int) -> N:
@@ -74,7 +74,7 @@ def num_ticks(plan: Plan, microbatches: int, *, backward: bool) -> int:
     """How many ticks a loop has: of forward passes, or of both kinds in `1f1b`."""
     if backward:
         return backward_tick(plan, microbatches - 1, 0) + 1
-    return forward_tick(plan, microbatches - 1, plan.pieces - 1, plan.pipe - 1) + 1
+    return forward_tick(plan, microbatches - 1, plan.chunks_per_stage - 1, plan.pipe - 1) + 1
 
 
 def timeline(plan: Plan, microbatches: int) -> Timeline:
@@ -98,7 +98,7 @@ def timeline(plan: Plan, microbatches: int) -> Timeline:
     rows = [[forward(tick, stage) for tick in ticks] for stage in range(plan.pipe)]
     # Autodiff goes through the loop from its end.
     return tuple(
-        (*row, *(work and Work("backward", work.microbatch, work.piece) for work in reversed(row)))
+        (*row, *(work and Work("backward", work.microbatch, work.chunk) for work in reversed(row)))
         for row in rows
     )
 
@@ -138,7 +138,7 @@ class Stages:
         self._spec, self._merge = spec, merge
         order = stack_order(plan, spec.layers)
         self._place_of = np.array([order.index(layer) for layer in range(spec.layers)])
-        self._cut = (plan.pipe, len(order) // (plan.pipe * plan.pieces), plan.pieces)
+        self._cut = (plan.pipe, len(order) // (plan.pipe * plan.chunks_per_stage), plan.chunks_per_stage)
         is_layer = np.array([layer is not None for layer in order])
         self._is_layer = None if is_layer.all() else is_layer
 
@@ -191,7 +191,7 @@ class Stages:
         # In 1f1b a stage's input is all that is kept anyway.
         if self.plan.remat == "full" and self.plan.schedule != "1f1b":
             stage = jax.checkpoint(stage, prevent_cse=False)
-        which = piece if self.plan.pieces > 1 else None
+        which = piece if self.plan.chunks_per_stage > 1 else None
         x_SBTE, seen = jax.vmap(stage, spmd_axis_name="pipe")(x_SBTE, own, rows, which, probes)
         return self.constrain(x_SBTE, "stage"), seen
 
@@ -260,7 +260,7 @@ class Stages:
 
     def _by_stage(self, stack: Array) -> Array:
         """A stack of layers as [S, K, ...], where a stage has several pieces as [S, K, V, ...]."""
-        cut = self._cut if self.plan.pieces > 1 else self._cut[:-1]
+        cut = self._cut if self.plan.chunks_per_stage > 1 else self._cut[:-1]
         return stack.reshape(*cut, *stack.shape[1:])
 
     def _of_stages(self, array: Array, microbatch: Array) -> Array:

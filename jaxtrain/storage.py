@@ -15,7 +15,7 @@ from jaxtrain.optim import Moments, Weights
 from jaxtrain.parallel import Layout, constrained
 from jaxtrain.weights import Order, from_canonical, native_shapes, to_canonical
 from trainspec.params import Param
-from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, Part
+from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, StateKind
 from trainspec.recipe import Precision
 from trainspec.weight import WeightLike
 
@@ -32,7 +32,7 @@ class Storage:
         self.reduce_dtype = jnp.dtype(COMPUTE_DTYPE[precision.reduce])
         self._layout, self._order = layout, order
 
-    def load(self, weights: Iterable[tuple[Param, WeightLike]], part: Part, dtype: DTypeLike) -> Weights:
+    def load(self, weights: Iterable[tuple[Param, WeightLike]], part: StateKind, dtype: DTypeLike) -> Weights:
         """Native arrays of canonical weights, each device reading what it holds of that part of the state."""
         return from_canonical(weights, order=self._order, shardings=self._layout.of[part], dtype=dtype)
 
@@ -44,7 +44,7 @@ class Storage:
         return jax.jit(self.computed)(master), master
 
     def shapes(
-        self, entries: Sequence[Param], part: Part, dtype: DTypeLike
+        self, entries: Sequence[Param], part: StateKind, dtype: DTypeLike
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """What `load` would give, without the numbers: enough to compile for."""
         return {

@@ -21,7 +21,7 @@ from parity.runs.sides import Side, SideResult, resolved_recipe, run_side
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plans.plan import Policy
-from trainspec.recipe import Recipe, Span, load_recipe
+from trainspec.recipe import Recipe, RunLength, load_recipe
 from trainspec.runs.run import resolve
 from trainspec.schedule import learning_rate
 from trainspec.trace import Trace
@@ -47,7 +47,7 @@ def check(
     the arguments or the recipe.
     """
     recipe = load_recipe(recipe_path, overrides)
-    span = recipe.span(lambda: open_dataset(resolve(recipe), "train").rows)
+    span = recipe.span(lambda: open_dataset(resolve(recipe), "train").num_examples)
     steps = steps or min(DEFAULT_STEPS, span.last)
     if steps > span.last:
         raise UserError(f"--steps {steps}: {recipe_path} makes {span.last} updates; compare at most those")
@@ -74,7 +74,7 @@ def check(
     return verdict
 
 
-def _check_rates(recipe: Recipe, span: Span, steps: int) -> None:
+def _check_rates(recipe: Recipe, span: RunLength, steps: int) -> None:
     """Raises UserError if no compared update moves a weight: agreement would prove nothing."""
     rates = (
         learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step, steps=span.steps)
@@ -258,7 +258,7 @@ def _write(
     settings: Sequence[str],
     recipes: Sequence[str],
 ) -> None:
-    losses = [[record["loss"] for record in side.trace.rows] if side.trace else [] for side in results]
+    losses = [[record["loss"] for record in side.trace.steps] if side.trace else [] for side in results]
     verdict.write(out)
     report = Report(verdict, *losses, recipe=recipe, settings=tuple(settings), recipes=tuple(recipes))
     write_report(out / "report.html", report)

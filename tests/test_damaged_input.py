@@ -236,7 +236,7 @@ FOUND: list[tuple[Callable[[Path, Whole], list[str]], str]] = [
     (a_null, "hidden_size: input should be a valid integer, not null"),
     (a_speaker_that_is_an_object, "line 1: unknown 'from' {}"),
     (arguments_that_are_no_object, "the arguments of a tool call must be an object, not [1]"),
-    (arguments_that_are_too_deep, "the arguments of a tool call are no JSON"),
+    (arguments_that_are_too_deep, "the arguments of a tool call are not JSON"),
     (reasoning_that_is_a_number, "'reasoning_content' must be text, not 5"),
     (a_line_in_another_encoding, "d.jsonl line 2: not UTF-8 text"),
     (a_template_that_writes_half_a_letter, "chat template: 'utf-8' codec can't encode character '\\ud800'"),

@@ -148,16 +148,16 @@ def test_what_a_run_goes_on_with_is_known_by_content(program: str, place: Path):
 
     cases: dict[str, tuple[list[str], int, str]] = {
         "moved": ([*kept, *heldout, *words(f"data.cache={place / 'cache'}")], 0, "resuming after step 4 of 8"),
-        "overwritten": (moved, 2, "go on all the same with --resume --allow data, or use the recipe it was made with"),
+        "overwritten": (moved, 2, "continue anyway with --resume --allow data, or use the recipe it was made with"),
         "overwritten, the other allowed": ([*moved, "--allow", "schedule"], 2, "--allow data"),
         "overwritten, allowed": ([*moved, "--allow", "data"], 0, "allowed: data.train was "),
         "longer": ([*kept, *words("run.steps=20", "run.stop_after_steps=5")], 0,
                    "the schedule spanned 8 updates, now 20: the rate at step 5 is 0.000889 instead of 0.000667"),
-        "schedule": ([*kept, *words("schedule.kind=cosine")], 2, "schedule.kind was 'linear' and is 'cosine'; go on all the same with --resume --allow schedule"),
+        "schedule": ([*kept, *words("schedule.kind=cosine")], 2, "schedule.kind was 'linear' and is 'cosine'; continue anyway with --resume --allow schedule"),
         "schedule, allowed": ([*kept, *words("schedule.kind=cosine"), "--allow", "data,schedule"], 0,
                               "the rate at step 5 is 0.00075 instead of 0.000667"),
         "tokenizer": ([*kept, *words(f"data.tokenizer={place / 'far'}"), "--allow", "data,schedule"], 2, "the tokenizer's files"),
-        "unknown word": ([*kept, "--allow", "date"], 2, "--allow date: no such thing; did you mean 'data'?"),
+        "unknown word": ([*kept, "--allow", "date"], 2, "--allow date: unknown; did you mean 'data'?"),
         "done": ([*kept, *stop], 0, "resuming after step 4 of 4, from"),
     }  # fmt: skip
     argvs = []
@@ -210,7 +210,7 @@ def test_a_run_may_be_as_long_as_its_data_say(program: str, place: Path):
     assert load_recipe(place / "out/recipe.yaml").run.epochs is None
     [line] = [line for line in first["out"].splitlines() if "epochs of" in line]
     rows = int(line.split()[3])
-    assert line == f"0.5 epochs of {rows} rows: {steps} updates, of which this run makes 2"
+    assert line == f"0.5 epochs of {rows} examples: {steps} updates, of which this run makes 2"
     assert steps == -(-rows // 8)  # half of them, four in an update
     # Going on is the same schedule: nothing is said of it, and the rates are those of all the run's updates.
     assert "the schedule spanned" not in again["out"]

@@ -1,4 +1,4 @@
 """What to train: the neutral half of twintrain. Imports neither JAX nor torch."""
 
-# Teaches numpy, and safetensors with it, the type bfloat16: checkpoints and traces hold it.
+# Registers bfloat16 with numpy, and so with safetensors: checkpoints and traces may hold it.
 import ml_dtypes as ml_dtypes

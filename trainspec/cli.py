@@ -20,18 +20,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> ArgumentParser:
-    """What the command line takes."""
+    """The command line of `trainspec`."""
     parser = ArgumentParser(prog="trainspec", description="What a recipe means, before anything is trained.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shown = commands.add_parser("show", help="the resolved recipe, the model and what is trained")
     add_recipe(shown)
-    data = commands.add_parser("data", help="records and rows as tokens, what the loss is taken on apart")
+    data = commands.add_parser("data", help="records and examples as tokens, target tokens marked")
     add_recipe(data)
     data.add_argument("--split", choices=("train", "heldout"), default="train")
-    data.add_argument("--rows", type=int, default=4, help="how many rows to show (4)")
+    data.add_argument("--rows", type=int, default=4, help="how many examples to show (4)")
     schema = commands.add_parser("schema", help="the JSON schema of a recipe")
     schema.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="not needed: every recipe has the same schema"
+        "recipe", nargs="?", metavar="RECIPE", help="ignored: every recipe has the same schema"
     )
     return parser
 
@@ -47,5 +47,7 @@ def _run(args: Namespace) -> None:
             dataset = open_dataset(resolve(recipe), args.split)
             preview(dataset, dataset.batch(0, args.rows))
             if args.split == "train":
-                span = recipe.span(lambda: dataset.rows)
-                print(span.said(rows=dataset.rows, examples=recipe.batch.global_examples))
+                span = recipe.span(lambda: dataset.num_examples)
+                print(
+                    span.describe(examples=dataset.num_examples, global_examples=recipe.batch.global_examples)
+                )

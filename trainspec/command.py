@@ -1,8 +1,8 @@
-"""The command line that both backends share, and what a user sees of an error.
+"""The command line that both backends share, and how errors are reported.
 
-Exit codes, of every program: 0 done, or the verdict is pass; 1 the verdict is fail, or training stopped itself; 2 a
+Exit codes of every program: 0 done, or the verdict is pass; 1 the verdict is fail, or training stopped itself; 2 a
 mistake of the user; 3 the machine failed (an OSError, its memory, a device, a driver, the network); 130 interrupted;
-70 a mistake of ours, which alone is told with its stack.
+70 a mistake of ours, the only one that prints a stack.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from trainspec.trace import TraceRequest
 
 
 def add_recipe(parser: ArgumentParser) -> None:
-    """RECIPE and `--set KEY=VALUE`, the way every command names what to train."""
+    """RECIPE and `--set KEY=VALUE`, the same for every command."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="override one field of the recipe, such as run.steps=10; may repeat",
+        help="override one setting of the recipe, such as run.steps=10; repeatable",
     )  # fmt: skip
 
 
@@ -39,48 +39,51 @@ def backend_parser(program: str) -> ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     helps = {
         "train": "train; writes metrics, TensorBoard events and checkpoints under --out",
-        "eval": "held-out loss of the newest checkpoint under --out, or of the starting weights",
+        "eval": "held-out loss of the newest checkpoint under --out, else of the starting weights",
         "export": "write the newest checkpoint under --out as a PEFT adapter or a Hugging Face model",
     }
     for name, help_text in helps.items():
         command = commands.add_parser(name, help=help_text)
         add_recipe(command)
         command.add_argument(
-            "--out", type=Path, metavar="DIR", help=f"the run's directory; runs/RECIPE-{program} by default"
+            "--out", type=Path, metavar="DIR", help=f"directory of the run (default: runs/RECIPE-{program})"
         )
         if name == "train":
             command.add_argument(
-                "--trace", type=Path, metavar="DIR", help="record every gradient and update for parity"
+                "--trace",
+                type=Path,
+                metavar="DIR",
+                help="write a trace for parity: every gradient and update",
             )
             command.add_argument(
                 "--activations",
                 type=_step_or_all,
                 metavar="STEP",
-                help="with --trace: activations and their gradients too, at this step or at `all`",
+                help="with --trace: also activations and their gradients, at this step or at `all`",
             )
             command.add_argument(
-                "--resume", action="store_true", help="go on from the newest checkpoint under --out"
+                "--resume", action="store_true", help="resume from the newest checkpoint under --out"
             )
             command.add_argument(
                 "--allow",
                 default="",
                 metavar="WHAT",
-                help=f"with --resume: what may be another than before, of {', '.join(ALLOWABLE)}",
+                help=f"with --resume: what may differ from the checkpoint's recipe: {', '.join(ALLOWABLE)}",
             )
         if name == "export":
             command.add_argument(
-                "--merge", action="store_true", help="fold the adapter into the weights of the whole model"
+                "--merge", action="store_true", help="merge the adapter into the model's weights"
             )
             command.add_argument(
                 "--dtype",
                 choices=("float64", "float32", "bfloat16", "float16"),
-                help="how a whole model is stored; as trained by default, with --merge as its base is",
+                help="stored type of a whole model (default: as trained; with --merge, as the base model)",
             )
     return parser
 
 
 def out_directory(args: Namespace, program: str) -> Path:
-    """Where the run's files go: `--out`, or `runs/RECIPE-PROGRAM`. Raises UserError where a file is in its place."""
+    """The directory of the run: `--out`, or `runs/RECIPE-PROGRAM`. Raises UserError where that is a file."""
     out = args.out or Path("runs") / f"{args.recipe.stem}-{program}"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a directory")
@@ -88,27 +91,27 @@ def out_directory(args: Namespace, program: str) -> Path:
 
 
 def train_request(args: Namespace, out: Path) -> TrainRequest:
-    """What the words after `train RECIPE` ask for."""
+    """The request that the options of `train` make."""
     return TrainRequest(out, trace=_trace_request(args), resume=args.resume, allow=_allowed(args))
 
 
 def _trace_request(args: Namespace) -> TraceRequest | None:
-    """What `--trace` and `--activations` ask for."""
+    """The trace that `--trace` and `--activations` ask for."""
     if args.trace is None and args.activations is not None:
-        raise UserError("--activations: give --trace DIR as well, to say where")
+        raise UserError("--activations: needs a directory to write to; give --trace DIR as well")
     if args.trace and args.resume:
         raise UserError("--trace with --resume: a trace starts at step 1; leave one of them out")
     return TraceRequest(args.trace, args.activations) if args.trace else None
 
 
 def _allowed(args: Namespace) -> frozenset[str]:
-    """What `--allow` names, such as `data,schedule`."""
+    """The groups that `--allow` names, such as `data,schedule`."""
     words = frozenset(args.allow.replace(",", " ").split())
     for word in sorted(words - set(ALLOWABLE)):
-        raise UserError(f"--allow {word}: no such thing{nearest(word, ALLOWABLE)}")
+        raise UserError(f"--allow {word}: unknown{nearest(word, ALLOWABLE)}")
     if words and not args.resume:
         raise UserError(
-            f"--allow {args.allow}: says what may change where a run goes on; give --resume as well"
+            f"--allow {args.allow}: says what may change when a run resumes; give --resume as well"
         )
     return words
 
@@ -117,7 +120,7 @@ def _step_or_all(text: str) -> int | Literal["all"]:
     if text == "all":
         return "all"
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is no step; give 1 or more, or all")
+        raise ArgumentTypeError(f"{text!r} is not a step; give 1 or more, or all")
     return int(text)
 
 
@@ -128,13 +131,13 @@ def run_command(
     *,
     tell: Callable[[int, str], None] | None = None,
 ) -> int:
-    """Parse, run, and turn what ended it into an exit code and one line.
+    """Parse, run, and turn an error into an exit code and one line.
 
-    The line goes to stderr, after the stack of a mistake of ours; or with the code, but without what is saved, to
-    `tell`, which is called while the error is being handled.
+    The line goes to stderr, after the stack if the mistake is ours. With `tell`, line (without its notes) and code go there
+    instead, while the error is still being handled.
     """
     args = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what an encoding does not have is written out
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(args) or EXIT_DONE
@@ -145,11 +148,11 @@ def run_command(
 
 
 def _ended(error: BaseException, program: str, tell: Callable[[int, str], None] | None) -> int:
-    """The exit code of a command that an error ended, once its line is told."""
+    """Report the error that ended a command, and return the exit code."""
     code, line = outcome(error)
     notes = notes_of(error)
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
-        # Whoever read our output has seen enough, as `| head` does; Python would complain once more at its end.
+        # The reader has seen enough, as in `| head`. Without this Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
         if not notes:
@@ -164,7 +167,7 @@ def _ended(error: BaseException, program: str, tell: Callable[[int, str], None] 
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe of which the other end is closed."""
+    """Whether stdout is a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

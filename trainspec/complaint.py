@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in its author's words: the setting, what it is, and what it should be."""
+"""Validation errors of a recipe in its author's terms: the setting, its value, and what it should be."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pydantic import BaseModel, ValidationError
 from trainspec.errors import nearest
 from trainspec.methods import METHODS
 
-# What fits a file's 64-bit integers; a longer number is a slip of the hand.
+# The largest 64-bit integer; a larger number is a typing error.
 LARGEST = 2**63 - 1
 
 
-def shown(value: Any) -> str:
-    """A value as a recipe has it, cut to what fits a line."""
+def format_value(value: Any) -> str:
+    """A value as YAML writes it, shortened to fit a line."""
     match value:
         case None:
             return "null"
         case bool():
             return str(value).lower()
-        case int() if abs(value) > LARGEST:  # Python refuses to write some of these
+        case int() if abs(value) > LARGEST:  # Python refuses to print the longest of these
             return f"a number of some {int((abs(value).bit_length() - 1) * math.log10(2)) + 1} digits"
         case datetime.date():
             return str(value)
@@ -37,7 +37,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel = 3
 
 
-# What pydantic's kinds of error mean to the author of a recipe.
+# What each of pydantic's error types means to the author of a recipe.
 _WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -54,42 +54,42 @@ _WANTED = {
 
 
 def complaint(error: ValidationError, recipe: type[BaseModel]) -> str:
-    """The first error of a `recipe` as `section.key: what is wrong; what is right`."""
+    """The first error of a `recipe` as one line: `section.key: what is wrong; what is right`."""
     detail = error.errors()[0]
-    place = [str(p) for p in detail["loc"]]
-    if place[0] == "method" and len(place) > 1 and place[1] in METHODS:
-        del place[1]  # the kind that pydantic has chosen
-    where = ".".join(place[:2])  # after it come pydantic's own words, and the elements of a list
+    path = [str(p) for p in detail["loc"]]
+    if path[0] == "method" and len(path) > 1 and path[1] in METHODS:
+        del path[1]  # the kind that pydantic has chosen
+    where = ".".join(path[:2])  # what follows are pydantic's own words, and indices of a list
     message, kind, value = detail["msg"].removeprefix("Value error, "), detail["type"], detail["input"]
-    element = detail["loc"][-1] if len(place) > 2 else None
+    element = detail["loc"][-1] if len(path) > 2 else None
     number = f" (element {element + 1})" if isinstance(element, int) else ""
     if kind == "extra_forbidden":
-        return f"{where}: unknown key{nearest(place[-1], _fields(recipe, place[:-1], detail['loc']))}"
+        return f"{where}: unknown key{nearest(path[-1], _fields(recipe, path[:-1], detail['loc']))}"
     if kind == "missing":
-        return f"{where}: missing{number}; the recipe must say it"
+        return f"{where}: missing{number}; the recipe must give it"
     if kind.startswith("union_tag"):
         given = value.get("kind") if isinstance(value, dict) else value
-        return f"{where}.kind: {'missing' if given is None else f'unknown kind {shown(given)}'}; choose one of {', '.join(METHODS)}"
+        return f"{where}.kind: {'missing' if given is None else f'unknown kind {format_value(given)}'}; choose one of {', '.join(METHODS)}"
     if kind == "value_error":
         names_itself = message.startswith(tuple(f"{section}." for section in recipe.model_fields))
         return message if names_itself else f"{where}: {message}"
     if kind not in _WANTED:
-        return f"{where}: {message[0].lower()}{message[1:]}, not {shown(value)}{number}"
-    # Of a union each branch complains: all that are about this value.
+        return f"{where}: {message[0].lower()}{message[1:]}, not {format_value(value)}{number}"
+    # Every branch of a union reports an error: take all that are about this value.
     kinds = [d["type"] for d in error.errors() if d["loc"][0] == detail["loc"][0] and d["input"] is value]
     wanted = " or ".join(dict.fromkeys(_WANTED[k] for k in kinds if k in _WANTED))
     quotes = (
         "; write it in quotes" if wanted == "text" and isinstance(value, int | float | datetime.date) else ""
     )
-    return f"{where}: must be {wanted}, not {shown(value)}{number}{quotes}"
+    return f"{where}: must be {wanted}, not {format_value(value)}{number}{quotes}"
 
 
-def _fields(recipe: type[BaseModel], place: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:
-    """The known keys of the section at `place`."""
-    if place == ["method"]:
+def _fields(recipe: type[BaseModel], path: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the section at `path`."""
+    if path == ["method"]:
         section: type[BaseModel] = METHODS[str(loc[1])]
     else:
         section = recipe
-        for part in place:
-            section = section.model_fields[part].annotation  # type: ignore[assignment]
+        for key in path:
+            section = section.model_fields[key].annotation  # type: ignore[assignment]
     return [field.alias or name for name, field in section.model_fields.items()]

@@ -1,7 +1,7 @@
 """Deterministic batches for both backends.
 
-The order is a function of (seed, epoch, position) and nothing else: no world size, no worker count, no state but
-the step. Both backends slice the same global batch.
+The order is a function of (seed, epoch, position) alone: not of the world size or a number of workers, and with no
+state but the step. Both backends slice the same global batch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from trainspec.text.store import COUNTS, TURN, Tokenizer, TokenStore, find_token
 # Hugging Face's and torch's mark for a position without loss.
 IGNORED = -100
 Ints = NDArray[np.int32]
-# From this share of lost tokens on a user is warned.
+# The share of lost tokens from which the user is warned.
 MANY_LOST = 0.03
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens: int32 arrays of shape [examples, sequence_tokens], and `rows` of shape [examples].
+    """Examples as tokens: int32 arrays of shape [examples, sequence_tokens], and `rows` of shape [examples].
 
-    `labels` stand at the same positions as the inputs (the shift is inside the loss) and are -100 where there is no
-    loss, always so on the first token of a document. `positions` restart with every document. `segments` is 0 on
-    padding and 1, 2, ... on the documents of a row. `rows` is each example's index in its global batch.
+    `labels` are aligned with the inputs (the shift is inside the loss) and -100 where no loss is taken, as on the first
+    token of every segment. `positions` restart in every segment. `segments` is 0 on padding and 1, 2, ... on an
+    example's segments. `rows` is each example's row in its global batch.
     """
 
     input_ids: Ints
@@ -51,14 +51,14 @@ class Batch:
         """How many tokens the loss is taken on."""
         return int((self.labels != IGNORED).sum())
 
-    def split(self, parts: int) -> tuple[Batch, ...]:
-        """`parts` equal batches of consecutive rows."""
-        columns = [np.split(getattr(self, f.name), parts) for f in fields(self)]
+    def split(self, count: int) -> tuple[Batch, ...]:
+        """`count` equal batches of consecutive examples."""
+        columns = [np.split(getattr(self, f.name), count) for f in fields(self)]
         return tuple(Batch(*arrays) for arrays in zip(*columns, strict=True))
 
 
-class Piece(NamedTuple):
-    """Tokens `start` to `stop` of a store, after the begin token at `begin` where a piece needs one of its own."""
+class Segment(NamedTuple):
+    """Tokens `start` to `stop` of a store. One that is split off begins with a copy of the token at `begin`."""
 
     start: int
     stop: int
@@ -66,42 +66,42 @@ class Piece(NamedTuple):
 
     @property
     def length(self) -> int:
-        """How many tokens it has in a row."""
+        """How many tokens it takes in an example."""
         return self.stop - self.start + (self.begin is not None)
 
 
 @dataclass
-class _Pieces:
-    """What rows are made of, and what became of the rest. Tokens are lost where records are skipped or cut."""
+class _Segments:
+    """What examples are made of, and what was left out. Tokens are lost where records are skipped or cut."""
 
-    usable: list[Piece] = field(default_factory=list)
+    usable: list[Segment] = field(default_factory=list)
     too_long: int = 0
     lost_tokens: int = 0
     without_target: int = 0
 
 
 class Dataset:
-    """One split of the data as rows of `sequence_tokens`, each holding one record (padded) or several (packed)."""
+    """One split of the data as examples of `sequence_tokens`: one segment each (padded) or several (packed)."""
 
     def __init__(
         self, store: TokenStore, tokenizer: Tokenizer, data: Data, *, vocab: int, seed: int, where: str
     ) -> None:
         self._store, self._tokenizer, self._data, self._seed = store, tokenizer, data, seed
         self._pad = next((i for i in map(store.special, ("pad", "eos")) if i is not None and i < vocab), 0)
-        found = _pieces(store, data)
-        self._pieces = found.usable
-        lengths = np.array([piece.length for piece in found.usable], np.int64)
-        self._row_pieces = (
+        segments = _segments(store, data)
+        self._segments = segments.usable
+        lengths = np.array([segment.length for segment in segments.usable], np.int64)
+        self._example_segments = (
             _pack(lengths, data.sequence_tokens) if data.packing else [[i] for i in range(len(lengths))]
         )
-        self.rows = len(self._row_pieces)
+        self.num_examples = len(self._example_segments)
         self.summary = "\n".join(
-            [_summary(store, found, data, self.rows, where), *self._warnings(found, vocab)]
+            [_summary(store, segments, data, self.num_examples, where), *self._warnings(segments, vocab)]
         )
-        if not found.usable:
+        if not segments.usable:
             way_out = (
                 "raise data.sequence_tokens or set data.too_long=cut"
-                if found.too_long
+                if segments.too_long
                 else "give records with a response"
             )
             raise DataError(f"{self.summary}; no usable record: {way_out}")
@@ -109,7 +109,7 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the file's records are to the model: their tokens, which of them count, and where each begins."""
+        """SHA-256 of all that training sees of the file: tokens, target marks and where each record begins."""
         return self._store.digest
 
     @property
@@ -123,55 +123,60 @@ class Dataset:
         return len(self._store.offsets) - 1
 
     def record(self, number: int) -> tuple[Ints, NDArray[np.bool_]]:
-        """A record's tokens, uncut, and on which the loss is taken."""
-        start, stop = (int(at) for at in self._store.offsets[number : number + 2])
-        return np.array(self._store.tokens[start:stop]), _targets(self._store, self._data, Piece(start, stop))
+        """A record's tokens, uncut, and which of them are targets."""
+        start, stop = (int(offset) for offset in self._store.offsets[number : number + 2])
+        return np.array(self._store.tokens[start:stop]), _targets(
+            self._store, self._data, Segment(start, stop)
+        )
 
     def batch(self, step: int, examples: int) -> Batch:
-        """The global batch of update `step` (counted from 0); epochs follow one another without a gap."""
+        """The global batch of update `step`, counted from 0; a batch may span two epochs."""
         positions = range(step * examples, (step + 1) * examples)
-        return self._fill([int(self._order(p // self.rows)[p % self.rows]) for p in positions])
+        return self._fill(
+            [int(self._order(p // self.num_examples)[p % self.num_examples]) for p in positions]
+        )
 
     def in_order(self, examples: int) -> Iterator[Batch]:
-        """Every row once, in the file's order; the last batch is filled up with rows of padding."""
-        for start in range(0, self.rows, examples):
-            rows: list[int | None] = list(range(start, min(start + examples, self.rows)))
-            yield self._fill(rows + [None] * (examples - len(rows)))
+        """Every example once, in the file's order; the last batch is filled up with padding."""
+        for start in range(0, self.num_examples, examples):
+            numbers: list[int | None] = list(range(start, min(start + examples, self.num_examples)))
+            yield self._fill(numbers + [None] * (examples - len(numbers)))
 
-    def pieces(self, rows: list[Ints]) -> list[tuple[list[str], str]]:
-        """Of each row of ids the vocabulary's words and the text, special tokens shown."""
-        return self._tokenizer.pieces([ids.tolist() for ids in rows])
+    def pieces(self, sequences: list[Ints]) -> list[tuple[list[str], str]]:
+        """The vocabulary pieces and the text of each sequence of ids, special tokens included."""
+        return self._tokenizer.pieces([ids.tolist() for ids in sequences])
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         # Sorting random words, ties broken by the index: integers only, equal on every platform.
-        index = np.arange(self.rows, dtype=np.uint32)
+        index = np.arange(self.num_examples, dtype=np.uint32)
         high, low = threefry2x32(name_key(self._seed, "order", str(epoch)), index, np.zeros_like(index))
         return np.lexsort((index, low, high))
 
-    def _fill(self, rows: list[int] | list[int | None]) -> Batch:
-        shape = (len(rows), self._data.sequence_tokens)
+    def _fill(self, numbers: list[int] | list[int | None]) -> Batch:
+        """The examples of these numbers as a batch; None is an example of padding."""
+        shape = (len(numbers), self._data.sequence_tokens)
         input_ids = np.full(shape, self._pad, np.int32)
         labels = np.full(shape, IGNORED, np.int32)
         positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        for i, row in enumerate(rows):
-            pieces = [] if row is None else [self._pieces[j] for j in self._row_pieces[row]]
-            used = sum(piece.length for piece in pieces)
+        for i, number in enumerate(numbers):
+            parts = [] if number is None else [self._segments[j] for j in self._example_segments[number]]
+            used = sum(segment.length for segment in parts)
             at = shape[1] - used if self._data.padding_side == "left" else 0
-            for number, piece in enumerate(pieces, 1):
-                to = at + piece.length
-                if piece.begin is not None:
-                    input_ids[i, at] = self._store.tokens[piece.begin]
-                real = slice(to - (piece.stop - piece.start), to)
-                input_ids[i, real] = self._store.tokens[piece.start : piece.stop]
-                targets = _targets(self._store, self._data, piece)
+            for ordinal, segment in enumerate(parts, 1):
+                to = at + segment.length
+                if segment.begin is not None:
+                    input_ids[i, at] = self._store.tokens[segment.begin]
+                real = slice(to - (segment.stop - segment.start), to)
+                input_ids[i, real] = self._store.tokens[segment.start : segment.stop]
+                targets = _targets(self._store, self._data, segment)
                 labels[i, real] = np.where(targets, input_ids[i, real], IGNORED)
                 positions[i, at:to] = np.arange(to - at)
-                segments[i, at:to] = number
+                segments[i, at:to] = ordinal
                 at = to
-        return Batch(input_ids, labels, positions, segments, np.arange(len(rows), dtype=np.int32))
+        return Batch(input_ids, labels, positions, segments, np.arange(len(numbers), dtype=np.int32))
 
-    def _warnings(self, found: _Pieces, vocab: int) -> Iterator[str]:
-        """What a user should know of the data, a line each."""
+    def _warnings(self, found: _Segments, vocab: int) -> Iterator[str]:
+        """What a user should know about the data, one line each."""
         about, limit, total = self._store.about, self._data.sequence_tokens, len(self._store.tokens)
         if found.lost_tokens > total * MANY_LOST:
             yield (
@@ -213,7 +218,7 @@ def open_dataset(run: Run, split: Literal["train", "heldout"]) -> Dataset:
 
 
 def check_positions(recipe: Recipe, model: ModelSpec) -> None:
-    """Raises DataError where a row, with virtual tokens in front, has more positions than the model."""
+    """Raises DataError where an example with its virtual tokens has more positions than the model."""
     virtual = virtual_tokens(recipe.method)
     if recipe.data.sequence_tokens + virtual > model.max_positions:
         beside = f" and method.virtual_tokens={virtual}" if virtual else ""
@@ -222,23 +227,23 @@ def check_positions(recipe: Recipe, model: ModelSpec) -> None:
         )
 
 
-def _targets(store: TokenStore, data: Data, piece: Piece) -> NDArray[np.bool_]:
-    """Which tokens of a piece the loss is taken on, its own begin token left out; never the first, which nothing precedes."""
+def _targets(store: TokenStore, data: Data, segment: Segment) -> NDArray[np.bool_]:
+    """Which tokens of a segment are targets, without its copied begin token. One that nothing precedes never is."""
     if data.loss_on == "all":
-        targets = np.ones(piece.stop - piece.start, np.bool_)
+        targets = np.ones(segment.stop - segment.start, np.bool_)
     else:
-        targets = (np.asarray(store.marks[piece.start : piece.stop]) & COUNTS) > 0
-    if piece.begin is None:
+        targets = (np.asarray(store.marks[segment.start : segment.stop]) & COUNTS) > 0
+    if segment.begin is None:
         targets[:1] = False
     return targets
 
 
-def _pieces(store: TokenStore, data: Data) -> _Pieces:
-    """What rows are made of: whole records, and of those that do not fit what `too_long` says."""
-    found, limit = _Pieces(), data.sequence_tokens
+def _segments(store: TokenStore, data: Data) -> _Segments:
+    """Whole records, and of those that do not fit, what `data.too_long` keeps."""
+    found, limit = _Segments(), data.sequence_tokens
     bos = store.special("bos")
     for start, stop in pairwise(store.offsets.tolist()):
-        pieces = [Piece(start, stop)]
+        segments = [Segment(start, stop)]
         if stop - start > limit:
             found.too_long += 1
             match data.too_long:
@@ -247,58 +252,58 @@ def _pieces(store: TokenStore, data: Data) -> _Pieces:
                     continue
                 case "cut":
                     found.lost_tokens += stop - start - limit
-                    pieces = [Piece(start, start + limit)]
+                    segments = [Segment(start, start + limit)]
                 case "split":
-                    pieces = list(_split(store, start, stop, limit, begins=store.tokens[start] == bos))
-        kept = [piece for piece in pieces if _targets(store, data, piece).any()]
-        found.without_target += len(pieces) - len(kept)
+                    segments = list(_split(store, start, stop, limit, begins=store.tokens[start] == bos))
+        kept = [segment for segment in segments if _targets(store, data, segment).any()]
+        found.without_target += len(segments) - len(kept)
         found.usable += kept
     return found
 
 
-def _split(store: TokenStore, start: int, stop: int, limit: int, *, begins: bool) -> Iterator[Piece]:
-    """Pieces that fill a row or end where a turn does; those after the first have the record's begin token again."""
+def _split(store: TokenStore, start: int, stop: int, limit: int, *, begins: bool) -> Iterator[Segment]:
+    """Segments that fill an example or end with a turn; all but the first start with a copy of the begin token."""
     at = start
     while at < stop:
-        # In a row of one token there is no room for a begin token before another.
+        # An example of one token has no room for a begin token before another.
         begin = start if begins and at > start and limit > 1 else None
         room = limit - (begin is not None)
         to = min(at + room, stop)
         if to < stop:
             turns = np.flatnonzero(np.asarray(store.marks[at + 1 : to + 1]) & TURN)
             to = at + 1 + int(turns[-1]) if len(turns) else to
-        yield Piece(at, to, begin)
+        yield Segment(at, to, begin)
         at = to
 
 
-def _summary(store: TokenStore, found: _Pieces, data: Data, rows: int, where: str) -> str:
-    """What the file has and what is made of it."""
+def _summary(store: TokenStore, found: _Segments, data: Data, examples: int, where: str) -> str:
+    """What the file holds and what becomes of it, in one line."""
     about = store.about
-    filled = sum(piece.length for piece in found.usable)
-    share = 100 * filled / max(1, rows * data.sequence_tokens)
-    targets = sum(int(_targets(store, data, piece).sum()) for piece in found.usable)
+    filled = sum(segment.length for segment in found.usable)
+    share = 100 * filled / max(1, examples * data.sequence_tokens)
+    targets = sum(int(_targets(store, data, segment).sum()) for segment in found.usable)
     does = {"skip": "skipped", "cut": "cut", "split": "split"}[data.too_long]
     skipped = {"without a target": found.without_target, **about["skipped"]}
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()) if count)
     return (
-        f"{where}: {about['records']} records make {len(found.usable)} pieces in {rows} rows of {data.sequence_tokens} "
+        f"{where}: {about['records']} records make {len(found.usable)} segments in {examples} examples of {data.sequence_tokens} "
         f"tokens, {share:.0f} % filled, {targets} targets; {found.too_long} too long ({does}); "
         f"skipped: {left_out or 'none'}"
     )
 
 
 def _pack(lengths: NDArray[np.int64], limit: int) -> list[list[int]]:
-    """Spans by row, best fit with the longest first: each goes where it leaves the least room."""
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for span in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[span])
+    """Which segments each example holds: best fit decreasing, each goes where it leaves the least room."""
+    examples: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, example), sorted
+    for segment in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[segment])
         at = bisect.bisect_left(room, (length, -1))
         if at == len(room):
-            rows.append([])
-            left, row = limit, len(rows) - 1
+            examples.append([])
+            free, example = limit, len(examples) - 1
         else:
-            left, row = room.pop(at)
-        rows[row].append(span)
-        bisect.insort(room, (left - length, row))
-    return rows
+            free, example = room.pop(at)
+        examples[example].append(segment)
+        bisect.insort(room, (free - length, example))
+    return examples

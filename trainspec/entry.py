@@ -1,4 +1,4 @@
-"""An entry of THE TABLE: one weight, how it starts, and what it is in the model."""
+"""An entry of THE TABLE: one weight with its initial value and its role in the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class UniformFanIn:
-    """Independent uniform values in ±1/sqrt(fan_in): torch's start of a linear layer, PEFT's of LoRA's A."""
+    """Independent uniform values in ±1/sqrt(fan_in), as torch initializes a linear layer and PEFT LoRA's A."""
 
     fan_in: int
 
@@ -37,14 +37,14 @@ class Ones:
 
 @dataclass(frozen=True)
 class FromText:
-    """What `text` leaves in the model; `trainspec.from_text` makes it from the model's own weights."""
+    """The embeddings, or keys and values, of `text` in the model (`trainspec.from_text`)."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class FromWeights:
-    """What `make` gives of the starting values, in float64, of the weights that are called `names`."""
+    """`make` of the starting values, in float64, of the weights `names`."""
 
     names: tuple[str, ...]
     make: Callable[..., Array]
@@ -55,7 +55,7 @@ Init = Normal | UniformFanIn | Zeros | Ones | FromText | FromWeights
 
 @dataclass(frozen=True)
 class Param:
-    """One weight: its canonical name, shape and logical axes (same order), and how it starts and decays."""
+    """One weight: canonical name, shape and its logical axes, initial value, whether it decays, role, and layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,12 +67,12 @@ class Param:
 
     @property
     def module(self) -> str:
-        """The dotted name of the module that owns this weight."""
+        """The dotted name of the module that owns the weight."""
         return self.name.rsplit(".", 1)[0]
 
     @property
     def size(self) -> int:
-        """How many elements it has."""
+        """Number of elements."""
         total = 1
         for dim in self.shape:
             total *= dim

@@ -1,22 +1,22 @@
-"""What ends a command: a user's mistake, a machine that failed, a loss that is no number. One line each."""
+"""Errors that end a command with one line: a user's mistake, a machine that failed, a loss that is not finite."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# What every program ends with. A failed verdict, or a training that stopped itself, is 1.
+# Exit codes of every program. A failed verdict, or training that stopped itself, is 1.
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_MACHINE = 0, 1, 2, 3
-EXIT_CRASHED = 70  # a mistake of ours, told with its stack: EX_SOFTWARE of sysexits.h
+EXIT_CRASHED = 70  # a mistake of ours, reported with its stack: EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 class UserError(Exception):
-    """A mistake of the user at the command line: says what, where, and the way out, in one line. Exit code 2."""
+    """A mistake of the user: one line that says what, where, and the way out. Exit code 2."""
 
 
 class RecipeError(UserError):
-    """The recipe does not say something that can be run."""
+    """The recipe cannot be run as it is."""
 
 
 class ModelError(UserError):
@@ -32,7 +32,7 @@ class DataError(UserError):
 
 
 class PlanError(UserError):
-    """The plan cannot work on this backend; the message names the nearest plan that does."""
+    """The plan does not work on this backend; the message names the nearest plan that does."""
 
 
 class TraceError(UserError):
@@ -44,7 +44,7 @@ class MachineError(Exception):
 
 
 class ProcessError(Exception):
-    """One of several processes ended the run: its line, and the exit code that it has by itself."""
+    """One of several processes ended the run: its line and its exit code."""
 
     def __init__(self, line: str, code: int) -> None:
         super().__init__(line)
@@ -52,15 +52,15 @@ class ProcessError(Exception):
 
 
 class NonFiniteLossError(Exception):
-    """The loss is NaN or infinite. Raised before the update, so the weights are still good; exit code 1."""
+    """Loss or gradient is NaN or infinite. Raised before the update, so the weights are still good. Exit code 1."""
 
 
 class Note(str):
-    """What an error's line ends with, said by whoever knows more than the one that raised it (`add_note`)."""
+    """The end of an error's line, added (`add_note`) by a caller that knows more than the code that raised it."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `known`, or else the list of what is known."""
+    """`; did you mean 'x'?` with the closest of `known`, or else a list of `known`."""
     options = sorted(known)
     close = difflib.get_close_matches(word, options, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(options)}"

@@ -1,6 +1,6 @@
-"""What ended a command, in one line and an exit code; of a run that was training, also what of it is saved.
+"""Any error as one line and an exit code; for a training run, also what it has saved.
 
-Errors of the frameworks are known by their names and words: nothing of a framework is imported here.
+Errors of the frameworks are recognised by class name and text: no framework is imported here.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from trainspec.plans.accelerators import Devices
 from trainspec.recipe import Recipe
 from trainspec.runs import checkpoint, memory
 
-# Classes of torch for what a device, its driver or the network did. JAX has one class for everything: its text begins
+# torch's classes for failures of a device, its driver or the network. JAX has one class for everything, whose text begins
 # with a status.
 _DEVICE_CLASSES = {"AcceleratorError", "DistError"}
 _XLA_STATUS = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|DATA_LOSS|CANCELLED):")
-# What a plain RuntimeError says of them.
+# How a plain RuntimeError describes them.
 _DEVICE_WORDS = re.compile(
     r"CUDA(_ERROR_\w+| error)|CU(DNN|BLAS)_STATUS|NVIDIA driver|\bNCCL\b|\bgloo\b|[Ss]ocket (closed|timeout)"
     r"|[Cc]onnection (closed|reset|refused|timed out)|Broken pipe",
 )
-# An index out of bounds in a kernel: the device did as it was told.
+# An index out of bounds in a kernel: a mistake of the program, not of the device.
 _NOT_ITS_FAULT = "device-side assert"
-# After these words come pages of C++; what XLA says may be long without them.
+# Pages of C++ follow these words; XLA's messages may be long without them.
 _STACK = re.compile(r"\s*(Exception raised from|C\+\+ CapturedTraceback|For debugging consider).*", re.DOTALL)
 _LONGEST_CHARACTERS = 1000
 NOTHING_SAVED = Note("nothing was saved yet")
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
-    """The exit code that an error ends a command with, and its line, but for its notes."""
+    """The exit code and the line of an error, without its notes."""
     match error:
         case UserError():
             code, text = EXIT_USER_ERROR, str(error)
@@ -54,7 +54,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
             code, text = error.code, str(error)
         case NonFiniteLossError():
             code, text = EXIT_FAILED, f"stopped before the update: {error}"
-        case OSError(errno=errno.ENAMETOOLONG):  # whoever wrote the name has to mend it
+        case OSError(errno=errno.ENAMETOOLONG):  # a name that the user wrote
             code, text = EXIT_USER_ERROR, f"{error.filename!s:.200}...: {error.strerror}"
         case KeyboardInterrupt():
             code, text = EXIT_INTERRUPTED, "interrupted"
@@ -68,33 +68,33 @@ def outcome(error: BaseException) -> tuple[int, str]:
 
 
 def _one_line(text: str) -> str:
-    """Text of any kind as one line of a bounded length; what a terminal would not show is written out."""
+    """Any text as one line of bounded length; characters that a terminal would not show are escaped."""
     line = " ".join(text.split())
-    if len(line) > 2 * _LONGEST_CHARACTERS:  # its end may have the way out
+    if len(line) > 2 * _LONGEST_CHARACTERS:  # the way out may be at its end
         line = f"{line[: _LONGEST_CHARACTERS - 100]} ... {line[-_LONGEST_CHARACTERS + 500 :]}"
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def notes_of(error: BaseException) -> list[Note]:
-    """What its line ends with; libraries have notes of their own, for whoever reads the stack."""
+    """Our notes of an error, which end its line; libraries add notes of their own for the stack."""
     return [note for note in getattr(error, "__notes__", ()) if isinstance(note, Note)]
 
 
 def _of_machine(error: BaseException) -> str | None:
-    """The words of an error of memory, a disk, a device, a driver or the network; None where it is none of these."""
+    """The message of an error of memory, a disk, a device, a driver or the network; None for any other error."""
     if isinstance(error, MachineError):
         return str(error)
-    if lack := memory.lack_of_memory(error):
-        return memory.told(lack)
+    if lack := memory.memory_shortage(error):
+        return memory.describe_shortage(lack)
     if isinstance(error, OSError):
-        return words_of(error)
+        return describe_os_error(error)
     text, names = str(error), {kind.__name__ for kind in type(error).__mro__}
     known = names & _DEVICE_CLASSES or _XLA_STATUS.match(text) or _DEVICE_WORDS.search(text)
     return text if isinstance(error, RuntimeError) and known and _NOT_ITS_FAULT not in text else None
 
 
-def words_of(error: OSError) -> str:
-    """Which file, where it is known, and the system's own words; of an error that carries only text, the text."""
+def describe_os_error(error: OSError) -> str:
+    """The file, where it is known, and the system's own message; or the text of an error that has only a text."""
     if error.strerror is None:
         return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
     names = (error.filename, error.filename2)
@@ -104,17 +104,17 @@ def words_of(error: OSError) -> str:
 
 @contextmanager
 def explained(recipe: Recipe, devices: Callable[[], Devices], *, out: Path | None = None) -> Iterator[None]:
-    """An error inside says, where memory was the matter, what helps, and, where `out` is given, what a run has saved there.
+    """Errors raised inside say what helps when memory ran out and, where `out` is given, what the run has saved there.
 
-    A user's mistake that was found before anything was trained is told as it is.
+    A user's mistake that is found before training starts stays as it is.
     """
     before = _newest(out)
     try:
         yield
     except BaseException as error:
         told = error
-        if lack := memory.lack_of_memory(error):
-            told = MachineError(memory.told(lack, devices=devices(), recipe=recipe))
+        if lack := memory.memory_shortage(error):
+            told = MachineError(memory.describe_shortage(lack, devices=devices(), recipe=recipe))
         if out is not None and (outcome(error)[0] != EXIT_USER_ERROR or _newest(out) != before):
             told.add_note(saved_in(out))
         if told is error:
@@ -123,12 +123,12 @@ def explained(recipe: Recipe, devices: Callable[[], Devices], *, out: Path | Non
 
 
 def saved_in(out: Path) -> Note:
-    """What a run that ends here has left, and how to go on."""
+    """What the run has saved so far, and how to continue it."""
     try:
         newest = _newest(out)
     except OSError as error:
-        return Note(f"what is saved in {out} cannot be read ({words_of(error)})")
-    return Note(f"saved: {newest}; go on with --resume") if newest else NOTHING_SAVED
+        return Note(f"what is saved in {out} cannot be read ({describe_os_error(error)})")
+    return Note(f"saved: {newest}; continue with --resume") if newest else NOTHING_SAVED
 
 
 def _newest(out: Path | None) -> Path | None:

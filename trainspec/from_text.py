@@ -1,8 +1,8 @@
-"""Virtual tokens that start as a text: its embeddings, or the keys and values that it leaves in the model.
+"""Virtual tokens that start as a text: as its embeddings, or as its keys and values in every layer.
 
-Computed in numpy from the weights as they are read, in float64: every backend and plan starts from the same numbers.
-The second makes a prefix after which the model continues as after the text itself. Source: prefix tuning, arXiv
-2101.00190, section 7.4 (a prefix that starts as real words).
+Computed in float64 numpy from the weights as stored, so that every backend and plan starts from the same numbers. With
+the keys and values the model continues as after the text itself. Source: prefix tuning, arXiv 2101.00190, section 7.4 (a
+prefix that starts as real words).
 """
 
 # P prompt tokens, K kv heads, D head dim, L layers
@@ -29,9 +29,9 @@ Array = NDArray[Any]
 def text_start(
     recipe: Recipe, model: ModelSpec, weights: Mapping[str, Weight], *, directory: Path | None
 ) -> Array:
-    """`prompt_encoder.embedding.weight` as the method's text makes it with the model's `weights`, in float64.
+    """The value of `prompt_encoder.embedding.weight` for the method's text, from the model's `weights`, in float64.
 
-    Embeddings for a method that puts them before those of the tokens, else the keys and values of every layer.
+    Embeddings for a method that puts embeddings in front of the tokens, else the keys and values of every layer.
     """
     ids = _text_ids(recipe, model, directory)
     if leading_rows(recipe.method):
@@ -42,11 +42,11 @@ def text_start(
 def _text_ids(recipe: Recipe, model: ModelSpec, directory: Path | None) -> list[int]:
     """The tokens of the text, repeated or cut to the number of virtual tokens, as PEFT does it."""
     text, count = recipe.method.start_text, recipe.method.num_virtual_tokens
-    assert text is not None  # the table says that it starts as one
+    assert text is not None  # the table has FromText only where there is one
     tokenizer = find_tokenizer(recipe.data, directory, recipe.model.from_)
     ids = tokenizer.encode(text, Path(recipe.data.cache))
     if not ids:
-        raise RecipeError(f"method.text: {text!r} has no tokens; write some words")
+        raise RecipeError(f"method.text: {text!r} has no tokens; give a longer text")
     if max(ids) >= model.vocab:
         raise RecipeError(
             f"method.text: {tokenizer.directory} gives it token {max(ids)}, {model.name} has only {model.vocab}"
@@ -56,5 +56,5 @@ def _text_ids(recipe: Recipe, model: ModelSpec, directory: Path | None) -> list[
 
 
 def keys_and_values(model: ModelSpec, weights: Mapping[str, Weight], ids: list[int]) -> Array:
-    """What attention to the tokens `ids` at positions 0, 1, ... reads: [P, 2 L, K, D], keys (rotated) at 2 layer."""
+    """The keys (rotated, at 2 layer) and values (at 2 layer + 1) of tokens `ids` at positions 0, 1, ...: [P, 2 L, K, D]."""
     return family_of(model).keys_and_values(model, weights, ids)

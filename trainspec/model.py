@@ -11,7 +11,7 @@ from trainspec.rope import RopeScaling
 class ModelSpec:
     """One model. `embed` is the hidden width, `mlp` the inner width of the feed-forward block.
 
-    `family` is the name of its family (`trainspec.families`), which says what its weights are and how they are used.
+    `family` names the family (`trainspec.families`) that defines its weights and its forward pass.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """THE TABLE: one entry per weight. Files, initial values, decay, LoRA targets, sharding and reports read it.
 
-Canonical names and layouts are Hugging Face's: one entry per layer, linear weights are [out, in]. Which weights there are
-the model's family says.
+Canonical names and layouts are Hugging Face's: one entry per layer, linear weights are [out, in]. The model's family
+makes the entries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""trainspec data: records and rows as the model gets them, ids and pieces, what the loss is taken on standing apart."""
+"""trainspec data: records and examples as the model gets them, ids and vocabulary pieces, target tokens set apart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 110
 
 
 def preview(dataset: Dataset, batch: Batch) -> None:
-    """Print the summary, the first and the last record of the file, and the rows of a batch."""
+    """Print the summary, the first and the last record of the file, and the examples of a batch."""
     print(dataset.summary)
     documents: list[tuple[str, Ints, NDArray[np.bool_]]] = []
     ends = [("first", 0), ("last", dataset.records - 1)]
@@ -25,15 +25,15 @@ def preview(dataset: Dataset, batch: Batch) -> None:
         ids, targets = dataset.record(number)
         documents.append((f"{name} usable record of the file: {_count(ids, targets)}", ids, targets))
     for i in range(len(batch.input_ids)):
-        segments, row_targets = batch.segments[i], batch.labels[i] != IGNORED
-        row = (
-            f"row {i}: {segments.size} tokens, {int((segments == 0).sum())} of padding, {segments.max()} document(s), "
-            f"loss on {int(row_targets.sum())}"
+        segments, example_targets = batch.segments[i], batch.labels[i] != IGNORED
+        heading = (
+            f"example {i}: {segments.size} tokens, {int((segments == 0).sum())} of padding, {segments.max()} document(s), "
+            f"loss on {int(example_targets.sum())}"
         )
         for number in range(1, int(segments.max()) + 1):
             at = segments == number
-            ids, targets = batch.input_ids[i, at], row_targets[at]
-            title = f"{row}\n" if number == 1 else ""
+            ids, targets = batch.input_ids[i, at], example_targets[at]
+            title = f"{heading}\n" if number == 1 else ""
             documents.append((f"{title}  document {number}: {_count(ids, targets)}", ids, targets))
     _show(dataset, documents)
 
@@ -61,7 +61,7 @@ def _show_stretch(counts: bool, text: str, ids: Ints, pieces: list[str]) -> None
 
 
 def _stretches(ids: Ints, targets: NDArray[np.bool_]) -> Iterator[tuple[bool, Ints]]:
-    """Consecutive tokens that do or do not count."""
+    """Runs of consecutive tokens that all are, or all are not, targets."""
     starts = [0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), len(ids)]
     for start, stop in pairwise(starts):
         if start < stop:

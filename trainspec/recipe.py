@@ -1,4 +1,4 @@
-"""The Recipe: one frozen tree that says what to train. YAML in, `--set a.b=c` on top, checked at birth."""
+"""The Recipe: one frozen tree that says what to train. Read from YAML with `--set a.b=c` on top, validated at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainspec.complaint import LARGEST, complaint, shown
+from trainspec.complaint import LARGEST, complaint, format_value
 from trainspec.errors import RecipeError
 from trainspec.methods import LoRA, Method
 from trainspec.plans.plan import Plan, Policy
@@ -38,28 +38,38 @@ DEFAULT_STEPS = 200
 
 
 class Section(BaseModel):
-    """A part of the recipe: frozen, unknown keys refused, no silent conversion of types."""
+    """A section of the recipe: frozen, without unknown keys or silent type conversions.
+
+    The docstring of a field is its description in the JSON schema.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, populate_by_name=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
 class ModelSource(Section):
-    """Where the model comes from: a Hugging Face directory, a hub id, or `preset:NAME` (random weights only)."""
+    """The model and its starting weights."""
 
     from_: Annotated[Source, Field(alias="from")]
+    """A Hugging Face directory, `hub:ORG/NAME`, or `preset:NAME` (sizes only, with random weights)."""
     weights: Literal["pretrained", "random"] = "pretrained"
+    """Whether training starts from the model's own weights or from random ones."""
 
 
 def _as_pairs(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"must be a mapping such as {{instruction: question}}, not {shown(value)}")
+        raise ValueError(f"must be a mapping such as {{instruction: question}}, not {format_value(value)}")
     for pair in value.items():
         for name in pair:
             if not isinstance(name, str):
                 raise ValueError(
-                    f"maps a field's name to a field's name; {shown(name)} is no text: write it in quotes"
+                    f"maps a field's name to a field's name; {format_value(name)} is not text: write it in quotes"
                 )
     return tuple(sorted(value.items()))
 
@@ -69,14 +79,14 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _as_date(value: Any) -> Any:
-    # YAML makes a date of an unquoted one; a quoted one is text.
+    # YAML reads an unquoted date as a date and a quoted one as text.
     try:
         return datetime.date.fromisoformat(value) if isinstance(value, str) else value
     except ValueError:
-        raise ValueError(f"{shown(value)} is no date; write one such as 2024-07-26") from None
+        raise ValueError(f"{format_value(value)} is not a date; write one such as 2024-07-26") from None
 
 
-# Written as a mapping, kept as sorted pairs: a recipe is frozen and hashable.
+# Written as a mapping and stored as sorted pairs, so that a recipe is frozen and hashable.
 Columns = Annotated[
     tuple[tuple[str, str], ...],
     BeforeValidator(_as_pairs),
@@ -87,41 +97,52 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class Data(Section):
-    """Records, how they become tokens, and how they fill rows of `sequence_tokens`.
+    """Records, how they become tokens, and how these fill examples.
 
-    `train` and `heldout` name a file or `hub:ORG/NAME[:SPLIT]`. `columns` says which field of a record stands for which
-    of ours (`{instruction: question}`), `ignore` which fields are not used. `tokenizer` is a directory, the model's own by
-    default; `chat_template` a jinja file that takes the place of the tokenizer's; `system` a system message for the
-    conversations that have none; `date` what a template is told is today.
-    `loss_on: completion` counts the response (and its end token) only; `all` counts the prompt as well.
-    `too_long` says what happens to a record that does not fit a row: it is skipped, cut at the row's end, or
-    split over several rows. `bad_records` says whether malformed records stop the run or are skipped. What is skipped,
-    cut or split is counted and reported.
+    What is skipped, cut or split is counted and reported.
     """
 
     train: Source
+    """The records to train on: a file, a directory that `datasets` saved, or `hub:ORG/NAME[:SPLIT]`."""
     heldout: Source | None = None
+    """The records to measure the held-out loss on, given as for `train`; null: it is not measured."""
     task: Task = "question_answering"
+    """The prompt that an instruction record is written with; `text` trains on plain text."""
     columns: Columns = ()
+    """Which field of the file stands for which of ours: `{instruction: question}`."""
     ignore: Names = ()
+    """Fields of a record or of a message that are not used."""
     bad_records: Literal["stop", "skip"] = "stop"
+    """Whether malformed records stop the run or are skipped."""
     tokenizer: Source | None = None
+    """The directory of the tokenizer; null: the model's."""
     chat_template: Source | None = None
+    """A jinja file to use as the chat template; null: the tokenizer's own."""
     system: str | None = None
+    """The system message of conversations that have none."""
     date: Annotated[datetime.date, BeforeValidator(_as_date)] = DATE
+    """The date that a chat template is given as today's, so that a run does not depend on the day."""
     sequence_tokens: Positive = 256
+    """Tokens per example."""
     packing: bool = False
+    """Whether an example holds several records or one record and padding."""
     padding_side: Literal["right", "left"] = "right"
+    """Where an example that is not full is padded."""
     loss_on: Literal["completion", "all"] = "completion"
+    """The target tokens: the response with its end token, or the prompt as well."""
     too_long: Literal["skip", "cut", "split"] = "skip"
+    """What happens to a record longer than an example: it is skipped, cut, or split over several examples."""
     cache: Source = "build/cache"
+    """The directory in which tokens are cached."""
 
 
 class Batch(Section):
-    """Rows per update over all devices, and into how many microbatches they are split one after another."""
+    """How many examples one update sees, and in how many passes."""
 
     global_examples: Positive = 16
+    """Examples per update, over all devices."""
     accumulation: Positive = 1
+    """Into how many forward and backward passes, one after the other, the examples of an update are split."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -133,13 +154,12 @@ class Batch(Section):
 
 
 class Precision(Section):
-    """What is stored and computed (`policy`) and in which type gradients are summed over devices (`reduce`).
-
-    `reduce` is float64 in fp64 runs and else float32 where it is not given.
-    """
+    """Number formats (docs/numerics.md)."""
 
     policy: Policy = "fp32"
+    """What weights are stored in and computed with; bf16 trains float32 master weights."""
     reduce: Policy = "fp32"
+    """The type in which gradients are summed over devices; by default fp64 in fp64 runs, else fp32."""
 
     @model_validator(mode="before")
     @classmethod
@@ -158,13 +178,18 @@ class Precision(Section):
 
 
 class AdamW(Section):
-    """Decoupled AdamW (arXiv 1711.05101) and the global-norm clip; `clip_norm: null` means no clipping."""
+    """AdamW with decoupled weight decay (arXiv 1711.05101), and clipping by the global gradient norm."""
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
+    """The peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """The decay rates of the first and the second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the square root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """The weight decay per update, as a factor of the learning rate; norms and biases do not decay."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """The largest gradient norm, to which longer gradients are scaled; null: no clipping."""
 
     @model_validator(mode="before")
     @classmethod
@@ -178,34 +203,37 @@ class AdamW(Section):
     def _not_off(cls, value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
             raise ValueError(
-                f"{shown(value)} is no length to clip a gradient to; for no clipping write optimizer.clip_norm=null"
+                f"{format_value(value)} is not a norm to clip to; for no clipping write optimizer.clip_norm=null"
             )
         return value
 
 
 class Checkpoint(Section):
-    """How often the training state is saved, and how many of the newest are kept."""
+    """How often the training state is saved. The last update always is."""
 
     every_steps: Positive = 50
+    """Updates from one checkpoint to the next."""
     keep: Positive = 2
+    """How many of the newest checkpoints are kept."""
 
 
 @dataclass(frozen=True)
-class Span:
-    """How long a run is: its schedule spans `steps` updates, it ends after update `last`."""
+class RunLength:
+    """How long a run is: its schedule spans `steps` updates, and it ends after update `last`."""
 
     steps: int
     last: int
     epochs: float | None
 
-    def said(self, *, rows: int | None, examples: int) -> str:
-        """The length in updates and in epochs of `rows` rows (None: not counted), `examples` an update."""
+    def describe(self, *, examples: int | None, global_examples: int) -> str:
+        """The length in updates, and in epochs where the number of `examples` is known; `global_examples` per update."""
         stop = "" if self.last == self.steps else f", of which this run makes {self.last}"
         if self.epochs is not None:
-            return f"{_epochs(self.epochs)} of {rows} rows: {self.steps} updates{stop}"
-        if rows is None:
+            return f"{_epochs(self.epochs)} of {examples} examples: {self.steps} updates{stop}"
+        if examples is None:
             return f"{self.steps} updates{stop}"
-        return f"{self.steps} updates: {_epochs(self.steps * examples / rows)} of {rows} rows{stop}"
+        epochs = _epochs(self.steps * global_examples / examples)
+        return f"{self.steps} updates: {epochs} of {examples} examples{stop}"
 
 
 def _epochs(number: float) -> str:
@@ -215,15 +243,19 @@ def _epochs(number: float) -> str:
 class Run(Section):
     """How long to train, from which seed, and how often to measure the held-out loss.
 
-    The schedule spans `steps` updates (200 by default), or `epochs` passes over the rows, which need not be whole;
-    `stop_after_steps` ends a run earlier without changing it. Both need the rows to mean something: `Recipe.span`.
+    Give either `steps` or `epochs`.
     """
 
     steps: Positive | None = None
+    """Updates that the schedule spans; 200 where `epochs` is not given either."""
     epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the examples that the schedule spans, not necessarily a whole number; null: `steps` says it."""
     stop_after_steps: Positive | None = None
+    """Ends the run after this update, without a change of the schedule."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides random weights, the order of the examples and dropout."""
     eval_every_steps: Positive = 50
+    """Updates from one measurement of the held-out loss to the next; the last update always has one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -245,15 +277,25 @@ class Recipe(Section):
     """Everything that defines a training run; equal recipes give equal runs on every backend."""
 
     model: ModelSource
+    """Which model is trained."""
     method: Method = LoRA()
+    """Which weights are trained: those of the model, or what is added to it."""
     data: Data
+    """Records, how they become tokens, and how they fill the examples."""
     batch: Batch = Batch()
+    """The examples of one update."""
     plan: Plan = Plan()
+    """How the run is spread over devices."""
     precision: Precision = Precision()
+    """Number formats."""
     optimizer: AdamW = AdamW()
+    """AdamW and gradient clipping."""
     schedule: Schedule = Schedule()
+    """The learning rate over the run."""
     checkpoint: Checkpoint = Checkpoint()
+    """How often the training state is saved."""
     run: Run = Run()
+    """How long to train, and from which seed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -263,31 +305,34 @@ class Recipe(Section):
             return value | {"method": {"kind": LoRA().kind} | method}
         return value
 
-    def span(self, rows: Callable[[], int]) -> Span:
-        """How long the run is; `rows` is asked for the dataset's where that depends on them."""
+    def span(self, count_examples: Callable[[], int]) -> RunLength:
+        """How long the run is. `count_examples` is called only where the length is given in epochs.
+
+        Raises RecipeError for a number of updates that no file could hold.
+        """
         run, steps = self.run, self.run.steps
         if steps is None:
-            # As the user wrote it: 1.1 epochs of 100 rows are 110 of them, and in floating point a little more.
-            seen = Fraction(str(run.epochs)) * rows()
+            # As the user wrote it: 1.1 epochs of 100 examples are 110, and in floating point a little more.
+            seen = Fraction(str(run.epochs)) * count_examples()
             steps = math.ceil(seen / self.batch.global_examples)
             if steps > LARGEST:
                 raise RecipeError(
                     f"run.epochs={run.epochs:g}: more updates than can be counted; give less, or run.steps"
                 )
-        return Span(steps, min(steps, run.stop_after_steps or steps), run.epochs)
+        return RunLength(steps, min(steps, run.stop_after_steps or steps), run.epochs)
 
-    def spanning(self, span: Span) -> Recipe:
-        """The recipe with its number of updates in place of its epochs."""
+    def with_steps(self, span: RunLength) -> Recipe:
+        """The recipe with its length given in updates, not in epochs."""
         return self.model_copy(
             update={"run": self.run.model_copy(update={"steps": span.steps, "epochs": None})}
         )
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default written out; `load_recipe` reads it back to an equal one."""
+        """The recipe with every default written out; `load_recipe` reads an equal one back."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
-def idle_settings(recipe: Recipe, span: Span) -> list[str]:
+def idle_settings(recipe: Recipe, span: RunLength) -> list[str]:
     """A line for every setting that has no effect in this recipe."""
     plan, schedule = recipe.plan, recipe.schedule
     lines = []
@@ -310,7 +355,7 @@ def idle_settings(recipe: Recipe, span: Span) -> list[str]:
 
 
 def _is_set(section: BaseModel, name: str) -> bool:
-    """Whether a setting differs from its default. A default that the recipe spells out is not told apart."""
+    """Whether a setting differs from its default, spelled out or not."""
     return getattr(section, name) != type(section).model_fields[name].default
 
 

@@ -1,4 +1,4 @@
-"""A recipe's YAML as plain values, with `--set a.b=c` on top; `trainspec.recipe` says what they mean."""
+"""A recipe's YAML as plain values, with `--set a.b=c` on top; `trainspec.recipe` validates them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from trainspec.complaint import LARGEST, shown
+from trainspec.complaint import LARGEST, format_value
 from trainspec.errors import RecipeError
 
 
@@ -32,7 +32,7 @@ def read_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-# A scalar that is not what its tag says (2024-13-01, !!int x) leaves PyYAML as one of Python's own errors.
+# For a scalar that does not fit its tag (2024-13-01, !!int x) PyYAML lets one of Python's own errors through.
 _NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
@@ -41,10 +41,10 @@ def _parse(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-4` as a string and takes a key twice; a recipe means a number, and a key once."""
+    """YAML 1.1, but `2e-4` is a number instead of a string, and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; a key that stands there twice is an error."""
+        """A mapping without duplicate keys."""
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -74,14 +74,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except _NOT_YAML as error:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value: {_one_line(error)}") from None
     if key == "method.kind" and node.get("kind", value) != value:
-        node.clear()  # another method has other fields: those of the old one don't carry over
+        node.clear()  # another method has other settings: those of the old one do not carry over
     node[leaf] = value
 
 
 def _unusable(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]:
-    """Values that no setting can have, each with its key: text that no file can hold, numbers beyond all sense.
+    """Values that no setting can have, with their keys: text that cannot be encoded, integers beyond 64 bits.
 
-    `seen` holds the collections visited: with anchors, YAML's may hold themselves, or one another many times over.
+    `seen` holds the ids of the collections visited: with anchors, these may contain themselves or one another.
     """
     match value:
         case dict() | list():
@@ -94,10 +94,10 @@ def _unusable(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]
                 yield from _unusable(inner, key if name is None else f"{key}.{name}".lstrip("."), seen)
         case str():
             if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-                yield _printable(key), f"{shown(value)} has a character that is no text"
+                yield _printable(key), f"{format_value(value)} has a character that is not text"
         case int():
             if abs(value) > LARGEST:
-                yield _printable(key), f"{shown(value)} is larger than any setting"
+                yield _printable(key), f"{format_value(value)} is larger than any setting"
         case _:
             pass
 

@@ -1,8 +1,8 @@
 """Counter-based random bits: a value is a function of (key, counter), never of what was drawn before.
 
 Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). It needs
-only 32-bit add, rotate and xor, which numpy, JAX and torch all have. This is the reference in numpy; the
-backends' `dropout.py` run the same rounds on their own arrays and are tested against it bit by bit.
+only 32-bit add, rotate and xor, which numpy, JAX and torch all have. This is the numpy reference; the backends'
+`dropout.py` run the same rounds on their own arrays and are tested against it bit by bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UInt32 = NDArray[np.uint32]
 
 
 def threefry2x32(key: tuple[int, int], counter0: UInt32, counter1: UInt32) -> tuple[UInt32, UInt32]:
-    """64 random bits for each pair of counters (any equal shape), as two words."""
+    """64 random bits per pair of counters (arrays of equal shape), as two 32-bit words."""
     keys = (key[0], key[1], key[0] ^ key[1] ^ PARITY_CONSTANT)
     with np.errstate(over="ignore"):
         x0 = counter0.astype(np.uint32) + np.uint32(keys[0])
@@ -46,5 +46,5 @@ def fold(key: tuple[int, int], number: int) -> tuple[int, int]:
 
 
 def drop_threshold(rate: float) -> int:
-    """A 32-bit word below this drops its element: a share of `rate`, to one part in 2**32."""
+    """The 32-bit threshold below which a random word drops its element."""
     return round(rate * 2**32)

@@ -1,4 +1,4 @@
-"""Rotary embedding: its frequencies, the ways to stretch them, and the settings of a `config.json` that say which.
+"""Rotary embedding: frequencies, their scalings, and the settings of a `config.json` that determine them.
 
 Shared by every family that rotates whole heads.
 """
@@ -20,7 +20,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3's stretch of the rotary wavelengths (Hugging Face's rope_type `llama3`)."""
+    """Llama 3's scaling of the wavelengths (rope_type `llama3`)."""
 
     factor: float
     low_freq_factor: float
@@ -37,9 +37,9 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """A base that grows beyond `max_positions` (rope_type `dynamic`, NTK-aware); up to there it is none.
+    """A base that grows beyond `max_positions` (rope_type `dynamic`, NTK-aware).
 
-    Examples beyond `max_positions` are refused, so in training it changes nothing; it is kept for the files that are written.
+    Longer examples are refused, so that it changes nothing in training; it is kept for exported files.
     """
 
     factor: float
@@ -48,12 +48,12 @@ class DynamicScaling:
 RopeScaling = Llama3Scaling | LinearScaling | DynamicScaling
 
 
-class Rotates(Protocol):
-    """What the frequencies depend on."""
+class HasRope(Protocol):
+    """The settings that determine the frequencies."""
 
     @property
     def head_dim(self) -> int:
-        """Elements of a head; pairs of them turn."""
+        """Elements of a head, which are rotated in pairs."""
         ...
 
     @property
@@ -63,12 +63,12 @@ class Rotates(Protocol):
 
     @property
     def rope_scaling(self) -> RopeScaling | None:
-        """How they are stretched."""
+        """The scaling of the wavelengths."""
         ...
 
 
-def inverse_frequencies(model: Rotates, dtype: DTypeLike) -> NDArray[Any]:
-    """RoPE's angle per position for each pair of a head, shape [head_dim / 2], computed in `dtype`.
+def inverse_frequencies(model: HasRope, dtype: DTypeLike) -> NDArray[Any]:
+    """RoPE's angle per position for each pair of a head: [head_dim / 2], computed in `dtype`.
 
     Source: RoFormer, arXiv 2104.09864; the scalings are Hugging Face's (`modeling_rope_utils.py`).
     """
@@ -84,7 +84,7 @@ def inverse_frequencies(model: Rotates, dtype: DTypeLike) -> NDArray[Any]:
 
 
 def _llama3(inverse: NDArray[Any], scaling: Llama3Scaling) -> NDArray[Any]:
-    """Long wavelengths are divided by `factor`, short ones kept, and those between interpolated."""
+    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     wavelength = 2 * np.pi / inverse
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     stretched = inverse / scaling.factor
@@ -95,8 +95,8 @@ def _llama3(inverse: NDArray[Any], scaling: Llama3Scaling) -> NDArray[Any]:
     return np.where(is_long, stretched, np.where(is_short, inverse, between))
 
 
-def rope_parameters(model: Rotates) -> dict[str, Any]:
-    """The `rope_parameters` of a `config.json`: what `RopeFields.rope` reads back."""
+def rope_parameters(model: HasRope) -> dict[str, Any]:
+    """The `rope_parameters` of a `config.json`, as `RopeFields.rope` reads them."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     match model.rope_scaling:
         case Llama3Scaling() as scaling:
@@ -117,7 +117,7 @@ def rope_parameters(model: Rotates) -> dict[str, Any]:
 
 
 class _Rope(BaseModel):
-    """Rotary settings as they are written; `rope_type` was called `type` before. Null is absent."""
+    """Rotary settings as written; `rope_type` was formerly called `type`. Null means absent."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     rope_type: Literal["default", "linear", "dynamic", "llama3"] | None = Field(
@@ -133,13 +133,13 @@ class _Rope(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_type(cls, value: Any) -> Any:
-        # Of two that are given transformers takes `rope_type`; a null one hides `type` and is none itself.
+        # Given both, transformers takes `rope_type`, even a null one, which would then hide `type`.
         if isinstance(value, dict) and value.get("rope_type", "") is None and value.get("type") is not None:
-            raise ValueError(f"rope_type null beside type {value['type']!r}; leave one of them out")
+            raise ValueError(f"rope_type null and type {value['type']!r}; leave one of them out")
         return value
 
 
-# Which settings a rope_type reads; the others are there for nothing.
+# The settings that each rope_type uses.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -150,12 +150,12 @@ _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 class RopeFields(BaseModel):
-    """The fields of a `config.json` that decide the rotation."""
+    """The fields of a `config.json` that determine the rotation."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     default_theta: ClassVar[float] = 1e4
     max_position_embeddings: Size = 2048
-    # transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood side by side.
+    # transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
     rope_parameters: _Rope | None = None
     rope_theta: Positive | None = None
     rope_scaling: _Rope | None = None
@@ -163,19 +163,19 @@ class RopeFields(BaseModel):
     original_max_position_embeddings: Size | None = None
 
     def rope(self, where: str) -> tuple[float, RopeScaling | None]:
-        """Theta and scaling as transformers resolves them: `rope_scaling` first, settings beside it fill what it lacks.
+        """Theta and scaling as transformers resolves them: `rope_scaling` first, completed by the fields of the config.
 
         Raises ModelError where `rope_scaling` and `rope_parameters` make two different models.
         """
         old, new = self.rope_scaling, self.rope_parameters
         old, new = (rope if rope and rope.model_fields_set else None for rope in (old, new))
-        found = self._resolved(old or new or _Rope.model_validate({}), where)
-        if old and new and self._resolved(new, where) != found:
+        resolved = self._resolved(old or new or _Rope.model_validate({}), where)
+        if old and new and self._resolved(new, where) != resolved:
             raise ModelError(
-                f"{where}: rope_scaling says {_words(*found)}, rope_parameters {_words(*self._resolved(new, where))}; "
+                f"{where}: rope_scaling says {_words(*resolved)}, rope_parameters {_words(*self._resolved(new, where))}; "
                 "these are two models: keep the one that was trained"
             )
-        return found
+        return resolved
 
     def _resolved(self, rope: _Rope, where: str) -> tuple[float, RopeScaling | None]:
         kind = rope.rope_type or "default"
@@ -222,7 +222,7 @@ def _words(theta: float, scaling: RopeScaling | None) -> str:
 
 
 def rope_notes(config: dict[str, Any], fields: RopeFields, *, title: str, where: str) -> list[str]:
-    """A sentence for every rotary setting that is not used, or that another one overrules."""
+    """One sentence for each rotary setting that is not used or is overruled by another."""
     theta, _ = fields.rope(where)
     notes = []
     if fields.rope_theta not in (None, theta):

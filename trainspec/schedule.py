@@ -1,4 +1,4 @@
-"""lr(step): the only schedules of the repository, in plain Python, so that both backends get the same double.
+"""Learning-rate schedules in plain Python, so that both backends get the same double.
 
 Warm-up and decay follow Hugging Face's `get_*_schedule_with_warmup`: steps count from 0, the first update of
 a warm-up has rate 0, and the decay reaches `final_ratio` at `steps`. Past the end the rate stays there
@@ -14,16 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Schedule(BaseModel):
-    """The shape of the learning rate over the run; `final_ratio` is its end as a share of the peak.
+    """The learning rate over the run. Give the warm-up in updates or as a ratio, not both."""
 
-    The warm-up is given in updates, or as a share of the run's updates.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
     kind: Literal["constant", "linear", "cosine"] = "cosine"
+    """The shape of the decay after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the rate rises from 0 to its peak."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The warm-up as a share of the run's updates."""
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The rate at the end, as a share of the peak."""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -35,7 +38,7 @@ class Schedule(BaseModel):
         return self
 
     def warmup(self, steps: int) -> int:
-        """How many of a run's `steps` updates warm up."""
+        """How many of a run's `steps` updates are warm-up."""
         return math.ceil(self.warmup_ratio * steps) if self.warmup_ratio else self.warmup_steps
 
 

@@ -1,4 +1,4 @@
-"""trainspec show: the resolved recipe, its model and length, what is trained, and what each device would hold."""
+"""trainspec show: the resolved recipe, its model and length, the trained weights, and the memory of each device."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from trainspec.runs.run import Run, check_plan, cost_of, resolve
 def show(recipe: Recipe) -> None:
     """Print what the recipe means.
 
-    Raises UserError at the end, with the first of what would stop a run: the model has not the positions, its files or
-    the adapter's cannot be read (only their headers are), the data that `run.epochs` counts have a mistake, or no
-    backend runs the plan.
+    Raises UserError at the end, for the first thing that would stop a run: too few positions in the model, unreadable
+    model or adapter files (only their headers are read), bad data where `run.epochs` has to count them, or a plan that no
+    backend runs.
     """
     run = resolve(recipe)
     print(recipe.to_yaml(), end="")
     _say(describe(run))
-    for line in grouped(run.trained):
+    for line in group_entries(run.trained):
         _say(f"  {line}")
     for note in model_notes(recipe.model, run.spec, run.directory):
         _say(note)
@@ -47,7 +47,7 @@ def show(recipe: Recipe) -> None:
 
 
 def _say(text: str) -> None:
-    # What stands after the recipe is a comment of it.
+    # Written as YAML comments, so that the output as a whole is still the recipe.
     for line in text.splitlines():
         print(f"# {line}")
 
@@ -60,10 +60,10 @@ def _problem(check: Callable[[], None]) -> UserError | None:
     return None
 
 
-def grouped(rows: Iterable[Param]) -> list[str]:
-    """Rows of the table by name, those of the layers together: `model.layers.{0..31}.MODULE.weight [...] x 32`."""
+def group_entries(entries: Iterable[Param]) -> list[str]:
+    """Entries of the table, one line for all layers: `model.layers.{0..31}.MODULE.weight [...] x 32`."""
     layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for param in rows:
+    for param in entries:
         name = re.sub(rf"\blayers\.{param.layer}\.", "layers.{}.", param.name, count=1)
         layers.setdefault((name, param.shape), []).append(-1 if param.layer is None else param.layer)
     return [
@@ -74,7 +74,7 @@ def grouped(rows: Iterable[Param]) -> list[str]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """`{0..31}`, `{0,2,4..7}`, or the only number."""
+    """`{0..31}`, `{0,2,4..7}`, or a single number by itself."""
     cuts = [i for i, (one, other) in enumerate(pairwise(numbers), 1) if other != one + 1]
     runs = [numbers[i:j] for i, j in pairwise([0, *cuts, len(numbers)])]
     words = [f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
@@ -82,7 +82,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _check_files(run: Run) -> None:
-    """Raises WeightsError where the files that training starts from are not there, damaged or another model's."""
+    """Raises WeightsError where the files that training starts from are missing, damaged or another model's."""
     method = run.recipe.method
     if run.recipe.model.weights == "pretrained" and run.directory is not None:
         read_model(run.directory, run.spec, run.model_table, dtype=None)
@@ -91,16 +91,18 @@ def _check_files(run: Run) -> None:
 
 
 def _say_length(run: Run) -> None:
-    """How long the run is; the data are read where that depends on them."""
+    """How long the run is. Reads the data only where the length depends on them."""
     recipe, counted = run.recipe, list[int]()
 
-    def rows() -> int:
-        counted.append(open_dataset(run, "train").rows)
+    def count_examples() -> int:
+        counted.append(open_dataset(run, "train").num_examples)
         return counted[0]
 
-    span = recipe.span(rows)
+    span = recipe.span(count_examples)
     warmup = recipe.schedule.warmup(span.steps)
-    _say(span.said(rows=counted[0] if counted else None, examples=recipe.batch.global_examples))
+    _say(
+        span.describe(examples=counted[0] if counted else None, global_examples=recipe.batch.global_examples)
+    )
     if warmup:
         _say(f"the rate warms up over {warmup} of {span.steps} updates")
     for line in idle_settings(recipe, span):
@@ -108,12 +110,12 @@ def _say_length(run: Run) -> None:
 
 
 def _say_plan(run: Run) -> None:
-    """What a device holds on each backend. Raises PlanError where none runs the plan."""
+    """The memory of a device on each backend. Raises PlanError where none runs the plan."""
     refusals: dict[str, str] = {}
     for name, backend in BACKENDS.items():
         try:
             check_plan(run, backend)
-            _say(f"{name}: each of {run.recipe.plan.devices} devices holds {_held(run, backend)}")
+            _say(f"{name}: each of {run.recipe.plan.devices} devices holds {_memory_use(run, backend)}")
         except PlanError as error:
             _say(f"{name}: {error}")
             refusals[name] = str(error)
@@ -123,8 +125,8 @@ def _say_plan(run: Run) -> None:
         raise PlanError(f"no backend runs this plan: {told.pop() if len(told) == 1 else each}")
 
 
-def _held(run: Run, backend: Capabilities) -> str:
+def _memory_use(run: Run, backend: Capabilities) -> str:
     """The training state on one device, in words."""
-    held = cost_of(run, backend).held()
-    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in asdict(held).items())
-    return f"{held.total / 2**20:,.1f} MiB of training state ({parts})"
+    use = cost_of(run, backend).memory_use()
+    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in asdict(use).items())
+    return f"{use.total / 2**20:,.1f} MiB of training state ({parts})"

@@ -1,20 +1,20 @@
-"""What a run leaves for comparison: plain, documented files that any program can write and read.
+"""The trace of a run: plain, documented files for comparison that any program can write and read.
 
     DIR/trace.jsonl            one object per step: step (from 1), loss_sum, tokens, loss, grad_norm, lr
     DIR/initial.safetensors    weight/<name>, frozen weights included; in its header (safetensors' `__metadata__`,
                                which other readers ignore) `causal_order`, a JSON list of [name, role, layer] of
-                               every weight and every activation point, as data flows: see `Named`
+                               every weight and every activation point, in causal order: see `TraceName`
     DIR/step-000001.safetensors
         batch/input_ids, batch/labels, batch/positions, batch/segments   [global_examples, sequence_tokens]
-                               a program that trains on something else writes its own arrays as batch/<name>
+                               a program with other inputs writes its own arrays as batch/<name>
         gradient/<name>        after reduction, before clipping
         update/<name>          weight after minus weight before
         moment1/<name>, moment2/<name>
-        activation/<point>, activation_gradient/<point>                  on request, [global_examples, rows, ...]: rows are
-                               the tokens and, where a prompt stands in front of them, its virtual tokens before these
+        activation/<point>, activation_gradient/<point>                  on request, [global_examples, positions, ...]:
+                               positions are those of the tokens, after any virtual tokens of a prompt
 
 `<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision. A trace may
-leave `causal_order` out: `parity diff` then goes by the layer number in a name, and by names within a layer.
+leave `causal_order` out: `parity diff` then orders by the layer number in a name, and by name within a layer.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from trainspec.errors import TraceError
 from trainspec.files.tensors import save_tensors
 
 Arrays = Mapping[str, NDArray[Any]]
-# What an update is asked to keep for its trace; activations come with the gradients.
+# What an update keeps for a trace; activations come with the gradients.
 Keep = Literal["nothing", "gradients", "activations"]
-# Where a model can be listened to; those of a layer are called `layers.{i}.attention` and so on. `attention` and `mlp`
-# are what is added to the residual stream, `block` is the stream after both, `norm` is the final one.
+# Activation points of a layer, in full `layers.{i}.attention` and so on. `attention` and `mlp` are what is added to the
+# residual stream, `block` is the stream after both.
 LAYER_POINTS = ("attention", "mlp", "block")
-# What a name of a trace is in the model: what the table says of a weight, or an activation point.
+# What a name in a trace stands for: a weight, by its role in the table, or an activation point.
 Role = WeightRole | Literal["point"]
 ROLES = (*get_args(WeightRole), "point")
 ORDER_KEY = "causal_order"
-ROW_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
+STEP_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
 
 
 @dataclass(frozen=True)
-class Named:
-    """What a trace says of one of its names: its role, and its layer where it has one (from 0)."""
+class TraceName:
+    """One name in a trace with its role and, if it is in a layer, the layer (from 0)."""
 
     name: str
     role: Role
@@ -57,9 +57,9 @@ class Named:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """Everything one update leaves. `step` counts from 1; `grad_norm` is taken before clipping.
+    """The record of one update. `step` counts from 1; `grad_norm` is taken before clipping.
 
-    `batch` is a mapping of named arrays where a program trains on something other than rows of tokens.
+    `batch` is a mapping of named arrays in a program with other inputs than tokens.
     """
 
     step: int
@@ -78,32 +78,32 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """Where a trace is wanted, and at which steps (from 1) with activations: none, one, or `all`."""
+    """Where to write a trace, and which steps (from 1) have activations: none, one, or `all`."""
 
     directory: Path
     activations_at: int | Literal["all"] | None = None
 
     def keep(self, step: int) -> Keep:
-        """What update `step` has to keep."""
+        """What update `step` must keep."""
         return "activations" if self.activations_at in ("all", step) else "gradients"
 
 
 def activation_points(layers: int) -> tuple[str, ...]:
-    """The names of all points, in forward order."""
+    """The names of all activation points, in forward order."""
     inner = (f"layers.{i}.{point}" for i in range(layers) for point in LAYER_POINTS)
     return ("embedding", *inner, "norm", "logits")
 
 
 def check_free(directory: Path) -> None:
-    """Raises TraceError for a directory that holds something other than a trace."""
+    """Raises TraceError for a directory that holds anything but a trace."""
     if directory.is_dir() and any(directory.iterdir()) and not (directory / "trace.jsonl").is_file():
         raise TraceError(f"--trace {directory}: holds other files; give an empty or a new directory")
 
 
 class TraceWriter:
-    """Writes a trace directory, a step at a time. An earlier trace there is replaced.
+    """Writes a trace directory step by step, replacing an earlier trace.
 
-    Raises TraceError for a directory that holds something else.
+    Raises TraceError for a directory that holds anything else.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -113,16 +113,16 @@ class TraceWriter:
         for old in (*directory.glob("step-??????.safetensors"), directory / "initial.safetensors"):
             old.unlink(missing_ok=True)
         (directory / "trace.jsonl").write_text("", encoding="utf-8")
-        self._rows = directory / "trace.jsonl"
+        self._file = directory / "trace.jsonl"
 
-    def initial(self, weights: Arrays, order: Sequence[Named] = ()) -> None:
-        """Record every weight of the run as it starts, and in which causal order names stand where that is known."""
+    def initial(self, weights: Arrays, order: Sequence[TraceName] = ()) -> None:
+        """Record the starting weights, and the causal order of all names if it is known."""
         listed = json.dumps([[named.name, named.role, named.layer] for named in order])
         metadata = {ORDER_KEY: listed} if order else None
         _save(self._directory / "initial.safetensors", {"weight": weights}, metadata=metadata)
 
     def step(self, trace: StepTrace) -> None:
-        """Record one update: first its tensors, then its row, so that a row always has its tensors."""
+        """Record one update: first its tensors, then its line, so that every line has its tensors."""
         groups: dict[str, Arrays] = {
             "batch": _batch_arrays(trace.batch),
             "gradient": trace.gradients,
@@ -141,15 +141,14 @@ class TraceWriter:
             trace.grad_norm,
             trace.lr,
         )
-        with self._rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(zip(ROW_KEYS, values, strict=True))) + "\n")
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(zip(STEP_KEYS, values, strict=True))) + "\n")
 
 
 class Trace:
     """Reads a trace directory; tensors are read one at a time.
 
-    `rows` are the objects of trace.jsonl in step order. Raises TraceError where a file is missing, cut short or
-    not what the format says.
+    `steps` are the objects of trace.jsonl. Raises TraceError where a file is missing, cut short or malformed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -161,10 +160,10 @@ class Trace:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise TraceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        self.rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
-        if not self.rows:
-            raise TraceError(f"{path}: no step in it; the run that wrote it made no update")
-        if [row["step"] for row in self.rows] != list(range(1, len(self.rows) + 1)):
+        self.steps = [_parse_step(path, number, line) for number, line in enumerate(lines, 1)]
+        if not self.steps:
+            raise TraceError(f"{path}: has no step; the run that wrote it made no update")
+        if [step["step"] for step in self.steps] != list(range(1, len(self.steps) + 1)):
             raise TraceError(f"{path}: steps are not 1, 2, 3, ...; write the trace of a whole run")
 
     def names(self, step: int) -> list[str]:
@@ -179,8 +178,8 @@ class Trace:
         """Keys of the starting weights, such as `weight/model.norm.weight`."""
         return _keys(self.directory / "initial.safetensors")
 
-    def causal_order(self) -> tuple[Named, ...]:
-        """What the trace says of its names, in causal order; nothing where it was written without."""
+    def causal_order(self) -> tuple[TraceName, ...]:
+        """The names of the trace in causal order; empty where it was written without one."""
         path = self.directory / "initial.safetensors"
         try:
             with safe_open(path, "numpy") as file:
@@ -188,10 +187,10 @@ class Trace:
         except (OSError, SafetensorError) as error:
             raise TraceError(f"{path}: {error}; the trace is incomplete, write it again") from None
         try:
-            return tuple(Named(*entry) for entry in json.loads(listed) if _is_named(*entry))
+            return tuple(TraceName(*entry) for entry in json.loads(listed) if _is_named(*entry))
         except (TypeError, ValueError) as error:
             raise TraceError(
-                f"{path}: {ORDER_KEY} is no list of [name, role, layer] ({error}); write the trace again, or without it"
+                f"{path}: {ORDER_KEY} is not a list of [name, role, layer] ({error}); write the trace again, or without it"
             ) from None
 
     def read_initial(self, key: str) -> NDArray[Any]:
@@ -230,17 +229,17 @@ def _save(path: Path, groups: Mapping[str, Arrays], *, metadata: Mapping[str, st
     temporary.rename(path)
 
 
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_step(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-        missing = [key for key in ROW_KEYS if key not in row]
+        values = json.loads(line)
+        missing = [key for key in STEP_KEYS if key not in values]
     except (json.JSONDecodeError, TypeError) as error:
         raise TraceError(
             f"{path} line {number}: not a JSON object: {error}; the file is cut short or damaged"
         ) from None
     if missing:
         raise TraceError(f"{path} line {number}: no {', '.join(missing)}")
-    return row
+    return values
 
 
 def _keys(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A weight that is read, or drawn, when a part of it is asked for: a process takes only what its devices hold."""
+"""A weight that is read or drawn on demand, slice by slice: a process takes only what its devices hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Weight:
-    """`weight[index]` is that part of it as a numpy array, `weight[...]` all of it; nothing is kept."""
+    """`weight[index]` is that slice of it as a numpy array, `weight[...]` all of it; neither is cached here."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

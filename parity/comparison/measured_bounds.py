@@ -102,7 +102,7 @@ class Measurement:
 
     def loss_sigma(self, step: int) -> float:
         """σ of the mean loss: the larger of the step's own and that of all steps."""
-        steps = range(1, 1 + len(self.references[0].rows))
+        steps = range(1, 1 + len(self.references[0].steps))
         squares = {each: float(self.mean_squares(each, "loss")[0][0]) for each in steps}
         return math.sqrt(float(np.maximum(squares.get(step, math.nan), np.mean(list(squares.values())))))
 
@@ -195,7 +195,7 @@ class MeasuredBounds:
 
     def _reference(self, step: int) -> tuple[Trace, Trace] | None:
         left, right = self.measurement.references
-        return (left, right) if min(len(left.rows), len(right.rows)) >= step else None
+        return (left, right) if min(len(left.steps), len(right.steps)) >= step else None
 
     def _against_reference(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         references, key = self._reference(location.step), f"{location.phase}/{location.tensor}"
@@ -236,8 +236,10 @@ class MeasuredBounds:
         No estimate fills that gap: NaN is expected, which fails.
         """
         at = location.step - 1
-        records = [trace.rows[at] if at < len(trace.rows) else None for trace in self.measurement.references]
-        dof = self.measurement.draws * len(self.measurement.references[0].rows)
+        records = [
+            trace.steps[at] if at < len(trace.steps) else None for trace in self.measurement.references
+        ]
+        dof = self.measurement.draws * len(self.measurement.references[0].steps)
         tokens = max(self._pair.scalar(location.step, "tokens"))
         mean = max((abs(record["loss"]) for record in records if record), default=0.0)
         own = self.multiple(forward=True, size=1, dof=dof) * self.measurement.loss_sigma(location.step)
@@ -254,7 +256,7 @@ class MeasuredBounds:
         references = self._reference(location.step)
         if references is None:
             return [CheckedPair(left, right, bound)]
-        wanted = np.asarray(references[0].rows[location.step - 1]["lr"])
+        wanted = np.asarray(references[0].steps[location.step - 1]["lr"])
         return [
             CheckedPair(side, wanted, bound, (n, "recipe")) for side, n in ((left, "left"), (right, "right"))
         ]

@@ -30,7 +30,7 @@ class Pair:
     @property
     def steps(self) -> tuple[int, int]:
         """How many updates each side recorded."""
-        return len(self.traces[0].rows), len(self.traces[1].rows)
+        return len(self.traces[0].steps), len(self.traces[1].steps)
 
     @property
     def common_steps(self) -> int:
@@ -118,7 +118,7 @@ def as_float64(array: Array) -> Array:
 
 
 def _number(trace: Trace, step: int, key: str) -> float:
-    value = trace.rows[step - 1][key]
+    value = trace.steps[step - 1][key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TraceError(
             f"{trace.directory}: step {step}: {key} is {value!r}, not a number; write the trace again"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from trainspec.methods import ENCODER, PEFT_PREFIX
-from trainspec.trace import LAYER_POINTS, Named, Role
+from trainspec.trace import LAYER_POINTS, Role, TraceName
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?:\.|$)")
 _POINTS = ("embedding", "norm", "logits")
@@ -20,8 +20,8 @@ _KNOWN, _ENCODER, _EMBEDDING, _LAYERS, _END = range(5)
 class Structure:
     """Causal order, roles and layers by name; the first of several orders that has a name decides."""
 
-    def __init__(self, *orders: Sequence[Named]) -> None:
-        entries: dict[str, Named] = {}
+    def __init__(self, *orders: Sequence[TraceName]) -> None:
+        entries: dict[str, TraceName] = {}
         for order in orders:
             for named in order:
                 entries.setdefault(named.name, named)

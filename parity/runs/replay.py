@@ -54,7 +54,7 @@ def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[
     undoes the rounding of that difference. A run computes with the stored weight rounded to `computed`.
     """
     stored = {name: trace.read_initial(f"weight/{name}") for name in sorted(names)}
-    for record in trace.rows:
+    for record in trace.steps:
         yield {name: _rounded(weight, computed) for name, weight in stored.items()}
         for name, weight in stored.items():
             update = trace.read(record["step"], f"update/{name}").astype(np.float64)
@@ -77,7 +77,7 @@ class Replayer:
         self.state: Any = None
         self.job = job
         self.dataset = open_dataset(self.run, "train")
-        self.span = self.recipe.span(lambda: self.dataset.rows)
+        self.span = self.recipe.span(lambda: self.dataset.num_examples)
         self.trained = {p.name for p in self.run.trained}
 
     def steps(self, trace: Trace, *, draw: int | None) -> Iterator[tuple[int, Metrics]]:
@@ -161,7 +161,7 @@ def write_movement(replayer: Replayer, trace: Trace, reference: Trace, out: Path
 
 def _moved(metrics: Metrics, reference: Trace, step: int) -> Iterator[tuple[str, Array]]:
     """(key, movement) of every tensor of a step, and of the mean loss."""
-    yield "loss", np.asarray(metrics.loss_sum / metrics.tokens - reference.rows[step - 1]["loss"])
+    yield "loss", np.asarray(metrics.loss_sum / metrics.tokens - reference.steps[step - 1]["loss"])
     groups = (metrics.gradients, metrics.activations, metrics.activation_gradients)
     for group, arrays in zip(GROUPS, groups, strict=True):
         for name, array in (arrays or {}).items():

@@ -60,7 +60,9 @@ def test_the_line_ends_with_what_is_saved(what, at, make_recipe, tmp_path, monke
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 or code == 70
     assert lines[-1].startswith(f"{PROGRAM}: {start}")
-    saved = {1: "nothing was saved yet", 3: f"saved: {out}/checkpoints/step-000002; go on with --resume"}[at]
+    saved = {1: "nothing was saved yet", 3: f"saved: {out}/checkpoints/step-000002; continue with --resume"}[
+        at
+    ]
     assert lines[-1].endswith(f"; {saved}")
     if at == 3:  # and it is true
         monkeypatch.undo()
@@ -78,7 +80,7 @@ def test_a_loss_that_is_no_number_says_what_is_saved(make_recipe, tmp_path, caps
     [line] = capsys.readouterr().err.splitlines()
     made = len((out / "metrics.jsonl").read_text().splitlines())
     assert line.startswith(f"{PROGRAM}: stopped before the update: step {made + 1}: loss sum ")
-    assert line.endswith(f"; saved: {out}/checkpoints/step-{made:06d}; go on with --resume")
+    assert line.endswith(f"; saved: {out}/checkpoints/step-{made:06d}; continue with --resume")
 
 
 # After the first update, so that what is loaded, compiled and cached is not what there was no room for. A batch is made
@@ -130,7 +132,7 @@ def test_a_real_lack_of_memory_is_one_line(make_recipe, tmp_path):
         "what helps, in this order: plan.remat=full, batch.accumulation=2 or more, plan.shards=params with plan.fsdp=2 or more, "
         "data.sequence_tokens below 160"
     ) in line
-    assert line.endswith(f"; saved: {out}/checkpoints/step-000001; go on with --resume")
+    assert line.endswith(f"; saved: {out}/checkpoints/step-000001; continue with --resume")
 
 
 @LINUX
@@ -142,5 +144,5 @@ def test_a_disk_that_takes_no_more_is_one_line(make_recipe, tmp_path):
     weights = out / "checkpoints/.step-000002.tmp/weights.safetensors"
     assert line.startswith(f"{PROGRAM}: {weights}: not written: ")
     assert "File too large" in line
-    assert line.endswith(f"; saved: {out}/checkpoints/step-000001; go on with --resume")
+    assert line.endswith(f"; saved: {out}/checkpoints/step-000001; continue with --resume")
     assert not weights.exists()

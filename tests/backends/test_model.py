@@ -8,9 +8,11 @@ import pytest
 from backend import logits, spec_of, start_state, train_step, weights_of
 from small import VARIANTS
 
+from trainspec import init
 from trainspec.data import open_dataset
 from trainspec.from_text import keys_and_values
 from trainspec.init import starting_weights
+from trainspec.methods import DoRA
 from trainspec.runs.run import resolve
 
 FP64 = {"policy": "fp64", "reduce": "fp64"}
@@ -96,3 +98,21 @@ def test_weights_come_back_as_they_went_in(make_recipe, variant, method):
     assert list(back) == list(there)
     for name, array in there.items():
         np.testing.assert_array_equal(back[name], array)
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["prefix", "dora"])
+def test_what_starts_from_other_weights_is_computed_once(make_recipe, monkeypatch, kind, policy):
+    """In bf16 a backend reads starting values twice: for the weights that it computes with and for the masters."""
+    method = {"kind": kind} | ({"init": "text", "text": "what is the answer"} if kind == "prefix" else {})
+    calls = []
+
+    def count(owner, name, key):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kw: calls.append(key(args)) or real(*args, **kw))
+
+    count(init, "text_start", lambda _: "text")
+    count(DoRA, "row_norms", lambda args: args[1].tobytes())  # one call for each target, known by its weight
+    start_state(make_recipe(method=method, precision={"policy": policy}))
+    assert len(calls) == (1 if kind == "prefix" else 4)
+    assert len(set(calls)) == len(calls)

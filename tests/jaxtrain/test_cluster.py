@@ -106,7 +106,7 @@ def test_a_process_that_failed_does_not_wait_for_those_that_wait_for_it(recipe_f
         for process in processes:
             process.kill()
     assert time.monotonic() - ended < 30
-    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    saved = f"saved: {out}/checkpoints/step-000002; continue with --resume"
     assert processes[1].returncode == 2
     assert told[-1].startswith("jaxtrain: line 7: no record")
     # The one whose connection broke says no more than that, and not that it was a user's mistake.

@@ -186,21 +186,21 @@ def test_every_stage_does_all_its_work_and_has_what_it_needs(timelines):
             for slot, work in enumerate(slots)
             if work is not None
         }
-        pieces = Plan.model_validate(plan).pieces
+        pieces = Plan.model_validate(plan).chunks_per_stage
         assert len(when) == 2 * microbatches * pieces * len(stages)
         for (work, stage), slot in when.items():
-            forward = Work("forward", work.microbatch, work.piece)
+            forward = Work("forward", work.microbatch, work.chunk)
             if work.kind == "backward":
                 assert when[forward, stage] < slot
                 after = (
                     (work, stage + 1)
                     if stage < last
-                    else (Work("backward", work.microbatch, work.piece + 1), 0)
+                    else (Work("backward", work.microbatch, work.chunk + 1), 0)
                 )
                 assert when.get(after, -1) < slot
-            elif stage > 0 or work.piece > 0:
+            elif stage > 0 or work.chunk > 0:
                 before = (
-                    (work, stage - 1) if stage else (Work("forward", work.microbatch, work.piece - 1), last)
+                    (work, stage - 1) if stage else (Work("forward", work.microbatch, work.chunk - 1), last)
                 )
                 # What is handed on is there in the next slot of its kind, and is not kept for longer.
                 assert slot - when[before] == (2 if plan["schedule"] == "1f1b" else 1)

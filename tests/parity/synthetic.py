@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from trainspec.data import Batch
-from trainspec.trace import Named, StepTrace, TraceWriter
+from trainspec.trace import StepTrace, TraceName, TraceWriter
 
 SHAPES = {
     "model.embed_tokens.weight": (32, 8),
@@ -28,7 +28,7 @@ DECAYED = {name for name in SHAPES if "norm" not in name}
 # What each is in the model, in the order of the data.
 ROLES = ("embedding", "linear", "linear", "linear", "linear", "norm", "head")
 LAYERS = (None, 0, 0, 1, 1, None, None)
-ORDER = tuple(Named(*each) for each in zip(SHAPES, ROLES, LAYERS, strict=True))
+ORDER = tuple(TraceName(*each) for each in zip(SHAPES, ROLES, LAYERS, strict=True))
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 
 

@@ -147,7 +147,7 @@ def test_a_person_s_mistake_is_one_line_before_anything_runs(flags, word, check,
 
 def test_a_recipe_in_epochs_is_compared_over_the_updates_that_its_data_make(make_recipe, tmp_path):
     recipe = make_recipe(run={"steps": None, "epochs": 0.01})
-    updates = -(-open_dataset(resolve(recipe), "train").rows // 400)
+    updates = -(-open_dataset(resolve(recipe), "train").num_examples // 400)
     (tmp_path / "r.yaml").write_text(recipe.to_yaml())
     with pytest.raises(UserError, match=f"r.yaml makes {updates} updates; compare at most those"):
         run_check(

@@ -98,7 +98,7 @@ def test_every_plan_runs_on_jax_and_divides_model_and_batch(tmp_path: Path):
 def test_pipelines_are_of_every_schedule_and_do_not_all_divide_the_layers():
     pipes = [(PLANS[cell.plan], VARIANTS[cell.model].layers) for cell in cells() if PLANS[cell.plan].pipe > 1]
     assert {plan.schedule for plan, _ in pipes} == {"gpipe", "1f1b", "interleaved"}
-    assert any(layers % (plan.pipe * plan.pieces) for plan, layers in pipes)
+    assert any(layers % (plan.pipe * plan.chunks_per_stage) for plan, layers in pipes)
 
 
 def test_what_both_refuse_stands_on_the_page_with_their_line(tmp_path: Path, monkeypatch):

@@ -53,7 +53,7 @@ def recorder(tmp_path: Path) -> Recorder:
 def test_names_layout_update_and_norm(recorder: Recorder, tmp_path: Path):
     step(recorder)
     trace = Trace(tmp_path)
-    assert trace.rows == [
+    assert trace.steps == [
         {"step": 1, "loss_sum": 12.0, "tokens": 4, "loss": 3.0, "grad_norm": 1.5, "lr": 1e-3}
     ]
     assert set(trace.initial_names()) == {"weight/fc.weight", "weight/fc.bias", "weight/frozen.weight"}
@@ -72,7 +72,7 @@ def test_weights_that_are_changed_in_place_do_no_harm(tmp_path: Path):
     step(recorder, weights=mine, grad_norm=7.0)
     trace = Trace(tmp_path)
     assert [trace.read(i, "update/fc.bias")[0] for i in (1, 2)] == [2.0, 3.0]
-    assert trace.rows[1]["grad_norm"] == 7.0
+    assert trace.steps[1]["grad_norm"] == 7.0
 
 
 def test_types_are_kept(tmp_path: Path):

@@ -19,7 +19,7 @@ from parity.report.chart import loss_curves, loss_difference
 from parity.report.heat import CELLS, heat_maps, legend, level
 from parity.report.html import Report, render
 from parity.report.verdict import Verdict
-from trainspec.trace import Named
+from trainspec.trace import TraceName
 
 LOSSES = st.lists(st.floats(width=64), max_size=30)
 
@@ -79,7 +79,10 @@ def test_names_are_visited_as_data_flows(prefix):
     ]
     names = [prefix + name for name in ordered]
     within = [name for name in names if ".2." not in name]  # what names alone show
-    for structure, shown in ((Structure(), within), (Structure([Named(n, "linear") for n in names]), names)):
+    for structure, shown in (
+        (Structure(), within),
+        (Structure([TraceName(n, "linear") for n in names]), names),
+    ):
         assert structure.in_order(set(shown), backward=False) == shown
         assert structure.in_order(set(shown), backward=True) == shown[::-1]
 

@@ -17,7 +17,7 @@ from parity.runs.fixture import METHODS, TINY
 from trainspec.causal import causal_order
 from trainspec.data import Batch
 from trainspec.methods import full_table
-from trainspec.trace import Named, StepTrace, Trace, TraceWriter
+from trainspec.trace import StepTrace, Trace, TraceName, TraceWriter
 
 FP32 = Sim(dtype="float32", noise=1e-7, steps=6)
 
@@ -151,7 +151,7 @@ def two_sides(home, starts: dict[str, np.ndarray], moved: dict[str, float]) -> P
     for side in ("a", "b"):
         weights = {n: w + (moved.get(n, 0.0) if side == "b" else 0.0) for n, w in starts.items()}
         writer = TraceWriter(home / side)
-        writer.initial(weights, [Named(n, "linear" if n in FROZEN else "adapter", 0) for n in starts])
+        writer.initial(weights, [TraceName(n, "linear" if n in FROZEN else "adapter", 0) for n in starts])
         zero = {name: np.zeros_like(weights[name]) for name in starts if name not in FROZEN}
         writer.step(StepTrace(1, empty, 1.0, 1, 1.0, 1.0, zero, zero, zero, zero))
     return Pair(Trace(home / "a"), Trace(home / "b"))

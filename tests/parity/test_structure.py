@@ -17,7 +17,7 @@ from trainspec.causal import causal_order
 from trainspec.errors import TraceError
 from trainspec.families import FAMILIES
 from trainspec.methods import full_table
-from trainspec.trace import Named, Trace, TraceWriter, activation_points
+from trainspec.trace import Trace, TraceName, TraceWriter, activation_points
 
 # Names of a program that is not ours.
 FOREIGN = [
@@ -74,19 +74,21 @@ def test_either_side_says_it_and_the_rest_comes_last():
 
 
 def test_the_header_is_passed_over_by_other_readers_and_read_back(tmp_path: Path):
-    TraceWriter(tmp_path).initial({"w": np.ones(2)}, [Named("w", "linear", 3), Named("logits", "point")])
+    TraceWriter(tmp_path).initial(
+        {"w": np.ones(2)}, [TraceName("w", "linear", 3), TraceName("logits", "point")]
+    )
     assert list(load_file(tmp_path / "initial.safetensors")) == ["weight/w"]
     (tmp_path / "trace.jsonl").write_text(
         json.dumps({"step": 1, "loss_sum": 1, "tokens": 1, "loss": 1, "grad_norm": 1, "lr": 1})
     )
-    assert Trace(tmp_path).causal_order() == (Named("w", "linear", 3), Named("logits", "point"))
+    assert Trace(tmp_path).causal_order() == (TraceName("w", "linear", 3), TraceName("logits", "point"))
     without_header(tmp_path)
     assert Trace(tmp_path).causal_order() == ()
     for wrong in ("{", '[["w"]]', '[["w", "matrix", 0]]', '[["w", "linear", "0"]]'):
         save_file(
             {"weight/w": np.ones(2)}, tmp_path / "initial.safetensors", metadata={"causal_order": wrong}
         )
-        with pytest.raises(TraceError, match="causal_order is no list"):
+        with pytest.raises(TraceError, match="causal_order is not a list"):
             Trace(tmp_path).causal_order()
 
 

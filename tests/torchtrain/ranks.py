@@ -93,5 +93,5 @@ def distance(left: Mapping[str, NDArray[Any]], right: Mapping[str, NDArray[Any]]
 
 def drift(left: Path, right: Path, key: str, *, steps: int) -> float:
     """The largest difference of a number of the traces' first rows, as a share of the left one's."""
-    one, other = ([row[key] for row in Trace(trace).rows[:steps]] for trace in (left, right))
+    one, other = ([row[key] for row in Trace(trace).steps[:steps]] for trace in (left, right))
     return float(np.max(np.abs(np.array(other) / np.array(one) - 1)))

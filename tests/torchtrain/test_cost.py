@@ -68,7 +68,7 @@ def arithmetic(recipe: Recipe) -> Cost:
 @pytest.mark.parametrize("key", CASES, ids="-".join)
 def test_each_process_holds_its_share(counted, key):
     recipe, result = counted[key]
-    wanted = arithmetic(recipe).held()
+    wanted = arithmetic(recipe).memory_use()
     for part, size in result["held"].items():
         assert 0 <= size - getattr(wanted, part) <= 4 * PADDING, part
 
@@ -83,7 +83,7 @@ def sent(moved: list[dict[str, Any]]) -> tuple[float, float]:
 @pytest.mark.parametrize("key", [c for c in CASES if c[2] not in ("tensor", "pipe")], ids="-".join)
 def test_each_stage_sends_what_the_arithmetic_says(counted, key):
     recipe, result = counted[key]
-    wanted = arithmetic(recipe).moved()
+    wanted = arithmetic(recipe).traffic()
     reduced, gathered = sent(result["moved"])
     assert reduced == pytest.approx(wanted.gradients, abs=8 * PADDING)
     if key[2] != "params":
@@ -93,7 +93,7 @@ def test_each_stage_sends_what_the_arithmetic_says(counted, key):
     assert wanted.weights / 2 < gathered < wanted.weights
     once = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"accumulation": 1})})
     _, first = sent(result["first"])
-    assert first == arithmetic(once).moved().weights
+    assert first == arithmetic(once).traffic().weights
 
 
 @pytest.mark.parametrize("key", [c for c in CASES if c[2] == "params"], ids="-".join)

@@ -169,7 +169,7 @@ def test_processes_are_started_and_a_mistake_that_they_find_is_one_line(make_rec
     again = run("train", file, "--out", tmp_path / "run")
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
-    assert "go on with --resume" in again.stderr
+    assert "continue with --resume" in again.stderr
 
 
 MISTAKE = "from trainspec.errors import DataError; raise DataError('line 7: no record')"
@@ -180,7 +180,7 @@ def test_of_several_processes_the_one_that_failed_first_speaks(make_recipe, tmp_
     """And not the leader, whose connection it broke."""
     file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
     code, told, logs = planted(file, out, "1", MISTAKE)
-    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    saved = f"saved: {out}/checkpoints/step-000002; continue with --resume"
     where = f"torchtrain: process 1 of 2 (the stacks of all are in {out}/logs): "
     assert (code, told) == (2, f"{where}line 7: no record; {saved}\n")
     assert "DataError: line 7: no record" in logs[1]
@@ -205,7 +205,7 @@ def test_a_crash_of_one_process_is_one_line_too(make_recipe, tmp_path):
 def test_a_killed_process_is_the_first_to_fail(make_recipe, tmp_path):
     file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
     code, told, logs = planted(file, out, "1", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    saved = f"saved: {out}/checkpoints/step-000002; continue with --resume"
     assert (code, told) == (
         3,
         "torchtrain: process 1 of 2 was ended by SIGKILL, as the kernel does where memory is full; "
@@ -219,7 +219,7 @@ def test_the_leader_may_be_the_first_to_fail(make_recipe, tmp_path):
     file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
     code, told, logs = planted(file, out, "0", "raise OSError(28, 'No space left on device', 'a/b')")
     where = f"torchtrain: process 0 of 2 (the stacks of all are in {out}/logs): "
-    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    saved = f"saved: {out}/checkpoints/step-000002; continue with --resume"
     assert (code, told) == (3, f"{where}a/b: No space left on device; {saved}\n")
     assert "OSError: [Errno 28]" in logs[0]
     assert PEER.search(logs[1])
@@ -240,7 +240,7 @@ def test_a_process_that_is_stuck_is_asked_where_and_ended(make_recipe, tmp_path)
 def test_what_all_processes_say_is_about_none_of_them(make_recipe, tmp_path):
     file, out = plan_file(make_recipe, tmp_path), tmp_path / "run"
     code, told, _ = planted(file, out, "0 1", MISTAKE)
-    saved = f"saved: {out}/checkpoints/step-000002; go on with --resume"
+    saved = f"saved: {out}/checkpoints/step-000002; continue with --resume"
     assert (code, told) == (2, f"torchtrain: line 7: no record; {saved}\n")
 
 

@@ -30,7 +30,7 @@ def test_every_file_declares_a_backend_of_its_name():
         (Plan(pipe=2, schedule="interleaved"), "fp32",
          "plan.schedule=interleaved: DeepSpeed's pipeline runs 1f1b; use plan.schedule=1f1b, or the jax backend"),
         (Plan(pipe=3, fsdp=2, shards="params"), "fp32",
-         "plan.shards=params with plan.pipe=3: DeepSpeed's pipeline takes no ZeRO stage above 1; "
+         "plan.shards=params with plan.pipe=3: DeepSpeed's pipeline has no ZeRO stage above 1; "
          "use plan.shards=optimizer, or plan.pipe=1 plan.microbatches=1 plan.fsdp=6"),
         (Plan(pipe=2, data=2, fsdp=2), "bf16",
          "plan.shards=nothing with plan.pipe=2: DeepSpeed's stage 0 leaves the later stages out of the norm "
@@ -54,8 +54,8 @@ def test_a_limit_is_met_only_where_all_that_it_names_is():
     limit = Limit(
         pipelined=True, replicated=False, precisions=("fp32",), shards=("nothing",), refusal="{policy}"
     )
-    assert limit.meets(Plan(pipe=2), "fp32")
-    assert limit.told(Plan(pipe=2), "fp32") == "fp32"
+    assert limit.applies_to(Plan(pipe=2), "fp32")
+    assert limit.refuse(Plan(pipe=2), "fp32") == "fp32"
     others = [(Plan(), "fp32"), (Plan(pipe=2, data=2), "fp32"), (Plan(pipe=2), "bf16")]
-    assert not any(limit.meets(plan, policy) for plan, policy in others)
-    assert Limit(refusal="").meets(Plan(), "fp64")
+    assert not any(limit.applies_to(plan, policy) for plan, policy in others)
+    assert Limit(refusal="").applies_to(Plan(), "fp64")

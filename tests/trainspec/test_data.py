@@ -89,8 +89,8 @@ def test_left_padding_moves_tokens_and_keeps_positions(dataset):
 def test_packing_loses_and_doubles_no_record(dataset):
     records = [{"instruction": f"q{i}", "output": "x " * (i % 37) + "y"} for i in range(60)]
     data = dataset(records, packing=True, sequence_tokens=100)
-    assert data.rows < 40
-    found = documents(data, 0, data.rows)
+    assert data.num_examples < 40
+    found = documents(data, 0, data.num_examples)
     assert len(found) == 60
     assert len({whole for whole, _ in found}) == 60
 
@@ -138,17 +138,17 @@ def test_every_unusable_record_is_counted(dataset):
         {"messages": [{"role": "user", "content": "anybody?"}]},
     ]
     counts, warning, *_ = dataset(records).summary.splitlines()
-    assert "7 records make 3 pieces in 3 rows of 160 tokens" in counts
+    assert "7 records make 3 segments in 3 examples of 160 tokens" in counts
     assert counts.endswith("1 too long (skipped); skipped: 1 empty, 2 without a target")
     assert re.search(r"^warning: \d\d % of the tokens are lost, in 1 records longer than", warning)
-    assert "make 4 pieces" in dataset(records, too_long="cut").summary
+    assert "make 4 segments" in dataset(records, too_long="cut").summary
     assert "1 too long (cut)" in dataset(records, too_long="cut").summary
-    assert dataset(records, too_long="split").rows > 10
+    assert dataset(records, too_long="split").num_examples > 10
 
 
 def test_a_record_cut_inside_its_prompt_has_no_target(dataset):
     data = dataset([*RECORDS, {"instruction": "word " * 400, "output": "x"}], too_long="cut")
-    assert "make 3 pieces" in data.summary
+    assert "make 3 segments" in data.summary
     assert "1 too long (cut); skipped: 1 without a target" in data.summary
 
 
@@ -172,7 +172,7 @@ def test_the_cache_is_used_and_follows_the_file(make_recipe: Make, tmp_path: Pat
     open_dataset(resolve(recipe), "train")
     assert (folder / "tokens.bin").stat().st_mtime_ns == stamp
     write(path, RECORDS[:1])
-    assert open_dataset(resolve(recipe), "train").rows == 1
+    assert open_dataset(resolve(recipe), "train").num_examples == 1
     assert len(list(cache.iterdir())) == 2
 
 

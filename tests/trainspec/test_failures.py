@@ -121,7 +121,7 @@ def test_a_run_that_was_training_says_what_is_saved(error, make_recipe, tmp_path
     recipe, kind = make_recipe(), type(error)
     assert notes_behind(kind(*error.args), recipe, tmp_path) == ["nothing was saved yet"]
     saved = save(tmp_path, 4)
-    went_on = [f"saved: {saved}; go on with --resume"]
+    went_on = [f"saved: {saved}; continue with --resume"]
     assert notes_behind(kind(*error.args), recipe, tmp_path) == went_on
     assert notes_behind(kind(*error.args), recipe, tmp_path, saves=True) == [
         went_on[0].replace("-000004", "-000006")
@@ -135,7 +135,7 @@ def test_a_mistake_says_what_is_saved_only_where_the_run_saved_it(make_recipe, t
     save(tmp_path, 4)
     assert notes_behind(mistake, recipe, tmp_path) == []
     assert notes_behind(mistake, recipe, tmp_path, saves=True) == [
-        f"saved: {tmp_path}/checkpoints/step-000006; go on with --resume"
+        f"saved: {tmp_path}/checkpoints/step-000006; continue with --resume"
     ]
 
 

@@ -124,7 +124,7 @@ def damage(directory: Path, how: str) -> None:
         ("no header", "damaged or cut short"),
         ("gone", "neither model.safetensors nor"),
         ("missing", "layers.1.mlp.up_proj.weight is missing"),
-        ("shape", r"has shape \[48, 31\], the configuration asks for \[48, 32\]"),
+        ("shape", r"has shape \[48, 31\], the configuration requires \[48, 32\]"),
         ("unexpected", "layers.2.mlp.up_proj.weight is unexpected"),
         ("integers", "is stored as I32"),
     ],
@@ -230,7 +230,7 @@ def test_checkpoint_reads_back_and_old_ones_go(make_recipe: Make, tmp_path: Path
     assert newest is not None
     loaded = checkpoint.load(newest, resolve(recipe))
     assert loaded.step == 15
-    for part in checkpoint.PARTS:
+    for part in checkpoint.ARRAYS:
         assert all(np.array_equal(a[...], getattr(saved, part)[n]) for n, a in getattr(loaded, part).items())
 
 
@@ -333,11 +333,11 @@ def test_a_damaged_checkpoint_is_refused(make_recipe: Make, tmp_path: Path):
 
 def test_starting_over_an_earlier_run_is_refused(make_recipe: Make, tmp_path: Path):
     with pytest.raises(RecipeError, match="found no checkpoint"):
-        checkpoint.start_from(tmp_path, resume=True)
+        checkpoint.resumable_checkpoint(tmp_path, resume=True)
     save(tmp_path, make_recipe(), 5)
     with pytest.raises(RecipeError, match="--resume, or give another --out"):
-        checkpoint.start_from(tmp_path, resume=False)
-    assert checkpoint.start_from(tmp_path, resume=True) is not None
+        checkpoint.resumable_checkpoint(tmp_path, resume=False)
+    assert checkpoint.resumable_checkpoint(tmp_path, resume=True) is not None
 
 
 @pytest.mark.parametrize("variant", ["plain", "tied"])
@@ -386,7 +386,7 @@ def one_step_trace(directory: Path) -> None:
 def test_trace_reads_back(tmp_path: Path):
     one_step_trace(tmp_path)
     trace = Trace(tmp_path)
-    assert trace.rows[0] == {
+    assert trace.steps[0] == {
         "step": 1,
         "loss_sum": 6.0,
         "tokens": 3,

@@ -26,7 +26,7 @@ from trainspec.rope import LinearScaling, Llama3Scaling
 from trainspec.runs import checkpoint
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.identity import RANDOM, Identity, identity_of, model_digest, start_digest, weights_digest
-from trainspec.runs.resume import ALLOWABLE, FIXED, Made, check_goes_on
+from trainspec.runs.resume import ALLOWABLE, FIXED, CheckpointOrigin, check_resumable
 from trainspec.runs.run import Run, resolve, run_of
 
 Make = Callable[..., Recipe]
@@ -112,7 +112,7 @@ def test_random_weights_have_no_digest():
 
 def test_files_of_another_model_have_no_digest(tmp_path: Path):
     directory = write_checkpoint(tmp_path / "m", SMALL)
-    with pytest.raises(WeightsError, match="asks for"):
+    with pytest.raises(WeightsError, match="requires"):
         weights_digest(run_on(pretrained(directory), replace(SMALL, mlp=64)))
 
 
@@ -139,10 +139,10 @@ def test_a_methods_start_is_known_by_content(tmp_path: Path):
 
 
 @pytest.fixture
-def made(make_recipe: Make, tmp_path: Path) -> Callable[..., tuple[Recipe, Made, Identity]]:
+def made(make_recipe: Make, tmp_path: Path) -> Callable[..., tuple[Recipe, CheckpointOrigin, Identity]]:
     """A recipe, a checkpoint of it at step 5, and its identity."""
 
-    def make(**sections: Any) -> tuple[Recipe, Made, Identity]:
+    def make(**sections: Any) -> tuple[Recipe, CheckpointOrigin, Identity]:
         recipe = make_recipe(**sections)
         model, _ = resolve_model(recipe.model)
         identity = identity_of(resolve(recipe), open_dataset(resolve(recipe), "train"))
@@ -150,16 +150,16 @@ def made(make_recipe: Make, tmp_path: Path) -> Callable[..., tuple[Recipe, Made,
         path = checkpoint.save(
             tmp_path / "out", Checkpoint(5, zeros, zeros, zeros), recipe=recipe, identity=identity
         )
-        return recipe, checkpoint.read_made(path), identity
+        return recipe, checkpoint.read_origin(path), identity
 
     return make
 
 
-def goes_on(made: Made, recipe: Recipe, *allow: str) -> list[str]:
+def goes_on(made: CheckpointOrigin, recipe: Recipe, *allow: str) -> list[str]:
     run = resolve(recipe)
     identity = identity_of(run, open_dataset(run, "train"))
     span = recipe.span(lambda: 1)
-    return check_goes_on(made, recipe, identity, steps=span.steps, allow=allow)
+    return check_resumable(made, recipe, identity, steps=span.steps, allow=allow)
 
 
 def test_a_checkpoint_says_what_it_was_made_of(made):
@@ -365,7 +365,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path):
     recipe = load_recipe(
         STORED / "run-332f762/recipe.yaml", [f"data.tokenizer={tmp_path}", f"data.cache={tmp_path}/c"]
     )
-    [said] = goes_on(checkpoint.read_made(path), recipe)
+    [said] = goes_on(checkpoint.read_origin(path), recipe)
     assert said.endswith("model, tokenizer and data were not compared")
     loaded = checkpoint.load(path, resolve(recipe))
     assert loaded.step == 3
@@ -376,7 +376,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path):
     # What its recipe says is compared as ever.
     with pytest.raises(RecipeError, match=r"schedule\.kind was"):
         goes_on(
-            checkpoint.read_made(path),
+            checkpoint.read_origin(path),
             recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"kind": "cosine"})}),
         )
 
@@ -387,7 +387,7 @@ def test_a_recipe_that_this_version_does_not_know_is_no_damage(made):
     head["recipe"]["optimizer"]["nesterov"] = True
     (found.path / "checkpoint.json").write_text(json.dumps(head))
     with pytest.raises(WeightsError, match=r"does not know: optimizer\.nesterov: unknown key"):
-        checkpoint.read_made(found.path)
+        checkpoint.read_origin(found.path)
 
 
 def test_whoever_reads_needs_the_model_not_the_data(

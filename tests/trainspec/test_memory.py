@@ -10,7 +10,14 @@ import pytest
 from trainspec.errors import DataError, MachineError
 from trainspec.failures import explained, outcome
 from trainspec.plans.accelerators import Devices
-from trainspec.runs.memory import GIB, Lack, host_memory, lack_of_memory, told, what_helps
+from trainspec.runs.memory import (
+    GIB,
+    MemoryShortage,
+    describe_shortage,
+    host_memory,
+    memory_shortage,
+    what_helps,
+)
 
 MIB = 2**20
 CPU = Devices("jax", "cpu", 1, 1, 1, ())
@@ -45,27 +52,27 @@ TPU_PROGRAM = (
     "There are 6.78G free, 0B reserved, and 3.33G reservable."
 )
 SHAPES = {
-    "torch on a GPU": (RuntimeError(TORCH_GPU), Lack("device", 22.78 * GIB, 31.47 * GIB, 12.73 * GIB)),
-    "torch on a full GPU": (RuntimeError(TORCH_FULL_GPU), Lack("device", 64 * MIB, 8 * GIB, 0)),
-    "torch on a CPU": (RuntimeError(TORCH_CPU), Lack("machine", 2**46)),
-    "cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Lack("device")),
-    "the driver": (RuntimeError("CUDA error: out of memory"), Lack("device")),
-    "XLA on a GPU": (JaxRuntimeError(XLA_GPU), Lack("device", 4770354232)),
-    "XLA's allocator": (JaxRuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 2.99GiB (3206250496B) on device ordinal 0"), Lack("device", 2.99 * GIB)),
-    "XLA on a CPU": (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8796093022208 bytes."), Lack("device", 2**43)),
-    "a TPU's compiler": (JaxRuntimeError(TPU_COMPILE), Lack("device", 21.95 * GIB, 15.48 * GIB)),
-    "a TPU's buffer": (JaxRuntimeError(TPU_BUFFER), Lack("device", 15.65 * GIB, None, 11.08 * GIB)),
-    "a TPU's program": (JaxRuntimeError(TPU_PROGRAM), Lack("device", 6.48 * GIB, None, 6.78 * GIB)),
-    "numpy": (MemoryError("Unable to allocate 128. TiB for an array with shape (17592186044416,) and data type float64"), Lack("machine", 2**47)),
-    "Python": (MemoryError(), Lack("machine")),
-    "the kernel": (OSError(errno.ENOMEM, "Cannot allocate memory"), Lack("machine")),
+    "torch on a GPU": (RuntimeError(TORCH_GPU), MemoryShortage("device", 22.78 * GIB, 31.47 * GIB, 12.73 * GIB)),
+    "torch on a full GPU": (RuntimeError(TORCH_FULL_GPU), MemoryShortage("device", 64 * MIB, 8 * GIB, 0)),
+    "torch on a CPU": (RuntimeError(TORCH_CPU), MemoryShortage("machine", 2**46)),
+    "cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), MemoryShortage("device")),
+    "the driver": (RuntimeError("CUDA error: out of memory"), MemoryShortage("device")),
+    "XLA on a GPU": (JaxRuntimeError(XLA_GPU), MemoryShortage("device", 4770354232)),
+    "XLA's allocator": (JaxRuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 2.99GiB (3206250496B) on device ordinal 0"), MemoryShortage("device", 2.99 * GIB)),
+    "XLA on a CPU": (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8796093022208 bytes."), MemoryShortage("device", 2**43)),
+    "a TPU's compiler": (JaxRuntimeError(TPU_COMPILE), MemoryShortage("device", 21.95 * GIB, 15.48 * GIB)),
+    "a TPU's buffer": (JaxRuntimeError(TPU_BUFFER), MemoryShortage("device", 15.65 * GIB, None, 11.08 * GIB)),
+    "a TPU's program": (JaxRuntimeError(TPU_PROGRAM), MemoryShortage("device", 6.48 * GIB, None, 6.78 * GIB)),
+    "numpy": (MemoryError("Unable to allocate 128. TiB for an array with shape (17592186044416,) and data type float64"), MemoryShortage("machine", 2**47)),
+    "Python": (MemoryError(), MemoryShortage("machine")),
+    "the kernel": (OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryShortage("machine")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_way_to_say_it_is_understood(name):
     error, lack = SHAPES[name]
-    found = lack_of_memory(error)
+    found = memory_shortage(error)
     assert found is not None
     assert found.where == lack.where
     for field in ("asked", "there", "free"):
@@ -87,7 +94,7 @@ def test_every_way_to_say_it_is_understood(name):
     ],
 )
 def test_what_is_no_lack_of_memory_is_not_taken_for_one(error):
-    assert lack_of_memory(error) is None
+    assert memory_shortage(error) is None
 
 
 def test_the_line_says_what_was_asked_for_what_there_is_and_what_helps(make_recipe):
@@ -96,22 +103,22 @@ def test_the_line_says_what_was_asked_for_what_there_is_and_what_helps(make_reci
         "what helps, in this order: plan.remat=full, batch.accumulation=4 or more, plan.shards=params with plan.fsdp=2 or more, "
         "data.sequence_tokens below 4096"
     )
-    lack = Lack("device", 22.78 * GIB, 31.47 * GIB, 12.73 * GIB)
-    assert told(lack, devices=GPU, recipe=recipe) == (
+    lack = MemoryShortage("device", 22.78 * GIB, 31.47 * GIB, 12.73 * GIB)
+    assert describe_shortage(lack, devices=GPU, recipe=recipe) == (
         f"out of device memory: asked for 22.78 GiB, a device has 31.47 GiB, 12.73 GiB of it free; {helps}"
     )
     # What the error does not tell is what the device says of itself.
-    bare = told(Lack("device"), devices=GPU, recipe=recipe)
+    bare = describe_shortage(MemoryShortage("device"), devices=GPU, recipe=recipe)
     assert bare == f"out of device memory: a device has 79.00 GiB; {helps}"
     # On a CPU the device's memory is the machine's.
     size, whose = host_memory()
-    on_cpu = told(Lack("device", GIB), devices=CPU, recipe=recipe)
+    on_cpu = describe_shortage(MemoryShortage("device", GIB), devices=CPU, recipe=recipe)
     assert on_cpu == f"out of memory: asked for 1.00 GiB, {whose} {size / GIB:,.2f} GiB; {helps}"
     # Where the machine's own is full, a device's settings do not help.
-    beside = told(Lack("machine", GIB), devices=GPU, recipe=recipe)
+    beside = describe_shortage(MemoryShortage("machine", GIB), devices=GPU, recipe=recipe)
     assert beside.endswith("what helps: fewer processes on this machine, or one with more memory")
-    assert told(Lack("device", GIB)) == "out of device memory: asked for 1.00 GiB"
-    assert told(Lack("device")) == "out of device memory"
+    assert describe_shortage(MemoryShortage("device", GIB)) == "out of device memory: asked for 1.00 GiB"
+    assert describe_shortage(MemoryShortage("device")) == "out of device memory"
 
 
 def test_only_what_is_not_there_already_helps(make_recipe):

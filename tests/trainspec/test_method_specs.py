@@ -143,7 +143,7 @@ def test_what_peft_drops_is_kept_beside_it_and_has_to_belong_to_it(make_recipe: 
     with pytest.raises(WeightsError, match="does not make the prompt_embeddings"):
         read_adapter(out, SMALL, method, rows, dtype=np.float32)
     (out / ENCODER_FILE).unlink()
-    with pytest.raises(WeightsError, match=r"set method\.kind=prompt to go on from that"):
+    with pytest.raises(WeightsError, match=r"set method\.kind=prompt to start from that"):
         read_adapter(out, SMALL, method, rows, dtype=np.float32)
     prompt = PromptTuning(virtual_tokens=5)
     ((_, given),) = read_adapter(out, SMALL, prompt, adapter_table(SMALL, prompt), dtype=np.float64)
@@ -159,7 +159,7 @@ def test_what_peft_drops_is_kept_beside_it_and_has_to_belong_to_it(make_recipe: 
         (Adapter(bottleneck=3), Adapter(bottleneck=4), "set method.bottleneck=3"),
         (Adapter(bottleneck=3), Adapter(bottleneck=3, activation="silu"), "set method.activation=relu"),
         (LoRA(rslora=True), LoRA(), "set method.rslora=true"),
-        (LoRA(), DoRA(), "use_dora is not set, it is LoRA's; set method.kind=lora"),
+        (LoRA(), DoRA(), "use_dora is not set, so it is LoRA's; set method.kind=lora"),
         (DoRA(), LoRA(), "use_dora=True is unsupported"),
         (DoRA(rank=4), DoRA(), "set method.rank=4"),
     ],
@@ -217,7 +217,7 @@ def test_what_is_trained_and_saved_is_said(make_recipe: Make):
     trained = sum(p.size for p in adapter_table(SMALL, PTuning(virtual_tokens=8, hidden=6)))
     assert f"ptuning trains {trained:,}" in line
     rows, encoder = (size * 4 / 2**20 for size in (8 * SMALL.embed, trained))
-    assert line.endswith(f"its adapter has {rows:.2f} MiB, the encoder beside it {encoder:.2f}")
+    assert line.endswith(f"its adapter has {rows:.2f} MiB, its encoder {encoder:.2f}")
     prompt = said(PromptTuning(virtual_tokens=8))
     assert prompt.endswith(f"its adapter has {rows:.2f} MiB")
     assert "adapter has" not in said(Full())

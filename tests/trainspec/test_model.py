@@ -55,7 +55,7 @@ def test_published_sizes():
         ({"architectures": None, "model_type": None}, "not given"),
         ({"architectures": 5}, "architectures 5"),
         ({"hidden_act": "gelu"}, "hidden_act: input should be 'silu'"),
-        ({"hidden_size": 34}, "hidden_size 34 is no multiple of num_attention_heads 4"),
+        ({"hidden_size": 34}, "hidden_size 34 is not a multiple of num_attention_heads 4"),
         (
             {"quantization_config": {"quant_method": "bitsandbytes"}},
             "quantization_config is unsupported: quantized",
@@ -67,7 +67,7 @@ def test_published_sizes():
         ({"hidden_size": "x" * 10_000}, "hidden_size: input should be a valid integer, not 'x{119}[.]{3}$"),
         ({"hidden_size": "x"}, "hidden_size: input should be a valid integer, not 'x'"),
         ({"hidden_size": True}, "hidden_size: input should be a valid integer"),
-        ({"num_key_value_heads": 3}, "no multiple"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
         ({"num_key_value_heads": "2"}, "num_key_value_heads"),
         ({"num_key_value_heads": -2}, "num_key_value_heads"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
@@ -241,7 +241,7 @@ def test_initial_values_have_the_named_distribution_and_depend_on_seed_and_name(
 
 def test_a_null_rope_type_beside_another_is_refused():
     rope = {"rope_type": None, "type": "linear", "factor": 2.0}
-    with pytest.raises(ModelError, match="rope_type null beside type 'linear'"):
+    with pytest.raises(ModelError, match="rope_type null and type 'linear'"):
         model_spec_from_config(
             config_of(VARIANTS["plain"]) | {"rope_parameters": None, "rope_scaling": rope},
             name="x",

@@ -10,7 +10,15 @@ from trainspec.runs import checkpoint
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Metrics
 from trainspec.runs.loop import follow
-from trainspec.runs.observers import Due, Evaluation, Needs, Observer, Saving, Tracing, needs_of
+from trainspec.runs.observers import (
+    CheckpointObserver,
+    Due,
+    EvaluationObserver,
+    Needs,
+    Observer,
+    TraceObserver,
+    needs_of,
+)
 from trainspec.runs.run import resolve
 from trainspec.runs.run_data import open_data
 from trainspec.trace import Trace, TraceRequest
@@ -83,7 +91,7 @@ def test_observers_see_every_update_and_the_end(prepared):
 def test_each_is_told_what_those_before_it_measured(prepared):
     run, data, backend = prepared
     before, after = Noting(), Noting()
-    evaluation = Evaluation(backend, data.train, examples=100, due=Due(2, last=3))
+    evaluation = EvaluationObserver(backend, data.train, examples=100, due=Due(2, last=3))
     follow(backend, run, data, backend.state(), [before, evaluation, after])
     assert [seen[2] for seen in before.seen[1:-1]] == [None, None, None]
     assert [seen[2] for seen in after.seen[1:-1]] == [None, 2.0, 2.0]
@@ -95,8 +103,8 @@ def test_every_process_makes_the_same_calls_and_only_the_leader_writes(prepared,
     for is_leader in (True, False):
         backend.calls, out = [], tmp_path / str(is_leader)
         observers = [
-            Tracing(backend, TraceRequest(out / "trace", 2), (), is_leader=is_leader),
-            Saving(out, run.recipe, data.identity, due=Due(2, last=3), is_leader=is_leader),
+            TraceObserver(backend, TraceRequest(out / "trace", 2), (), is_leader=is_leader),
+            CheckpointObserver(out, run.recipe, data.identity, due=Due(2, last=3), is_leader=is_leader),
         ]
         follow(backend, run, data, backend.state(), observers)
         calls[is_leader] = backend.calls
@@ -174,7 +182,7 @@ def test_a_resumed_run_reads_on_where_it_stopped(prepared):
 
 def test_an_unused_checkpoint_of_arrays_is_what_is_saved(prepared, tmp_path: Path):
     run, data, backend = prepared
-    saving = Saving(tmp_path, run.recipe, data.identity, due=Due(5, last=3), is_leader=True)
+    saving = CheckpointObserver(tmp_path, run.recipe, data.identity, due=Due(5, last=3), is_leader=True)
     follow(backend, run, data, backend.state(), [saving])
     (path,) = (tmp_path / "checkpoints").iterdir()
     loaded: Checkpoint = checkpoint.load(path, run)

@@ -250,7 +250,10 @@ def test_notes_of_the_shapes(shapes: dict[str, Path]):
         name: model_notes(source_of(path), *resolve_model(source_of(path))) for name, path in shapes.items()
     }
     assert [name for name, found in notes.items() if found] == ["own-head", "stale-index"]
-    assert "there are two sets of weights; model.safetensors is read" in notes["stale-index"][0]
+    assert (
+        "there are two sets of weights; as in transformers, model.safetensors is read"
+        in notes["stale-index"][0]
+    )
     assert not [note for found in notes.values() for note in found if "\n" in note]
     assert (
         model_notes(
@@ -285,7 +288,7 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path: Path):
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     )
     spec, _ = resolve_model(source_of(tmp_path))
-    with pytest.raises(WeightsError, match="only a pointer of Git LFS"):
+    with pytest.raises(WeightsError, match="only a Git LFS pointer"):
         read_model(tmp_path, spec, param_table(spec), dtype=np.float32)
 
 
@@ -302,7 +305,7 @@ def test_pytorch_weights_are_named_and_the_named_command_converts_them(tmp_path:
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     spec, _ = resolve_model(source_of(tmp_path))
-    with pytest.raises(WeightsError, match=r"pytorch_model.bin is not read") as caught:
+    with pytest.raises(WeightsError, match=r"pytorch_model.bin is not supported") as caught:
         read_model(tmp_path, spec, param_table(spec), dtype=np.float32)
     run_named_command(str(caught.value))
     assert_read_alike(tmp_path)
@@ -322,7 +325,7 @@ def test_a_pytorch_adapter_is_named_and_the_named_command_converts_it(tmp_path: 
     method = LoRA(rank=4, alpha=8.0, targets=("q_proj",))
     spec, _ = resolve_model(source_of(base))
     table = adapter_table(spec, method)
-    with pytest.raises(WeightsError, match=r"adapter_model.bin: is not read") as caught:
+    with pytest.raises(WeightsError, match=r"adapter_model.bin: is not supported") as caught:
         read_adapter(directory, spec, method, table, dtype=np.float32)
     run_named_command(str(caught.value))
     assert len(list(read_adapter(directory, spec, method, table, dtype=np.float32))) == len(table)
@@ -331,7 +334,7 @@ def test_a_pytorch_adapter_is_named_and_the_named_command_converts_it(tmp_path: 
 def test_an_adapter_beside_a_model_is_refused(tmp_path: Path):
     a_model(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds an adapter beside the model"):
+    with pytest.raises(ModelError, match="holds an adapter as well as the model"):
         resolve_model(source_of(tmp_path))
 
 
@@ -507,7 +510,7 @@ def test_a_tokenizer_that_has_changed_since_the_run_is_said(make_recipe: Make, t
     (base / "added_tokens.json").write_text("{}")
     export(recipe, out=tmp_path, merge=True, say=said.append)
     (line,) = said
-    assert "the tokenizer's files are not those of the run" in line
+    assert "the tokenizer's files have changed since the run" in line
 
 
 def ids_of(directory: Path) -> list[list[int]]:

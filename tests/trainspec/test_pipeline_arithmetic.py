@@ -31,9 +31,9 @@ def test_layers_are_split_evenly_the_first_pieces_longer():
 
 
 @given(st.integers(1, 90), st.integers(1, 12))
-def test_every_layer_is_in_one_piece(layers: int, pieces: int):
-    found = partition_layers(layers, pieces)
-    assert [i for piece in found for i in piece] == list(range(layers))
+def test_every_layer_is_in_one_chunk(layers: int, chunks: int):
+    found = partition_layers(layers, chunks)
+    assert [i for chunk in found for i in chunk] == list(range(layers))
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
@@ -43,17 +43,17 @@ def test_every_layer_is_in_one_piece(layers: int, pieces: int):
         (Plan(), (0, 1, 2, 3, 4)),
         (Plan(pipe=2), (0, 1, 2, 3, 4, None)),
         (Plan(pipe=4), (0, 1, 2, None, 3, None, 4, None)),
-        # The first stage has the first and the third piece, layers 0, 1 and 3: the first layer of each, then the second.
+        # The first stage has the first and the third chunk, layers 0, 1 and 3: the first layer of each, then the second.
         (Plan(pipe=2, schedule="interleaved"), (0, 3, 1, None, 2, 4, None, None)),
     ],
 )
-def test_the_stack_has_a_stages_pieces_together(plan: Plan, order):
+def test_the_stack_has_a_stages_chunks_together(plan: Plan, order):
     assert stack_order(plan, 5) == order
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
 def test_stack_and_stages_agree(layers: int, pipe: int, chunks: int):
-    """The place of a layer in JAX's stack is on the stage that computes with its rows in torch."""
+    """A layer's position in JAX's stack is on the stage that computes with its weights in torch."""
     plan = Plan(pipe=pipe, schedule="interleaved", chunks=chunks)
     model = replace(SMALL, layers=layers)
     order = stack_order(plan, layers)

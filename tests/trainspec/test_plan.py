@@ -94,7 +94,7 @@ def test_plans_that_cannot_work_name_one_that_does(plan: Plan, policy, backends:
             check_supported(plan, policy, BACKENDS[backend])
 
 
-def test_rows_that_do_not_divide_into_microbatches_are_one():
+def test_examples_that_do_not_divide_are_one_microbatch():
     plan = Plan(pipe=2, data=2, microbatches=4)
     assert [plan.microbatches_of(rows) for rows in (8, 16, 4, 10)] == [4, 4, 1, 1]
     assert Plan(data=2).microbatches_of(7) == 1
@@ -104,7 +104,7 @@ def test_interleaved_microbatches_go_in_groups():
     plan, model = Plan(pipe=2, schedule="interleaved", microbatches=3), replace(SMALL, layers=5)
     with pytest.raises(PlanError, match=r"groups of plan.pipe=2, not 3; use plan.microbatches=4"):
         check_fits(plan, model, global_examples=6, accumulation=1, backend=BACKENDS["jax"])
-    with pytest.raises(PlanError, match=r"into 6 pieces; use plan.chunks=2"):
+    with pytest.raises(PlanError, match=r"into 6 model chunks; use plan.chunks=2"):
         check_fits(
             plan.model_copy(update={"chunks": 3}),
             model,
@@ -130,7 +130,7 @@ def test_interleaved_microbatches_go_in_groups():
             Plan(pipe=4),
             8,
             "jax torch",
-            "small, which has 2 layers, into 4 pieces; plan.pipe can be at most 2",
+            "small, which has 2 layers, into 4 model chunks; plan.pipe can be at most 2",
         ),
         (Plan(pipe=2, schedule="interleaved", microbatches=4), 8, "jax torch", "use plan.schedule=1f1b"),
     ],

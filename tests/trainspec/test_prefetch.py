@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from trainspec.runs.prefetch import prefetched
+from trainspec.runs.prefetch import prefetch
 
 
 def threads() -> list[str]:
@@ -20,7 +20,7 @@ def test_values_come_in_order_and_one_ahead():
         ready[number].set()
         return 10 * number
 
-    with prefetched(make, range(2, 6)) as values:
+    with prefetch(make, range(2, 6)) as values:
         assert not made  # nothing is made before it is asked for
         for number, value in zip(range(2, 6), values, strict=True):
             assert value == 10 * number
@@ -31,7 +31,7 @@ def test_values_come_in_order_and_one_ahead():
 
 
 def test_nothing_is_made_of_an_empty_range():
-    with prefetched(lambda number: 1 // 0, range(3, 3)) as values:
+    with prefetch(lambda number: 1 // 0, range(3, 3)) as values:
         assert list(values) == []
     assert threads() == []
 
@@ -43,7 +43,7 @@ def test_an_error_is_raised_when_its_value_is_due():
         return number
 
     used: list[int] = []
-    with pytest.raises(ValueError, match="value 3"), prefetched(make, range(10)) as values:
+    with pytest.raises(ValueError, match="value 3"), prefetch(make, range(10)) as values:
         used.extend(values)
     assert used == [0, 1, 2]
     assert threads() == []
@@ -51,7 +51,7 @@ def test_an_error_is_raised_when_its_value_is_due():
 
 def test_the_thread_ends_where_the_user_of_the_values_fails():
     def use() -> None:
-        with prefetched(lambda number: number, range(10)) as values:
+        with prefetch(lambda number: number, range(10)) as values:
             next(values)
             assert threads()
             raise RuntimeError("an update")

@@ -60,6 +60,20 @@ def test_schema_names_every_section():
     assert set(Recipe.model_json_schema(by_alias=True)["properties"]) == set(Recipe.model_fields)
 
 
+def test_the_schema_describes_every_setting():
+    schema = Recipe.model_json_schema(by_alias=True)
+    sections = {"Recipe": schema, **schema["$defs"]}
+    described = {
+        f"{section}.{name}": bool(field.get("description"))
+        for section, defined in sections.items()
+        for name, field in defined["properties"].items()
+    }
+    assert {"Recipe.plan", "ModelSource.from", "Data.columns", "LoRA.rank", "PrefixTuning.adapter"} <= set(
+        described
+    )
+    assert not [setting for setting, has_text in described.items() if not has_text]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -76,9 +90,9 @@ def test_schema_names_every_section():
         ("run", "write KEY=VALUE"),
         ("run.steps.x=1", "is a value, not a section"),
         ("run.steps=[", "not a YAML value"),
-        ("data.date=tomorrow", "data.date: 'tomorrow' is no date; write one such as 2024-07-26"),
+        ("data.date=tomorrow", "data.date: 'tomorrow' is not a date; write one such as 2024-07-26"),
         ("data.date=2024-13-01", "data.date=2024-13-01: '2024-13-01' is not a YAML value: month must be in"),
-        ("data.date='2024-13-01'", "data.date: '2024-13-01' is no date"),
+        ("data.date='2024-13-01'", "data.date: '2024-13-01' is not a date"),
         (
             "data.date=2024-01-01 10:00:00",
             "data.date: must be a date such as 2024-07-26, not 2024-01-01 10:00:00",
@@ -86,11 +100,11 @@ def test_schema_names_every_section():
         ("data.columns=question", "data.columns: must be a mapping such as {instruction: question}"),
         (
             "data.columns={instruction: 5}",
-            "data.columns: maps a field's name to a field's name; 5 is no text",
+            "data.columns: maps a field's name to a field's name; 5 is not text",
         ),
         (
             "data.columns={1: x, output: y}",
-            "data.columns: maps a field's name to a field's name; 1 is no text",
+            "data.columns: maps a field's name to a field's name; 1 is not text",
         ),
         ("data.ignore=id", "data.ignore: must be a list, not 'id'"),
         ("data.ignore=[id, 5]", "data.ignore: must be text, not 5 (element 2); write it in quotes"),
@@ -107,8 +121,8 @@ def test_schema_names_every_section():
             "checkpoint.keep=99999999999999999999",
             "checkpoint.keep: a number of some 20 digits is larger than any",
         ),
-        ('data.train="\\ud800"', "data.train: '\\ud800' has a character that is no text"),
-        ('data.train="a\\0b"', "data.train: 'a\\x00b' has a character that is no text"),
+        ('data.train="\\ud800"', "data.train: '\\ud800' has a character that is not text"),
+        ('data.train="a\\0b"', "data.train: 'a\\x00b' has a character that is not text"),
         ("run.epochs=0", "run.epochs"),
         (
             "run={steps: 5, epochs: 2}",
@@ -180,17 +194,20 @@ def test_a_length_is_in_updates_or_in_epochs(recipe_file: Path):
     for epochs, rows, steps in ((2, 120, 15), (1, 120, 8), (0.5, 120, 4), (1, 128, 8), (1e-6, 120, 1)):
         assert span(f"run.epochs={epochs}", rows=rows).steps == steps
     two = span("run.epochs=2")
-    assert two.said(rows=120, examples=16) == "2 epochs of 120 rows: 15 updates"
-    assert span("run.steps=15").said(rows=120, examples=16) == "15 updates: 2 epochs of 120 rows"
+    assert two.describe(examples=120, global_examples=16) == "2 epochs of 120 examples: 15 updates"
+    assert (
+        span("run.steps=15").describe(examples=120, global_examples=16)
+        == "15 updates: 2 epochs of 120 examples"
+    )
     # 1.1 * 100 is a little more than 110 in floating point: rounded up it would be an update too many.
     assert span("run.epochs=1.1", "batch.global_examples=1", rows=100).steps == 110
     stopped = span("run.epochs=2", "run.stop_after_steps=3")
     assert (stopped.steps, stopped.last) == (15, 3)
-    assert stopped.said(rows=120, examples=16).endswith(", of which this run makes 3")
+    assert stopped.describe(examples=120, global_examples=16).endswith(", of which this run makes 3")
     # An earlier setting gives way by null, and what is written has no epochs any more.
     recipe_file.write_text(MINIMAL + "run: {steps: 60}\n")
     recipe = load_recipe(recipe_file, ["run.steps=null", "run.epochs=2"])
-    run = recipe.spanning(recipe.span(lambda: 120)).run
+    run = recipe.with_steps(recipe.span(lambda: 120)).run
     assert (run.steps, run.epochs) == (15, None)
 
 

@@ -147,7 +147,7 @@ def test_a_turn_is_learnt_unless_it_says_otherwise(fields: dict, learnt: bool):
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, "a function with a name"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
-            "arguments of a tool call are no JSON",
+            "arguments of a tool call are not JSON",
         ),
         ("hello", "a message is a JSON object, not text"),
     ],
@@ -230,7 +230,7 @@ def test_text_files_keep_their_lines_and_lose_their_mark(tmp_path: Path):
     [
         ('{"output": "Good \\ud83d morning"}', "half of a surrogate pair"),
         ('{"a": ' + "[" * 100_000, "nested too deep"),
-        ('{"a": 1' + "0" * 5000 + "}", "not read"),
+        ('{"a": 1' + "0" * 5000 + "}", "cannot be read"),
         ("{", "not JSON"),
     ],
 )

@@ -19,7 +19,7 @@ from trainspec.cli import main
 from trainspec.families import PRESETS
 from trainspec.methods import Full, LoRA, trainable_table
 from trainspec.recipe import Recipe
-from trainspec.show import grouped
+from trainspec.show import group_entries
 
 Make = Callable[..., Recipe]
 
@@ -107,14 +107,14 @@ def test_the_data_are_read_only_where_the_length_depends_on_them(show, tmp_path:
     [line] = [line for line in result["out"].splitlines() if "epochs of" in line]
     words = line.split()
     rows, updates = int(words[4]), int(words[6])
-    assert line == f"# 2 epochs of {rows} rows: {updates} updates, of which this run makes 5"
+    assert line == f"# 2 epochs of {rows} examples: {updates} updates, of which this run makes 5"
     assert updates == -(-2 * rows // 4)
     assert f"# the rate warms up over {-(-updates // 10)} of {updates} updates" in result["out"]
     # `trainspec data`, which reads them anyway, says the same.
     file = str(tmp_path / "r.yaml")
     length = ["--set", "run.steps=null", "--set", "run.epochs=2"]
     data = ended(main, ["data", file, "--rows", "1", *length])
-    assert data["out"].splitlines()[-1] == f"2 epochs of {rows} rows: {updates} updates"
+    assert data["out"].splitlines()[-1] == f"2 epochs of {rows} examples: {updates} updates"
     assert "epochs of" not in ended(main, ["data", file, "--split", "heldout", *length])["out"]
 
 
@@ -144,18 +144,18 @@ def test_what_a_models_files_say_twice_is_shown(show, model_dirs: dict[str, Path
 
 def test_rows_of_the_table_are_grouped_by_their_layers():
     model = PRESETS["llama2-7b"]
-    lora = grouped(trainable_table(model, LoRA(targets=("q_proj",))))
+    lora = group_entries(trainable_table(model, LoRA(targets=("q_proj",))))
     assert lora == [
         "base_model.model.model.layers.{0..31}.self_attn.q_proj.lora_A.weight [8, 4096] x 32",
         "base_model.model.model.layers.{0..31}.self_attn.q_proj.lora_B.weight [4096, 8] x 32",
     ]
-    some = grouped(trainable_table(model, LoRA(targets=r"model\.layers\.(0|2|3|7|1\d)\.mlp\.up_proj")))
+    some = group_entries(trainable_table(model, LoRA(targets=r"model\.layers\.(0|2|3|7|1\d)\.mlp\.up_proj")))
     assert some[0].startswith(
         "base_model.model.model.layers.{0,2..3,7,10..19}.mlp.up_proj.lora_A.weight [8, 4096] x 14"
     )
-    one = grouped(trainable_table(model, LoRA(targets=r"model\.layers\.5\.mlp\.up_proj")))
+    one = group_entries(trainable_table(model, LoRA(targets=r"model\.layers\.5\.mlp\.up_proj")))
     assert one[0] == "base_model.model.model.layers.5.mlp.up_proj.lora_A.weight [8, 4096]"
-    full = grouped(trainable_table(model, Full()))
+    full = group_entries(trainable_table(model, Full()))
     assert full[0] == "model.embed_tokens.weight [32000, 4096]"
     assert len(full) == 3 + 9
 

@@ -86,7 +86,7 @@ def test_what_cannot_be_located_is_counted_and_the_rest_is_trained(open_):
     )
     data = open_([{"messages": CHAT}, {"messages": CHAT * 2}], template=template)
     assert "skipped: 1 not located (the template does not write an assistant's content once)" in data.summary
-    assert data.rows == 1
+    assert data.num_examples == 1
 
 
 def test_no_end_token_among_the_targets_is_said(open_):
@@ -142,7 +142,7 @@ def test_odd_ends_are_without_a_target(open_):
         {"messages": [{"role": "user", "content": "only me"}]},
     ]
     data = open_(records, template=CHATML)
-    assert "3 records make 1 pieces" in data.summary
+    assert "3 records make 1 segments" in data.summary
     assert "skipped: 2 without a target" in data.summary
 
 
@@ -160,7 +160,7 @@ def test_bad_records_are_told_all_at_once(open_):
     lines = ['{"instruction": "a", "output": "b"}', *["{"] * 7, '{"instruction": "c"}']
     with pytest.raises(
         DataError,
-        match=r"line 2: not JSON: [^;]* \(in 7 records\); line 9: [^;]*; 8 bad records of 9: line 2-9; mend",
+        match=r"line 2: not JSON: [^;]* \(in 7 records\); line 9: [^;]*; 8 bad records of 9: line 2-9; fix them",
     ) as caught:
         open_(lines)
     assert len(str(caught.value).splitlines()) == 1
@@ -201,8 +201,8 @@ def test_a_killed_helper_ends_the_filling(tmp_path: Path, tokenizer: Path):
     file.write_text(line * 60_000)
     code = (
         "import json, os, sys; from trainspec.text import fill; fill._LARGE_BYTES = 1\n"
-        "encode = fill._Chunks.encode\n"
-        "fill._Chunks.encode = lambda self, chunk: os.kill(os.getpid(), 9) if chunk[0].where == 'line 1281' else encode(self, chunk)\n"
+        "encode = fill._BatchEncoder.encode\n"
+        "fill._BatchEncoder.encode = lambda self, batch: os.kill(os.getpid(), 9) if batch[0].where == 'line 1281' else encode(self, batch)\n"
         "fill.fill(json.loads(sys.argv[1]))"
     )
     job = {"task": "question_answering", "columns": [], "ignore": [], "bad_records": "stop", "system": None}
@@ -235,7 +235,7 @@ def test_templates_that_are_none(open_, template: str | bytes, says: str):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_split_pieces_start_at_turns_and_with_the_begin_token(open_):
+def test_split_segments_start_at_turns_and_with_the_begin_token(open_):
     messages = [
         m
         for i in range(8)
@@ -244,7 +244,7 @@ def test_split_pieces_start_at_turns_and_with_the_begin_token(open_):
     template = "{{ bos_token }}" + CHATML
     data = open_([{"messages": messages}], template=template, too_long="split", sequence_tokens=160)
     assert "1 too long (split)" in data.summary
-    assert data.rows > 2
+    assert data.num_examples > 2
     for batch in data.in_order(1):
         [ids], [labels], [segments] = batch.input_ids, batch.labels, batch.segments
         assert ids[0] == 1
@@ -332,7 +332,7 @@ def test_odd_tokenizer_settings_are_transformers_or_one_line(open_, tokenizer: P
 
 def test_a_directory_without_a_tokenizer(open_, tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no tokenizer there; set data\.tokenizer"):
+    with pytest.raises(DataError, match=r"has no tokenizer; set data\.tokenizer"):
         open_([RECORD], tokenizer=str(tmp_path / "empty"))
 
 

@@ -1,6 +1,6 @@
-"""The backends: each declares in a file of its own, as `BACKEND`, what it can do. A new backend adds a file.
+"""The backends: each declares its capabilities in a file of its own, as `BACKEND`. A new backend adds a file.
 
-Declared here and not in the backend's package, which nobody may import who has not its framework: `trainspec show` and
+They are here and not in the backend's package, which cannot be imported without its framework: `trainspec show` and
 parity read all of them (docs/decisions/0019).
 """
 
@@ -15,9 +15,9 @@ from trainspec.plans.plan import Backend
 
 
 def _declared() -> dict[Backend, Capabilities]:
-    found = (import_module(f"{__name__}.{file.name}").BACKEND for file in iter_modules(__path__))
-    return {backend.name: backend for backend in found}
+    declarations = (import_module(f"{__name__}.{file.name}").BACKEND for file in iter_modules(__path__))
+    return {backend.name: backend for backend in declarations}
 
 
-# By name, in the order of the files' names.
+# By name, in the order of the file names.
 BACKENDS: Mapping[Backend, Capabilities] = _declared()

@@ -1,4 +1,4 @@
-"""torch with DeepSpeed, a process for each device; in fp64, which DeepSpeed has not, plain torch."""
+"""torch with DeepSpeed, one process per device; plain torch in fp64, which DeepSpeed does not have."""
 
 from __future__ import annotations
 
@@ -9,55 +9,55 @@ from trainspec.params import Param
 from trainspec.plans.capabilities import Capabilities, Limit
 from trainspec.plans.cost import Cost, width
 from trainspec.plans.pipeline import stages_of
-from trainspec.plans.plan import COMPUTE_DTYPE, Part, local_size
+from trainspec.plans.plan import COMPUTE_DTYPE, StateKind, local_size
 
 
 class TorchCost(Cost):
-    """DeepSpeed splits over data × fsdp; its padding of flat buffers is left out.
+    """DeepSpeed shards over data × fsdp. The padding of its flat buffers is not counted.
 
-    From its second accumulation slice on stage 3 keeps what it fetched ahead at the turn to the backward pass, and
-    gathers less than is said here.
+    From the second accumulation slice on, stage 3 keeps the weights that it has prefetched for the backward pass, and
+    gathers less than is counted here.
     """
 
     @property
     def ranks(self) -> int:
-        """Those of data and fsdp."""
+        """The devices of data × fsdp."""
         return self.plan.replicas
 
     @property
     def has_master(self) -> bool:
-        """From stage 1 on, which is also that of every pipeline, even where weights are float32."""
+        """From ZeRO stage 1 on, which every pipeline uses, even where weights are float32."""
         return self.plan.splits("optimizer") or self.plan.pipe > 1 or self.policy == "bf16"
 
     @property
     def extra_gradient_bytes(self) -> int:
-        """BF16_Optimizer has its sum besides the gradients that the backward pass leaves."""
+        """BF16_Optimizer keeps its sum besides the gradients of the backward pass."""
         return width(COMPUTE_DTYPE[self.policy]) if self._is_bf16_optimizer else 0
 
     @property
     def scatters_sums(self) -> bool:
-        """From stage 1 on; BF16_Optimizer (stage 1, bf16, summed in fp32) gathers gradients and weights, too."""
+        """From stage 1 on; but BF16_Optimizer (stage 1, bf16, summed in fp32) gathers gradients as well as weights."""
         return self.plan.splits("optimizer") and not self._is_bf16_optimizer
 
     @property
     def reduces_every_slice(self) -> bool:
-        """Up to stage 1 it reduces the sum over the slices."""
+        """Up to stage 1 DeepSpeed reduces the sum over the slices."""
         return False
 
     @property
     def _is_bf16_optimizer(self) -> bool:
         return (self.policy, self.reduce) == ("bf16", "fp32") and not self.plan.splits("gradients")
 
-    def elements(self, entries: Sequence[Param], part: Part, stage: int) -> float:
-        """A process has what its stage computes with."""
+    def elements(self, entries: Sequence[Param], kind: StateKind, stage: int) -> float:
+        """A process holds the weights of its stage."""
         mine = [p for p in entries if stage in stages_of(p, self.plan, self.model)]
         whole = sum(local_size(p, self.plan, over_fsdp=False) for p in mine)
-        return whole / self.ranks if self.plan.splits(part) else whole
+        return whole / self.ranks if self.plan.splits(kind) else whole
 
     def gathers(self, param: Param) -> int:
-        """For the forward pass, and where the backward pass needs the weight: none comes before the first trained one.
+        """Twice; once where the backward pass, which ends at the first trained weight, does not need the weight.
 
-        With a frozen embedding and no trainable prompt it stops at the first layer's q, k and v projections.
+        With a frozen embedding and no trainable prompt, backward stops at the first layer's q, k and v projections.
         """
         if any("virtual" in p.axes and "embed" in p.axes for p in self.trained):
             return 1 if param.role == "embedding" and param in self.frozen else 2
@@ -83,7 +83,7 @@ _LIMITS = (
     Limit(
         pipelined=True,
         shards=("gradients", "params"),
-        refusal="plan.shards={plan.shards} with plan.pipe={plan.pipe}: DeepSpeed's pipeline takes no ZeRO stage above 1; "
+        refusal="plan.shards={plan.shards} with plan.pipe={plan.pipe}: DeepSpeed's pipeline has no ZeRO stage above 1; "
         "use plan.shards=optimizer, or plan.pipe=1 plan.microbatches=1 plan.fsdp={fsdp_of_all}",
     ),
     Limit(
@@ -112,10 +112,10 @@ BACKEND = Capabilities(
     name="torch",
     program="torchtrain",
     limits=_LIMITS,
-    # DeepSpeed cuts a flat buffer and pads it.
+    # DeepSpeed splits a flat buffer and pads it.
     pads_shards=True,
-    # It asks for the gradient of what the stage sent.
-    idle_first_stage="plan.pipe={plan.pipe}: stage 0 trains nothing, which DeepSpeed's pipeline cannot; "
+    # It always computes the gradient of the stage's output.
+    idle_first_stage="plan.pipe={plan.pipe}: stage 0 trains nothing, which DeepSpeed's pipeline cannot run; "
     "let method.targets name a module of the first layers, or use the jax backend",
     lockstep_schedules=(),
     has_process_per_device=True,

@@ -1,11 +1,11 @@
-"""The model families: which one a model is of, by name or by its `config.json`."""
+"""The registry of model families, and which one a model or a `config.json` belongs to."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from trainspec.errors import ModelError, nearest
-from trainspec.families.config import said
+from trainspec.families.config import format_setting
 from trainspec.families.family import Family
 from trainspec.families.llama import Llama
 from trainspec.families.qwen3 import Qwen3
@@ -24,22 +24,22 @@ def family_of(model: ModelSpec) -> Family:
 
 
 def family_of_config(config: dict[str, Any], *, where: str) -> Family:
-    """The family that a parsed `config.json` names. Raises ModelError where none of ours is."""
+    """The family of a parsed `config.json`. Raises ModelError for an unsupported one."""
     architectures, model_type = config.get("architectures"), config.get("model_type")
     for family in FAMILIES.values():
-        if family.is_named(architectures, model_type):
+        if family.matches(architectures, model_type):
             return family
     supported = ", ".join(
         f"{family.architecture} (model_type {family.model_type})" for family in FAMILIES.values()
     )
     raise ModelError(
-        f"{where}: architectures {said(architectures)} of model_type {said(model_type)} are unsupported; "
+        f"{where}: architectures {format_setting(architectures)} of model_type {format_setting(model_type)} are unsupported; "
         f"supported: {supported}"
     )
 
 
 def preset(name: str) -> ModelSpec:
-    """The named preset. Raises ModelError with the nearest known name."""
+    """The preset of that name. Raises ModelError with the nearest known name."""
     if name not in PRESETS:
         raise ModelError(f"model.from: no preset {name!r}{nearest(name, PRESETS)}")
     return PRESETS[name]

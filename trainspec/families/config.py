@@ -1,6 +1,6 @@
-"""Reading and writing a `config.json`, as far as families have it in common.
+"""What families share in reading and writing a `config.json`.
 
-What transformers honours is honoured or refused by name; where two settings say two things, a note says which one counts.
+Settings that transformers honours are honoured or refused by name; where two contradict, a note says which one counts.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from trainspec.errors import ModelError
 from trainspec.model import ModelSpec
 from trainspec.rope import Positive, RopeFields, Size, rope_notes
 
-LONGEST = 120  # characters of a wrong value that are shown
-# Every layer has entries in the table of weights. The deepest Llama, 3.1 405B, has 126.
+LONGEST = 120  # characters of a wrong value in a message
+# A bound for the table of weights, which has entries for every layer. The deepest Llama, 3.1 405B, has 126.
 Layers = Annotated[int, Field(ge=1, le=10_000)]
-# What transformers would honour and nothing here does, and the way out.
+# Settings that transformers honours and we do not, with the way out.
 REFUSED = {
     "quantization_config": "quantized weights are not trained; give the model that they were made from",
     "per_layer_config": "layers of different sizes are not trained",
     "transformers_weights": "weights under another name are not read; rename the file to model.safetensors",
 }
-# Null in old files, and their default; transformers 5 does not take it.
+# Settings that may be null in old files, which means their default; transformers 5 refuses null.
 SWITCHES = ("tie_word_embeddings", "rope_theta", "original_max_position_embeddings")
 
 
 class DecoderFields(RopeFields):
-    """The fields that decide a decoder's arithmetic, checked; the others are not read."""
+    """The fields that determine a decoder's arithmetic, validated; other fields are ignored."""
 
     vocab_size: Size
     hidden_size: Size
@@ -41,18 +41,18 @@ class DecoderFields(RopeFields):
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
     initializer_range: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
-    # What would change the arithmetic in a way that is not supported must have the one value that does not.
+    # Settings of unsupported arithmetic must have the value that leaves it out.
     hidden_act: Literal["silu", "swish"] = "silu"
     attention_dropout: Annotated[float, Field(ge=0, le=0)] | None = None
     is_causal: Literal[True] = True
 
     def spec(self, family: str, *, name: str, where: str, mlp_bias: bool = False) -> ModelSpec:
-        """The spec that the fields say. Raises ModelError where they do not fit together."""
+        """The spec of these fields. Raises ModelError where they contradict one another."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         head_dim = self.head_dim or self.hidden_size // heads
         if heads % kv_heads:
             raise ModelError(
-                f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
         if head_dim % 2:
             raise ModelError(f"{where}: head_dim {head_dim} is odd; rotary embedding turns pairs")
@@ -81,8 +81,8 @@ class DecoderFields(RopeFields):
 F = TypeVar("F", bound=DecoderFields)
 
 
-def checked(fields: type[F], config: dict[str, Any], where: str) -> F:
-    """The checked fields. Raises ModelError, in one line, for what is malformed or unsupported."""
+def validated_fields(fields: type[F], config: dict[str, Any], where: str) -> F:
+    """The fields of a `config.json`. Raises ModelError for what is malformed or unsupported."""
     for key, reason in REFUSED.items():
         if config.get(key):
             raise ModelError(f"{where}: {key} is unsupported: {reason}")
@@ -91,24 +91,26 @@ def checked(fields: type[F], config: dict[str, Any], where: str) -> F:
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
-        value = "null" if detail["input"] is None else said(detail["input"])
+        value = "null" if detail["input"] is None else format_setting(detail["input"])
         got = "" if detail["type"] == "missing" else f", not {value}"
         raise ModelError(f"{where}: {key}: {detail['msg'][0].lower()}{detail['msg'][1:]}{got}") from None
 
 
-def said(value: object) -> str:
-    """A value of a setting as an error shows it."""
+def format_setting(value: object) -> str:
+    """A value of a setting for a message, cut to LONGEST characters."""
     words = "not given" if value is None else repr(value)
     return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
 
 
 def decoder_notes(config: dict[str, Any], fields: DecoderFields, *, title: str, where: str) -> list[str]:
-    """A sentence for every setting that says something else than what is trained."""
+    """One sentence for each setting that differs from what is trained."""
     notes = rope_notes(config, fields, title=title, where=where)
     if config.get("auto_map"):
-        notes.append(f"auto_map names code of the model's own, which is not run: it is trained as a {title}")
+        notes.append(
+            f"auto_map names code of the model's own, which is not run: the model is trained as a {title}"
+        )
     pad = config.get("pad_token_id")
-    if _is_behind(pad, fields.vocab_size):
+    if _is_out_of_range(pad, fields.vocab_size):
         notes.append(
             f"pad_token_id {pad} is beyond the {fields.vocab_size} rows of the embedding, where transformers cannot load the "
             "model; it is not used, and an export leaves it out"
@@ -116,16 +118,16 @@ def decoder_notes(config: dict[str, Any], fields: DecoderFields, *, title: str, 
     return notes
 
 
-def _is_behind(token: object, vocab: int) -> bool:
+def _is_out_of_range(token: object, vocab: int) -> bool:
     return isinstance(token, int) and not -vocab <= token < vocab
 
 
-def exported(
+def export_config(
     config: dict[str, Any], model: ModelSpec, *, switches: Iterable[str] = SWITCHES
 ) -> dict[str, Any]:
-    """`config` for the weights of `model`: as it is, but for nulls and settings beside others that say something else.
+    """`config` for the weights of `model`: unchanged except for nulls and for settings that contradict the spec.
 
-    `switches` are the settings whose null is their default.
+    `switches` are the settings whose null means their default.
     """
     kept = {key: value for key, value in config.items() if value is not None or key not in set(switches)}
     for key in ("rope_parameters", "rope_scaling"):
@@ -136,6 +138,6 @@ def exported(
         kept["rope_theta"] = model.rope_theta
     if bool(kept.get("tie_word_embeddings")) != model.tied_embeddings:
         kept["tie_word_embeddings"] = model.tied_embeddings
-    if _is_behind(kept.get("pad_token_id"), model.vocab):
+    if _is_out_of_range(kept.get("pad_token_id"), model.vocab):
         del kept["pad_token_id"]
     return kept

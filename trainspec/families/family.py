@@ -1,8 +1,7 @@
-"""What a model family is: everything that the neutral package knows of one architecture, as one object.
+"""The base class of a model family: everything that trainspec knows of one architecture.
 
-A family has a file of its own here, with its weights and its `config.json`, and a twin with its forward pass in each
-backend. Nothing outside of these files knows a family's names of weights. Other code asks the table for a weight's role,
-axes and layer, or asks the family.
+A family has a file here, with its weights and its `config.json`, and a twin with the forward pass in each backend. Its
+weight names appear in no other file: other code reads role, axes and layer from the table, or asks the family.
 """
 
 from __future__ import annotations
@@ -22,30 +21,30 @@ Array = NDArray[Any]
 
 
 class Family(ABC):
-    """One architecture. Methods that are given a spec are given one whose `family` is this one's name."""
+    """One architecture. Every spec passed to a method has this family's name in `family`."""
 
     name: ClassVar[str]
-    # The word for a model of the family in a sentence.
+    # The family's name in messages.
     title: ClassVar[str]
-    # What `config.json` names it by: the architecture that is written first, then other spellings that are read.
+    # Its names in `config.json`: the architecture that is written comes first, then other spellings that are read.
     model_type: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     presets: ClassVar[Mapping[str, ModelSpec]]
-    # The names of two weights that may be one: the embedding, and the head (which a tied model has not in its table).
+    # Two weights that may be one: the embedding, and the head, which the table of a tied model leaves out.
     embedding: ClassVar[str]
     head: ClassVar[str]
-    # The modules of a layer, its bottleneck adapters and its activation points, as data flows.
+    # The modules, bottleneck adapters and activation points of a layer, in causal order.
     within_layer: ClassVar[tuple[str, ...]]
-    # What reads the residual stream first in a layer: its first norm, and the projections of what that gives.
+    # The first readers of the residual stream in a layer: its first norm, and the projections of that norm's output.
     stream_readers: ClassVar[tuple[str, ...]]
 
     @property
     def architecture(self) -> str:
-        """The architecture that `config.json` is written with."""
+        """The architecture written to `config.json`."""
         return self.architectures[0]
 
-    def is_named(self, architectures: object, model_type: object) -> bool:
-        """Whether these two settings of a `config.json` mean this family; either may be absent, not both."""
+    def matches(self, architectures: object, model_type: object) -> bool:
+        """Whether these two settings of a `config.json` mean this family; one of them may be absent."""
         if model_type not in (self.model_type, None):
             return False
         named = (
@@ -63,26 +62,26 @@ class Family(ABC):
 
     @abstractmethod
     def spec_of(self, config: dict[str, Any], *, name: str, where: str) -> ModelSpec:
-        """The spec of a parsed `config.json`. Raises ModelError for what is missing, malformed or unsupported."""
+        """The spec of a parsed `config.json`. Raises ModelError for fields that are missing, malformed or unsupported."""
 
     @abstractmethod
     def config_of(self, model: ModelSpec) -> dict[str, Any]:
-        """The `config.json` of a spec, without its stored type: what `spec_of` reads back."""
+        """The `config.json` of a spec without its stored type, as `spec_of` reads it."""
 
     @abstractmethod
     def notes(self, config: dict[str, Any], *, where: str) -> list[str]:
-        """What in a `config.json` says something else than what is trained, a sentence for each."""
+        """One sentence for each setting of a `config.json` that differs from what is trained."""
 
     @abstractmethod
-    def exported(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
-        """`config` for the weights of `model`: as it is, but for what contradicts the spec."""
+    def export_config(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
+        """`config` for the weights of `model`: unchanged except for what contradicts the spec."""
 
     @abstractmethod
     def keys_and_values(self, model: ModelSpec, weights: Mapping[str, Weight], ids: Sequence[int]) -> Array:
-        """What attention to the tokens `ids` at positions 0, 1, ... reads: [P, 2 L, K, D], keys (rotated) at 2 layer."""
+        """The keys (rotated, at 2 layer) and values (at 2 layer + 1) of tokens `ids` at positions 0, 1, ...: [P, 2 L, K, D]."""
 
     def embedded(self, weights: Mapping[str, Weight], ids: Sequence[int]) -> Array:
-        """What the first layer is given of the tokens `ids`, [P, E] in float64."""
+        """The embeddings of tokens `ids`, [P, E] in float64."""
         table = weights[self.embedding]
         vectors = {i: table[(slice(i, i + 1), slice(None))] for i in set(ids)}
         return np.concatenate([vectors[i] for i in ids]).astype(np.float64)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from trainspec.entry import Normal, Ones, Param, Role, Zeros
 from trainspec.errors import ModelError
-from trainspec.families.config import SWITCHES, DecoderFields, checked, decoder_notes, exported
+from trainspec.families.config import SWITCHES, DecoderFields, decoder_notes, export_config, validated_fields
 from trainspec.families.family import Family
 from trainspec.model import ModelSpec
 from trainspec.rope import inverse_frequencies, rope_parameters
@@ -40,7 +40,7 @@ class Llama(Family):
     name = "llama"
     title = "Llama"
     model_type = "llama"
-    # Checkpoints converted before transformers 4.28 spell it in the second way.
+    # The second spelling is that of checkpoints converted before transformers 4.28.
     architectures = ("LlamaForCausalLM", "LLaMAForCausalLM")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     fields: ClassVar[type[DecoderFields]] = _Fields
@@ -63,7 +63,7 @@ class Llama(Family):
     }
 
     def table(self, model: ModelSpec) -> tuple[Param, ...]:
-        """Embedding, layers, final norm and, where it is not the embedding, the head."""
+        """Embedding, layers, final norm and, unless tied, the head."""
         ends = (model.vocab, model.embed), ("vocab", "embed")
         entries = [matrix(self.embedding.removesuffix(".weight"), "embedding", model, *ends, None)]
         for i in range(model.layers):
@@ -96,11 +96,11 @@ class Llama(Family):
         return entries
 
     def spec_of(self, config: dict[str, Any], *, name: str, where: str) -> ModelSpec:
-        """Checked as transformers 5 reads it."""
-        fields = checked(_Fields, config, where)
+        """See the base class; fields mean what transformers 5 takes them to mean."""
+        fields = validated_fields(_Fields, config, where)
         if fields.hidden_size % fields.num_attention_heads:
             raise ModelError(
-                f"{where}: hidden_size {fields.hidden_size} is no multiple of num_attention_heads "
+                f"{where}: hidden_size {fields.hidden_size} is not a multiple of num_attention_heads "
                 f"{fields.num_attention_heads}"
             )
         return fields.spec(self.name, name=name, where=where, mlp_bias=bool(fields.mlp_bias))
@@ -128,50 +128,52 @@ class Llama(Family):
         }
 
     def notes(self, config: dict[str, Any], *, where: str) -> list[str]:
-        """Rotary settings, code of its own, a padding token that is none."""
-        return decoder_notes(config, checked(self.fields, config, where), title=self.title, where=where)
+        """Unused rotary settings, custom code, a padding token out of range."""
+        return decoder_notes(
+            config, validated_fields(self.fields, config, where), title=self.title, where=where
+        )
 
-    def exported(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
-        """Nulls that transformers 5 does not take are left out."""
-        return exported(config, model, switches=(*SWITCHES, "attention_bias", "mlp_bias"))
+    def export_config(self, config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
+        """See the base class; nulls that transformers 5 refuses are left out."""
+        return export_config(config, model, switches=(*SWITCHES, "attention_bias", "mlp_bias"))
 
     def keys_and_values(self, model: ModelSpec, weights: Mapping[str, Weight], ids: Sequence[int]) -> Array:
-        """Layer by layer, no further than the last one's keys and values."""
+        """See the base class; stops at the keys and values of the last layer."""
         x_PE = self.embedded(weights, ids)
         turns = np.arange(len(ids))[:, None] * inverse_frequencies(model, np.float64)
         angles_PD = np.concatenate([turns, turns], axis=-1)[:, None, :]
-        found = np.empty((len(ids), 2 * model.layers, model.kv_heads, model.head_dim))
+        result = np.empty((len(ids), 2 * model.layers, model.kv_heads, model.head_dim))
         for i in range(model.layers):
             layer = LayerWeights(model, weights, f"model.layers.{i}")
             normed = layer.norm("input_layernorm", x_PE)
             q, k, v = (self.heads(layer, name, normed) for name in "qkv")
             q, k = _rotate(q, angles_PD), _rotate(k, angles_PD)
-            found[:, 2 * i], found[:, 2 * i + 1] = k, v
+            result[:, 2 * i], result[:, 2 * i + 1] = k, v
             if i + 1 == model.layers:
-                return found
+                return result
             x_PE = x_PE + layer.linear("self_attn.o_proj", _attend(q, k, v).reshape(len(ids), -1))
             x_PE = x_PE + layer.mlp(layer.norm("post_attention_layernorm", x_PE))
-        return found
+        return result
 
     def heads(self, layer: LayerWeights, name: str, x_PE: Array) -> Array:
-        """Queries, keys or values (`name` q, k or v) before their rotation, [P, H, D] or [P, K, D]."""
+        """Queries, keys or values (`name` q, k or v) before rotation, [P, H, D] or [P, K, D]."""
         return layer.linear(f"self_attn.{name}_proj", x_PE).reshape(len(x_PE), -1, layer.head_dim)
 
 
 def matrix(
     module: str, role: Role, m: ModelSpec, shape: tuple[int, int], axes: tuple[str, str], layer: int | None
 ) -> Param:
-    """The entry of a weight [out, in] that starts as normal noise."""
+    """The entry of a weight [out, in], initialized from a normal distribution."""
     return Param(f"{module}.weight", shape, axes, Normal(m.init_std), True, role, layer)
 
 
 def norm(module: str, dim: tuple[int, str], layer: int | None) -> Param:
-    """The entry of a norm over a dimension, (size, logical axis)."""
+    """The entry of a norm over the dimension `dim`, as (size, logical axis)."""
     return Param(f"{module}.weight", dim[:1], dim[1:], Ones(), False, "norm", layer)
 
 
 class LayerWeights:
-    """One layer's functions; a weight is in memory while it is used."""
+    """The functions of one layer; a weight is in memory only while it is used."""
 
     def __init__(self, model: ModelSpec, weights: Mapping[str, Weight], base: str) -> None:
         self.head_dim, self._eps = model.head_dim, model.norm_eps
@@ -182,7 +184,7 @@ class LayerWeights:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self._eps) * self._read(f"{module}.weight")
 
     def linear(self, module: str, x: Array) -> Array:
-        """x W, and the bias where there is one."""
+        """x W^T, plus the bias where there is one."""
         y = x @ self._read(f"{module}.weight").T
         has_bias = f"{self._base}.{module}.bias" in self._weights
         return y + self._read(f"{module}.bias") if has_bias else y
@@ -197,7 +199,7 @@ class LayerWeights:
 
 
 def _silu(x: Array) -> Array:
-    """x / (1 + exp(-x)), by way of a function that never overflows."""
+    """x / (1 + exp(-x)), in a form that never overflows."""
     return x * (0.5 * (1.0 + np.tanh(0.5 * x)))
 
 

@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from trainspec.entry import Param
-from trainspec.families.config import DecoderFields, checked
+from trainspec.families.config import DecoderFields, validated_fields
 from trainspec.families.llama import Array, LayerWeights, Llama, norm
 from trainspec.model import ModelSpec
 from trainspec.rope import Size
 
 
 class _Fields(DecoderFields):
-    """Absent fields are what transformers' Qwen3Config takes them to be."""
+    """Defaults are those of transformers' Qwen3Config."""
 
     num_key_value_heads: Size | None = 32
-    head_dim: Size = 128  # pyright: ignore[reportIncompatibleVariableOverride] (null is none of its values)
+    head_dim: Size = 128  # pyright: ignore[reportIncompatibleVariableOverride] (it cannot be null)
     max_position_embeddings: Size = 32768
-    # A window is not trained; a length beside a switch that is off is not used.
+    # Sliding windows are not supported; a window size without the switch is not used.
     use_sliding_window: Literal[False] = False
     layer_types: list[Literal["full_attention"]] | None = None
 
@@ -58,7 +58,7 @@ class Qwen3(Llama):
     }
 
     def layer(self, m: ModelSpec, i: int) -> list[Param]:
-        """Llama's, and the norms of a head: one of all query heads, one of all key heads."""
+        """Llama's, plus a norm for all query heads and one for all key heads."""
         entries, base = super().layer(m, i), f"model.layers.{i}.self_attn"
         before = [entry.module for entry in entries].index(f"{base}.o_proj")
         entries[before:before] = [
@@ -67,16 +67,16 @@ class Qwen3(Llama):
         return entries
 
     def spec_of(self, config: dict[str, Any], *, name: str, where: str) -> ModelSpec:
-        """Heads need not divide the hidden size."""
-        return checked(_Fields, config, where).spec(self.name, name=name, where=where)
+        """See the base class; heads need not divide the hidden size."""
+        return validated_fields(_Fields, config, where).spec(self.name, name=name, where=where)
 
     def config_of(self, model: ModelSpec) -> dict[str, Any]:
-        """Llama's, without a bias that there is none of."""
+        """Llama's, without the MLP bias, which Qwen3 does not have."""
         config = super().config_of(model) | {"use_sliding_window": False}
         del config["mlp_bias"]
         return config
 
     def heads(self, layer: LayerWeights, name: str, x_PE: Array) -> Array:
-        """Queries and keys are normed."""
+        """Llama's, with queries and keys normed."""
         heads_PHD = super().heads(layer, name, x_PE)
         return heads_PHD if name == "v" else layer.norm(f"self_attn.{name}_norm", heads_PHD)

@@ -1,1 +1,1 @@
-"""What is on disk in formats of others: Hugging Face directories, PEFT adapters, safetensors files."""
+"""Files in formats of others: Hugging Face directories, PEFT adapters, safetensors files."""

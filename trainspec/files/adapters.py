@@ -3,10 +3,10 @@
     adapter_config.json            the method's settings, in PEFT's words
     adapter_model.safetensors      the weights: PEFT's names, or for a bottleneck adapter the table's
     prompt_encoder.safetensors     the weights of the encoder that makes virtual tokens, by canonical name: PEFT's file
-                                   has only what the encoder gives, from which training cannot be resumed
+                                   has only the encoder's output, from which training cannot resume
 
-What is in the files the method says (`trainspec.methods`). A directory is written beside its place, read back, and only
-then takes the place of an earlier one.
+The method decides what is in the files (`trainspec.methods`). A directory is written under a temporary name, read back,
+and only then replaces an earlier one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainspec.files.hf import (
     TensorFiles,
     check_reads_back,
     copy_tokenizer,
-    read_rows,
+    read_entries,
     refuse_non_finite,
     replaced_directory,
 )
@@ -46,12 +46,11 @@ def write_adapter(
     tokenizer_from: Path | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """An adapter directory; PEFT's methods load with `PeftModel.from_pretrained`. `base` is the model it belongs to.
+    """Write an adapter directory; PEFT's methods load with `PeftModel.from_pretrained`. `base` is the model it belongs to.
 
-    The tokenizer stands beside it, as Hugging Face's Trainer has it, with `chat_template` in place of its own.
-
-    Raises WeightsError, and leaves what was there, where one of the method's weights is missing, misshapen, empty or
-    not finite, or the files do not read back as written.
+    It gets a copy of the tokenizer, as with Hugging Face's Trainer, with `chat_template` in place of its own.
+    Raises WeightsError, with an earlier directory untouched, where one of the method's weights is missing, misshapen, empty
+    or not finite, or the files do not read back as written.
     """
     table = method.table(model)
     for param in table:
@@ -62,7 +61,7 @@ def write_adapter(
             )
     refuse_non_finite(weights, directory)
     files = method.files({param.name: weights[param.name] for param in table})
-    for tensors in files.values():  # what an encoder gives
+    for tensors in files.values():  # an encoder's output may overflow
         refuse_non_finite(tensors, directory)
     config = method.peft_config(model) | {"base_model_name_or_path": base}
     with replaced_directory(directory) as temporary:
@@ -76,22 +75,22 @@ def write_adapter(
 def read_adapter(
     directory: Path, model: ModelSpec, method: MethodSpec, table: Sequence[Param], *, dtype: DTypeLike
 ) -> Iterator[tuple[Param, Weight]]:
-    """An adapter, entry by entry of the method's `table`, after checking that its settings are those of `method`.
+    """The weights of an adapter, by the entries of the method's `table`.
 
-    Raises WeightsError before the first read.
+    Raises WeightsError, before the first read, where its settings are not those of `method` or its tensors do not fit.
     """
     method.check_peft_config(_read_config(directory), directory=directory, model=model)
     return method.read(_Files(directory), table, dtype=dtype)
 
 
 class _Files:
-    """An adapter's directory as a method reads it: `trainspec.methods.AdapterFiles`."""
+    """An adapter directory as a method reads it: a `trainspec.methods.AdapterFiles`."""
 
     def __init__(self, directory: Path) -> None:
         path, older = directory / ADAPTER_FILE, directory / "adapter_model.bin"
         if older.is_file() and not path.is_file():
             raise WeightsError(
-                f"{older}: is not read, only {ADAPTER_FILE} is; convert it: python -c "
+                f"{older}: is not supported, only {ADAPTER_FILE} is; convert it: python -c "
                 f'"from peft import AutoPeftModelForCausalLM as M; '
                 f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
             )
@@ -100,11 +99,11 @@ class _Files:
     def entries(
         self, table: Sequence[Param], *, dtype: DTypeLike, file: str | None = None
     ) -> Iterator[tuple[Param, Weight]]:
-        """The weight of each entry of `table`, of `ADAPTER_FILE` or of another file."""
+        """The weight of each entry of `table`, from `ADAPTER_FILE` or `file`."""
         if file is None:
-            return read_rows(self.tensors, table, dtype=dtype, where=self.directory)
+            return read_entries(self.tensors, table, dtype=dtype, where=self.directory)
         path = self.directory / file
-        return read_rows(TensorFiles([path]), table, dtype=dtype, where=path)
+        return read_entries(TensorFiles([path]), table, dtype=dtype, where=path)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Hugging Face model directories: read and written tensor by tensor.
+"""Hugging Face model directories, read and written tensor by tensor.
 
-Headers are checked against THE TABLE before the first tensor is read: a missing, unexpected or misshapen weight
-is one line, not a traceback from deep inside a model.
+Headers are checked against THE TABLE before the first tensor is read, so that a missing, unexpected or misshapen weight
+is reported in one line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainspec.recipe import ModelSource
 from trainspec.weight import Index, Weight
 
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
-# safetensors' words for what weights may be stored as, and numpy's.
+# The types that weights may be stored in: safetensors' names and numpy's.
 FLOATS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -43,7 +43,7 @@ FLOATS: dict[str, np.dtype[Any]] = {
 COMPARED_BYTES = 2**26
 LFS_POINTER = b"version https://git-lfs"
 GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
-# What transformers may read of a tokenizer: its fast file, the older ones of every kind, and chat templates.
+# The tokenizer files that transformers may read: the fast tokenizer's, those of older kinds, and chat templates.
 TOKENIZER_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -66,15 +66,16 @@ HUB_PATTERNS = ["*.json", "*.safetensors", *TOKENIZER_PATTERNS]
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of the tokenizer in `directory`, sorted, relative to it: what an export copies and a digest is of."""
-    found = {path for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(directory) for path in found)
+    """The files of the tokenizer in `directory`, relative to it and sorted: what is exported and hashed."""
+    paths = {path for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(directory) for path in paths)
 
 
 def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
     """The model's spec and its directory: a local one, `hub:ORG/NAME`, or `preset:NAME` (no directory).
 
-    Only `hub:` reaches for the network. A head of its own is one whatever the config says of ties, as in transformers.
+    Only `hub:` uses the network. A head that is stored separately is one whatever the config says of ties, as in
+    transformers. Raises ModelError.
     """
     kind, colon, name = source.from_.partition(":")
     if colon and kind == "preset":
@@ -87,8 +88,8 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
     if source.weights == "pretrained":
         if (directory / "adapter_config.json").is_file():
             raise ModelError(
-                f"model.from: {directory} holds an adapter beside the model (adapter_config.json), which transformers would "
-                "put on top; move it to a directory of its own and name that with method.adapter, or remove it"
+                f"model.from: {directory} holds an adapter as well as the model (adapter_config.json), and transformers would "
+                "apply it; move it to a directory of its own and name that with method.adapter, or remove it"
             )
         if spec.tied_embeddings and _has_own_head(directory, spec):
             spec = replace(spec, tied_embeddings=False)
@@ -96,7 +97,7 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
 
 
 def model_notes(source: ModelSource, spec: ModelSpec, directory: Path | None) -> list[str]:
-    """A line for everything in which the model's files say two things, and which of them is trained."""
+    """A line for every contradiction between the model's files, saying which of the two is trained."""
     if directory is None:
         return []
     config = read_config(directory)
@@ -105,13 +106,13 @@ def model_notes(source: ModelSource, spec: ModelSpec, directory: Path | None) ->
         return notes
     if (directory / MODEL_FILE).is_file() and (directory / MODEL_INDEX).is_file():
         notes.append(
-            f"{directory}: there are two sets of weights; {MODEL_FILE} is read, as in transformers, {MODEL_INDEX} is not"
+            f"{directory}: there are two sets of weights; as in transformers, {MODEL_FILE} is read and {MODEL_INDEX} is not"
         )
     if config.get("tie_word_embeddings") and not spec.tied_embeddings:
         family = family_of(spec)
         notes.append(
-            f"{directory}: tie_word_embeddings is true, but {family.head} and {family.embedding} are two different weights; both are "
-            "kept, as in transformers, and an export says false"
+            f"{directory}: tie_word_embeddings is true, but {family.head} and {family.embedding} are two different weights; as in "
+            "transformers both are kept, and an export says false"
         )
     return notes
 
@@ -120,7 +121,7 @@ def _has_own_head(directory: Path, spec: ModelSpec) -> bool:
     try:
         files = weight_files(directory)
     except WeightsError:
-        return False  # whoever reads the weights says what is wrong with them
+        return False  # reading the weights reports the error
     stats = [(path, path.stat()) for path in files]
     ends = family_of(spec).embedding, family_of(spec).head
     return _heads_differ(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats), ends)
@@ -128,7 +129,7 @@ def _has_own_head(directory: Path, spec: ModelSpec) -> bool:
 
 @cache
 def _heads_differ(stamped: tuple[tuple[Path, int, int], ...], ends: tuple[str, str]) -> bool:
-    """Whether the `ends`, embedding and head, are both there, and not equal. Once in a process, as both may be large."""
+    """Whether the `ends`, embedding and head, are both stored and differ. Cached, as both may be large."""
     files = TensorFiles([path for path, *_ in stamped])
     if not set(ends) <= files.shapes.keys():
         return False
@@ -137,14 +138,14 @@ def _heads_differ(stamped: tuple[tuple[Path, int, int], ...], ends: tuple[str, s
         return first.shape != second.shape
     rows, width = first.shape
     step = max(1, COMPARED_BYTES // (8 * max(1, width)))
-    parts = ((slice(at, min(at + step, rows)), slice(None)) for at in range(0, rows, step))
-    return not all(np.array_equal(first[part], second[part]) for part in parts)
+    blocks = ((slice(at, min(at + step, rows)), slice(None)) for at in range(0, rows, step))
+    return not all(np.array_equal(first[block], second[block]) for block in blocks)
 
 
 @cache
 def _hub_directory(name: str) -> Path:
-    # Once in a process: it asks the network, and a run resolves its model several times.
-    # Imported here so that nothing which talks to a network is loaded unless the user named a hub id.
+    # Cached, as it uses the network and a run resolves its model several times. Imported here, so that nothing that uses
+    # the network is loaded unless the user named a hub id.
     from huggingface_hub import snapshot_download
 
     try:
@@ -154,10 +155,10 @@ def _hub_directory(name: str) -> Path:
 
 
 class TensorFiles:
-    """The safetensors files of one directory: every header is read at birth, data one tensor at a time."""
+    """The safetensors files of one directory: headers are read at once, data one tensor at a time."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._place: dict[str, tuple[Path, str]] = {}
+        self._location: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
         for path in files:
@@ -168,22 +169,22 @@ class TensorFiles:
                         raise WeightsError(
                             f"{path}: {name} is stored as {view.get_dtype()}; use one of {', '.join(FLOATS)}"
                         )
-                    self._place[name], self.shapes[name] = (path, name), tuple(view.get_shape())
+                    self._location[name], self.shapes[name] = (path, name), tuple(view.get_shape())
                     self.dtypes[name] = FLOATS[view.get_dtype()]
 
     def alias(self, name: str, stored: str) -> None:
-        """Call the tensor `stored` by `name`, too."""
-        for column in (self._place, self.shapes, self.dtypes):
+        """Make the tensor `stored` available as `name`, too."""
+        for column in (self._location, self.shapes, self.dtypes):
             column[name] = column[stored]  # type: ignore[assignment]
 
     def read(self, name: str, index: Index | None = None) -> NDArray[Any]:
-        """One tensor, or the part of it at `index`, in its stored type."""
-        path, stored = self._place[name]
+        """One tensor, or its slice at `index`, in its stored type."""
+        path, stored = self._location[name]
         with _opened(path) as file:
             return file.get_tensor(stored) if index is None else file.get_slice(stored)[index]
 
     def weight(self, name: str, dtype: DTypeLike | None) -> Weight:
-        """One tensor as `dtype` (None: as stored), read as far as it is asked for."""
+        """One tensor as `dtype` (None: as stored), read on demand."""
         wanted = self.dtypes[name] if dtype is None else np.dtype(dtype)
         return Weight(self.shapes[name], wanted, lambda index: self.read(name, index))
 
@@ -201,17 +202,17 @@ def _opened(path: Path) -> Iterator[Any]:
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise WeightsError(
-                    f"{path}: only a pointer of Git LFS; run `git lfs pull` in its directory"
+                    f"{path}: only a Git LFS pointer; run `git lfs pull` in its directory"
                 ) from None
         raise WeightsError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
 
 
 def model_files(directory: Path) -> TensorFiles:
-    """The weights of a Hugging Face directory."""
+    """The weight files of a Hugging Face directory."""
     return TensorFiles(weight_files(directory))
 
 
-def read_rows(
+def read_entries(
     files: TensorFiles,
     table: Sequence[Param],
     *,
@@ -219,22 +220,20 @@ def read_rows(
     where: Path,
     ignored: Iterable[str] = (),
 ) -> Iterator[tuple[Param, Weight]]:
-    """Each row's weight as `dtype` (None: as stored), in the table's order, to be read tensor by tensor or part by part.
+    """The weight of each entry of `table` as `dtype` (None: as stored), read slice by slice, on demand.
 
-    Raises WeightsError before the first read where a row is missing or misshapen or a tensor is unexpected;
+    Raises WeightsError before the first read where a weight is missing or misshapen or a tensor is unexpected;
     names in `ignored` may be there.
     """
-    rows = {p.name: p for p in table}
-    for name, param in rows.items():
+    entries = {p.name: p for p in table}
+    for name, param in entries.items():
         if name not in files.shapes:
-            raise WeightsError(
-                f"{where}: {name} is missing; it should be there with shape {list(param.shape)}"
-            )
+            raise WeightsError(f"{where}: {name} is missing; it should have shape {list(param.shape)}")
         if files.shapes[name] != param.shape:
             raise WeightsError(
-                f"{where}: {name} has shape {list(files.shapes[name])}, the configuration asks for {list(param.shape)}"
+                f"{where}: {name} has shape {list(files.shapes[name])}, the configuration requires {list(param.shape)}"
             )
-    unexpected = sorted(set(files.shapes) - set(rows) - set(ignored))
+    unexpected = sorted(set(files.shapes) - set(entries) - set(ignored))
     if unexpected:
         raise WeightsError(
             f"{where}: {unexpected[0]} is unexpected ({len(unexpected)} in all); it belongs to no weight of this model"
@@ -245,9 +244,9 @@ def read_rows(
 def read_model(
     directory: Path, model: ModelSpec, table: Sequence[Param], *, dtype: DTypeLike | None
 ) -> Iterator[tuple[Param, Weight]]:
-    """The weights of a Hugging Face directory, row by row of `table`, as `dtype` (None: as stored).
+    """The weights of a Hugging Face directory, by the entries of `table`, as `dtype` (None: as stored).
 
-    Of tied weights either may be there, or both.
+    Of tied weights one or both may be stored. Raises WeightsError before the first read.
     """
     files = model_files(directory)
     # Old checkpoints store RoPE's frequencies, which are derived.
@@ -257,14 +256,14 @@ def read_model(
         ignored.add(family.head)
         if family.embedding not in files.shapes and family.head in files.shapes:
             files.alias(family.embedding, family.head)
-    return read_rows(files, table, dtype=dtype, where=directory, ignored=ignored)
+    return read_entries(files, table, dtype=dtype, where=directory, ignored=ignored)
 
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place once everything in it is written.
+    """A temporary directory that replaces `target` when the context ends without an error.
 
-    What a user has put there (a model card, say) moves along; weights and tokenizer of an earlier export do not.
+    A user's own files there (a model card, say) are kept; weights and tokenizer of an earlier export are not.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -298,10 +297,10 @@ def write_model(
     chat_template: str | None = None,
     shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """A Hugging Face directory that `AutoModelForCausalLM` loads: shards of at most `shard_bytes`, with an index.
+    """Write a Hugging Face directory that `AutoModelForCausalLM` loads: shards of at most `shard_bytes`, with an index.
 
-    One shard is in memory at a time. Generation settings are copied from `companions_from`, and the tokenizer, too, where
-    `tokenizer_from` does not say otherwise; `chat_template` takes the place of the tokenizer's.
+    One shard is in memory at a time. Generation settings are copied from `companions_from`, the tokenizer from
+    `tokenizer_from` or else from there; `chat_template` replaces the tokenizer's.
     """
     with replaced_directory(directory) as temporary:
         if companions_from is not None and (companions_from / GENERATION_CONFIG).is_file():
@@ -313,7 +312,7 @@ def write_model(
 
 
 def copy_tokenizer(source: Path | None, target: Path, *, chat_template: str | None) -> None:
-    """Every file of the tokenizer in `source`, with `chat_template` (the text) in place of all of its own."""
+    """Copy the tokenizer files of `source`; `chat_template`, the text of one, replaces all templates there."""
     if source is not None:
         for path in tokenizer_files(source):
             is_template = path.suffix == ".jinja" or path.name == "chat_template.json"

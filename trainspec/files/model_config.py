@@ -1,6 +1,6 @@
-"""A Hugging Face `config.json`: read as a ModelSpec, written of one. What is in it is the family's matter.
+"""A Hugging Face `config.json`, read as a ModelSpec and written from one. The family knows its fields.
 
-What transformers honours is honoured or refused by name; where two settings say two things, a note says which one counts.
+Settings that transformers honours are honoured or refused by name; where two contradict, a note says which one counts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def read_model_spec(directory: Path) -> ModelSpec:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The `config.json` of a model directory. Raises ModelError where there is none, or no JSON object."""
+    """The `config.json` of a model directory. Raises ModelError where it is missing or not a JSON object."""
     path = directory / "config.json"
     if not directory.is_dir():
         raise ModelError(
             f"model.from: no directory {directory}; give a Hugging Face model directory, hub:ORG/NAME or preset:NAME "
-            f"(the demo's is made by `make model`)"
+            f"(`make model` makes the demo's)"
         )
     if not path.is_file():
         if (directory / "adapter_config.json").is_file():
@@ -40,7 +40,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object, so no model is named; copy or download it again")
+        raise ModelError(f"{path}: not a JSON object; copy or download it again")
     return config
 
 
@@ -53,17 +53,17 @@ def model_spec_from_config(config: dict[str, Any], *, name: str, where: str) -> 
 
 
 def config_notes(config: dict[str, Any], *, where: str) -> list[str]:
-    """A line for everything in a `config.json` that says something else than what is trained, as transformers has it."""
+    """A line for every setting of a `config.json` that differs from what is trained, as in transformers."""
     return [f"{where}: {note}" for note in family_of_config(config, where=where).notes(config, where=where)]
 
 
 def config_of(model: ModelSpec) -> dict[str, Any]:
-    """The `config.json` of a spec, without its stored type: what `model_spec_from_config` reads back."""
+    """The `config.json` of a spec without its stored type, as `model_spec_from_config` reads it."""
     return family_of(model).config_of(model)
 
 
 def exported_config(config: dict[str, Any], model: ModelSpec) -> dict[str, Any]:
-    """`config` for the weights of `model`: as it is, but for nulls and settings beside others that say something else."""
+    """`config` for the weights of `model`: unchanged except for nulls and for settings that contradict the spec."""
     family = family_of(model)
     named = {"architectures": [family.architecture], "model_type": family.model_type}
-    return family.exported(config, model) | named
+    return family.export_config(config, model) | named

@@ -11,7 +11,7 @@ MODEL_FILE, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that the weights are read from: one safetensors file, or else the shards of an index, as in transformers.
+    """The files with the weights: one safetensors file, or else the shards of an index, as in transformers.
 
     Raises WeightsError where there are none, or shards are missing.
     """
@@ -39,7 +39,7 @@ def _no_weights(directory: Path) -> str:
     weights = next((name for name in other if name.startswith("pytorch_model")), None)
     if weights:
         return (
-            f"{directory}: {weights} is not read, only safetensors are; convert it: python -c "
+            f"{directory}: {weights} is not supported, only safetensors are; convert it: python -c "
             f'"from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
         )

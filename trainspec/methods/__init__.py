@@ -1,8 +1,7 @@
 """Training methods: what is trained, which modules it touches, and the entries it adds to the table.
 
-One file per method with its spec, which answers what the rest of trainspec asks (`method.MethodSpec`). Names, layouts
-and initial values are those of PEFT's modules, where PEFT has the method. Each backend has a file of the same name with
-the method's layers.
+One file per method with its spec, a subclass of `method.MethodSpec`. Names, layouts and initial values are those of
+PEFT's modules, where PEFT has the method. Each backend has a file of the same name with the method's layers.
 """
 
 from __future__ import annotations
@@ -65,17 +64,17 @@ EXAMPLES: dict[str, Method] = {
 
 
 def virtual_tokens(method: MethodSpec) -> int:
-    """How many virtual tokens there are: by as much the positions of the real ones are moved."""
+    """Number of virtual tokens; real positions are shifted by it."""
     return method.num_virtual_tokens
 
 
 def leading_rows(method: MethodSpec) -> int:
-    """How many embeddings are put before those of an example's tokens."""
+    """Number of embeddings put in front of an example's."""
     return method.leading_rows
 
 
 def adapter_table(model: ModelSpec, method: MethodSpec) -> tuple[Param, ...]:
-    """One entry per weight that `method` adds to the model, in forward order."""
+    """The weights that `method` adds to the model, in forward order."""
     return method.table(model)
 
 

@@ -13,7 +13,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def check_type(directory: Path, config: Mapping[str, Any], method: MethodSpec, types: Sequence[str]) -> None:
-    """Raises WeightsError where an adapter is of none of PEFT's `types`."""
+    """Raises WeightsError where an adapter has none of PEFT's `types`."""
     if config.get("peft_type") not in types:
         raise WeightsError(
             f"{directory}: peft_type {config.get('peft_type')!r}; method.kind={method.kind} starts from "
@@ -30,7 +30,7 @@ def check_setting(
     *,
     field: str | None = None,
 ) -> None:
-    """Raises WeightsError where `key` is not the recipe's; `field` is the method's, where it has another name."""
+    """Raises WeightsError where the adapter's `key` is not `mine`; `field` is the method's name for it, if another."""
     theirs = config.get(key)
     if theirs is None:
         raise WeightsError(
@@ -46,5 +46,5 @@ def check_setting(
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of a JSON file is a number, which `true` is not."""
+    """Whether a value of a JSON file is a number; `true` is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

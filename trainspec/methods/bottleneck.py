@@ -1,4 +1,4 @@
-"""Bottleneck adapters, arXiv 1902.00751. PEFT has no such method: their files are twintrain's own."""
+"""Bottleneck adapters, arXiv 1902.00751. PEFT has no such method, so the files are twintrain's own."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ FORMAT = 1
 class Adapter(AddedWeights, frozen=True):
     """h + up(act(down(h))) on what attention and what the MLP add to the residual stream, in every layer.
 
-    `bottleneck` is the width between `down` and `up`; gelu is the exact one. `up` and the biases start at zero, so
-    that the model starts unchanged. `adapter` is a directory of docs/adapter-files.md to start from.
+    `up` and the biases start at zero, so that the model starts unchanged.
     """
 
     kind: Literal["adapter"] = "adapter"
+    """The name of the method."""
     bottleneck: Count = 64
+    """The width between `down` and `up`."""
     activation: Literal["relu", "gelu", "silu"] = "relu"
+    """The function between `down` and `up`; gelu is the exact one, without tanh."""
 
     @classmethod
     def examples(cls) -> Mapping[str, Self]:
@@ -39,8 +41,8 @@ class Adapter(AddedWeights, frozen=True):
         embed, width = ("embed", model.embed), ("bottleneck", self.bottleneck)
         table: list[Param] = []
         for i in range(model.layers):
-            for place in ("attention_adapter", "mlp_adapter"):
-                base = f"model.layers.{i}.{place}"
+            for module in ("attention_adapter", "mlp_adapter"):
+                base = f"model.layers.{i}.{module}"
                 down = (UniformFanIn(model.embed), Zeros())
                 table += linear_entries(f"{base}.down", width, embed, down, layer=i)
                 table += linear_entries(f"{base}.up", embed, width, (Zeros(), Zeros()), layer=i)
@@ -74,4 +76,4 @@ class Adapter(AddedWeights, frozen=True):
     @property
     def not_merged(self) -> str | None:
         """See the base class."""
-        return "cannot be merged: between its two matrices is a non-linearity"
+        return "cannot be merged: there is a non-linearity between its two matrices"

@@ -1,4 +1,4 @@
-"""DoRA, arXiv 2402.09353: LoRA on the direction of each row of a weight, and its length trained beside."""
+"""DoRA, arXiv 2402.09353: LoRA on the direction of each row of a weight, whose norm is trained separately."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from trainspec.model import ModelSpec
 from trainspec.params import FromWeights, Param
 from trainspec.weight import Array, Weight
 
-# PEFT's module, whose files have it without the last part of its parameter's name.
+# PEFT's module; its files leave out the last part of the parameter's name.
 MAGNITUDE = "lora_magnitude_vector"
 
 
 class DoRA(LowRank, frozen=True):
     """y = m / n (W x + scale B A x) + bias, n the norm of each row of W + scale B A; m, A and B are trained.
 
-    n is a constant of the gradient (section 4.3 of the paper). m starts as n. Dropout is PEFT's: x loses elements in
-    what A is given and in what m / n - 1 multiplies, and none in W x itself. Targets and the rest are LoRA's.
+    The gradient treats n as a constant (section 4.3 of the paper). m starts as n. Dropout is PEFT's: it applies to the
+    input of A and to the term that m / n - 1 multiplies, not to W x itself.
     """
 
     kind: Literal["dora"] = "dora"
+    """The name of the method."""
 
     @classmethod
     def examples(cls) -> Mapping[str, Self]:
@@ -36,7 +37,7 @@ class DoRA(LowRank, frozen=True):
         return {"dora": cls(rank=4, alpha=8.0, dropout=0.1, targets=EXAMPLE_TARGETS)}
 
     def target_entries(self, base: Param) -> tuple[Param, ...]:
-        """A, B and m, which takes the axis of the base's outputs. Like all that has one dimension, m does not decay."""
+        """A, B and m, which has the axis of the base's outputs. Like everything with one dimension, m does not decay."""
         a, b = super().target_entries(base)
         start = FromWeights((base.name, a.name, b.name), self.row_norms)
         name = f"{PEFT_PREFIX}{base.module}.{MAGNITUDE}.weight"
@@ -54,7 +55,7 @@ class DoRA(LowRank, frozen=True):
         """See the base class."""
         super().check_peft_config(config, directory=directory, model=model)
         if not config.get("use_dora"):
-            raise WeightsError(f"{directory}: use_dora is not set, it is LoRA's; set method.kind=lora")
+            raise WeightsError(f"{directory}: use_dora is not set, so it is LoRA's; set method.kind=lora")
 
     def files(self, weights: Arrays) -> dict[str, dict[str, Array]]:
         """A, B and m by PEFT's names."""

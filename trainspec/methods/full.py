@@ -1,4 +1,4 @@
-"""Full training: the model's own weights, and no others."""
+"""Full fine-tuning: the model's own weights, and no others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class Full(MethodSpec, frozen=True):
     """Every weight of the model is trained."""
 
     kind: Literal["full"] = "full"
+    """The name of the method."""
 
     @classmethod
     def examples(cls) -> Mapping[str, Self]:

@@ -9,14 +9,10 @@ from trainspec.methods.low_rank import EXAMPLE_TARGETS, LowRank
 
 
 class LoRA(LowRank, frozen=True):
-    """y = W x + scale B A dropout(x); only A and B are trained.
-
-    `targets` is a list of module names (the last part of the dotted name, or more of its end), one regular
-    expression that must match the whole dotted name, or `all-linear` (every linear layer but the head).
-    `adapter` is a PEFT directory to start from; without it A is uniform in ±1/sqrt(in) and B is zero.
-    """
+    """y = W x + scale B A dropout(x); only A and B are trained. A starts uniform in ±1/sqrt(in), B at zero."""
 
     kind: Literal["lora"] = "lora"
+    """The name of the method."""
 
     @classmethod
     def examples(cls) -> Mapping[str, Self]:

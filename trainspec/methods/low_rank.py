@@ -1,4 +1,4 @@
-"""What methods share that add a low-rank product to linear layers: targets, A and B, and PEFT's LoRA files."""
+"""What methods with a low-rank product share: targets, A and B, and PEFT's LoRA files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainspec.model import ModelSpec
 from trainspec.params import Param, UniformFanIn, Zeros, param_table
 from trainspec.weight import Array
 
-# PEFT's settings under which A and B are all that its LoRA adds, in every target of the same rank and scale.
+# PEFT's settings under which its LoRA adds A and B alone, with one rank and scale for all targets.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
@@ -30,18 +30,24 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
 }
 
-# Attention and MLP, and linear layers that tensor parallelism splits in either way.
+# Attention and MLP; tensor parallelism splits the last by inputs, the others by outputs.
 EXAMPLE_TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
 class LowRank(AddedWeights, frozen=True):
-    """The base class: A [rank, in] and B [out, rank] in every target, and the factor `low_rank_scale` of their product."""
+    """The base class: A [rank, in] and B [out, rank] in every target, with `low_rank_scale` as a factor of B A."""
 
     rank: Count = 8
+    """The rows of A and the columns of B."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The product B A is scaled by alpha / rank."""
     dropout: Rate = 0.0
+    """The dropout rate of A's input."""
     rslora: bool = False
+    """Whether to scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, arXiv 2312.03732)."""
     targets: tuple[str, ...] | str = ("q_proj", "v_proj")
+    """The adapted linear layers: a list of module names (the last parts of the dotted name), a regular expression for the
+    whole dotted name, or `all-linear` (every one but the head)."""
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -64,7 +70,7 @@ class LowRank(AddedWeights, frozen=True):
         return tuple(p for module in target_modules(model, self) for p in self.target_entries(base[module]))
 
     def target_entries(self, base: Param) -> tuple[Param, ...]:
-        """A and B of one target, named as in PEFT's files; each takes an axis of `base`, its rank is whole."""
+        """A and B of one target, named as in PEFT's files; each has one axis of `base`, and the rank is never split."""
         (out_size, in_size), (out_axis, in_axis) = base.shape, base.axes
         return tuple(
             Param(f"{PEFT_PREFIX}{base.module}.{leaf}", shape, axes, init, True, "adapter", base.layer)
@@ -95,12 +101,12 @@ class LowRank(AddedWeights, frozen=True):
         }
 
     def check_peft_config(self, config: Mapping[str, Any], *, directory: Path, model: ModelSpec) -> None:
-        """See the base class; what no field says has to be one of `plain_settings`."""
+        """See the base class. Settings that have no field must be among `plain_settings`."""
         check_type(directory, config, self, ("LORA",))
         for key, plain in self.plain_settings().items():
             if (config.get(key) or plain[0]) not in plain:
                 raise WeightsError(
-                    f"{directory}: {key}={config[key]!r} is unsupported; it would be another method"
+                    f"{directory}: {key}={config[key]!r} is unsupported: it makes another method"
                 )
         config = {**config, "use_rslora": config.get("use_rslora") or False}  # older files do not have it
         for key, field, mine in (
@@ -111,7 +117,7 @@ class LowRank(AddedWeights, frozen=True):
             check_setting(directory, config, self, key, mine, field=field)
 
     def plain_settings(self) -> dict[str, tuple[Any, ...]]:
-        """PEFT's settings that no field has, and what they may be; the first is what an absent one means."""
+        """PEFT's settings that have no field, with the values they may have; an absent one means the first."""
         return PLAIN
 
     @property
@@ -131,7 +137,7 @@ class LowRank(AddedWeights, frozen=True):
 def target_modules(model: ModelSpec, method: LowRank) -> tuple[str, ...]:
     """Dotted names of the linear modules that `method` adapts, in the order of the table.
 
-    Raises RecipeError, listing what would match, where a target matches nothing.
+    Raises RecipeError, with a list of what would match, where a target matches nothing.
     """
     if not method.targets:
         raise RecipeError(
@@ -165,7 +171,7 @@ def target_modules(model: ModelSpec, method: LowRank) -> tuple[str, ...]:
 
 
 def _is_tail(target: str, module: str) -> bool:
-    # PEFT's rule for a list: the whole name, or a tail of it that starts at a dot.
+    # PEFT's rule for a list: the whole name, or an end of it that starts after a dot.
     return module == target or module.endswith(f".{target}")
 
 

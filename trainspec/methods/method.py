@@ -1,7 +1,7 @@
-"""What every training method answers: the base class of the specs, and what it is given to read an adapter from.
+"""The base class of the training methods, and the protocols by which one reads an adapter.
 
-A method is a frozen pydantic spec (the `method:` section of a recipe) with the answers to what the rest of trainspec
-asks. The base class answers for a method that adds nothing to the model and changes none of its weights.
+A method is a frozen pydantic spec: the `method:` section of a recipe, with everything that the rest of trainspec has to
+know about it. The defaults here are those of a method that adds nothing to the model and changes none of its weights.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ class Tensors(Protocol):
         ...
 
     def weight(self, name: str, dtype: DTypeLike | None) -> Weight:
-        """One tensor as `dtype`, read as far as it is asked for."""
+        """One tensor as `dtype` (None: as stored), read on demand."""
         ...
 
 
 class AdapterFiles(Protocol):
-    """The files of an adapter's directory, as a method reads them (`trainspec.files.adapters` opens them)."""
+    """The files of an adapter directory, as a method reads them; `trainspec.files.adapters` opens them."""
 
     @property
     def directory(self) -> Path:
-        """Where they are."""
+        """The adapter directory."""
         ...
 
     @property
     def tensors(self) -> Tensors:
-        """Those of `ADAPTER_FILE`."""
+        """The tensors of `ADAPTER_FILE`."""
         ...
 
     def entries(
         self, table: Sequence[Param], *, dtype: DTypeLike, file: str | None = None
     ) -> Iterator[tuple[Param, Weight]]:
-        """The weight of each entry of `table` by its name, of `ADAPTER_FILE` or of another file.
+        """The weight of each entry of `table` by its name, from `ADAPTER_FILE` or `file`.
 
         Raises WeightsError before the first read where one is missing or misshapen or a tensor is unexpected.
         """
@@ -65,100 +65,102 @@ class AdapterFiles(Protocol):
 
 
 class MethodSpec(BaseModel, frozen=True):
-    """The base class of the methods; `kind` is the name that a recipe has for one."""
+    """The base class of the methods. The docstring of a field is its description in the JSON schema."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     kind: str
+    """The name of the method."""
 
     @classmethod
     def examples(cls) -> Mapping[str, Self]:
-        """Small specs by name, each name starting with the kind: one for every way in which the method may compute.
+        """Small specs by name, one for each way in which the method may compute; a name starts with the kind.
 
-        Tests, planted faults and the parity matrix train them: a number of virtual tokens or a width that no number
-        of devices divides, and dropout where the method has it.
+        Tests, planted faults and the parity matrix train them, so that virtual tokens and widths should not be divisible
+        by a number of devices, and dropout should be on where the method has it.
         """
         raise NotImplementedError
 
     @property
     def trains_model(self) -> bool:
-        """Whether the model's own weights are what is trained."""
+        """Whether the model's own weights are trained."""
         return False
 
     @property
     def start(self) -> Path | None:
-        """The adapter's directory that training starts from, if there is one."""
+        """The adapter directory to start from, if any."""
         return None
 
     @property
     def start_text(self) -> str | None:
-        """The text that virtual tokens start as, if there is one."""
+        """The text that virtual tokens start as, if any."""
         return None
 
     @property
     def num_virtual_tokens(self) -> int:
-        """By how much the positions of the real tokens are moved."""
+        """Number of virtual tokens; real positions are shifted by it."""
         return 0
 
     @property
     def leading_rows(self) -> int:
-        """How many embeddings are put before those of an example's tokens."""
+        """Number of embeddings put in front of an example's."""
         return 0
 
     @property
     def has_encoder(self) -> bool:
-        """Whether virtual tokens are made of the trained weights, and the adapter's file has only what was made."""
+        """Whether an encoder makes the virtual tokens; the adapter file then holds only what it makes."""
         return False
 
     @property
     def low_rank_scale(self) -> float:
-        """What a product B A is multiplied by; 1 where there is none."""
+        """The factor of a low-rank product B A; 1 where there is none."""
         return 1.0
 
     def table(self, model: ModelSpec) -> tuple[Param, ...]:
-        """An entry for each weight that the method adds to `model`, in forward order."""
+        """One entry per weight that the method adds to `model`, in forward order."""
         raise NotImplementedError
 
     def counts(self) -> dict[str, float]:
-        """What the spec counts, by name: a factor between two tensors that are compared may be one of these."""
+        """Numbers of the spec by name, any of which may turn up as a wrong factor between two runs."""
         return {}
 
     def peft_config(self, model: ModelSpec) -> dict[str, Any]:
-        """`adapter_config.json` but for the base model: PEFT's keys and words. Raises RecipeError without an adapter."""
+        """The `adapter_config.json` in PEFT's words, without the base model. Raises RecipeError for a method without one."""
         raise RecipeError(f"method.kind={self.kind} has no adapter; its weights are the model")
 
     def check_peft_config(self, config: Mapping[str, Any], *, directory: Path, model: ModelSpec) -> None:
-        """Raises WeightsError where an adapter's `config` is another method's, has other settings or another model's sizes."""
+        """Raises WeightsError where an adapter's `config` has another method, other settings or another model's sizes."""
         raise RecipeError(f"method.kind={self.kind} starts from the model's weights, not from an adapter")
 
     def adapter_size(self, model: ModelSpec) -> int:
-        """How many numbers `ADAPTER_FILE` has."""
+        """Number of elements in `ADAPTER_FILE`."""
         return sum(param.size for param in self.table(model))
 
     def files(self, weights: Arrays) -> dict[str, dict[str, Array]]:
-        """The tensors of each file of an adapter, from the method's weights by canonical name."""
+        """The tensors of each adapter file, from the method's weights by canonical name."""
         return {ADAPTER_FILE: dict(weights)}
 
     def read(
         self, files: AdapterFiles, table: Sequence[Param], *, dtype: DTypeLike
     ) -> Iterator[tuple[Param, Weight]]:
-        """The reverse of `files`, entry by entry of `table`. Raises WeightsError before the first read."""
+        """The inverse of `files`: a weight per entry of `table`. Raises WeightsError before the first read."""
         return files.entries(table, dtype=dtype)
 
     @property
     def not_merged(self) -> str | None:
-        """Why the method is no change of the model's own weights, to follow its kind; None where it is one."""
+        """Why it cannot be merged into the model, as words that follow the kind; None where it can."""
         return "has nothing to merge"
 
     def merged(self, param: Param, weight: Array, trained: Arrays) -> Array:
-        """The model's `weight` changed as the `trained` weights change it, in float64; itself where they do not."""
+        """The model's `weight` with the `trained` weights merged in, in float64; itself where none applies to it."""
         return weight
 
 
 class AddedWeights(MethodSpec, frozen=True):
-    """The base class of methods that add weights to a frozen model; `adapter` is a directory to start from."""
+    """The base class of methods that add weights to a frozen model."""
 
     adapter: str | None = None
+    """An adapter directory to start from (docs/adapter-files.md)."""
 
     @property
     def start(self) -> Path | None:

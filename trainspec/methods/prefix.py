@@ -13,33 +13,31 @@ from trainspec.errors import WeightsError
 from trainspec.methods.adapter_config import check_type, is_number
 from trainspec.methods.entries import linear_entries
 from trainspec.methods.method import Arrays, Count
-from trainspec.methods.virtual_tokens import ENCODER, StartsAsText, embedding_entry, linear
+from trainspec.methods.virtual_tokens import ENCODER, VirtualTokensFromText, embedding_entry, linear
 from trainspec.model import ModelSpec
 from trainspec.params import Normal, Param, UniformFanIn, Zeros
 from trainspec.weight import Array
 
 
-class PrefixTuning(StartsAsText, frozen=True):
-    """`virtual_tokens` trained keys and values before every layer's own, visible to all tokens.
-
-    With `projection`, Linear-Tanh-Linear of width `hidden` (by default that of a layer's keys) makes them from one
-    embedding per virtual token. They start from N(0, 1), from zero, or (`init: text`, without projection) as the keys
-    and values that `text`, repeated or cut to length, leaves in the model. `adapter` is a PEFT directory to start from.
-    """
+class PrefixTuning(VirtualTokensFromText, frozen=True):
+    """`virtual_tokens` trained keys and values before every layer's own, visible to all tokens."""
 
     kind: Literal["prefix"] = "prefix"
+    """The name of the method."""
     projection: bool = False
+    """Whether Linear-Tanh-Linear makes the keys and values from one embedding per virtual token."""
     hidden: Count | None = None
+    """The width of the projection; null: that of a layer's keys."""
 
     @model_validator(mode="after")
     def _projectable(self) -> Self:
         if self.init == "text" and self.projection:
             raise ValueError(
-                "method.init=text: no projection gives wanted keys and values; set method.projection=false"
+                "method.init=text: a projection cannot be made to give the text's keys and values; set method.projection=false"
             )
         if self.hidden is not None and not self.projection:
             raise ValueError(
-                f"method.hidden={self.hidden}: the width of a projection; set method.projection=true or leave it out"
+                f"method.hidden={self.hidden}: is the width of a projection; set method.projection=true or leave it out"
             )
         return self
 
@@ -62,7 +60,7 @@ class PrefixTuning(StartsAsText, frozen=True):
         return "method.projection=false"
 
     def table(self, model: ModelSpec) -> tuple[Param, ...]:
-        """The keys and values, or what the projection is given and the projection."""
+        """The keys and values, or the projection and its inputs."""
         width = model.kv_heads * model.head_dim
         whole = ("prefix", 2 * model.layers * width)
         axes = ("virtual", "prefix")
@@ -77,7 +75,7 @@ class PrefixTuning(StartsAsText, frozen=True):
         )
 
     def adapter_size(self, model: ModelSpec) -> int:
-        """What the projection gives, not the projection."""
+        """The keys and values, not the projection that makes them."""
         return self.virtual_tokens * 2 * model.layers * model.kv_heads * model.head_dim
 
     def encoded(self, weights: Arrays) -> Array:
@@ -88,7 +86,7 @@ class PrefixTuning(StartsAsText, frozen=True):
         return linear(weights, "transform.2", np.tanh(linear(weights, "transform.0", x)))
 
     def peft_config(self, model: ModelSpec) -> dict[str, Any]:
-        """PEFT's prefix tuning, whose heads are those of keys and values."""
+        """PEFT's prefix tuning, which counts kv heads."""
         width = model.kv_heads * model.head_dim
         return super().peft_config(model) | {
             "peft_type": "PREFIX_TUNING",
@@ -115,4 +113,4 @@ class PrefixTuning(StartsAsText, frozen=True):
     @property
     def not_merged(self) -> str | None:
         """See the base class."""
-        return "cannot be merged: no weight makes its keys and values"
+        return "cannot be merged: no weight of the model makes its keys and values"

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from trainspec.methods.adapter_config import check_type
-from trainspec.methods.virtual_tokens import StartsAsText, embedding_entry
+from trainspec.methods.virtual_tokens import VirtualTokensFromText, embedding_entry
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 
 
-class PromptTuning(StartsAsText, frozen=True):
+class PromptTuning(VirtualTokensFromText, frozen=True):
     """`virtual_tokens` trained embeddings before those of the tokens.
 
-    They start from N(0, 1), from zero, or (`init: text`) as the embeddings of `text`, repeated or cut to length.
-    `adapter` is a PEFT directory to start from: of prompt tuning, or what a P-tuning encoder gave.
+    `adapter` may also be P-tuning's, without the encoder.
     """
 
     kind: Literal["prompt"] = "prompt"
+    """The name of the method."""
 
     @classmethod
     def examples(cls) -> Mapping[str, Self]:
@@ -41,11 +41,11 @@ class PromptTuning(StartsAsText, frozen=True):
         return super().peft_config(model) | {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
 
     def check_peft_config(self, config: Mapping[str, Any], *, directory: Path, model: ModelSpec) -> None:
-        """See the base class; without its encoder P-tuning is prompt tuning."""
+        """See the base class. P-tuning without its encoder is prompt tuning."""
         check_type(directory, config, self, ("PROMPT_TUNING", "P_TUNING"))
         super().check_peft_config(config, directory=directory, model=model)
 
     @property
     def not_merged(self) -> str | None:
         """See the base class."""
-        return "cannot be merged: its rows are in the input, not in a weight"
+        return "cannot be merged: its embeddings are in the input, not in a weight"

@@ -1,6 +1,6 @@
 """P-tuning, arXiv 2103.10385. Source of the encoder: PEFT's PromptEncoder; the LSTM's equations are torch.nn.LSTM's."""
 
-# V virtual tokens, I a layer's inputs, H hidden width
+# V virtual tokens, I inputs of a layer, H hidden width
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from trainspec.numpy_layers import sigmoid
 from trainspec.params import Normal, Param, UniformFanIn
 from trainspec.weight import Array
 
-# The layers of the LSTM: PEFT's default.
+# PEFT's default.
 LSTM_LAYERS = 2
 
 
 class PTuning(VirtualTokens, frozen=True):
     """Prompt tuning whose embeddings an encoder makes from trained ones.
 
-    `mlp` is Linear-ReLU-Linear-ReLU-Linear, `lstm` two bidirectional layers with `dropout` between them and then
-    Linear-ReLU-Linear; `hidden` is the encoder's width, by default the model's. `adapter` is a directory that
-    holds the encoder as well (docs/adapter-files.md).
+    `adapter` must hold the encoder as well (docs/adapter-files.md).
     """
 
     kind: Literal["ptuning"] = "ptuning"
+    """The name of the method."""
     encoder: Literal["mlp", "lstm"] = "mlp"
+    """`mlp` is Linear-ReLU-Linear-ReLU-Linear, `lstm` two bidirectional layers and then Linear-ReLU-Linear."""
     hidden: Count | None = None
+    """The width of the encoder; null: that of the model."""
     dropout: Rate = 0.0
+    """The dropout rate between the layers of the LSTM."""
 
     @model_validator(mode="after")
     def _has_dropout(self) -> Self:
@@ -71,7 +73,7 @@ class PTuning(VirtualTokens, frozen=True):
         return "method.kind=prompt"
 
     def table(self, model: ModelSpec) -> tuple[Param, ...]:
-        """The embeddings that the encoder is given, and the encoder."""
+        """The encoder and its inputs."""
         embed, hidden = ("embed", model.embed), ("hidden", self.hidden or model.embed)
         first = embedding_entry((self.virtual_tokens, model.embed), ("virtual", "embed"), Normal(1.0))
         if self.encoder == "mlp":
@@ -90,7 +92,7 @@ class PTuning(VirtualTokens, frozen=True):
         )
 
     def adapter_size(self, model: ModelSpec) -> int:
-        """What the encoder gives, not the encoder."""
+        """The embeddings, not the encoder that makes them."""
         return self.virtual_tokens * model.embed
 
     def encoded(self, weights: Arrays) -> Array:
@@ -125,11 +127,11 @@ class PTuning(VirtualTokens, frozen=True):
     @property
     def not_merged(self) -> str | None:
         """See the base class."""
-        return "cannot be merged: its rows are in the input, not in a weight"
+        return "cannot be merged: its embeddings are in the input, not in a weight"
 
 
 def _lstm_entries(embed: tuple[str, int], hidden: int) -> list[Param]:
-    """Both directions of every layer; the four gates are joined along the first dimension."""
+    """Both directions of every layer; the four gates are concatenated along the first dimension."""
     entries = []
     for layer in range(LSTM_LAYERS):
         axis, size = embed if layer == 0 else ("hidden", 2 * hidden)
@@ -152,11 +154,11 @@ def _lstm(weights: Arrays, which: str, x_VI: Array) -> Array:
         for leaf in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     )
     hidden = cell = np.zeros(of_state.shape[1])
-    found = []
+    outputs = []
     for x_I in x_VI:
         gates = of_input @ x_I + bias_input + of_state @ hidden + bias_state
         i, f, g, o = np.split(gates, 4)
         cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
         hidden = sigmoid(o) * np.tanh(cell)
-        found.append(hidden)
-    return np.stack(found)
+        outputs.append(hidden)
+    return np.stack(outputs)

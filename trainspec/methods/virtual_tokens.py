@@ -1,7 +1,7 @@
-"""What prompt tuning, P-tuning and prefix tuning share: their entries, PEFT's files and how they start.
+"""What prompt tuning, P-tuning and prefix tuning share: entries, PEFT's files and initial values.
 
-PEFT's file holds what an encoder gives, not the encoder. That is made here from the trained weights, in numpy and
-float64 on the leader, whatever the backend; the encoder's own weights are kept in a file beside it.
+PEFT's file holds the output of an encoder, not the encoder. The leader computes it from the trained weights in float64
+numpy, whatever the backend; the encoder's own weights go into a file beside it.
 """
 
 # V virtual tokens
@@ -25,14 +25,15 @@ from trainspec.weight import Array, Weight
 
 # The module that makes virtual tokens, in canonical names.
 ENCODER = "prompt_encoder"
-# PEFT's name for what virtual tokens are.
-VIRTUAL_ROWS = "prompt_embeddings"
+# PEFT's name for the virtual tokens.
+PROMPT_EMBEDDINGS = "prompt_embeddings"
 
 
 class VirtualTokens(AddedWeights, frozen=True):
     """The base class of methods that train `virtual_tokens`, or an encoder that makes them."""
 
     virtual_tokens: Count = 20
+    """Number of virtual tokens."""
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -40,22 +41,22 @@ class VirtualTokens(AddedWeights, frozen=True):
         return self.virtual_tokens
 
     def counts(self) -> dict[str, float]:
-        """How many virtual tokens there are."""
+        """The number of virtual tokens."""
         return {"virtual tokens": float(self.virtual_tokens)}
 
     def encode(self, weights: Arrays) -> Array:
-        """The virtual tokens [V, width] that the method's weights, by canonical name, make; without dropout, in float64.
+        """The virtual tokens [V, width] that the method's weights, by canonical name, make: in float64, without dropout.
 
-        The width is the model's, or of a prefix that of all keys and values: (2 layer, + 1 for the value, kv head, dim).
+        The width is the model's; for a prefix it is that of all keys and values (2 layer, + 1 for values; kv head; dim).
         """
         return self.encoded({name: array.astype(np.float64) for name, array in weights.items()})
 
     def encoded(self, weights: Arrays) -> Array:
-        """`encode` of weights in float64; without an encoder they are the virtual tokens themselves."""
+        """`encode` of float64 weights; without an encoder the trained embedding is the result."""
         return weights[f"{ENCODER}.embedding.weight"]
 
     def peft_config(self, model: ModelSpec) -> dict[str, Any]:
-        """What PEFT's methods with virtual tokens have in common."""
+        """What PEFT's methods with virtual tokens share."""
         return {
             "task_type": "CAUSAL_LM",
             "num_virtual_tokens": self.virtual_tokens,
@@ -73,60 +74,62 @@ class VirtualTokens(AddedWeights, frozen=True):
         )
 
     def files(self, weights: Arrays) -> dict[str, dict[str, Array]]:
-        """What PEFT keeps and, where it is made by an encoder, the encoder."""
+        """The virtual tokens, as PEFT keeps them, and the encoder, where there is one."""
         stored = weights[f"{ENCODER}.embedding.weight"].dtype
-        files = {ADAPTER_FILE: {VIRTUAL_ROWS: self.encode(weights).astype(stored)}}
+        files = {ADAPTER_FILE: {PROMPT_EMBEDDINGS: self.encode(weights).astype(stored)}}
         return files | {ENCODER_FILE: dict(weights)} if self.has_encoder else files
 
     def read(
         self, files: AdapterFiles, table: Sequence[Param], *, dtype: DTypeLike
     ) -> Iterator[tuple[Param, Weight]]:
-        """See the base class; an encoder has to make the virtual tokens that the adapter has."""
+        """See the base class. An encoder must make the virtual tokens that the adapter holds."""
         given, where = files.tensors, files.directory / ADAPTER_FILE
-        unexpected = sorted(set(given.shapes) - {VIRTUAL_ROWS})
+        unexpected = sorted(set(given.shapes) - {PROMPT_EMBEDDINGS})
         if unexpected:
-            raise WeightsError(f"{where}: {unexpected[0]} is unexpected; of virtual tokens it holds {VIRTUAL_ROWS} alone")  # fmt: skip
+            raise WeightsError(f"{where}: {unexpected[0]} is unexpected; it should hold {PROMPT_EMBEDDINGS} alone")  # fmt: skip
         if self.has_encoder:
             self._check_encoder(files, table)
             return files.entries(table, dtype=dtype, file=ENCODER_FILE)
         (param,) = table
-        found = given.shapes.get(VIRTUAL_ROWS)
+        found = given.shapes.get(PROMPT_EMBEDDINGS)
         if found != param.shape:
             raise WeightsError(
-                f"{where}: {VIRTUAL_ROWS} is {'missing' if found is None else list(found)}, the "
-                f"configuration asks for {list(param.shape)}"
+                f"{where}: {PROMPT_EMBEDDINGS} is {'missing' if found is None else list(found)}, the "
+                f"configuration requires {list(param.shape)}"
             )
-        return iter([(param, given.weight(VIRTUAL_ROWS, dtype))])
+        return iter([(param, given.weight(PROMPT_EMBEDDINGS, dtype))])
 
     def _check_encoder(self, files: AdapterFiles, table: Sequence[Param]) -> None:
         path = files.directory / ENCODER_FILE
         if not path.is_file():
             raise WeightsError(
-                f"{path}: missing, as PEFT keeps only what an encoder gives; set {self.without_encoder} to go on from that"
+                f"{path}: missing; PEFT keeps only the encoder's output: set {self.without_encoder} to start from that"
             )
         entries = list(files.entries(table, dtype=np.float64, file=ENCODER_FILE))
         made = self.encode({param.name: weight[...] for param, weight in entries})
         given = files.tensors
-        stored = given.read(VIRTUAL_ROWS) if VIRTUAL_ROWS in given.shapes else np.empty(0)
-        # Made on another machine, the sums in float64 may have run in another order.
-        room = 4 * np.finfo(stored.dtype).eps * np.abs(made).max()
-        if made.shape != stored.shape or np.abs(made - stored).max() > room:
+        stored = given.read(PROMPT_EMBEDDINGS) if PROMPT_EMBEDDINGS in given.shapes else np.empty(0)
+        # On another machine float64 sums may have run in another order.
+        tolerance = 4 * np.finfo(stored.dtype).eps * np.abs(made).max()
+        if made.shape != stored.shape or np.abs(made - stored).max() > tolerance:
             raise WeightsError(
-                f"{path}: does not make the {VIRTUAL_ROWS} of {ADAPTER_FILE}; the two are of different runs, "
+                f"{path}: does not make the {PROMPT_EMBEDDINGS} of {ADAPTER_FILE}; the two are from different runs; "
                 "export them again together"
             )
 
     @property
     def without_encoder(self) -> str:
-        """The setting by which a run starts from virtual tokens whose encoder is lost."""
+        """The setting with which a run can start from virtual tokens whose encoder is lost."""
         raise NotImplementedError
 
 
-class StartsAsText(VirtualTokens, frozen=True):
-    """The base class of those that may start as a text: `init` says how, `text` which."""
+class VirtualTokensFromText(VirtualTokens, frozen=True):
+    """The base class of methods whose virtual tokens may start as a text."""
 
     init: Literal["random", "zero", "text"] = "random"
+    """How virtual tokens start: from N(0, 1), at zero, or as what `text` makes in the model."""
     text: str | None = None
+    """The text to start as, repeated or cut to the number of virtual tokens."""
 
     @model_validator(mode="after")
     def _startable(self) -> Self:
@@ -148,24 +151,24 @@ class StartsAsText(VirtualTokens, frozen=True):
         return self.text
 
     def embedding_init(self) -> Init:
-        """How what is trained starts, where no adapter says it."""
+        """The initial value of the trained embedding, where no adapter gives one."""
         match self.init:
             case "random":
                 return Normal(1.0)
             case "zero":
                 return Zeros()
             case "text":
-                assert self.text is not None  # the recipe is refused without it
+                assert self.text is not None  # validated above
                 return FromText(self.text)
             case other:
                 assert_never(other)
 
 
 def embedding_entry(shape: tuple[int, int], axes: tuple[str, str], init: Init) -> Param:
-    """What is trained of each virtual token: itself, or what an encoder is given."""
+    """The entry of the trained embedding: the virtual tokens themselves, or the input of their encoder."""
     return Param(f"{ENCODER}.embedding.weight", shape, axes, init, decay=True, role="adapter")
 
 
 def linear(weights: Arrays, module: str, x: Array) -> Array:
-    """y = W x + b of a module of the encoder."""
+    """y = W x + b, for a module of the encoder."""
     return x @ weights[f"{ENCODER}.{module}.weight"].T + weights[f"{ENCODER}.{module}.bias"]

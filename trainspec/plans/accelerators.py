@@ -1,4 +1,4 @@
-"""The devices of a run in words, and the accelerators that a machine has whether or not a framework can use them."""
+"""The devices of a run in words, and the accelerators of the machine, whether or not a framework can use them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Literal
 
 from trainspec.plans.plan import Backend
 
-# Where device files and the kernel's list of PCI devices are looked for.
+# Where to look for device files and the kernel's list of PCI devices.
 ROOT = Path("/")
-# Google's PCI vendor, and those of its devices that are TPUs, v2 to v7 (jax._src.hardware_utils): its network cards
-# and disks have the same vendor.
+# Google's PCI vendor id, and the device ids of its TPUs, v2 to v7 (jax._src.hardware_utils); its network cards and disks
+# have the same vendor id.
 _GOOGLE = "0x1ae0"
 _TPUS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 
 
 @dataclass(frozen=True)
 class Devices:
-    """What a run computes on: `used` of the `available` devices of a kind, by that many processes.
+    """The devices of a run: `used` of the `available` ones of a kind, by `processes` processes.
 
-    `memory_bytes` is what one device has, None where it is the machine's own memory; `packages` are those of the
-    backend whose versions decide numbers.
+    `memory_bytes` is the memory of one device, None where that is the machine's; `packages` are those of the backend
+    whose versions can change numbers.
     """
 
     backend: Backend
@@ -43,7 +43,7 @@ class Devices:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What the machine shows of its GPUs or TPUs: the files under which a driver offers them."""
+    """The machine's GPUs or TPUs, as the device files that their driver makes."""
 
     kind: Literal["GPU", "TPU"]
     files: tuple[str, ...]
@@ -55,9 +55,9 @@ class Accelerator:
 
 
 def accelerators() -> list[Accelerator]:
-    """The NVIDIA GPUs and the TPUs that device files show; of a container those that it was given.
+    """The NVIDIA GPUs and TPUs that have device files; in a container, those that it was given.
 
-    AMD's and WSL's files are there with graphics that compute nothing as well, so they say nothing.
+    AMD's and WSL's device files also exist for graphics that cannot compute, so they prove nothing.
     """
     found: list[Accelerator] = []
     if gpus := _files("dev", r"nvidia\d+"):
@@ -68,19 +68,19 @@ def accelerators() -> list[Accelerator]:
 
 
 def hides_gpus(environment: Mapping[str, str]) -> bool:
-    """Whether a user has said, in CUDA's own way, that no GPU is to be used."""
+    """Whether the user has hidden all GPUs with CUDA_VISIBLE_DEVICES."""
     return environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
 
 
 def _files(folder: str, pattern: str) -> tuple[str, ...]:
-    """Files of a folder whose whole name fits, lowest number first. Newer kernels have a folder /dev/accel."""
+    """Files of a folder whose full name matches, lowest number first. On newer kernels /dev/accel is a folder."""
     home = ROOT / folder
     names = [name for name in (os.listdir(home) if home.is_dir() else ()) if re.fullmatch(pattern, name)]
     return tuple(f"/{folder}/{name}" for name in sorted(names, key=lambda n: (len(n), n)))
 
 
 def _vfio_tpus() -> tuple[str, ...]:
-    """TPUs from v5 on are handed over by VFIO, whose files may be any device's: they count where PCI shows a TPU."""
+    """TPUs from v5 on come through VFIO, whose files may be any device's: they count if PCI lists a TPU."""
     devices = (ROOT / "sys/bus/pci/devices").glob("*")
     has_tpu = any(_line(d / "vendor") == _GOOGLE and _line(d / "device") in _TPUS for d in devices)
     return _files("dev/vfio", r"(noiommu-)?\d+") if has_tpu else ()

@@ -1,6 +1,6 @@
-"""What a backend can do, as data that it declares, and the checks that read it: plans are refused here, in one line.
+"""What a backend can do, as data that it declares, and the checks that refuse a plan, in one line, by that data.
 
-The declarations are objects, one file each in `trainspec/backends/`. No check asks for a backend's name.
+The declarations are in `trainspec/backends/`, one file each. No check asks for a backend's name.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from trainspec.plans.plan import Backend, Plan, Policy
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """Plans that a backend does not run: those that meet everything given here. None or empty asks for nothing.
+    """Plans that a backend does not run: those that match every condition. None or empty matches everything.
 
-    `refusal` is the sentence for the user, with the nearest plan that works. In it `{plan.KEY}` and `{policy}` stand
-    for the plan's and the recipe's, and `{fsdp_of_all}` for `fsdp` with the devices of the pipeline added.
+    `refusal` is the message for the user, with the nearest plan that works. It may use `{plan.KEY}`, `{policy}`, and
+    `{fsdp_of_all}`, the plan's `fsdp` times its `pipe`.
     """
 
     refusal: str
@@ -32,8 +32,8 @@ class Limit:
     schedules: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
 
-    def meets(self, plan: Plan, policy: Policy) -> bool:
-        """Whether it is a limit for this plan and precision."""
+    def applies_to(self, plan: Plan, policy: Policy) -> bool:
+        """Whether this plan and precision match."""
         return (
             self.pipelined in (None, plan.pipe > 1)
             and self.replicated in (None, plan.replicas > 1)
@@ -42,8 +42,8 @@ class Limit:
             and plan.shards in (self.shards or (plan.shards,))
         )
 
-    def told(self, plan: Plan, policy: Policy) -> str:
-        """The refusal of this plan."""
+    def refuse(self, plan: Plan, policy: Policy) -> str:
+        """The message for this plan."""
         return self.refusal.format(plan=plan, policy=policy, fsdp_of_all=plan.fsdp * plan.pipe)
 
 
@@ -51,13 +51,13 @@ class Limit:
 class Capabilities:
     """One backend.
 
-    - `name`: as `parity --left NAME` and a recipe's messages have it; `program` is its command and its package.
-    - `limits`: plans and precisions that it does not run; the first that is met is told.
-    - `pads_shards`: whether a size that `fsdp` does not divide is padded, or refused.
-    - `idle_first_stage`: why a pipeline whose stage 0 trains nothing is refused, with `{plan.KEY}`; None: it runs.
-    - `lockstep_schedules`: of these a stage makes a forward and a backward pass in every slot pair, and waits for either.
-    - `has_process_per_device`: whether a launcher starts a process for each device of the plan, or one has them all.
-    - `cost`: the arithmetic of bytes held and sent.
+    - `name`: as in `parity --left NAME` and in messages; `program` is its command and its package.
+    - `limits`: plans and precisions that it does not run; the first that applies is reported.
+    - `pads_shards`: whether a size that `fsdp` does not divide is padded instead of refused.
+    - `idle_first_stage`: the refusal, with `{plan.KEY}`, of a pipeline whose stage 0 trains nothing; None: it runs.
+    - `lockstep_schedules`: schedules under which every tick has room for a forward and a backward pass on all stages.
+    - `has_process_per_device`: whether a launcher starts one process per device, or one process has them all.
+    - `cost`: the arithmetic of memory and traffic.
     """
 
     name: Backend
@@ -71,7 +71,7 @@ class Capabilities:
 
 
 def check_supported(plan: Plan, policy: Policy, backend: Capabilities) -> None:
-    """The support matrix: refuse, in one line with the nearest plan that works, what a backend cannot do."""
+    """The support matrix. Raises PlanError for what a backend cannot run, with the nearest plan that works."""
     if plan.pipe == 1 and plan.microbatches > 1:
         raise PlanError(
             f"plan.microbatches={plan.microbatches}: there is no pipeline with plan.pipe=1; "
@@ -81,14 +81,14 @@ def check_supported(plan: Plan, policy: Policy, backend: Capabilities) -> None:
         way_out = f"use plan.fsdp={plan.data} plan.data=1" if plan.data > 1 else "use plan.shards=nothing"
         raise PlanError(f"plan.shards={plan.shards}: nothing to split over with plan.fsdp=1; {way_out}")
     for limit in backend.limits:
-        if limit.meets(plan, policy):
-            raise PlanError(limit.told(plan, policy))
+        if limit.applies_to(plan, policy):
+            raise PlanError(limit.refuse(plan, policy))
 
 
 def check_fits(
     plan: Plan, model: ModelSpec, *, global_examples: int, accumulation: int, backend: Capabilities
 ) -> None:
-    """Refuse a plan that does not divide the model or the batch, in one line with sizes that would."""
+    """Raises PlanError where the plan does not divide the model or the batch, with sizes that would."""
     for name in ("heads", "kv_heads", "mlp", "vocab"):
         size = getattr(model, name)
         if size % plan.tensor:
@@ -113,38 +113,38 @@ def check_fits(
 
 
 def check_trains(plan: Plan, model: ModelSpec, trained: Iterable[Param], backend: Capabilities) -> None:
-    """Refuse a pipeline whose first stage trains nothing, where the backend cannot run one."""
+    """Raises PlanError for a pipeline whose first stage trains nothing, where the backend cannot run one."""
     if backend.idle_first_stage and all(0 not in stages_of(param, plan, model) for param in trained):
         raise PlanError(backend.idle_first_stage.format(plan=plan))
 
 
 def expected_bubble(plan: Plan, microbatches: int, backend: Capabilities) -> Fraction:
-    """What `bubble` of a backend's schedule must be.
+    """The `bubble` that a backend's schedule should have.
 
     (S - 1) / (V M + S - 1) for S stages with V model chunks each and M microbatches; in lockstep 2 (S - 1) / (M + 2 (S - 1)).
     """
     idle = plan.pipe - 1
     if plan.schedule in backend.lockstep_schedules:
         return Fraction(2 * idle, microbatches + 2 * idle)
-    return Fraction(idle, plan.pieces * microbatches + idle)
+    return Fraction(idle, plan.chunks_per_stage * microbatches + idle)
 
 
 def _check_stages(plan: Plan, model: ModelSpec) -> None:
-    pieces, layers = plan.pipe * plan.pieces, model.layers
-    if pieces > layers:
+    chunks, layers = plan.pipe * plan.chunks_per_stage, model.layers
+    if chunks > layers:
         fewer = layers // plan.pipe
-        if plan.pieces == 1:
+        if plan.chunks_per_stage == 1:
             way_out = f"plan.pipe can be at most {layers}"
         elif fewer == 0:
             way_out = f"plan.pipe × plan.chunks can be at most {layers}"
         else:
             way_out = f"use plan.chunks={fewer}" if fewer > 1 else "use plan.schedule=1f1b"
-        held = f" × plan.chunks={plan.chunks}" if plan.pieces > 1 else ""
+        held = f" × plan.chunks={plan.chunks}" if plan.chunks_per_stage > 1 else ""
         raise PlanError(
-            f"plan.pipe={plan.pipe}{held} cuts {model.name}, which has {layers} layers, into {pieces} pieces; {way_out}"
+            f"plan.pipe={plan.pipe}{held} cuts {model.name}, which has {layers} layers, into {chunks} model chunks; {way_out}"
         )
-    # A stage comes back to a group of microbatches as soon as the last stage is through with it.
-    if plan.pieces > 1 and plan.microbatches % plan.pipe:
+    # A stage takes up its next chunk as soon as the last stage is done with a group of microbatches.
+    if plan.chunks_per_stage > 1 and plan.microbatches % plan.pipe:
         fits = plan.pipe * -(-plan.microbatches // plan.pipe)
         raise PlanError(
             f"plan.schedule=interleaved takes microbatches in groups of plan.pipe={plan.pipe}, not "

@@ -1,7 +1,7 @@
-"""What a plan costs one device: the arithmetic of bytes held and bytes sent. The twins' `cost.py` measure the same.
+"""The cost of a plan for one device: memory and traffic, by arithmetic. The twins' `cost.py` measure the same.
 
-Source: ZeRO, arXiv 1910.02054, figure 1 and section 7. What a backend does otherwise is a subclass of `Cost` in its file
-of `trainspec/backends/`.
+Source: ZeRO, arXiv 1910.02054, figure 1 and section 7. What a backend does differently is in its subclass of `Cost` in
+`trainspec/backends/`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy as np
 
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, Part, Plan, Policy, local_size
+from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, Plan, Policy, StateKind, local_size
 
 
 def width(dtype: str) -> int:
-    """Bytes of one number of a type."""
+    """Bytes per number of a type."""
     return np.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Collective:
-    """An operation between devices: `payload_bytes` is the whole of what is reduced or gathered, as one device sees it."""
+    """A collective operation, made `times` times; `payload_bytes` is the size of the whole tensor reduced or gathered."""
 
     program: str
     kind: str
@@ -35,7 +35,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """What one device of a ring sends: an all-reduce is a reduce-scatter and then an all-gather."""
+        """Bytes that one device of a ring sends. An all-reduce is a reduce-scatter and an all-gather."""
         match self.kind:
             case "all-reduce":
                 rounds = 2 * (self.devices - 1) / self.devices
@@ -47,8 +47,8 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes of training state on one device. `master` are the float32 weights after a copy that is computed with."""
+class MemoryUse:
+    """Bytes of training state on one device. `master` are float32 weights kept besides those computed with."""
 
     weights: int
     gradients: int
@@ -57,26 +57,26 @@ class Held:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all four."""
         return self.weights + self.gradients + self.master + self.moments
 
 
 @dataclass(frozen=True)
-class Moved:
-    """Bytes that one device sends in an update over data and fsdp, as a ring does it: gradients out, weights in."""
+class Traffic:
+    """Bytes that one device of a ring sends over data and fsdp in one update."""
 
     gradients: float
     weights: float
 
     @property
     def total(self) -> float:
-        """Both ways."""
+        """Bytes of both."""
         return self.gradients + self.weights
 
 
 @dataclass(frozen=True)
 class Cost(ABC):
-    """The arithmetic of one run on one backend: what is common here, what differs in the methods of a subclass."""
+    """Memory and traffic of one run on one backend. A subclass says what differs between backends."""
 
     model: ModelSpec
     plan: Plan
@@ -86,30 +86,30 @@ class Cost(ABC):
     trained: tuple[Param, ...]
     frozen: tuple[Param, ...]
 
-    def held(self) -> Held:
-        """What one device holds at most: gradients are those between two accumulation slices.
+    def memory_use(self) -> MemoryUse:
+        """The training state of one device, on the pipeline stage that holds most.
 
-        A frozen weight has neither gradient nor moments. Of a pipeline's stages it is the one that holds most.
+        Gradients are counted as they are between two accumulation slices. Frozen weights have neither gradients nor moments.
         """
-        return max((self._held(stage) for stage in range(self.plan.pipe)), key=lambda held: held.total)
+        return max((self._memory_use(stage) for stage in range(self.plan.pipe)), key=lambda use: use.total)
 
-    def _held(self, stage: int) -> Held:
+    def _memory_use(self, stage: int) -> MemoryUse:
         stored, computed = width(STORED_DTYPE[self.policy]), width(COMPUTE_DTYPE[self.policy])
         state = self.elements(self.trained, "optimizer", stage)
         gradients = self.elements(self.trained, "gradients", stage)
         everything = (*self.trained, *self.frozen)
-        return Held(
+        return MemoryUse(
             weights=round(self.elements(everything, "weights", stage) * computed),
             gradients=round(gradients * (width(COMPUTE_DTYPE[self.reduce]) + self.extra_gradient_bytes)),
             master=round(state * stored) if self.has_master else 0,
             moments=round(2 * state * stored),
         )
 
-    def moved(self) -> Moved:
-        """2Ψ with whole weights, 3Ψ where they are split, times (N - 1) / N: a reduction is reduce-scatter, then all-gather.
+    def traffic(self) -> Traffic:
+        """2Ψ with replicated weights and 3Ψ with sharded ones, times (N - 1) / N.
 
-        The gather is of gradients where every device keeps them whole, else of the updated weights. Split weights are
-        gathered for the forward and again for the backward pass, frozen ones too.
+        Gradients are reduce-scattered; then they are gathered where every device keeps them whole, else the updated weights
+        are. Sharded weights, frozen ones too, are gathered for the forward and again for the backward pass.
         Raises ValueError for a pipeline.
         """
         plan = self.plan
@@ -122,49 +122,49 @@ class Cost(ABC):
         if plan.splits("weights"):
             everything = (*self.trained, *self.frozen)
             gathered = sum(self.gathers(p) * local_size(p, plan, over_fsdp=False) for p in everything)
-            return Moved(gradients, self.accumulation * sent * gathered)
+            return Traffic(gradients, self.accumulation * sent * gathered)
         own = sum(local_size(p, plan, over_fsdp=False) for p in self.trained)
-        return Moved(gradients, sent * own if plan.splits("optimizer") else 0.0)
+        return Traffic(gradients, sent * own if plan.splits("optimizer") else 0.0)
 
     def gradient_bytes(self, param: Param, scattered: bool) -> float:
-        """What is sent of one gradient in one reduction."""
+        """Bytes sent to reduce one gradient once."""
         size = local_size(param, self.plan, over_fsdp=False)
         return width(COMPUTE_DTYPE[self.reduce]) * size * self.reductions(scattered)
 
     def reductions(self, scattered: bool) -> float:
-        """How often each byte of a gradient is sent, from all to where it is kept."""
+        """How often one device sends each byte of a gradient in one reduction."""
         share = (self.plan.replicas - 1) / self.plan.replicas
         return share if scattered else 2 * share
 
     @property
     @abstractmethod
     def ranks(self) -> int:
-        """Over how many devices the training state is split."""
+        """How many devices share the sharded training state."""
 
     @property
     @abstractmethod
     def has_master(self) -> bool:
-        """Whether there are master weights beside those that are computed with."""
+        """Whether there are master weights besides those computed with."""
 
     @property
     @abstractmethod
     def extra_gradient_bytes(self) -> int:
-        """Bytes of each gradient's element besides the sum in the type of `reduce`."""
+        """Bytes per gradient element besides the sum in the type of `reduce`."""
 
     @property
     @abstractmethod
     def scatters_sums(self) -> bool:
-        """Whether a sum of gradients that are kept whole is left in parts all the same."""
+        """Whether gradient sums are scattered even where the plan keeps gradients whole."""
 
     @property
     @abstractmethod
     def reduces_every_slice(self) -> bool:
-        """Whether gradients that are kept whole are reduced after each accumulation slice, not once."""
+        """Whether whole gradients are reduced after every accumulation slice instead of once."""
 
     @abstractmethod
-    def elements(self, entries: Sequence[Param], part: Part, stage: int) -> float:
-        """How many elements of `entries` a device of `stage` holds in that part of the training state."""
+    def elements(self, entries: Sequence[Param], kind: StateKind, stage: int) -> float:
+        """How many elements a device of `stage` holds of that kind of state of `entries`."""
 
     @abstractmethod
     def gathers(self, param: Param) -> int:
-        """How often a split weight is gathered in one accumulation slice."""
+        """How often a sharded weight is gathered per accumulation slice."""

@@ -1,8 +1,8 @@
-"""Pipeline parallelism in neutral words: which layers a stage holds, and how full a schedule keeps the stages.
+"""Pipeline parallelism whatever the backend: which layers a stage holds, and how busy a schedule keeps the stages.
 
-A stage is one place of the mesh axis `pipe`. Under the schedules `gpipe` (arXiv 1811.06965) and `1f1b` (PipeDream-Flush,
-arXiv 2006.09503) it holds one piece of the model; under `interleaved` (arXiv 2104.04473, section 2.2) it holds
-`plan.chunks` pieces, and the model's pieces go round the stages. Schedules themselves are the backends'.
+A stage is one position along the mesh axis `pipe`. Under the schedules `gpipe` (arXiv 1811.06965) and `1f1b`
+(PipeDream-Flush, arXiv 2006.09503) it holds one model chunk; under `interleaved` (arXiv 2104.04473, section 2.2) it holds
+`plan.chunks`, dealt to the stages in turn. The schedules themselves are in the backends.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from trainspec.plans.plan import Plan
 PREFIX_ENCODER_AXES = frozenset({"prefix", "prefix_hidden"})
 
 
-def partition_layers(layers: int, pieces: int) -> tuple[range, ...]:
-    """The layers of each piece, in the model's order; where `pieces` do not divide, the first ones have one more.
-
-    The last ones are the shorter, as the last stage has the head as well.
+def partition_layers(layers: int, chunks: int) -> tuple[range, ...]:
+    """The layers of each chunk, in the model's order. If `chunks` does not divide `layers`, the first ones have one more:
+    the last stage also has the head.
     """
-    each, longer = divmod(layers, pieces)
-    ends = [i * each + min(i, longer) for i in range(pieces + 1)]
+    each, longer = divmod(layers, chunks)
+    ends = [i * each + min(i, longer) for i in range(chunks + 1)]
     return tuple(range(start, end) for start, end in pairwise(ends))
 
 
 def layer_stages(plan: Plan, layers: int) -> tuple[int, ...]:
     """The stage of each layer."""
-    pieces = partition_layers(layers, plan.pipe * plan.pieces)
-    return tuple(i % plan.pipe for i, piece in enumerate(pieces) for _ in piece)
+    chunks = partition_layers(layers, plan.pipe * plan.chunks_per_stage)
+    return tuple(i % plan.pipe for i, chunk in enumerate(chunks) for _ in chunk)
 
 
 def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
-    """The stages that compute with a row of the table: one, but for an embedding that is the head as well.
+    """The stages that use a weight: one, except for an embedding that is also the head and for a prefix encoder.
 
-    Each stage makes the prefix of all layers and takes that of its own. The rows of a prompt enter at the first.
+    Every stage makes the prefix of all layers and uses its own. A prompt enters at the first stage.
     """
     last = plan.pipe - 1
     if PREFIX_ENCODER_AXES.intersection(param.axes):
@@ -55,34 +54,34 @@ def stages_of(param: Param, plan: Plan, model: ModelSpec) -> tuple[int, ...]:
 
 
 def stack_order(plan: Plan, layers: int) -> tuple[int | None, ...]:
-    """The layer at each place of a stack of layers that is cut into as many equal parts as there are stages.
+    """The layer at each position of a stack of layers, of which each stage holds an equal, contiguous slice.
 
-    A stage has the first layer of each of its pieces, then the second of each, and so on: a loop over the layers of a
-    piece takes what it needs without moving the weights of all pieces. None fills a piece up that is not the longest.
+    A stage has the first layer of each of its chunks, then the second of each, and so on: a loop over the layers of one
+    chunk then takes them without moving the weights of all chunks. Shorter chunks are padded with None.
     """
-    pieces = partition_layers(layers, plan.pipe * plan.pieces)
+    chunks = partition_layers(layers, plan.pipe * plan.chunks_per_stage)
     return tuple(
-        piece[k] if k < len(piece) else None
+        chunk[k] if k < len(chunk) else None
         for stage in range(plan.pipe)
-        for k in range(len(pieces[0]))
-        for piece in pieces[stage :: plan.pipe]
+        for k in range(len(chunks[0]))
+        for chunk in chunks[stage :: plan.pipe]
     )
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does in a slot of time: a pass over one of its pieces, of one microbatch."""
+    """What a stage does in a time slot: a forward or backward pass of one microbatch through one of its chunks."""
 
     kind: Literal["forward", "backward"]
     microbatch: int
-    piece: int = 0
+    chunk: int = 0
 
 
-# For every stage what it does in each slot, None where it waits; a forward and a backward pass take a slot each.
+# The work of each stage in each time slot, None where it waits. A forward and a backward pass take one slot each.
 Timeline = tuple[tuple[Work | None, ...], ...]
 
 
 def bubble(timeline: Timeline) -> Fraction:
-    """The share of slots in which a stage does nothing that is kept."""
+    """The share of slots in which a stage is idle."""
     slots = [work for stage in timeline for work in stage]
     return Fraction(slots.count(None), len(slots))

@@ -1,7 +1,7 @@
-"""The plan: over which devices a run is spread, and which rule splits what. `capabilities.py` refuses what cannot be run.
+"""The plan: how a run is spread over devices, and how tensors are sharded. `capabilities.py` refuses what cannot be run.
 
-Mesh axes are always all there, in the order of MESH_AXES, the last one fastest. `data` × `fsdp` split the rows of a
-batch, `fsdp` what `shards` names of the training state, `tensor` the wide dimensions of every layer, `pipe` the layers.
+All mesh axes always exist, in the order of MESH_AXES, the last one varying fastest. `data` × `fsdp` split the examples
+of a batch, `fsdp` the training state that `shards` names, `tensor` the wide dimensions of every layer, `pipe` the layers.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from trainspec.params import Param
 # The names of `trainspec.backends.BACKENDS`.
 Backend = Literal["jax", "torch"]
 Policy = Literal["fp64", "fp32", "bf16"]
-Part = Literal["weights", "gradients", "optimizer"]
+StateKind = Literal["weights", "gradients", "optimizer"]
 Count = Annotated[int, Field(ge=1)]
 
-# numpy names; see docs/numerics.md. What a trained weight (the master) and the optimizer's moments are stored in,
+# numpy names; see docs/numerics.md. Trained weights (the masters) and the optimizer's moments are stored in this type;
 STORED_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16": "float32"}
-# what the forward pass computes with, frozen weights are stored in, and `precision.reduce` sums gradients in.
+# the forward pass computes, frozen weights are stored, and `precision.reduce` sums gradients in this one.
 COMPUTE_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
 
 MESH_AXES = ("pipe", "data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# Logical axis of a weight -> mesh axis; what is not listed (rank) is whole on every device.
+# Logical axis of a weight -> mesh axis; one that is not listed (rank) is replicated.
 WEIGHT_AXES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 # Logical axis of an activation -> mesh axes.
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
@@ -37,7 +37,7 @@ ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
 }
 # What each setting of `shards` splits over fsdp: ZeRO's stages 0 to 3 (arXiv 1910.02054).
-SPLIT: dict[str, tuple[Part, ...]] = {
+SPLIT: dict[str, tuple[StateKind, ...]] = {
     "nothing": (),
     "optimizer": ("optimizer",),
     "gradients": ("optimizer", "gradients"),
@@ -47,75 +47,80 @@ DimAxes = tuple[tuple[str, ...], ...]
 
 
 class Plan(BaseModel):
-    """Mesh sizes, what is sharded over `fsdp` (ZeRO 0 to 3 in neutral words), and what is recomputed.
+    """How a run is spread over devices: mesh sizes, sharding (ZeRO 0 to 3), the pipeline and rematerialization."""
 
-    Each of the `batch.accumulation` parts of a batch goes through the `pipe` stages as `microbatches`, in the order of
-    `schedule`; under `interleaved` a stage holds `chunks` pieces of the model instead of one.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
     pipe: Count = 1
+    """Pipeline stages."""
     data: Count = 1
+    """Replicas that split a batch, each with the training state."""
     fsdp: Count = 1
+    """Devices that split a batch and shard what `shards` names."""
     tensor: Count = 1
+    """Devices that share every layer: attention heads, the MLP's width and the vocabulary."""
     shards: Literal["nothing", "optimizer", "gradients", "params"] = "nothing"
+    """The training state that is sharded over `fsdp`: ZeRO's stages 0 to 3, each with those before it."""
     microbatches: Count = 1
+    """Into how many microbatches a pipeline cuts an accumulation slice."""
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    """The order of a pipeline's forward and backward passes."""
     chunks: Count = 2
+    """Model chunks per stage, of the schedule `interleaved`."""
     remat: Literal["none", "full"] = "none"
+    """Whether the backward pass recomputes the activations of each layer instead of keeping them."""
 
     @property
     def devices(self) -> int:
-        """How many devices the plan takes."""
+        """How many devices the plan needs."""
         return self.pipe * self.data * self.fsdp * self.tensor
 
     @property
     def replicas(self) -> int:
-        """Into how many parts the rows of a microbatch are split."""
+        """How many groups of devices see different examples."""
         return self.data * self.fsdp
 
     @property
-    def pieces(self) -> int:
-        """How many pieces of the model a stage of the pipeline holds."""
+    def chunks_per_stage(self) -> int:
+        """How many model chunks a stage holds: 1 but under `interleaved`."""
         return self.chunks if self.schedule == "interleaved" and self.pipe > 1 else 1
 
-    def microbatches_of(self, rows: int) -> int:
-        """Into how many microbatches rows go that are not a part of a training batch: one where they do not divide."""
-        return self.microbatches if rows % (self.microbatches * self.replicas) == 0 else 1
+    def microbatches_of(self, examples: int) -> int:
+        """How many microbatches a batch of evaluation makes: one where its examples do not divide."""
+        return self.microbatches if examples % (self.microbatches * self.replicas) == 0 else 1
 
-    def splits(self, part: Part) -> bool:
-        """Whether `shards` splits that part of the training state over fsdp."""
-        return self.fsdp > 1 and part in SPLIT[self.shards]
+    def splits(self, kind: StateKind) -> bool:
+        """Whether that kind of training state is sharded over fsdp."""
+        return self.fsdp > 1 and kind in SPLIT[self.shards]
 
 
 def weight_axes(param: Param, plan: Plan, *, over_fsdp: bool) -> DimAxes:
-    """For every dimension of a row of the table, the mesh axes (of a size above 1) that split it.
+    """For each dimension of a weight, the mesh axes of a size above 1 that split it.
 
-    A row without an embed axis (LoRA's B, a bias of heads) is split over fsdp along its first axis that is not
-    `rank`, after tensor, where the size allows it; else it is whole over fsdp.
+    A weight without an embed axis (LoRA's B, a bias of heads) shards over fsdp on its first dimension that is not `rank`,
+    if divisible (after tensor); otherwise it is replicated over fsdp.
     """
-    dims = [WEIGHT_AXES.get(axis) for axis in param.axes]
-    found: list[tuple[str, ...]] = [(axis,) if axis == "tensor" and plan.tensor > 1 else () for axis in dims]
+    mapped = [WEIGHT_AXES.get(axis) for axis in param.axes]
+    dims: list[tuple[str, ...]] = [(axis,) if axis == "tensor" and plan.tensor > 1 else () for axis in mapped]
     if over_fsdp and plan.fsdp > 1:
-        home = _fsdp_dim(param, plan)
-        if home is not None:
-            found[home] = (*found[home], "fsdp")
-    return tuple(found)
+        dim = _fsdp_dim(param, plan)
+        if dim is not None:
+            dims[dim] = (*dims[dim], "fsdp")
+    return tuple(dims)
 
 
 def _fsdp_dim(param: Param, plan: Plan) -> int | None:
-    """The dimension that fsdp splits."""
+    """The dimension that fsdp splits; None where it splits none."""
     if "embed" in param.axes:
         return param.axes.index("embed")
     for dim, axis in enumerate(param.axes):
-        parts = plan.fsdp * (plan.tensor if WEIGHT_AXES.get(axis) == "tensor" else 1)
-        if axis != "rank" and param.shape[dim] % parts == 0:
+        shards = plan.fsdp * (plan.tensor if WEIGHT_AXES.get(axis) == "tensor" else 1)
+        if axis != "rank" and param.shape[dim] % shards == 0:
             return dim
     return None
 
 
 def local_size(param: Param, plan: Plan, *, over_fsdp: bool) -> int:
-    """How many elements of a row one device of the mesh holds."""
+    """How many elements of a weight one device holds."""
     size = param.size
     for axes in weight_axes(param, plan, over_fsdp=over_fsdp):
         for axis in axes:

@@ -1,11 +1,11 @@
 """The portable checkpoint: trained weights, optimizer moments and the step, in canonical names.
 
-    OUT/checkpoints/step-000050/checkpoint.json         step, recipe, what it was made of (`identity`), a SHA-256 per file
+    OUT/checkpoints/step-000050/checkpoint.json         step, recipe, digests of its inputs (`identity`), a SHA-256 per file
     OUT/checkpoints/step-000050/weights.safetensors     <name>: trainable weights only
     OUT/checkpoints/step-000050/moment1.safetensors     <name>; moment2 alike
 
-It knows nothing of backend or plan, so a run can go on elsewhere. It is written under a temporary name, flushed
-to the disk and then renamed: a kill leaves the whole checkpoint or none.
+It depends on neither backend nor plan, so a run can continue elsewhere. It is written under a temporary name, flushed
+to disk and then renamed: a kill leaves the whole checkpoint or none.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from trainspec.errors import RecipeError, WeightsError
-from trainspec.files.hf import TensorFiles, check_reads_back, read_rows, refuse_non_finite
+from trainspec.files.hf import TensorFiles, check_reads_back, read_entries, refuse_non_finite
 from trainspec.runs.identity import Identity
 from trainspec.plans.plan import STORED_DTYPE
 from trainspec.recipe import Recipe, recipe_from
-from trainspec.runs.resume import Made, check_reads
+from trainspec.runs.resume import CheckpointOrigin, check_loadable
 from trainspec.runs.run import Run
 from trainspec.files.tensors import save_tensors
 from trainspec.weight import WeightLike
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
-PARTS = ("weights", "moment1", "moment2")
+ARRAYS = ("weights", "moment1", "moment2")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after `step` updates; trainable rows only. Of one that was loaded a part is read when it is asked for."""
+    """A run after `step` updates: trained weights and moments. A loaded one is read slice by slice, on demand."""
 
     step: int
     weights: Mapping[str, WeightLike]
@@ -48,9 +48,9 @@ class Checkpoint:
 def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe, identity: Identity | None = None) -> Path:
     """Write `checkpoint` under OUT and drop all but the newest `recipe.checkpoint.keep`.
 
-    Without `identity` only recipes are compared where a run goes on from it.
-    Raises WeightsError, and leaves what was there, where a tensor is empty or not finite, a moment has not its weight's
-    shape, or a file does not read back as written.
+    Without `identity` a run that resumes from it is compared by its recipe only.
+    Raises WeightsError, with earlier checkpoints untouched, where a tensor is empty or not finite, a moment does not have
+    its weight's shape, or a file does not read back as written.
     """
     folder = out / "checkpoints"
     path = folder / f"step-{checkpoint.step:06d}"
@@ -58,7 +58,7 @@ def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe, identity: Identit
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _write(temporary, checkpoint, recipe, identity)
-    except BaseException:  # what is half written would only fill the disk
+    except BaseException:  # half a checkpoint would only fill the disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(path, ignore_errors=True)
@@ -72,26 +72,26 @@ def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe, identity: Identit
 def _write(folder: Path, checkpoint: Checkpoint, recipe: Recipe, identity: Identity | None) -> None:
     """Every file of a checkpoint, flushed to the disk."""
     folder.mkdir(parents=True)
-    sums = {}
+    digests = {}
     shapes = {name: weight.shape for name, weight in checkpoint.weights.items()}
-    for part in PARTS:
-        file = folder / f"{part}.safetensors"
-        arrays = {name: weight[...] for name, weight in getattr(checkpoint, part).items()}
-        found = {name: array.shape for name, array in arrays.items()}
-        odd = next((n for n in (*shapes, *found) if found.get(n) != shapes.get(n)), None)
+    for group in ARRAYS:
+        file = folder / f"{group}.safetensors"
+        arrays = {name: weight[...] for name, weight in getattr(checkpoint, group).items()}
+        mine = {name: array.shape for name, array in arrays.items()}
+        odd = next((n for n in (*shapes, *mine) if mine.get(n) != shapes.get(n)), None)
         if odd is not None:
             raise WeightsError(
-                f"{file}: {odd} is {found.get(odd, 'missing')}, the weight {shapes.get(odd, 'missing')}; "
+                f"{file}: {odd} is {mine.get(odd, 'missing')}, the weight {shapes.get(odd, 'missing')}; "
                 "no checkpoint was written"
             )
         refuse_non_finite(arrays, file)
         save_tensors(arrays, file)
         check_reads_back(arrays, file)
-        sums[file.name] = _sha256(file)
+        digests[file.name] = _sha256(file)
         _flush(file)
     head = {
         "step": checkpoint.step,
-        "sha256": sums,
+        "sha256": digests,
         "identity": asdict(identity) if identity else None,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
     }
@@ -100,29 +100,29 @@ def _write(folder: Path, checkpoint: Checkpoint, recipe: Recipe, identity: Ident
 
 
 def latest(out: Path) -> Path | None:
-    """The newest whole checkpoint under OUT."""
-    found = _all(out)
-    return found[-1] if found else None
+    """The newest complete checkpoint under OUT, if any."""
+    paths = _all(out)
+    return paths[-1] if paths else None
 
 
-def start_from(out: Path, *, resume: bool) -> Path | None:
-    """The checkpoint to go on from. Refuses to start over in a directory that holds an earlier run's."""
-    found = latest(out)
-    if found and not resume:
+def resumable_checkpoint(out: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to resume from. Raises RecipeError for one that would be started over, or that is not there."""
+    newest = latest(out)
+    if newest and not resume:
         raise RecipeError(
-            f"{out}: holds {found.name} of an earlier run; go on with --resume, or give another --out"
+            f"{out}: holds {newest.name} of an earlier run; continue with --resume, or give another --out"
         )
-    if resume and found is None:
+    if resume and newest is None:
         raise RecipeError(f"{out}: --resume found no checkpoint there; leave --resume out to start")
-    return found
+    return newest
 
 
-def read_made(path: Path) -> Made:
-    """How a checkpoint was made. Raises WeightsError where it does not say."""
+def read_origin(path: Path) -> CheckpointOrigin:
+    """How a checkpoint was made. Raises WeightsError for an incomplete one."""
     head = _read_head(path)
     with _complete(path):
-        identity = head.get("identity")  # not there before digests were kept
-        return Made(
+        identity = head.get("identity")  # absent in checkpoints of versions without digests
+        return CheckpointOrigin(
             path,
             int(head["step"]),
             _recipe_of(path, head["recipe"]),
@@ -131,27 +131,27 @@ def read_made(path: Path) -> Made:
 
 
 def load(path: Path, run: Run) -> Checkpoint:
-    """Verify a checkpoint and give it in the precision of `run`, each weight to be read part by part.
+    """Verify a checkpoint and open it in the precision of `run`; weights are read slice by slice, on demand.
 
-    Raises WeightsError for a damaged file and RecipeError where it is of another model or method.
+    Raises WeightsError for a damaged file and RecipeError for another model or method.
     """
-    head, made = _read_head(path), read_made(path)
+    head, made = _read_head(path), read_origin(path)
     with _complete(path):
-        for name in (f"{part}.safetensors" for part in PARTS):
+        for name in (f"{group}.safetensors" for group in ARRAYS):
             if _sha256(path / name) != head["sha256"][name]:
                 raise WeightsError(
                     f"{path / name}: damaged (its SHA-256 is not the recorded one); remove {path} to use the one before it"
                 )
-    check_reads(made, run)
+    check_loadable(made, run)
     dtype = STORED_DTYPE[run.recipe.precision.policy]
     weights, moment1, moment2 = (
         {
             p.name: weight
-            for p, weight in read_rows(
-                TensorFiles([path / f"{part}.safetensors"]), run.trained, dtype=dtype, where=path
+            for p, weight in read_entries(
+                TensorFiles([path / f"{group}.safetensors"]), run.trained, dtype=dtype, where=path
             )
         }
-        for part in PARTS
+        for group in ARRAYS
     )
     return Checkpoint(made.step, weights, moment1, moment2)
 
@@ -163,7 +163,7 @@ def _read_head(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _complete(path: Path) -> Iterator[None]:
-    """What is missing or of another type is told as what it is: a checkpoint that is not whole."""
+    """Report missing files and keys, and values of another type, as an incomplete checkpoint."""
     try:
         yield
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -180,7 +180,7 @@ def _recipe_of(path: Path, tree: dict[str, Any]) -> Recipe:
 
 
 def _all(out: Path) -> list[Path]:
-    """Whole checkpoints under OUT, oldest first."""
+    """Complete checkpoints under OUT, oldest first."""
     numbered = [
         (STEP_FOLDER.fullmatch(p.name), p) for p in (out / "checkpoints").glob("step-*") if p.is_dir()
     ]

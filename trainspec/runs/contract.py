@@ -1,4 +1,4 @@
-"""What a backend is to the loop: the functions of its `step` module, and what one update leaves."""
+"""What the loop needs of a backend: the functions of its `step` module, and the metrics of an update."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Metrics:
-    """What one update leaves. `grad_norm`, `gradients` and the activations' gradients are taken before clipping.
+    """The results of one update. `grad_norm`, `gradients` and `activation_gradients` are taken before clipping.
 
     `gradients` (by canonical name), `activations` and `activation_gradients` (by point, [global_examples,
-    sequence_tokens, ...]) are there where they were asked for. A gradient is that of the batch's mean token loss.
+    sequence_tokens, ...]) are given only on request. A gradient is that of the batch's mean token loss.
     """
 
     loss_sum: float
@@ -36,7 +36,7 @@ class HasStep(Protocol):
 
     @property
     def step(self) -> int:
-        """How many updates were made."""
+        """Number of updates made."""
         ...
 
 
@@ -44,10 +44,10 @@ S = TypeVar("S", bound=HasStep)
 
 
 class Backend(Protocol[S]):
-    """The functions of `jaxtrain.step` and `torchtrain.step`. Names of arrays are canonical, arrays are whole."""
+    """The functions of `jaxtrain.step` and `torchtrain.step`. Arrays are whole, under canonical names."""
 
     def init_state(self, run: Run, *, like: S | None = None) -> S:
-        """The run before its first update. What was compiled for `like`, of an equal recipe, is used again."""
+        """The run before its first update. Reuses what was compiled for `like`, a state of an equal recipe."""
         ...
 
     def train_step(self, state: S, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[S, Metrics]:
@@ -59,7 +59,7 @@ class Backend(Protocol[S]):
         ...
 
     def weights_of(self, state: S, *, frozen: bool = False) -> Arrays:
-        """Trained weights; with `frozen` all of them."""
+        """The trained weights; with `frozen` all weights."""
         ...
 
     def moments_of(self, state: S) -> tuple[Arrays, Arrays]:

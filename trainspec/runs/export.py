@@ -1,4 +1,4 @@
-"""From a run's checkpoint to Hugging Face and PEFT files. Numpy only: both backends write the same bytes."""
+"""Export of a checkpoint as Hugging Face and PEFT files. Numpy only: both backends write the same bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainspec.families import family_of
 from trainspec.files.hf import (
     model_files,
     read_model,
-    read_rows,
+    read_entries,
     write_model,
 )
 from trainspec.init import base_weights
@@ -47,7 +47,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write the newest checkpoint under OUT for others to load, read it back, and return its directory.
+    """Write the newest checkpoint under OUT in formats of others, read it back, and return the directory written.
 
     Full gives `OUT/model` (Hugging Face), every other method `OUT/adapter`, one that is a change of weights with `merge`
     `OUT/merged`; with the tokenizer that was trained with. A model is stored as `dtype`, or else as it was trained, a merged one as its base is.
@@ -60,17 +60,16 @@ def export(
         )
     run = resolve(recipe)
     model, source = run.spec, run.directory
-    found = checkpoint.load(path, run).weights
-    trained = {name: weight[...] for name, weight in found.items()}
+    trained = {name: weight[...] for name, weight in checkpoint.load(path, run).weights.items()}
     method = recipe.method
     if merge and method.not_merged is not None:
         raise RecipeError(f"method.kind={method.kind} {method.not_merged}; leave --merge out")
-    made = checkpoint.read_made(path)
-    identity, template = made.identity, made.recipe.data.chat_template
+    origin = checkpoint.read_origin(path)
+    identity, template = origin.identity, origin.recipe.data.chat_template
     if template is not None and recipe.data.chat_template is None:
         raise RecipeError(
-            f"{out}: was trained with data.chat_template={template}, the recipe has none, and the export would answer in another "
-            f"format; export with the run's own recipe, {out / 'recipe.yaml'}"
+            f"{out}: was trained with data.chat_template={template}, the recipe has none, and the exported model would be prompted "
+            f"in another format; export with the run's own recipe, {out / 'recipe.yaml'}"
         )
     tokenizer = _tokenizer(recipe, model, source, identity.tokenizer if identity else None, say)
     if merge or method.trains_model:
@@ -79,7 +78,7 @@ def export(
         write_model(
             target, weights, companions_from=source, config=config, shard_bytes=shard_bytes, **tokenizer
         )
-        for _, weight in read_rows(model_files(target), run.model_table, dtype=np.float32, where=target):
+        for _, weight in read_entries(model_files(target), run.model_table, dtype=np.float32, where=target):
             weight[...]  # it reads back
         return target
     if dtype is not None:
@@ -95,9 +94,9 @@ def export(
 def _tokenizer(
     recipe: Recipe, model: ModelSpec, source: Path | None, was: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Where the tokenizer is that an export holds, and the template in place of its own; `was` is the run's digest of both.
+    """The exported tokenizer's directory and chat template, as arguments of `write_model`; `was` is the run's digest.
 
-    Raises RecipeError where transformers would make another tokenizer of its files beside the model.
+    Raises RecipeError where transformers would load the files as another tokenizer next to this model.
     """
     tokenizer = find_tokenizer(recipe.data, source, recipe.model.from_)
     home, now = tokenizer.directory, tokenizer.digest
@@ -105,14 +104,14 @@ def _tokenizer(
     family = family_of(model)
     if kind not in (None, family.model_type):
         raise RecipeError(
-            f"data.tokenizer: {home} is that of a model_type {kind!r}, by which transformers chooses the tokenizer's class; "
-            f"beside a {family.title} it would be another. Write it down: python -c "
+            f"data.tokenizer: {home} belongs to model_type {kind!r}, by which transformers chooses the tokenizer's class; "
+            f"with a {family.title} it would choose another. Save the class with it: python -c "
             f"\"from transformers import AutoTokenizer as T; T.from_pretrained('{home}').save_pretrained('NEW')\", "
             "and set data.tokenizer=NEW"
         )
     if was not in (None, now):
         say(
-            f"{home}: the tokenizer's files are not those of the run (digest {was[:8]}, now {now[:8]}); these are exported"
+            f"{home}: the tokenizer's files have changed since the run (digest {was[:8]}, now {now[:8]}); the new ones are exported"
         )
     return {"tokenizer_from": home, "chat_template": tokenizer.template}
 
@@ -122,20 +121,20 @@ def _model(
     trained: Mapping[str, Array],
     dtype: np.dtype[Any] | None,
 ) -> tuple[dict[str, Any], Iterator[tuple[str, Array]]]:
-    """The `config.json` of a whole model and its weights, one after the other, as `dtype` or as each is stored."""
+    """The `config.json` of a whole model, and its weights one by one, as `dtype` or as each is stored."""
     method, table = run.recipe.method, run.model_table
-    rows: Sequence[tuple[Param, WeightLike]] = (
-        [(param, trained[param.name]) for param in table] if method.trains_model else list(_base_rows(run))
+    entries: Sequence[tuple[Param, WeightLike]] = (
+        [(param, trained[param.name]) for param in table] if method.trains_model else list(_base_weights(run))
     )
-    stored = {param.name: dtype or weight.dtype for param, weight in rows}
+    stored = {param.name: dtype or weight.dtype for param, weight in entries}
     weights = (
-        (p.name, _cast(method.merged(p, weight[...], trained), p.name, stored[p.name])) for p, weight in rows
+        (p.name, _cast(method.merged(p, weight[...], trained), p.name, stored[p.name])) for p, weight in entries
     )
     return _config(run.spec, run.directory, set(stored.values())), weights
 
 
-def _base_rows(run: Run) -> Iterable[tuple[Param, WeightLike]]:
-    """The model that an adapter belongs to, as it is stored."""
+def _base_weights(run: Run) -> Iterable[tuple[Param, WeightLike]]:
+    """The weights of the base model, as they are stored."""
     if run.directory is not None and run.recipe.model.weights == "pretrained":
         return read_model(run.directory, run.spec, run.model_table, dtype=None)
     return base_weights(run, STORED_DTYPE[run.recipe.precision.policy])
@@ -150,10 +149,10 @@ def _cast(array: Array, name: str, dtype: np.dtype[Any]) -> Array:
 
 
 def _config(model: ModelSpec, source: Path | None, stored: Set[np.dtype[Any]]) -> dict[str, Any]:
-    """The model's own config.json, or one made from the spec for a preset; the stored type is named."""
+    """The model's own config.json, or a preset's made from its spec, with the stored type."""
     config = exported_config(read_config(source), model) if source else config_of(model)
-    # Of several types it is the base's own word that says how it is loaded.
-    told = config.get("dtype") or config.pop("torch_dtype", None)
+    # With several types, the base's config says which one the model is loaded in.
+    declared = config.get("dtype") or config.pop("torch_dtype", None)
     config.pop("torch_dtype", None)
-    several = told or str(max(stored, key=lambda dtype: dtype.itemsize))
+    several = declared or str(max(stored, key=lambda dtype: dtype.itemsize))
     return config | {"dtype": str(next(iter(stored))) if len(stored) == 1 else several}

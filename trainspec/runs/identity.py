@@ -1,4 +1,4 @@
-"""What a run is made of, by content: the same wherever its files lie and whatever they are called."""
+"""Digests of a run's inputs by content: independent of where the files are and what they are called."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trainspec.model import ModelSpec
 from trainspec.runs.run import Run
 from trainspec.weight import Index, Weight
 
-# In place of a digest: the seed, which the recipe says, decides the weights.
+# Instead of a digest: the weights follow from the seed in the recipe.
 RANDOM = "random"
-# Of every row of a tensor that is looked at, so many elements.
+# Elements per sampled row of a tensor.
 SAMPLE = 256
 
 
@@ -26,7 +26,7 @@ SAMPLE = 256
 class Identity:
     """SHA-256 digests of the model's settings and weights, the tokenizer, the tokens of `data.train`, the method's start.
 
-    `weights` is RANDOM where they are drawn, `method` empty where it starts from nothing that is given.
+    `weights` is RANDOM for random weights; `method` is empty unless it starts from an adapter or a text.
     """
 
     model: str
@@ -37,7 +37,7 @@ class Identity:
 
 
 def identity_of(run: Run, dataset: Dataset) -> Identity:
-    """What the run trains with."""
+    """The identity of a run that trains on `dataset`."""
     return Identity(
         model=model_digest(run.spec),
         weights=weights_digest(run),
@@ -48,36 +48,36 @@ def identity_of(run: Run, dataset: Dataset) -> Identity:
 
 
 def model_digest(model: ModelSpec) -> str:
-    """SHA-256 of a model's sizes and rules; not of its name, which is that of a directory."""
+    """SHA-256 of a model's sizes and rules, without its name, which is a directory's."""
     given = {
         f.name: getattr(model, f.name)
         for f in fields(model)
         if f.name != "name" and getattr(model, f.name) != f.default
     }
-    # What is absent is left out: a rule that a later version knows does not change the digests of models without it.
+    # Absent values are left out, so that a rule of a later version does not change the digests of models without it.
     return _digest(f"{key}={value!r}".encode() for key, value in given.items() if value not in (None, False))
 
 
 def weights_digest(run: Run) -> str:
-    """SHA-256 of every weight's name, stored type and shape, and of some of its elements; RANDOM where they are drawn.
+    """SHA-256 of every weight's name, stored type, shape and a sample of its elements; RANDOM for random weights.
 
-    Training of any kind moves nearly every element of a tensor, so a few tell other weights of the same shapes without
-    reading all of them. Raises WeightsError where the files are not those of the model.
+    Any training moves nearly every element of a tensor, so that a sample is enough to tell weights of equal shapes apart.
+    Raises WeightsError where the files do not fit the model.
     """
     if run.recipe.model.weights == "random" or run.directory is None:
         return RANDOM
-    rows = read_model(run.directory, run.spec, run.model_table, dtype=None)
-    return _digest(part for param, weight in rows for part in _sampled(param.name, weight))
+    entries = read_model(run.directory, run.spec, run.model_table, dtype=None)
+    return _digest(chunk for param, weight in entries for chunk in _sampled(param.name, weight))
 
 
 def _sampled(name: str, weight: Weight) -> Iterator[bytes]:
     yield f"{name} {weight.dtype.name} {list(weight.shape)}".encode()
-    for index in _places(weight.shape):
+    for index in _sample_slices(weight.shape):
         yield np.ascontiguousarray(weight[index]).tobytes()
 
 
-def _places(shape: tuple[int, ...]) -> list[Index]:
-    """The start of the first, the middle and the last row."""
+def _sample_slices(shape: tuple[int, ...]) -> list[Index]:
+    """The beginnings of the first, the middle and the last row."""
     *leading, width = shape
     start = slice(0, min(SAMPLE, width))
     if not leading:
@@ -87,7 +87,7 @@ def _places(shape: tuple[int, ...]) -> list[Index]:
 
 
 def start_digest(method: Method) -> str:
-    """SHA-256 of what the method starts from: an adapter's tensors or a text; empty where it is drawn."""
+    """SHA-256 of the adapter's tensors or the text that the method starts from; empty for random weights."""
     if method.start is not None:
         files = (method.start / name for name in (ADAPTER_FILE, ENCODER_FILE))
         return _digest(_file_digest(path).encode() for path in files if path.is_file())

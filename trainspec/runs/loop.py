@@ -1,11 +1,11 @@
-"""The training loop, once for both backends: build, update step by step, and let the observers look on.
+"""The training loop of both backends: prepare a run, update it step by step, and notify the observers.
 
-A backend is its `step` module: any module with the functions of `contract.Backend` will do, and the type checker holds
-both to them. No numerics here; what a step does is the backend's.
+A backend is its `step` module: any module with the functions of `contract.Backend`, to which the type checker holds
+both. There are no numerics here.
 
-Every process of a run goes through the same calls in the same order, as any of them may wait for the others; only
-the leader has the console and writes files. Exception: any process may fill the cache of tokens. All of them check what
-a user can have wrong before the first waits.
+All processes of a run make the same calls in the same order, as any call may be a collective; only the leader uses the
+console and writes files. Exception: any process may fill the token cache. All processes validate user input before the
+first collective.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from trainspec.data import Batch, open_dataset
 from trainspec.files.hf import model_notes
 from trainspec.runs.observers import (
     Due,
-    Evaluation,
+    EvaluationObserver,
     Observer,
-    Reporting,
-    Saving,
-    Tracing,
+    ReportObserver,
+    CheckpointObserver,
+    TraceObserver,
     Update,
     heldout_loss,
     needs_of,
 )
-from trainspec.runs.prefetch import prefetched
+from trainspec.runs.prefetch import prefetch
 from trainspec.recipe import idle_settings
-from trainspec.runs.report import Reporter, Silent, describe, opening
+from trainspec.runs.report import Reporter, NullReporter, describe, opening
 from trainspec.runs.request import TrainRequest
-from trainspec.runs.resume import check_goes_on
+from trainspec.runs.resume import check_resumable
 from trainspec.runs.run import Run
 from trainspec.runs.run_data import RunData, open_data
 from trainspec.schedule import learning_rate
@@ -45,12 +45,12 @@ from trainspec.trace import check_free
 
 
 def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bool, devices: Devices) -> None:
-    """Train to the recipe's last step; leaves metrics and checkpoints, and every gradient where a trace is wanted.
+    """Train to the recipe's last step; writes metrics, checkpoints and, on request, a trace.
 
-    Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
+    Raises UserError for mistakes in the recipe or its files, NonFiniteLossError for a loss that is not finite.
     """
     out, program = request.out, BACKENDS[devices.backend].program
-    saved = checkpoint.start_from(out, resume=request.resume)
+    saved = checkpoint.resumable_checkpoint(out, resume=request.resume)
     if request.trace:
         check_free(request.trace.directory)
     if is_leader:  # before anything that takes long
@@ -60,7 +60,7 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
     lines = _summary(run, data, saved, request.allow)
     state, last = _started(backend, run, out, saved, is_leader=is_leader), data.span.last
     with (
-        Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else Silent()
+        Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else NullReporter()
     ) as reporter:
         for line in [*lines, *_resumed(state.step, last, saved)]:
             reporter.say(line)
@@ -71,10 +71,10 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
 
 
 def follow(backend: Backend[S], run: Run, data: RunData, state: S, observers: Sequence[Observer[S]]) -> S:
-    """Make the run's updates from `state` to its last, with the observers looking on; the next batch is made meanwhile."""
+    """Make the run's remaining updates, notifying the observers; the next batch is prepared during an update."""
     recipe, span = run.recipe, data.span
     steps, examples = range(state.step, span.last), recipe.batch.global_examples
-    with ExitStack() as stack, prefetched(lambda step: data.train.batch(step, examples), steps) as batches:
+    with ExitStack() as stack, prefetch(lambda step: data.train.batch(step, examples), steps) as batches:
         for observer in observers:
             stack.callback(observer.finished)
             observer.started(state)
@@ -104,44 +104,44 @@ def _observers(
     backend: Backend[S],
     run: Run,
     data: RunData,
-    reporter: Reporter | Silent,
+    reporter: Reporter | NullReporter,
     request: TrainRequest,
     *,
     is_leader: bool,
 ) -> list[Observer[S]]:
-    """Those of a run, in the order in which they are told of an update."""
+    """The observers of a run, in the order in which they are notified."""
     recipe, last = run.recipe, data.span.last
-    found: list[Observer[S]] = []
+    observers: list[Observer[S]] = []
     if request.trace:
         order = causal_order(run.spec, recipe.method)
-        found.append(Tracing(backend, request.trace, order, is_leader=is_leader))
+        observers.append(TraceObserver(backend, request.trace, order, is_leader=is_leader))
     if data.heldout:
         due = Due(recipe.run.eval_every_steps, last)
-        found.append(Evaluation(backend, data.heldout, examples=_heldout_examples(run), due=due))
-    found.append(Reporting(reporter))
+        observers.append(EvaluationObserver(backend, data.heldout, examples=_heldout_examples(run), due=due))
+    observers.append(ReportObserver(reporter))
     due = Due(recipe.checkpoint.every_steps, last)
-    return [*found, Saving(request.out, recipe, data.identity, due=due, is_leader=is_leader)]
+    return [*observers, CheckpointObserver(request.out, recipe, data.identity, due=due, is_leader=is_leader)]
 
 
 def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]) -> list[str]:
-    """What is said of the run before it trains. Raises RecipeError where it may not resume from `saved`."""
+    """What the user is told before training. Raises RecipeError where the run cannot resume from `saved`."""
     recipe, span, lines = run.recipe, data.span, [describe(run)]
-    lines += [data.train.summary, span.said(rows=data.train.rows, examples=recipe.batch.global_examples)]
+    lines += [data.train.summary, span.describe(examples=data.train.num_examples, global_examples=recipe.batch.global_examples)]
     lines += idle_settings(recipe, span)
     if saved:
-        made = checkpoint.read_made(saved)
-        lines += check_goes_on(made, recipe, data.identity, steps=span.steps, allow=allow)
+        origin = checkpoint.read_origin(saved)
+        lines += check_resumable(origin, recipe, data.identity, steps=span.steps, allow=allow)
     return lines
 
 
 def _resumed(step: int, last: int, saved: Path | None) -> list[str]:
-    """What is said of a run that starts from a checkpoint."""
-    done = "; nothing is left to do" if step >= last else ""
+    """What the user is told of a run that starts from a checkpoint."""
+    done = "; nothing remains to be done" if step >= last else ""
     return [f"resuming after step {step} of {last}, from {saved}{done}"] if saved else []
 
 
 def _started(backend: Backend[S], run: Run, out: Path, saved: Path | None, *, is_leader: bool) -> S:
-    """The run before its next update: at its start, or at a checkpoint."""
+    """The state from which the run continues: its start, or a checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
     state = backend.init_state(run)
     if saved:
@@ -152,7 +152,7 @@ def _started(backend: Backend[S], run: Run, out: Path, saved: Path | None, *, is
 
 
 def evaluate(backend: Backend[S], run: Run, *, out: Path) -> tuple[float, str]:
-    """Held-out loss per target token, and whose: the newest checkpoint's in `out`, or else the starting weights'."""
+    """Held-out loss per target token, and of which weights: the newest checkpoint in `out`, else the starting weights."""
     heldout = open_dataset(run, "heldout")
     state = backend.init_state(run)
     saved = checkpoint.latest(out)
@@ -161,12 +161,12 @@ def evaluate(backend: Backend[S], run: Run, *, out: Path) -> tuple[float, str]:
     loss = heldout_loss(backend, state, heldout, _heldout_examples(run))
     if not saved:
         return loss, f"the starting weights (no checkpoint under {out})"
-    made = checkpoint.read_made(saved).identity
-    is_another = made is not None and made.tokenizer != heldout.tokenizer_digest
+    identity = checkpoint.read_origin(saved).identity
+    is_another = identity is not None and identity.tokenizer != heldout.tokenizer_digest
     note = "; the tokenizer's files are not those that it was trained with" if is_another else ""
     return loss, f"{out} at step {state.step}{note}"
 
 
 def _heldout_examples(run: Run) -> int:
-    """As many at a time as training has in memory: an accumulation slice."""
+    """Examples per evaluation batch: an accumulation slice, which training has in memory as well."""
     return run.recipe.batch.global_examples // run.recipe.batch.accumulation

@@ -1,4 +1,4 @@
-"""Out of memory: what was asked for, what there is, and what helps. Frameworks say it each in words of their own."""
+"""Out of memory: how much was requested, how much there is, and what helps. Every framework words it differently."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from trainspec.plans.plan import Backend, Plan
 from trainspec.recipe import Recipe
 
 GIB = 2**30
-# XLA writes 15.75G for gibibytes, numpy "128. TiB", torch "20.00 MiB", all of them "N bytes" for exact numbers.
+# XLA writes 15.75G for gibibytes, numpy "128. TiB", torch "20.00 MiB"; all write "N bytes" for exact numbers.
 _UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = r"([\d.]+) ?(bytes|[KMGTP]?i?B|[KMGTP])\b"
-# What says that memory was the matter. XLA's RESOURCE_EXHAUSTED alone may be a quota, or the size of a message; a TPU's
-# other memories (vmem, smem) are a kernel's business, and no setting of a recipe helps.
+# Messages about memory. XLA's RESOURCE_EXHAUSTED alone may be a quota, or the size of a message; a TPU's other memories
+# (vmem, smem) concern a kernel, and no setting of a recipe helps.
 _LACK = re.compile(
     r"out of memory(?! in memory space (?!hbm))|(can.t|cannot|failed to) allocate|attempting to (allocate|reserve)"
     r"|OUT_OF_MEMORY|STATUS_ALLOC_FAILED|std::bad_alloc",
@@ -45,8 +45,8 @@ _HOST = re.compile(r"DefaultCPUAllocator|for an array with shape|unable to mmap|
 
 
 @dataclass(frozen=True)
-class Lack:
-    """An allocation that failed: sizes in bytes where they were told, of the device's memory or of the machine's."""
+class MemoryShortage:
+    """A failed allocation, in the memory of the device or of the machine; sizes in bytes where they are known."""
 
     where: Literal["device", "machine"]
     asked: float | None = None
@@ -54,8 +54,8 @@ class Lack:
     free: float | None = None
 
 
-def lack_of_memory(error: BaseException) -> Lack | None:
-    """What an error says of memory that was not there; None for an error of another kind."""
+def memory_shortage(error: BaseException) -> MemoryShortage | None:
+    """The memory shortage that an error reports; None for any other error."""
     if isinstance(error, UserError):
         return None
     text = str(error)
@@ -64,11 +64,11 @@ def lack_of_memory(error: BaseException) -> Lack | None:
     if not ours and not theirs:
         return None
     where = "machine" if ours or _HOST.search(text) else "device"
-    return Lack(where, *(_first_size(patterns, text) for patterns in (_ASKED, _THERE, _FREE)))
+    return MemoryShortage(where, *(_first_size(patterns, text) for patterns in (_ASKED, _THERE, _FREE)))
 
 
-def told(lack: Lack, *, devices: Devices | None = None, recipe: Recipe | None = None) -> str:
-    """The lack in one line, with what helps the recipe where it is known."""
+def describe_shortage(lack: MemoryShortage, *, devices: Devices | None = None, recipe: Recipe | None = None) -> str:
+    """The shortage in one line, with what helps where recipe and devices are known."""
     on_host = lack.where == "machine" or (devices is not None and devices.memory_bytes is None)
     parts = [f"asked for {_gib(lack.asked)}"] if lack.asked else []
     if on_host:
@@ -87,25 +87,25 @@ def told(lack: Lack, *, devices: Devices | None = None, recipe: Recipe | None = 
 
 
 def what_helps(recipe: Recipe, backend: Backend) -> list[str]:
-    """Settings that need less memory for the same training, cheapest first; the last one changes the rows."""
+    """Settings that need less memory for the same training, cheapest first; the last one changes the examples."""
     plan, batch = recipe.plan, recipe.batch
-    found = ["plan.remat=full"] if plan.remat == "none" else []
-    parts = plan.microbatches * plan.replicas
-    more = (n for n in range(batch.accumulation + 1, batch.global_examples // parts + 1))
-    fits = next((n for n in more if batch.global_examples % (n * parts) == 0), None)
+    settings = ["plan.remat=full"] if plan.remat == "none" else []
+    shares = plan.microbatches * plan.replicas
+    more = (n for n in range(batch.accumulation + 1, batch.global_examples // shares + 1))
+    fits = next((n for n in more if batch.global_examples % (n * shares) == 0), None)
     if fits:
-        found.append(f"batch.accumulation={fits} or more")
+        settings.append(f"batch.accumulation={fits} or more")
     wider = plan.fsdp if plan.fsdp > 1 else 2
     sharded = plan.model_copy(update={"fsdp": wider, "shards": "params"})
     if plan.shards != "params" and _is_supported(sharded, recipe, backend):
-        found.append("plan.shards=params" + (" with plan.fsdp=2 or more" if plan.fsdp == 1 else ""))
+        settings.append("plan.shards=params" + (" with plan.fsdp=2 or more" if plan.fsdp == 1 else ""))
     elif plan.shards != "nothing":
-        found.append(f"plan.fsdp above {plan.fsdp}")
-    return [*found, f"data.sequence_tokens below {recipe.data.sequence_tokens}"]
+        settings.append(f"plan.fsdp above {plan.fsdp}")
+    return [*settings, f"data.sequence_tokens below {recipe.data.sequence_tokens}"]
 
 
 def host_memory() -> tuple[int, str]:
-    """How much memory this process may have, and whose limit that is: the machine's, a container's or the shell's."""
+    """How many bytes of memory this process may use, and what sets the limit: machine, container or shell."""
     limits = [(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine has")]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         file = Path("/sys/fs/cgroup") / name

@@ -1,8 +1,8 @@
-"""Who looks on while a run trains: the trace, the held-out loss, the report, the checkpoints.
+"""The observers of a run: trace, held-out loss, report, checkpoints.
 
-Every process has the same observers in the same order and calls them at the same time, as what one asks of the backend
-may wait for the other processes; only the leader's write. Another one (a profiler, say) is a class with what it
-needs of these methods, and a line in `loop.train`.
+Every process has the same observers in the same order and calls them at the same time, as what they ask of the backend
+may be a collective; only the leader's write. A new one (a profiler, say) is a class with those of these methods that it
+needs, and a line in `loop._observers`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from trainspec.runs.contract import Arrays, Backend, Metrics, S
 from trainspec.data import Batch, Dataset
 from trainspec.runs.identity import Identity
 from trainspec.recipe import Recipe
-from trainspec.runs.report import Reporter, Silent, StepReport
-from trainspec.trace import Keep, Named, StepTrace, TraceRequest, TraceWriter
+from trainspec.runs.report import Reporter, NullReporter, StepReport
+from trainspec.trace import Keep, TraceName, StepTrace, TraceRequest, TraceWriter
 
 State = TypeVar("State", contravariant=True)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an observer asks of an update before it is made: each is made once, whoever asks for it.
+    """What an observer requires of an update; each item is computed once for all observers.
 
-    `keep` is what the update's metrics have; `before` and `after` are the trained weights around it, `after` with the
+    `keep`: what the metrics hold. `before`, `after`: the trained weights before and after the update, `after` with the
     moments.
     """
 
@@ -38,7 +38,7 @@ class Needs:
     after: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        """What both ask for."""
+        """The union of both."""
         keeps: tuple[Keep, Keep] = (self.keep, other.keep)
         return Needs(
             max(keeps, key=get_args(Keep).index), self.before or other.before, self.after or other.after
@@ -47,9 +47,9 @@ class Needs:
 
 @dataclass(frozen=True)
 class Update:
-    """One update that was made, `step` counted from 1, with the arrays that were asked for by canonical name.
+    """One finished update, `step` counted from 1, with the requested arrays by canonical name.
 
-    `heldout_loss` is there where it was measured after the update.
+    `heldout_loss` is None where it was not measured after the update.
     """
 
     step: int
@@ -64,70 +64,70 @@ class Update:
 
 
 class Observer(Protocol[State]):
-    """Looks on at a run. A class that says so has only the methods that it needs: these do nothing."""
+    """Is notified of a run's progress. A subclass overrides the methods that it needs; these do nothing."""
 
     def started(self, state: State) -> None:
-        """Before the first update; a resumed run starts at its checkpoint."""
+        """Called before the first update; `state` may come from a checkpoint."""
         return
 
     def needs(self, step: int) -> Needs:
-        """What it asks of update `step`, counted from 1."""
+        """What it requires of update `step`, counted from 1."""
         return Needs()
 
     def updated(self, state: State, update: Update) -> Update:
-        """After an update; gives what the observers after it are told of it."""
+        """Called after an update. Returns the update for the next observers, to which it may add."""
         return update
 
     def finished(self) -> None:
-        """At the run's end, whatever ended it."""
+        """Called at the end of the run, after an error too."""
         return
 
 
 def needs_of(observers: Iterable[Observer[S]], step: int) -> Needs:
-    """What all of them ask of update `step`."""
+    """What all observers together require of update `step`."""
     return reduce(Needs.__or__, (observer.needs(step) for observer in observers), Needs())
 
 
 @dataclass(frozen=True)
 class Due:
-    """Which updates are due: every so many, and the last."""
+    """Which updates are due: every `every_steps`-th, and the last."""
 
     every_steps: int
     last: int
 
     def __call__(self, step: int) -> bool:
-        """Whether update `step` is."""
+        """Whether update `step` is due."""
         return step % self.every_steps == 0 or step == self.last
 
 
-class Tracing(Observer[S]):
-    """Leaves a trace of every update; `order` is the causal order of its names."""
+class TraceObserver(Observer[S]):
+    """Writes every update to a trace; `order` is the causal order of its names."""
 
     def __init__(
-        self, backend: Backend[S], request: TraceRequest, order: Sequence[Named], *, is_leader: bool
+        self, backend: Backend[S], request: TraceRequest, order: Sequence[TraceName], *, is_leader: bool
     ) -> None:
         self._backend, self._request, self._order = backend, request, order
         self._writer = TraceWriter(request.directory) if is_leader else None
 
     def started(self, state: S) -> None:
-        """Every weight, as the run starts."""
+        """Writes the starting weights."""
         weights = self._backend.weights_of(state, frozen=True)
         if self._writer:
             self._writer.initial(weights, self._order)
 
     def needs(self, step: int) -> Needs:
-        """Everything; activations where they are wanted."""
+        """Everything; activations only where they are requested."""
         return Needs(self._request.keep(step), before=True, after=True)
 
     def updated(self, state: S, update: Update) -> Update:
-        """Writes it."""
+        """Writes the update."""
         if self._writer:
             self._writer.step(step_trace(update))
         return update
 
 
 def step_trace(update: Update) -> StepTrace:
-    """What an update leaves for comparison."""
+    """An update as a trace records it."""
     metrics, (moment1, moment2) = update.metrics, update.moments
     return StepTrace(
         step=update.step,
@@ -145,8 +145,8 @@ def step_trace(update: Update) -> StepTrace:
     )
 
 
-class Evaluation(Observer[S]):
-    """Measures the held-out loss after updates that are due."""
+class EvaluationObserver(Observer[S]):
+    """Measures the held-out loss after due updates."""
 
     def __init__(self, backend: Backend[S], heldout: Dataset, *, examples: int, due: Due) -> None:
         self._backend, self._heldout, self._examples, self._due = backend, heldout, examples, due
@@ -160,18 +160,18 @@ class Evaluation(Observer[S]):
 
 def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, examples: int) -> float:
     """Mean cross-entropy per target token over every held-out example, `examples` at a time."""
-    parts = [backend.eval_step(state, batch) for batch in heldout.in_order(examples)]
-    return sum(loss_sum for loss_sum, _ in parts) / sum(tokens for _, tokens in parts)
+    sums = [backend.eval_step(state, batch) for batch in heldout.in_order(examples)]
+    return sum(loss_sum for loss_sum, _ in sums) / sum(tokens for _, tokens in sums)
 
 
-class Reporting(Observer[S], Generic[S]):
-    """A line for each update, with the held-out loss where it was measured."""
+class ReportObserver(Observer[S], Generic[S]):
+    """Reports every update, with the held-out loss where it was measured."""
 
-    def __init__(self, reporter: Reporter | Silent) -> None:
+    def __init__(self, reporter: Reporter | NullReporter) -> None:
         self._reporter = reporter
 
     def updated(self, state: S, update: Update) -> Update:
-        """Shows and records it."""
+        """Reports the update."""
         metrics = update.metrics
         loss, speed = metrics.loss_sum / metrics.tokens, metrics.tokens / update.seconds
         self._reporter.step(
@@ -182,20 +182,20 @@ class Reporting(Observer[S], Generic[S]):
         return update
 
 
-class Saving(Observer[S], Generic[S]):
-    """Leaves a checkpoint after updates that are due."""
+class CheckpointObserver(Observer[S], Generic[S]):
+    """Saves a checkpoint after due updates."""
 
     def __init__(self, out: Path, recipe: Recipe, identity: Identity, *, due: Due, is_leader: bool) -> None:
         self._out, self._recipe, self._identity = out, recipe, identity
         self._due, self._is_leader = due, is_leader
 
     def needs(self, step: int) -> Needs:
-        """Weights and moments, where it is due."""
+        """Weights and moments of a due update."""
         return Needs(after=self._due(step))
 
     def updated(self, state: S, update: Update) -> Update:
-        """Writes it, where it is due."""
+        """Saves a due update."""
         if self._is_leader and self._due(update.step):
-            saving = Checkpoint(update.step, update.weights, *update.moments)
-            checkpoint.save(self._out, saving, recipe=self._recipe, identity=self._identity)
+            saved = Checkpoint(update.step, update.weights, *update.moments)
+            checkpoint.save(self._out, saved, recipe=self._recipe, identity=self._identity)
         return update

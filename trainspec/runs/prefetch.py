@@ -1,4 +1,4 @@
-"""The next value is made in a thread while the last one is used."""
+"""Prepares the next value in a thread while the current one is used."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 @contextmanager
-def prefetched(make: Callable[[int], T], numbers: range) -> Iterator[Iterator[T]]:
-    """`make(number)` for each of `numbers`, in order, one ahead of whoever takes them.
+def prefetch(make: Callable[[int], T], numbers: range) -> Iterator[Iterator[T]]:
+    """An iterator over `make(number)` for `numbers`, computed one ahead in a thread that ends with the context.
 
-    An error of `make` is raised when its value is asked for, not before. The thread ends with the context.
+    An error of `make` is raised when its value is taken, not before.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as thread:
 

@@ -1,4 +1,4 @@
-"""What a user sees of a run: a progress bar, a line per step, metrics.jsonl and TensorBoard events."""
+"""The report of a run: a progress bar, a line per step, metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-# tensorboard's own writer: tensorboardX imports torch wherever torch is installed, and so into JAX's process.
+# tensorboard's own writer: tensorboardX would import torch, where it is installed, into JAX's process.
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ class StepReport:
 
 
 class Reporter:
-    """Shows and records a run. Used as a context manager; `resumed_at` is the last step already made."""
+    """Shows and records a run; a context manager. `resumed_at` is the last step already made."""
 
     def __init__(self, out: Path, *, backend: str, steps: int, resumed_at: int = 0) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -67,12 +67,12 @@ class Reporter:
         self._metrics.close()
 
     def say(self, line: str) -> None:
-        """One line above the bar."""
+        """Print a line above the progress bar."""
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
 
     def step(self, report: StepReport) -> None:
-        """Record one update everywhere."""
+        """Show and record one update."""
         values = {k: v for k, v in asdict(report).items() if v is not None}
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
@@ -87,8 +87,8 @@ class Reporter:
         )
 
 
-class Silent:
-    """The reporter of a process that does not lead: it shows and records nothing."""
+class NullReporter:
+    """The reporter of a process that is not the leader: it shows and records nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -97,14 +97,14 @@ class Silent:
         pass
 
     def say(self, line: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def step(self, report: StepReport) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def opening(recipe: Recipe, devices: Devices, *, name: str, out: Path) -> list[str]:
-    """What a run says first: versions, platform, devices, plan, precision, and where it writes."""
+    """The first lines of a run: versions, platform, devices, plan, precision, and where it writes."""
     packages = ", ".join(f"{package} {version(package)}" for package in devices.packages)
     memory, _ = host_memory()
     policy = recipe.precision.policy
@@ -124,13 +124,13 @@ def _plan_in_words(plan: Plan) -> str:
     axes = [f"{axis} {size}" for axis in MESH_AXES if (size := getattr(plan, axis)) > 1]
     words = [" × ".join(axes) or "one device", f"shards {plan.shards}", f"remat {plan.remat}"]
     if plan.pipe > 1:
-        chunks = f" of {plan.chunks} chunks a stage" if plan.pieces > 1 else ""
+        chunks = f" of {plan.chunks} chunks a stage" if plan.chunks_per_stage > 1 else ""
         words.append(f"schedule {plan.schedule}{chunks}, {plan.microbatches} microbatches")
     return ", ".join(words)
 
 
 def describe(run: Run) -> str:
-    """The model's size, what of it is trained, and how large the adapter's files are, in one line."""
+    """The sizes of the model, of the trained weights and of the adapter's files, in one line."""
     model, method, policy = run.spec, run.recipe.method, run.recipe.precision.policy
     tables = (run.model_table, run.trained, run.method_table)
     total, trained, extra = (sum(p.size for p in table) for table in tables)
@@ -142,13 +142,13 @@ def describe(run: Run) -> str:
         return line
     mebi = np.dtype(STORED_DTYPE[policy]).itemsize / 2**20
     line = f"{line}; its adapter has {method.adapter_size(model) * mebi:,.2f} MiB"
-    return f"{line}, the encoder beside it {trained * mebi:,.2f}" if method.has_encoder else line
+    return f"{line}, its encoder {trained * mebi:,.2f}" if method.has_encoder else line
 
 
 def _drop_steps_after(metrics: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their first lines go."""
+    """Drop the lines of the steps that a resumed run repeats."""
     if metrics.is_file():
-        # A killed run may have left half a line at the end: only whole ones count.
+        # A killed run may have left half a line at the end.
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("}\n")]
         metrics.write_text(

@@ -1,4 +1,4 @@
-"""What a user asks of a training run besides its recipe."""
+"""The options of a training run besides its recipe."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from trainspec.trace import TraceRequest
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Where a run's files go, whether it leaves a trace, and whether it resumes.
+    """Where a run writes, whether it writes a trace, and whether it resumes.
 
-    With `resume` it starts from the newest checkpoint in `out`; `allow` names what may be another than that was made with.
+    With `resume` it starts from the newest checkpoint in `out`; `allow` names the groups of settings that may have changed.
     """
 
     out: Path

@@ -1,7 +1,7 @@
-"""Whether a run may go on from a checkpoint: what must be the same, what `--allow` lets change, and what is free.
+"""Whether a run may resume from a checkpoint: what must be the same, what `--allow` lets change, and what is free.
 
-Compared are contents (`trainspec.runs.identity`), not paths. Free are where and how a run computes (plan, precision, how a
-batch is accumulated), how long it is and how often it reports and saves, and what is measured on the way.
+Contents are compared (`trainspec.runs.identity`), not paths. Free are where and how a run computes (plan, precision,
+accumulation), its length, how often it reports and saves, and what it measures.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainspec.complaint import shown
+from trainspec.complaint import format_value
 from trainspec.errors import RecipeError
 from trainspec.runs.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.recipe import Recipe
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
 
-# What `--allow` takes: settings that may change on the way, if it is wanted.
+# The groups of `--allow`: settings that may change on request.
 ALLOWABLE: dict[str, tuple[str, ...]] = {
     "data": ("data.sequence_tokens", "data.packing", "data.padding_side", "data.loss_on", "data.too_long"),
     "schedule": (
@@ -29,7 +29,7 @@ ALLOWABLE: dict[str, tuple[str, ...]] = {
         "optimizer.lr",
     ),
 }
-# What may not.
+# Settings that may not change.
 FIXED = (
     "model.weights",
     "run.seed",
@@ -42,8 +42,8 @@ FIXED = (
 
 
 @dataclass(frozen=True)
-class Made:
-    """How a checkpoint was made; `identity` is None where an earlier version wrote it, which did not say."""
+class CheckpointOrigin:
+    """How a checkpoint was made; `identity` is None where a version without digests wrote it."""
 
     path: Path
     step: int
@@ -51,14 +51,14 @@ class Made:
     identity: Identity | None
 
     @property
-    def own_recipe(self) -> Path:
-        """The recipe that lies beside it."""
+    def recipe_file(self) -> Path:
+        """The run's own recipe.yaml."""
         return self.path.parent.parent / "recipe.yaml"
 
 
 @dataclass(frozen=True)
 class _Change:
-    """A setting, or what stands for a content, as the checkpoint and as the recipe has it, in words."""
+    """A setting, or the digest of a content, in the checkpoint and in the recipe, as text."""
 
     key: str
     was: str
@@ -68,82 +68,82 @@ class _Change:
         return f"{self.key} was {self.was} and is {self.now}"
 
 
-def check_reads(made: Made, run: Run) -> None:
-    """Raises RecipeError where the weights of a checkpoint mean nothing to the model and method of `run`."""
+def check_loadable(origin: CheckpointOrigin, run: Run) -> None:
+    """Raises RecipeError where a checkpoint's weights do not belong to the model and method of `run`."""
     recipe = run.recipe
-    _refuse(made, _method_changes(made.recipe, recipe))
-    was = made.identity
+    _refuse(origin, _method_changes(origin.recipe, recipe))
+    was = origin.identity
     if was is None:
         return
-    _refuse_model(made, recipe, was.model, model_digest(run.spec), "the model's settings (config.json)")
-    if not recipe.method.trains_model:  # of which a checkpoint has every weight
-        _refuse_model(made, recipe, was.weights, weights_digest(run), "the model's weights")
+    _refuse_model(origin, recipe, was.model, model_digest(run.spec), "the model's settings (config.json)")
+    if not recipe.method.trains_model:  # a full checkpoint has every weight itself
+        _refuse_model(origin, recipe, was.weights, weights_digest(run), "the model's weights")
 
 
-def check_goes_on(
-    made: Made, recipe: Recipe, identity: Identity, *, steps: int, allow: Collection[str]
+def check_resumable(
+    origin: CheckpointOrigin, recipe: Recipe, identity: Identity, *, steps: int, allow: Collection[str]
 ) -> list[str]:
-    """What a user is told who goes on from a checkpoint with `recipe`, whose schedule spans `steps` updates.
+    """What the user is told of resuming with `recipe`, whose schedule spans `steps` updates.
 
-    Raises RecipeError, in one line, where something is not as it was and is not allowed to change.
+    Raises RecipeError where something has changed and is not among `allow`.
     """
-    _refuse(made, [*_method_changes(made.recipe, recipe), *_changes(FIXED, made.recipe, recipe)])
-    changed = {group: _changes(keys, made.recipe, recipe) for group, keys in ALLOWABLE.items()}
+    _refuse(origin, [*_method_changes(origin.recipe, recipe), *_changes(FIXED, origin.recipe, recipe)])
+    changed = {group: _changes(keys, origin.recipe, recipe) for group, keys in ALLOWABLE.items()}
     lines = []
-    if made.identity is None:
+    if origin.identity is None:
         lines.append(
-            f"{made.path} is of an earlier version, which kept no digests: model, tokenizer and data were not compared"
+            f"{origin.path} is of an earlier version, which kept no digests: model, tokenizer and data were not compared"
         )
     else:
-        _refuse_contents(made, recipe, made.identity, identity)
-        if made.identity.data != identity.data:
+        _refuse_contents(origin, recipe, origin.identity, identity)
+        if origin.identity.data != identity.data:
             was, now = (
                 f"{r.data.train} (digest {i.data[:8]})"
-                for r, i in ((made.recipe, made.identity), (recipe, identity))
+                for r, i in ((origin.recipe, origin.identity), (recipe, identity))
             )
             changed["data"].insert(0, _Change("data.train", was, now))
     changed = {group: changes for group, changes in changed.items() if changes}
     forbidden = [group for group in changed if group not in allow]
     if forbidden:
-        told = ", ".join(str(change) for group in forbidden for change in changed[group])
+        listed = ", ".join(str(change) for group in forbidden for change in changed[group])
         raise RecipeError(
-            f"{made.path}: {told}; go on all the same with --resume --allow {','.join(changed)}, or use the recipe it was "
-            f"made with, {made.own_recipe}"
+            f"{origin.path}: {listed}; continue anyway with --resume --allow {','.join(changed)}, or use the recipe it was "
+            f"made with, {origin.recipe_file}"
         )
     lines += [f"allowed: {change}" for changes in changed.values() for change in changes]
-    return lines + _schedule_lines(made, recipe, steps)
+    return lines + _schedule_lines(origin, recipe, steps)
 
 
-def _schedule_lines(made: Made, recipe: Recipe, steps: int) -> list[str]:
-    """A line where the schedule spans another number of updates or has another shape: the rate may jump."""
-    planned = made.recipe.run.steps
-    if planned is None:  # a checkpoint's recipe says steps, not epochs
+def _schedule_lines(origin: CheckpointOrigin, recipe: Recipe, steps: int) -> list[str]:
+    """A line where the length or the shape of the schedule has changed, so that the rate may jump."""
+    planned = origin.recipe.run.steps
+    if planned is None:  # checkpoints hold steps, not epochs
         return []
     old, new = (
-        learning_rate(r.schedule, peak=r.optimizer.lr, step=made.step, steps=span)
-        for r, span in ((made.recipe, planned), (recipe, steps))
+        learning_rate(r.schedule, peak=r.optimizer.lr, step=origin.step, steps=span)
+        for r, span in ((origin.recipe, planned), (recipe, steps))
     )
     if planned == steps and old == new:
         return []
-    rate = f"the rate at step {made.step + 1} is {new:.3g} {f'instead of {old:.3g}' if old != new else 'as before'}"
+    rate = f"the rate at step {origin.step + 1} is {new:.3g} {f'instead of {old:.3g}' if old != new else 'as before'}"
     return [rate if planned == steps else f"the schedule spanned {planned} updates, now {steps}: {rate}"]
 
 
-def _refuse_contents(made: Made, recipe: Recipe, was: Identity, now: Identity) -> None:
-    """Raises RecipeError where model, tokenizer or the method's start are others."""
-    theirs = made.recipe
-    _refuse_model(made, recipe, was.model, now.model, "the model's settings (config.json)")
-    _refuse_model(made, recipe, was.weights, now.weights, "the model's weights")
+def _refuse_contents(origin: CheckpointOrigin, recipe: Recipe, was: Identity, now: Identity) -> None:
+    """Raises RecipeError where the model, the tokenizer or the method's start has changed."""
+    theirs = origin.recipe
+    _refuse_model(origin, recipe, was.model, now.model, "the model's settings (config.json)")
+    _refuse_model(origin, recipe, was.weights, now.weights, "the model's weights")
     if was.tokenizer != now.tokenizer:
         old, new = (r.data.tokenizer or r.model.from_ for r in (theirs, recipe))
         raise RecipeError(
-            f"{made.path}: the tokenizer's files (chat template included) are not those it was made with: {old!r} was "
+            f"{origin.path}: the tokenizer's files (chat template included) are not those it was made with: {old!r} was "
             f"{was.tokenizer[:8]}, {new!r} is {now.tokenizer[:8]}; name a directory that has them in data.tokenizer"
         )
     if was.method != now.method:
         old, new = (getattr(r.method, "adapter", None) for r in (theirs, recipe))
         raise RecipeError(
-            f"{made.path}: method.adapter was {_with_digest(old, was.method)} and is {_with_digest(new, now.method)}; "
+            f"{origin.path}: method.adapter was {_with_digest(old, was.method)} and is {_with_digest(new, now.method)}; "
             + (f"set method.adapter to that of {old}" if old else "set method.adapter=null")
         )
 
@@ -152,27 +152,27 @@ def _with_digest(name: str | None, digest: str) -> str:
     return f"{name!r} (digest {digest[:8]})" if name else "null"
 
 
-def _refuse_model(made: Made, recipe: Recipe, was: str, now: str, what: str) -> None:
+def _refuse_model(origin: CheckpointOrigin, recipe: Recipe, was: str, now: str, what: str) -> None:
     if was == now:
         return
     old, new = (digest if digest == RANDOM else digest[:8] for digest in (was, now))
     raise RecipeError(
-        f"{made.path}: {what} are not those it was made with: {made.recipe.model.from_!r} was {old}, "
+        f"{origin.path}: {what} are not those it was made with: {origin.recipe.model.from_!r} was {old}, "
         f"{recipe.model.from_!r} is {new}; set model.from to the model it was made with"
     )
 
 
-def _refuse(made: Made, changes: list[_Change]) -> None:
+def _refuse(origin: CheckpointOrigin, changes: list[_Change]) -> None:
     """Raises RecipeError for the first of `changes`."""
     for change in changes:
         raise RecipeError(
-            f"{made.path}: was made with {change.key}={change.was}, the recipe says {change.now}; use the recipe it "
-            f"was made with, {made.own_recipe}"
+            f"{origin.path}: was made with {change.key}={change.was}, the recipe says {change.now}; use the recipe it "
+            f"was made with, {origin.recipe_file}"
         )
 
 
 def _method_changes(was: Recipe, now: Recipe) -> list[_Change]:
-    """Settings of the method, all but where its start lies."""
+    """Changed settings of the method, except the path it starts from."""
     if was.method.kind != now.method.kind:
         return [_Change("method.kind", was.method.kind, now.method.kind)]
     keys = (f"method.{key}" for key in type(now.method).model_fields if key != "adapter")
@@ -181,7 +181,7 @@ def _method_changes(was: Recipe, now: Recipe) -> list[_Change]:
 
 def _changes(keys: Iterable[str], was: Recipe, now: Recipe) -> list[_Change]:
     pairs = ((key, _setting(was, key), _setting(now, key)) for key in keys)
-    return [_Change(key, shown(old), shown(new)) for key, old, new in pairs if old != new]
+    return [_Change(key, format_value(old), format_value(new)) for key, old, new in pairs if old != new]
 
 
 def _setting(recipe: Recipe, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""A run, resolved: what its recipe names is looked up once, and handed on to everything that trains, saves or shows it."""
+"""A resolved run: what the recipe names is looked up once, and passed to everything that trains, saves or shows it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from trainspec.recipe import Recipe
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe with what it names.
+    """A recipe and what it resolves to.
 
-    - `spec`: the model's sizes and rules; `directory` has its files (None for a preset).
-    - `model_table`: the entries of the model; `full_table` has the method's after them.
-    - `trained`: the entries that the method trains; `frozen` are the others of `full_table`.
+    - `spec`: the model's sizes and rules. `directory`: its files; None for a preset.
+    - `model_table`: the entries of the model. `full_table`: these, then the method's.
+    - `trained`: the entries that are trained. `frozen`: the others of `full_table`.
     """
 
     recipe: Recipe
@@ -38,7 +38,7 @@ class Run:
 
 
 def resolve(recipe: Recipe) -> Run:
-    """The run of a recipe: its model is looked up, which `hub:` takes the network for. Raises ModelError."""
+    """The run of a recipe. Looks the model up, for `hub:` on the network. Raises ModelError."""
     return run_of(recipe, *resolve_model(recipe.model))
 
 
@@ -53,8 +53,8 @@ def run_of(recipe: Recipe, spec: ModelSpec, directory: Path | None) -> Run:
 def resolve_on(recipe: Recipe, backend: Capabilities) -> Run:
     """The run of a recipe on a backend.
 
-    Raises PlanError where the backend cannot run the plan, before the model is looked up, or where the plan does not
-    divide model or batch. A backend asks before it takes its devices, so that a user's mistake costs nothing.
+    Raises PlanError where the backend cannot run the plan, before the model is looked up, and where the plan does not
+    divide model or batch. Called before a backend takes its devices, so that a user's mistake costs nothing.
     """
     check_supported(recipe.plan, recipe.precision.policy, backend)
     run = resolve(recipe)
@@ -77,7 +77,7 @@ def check_plan(run: Run, backend: Capabilities) -> None:
 
 
 def cost_of(run: Run, backend: Capabilities) -> Cost:
-    """What the run costs one device of a backend."""
+    """The cost of the run for one device of a backend."""
     recipe = run.recipe
     return backend.cost(
         model=run.spec,

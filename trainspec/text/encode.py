@@ -1,6 +1,6 @@
 """Records as token ids, by transformers' own tokenizers and chat templates. Imported by the worker process only.
 
-A record is rendered once and encoded once; what counts is told by characters and brought to tokens by the tokenizer's
+A record is rendered once and encoded once. Targets are located as characters and mapped to tokens by the tokenizer's
 offsets, as transformers does for its `return_assistant_tokens_mask`.
 """
 
@@ -40,7 +40,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass
 class Encoded:
-    """A record as tokens: `counts` says on which the loss is taken, `turns` where turns begin, `notes` what to report."""
+    """A record as tokens: `counts` marks the targets; `turns` are the tokens that begin a turn; `notes` are for the user."""
 
     ids: list[int]
     counts: list[bool]
@@ -49,7 +49,7 @@ class Encoded:
 
 
 class _Calendar(datetime.datetime):
-    """The clock that templates see: `strftime_now` tells a date that the recipe fixes."""
+    """The clock of templates: `strftime_now` gives the date of the recipe."""
 
     today_is = DATE
 
@@ -60,9 +60,9 @@ class _Calendar(datetime.datetime):
 
 
 class Encoder:
-    """The tokenizer of a Hugging Face directory with a chat template, its own or `chat_template` (the source).
+    """The tokenizer of a Hugging Face directory, with its own chat template or `chat_template` (the text of one).
 
-    Raises DataError where transformers cannot load them, or the tokenizer cannot tell where its tokens stand.
+    Raises DataError where transformers cannot load them, or the tokenizer gives no offsets of its tokens.
     """
 
     def __init__(
@@ -90,24 +90,24 @@ class Encoder:
 
     @property
     def special_tokens(self) -> dict[str, tuple[str, int | None]]:
-        """Name -> text and id, of the special tokens that are named."""
+        """Text and id of each of the special tokens bos, eos, pad and unk that exists."""
         names = ("bos", "eos", "pad", "unk")
-        found = {name: getattr(self.tokenizer, f"{name}_token") for name in names}
+        tokens = {name: getattr(self.tokenizer, f"{name}_token") for name in names}
         return {
-            n: (str(t), getattr(self.tokenizer, f"{n}_token_id")) for n, t in found.items() if t is not None
+            n: (str(t), getattr(self.tokenizer, f"{n}_token_id")) for n, t in tokens.items() if t is not None
         }
 
     def template(self, tools: object = None) -> str | None:
-        """The source of the chat template for conversations with or without tools; None where there is none."""
+        """The text of the chat template for conversations with or without `tools`; None where there is none."""
         if self.tokenizer.chat_template is None:
             return None
         try:
             return self.tokenizer.get_chat_template(None, tools)
-        except (ValueError, TypeError) as error:  # several, and none called default
+        except (ValueError, TypeError) as error:  # several templates, none of them named default
             raise DataError(f"{self.directory}: {_one_line(error)}") from None
 
     def encode(self, record: Chat | Text) -> Encoded:
-        """One record. Raises BadRecord where the template refuses it, Unlocated where what counts is not found."""
+        """One record. Raises BadRecord where the template refuses it, Unlocated where its targets cannot be located."""
         if isinstance(record, Text):
             return self.encode_text(record.stretches, record.turns)
         return self.encode_chat(record.messages, record.tools, record.learnt)
@@ -118,7 +118,7 @@ class Encoder:
         tools: list[dict[str, Any]] | None = None,
         learnt: Sequence[bool] | None = None,
     ) -> Encoded:
-        """A conversation in Hugging Face's shape. `learnt` is per message, by default every turn of the assistant."""
+        """A conversation in Hugging Face's form. `learnt` marks the messages to train on, by default all the assistant's."""
         if not messages:
             return Encoded([], [])
         template = self.template(tools)
@@ -140,7 +140,7 @@ class Encoder:
         return ["begins with two begin tokens, as its chat template writes it"] if is_doubled else []
 
     def encode_text(self, stretches: Sequence[tuple[str, bool]], turns: Sequence[int] = ()) -> Encoded:
-        """Stretches of text as one, in the tokens that the tokenizer puts around it, and the end token after it."""
+        """Stretches of text joined, with the special tokens that the tokenizer adds and an end token."""
         text, spans, starts = "", [], []
         for i, (stretch, counts) in enumerate(stretches):
             if i in turns and text:
@@ -151,7 +151,7 @@ class Encoder:
         ids, offsets = self._tokens(text, special=True)
         counts, notes = _mask(offsets, spans), []
         is_open = bool(stretches) and stretches[-1][1]
-        # What the tokenizer itself put after the text ends a response, too.
+        # Special tokens that the tokenizer adds after the text also end the response.
         last = max((i for i, (start, end) in enumerate(offsets) if end > start), default=-1)
         for i in range(last + 1, len(ids)):
             counts[i] = is_open and last >= 0 and counts[last]
@@ -162,33 +162,33 @@ class Encoder:
         if len(ids) > 1 and ids[-1] == ids[-2] == self.eos:
             del ids[-1], counts[-1], offsets[-1]
         elif self.eos is not None and (not ids or ids[-1] != self.eos):
-            # It is learnt only where something before it is: a record whose response is empty teaches nothing.
+            # A target only after another: a record with an empty response has none.
             counts.append(is_open and bool(counts) and counts[-1])
             ids.append(self.eos)
         return Encoded(ids, counts, [at for at in (_token_at(offsets, s) for s in starts) if at], notes)
 
     def encode_plain(self, text: str) -> list[int]:
-        """The ids of `text`, with the special tokens that the tokenizer itself puts around it."""
+        """The ids of `text`, with the special tokens that the tokenizer itself adds."""
         return self._tokens(text, special=True)[0]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's word for each id."""
+        """The vocabulary piece of each id."""
         return [str(piece) for piece in self.tokenizer.convert_ids_to_tokens(list(ids))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens shown."""
+        """The text of `ids`, special tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _tokens(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text, and where in it each stands; an empty place for what the tokenizer puts around it."""
+        """The ids of a text and their character offsets, which are empty for special tokens that the tokenizer adds."""
         exact = self._exact.encode(text, add_special_tokens=False)
         if not special:
             return exact.ids, exact.offsets
-        found = self.tokenizer(
+        encoding = self.tokenizer(
             text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
         )
-        ids, offsets = list(found["input_ids"]), list(found["offset_mapping"])
-        front = found["special_tokens_mask"].index(0) if 0 in found["special_tokens_mask"] else 0
+        ids, offsets = list(encoding["input_ids"]), list(encoding["offset_mapping"])
+        front = encoding["special_tokens_mask"].index(0) if 0 in encoding["special_tokens_mask"] else 0
         if ids[front : front + len(exact.ids)] == exact.ids:
             offsets[front : front + len(exact.ids)] = exact.offsets
         return ids, offsets
@@ -209,10 +209,10 @@ class Encoder:
     def _render(
         self, conversations: Sequence[Sequence[Message]], tools: Any, template: str, *, prompt: bool = False
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        """Each conversation as text, and where the template marks what the assistant says."""
+        """Each conversation as text, and the spans that the template marks as the assistant's."""
         _Calendar.today_is = self.date
         chat_template_utils.__dict__["datetime"] = _Calendar
-        render: Any = render_jinja_template  # its annotation leaves the second result out
+        render: Any = render_jinja_template  # its annotation omits the second result
         try:
             texts, marked = render(
                 conversations=conversations,
@@ -223,16 +223,16 @@ class Encoder:
                 **self.tokenizer.special_tokens_map,
             )
             for text in texts:
-                text.encode()  # half of a surrogate pair is no text
+                text.encode()  # fails on half of a surrogate pair
             return texts, marked
-        except Exception as error:  # whatever a template does: its own refusals, and mistakes of every kind
+        except Exception as error:  # templates raise their own refusals and errors of every kind
             raise BadRecord(f"chat template: {_one_line(error)}") from None
 
     def _located(
         self, messages: Sequence[Message], tools: Any, template: str, learnt: Sequence[bool]
     ) -> tuple[str, list[tuple[int, int]], list[int]]:
-        """The text of a conversation, the characters that count, and where turns begin."""
-        # As apply_chat_template does: a key without a value is left out.
+        """The text of a conversation, the character spans of its targets, and where turns begin."""
+        # As in apply_chat_template, keys without a value are left out.
         plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
         wanted = [flag for flag, m in zip(learnt, messages, strict=True) if m["role"] == "assistant"]
         if _has_tags(template):
@@ -247,7 +247,7 @@ class Encoder:
         return renders.text, chosen, [span.next_turn for span in spans]
 
     def _style(self, template: str) -> Style:
-        """What the template writes around an answer, asked once."""
+        """What the template writes around an answer, cached per template."""
 
         def render(messages: Sequence[Message], prompt: bool) -> str | None:
             try:
@@ -275,7 +275,7 @@ class Encoder:
 
 
 class _Renders:
-    """A conversation as text, and its beginnings, all with one call of the template's renderer where it takes them."""
+    """A conversation and its prefixes as text, rendered in one call where the template accepts all of them."""
 
     def __init__(
         self, render: Callable[[Sequence[Sequence[Message]], bool], list[str]], messages: list[Message]
@@ -289,18 +289,18 @@ class _Renders:
             lengths = [n for n in lengths if n]
             try:
                 texts = render([messages[:n] for n in lengths], prompt) if lengths else []
-            except BadRecord:  # it refuses one of them: each is asked for by itself
+            except BadRecord:  # it refuses one of them: render each on demand
                 continue
             self._known |= {(n, prompt): text for n, text in zip(lengths, texts, strict=True)}
 
     @property
     def text(self) -> str:
-        """The whole conversation. Raises BadRecord."""
+        """The text of the whole conversation. Raises BadRecord."""
         known = self._known.get((self._length, False))
         return self._render([self._messages], False)[0] if known is None else known
 
     def render(self, some: Sequence[Message], prompt: bool) -> str | None:
-        """Any messages as text, None where the template refuses them."""
+        """Messages as text; None where the template refuses them."""
         is_beginning = all(mine is message for mine, message in zip(some, self._messages, strict=False))
         known = self._known.get((len(some), prompt)) if is_beginning else None
         if known is not None:
@@ -321,8 +321,8 @@ def _load(directory: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
-            tokenizer("a")  # what it puts around a text may be a token that is not there
-    except BaseException as error:  # every kind of damaged file has an exception of its own
+            tokenizer("a")  # a special token that it adds may be missing
+    except BaseException as error:  # damaged files raise exceptions of every kind
         if not (isinstance(error, Exception) or _is_panic(error)):
             raise
         way_out = "set data.tokenizer to a directory that has one"
@@ -333,17 +333,17 @@ def _load(directory: Path) -> Any:
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            f"{directory}: {type(tokenizer).__name__} does not tell where in a text its tokens stand; "
+            f"{directory}: {type(tokenizer).__name__} gives no offsets of its tokens; "
             "save it with a tokenizer.json"
         )
     return tokenizer
 
 
 def _exact_offsets(tokenizer: Any, directory: Path) -> Tokenizer:
-    """The same tokenizer without what it puts around a text, and without the step that trims blanks off places."""
+    """The same tokenizer without the special tokens it adds, and without the step that trims blanks off offsets."""
     try:
         exact = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    except Exception as error:  # loaded it was, but two of its tokens have one id
+    except Exception as error:  # it loads even where two tokens have one id
         raise DataError(f"{directory}: tokenizer.json is damaged ({_one_line(error)})") from None
     exact.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     exact.encode_special_tokens = tokenizer.split_special_tokens
@@ -354,7 +354,7 @@ def _exact_offsets(tokenizer: Any, directory: Path) -> Tokenizer:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing is printed inside: a panic of the tokenizers library writes its stack before it is an exception."""
+    """Silence stderr: a panic of the tokenizers library prints its stack before it becomes an exception."""
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -366,7 +366,7 @@ def _silence() -> Iterator[None]:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether it is one of the tokenizers library, whose class cannot be imported."""
+    """Whether an error is a panic of the tokenizers library, whose class cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
@@ -376,7 +376,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _is_written(words: str, text: str) -> bool:
-    """Whether the template has kept what was said, be it as JSON."""
+    """Whether the template has kept `words`, as they are or as JSON."""
     words = words.strip()
     return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
 
@@ -388,7 +388,7 @@ def _skip_blank(text: str, at: int) -> int:
 
 
 def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Tokens from the first that reaches into a span to the last that does."""
+    """Marks, for each span, the tokens from the first to the last that overlap it."""
     counts = [False] * len(offsets)
     at = 0
     for start, stop in spans:
@@ -407,5 +407,5 @@ def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) 
 
 
 def _token_at(offsets: Sequence[tuple[int, int]], character: int) -> int | None:
-    """The first token that begins at that character or after it."""
+    """The first token that begins at or after a character."""
     return next((i for i, (start, end) in enumerate(offsets) if start >= character and end > start), None)

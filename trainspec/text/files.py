@@ -1,4 +1,4 @@
-"""The records of a file, one after another, each with its place: jsonl, JSON, plain text, and what `datasets` reads."""
+"""The records of a file one by one, with their locations: jsonl, JSON, plain text, tables, and what `datasets` reads."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 from trainspec.errors import DataError
 from trainspec.text.records import BadRecord, Task
 
-# Read by the library `datasets`, under these names of its builders.
+# Read by the library `datasets`; the values are names of its builders.
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
-# Read as text: a cell is what stands there, and an empty one is absent.
+# Cells are taken as text, and an empty cell is absent.
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KNOWN = (".jsonl", ".json", ".txt", *SEPARATORS, *TABLES)
 HUB = "hub:"
 
 
 class Raw(NamedTuple):
-    """A record before it is read: its place, and a line of JSON or the value itself; bytes are a line that is no UTF-8.
+    """A record before it is parsed: its location, and a line of JSON or a value; bytes are a line that is not UTF-8.
 
-    `end` is how far into the file, in bytes, the records up to and with this one reach.
+    `end` is the offset of the end of the record in the file, in bytes.
     """
 
     where: str
@@ -31,7 +31,7 @@ class Raw(NamedTuple):
     end: int = 0
 
     def value(self) -> Any:
-        """The record. Raises BadRecord for what is no JSON, or no text that UTF-8 can hold."""
+        """The record. Raises BadRecord for what is not JSON, or cannot be encoded in UTF-8."""
         if isinstance(self.content, bytes):
             raise BadRecord(_not_utf8(self.content))
         if not self.is_json:
@@ -42,9 +42,9 @@ class Raw(NamedTuple):
         except json.JSONDecodeError as error:
             raise BadRecord(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
         except RecursionError:
-            raise BadRecord("not read: lists or objects are nested too deep") from None
+            raise BadRecord("cannot be read: lists or objects are nested too deep") from None
         except ValueError as error:  # a number of thousands of digits
-            raise BadRecord(f"not read: {error}") from None
+            raise BadRecord(f"cannot be read: {error}") from None
         if "\\ud" in self.content or "\\uD" in self.content:
             _refuse_surrogates(value)
         return value
@@ -56,7 +56,7 @@ def is_hub(source: str) -> bool:
 
 
 def check_source(source: str, task: Task) -> None:
-    """Raises DataError where `source` names nothing that is read."""
+    """Raises DataError where `source` does not exist or is of an unsupported kind."""
     if is_hub(source):
         return
     path = Path(source)
@@ -68,17 +68,19 @@ def check_source(source: str, task: Task) -> None:
     if path.is_dir():
         return
     if path.suffix not in KNOWN:
-        raise DataError(f"{source}: {path.suffix or 'no ending'} is not read; known here: {', '.join(KNOWN)}")
+        raise DataError(
+            f"{source}: {path.suffix or 'no ending'} is not supported; known here: {', '.join(KNOWN)}"
+        )
     if path.suffix == ".txt" and task != "text":
         raise DataError(f"{source}: a .txt file holds plain text; set data.task=text, or give a .jsonl file")
 
 
 def read_raw(source: str) -> Iterator[Raw]:
-    """Every record, in order. A jsonl or text file is read as it goes, a JSON array as a whole."""
+    """Every record, in order. jsonl and text files are read lazily, a JSON array as a whole."""
     path = Path(source)
     try:
         if is_hub(source) or path.is_dir() or path.suffix in TABLES:
-            # A table has every field in every row: null stands for what a record has not.
+            # In a table every record has every field, and null means absent.
             yield from (Raw(f"row {i}", _without_nulls(row), False) for i, row in enumerate(table(source)))
         elif path.suffix in SEPARATORS:
             yield from _cells(path, SEPARATORS[path.suffix])
@@ -94,7 +96,7 @@ def read_raw(source: str) -> Iterator[Raw]:
 
 def _lines(path: Path) -> Iterator[Raw]:
     end = 0
-    # As bytes, so that the progress is known; a byte-order mark is no text.
+    # Read as bytes, so that the progress is known; a byte-order mark is dropped.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             end += len(line)
@@ -104,7 +106,7 @@ def _lines(path: Path) -> Iterator[Raw]:
 
 
 def _decoded(number: int, line: bytes) -> str | bytes:
-    """A line's text; the line as it is where it is no UTF-8."""
+    """The text of a line; the line itself where it is not UTF-8."""
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
@@ -155,7 +157,7 @@ def _cells(path: Path, separator: str) -> Iterator[Raw]:
                     )
                 yield Raw(where, {name: cell for name, cell in row.items() if cell}, False)
         except csv.Error as error:
-            raise DataError(f"{path} line {reader.line_num}: not read: {error}") from None
+            raise DataError(f"{path} line {reader.line_num}: cannot be read: {error}") from None
 
 
 def _documents(path: Path) -> Iterator[Raw]:
@@ -189,12 +191,12 @@ def _array(path: Path) -> list[Any] | None:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        # A file of lines that are each an array lands here, too.
+        # Also reached by a file of lines that are arrays.
         raise DataError(f"{path}: not a JSON array of records: {error or 'nested too deep'}") from None
 
 
 def table(source: str) -> Any:
-    """Rows of what the library `datasets` reads. Raises DataError where it is not installed or cannot read it."""
+    """A table that the library `datasets` reads. Raises DataError where it is not installed or cannot read it."""
     try:
         import datasets
     except ImportError:
@@ -202,23 +204,23 @@ def table(source: str) -> Any:
             f"{source}: read by the library datasets, which is not installed; pip install 'twintrain[datasets]'"
         ) from None
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it raises says the same
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it raises is reported
     path = Path(source)
     try:
         if is_hub(source):
             name, _, split = source.removeprefix(HUB).partition(":")
             return datasets.load_dataset(name, split=split or "train")
         if path.is_dir():
-            found = datasets.load_from_disk(source)
-            if isinstance(found, datasets.DatasetDict):
+            loaded = datasets.load_from_disk(source)
+            if isinstance(loaded, datasets.DatasetDict):
                 raise DataError(
-                    f"{source}: holds several splits; name one: {', '.join(f'{source}/{k}' for k in found)}"
+                    f"{source}: holds several splits; name one: {', '.join(f'{source}/{k}' for k in loaded)}"
                 )
-            return found
+            return loaded
         return datasets.load_dataset(TABLES[path.suffix], data_files=source, split="train")
     except DataError:
         raise
-    except Exception as error:  # each of its readers has errors of its own
+    except Exception as error:  # its readers raise errors of every kind
         raise DataError(f"{source}: datasets cannot read it: {_one_line(error)}") from None
 
 
@@ -233,7 +235,7 @@ def _refuse_surrogates(value: Any) -> None:
                 value.encode()
             except UnicodeEncodeError as error:
                 raise BadRecord(
-                    f"half of a surrogate pair ({value[error.start]!a}), which is no text; remove it"
+                    f"half of a surrogate pair ({value[error.start]!a}), which is not text; remove it"
                 ) from None
         case dict():
             for key, item in value.items():

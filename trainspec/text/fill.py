@@ -1,4 +1,4 @@
-"""A file's records into a folder of tokens: the work of the worker process, over all cores where the file is large."""
+"""Tokenises the records of a file into a folder, in the worker process; a large file uses all cores."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from trainspec.text.locate import Unlocated
 from trainspec.text.records import BadRecord, Reader, Text
 from trainspec.text.store import COUNTS, TURN
 
-_CHUNK_RECORDS = 128
-# A file below this is done before more processes would have started.
+_BATCH_RECORDS = 128
+# A smaller file is done before more processes have started.
 _LARGE_BYTES = 8 * 2**20
 _SHOWN_ERRORS = 5
-_SHOWN_PLACES = 60
+_SHOWN_RUNS = 60
 _REPORT_SECONDS = 15.0
 
 
 @dataclass
-class _Done:
-    """A chunk of records as tokens, and what became of those that left none."""
+class _Tokenised:
+    """The tokens of a batch of records, and counts of what was skipped, noted or bad."""
 
     tokens: bytes = b""
     marks: bytes = b""
@@ -54,30 +54,30 @@ class _Done:
     largest: int = 0
     end: int = 0
 
-    def add(self, chunk: _Done) -> None:
-        """Count what a chunk has, but for its tokens."""
-        self.skipped.update(chunk.skipped)
-        self.notes.update(chunk.notes)
-        for error, where in chunk.errors.items():
+    def add(self, other: _Tokenised) -> None:
+        """Add the counts of another batch, not its tokens."""
+        self.skipped.update(other.skipped)
+        self.notes.update(other.notes)
+        for error, where in other.errors.items():
             self.errors.setdefault(error, []).extend(where)
-        self.bad += chunk.bad
-        self.targets += chunk.targets
-        self.end_targets += chunk.end_targets
-        self.largest = max(self.largest, chunk.largest)
+        self.bad += other.bad
+        self.targets += other.targets
+        self.end_targets += other.end_targets
+        self.largest = max(self.largest, other.largest)
 
 
-class _Chunks:
-    """Turns chunks of raw records into tokens; copied into every process that helps."""
+class _BatchEncoder:
+    """Encodes batches of raw records; copied into every helper process."""
 
     def __init__(self, encoder: Encoder, reader: Reader) -> None:
         self.encoder, self.reader = encoder, reader
 
-    def encode(self, chunk: list[Raw]) -> _Done:
-        """Every record of a chunk; a bad one is an entry of `errors`."""
-        done = _Done(end=chunk[-1].end)
+    def encode(self, batch: list[Raw]) -> _Tokenised:
+        """The tokens of every record; a bad one adds to `errors`."""
+        done = _Tokenised(end=batch[-1].end)
         ids: list[int] = []
         marks: list[int] = []
-        for raw in chunk:
+        for raw in batch:
             try:
                 self._one(raw, done, ids, marks)
             except Unlocated as reason:
@@ -92,7 +92,7 @@ class _Chunks:
         done.tokens, done.marks = tokens.tobytes(), flags.tobytes()
         return done
 
-    def _one(self, raw: Raw, done: _Done, ids: list[int], marks: list[int]) -> None:
+    def _one(self, raw: Raw, done: _Tokenised, ids: list[int], marks: list[int]) -> None:
         record = self.reader.read(raw.value(), self.encoder.template)
         if isinstance(record, Text) and record.is_blank:
             done.skipped["empty"] += 1
@@ -111,24 +111,24 @@ class _Chunks:
 
 @lru_cache(maxsize=4)
 def encoder_of(directory: str, chat_template: str | None, date: str, digest: str) -> Encoder:
-    """The encoder, loaded once for files of that digest."""
+    """The encoder, cached by the digest of its files."""
     return Encoder(Path(directory), chat_template, date=datetime.date.fromisoformat(date))
 
 
 def fill(job: dict[str, Any]) -> dict[str, Any]:
-    """Write tokens.bin, marks.bin and offsets.npy into `job["folder"]`; gives what about.json is to hold.
+    """Write tokens.bin, marks.bin and offsets.npy into `job["folder"]`; returns the contents of about.json.
 
-    Raises DataError for bad records, all told at once, unless `job["bad_records"]` is `skip`.
+    Raises DataError for all bad records at once, unless `job["bad_records"]` is `skip`.
     """
     encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"], job["digest"])
     columns, ignore = dict(job["columns"]), frozenset(job["ignore"])
-    chunks = _Chunks(encoder, Reader(job["task"], columns, ignore, job["system"]))
+    batch_encoder = _BatchEncoder(encoder, Reader(job["task"], columns, ignore, job["system"]))
     source, folder = job["source"], Path(job["folder"])
-    total = _Done()
+    total = _Tokenised()
     lengths = [0]
     num_records = 0
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "marks.bin").open("wb") as marks:
-        for count, done in _progress(source, _encoded(chunks, source)):
+        for count, done in _progress(source, _encoded(batch_encoder, source)):
             num_records += count
             tokens.write(done.tokens)
             marks.write(done.marks)
@@ -143,7 +143,7 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
         "records": num_records,
         "skipped": dict(total.skipped),
         "notes": dict(total.notes),
-        "bad": [*_told(total), places(total.bad)] if total.bad else [],
+        "bad": [*_error_lines(total), merged_locations(total.bad)] if total.bad else [],
         "targets": total.targets,
         "end_targets": total.end_targets,
         "largest": total.largest,
@@ -152,79 +152,81 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _all_bad(source: str, total: _Done, num_records: int) -> str:
-    said = f"{source} {'; '.join(_told(total))}"
+def _all_bad(source: str, total: _Tokenised, num_records: int) -> str:
+    errors = f"{source} {'; '.join(_error_lines(total))}"
     if len(total.bad) == 1:
-        return f"{said}; mend it, or set data.bad_records=skip"
+        return f"{errors}; fix it, or set data.bad_records=skip"
     return (
-        f"{said}; {len(total.bad)} bad records of {num_records}: {places(total.bad)}; mend them, or set "
+        f"{errors}; {len(total.bad)} bad records of {num_records}: {merged_locations(total.bad)}; fix them, or set "
         "data.bad_records=skip"
     )
 
 
-def _told(total: _Done) -> list[str]:
-    """The first few kinds of what is wrong, each with its first place and how often it is so."""
+def _error_lines(total: _Tokenised) -> list[str]:
+    """The first few kinds of error, each with the location of its first record and a count."""
     kinds = list(total.errors.items())
     shown = [
         f"{where[0]}: {error}{f' (in {len(where)} records)' if len(where) > 1 else ''}"
         for error, where in kinds[:_SHOWN_ERRORS]
     ]
     more = len(kinds) - len(shown)
-    return [*shown, f"{more} more kinds of mistakes"] if more else shown
+    return [*shown, f"{more} more kinds of errors"] if more else shown
 
 
-def places(bad: Sequence[str]) -> str:
-    """Every place of `line 2`, `line 3`, `line 7`, as `line 2-3, 7`; of very many the first."""
+def merged_locations(bad: Sequence[str]) -> str:
+    """Locations such as `line 2`, `line 3`, `line 7` as `line 2-3, 7`; the first of them where there are very many."""
     word = bad[0].split()[0]
-    numbers = [int(place.split()[1]) for place in bad]
+    numbers = [int(location.split()[1]) for location in bad]
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1][1:] = [number]
         else:
             runs.append([number])
-    shown = ", ".join("-".join(map(str, run)) for run in runs[:_SHOWN_PLACES])
-    return f"{word} {shown}{', ...' if len(runs) > _SHOWN_PLACES else ''}"
+    shown = ", ".join("-".join(map(str, run)) for run in runs[:_SHOWN_RUNS])
+    return f"{word} {shown}{', ...' if len(runs) > _SHOWN_RUNS else ''}"
 
 
-def _encoded(chunks: _Chunks, source: str) -> Iterator[tuple[int, _Done]]:
-    """Each chunk's number of records and its tokens, in the file's order."""
+def _encoded(encoder: _BatchEncoder, source: str) -> Iterator[tuple[int, _Tokenised]]:
+    """The number of records and the tokens of each batch, in the order of the file."""
     raw = read_raw(source)
-    parts = iter(lambda: list(islice(raw, _CHUNK_RECORDS)), [])
+    batches = iter(lambda: list(islice(raw, _BATCH_RECORDS)), [])
     processes = len(os.sched_getaffinity(0)) if _size(source) >= _LARGE_BYTES else 1
     if processes == 1:
-        yield from ((len(part), chunks.encode(part)) for part in parts)
+        yield from ((len(batch), encoder.encode(batch)) for batch in batches)
         return
     global _shared
-    _shared = chunks  # what a forked process starts with
+    _shared = encoder  # inherited by the forked processes
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, fork, _start_helper, (os.getpid(),)) as pool:
         try:
-            yield from _in_order(pool, parts, at_once=4 * processes)
+            yield from _in_order(pool, batches, at_once=4 * processes)
         except BrokenProcessPool:
-            raise OSError("a process that tokenises was killed; mostly the memory was full") from None
+            raise OSError("a process that tokenises was killed; most likely it ran out of memory") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_shared: _Chunks | None = None
+_shared: _BatchEncoder | None = None
 
 
 def _start_helper(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker ends its helpers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker ends its helper processes
     end_with(worker)
 
 
-def _encode_shared(chunk: list[Raw]) -> _Done:
+def _encode_shared(batch: list[Raw]) -> _Tokenised:
     assert _shared is not None
-    return _shared.encode(chunk)
+    return _shared.encode(batch)
 
 
-def _in_order(pool: Executor, parts: Iterable[list[Raw]], *, at_once: int) -> Iterator[tuple[int, _Done]]:
-    """A bounded number of chunks is under way, so that memory does not grow with the file."""
-    waiting: deque[tuple[int, Future[_Done]]] = deque()
-    for part in parts:
-        waiting.append((len(part), pool.submit(_encode_shared, part)))
+def _in_order(
+    pool: Executor, batches: Iterable[list[Raw]], *, at_once: int
+) -> Iterator[tuple[int, _Tokenised]]:
+    """Encode batches in parallel, `at_once` at a time, so that memory does not grow with the file."""
+    waiting: deque[tuple[int, Future[_Tokenised]]] = deque()
+    for batch in batches:
+        waiting.append((len(batch), pool.submit(_encode_shared, batch)))
         if len(waiting) >= at_once:
             count, result = waiting.popleft()
             yield count, result.result()
@@ -233,21 +235,21 @@ def _in_order(pool: Executor, parts: Iterable[list[Raw]], *, at_once: int) -> It
 
 
 def _size(source: str) -> int:
-    """Bytes of the file or directory."""
+    """Bytes of the file or directory; a hub dataset counts as large."""
     if is_hub(source):
         return _LARGE_BYTES
     path = Path(source)
     return sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
 
 
-def _progress(source: str, chunks: Iterable[tuple[int, _Done]]) -> Iterator[tuple[int, _Done]]:
-    """A bar where a user is watching, else a line now and then; nothing for what takes a moment."""
+def _progress(source: str, batches: Iterable[tuple[int, _Tokenised]]) -> Iterator[tuple[int, _Tokenised]]:
+    """Show a progress bar on a terminal, else a line now and then; nothing for short work."""
     size, said = _size(source), time.monotonic()
     bar = tqdm(
         total=size, desc=f"tokenising {source}", unit="B", unit_scale=True, delay=2.0, disable=not sys.stderr.isatty()
     )  # fmt: skip
     with bar:
-        for count, done in chunks:
+        for count, done in batches:
             bar.update(max(0, done.end - bar.n))
             if bar.disable and done.end and time.monotonic() - said > _REPORT_SECONDS:
                 said = time.monotonic()
@@ -256,8 +258,8 @@ def _progress(source: str, chunks: Iterable[tuple[int, _Done]]) -> Iterator[tupl
 
 
 def identify(source: str) -> str:
-    """What stands for the content of a dataset of the hub: the fingerprint of its rows."""
+    """The fingerprint of a hub dataset, which identifies its content."""
     from trainspec.text.files import table
 
-    rows = table(source)
-    return json.dumps([rows._fingerprint, len(rows), str(rows.features)])
+    dataset = table(source)
+    return json.dumps([dataset._fingerprint, len(dataset), str(dataset.features)])

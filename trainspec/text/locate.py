@@ -1,11 +1,10 @@
-"""Where in a rendered conversation the assistant's turns stand, for templates without `{% generation %}`.
+"""Locates the assistant's turns in a rendered conversation, for templates without `{% generation %}`.
 
-A turn of the assistant is what the model has to write by itself: from after what the template writes when it is asked
-for a generation prompt, up to and with the token that ends the turn. It is found by rendering the conversation up to
-the turn, and up to and with it: where the whole text begins with both, the difference is the turn. Templates that
-write earlier turns anew (Qwen3 and R1 drop what was thought, Mistral moves the system text) do not begin so; there
-the turn's content is replaced by a mark, and what stands around the mark is looked up in the whole text. What a
-template writes around any answer is asked once, of two short conversations (`Style`).
+An assistant's turn is what the model has to write itself: everything after the generation prompt, up to and including
+the token that ends the turn. Render the conversation up to the turn, and up to its end: if the whole text starts with
+both, the difference is the turn. Templates that rewrite earlier turns (Qwen3 and R1 drop thoughts, Mistral moves the
+system text) break this. There the turn's content is replaced by a mark, and the text around the mark is looked up in the
+whole text. What a template writes around any answer is learnt once, from two short conversations (`Style`).
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
-# Messages and whether a generation prompt is asked for -> text; None where the template refuses them.
+# (messages, with a generation prompt) -> text; None where the template refuses them.
 Render = Callable[[Sequence[Message], bool], str | None]
 
-# What stands before and after the mark.
+# The text before and after the mark.
 Around = tuple[str, str]
 
 _MARK = "Zq7wMARKv1Xk"
@@ -27,11 +26,11 @@ _QUESTION: Message = {"role": "user", "content": "Hi?"}
 
 
 class Unlocated(Exception):
-    """What counts cannot be told from what does not; the text says why."""
+    """The targets cannot be located; the text says why."""
 
 
 class Span(NamedTuple):
-    """Characters `start` to `end` are what a turn has to be learnt; the next turn begins at `next_turn`."""
+    """Characters `start` to `end` of a turn are targets; the next turn begins at `next_turn`."""
 
     start: int
     end: int
@@ -40,11 +39,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Style:
-    """What a template writes around an answer; None where it refuses to say.
+    """What a template writes around an answer; None where it does not show.
 
-    `prompt` asks for an answer; `lead` and `call_lead` stand between it and the answer's content, or the name of its
-    call, and are the model's to write; `closing` is after the content, with the blank space after an end token.
-    `endings` stand after the last turn, by whether it is the assistant's, and are nobody's (Phi-3's end of text).
+    - `prompt`: the generation prompt.
+    - `lead`, `call_lead`: between it and the answer's content, or the name of its call; part of the turn.
+    - `closing`: after the content, with any blank space after the end token.
+    - `endings`: after the last turn, by whether that is the assistant's; part of no turn (Phi-3's end of text).
     """
 
     prompt: str | None
@@ -55,7 +55,7 @@ class Style:
 
     @classmethod
     def of(cls, render: Render, tokens: re.Pattern[str]) -> Style:
-        """Ask the template. `render` is for conversations without tools, `tokens` matches the added tokens."""
+        """The style of a template. `render` is for conversations without tools; `tokens` matches the added tokens."""
         question: Message = {"role": "user", "content": _MARK}
         call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": _MARK, "arguments": {}}}
         answer, calling = (
@@ -78,11 +78,11 @@ class Style:
         return cls(prompt, _after(last, start), _after(called, start), closing, endings)
 
     def without_ending(self, text: str, last: Message) -> str:
-        """A conversation's text, without what stands after its last turn."""
+        """A conversation's text without what follows its last turn."""
         return text.removesuffix(self.endings[last["role"] == "assistant"])
 
     def learnt_length(self, turn: str, message: Message) -> int:
-        """Blank space that the template writes after the end of a turn is not the model's to write."""
+        """The length of a turn without the blank space that the template writes after its end."""
         closing = self.closing
         if closing is None:
             closed, content = turn.rstrip(), message.get("content", "").rstrip()
@@ -98,7 +98,7 @@ def _after(around: Around | None, start: str | None) -> str | None:
 
 
 def _shared(a: str, b: str, tokens: re.Pattern[str]) -> int:
-    """How many characters two texts begin with alike, up to a place where a piece of them may begin."""
+    """The length of the common prefix of two texts, cut back to where a token may begin."""
     shared = _common_prefix(a, b)
     if shared in (len(a), len(b)):
         return shared
@@ -111,7 +111,7 @@ def _shared(a: str, b: str, tokens: re.Pattern[str]) -> int:
 
 
 def assistant_spans(text: str, messages: Sequence[Message], render: Render, style: Style) -> list[Span]:
-    """One span for each assistant message, in order. Raises Unlocated."""
+    """The span of each assistant message, in order. Raises Unlocated."""
     spans: list[Span] = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -124,7 +124,7 @@ def assistant_spans(text: str, messages: Sequence[Message], render: Render, styl
 
 
 class _Turn:
-    """One assistant message of a conversation that was rendered as `text`; turns before it end at `done`."""
+    """One assistant message of a conversation rendered as `text`; earlier turns end at `done`."""
 
     def __init__(
         self, text: str, messages: Sequence[Message], i: int, done: int, render: Render, style: Style
@@ -133,7 +133,7 @@ class _Turn:
         self._text, self._messages, self._i, self._render, self._style = text, messages, i, render, style
 
     def bounds(self) -> tuple[int, int]:
-        """Where it starts and ends, with what the template writes after it before the next turn."""
+        """Where the turn starts, and where the next one does."""
         before = self._render(self._messages[: self._i], True) if self._i else None
         start = len(before) if before is not None and self._text.startswith(before) else None
         end = self._end()
@@ -142,7 +142,7 @@ class _Turn:
         message, lead = self._messages[self._i], self._style.lead
         whole, closing = self._around(message | {"content": _MARK})
         if whole is None and message.get("tool_calls"):
-            # Some templates write calls and drop the content beside them.
+            # Some templates write the calls and drop the content.
             whole, closing = self._around(message | {"tool_calls": _mark_call(message["tool_calls"])})
             lead = self._style.call_lead
         if whole is None or closing is None:
@@ -153,14 +153,14 @@ class _Turn:
         )
 
     def _end(self) -> int | None:
-        """Where the conversation up to and with this turn ends, if the whole begins with it."""
+        """Where the conversation up to and including this turn ends, if the whole text starts with it."""
         with_this = self._messages[: self._i + 1]
         plain = self._render(with_this, False)
         if plain is not None:
             plain = self._style.without_ending(plain, with_this[-1])
             if self._text.startswith(plain):
                 return len(plain)
-        # A last turn may end in another way than one before others: ask for one more.
+        # A last turn may end differently from others: ask for one more.
         asked, prompt = self._render(with_this, True), self._style.prompt
         if asked is not None and prompt and asked.endswith(prompt):
             asked = asked.removesuffix(prompt)
@@ -168,7 +168,7 @@ class _Turn:
         return None
 
     def _around(self, marked: Message) -> tuple[Around | None, str | None]:
-        """What stands around the mark in the whole conversation, and what of it closes the turn."""
+        """The text around the mark in the whole conversation, and the text that closes the turn."""
         before, after = self._messages[: self._i], self._messages[self._i + 1 :]
         whole = _around_mark(self._render([*before, marked, *after], False))
         if whole is None or not after:
@@ -180,23 +180,23 @@ class _Turn:
         return whole, self._style.without_ending(alone[1], marked) if alone else None
 
     def _start_before(self, marked: str, lead: str | None) -> int:
-        """After the generation prompt, where the conversation up to it is written in another way."""
+        """The start of a turn whose preceding conversation is rewritten: after its generation prompt."""
         content = _common_prefix(self._text, marked)
         if content < len(marked) and content <= self.done:
             raise Unlocated("the template writes the turns before this one in another way")
         prompt = self._style.prompt
         if prompt:
             times = self._text.count(prompt, self.done, content)
-            if times > 1:  # the model may have written one of them itself, as between thoughts and answer
+            if times > 1:  # one may be part of the turn, as between thoughts and answer
                 raise Unlocated("the template begins this turn in another way than one by itself")
             return self._text.index(prompt, self.done, content) + len(prompt) if times else content
-        # No prompt of its own: the turn starts with what leads to its content.
+        # Without a generation prompt the turn starts with the lead.
         if lead is None or not self._text.endswith(lead, self.done, content):
             raise Unlocated("the template begins this turn in another way than one by itself")
         return content - len(lead)
 
     def _end_after(self, marked: str, closing: str) -> int:
-        """Before the rest of the conversation, which is what stands after the mark, less what closes the turn."""
+        """The end of the turn: what follows the mark and is not the closing is the rest of the conversation."""
         rest = marked[len(closing) :]
         if not marked.startswith(closing):
             raise Unlocated("the template ends this turn in another way than a last one")
@@ -206,7 +206,7 @@ class _Turn:
 
 
 def _mark_call(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The calls, the first under a name that is the mark."""
+    """The calls, the first renamed to the mark."""
     first, *others = calls
     function = first.get("function")
     marked = (
@@ -225,7 +225,7 @@ def _around_mark(text: str | None) -> Around | None:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The length of the common prefix of two texts."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

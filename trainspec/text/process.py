@@ -1,4 +1,4 @@
-"""Asking the worker process, which has transformers, from a process that has not."""
+"""The worker process, which imports transformers, seen from a process that does not."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 
 from trainspec.errors import DataError
 
-# A worker that nobody has asked for so long is ended; the next request starts another.
+# An idle worker is ended after this time; the next request starts another.
 _IDLE_SECONDS = 20.0
 _END_SECONDS = 2.0
-# One that has closed its output is at its end, and has only to be told how it ended.
+# How long to wait for the exit code of a worker that has closed its output.
 _DYING_SECONDS = 30.0
 
 
 def versions() -> str:
-    """The versions of the libraries that decide which tokens a text becomes. Raises DataError where one is missing."""
+    """The versions of the libraries that determine a text's tokens. Raises DataError where one is missing."""
     try:
         return " ".join(
             f"{name} {metadata.version(name)}" for name in ("transformers", "tokenizers", "jinja2")
@@ -36,15 +36,15 @@ def versions() -> str:
 
 
 def ask(*, online: bool = False, **request: Any) -> Any:
-    """The worker's result. Only one that is `online`, for a hub id that a user named, may reach for the network.
+    """The worker's result. Only an `online` request, for a hub id that the user named, may use the network.
 
-    Raises DataError for what a user has wrong, OSError where the machine failed.
+    Raises DataError for a user's mistake, OSError where the machine failed.
     """
     return (_online if online else _offline).ask(request)
 
 
 class _Worker:
-    """One worker process, started when it is asked and ended when it is idle or this process ends."""
+    """One worker process, started on the first request and ended when it is idle or this process ends."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
@@ -79,12 +79,12 @@ class _Worker:
             self._end()
 
     def _running(self) -> subprocess.Popen[str]:
-        if self._owner != os.getpid():  # a fork has no worker of its own yet
+        if self._owner != os.getpid():  # after a fork the worker is the parent's
             self._process, self._owner = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
             here = str(Path(__file__).parents[2])
             path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-            # Of a launcher's environment the worker is no part, and it takes no accelerator.
+            # The worker uses no accelerator.
             quiet = {"CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1", "PYTHONPATH": path}
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "trainspec.text.worker", str(os.getpid())],
@@ -105,7 +105,7 @@ class _Worker:
             process.stdin.close()
         try:
             code = process.wait(patience)
-        except subprocess.TimeoutExpired:  # it is at work for somebody who is gone
+        except subprocess.TimeoutExpired:  # it is still busy with an abandoned request
             process.kill()
             code = process.wait()
         process.stdout.close()
@@ -118,12 +118,12 @@ class _Worker:
 
 
 def _ended(code: int | None, request: dict[str, Any]) -> Exception:
-    """What to raise for a worker that is gone: the kernel has killed it, or a library has crashed on its input."""
+    """The error for a worker that is gone: killed by the kernel, or crashed in a library on its input."""
     if code == -signal.SIGABRT and "tokenizer" in request:
         return DataError(
-            f"{request['tokenizer']}: the library that reads it crashed; mostly a file of the tokenizer is damaged"
+            f"{request['tokenizer']}: the library that reads it crashed; most likely a file of the tokenizer is damaged"
         )
-    return OSError(f"the process that tokenises ended with code {code}; mostly the memory was full")
+    return OSError(f"the process that tokenises ended with code {code}; most likely it ran out of memory")
 
 
 def _result(answer: dict[str, Any]) -> Any:

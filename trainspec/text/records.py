@@ -1,4 +1,4 @@
-"""Records as people keep them, checked and brought into two shapes: a conversation, or text in stretches.
+"""Records in their usual shapes, validated and turned into one of two: a conversation, or stretches of text.
 
 {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}     OpenAI's shapes; `weight` or `train` on a turn
 {"conversations": [{"from": "human", "value": ...}, ...]}              ShareGPT's
@@ -22,11 +22,11 @@ from trainspec.errors import nearest
 Task = Literal["question_answering", "summarisation", "translation", "reading_comprehension", "text"]
 Message = dict[str, Any]
 
-# What templates are told is today, so that a run does not depend on the day.
+# The date that templates get as today's, so that a run does not depend on the day.
 DATE = datetime.date(2024, 7, 26)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Names of the roles in ShareGPT's conversations.
+# The roles of ShareGPT's conversations.
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -34,11 +34,11 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
     **{role: role for role in ROLES},
 }
-# What a message may have beside these, a template must name.
+# Text fields that a message may have. Any other field must be named in the template.
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 MESSAGE_FIELDS = ("role", "content", "tool_calls", *TEXT_FIELDS)
 LOSS_FIELDS = ("weight", "train")
-# The fields of each shape of record; the first ones say which shape it is.
+# The required and the optional fields of each shape; the first required one identifies it.
 SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ("tools",)),
     "conversations": (("conversations",), ("tools", "system")),
@@ -47,7 +47,7 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
 }
 FIELDS = tuple(dict.fromkeys(name for needed, more in SHAPES.values() for name in (*needed, *more)))
-# What people call some of them.
+# Other common names of some fields.
 ALIASES = {
     "question": "instruction",
     "query": "instruction",
@@ -57,8 +57,8 @@ ALIASES = {
     "functions": "tools",
     "system_prompt": "system",
 }
-# How an instruction record reads, by task: lines, of which that of an absent input falls out. The response follows
-# on a line of its own.
+# The prompt of an instruction record, line by line; the line of an absent input is left out. The response follows on a
+# line of its own.
 PROMPTS: dict[Task, tuple[str, ...]] = {
     "question_answering": ("Question: {instruction}", "{input}", "Answer:"),
     "summarisation": ("{instruction}", "{input}", "Summary:"),
@@ -68,12 +68,12 @@ PROMPTS: dict[Task, tuple[str, ...]] = {
 
 
 class BadRecord(Exception):
-    """A record is malformed; the text says what is wrong with it and the way out, without its place in the file."""
+    """A record is malformed; the text says what is wrong and the way out, without the location in the file."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation in Hugging Face's shape; `learnt` says of each message whether the loss is taken on it."""
+    """A conversation in Hugging Face's form; `learnt` marks the messages to train on."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
@@ -82,20 +82,20 @@ class Chat:
 
 @dataclass(frozen=True)
 class Text:
-    """Stretches of text, and of each whether the loss is taken on it. `turns`: the stretches that begin a turn."""
+    """Stretches of text, each with whether it is trained on. `turns`: the stretches that begin a turn."""
 
     stretches: list[tuple[str, bool]]
     turns: list[int] = field(default_factory=list)
 
     @property
     def is_blank(self) -> bool:
-        """No text at all in it."""
+        """Whether there is no text in it."""
         return not any(text.strip() for text, _ in self.stretches)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How the records of a file are read: the settings of `data` that decide it. Raises BadRecord."""
+    """Reads the records of a file, by the settings of `data` that matter for it. Raises BadRecord."""
 
     task: Task
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Reader:
     system: str | None = None
 
     def read(self, record: object, template_for: Callable[[object], str | None]) -> Chat | Text:
-        """One record; `template_for(tools)` is the source of the chat template, which may name more roles and fields."""
+        """One record; `template_for(tools)` is the text of the chat template, which may allow more roles and fields."""
         if not isinstance(record, dict):
             raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
         fields = self._renamed({k: v for k, v in record.items() if v is not None})
@@ -124,7 +124,7 @@ class Reader:
                 return self._instruction(fields)
 
     def _renamed(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Under our names, without what is ignored."""
+        """A record under our names, without ignored fields."""
         kept = {key: value for key, value in record.items() if key not in self.ignore}
         ours = {theirs: name for name, theirs in self.columns.items()}
         renamed = {ours.get(key, key): value for key, value in kept.items()}
@@ -160,7 +160,7 @@ class Reader:
         )
 
     def _as_columns(self, fields: Mapping[str, Any], missing: Sequence[str]) -> str:
-        """The way out where fields have other names."""
+        """The end of a message for fields that have other names."""
         unknown = [name for name in fields if name not in FIELDS]
         if not unknown:
             return f" among {', '.join(map(repr, fields))}" if fields else ": the record is empty"
@@ -183,9 +183,7 @@ class Reader:
 
     def _no_system(self, shape: str) -> None:
         if self.system is not None:
-            raise BadRecord(
-                f"data.system is given, and a record of {shape!r} has no place for it; leave it out"
-            )
+            raise BadRecord(f"data.system is given, and a record of {shape!r} cannot have one; leave it out")
 
     def _instruction(self, fields: Mapping[str, Any]) -> Text:
         texts = {
@@ -210,7 +208,7 @@ class Reader:
                 return Chat(chat.messages, chat.tools, learnt)
             raise BadRecord("messages as prompt and completion need a chat template; set data.chat_template")
         if "tools" in fields:
-            raise BadRecord("'tools' beside a prompt that is a text; give 'messages'")
+            raise BadRecord("'tools' with a prompt that is text; give 'messages'")
         self._no_system("prompt and completion")
         return Text([(_text(fields, "prompt"), False), (_text(fields, "completion"), True)])
 
@@ -225,7 +223,7 @@ class Reader:
         system = _text(fields, "system") if "system" in fields else self.system
         has_own = bool(messages) and messages[0]["role"] in ("system", "developer")
         if "system" in fields and has_own:
-            raise BadRecord("a 'system' field beside a conversation that begins with one")
+            raise BadRecord("a 'system' field and a conversation that begins with one")
         if system and not has_own and messages:
             messages, learnt = [{"role": "system", "content": system}, *messages], [False, *learnt]
         tools = _tools(fields["tools"]) if "tools" in fields else None
@@ -234,7 +232,7 @@ class Reader:
         )
 
     def _message(self, value: object, template: str | None) -> tuple[Message, bool]:
-        """A message in Hugging Face's shape, and whether the loss is taken on it."""
+        """A message in Hugging Face's form, and whether it is trained on."""
         if not isinstance(value, dict):
             raise BadRecord(f"a message is a JSON object, not {_kind(value)}")
         message = {k: v for k, v in value.items() if v is not None and k not in self.ignore}
@@ -286,7 +284,7 @@ def _text(fields: Mapping[str, Any], key: str) -> str:
 
 
 def _joined(content: object) -> str:
-    """The text of a message, which may come in parts."""
+    """The text of a message, whose content may be a list of parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -316,7 +314,7 @@ def _learnt(message: Message) -> bool:
 
 
 def _tool_calls(value: object) -> list[dict[str, Any]]:
-    """Calls as templates read them: arguments are an object, not JSON text."""
+    """Tool calls as templates read them: arguments are an object, not JSON text."""
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise BadRecord(f"'tool_calls' must be a list of objects, not {value!r:.80}")
     calls = []
@@ -330,14 +328,14 @@ def _tool_calls(value: object) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             raise BadRecord(f"the arguments of a tool call must be an object, not {arguments!r:.80}")
         if more := [name for name in (*call, *function) if name in LOSS_FIELDS]:
-            raise BadRecord(f"{more[0]!r} on a tool call: a turn is learnt as a whole, or not")
+            raise BadRecord(f"{more[0]!r} on a tool call: a turn is learnt as a whole or not at all")
         function = function | {"arguments": arguments}
         calls.append(call | {"function": function} if "function" in call else function)
     return calls
 
 
 def _tools(value: object) -> list[dict[str, Any]] | None:
-    """Descriptions of tools, also where they are JSON text; None where there are none."""
+    """Descriptions of tools, given as a list or as JSON text; None where there are none."""
     if isinstance(value, str):
         value = _parsed(value, "'tools'") if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -349,7 +347,7 @@ def _parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise BadRecord(f"{what} are no JSON: {text!r:.80}") from None
+        raise BadRecord(f"{what} are not JSON: {text!r:.80}") from None
 
 
 def _from_sharegpt(value: object) -> list[Message]:
@@ -367,7 +365,7 @@ def _from_sharegpt(value: object) -> list[Message]:
                 f"unknown 'from' {turn['from']!r:.40}{nearest(str(turn['from']), SHAREGPT_ROLES)}"
             )
         if more := [name for name in ("role", "content", "tool_calls") if name in turn]:
-            raise BadRecord(f"{more[0]!r} beside 'from' and 'value'; leave one of them out")
+            raise BadRecord(f"{more[0]!r} as well as 'from' and 'value'; leave one of them out")
         message = {k: v for k, v in turn.items() if k not in ("from", "value")}
         message["role"] = SHAREGPT_ROLES[turn["from"]]
         if turn["from"] == "function_call":
@@ -384,7 +382,7 @@ def _from_sharegpt(value: object) -> list[Message]:
 
 
 def _written_out(messages: Iterable[Message], tools: object, learnt: Sequence[bool]) -> Text:
-    """A conversation without a template: the role on a line, and what was said."""
+    """A conversation without a template: each message as its role on a line and then its content."""
     stretches: list[tuple[str, bool]] = []
     turns = []
     for message, is_learnt in zip(messages, learnt, strict=True):

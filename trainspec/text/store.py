@@ -1,4 +1,4 @@
-"""The cache of tokens: a file's records, tokenised once, memory-mapped, keyed by all that decides them."""
+"""The token cache: the records of a file, tokenised once, memory-mapped, keyed by everything that determines them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from trainspec.text.process import ask, versions
 from trainspec.text.records import FIELDS, PROMPTS
 
 CACHE_FORMAT = 3
-# The bits of a token's mark: the loss is taken on it; a turn begins at it.
+# Bits of a token's mark: it is a target; a turn begins with it.
 COUNTS, TURN = 1, 2
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer's directory and the chat template in its place, known by their content; nothing is loaded."""
+    """A tokenizer's directory and a chat template to replace its own, identified by content; nothing is loaded."""
 
     directory: Path
     template: str | None
@@ -40,17 +40,17 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of its files, and of the template where another takes the place of its own."""
+        """SHA-256 of the tokenizer's files and of the replacing template."""
         files = tokenizer_files(self.directory)
         if not files:
             raise DataError(
-                f"{self.directory}: no tokenizer there; set data.tokenizer to a directory that has one"
+                f"{self.directory}: has no tokenizer; set data.tokenizer to a directory that has one"
             )
-        parts = [part for f in files for part in (str(f).encode(), (self.directory / f).read_bytes())]
-        return _digest(*parts, repr(self.template).encode(), self._class_in_config().encode())
+        contents = [item for f in files for item in (str(f).encode(), (self.directory / f).read_bytes())]
+        return _digest(*contents, repr(self.template).encode(), self._class_in_config().encode())
 
     def _class_in_config(self) -> str:
-        """What `config.json` says of the tokenizer's class, which transformers chooses by the model's type."""
+        """The settings of `config.json` by which transformers chooses the tokenizer's class."""
         try:
             config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -59,7 +59,7 @@ class Tokenizer:
         return repr([config.get(k) for k in ("model_type", "tokenizer_class")]) if is_object else ""
 
     def encode(self, text: str, cache: Path) -> list[int]:
-        """The ids of `text`, with the special tokens that the tokenizer itself puts around it."""
+        """The ids of `text`, with the special tokens that the tokenizer itself adds."""
         key = _digest(self.digest.encode(), text.encode(), versions().encode())
         file = cache / "texts" / f"{key[:20]}.json"
         if not file.is_file():
@@ -74,17 +74,17 @@ class Tokenizer:
     def _asked(self) -> dict[str, Any]:
         return {"tokenizer": str(self.directory), "date": self.date, "digest": self.digest}
 
-    def pieces(self, rows: list[list[int]]) -> list[tuple[list[str], str]]:
-        """Of each row of ids the vocabulary's words, and the text."""
-        answers = ask(do="pieces", ids=rows, **self._asked)
+    def pieces(self, sequences: list[list[int]]) -> list[tuple[list[str], str]]:
+        """The vocabulary pieces and the text of each sequence of ids."""
+        answers = ask(do="pieces", ids=sequences, **self._asked)
         return [(pieces, text) for pieces, text in answers]
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """All records of one file, end to end. Record i is tokens[offsets[i]:offsets[i + 1]].
+    """All records of one file, concatenated. Record i is tokens[offsets[i]:offsets[i + 1]].
 
-    `marks` has a byte for each token, with the bits COUNTS and TURN; `about` what was counted on the way.
+    `marks` has one byte per token, with the bits COUNTS and TURN; `about` has counts and notes from tokenising.
     """
 
     tokens: NDArray[np.int32]
@@ -98,12 +98,12 @@ class TokenStore:
         return _digest(*(np.ascontiguousarray(a).data for a in (self.tokens, self.marks, self.offsets)))
 
     def special(self, name: str) -> int | None:
-        """The id of `bos`, `eos`, `pad` or `unk`."""
+        """The id of `bos`, `eos`, `pad` or `unk`; None where the tokenizer has none."""
         return self.about["special_tokens"].get(name, (None, None))[1]
 
 
 def find_tokenizer(data: Data, directory: Path | None, model: str) -> Tokenizer:
-    """The tokenizer of a recipe: `data.tokenizer`, or the model's. Raises DataError where there is none."""
+    """The tokenizer of a recipe: `data.tokenizer`, or the model's. Raises DataError where neither exists."""
     home = Path(data.tokenizer) if data.tokenizer else directory
     if home is None:
         raise DataError(f"data.tokenizer: {model} has no tokenizer; name a directory that has one")
@@ -113,7 +113,7 @@ def find_tokenizer(data: Data, directory: Path | None, model: str) -> Tokenizer:
 
 
 def read_template(file: str | None) -> str | None:
-    """The source in `data.chat_template`."""
+    """The text of the chat template `file`, `data.chat_template`. Raises DataError where it cannot be read."""
     if file is None:
         return None
     try:
@@ -129,7 +129,7 @@ def read_template(file: str | None) -> str | None:
 
 
 def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
-    """The tokens of a source, from the cache where an equal one was tokenised equally before."""
+    """The tokens of a source, from the cache if it is there. Raises DataError."""
     check_source(source, data.task)
     for name, _ in data.columns:
         if name not in FIELDS:
@@ -151,7 +151,7 @@ def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
-            if not folder.is_dir():  # nobody else has made it since
+            if not folder.is_dir():  # not made by another process meanwhile
                 job = {
                     "source": source,
                     "tokenizer": str(tokenizer.directory),
@@ -168,7 +168,7 @@ def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
 
 
 def _content(source: str) -> str:
-    """What stands for a source's content: the digest of its bytes, or `datasets`' fingerprint of what is no file."""
+    """A digest of a source's content: of its bytes, or, for the hub, `datasets`' fingerprint."""
     path = Path(source)
     if is_hub(source):
         return ask(do="identify", source=source, online=True)
@@ -186,7 +186,7 @@ def _fill(folder: Path, job: dict[str, Any]) -> None:
         temporary.chmod(0o755)
         try:
             os.rename(temporary, folder)
-        except OSError:  # another process was quicker, where files cannot be locked; its cache is the same
+        except OSError:  # without file locks another process may be faster; its cache is the same
             if not folder.is_dir():
                 raise
     finally:
@@ -195,10 +195,10 @@ def _fill(folder: Path, job: dict[str, Any]) -> None:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """One process at a time, where the disk knows locks; the lock ends with the process that holds it."""
-    with file.open("w", encoding="utf-8") as held:
+    """One process at a time, if the file system has locks; a lock ends with its process."""
+    with file.open("w", encoding="utf-8") as lock:
         with suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
@@ -215,8 +215,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(*parts: bytes | memoryview) -> str:
+def _digest(*contents: bytes | memoryview) -> str:
     total = hashlib.sha256()
-    for part in parts:
-        total.update(hashlib.sha256(part).digest())
+    for content in contents:
+        total.update(hashlib.sha256(content).digest())
     return total.hexdigest()

@@ -1,7 +1,7 @@
-"""The process that has transformers: `python -m trainspec.text.worker PARENT` answers one line of JSON with one.
+"""The process that imports transformers: `python -m trainspec.text.worker PARENT`. One line of JSON in, one line out.
 
 A request is {"do": "fill" | "encode" | "pieces" | "identify", ...}; an answer is {"result": ...} or, for a user's
-mistake, {"error": its line}. It ends when its input does.
+mistake, {"error": its line}. The process ends when its input does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
         for line in sys.stdin:
             answers.write(json.dumps(_answer(json.loads(line))) + "\n")
             answers.flush()
-    except KeyboardInterrupt:  # whoever asked has had it too, and says so
+    except KeyboardInterrupt:  # the parent is interrupted as well, and reports it
         os._exit(128 + signal.SIGINT)
 
 
@@ -38,14 +38,14 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
     except OSError as error:
         return {"os_error": [error.errno, error.strerror or str(error), error.filename]}
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         return {"crash": f"{type(error).__name__}: {error}", "stack": traceback.format_exc()}
 
 
 def _do(request: dict[str, Any]) -> Any:
-    # Loaded with the first request, so that a failure of it is an answer too.
+    # Imported with the first request, so that a failure to import is an answer, too.
     from trainspec.text.fill import encoder_of, fill, identify
 
     match request["do"]:
