@@ -158,15 +158,15 @@ def weigh_one(backend: str, case: Case, recipe: Path) -> dict[str, float]:
 @contextmanager
 def started(backend: str, recipe: Recipe) -> Iterator[tuple[Any, Any, Batch]]:
     """The backend's cost module, a run before its first update, and its first batch."""
-    parallel, step, cost = (
-        importlib.import_module(f"{backend}train.{m}") for m in ("parallel", "step", "cost")
+    cluster, step, cost = (
+        importlib.import_module(f"{backend}train.{m}") for m in ("cluster", "step", "cost")
     )
-    parallel.start(recipe)
+    cluster.start(recipe)
     try:
         state = step.init_state(resolve(recipe))
         yield cost, state, open_dataset(resolve(recipe), "train").batch(0, recipe.batch.global_examples)
     finally:
-        parallel.finish()
+        cluster.finish()
 
 
 def table(

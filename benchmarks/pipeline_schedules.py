@@ -188,7 +188,7 @@ def temporary_bytes() -> Iterator[dict[str, Any]]:
     """
     import jax
 
-    from jaxtrain.parallel import make_mesh
+    from jaxtrain.mesh import make_mesh
     from jaxtrain.step import Program
 
     jax.config.update("jax_num_cpu_devices", WEIGHED_STAGES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
-from jaxtrain.parallel import is_leader
+from jaxtrain.cluster import is_leader
 from jaxtrain.train import evaluate, train
 from trainspec.backends import BACKENDS
 from trainspec.command import backend_parser, out_directory, run_command, train_request

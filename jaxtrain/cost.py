@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.stages import Lowered
 
-from jaxtrain.layers import wide
+from jaxtrain import _jax
 from jaxtrain.optim import rates
+from jaxtrain.precision import accumulation_dtype
 from jaxtrain.step import State
 from trainspec.data import Batch
 from trainspec.plans.cost import Collective
@@ -94,15 +94,12 @@ def _partitioned(lowered: Lowered) -> str:
 @contextmanager
 def _without_cache() -> Iterator[None]:
     """What comes out of the compilation cache is not dumped."""
-    before: bool = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    before: bool = _jax.setting("jax_enable_compilation_cache")
     try:
-        # JAX looks at the setting once, unless the cache is reset.
-        jax.config.update("jax_enable_compilation_cache", False)
-        reset_cache()
+        _jax.use_compilation_cache(False)
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        reset_cache()
+        _jax.use_compilation_cache(before)
 
 
 def _collectives(text: str, *, program: str) -> Iterator[Collective]:
@@ -156,7 +153,7 @@ def _lowered(state: State, batch: Batch) -> dict[str, Lowered]:
     gradients = program.gradients.lower(*arguments, listen=False)
     storage = program.storage
     summed = storage.shapes(program.run.trained, "gradients", storage.reduce_dtype)
-    norm = jax.ShapeDtypeStruct((), wide(storage.compute_dtype))
+    norm = jax.ShapeDtypeStruct((), accumulation_dtype(storage.compute_dtype))
     scalars = rates(program.recipe.optimizer, lr=program.recipe.optimizer.lr, step=state.step)
     update = program.update.lower(state.trainable, state.master, state.moments, summed, norm, scalars)
     return {"gradients": gradients, "update": update}

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 from jax.extend.random import threefry2x32_p
 
+from jaxtrain.precision import accumulation_dtype
 from trainspec.rng import drop_threshold
 
 
@@ -51,5 +52,5 @@ def dropped(x_BSF: Array, key: Array, *, step: Array, rows: Array, rate: float) 
     """x / (1 - rate), divided in the wide type, where the mask of `keep_mask` keeps x, else 0."""
     _, S, F = x_BSF.shape
     keep = keep_mask(key, step=step, rows=rows, sequence_tokens=S, features=F, rate=rate)
-    kept = x_BSF.astype(jnp.promote_types(jnp.float32, x_BSF.dtype)) / (1 - rate)
+    kept = x_BSF.astype(accumulation_dtype(x_BSF.dtype)) / (1 - rate)
     return jnp.where(keep, kept.astype(x_BSF.dtype), 0)

@@ -3,7 +3,7 @@
 B batch, S sequence, E embed, H query heads, K kv heads, G query heads per kv head, D head dim,
 N virtual tokens (those of a prompt are rows of the sequence, those of a prefix are not).
 Weights are [in, out]; those of a stack of layers have its length in front. Modules are born abstract (shapes only) and are
-merged with weights (`tensor.Weight`) for each call, so everything around them is a function of plain dicts.
+merged with weights (`weight_ops.BoundWeight`) for each call, so everything around them is a function of plain dicts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.tensor import Constrain, lookup, matmul, matmul_transposed, scale, shift
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.sharding import Constrain
+from jaxtrain.weight_ops import lookup, matmul, matmul_transposed, scale, shift
 from trainspec.model import ModelSpec
 from trainspec.rope import inverse_frequencies
 
@@ -38,11 +40,6 @@ class Build(NamedTuple):
 
     dtype: np.dtype
     constrain: Constrain
-
-
-def wide(dtype: DTypeLike) -> np.dtype:
-    """The type for norms, softmax, rotary tables and loss: float32, or float64 in fp64 runs."""
-    return jnp.promote_types(jnp.float32, dtype)
 
 
 def abstract(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
@@ -113,14 +110,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        x_wide = x.astype(wide(x.dtype))
+        x_wide = x.astype(accumulation_dtype(x.dtype))
         normed = x_wide * lax.rsqrt(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True) + self.eps)
         return scale(normed.astype(x.dtype), self.scale.get_value())
 
 
 def rotary_tables(spec: ModelSpec, positions_BS: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     """cos and sin [B, S, 1, D] of the angle of each position and pair, made in the wide type."""
-    inverse = jnp.asarray(inverse_frequencies(spec, wide(dtype)))
+    inverse = jnp.asarray(inverse_frequencies(spec, accumulation_dtype(dtype)))
     half = positions_BS[..., None].astype(inverse.dtype) * inverse
     angle = jnp.concatenate([half, half], axis=-1)[:, :, None, :]
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
@@ -137,7 +134,7 @@ def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Arra
     B, S, H, D = q_BSHD.shape
     K = k_BSKD.shape[2]
     grouped = q_BSHD.reshape(B, S, K, H // K, D)
-    wide_type = wide(q_BSHD.dtype)
+    wide_type = accumulation_dtype(q_BSHD.dtype)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=wide_type) * D**-0.5
     scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v_BSKD.dtype)

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxtrain.precision import accumulation_dtype
 from trainspec.data import IGNORED
 
 
 def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Sum of the cross-entropies of logits [B, S, V] and how many tokens that is.
 
-    `labels` [B, S] stand at the inputs' positions: position s predicts label s + 1. Computed in float32, or
-    float64 where the logits are.
+    `labels` [B, S] stand at the inputs' positions: position s predicts label s + 1. Computed in the accumulation type.
     """
-    wide = logits[:, :-1].astype(jnp.promote_types(jnp.float32, logits.dtype))
+    wide = logits[:, :-1].astype(accumulation_dtype(logits.dtype))
     targets = labels[:, 1:]
     counted = targets != IGNORED
     # Picked by comparing, not by indexing: where the vocabulary is split, every device looks at its own part.

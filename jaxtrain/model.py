@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtrain.decoder import Decoder
 from jaxtrain.families import FAMILIES
 from jaxtrain.layers import Build
-from jaxtrain.tensor import Constrain
+from jaxtrain.sharding import Constrain
 from trainspec.model import ModelSpec
 from trainspec.plans.plan import COMPUTE_DTYPE, Policy
 

@@ -14,18 +14,19 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.weights import Arrays
 from trainspec.recipe import AdamW
 
 # torch.nn.utils.clip_grad_norm_ and DeepSpeed clip by max / (norm + 1e-6).
 CLIP_EPS = 1e-6
-Weights = dict[str, Array]
 
 
 class Moments(NamedTuple):
     """AdamW's running means of the gradient and of its square."""
 
-    moment1: Weights
-    moment2: Weights
+    moment1: Arrays
+    moment2: Arrays
 
 
 class Rates(NamedTuple):
@@ -41,13 +42,13 @@ def rates(spec: AdamW, *, lr: float, step: int) -> Rates:
     return Rates(lr, 1 - spec.betas[0] ** (step + 1), 1 - spec.betas[1] ** (step + 1))
 
 
-def global_norm(gradients: Weights) -> Array:
+def global_norm(gradients: Arrays) -> Array:
     """sqrt of the sum of squares over every element of every tensor, summed in float32 or wider."""
-    wide = (g.astype(jnp.promote_types(jnp.float32, g.dtype)) for g in gradients.values())
+    wide = (g.astype(accumulation_dtype(g.dtype)) for g in gradients.values())
     return jnp.sqrt(sum((jnp.sum(jnp.square(g)) for g in wide), start=jnp.zeros(())))
 
 
-def clip(gradients: Weights, norm: Array, *, max_norm: float) -> Weights:
+def clip(gradients: Arrays, norm: Array, *, max_norm: float) -> Arrays:
     """Every gradient times min(1, max_norm / (norm + 1e-6))."""
     factor = jnp.minimum(1.0, max_norm / (norm + CLIP_EPS))
     return jax.tree.map(lambda g: g * factor, gradients)
@@ -61,12 +62,12 @@ def make_optimizer(spec: AdamW, decayed: Set[str]) -> optax.GradientTransformati
     """
     beta1, beta2 = spec.betas
 
-    def init(weights: Weights) -> Moments:
+    def init(weights: Arrays) -> Moments:
         return Moments(jax.tree.map(jnp.zeros_like, weights), jax.tree.map(jnp.zeros_like, weights))
 
     def update(
-        gradients: Weights, moments: Moments, weights: Weights | None = None, *, rates: Rates, **_: Any
-    ) -> tuple[Weights, Moments]:
+        gradients: Arrays, moments: Moments, weights: Arrays | None = None, *, rates: Rates, **_: Any
+    ) -> tuple[Arrays, Moments]:
         assert weights is not None  # decoupled decay needs them
         moment1 = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, moments.moment1, gradients)
         moment2 = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, moments.moment2, gradients)

@@ -17,10 +17,8 @@ from jax.typing import DTypeLike
 
 from jaxtrain.activations import Probes, Tap, zero_probes
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import VirtualTokens, wide
+from jaxtrain.layers import VirtualTokens
 from jaxtrain.loss import token_loss
-from jaxtrain.optim import Weights
-from jaxtrain.parallel import Layout, constrained
 from jaxtrain.pipeline import (
     HEAD_POINTS,
     Inputs,
@@ -34,7 +32,10 @@ from jaxtrain.pipeline import (
     num_ticks,
     of_encoder,
 )
-from jaxtrain.tensor import chosen
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.sharding import Shardings, constrain_all
+from jaxtrain.weight_ops import select_chunk
+from jaxtrain.weights import Arrays
 from trainspec.model import ModelSpec
 from trainspec.plans.plan import Plan
 from trainspec.trace import LAYER_POINTS
@@ -45,9 +46,9 @@ class Passed(NamedTuple):
 
     loss_sum: Array
     tokens: Array
-    gradients: Weights
-    activations: Weights
-    activation_gradients: Weights
+    gradients: Arrays
+    activations: Arrays
+    activation_gradients: Arrays
 
 
 class Whole:
@@ -56,22 +57,22 @@ class Whole:
     def __init__(self, spec: ModelSpec, merge: Merge, dtype: DTypeLike) -> None:
         self._spec, self._merge, self._dtype = spec, merge, dtype
 
-    def logits(self, weights: Weights, batch: Weights) -> Array:
+    def logits(self, weights: Arrays, batch: Arrays) -> Array:
         """The model's output [rows, T, vocab], without dropout."""
         return self._forward(weights, {}, batch, None, {})[0]
 
-    def evaluate(self, weights: Weights, batch: Weights) -> tuple[Array, Array]:
+    def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         """Loss sum and target tokens, without dropout."""
         return token_loss(self.logits(weights, batch), batch["labels"])
 
     def gradients(
-        self, weights: Weights, slots: Weights, batch: Weights, step: Array, *, listen: bool
+        self, weights: Arrays, slots: Arrays, batch: Arrays, step: Array, *, listen: bool
     ) -> Passed:
         """Loss and gradients, and on request activations [rows, T, ...] (layers in front) with theirs."""
         B, T = batch["positions"].shape
         probes = zero_probes(self._spec, (B, T), self._dtype) if listen else {}
 
-        def loss(slots: Weights, probes: Probes) -> tuple[Array, tuple[Array, Weights]]:
+        def loss(slots: Arrays, probes: Probes) -> tuple[Array, tuple[Array, Arrays]]:
             point = DropoutPoint(step, batch["rows"])
             logits, seen = self._forward(weights, slots, batch, point, probes)
             loss_sum, tokens = token_loss(logits, batch["labels"])
@@ -82,8 +83,8 @@ class Whole:
         return Passed(loss_sum, tokens, gradients, seen, by_probe)
 
     def _forward(
-        self, weights: Weights, slots: Weights, batch: Weights, point: DropoutPoint | None, probes: Probes
-    ) -> tuple[Array, Weights]:
+        self, weights: Arrays, slots: Arrays, batch: Arrays, point: DropoutPoint | None, probes: Probes
+    ) -> tuple[Array, Arrays]:
         inputs = {name: batch[name] for name in ("positions", "segments")}
         return self._merge(weights, slots)(batch["input_ids"], **inputs, point=point, probes=probes)
 
@@ -97,20 +98,20 @@ class Pipelined:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
 
-    def logits(self, weights: Weights, batch: Weights) -> Array:
+    def logits(self, weights: Arrays, batch: Arrays) -> Array:
         """The model's output [rows, T, vocab], without dropout."""
         inputs = self._stages.encoded({}, Inputs(weights, batch, None))
         x_MBTE, _ = self._forward({}, {}, inputs)
         logits = lax.map(lambda x_BTE: self._stages.logits({}, x_BTE, inputs, None, Tap({})), x_MBTE)
         return logits.reshape(-1, *logits.shape[2:])
 
-    def evaluate(self, weights: Weights, batch: Weights) -> tuple[Array, Array]:
+    def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         """Loss sum and target tokens, without dropout."""
         loss_sum, (tokens, _) = self._loss({}, {}, Inputs(weights, batch, None))
         return loss_sum, tokens
 
     def gradients(
-        self, weights: Weights, slots: Weights, batch: Weights, step: Array, *, listen: bool
+        self, weights: Arrays, slots: Arrays, batch: Arrays, step: Array, *, listen: bool
     ) -> Passed:
         """Loss and gradients, and on request activations [rows, T, ...] (layers in front) with theirs."""
         plan, M = self._stages.plan, len(batch["rows"])
@@ -129,31 +130,29 @@ class Pipelined:
         )
         return Passed(loss_sum, tokens, gradients, seen, by_probe)
 
-    def _loss(self, slots: Weights, probes: Probes, inputs: Inputs) -> tuple[Array, tuple[Array, Weights]]:
+    def _loss(self, slots: Arrays, probes: Probes, inputs: Inputs) -> tuple[Array, tuple[Array, Arrays]]:
         """Loss sum, target tokens and what was seen; the logits of one microbatch are there at a time."""
         inputs = self._stages.encoded(slots, inputs)
         x_MBTE, seen = self._forward(slots, probes, inputs)
 
         def add(
             totals: tuple[Array, Array], now: tuple[Array, Probes, Array]
-        ) -> tuple[tuple[Array, Array], Weights]:
+        ) -> tuple[tuple[Array, Array], Arrays]:
             x_BTE, probes, microbatch = now
             loss_sum, (tokens, seen) = self._stages.leave(slots, x_BTE, probes, inputs, microbatch)
             return (totals[0] + loss_sum, totals[1] + tokens), seen
 
-        start = (jnp.zeros((), wide(x_MBTE.dtype)), jnp.zeros((), int))
+        start = (jnp.zeros((), accumulation_dtype(x_MBTE.dtype)), jnp.zeros((), int))
         microbatches = (x_MBTE, probes_at(HEAD_POINTS, probes), jnp.arange(len(x_MBTE)))
         (loss_sum, tokens), head_seen = lax.scan(jax.checkpoint(add, prevent_cse=False), start, microbatches)
         return loss_sum, (tokens, seen | head_seen)
 
-    def _forward(self, slots: Weights, probes: Probes, inputs: Inputs) -> tuple[Array, Weights]:
+    def _forward(self, slots: Arrays, probes: Probes, inputs: Inputs) -> tuple[Array, Arrays]:
         """What the last layer gives, [M, B, T, E], and what was seen in every tick up to there."""
         stages, plan, M = self._stages, self._stages.plan, len(inputs.batch["rows"])
         numbers = jnp.arange(plan.pipe)
 
-        def tick(
-            carry: tuple[Array, Array], now: tuple[Array, Probes]
-        ) -> tuple[tuple[Array, Array], Weights]:
+        def tick(carry: tuple[Array, Array], now: tuple[Array, Probes]) -> tuple[tuple[Array, Array], Arrays]:
             (x_SBTE, left_MBTE), (number, probes) = carry, now
             microbatch, piece = forward_work(plan, number, numbers)
             microbatch, tap = jnp.clip(microbatch, 0, M - 1), Tap(probes)
@@ -190,7 +189,7 @@ class _Kept(NamedTuple):
     inputs_DSBTE: Array
     loss_sum: Array
     tokens: Array
-    sums: Weights
+    sums: Arrays
     by_virtual: VirtualTokens
 
 
@@ -200,7 +199,7 @@ class Lockstep(Pipelined):
     """
 
     def gradients(
-        self, weights: Weights, slots: Weights, batch: Weights, step: Array, *, listen: bool
+        self, weights: Arrays, slots: Arrays, batch: Arrays, step: Array, *, listen: bool
     ) -> Passed:
         """Loss and gradients, and on request activations [rows, T, ...] (layers in front) with theirs."""
         stages, plan, M = self._stages, self._stages.plan, len(batch["rows"])
@@ -208,12 +207,12 @@ class Lockstep(Pipelined):
         virtual, pull = jax.vjp(lambda slots: stages.encoded(slots, inputs).virtual, of_encoder(slots))
         inputs = inputs._replace(virtual=virtual)
 
-        def tick(kept: _Kept, number: Array) -> tuple[_Kept, tuple[Weights, Weights]]:
+        def tick(kept: _Kept, number: Array) -> tuple[_Kept, tuple[Arrays, Arrays]]:
             return self._pass_back(self._pass_on(kept, number, inputs), number, slots, probes, inputs)
 
         nothing = stages.zeros(batch, ("stage", plan.pipe))
         room = stages.zeros(batch, ("tick", 2 * plan.pipe - 1), ("stage", plan.pipe))
-        loss_sum = jnp.zeros((), wide(stages.dtype))
+        loss_sum = jnp.zeros((), accumulation_dtype(stages.dtype))
         by_virtual = jax.tree.map(jnp.zeros_like, virtual)
         start = _Kept(nothing, nothing, room, loss_sum, jnp.zeros((), int), slots, by_virtual)
         kept, recorded = lax.scan(tick, start, jnp.arange(num_ticks(plan, M, backward=True)))
@@ -243,8 +242,8 @@ class Lockstep(Pipelined):
         return kept._replace(x_SBTE=x_SBTE, inputs_DSBTE=stages.constrain(inputs_DSBTE, "tick", "stage"))
 
     def _pass_back(
-        self, kept: _Kept, number: Array, slots: Weights, probes: Probes, inputs: Inputs
-    ) -> tuple[_Kept, tuple[Weights, Weights]]:
+        self, kept: _Kept, number: Array, slots: Arrays, probes: Probes, inputs: Inputs
+    ) -> tuple[_Kept, tuple[Arrays, Arrays]]:
         """The backward passes of a tick; with what was seen on the way, and the gradients of the probes."""
         stages, plan, numbers = self._stages, self._stages.plan, jnp.arange(self._stages.plan.pipe)
         microbatch, M = backward_work(plan, number, numbers), len(inputs.batch["rows"])
@@ -285,7 +284,7 @@ class Lockstep(Pipelined):
             dx_SBTE=dx_SBTE,
             loss_sum=kept.loss_sum + loss_sum,
             tokens=kept.tokens + tokens,
-            sums=constrained(sums, stages.layout.of["gradients"]),
+            sums=constrain_all(sums, stages.shardings.of["gradients"]),
             by_virtual=jax.tree.map(
                 lambda *parts: sum(parts[1:], parts[0]), kept.by_virtual, by_prefix, by_rows
             ),
@@ -299,7 +298,7 @@ class Lockstep(Pipelined):
         """What each stage was given of the microbatch that comes back to it: the first stage waits longest."""
         S, D = self._stages.plan.pipe, len(inputs_DSBTE)
         at = (number - 2 * (S - 1 - jnp.arange(S))) % D
-        return self._stages.constrain(jax.vmap(chosen, in_axes=(1, 0))(inputs_DSBTE, at), "stage")
+        return self._stages.constrain(jax.vmap(select_chunk, in_axes=(1, 0))(inputs_DSBTE, at), "stage")
 
 
 def probes_at(points: Collection[str], probes: Probes) -> dict[str, Array]:
@@ -308,10 +307,10 @@ def probes_at(points: Collection[str], probes: Probes) -> dict[str, Array]:
 
 
 def passes_of(
-    plan: Plan, spec: ModelSpec, layout: Layout, merge: Merge, dtype: DTypeLike
+    plan: Plan, spec: ModelSpec, shardings: Shardings, merge: Merge, dtype: DTypeLike
 ) -> Whole | Pipelined:
     """The passes that the plan asks for."""
     if plan.pipe == 1:
         return Whole(spec, merge, dtype)
-    stages = Stages(plan, spec, layout, merge, dtype)
+    stages = Stages(plan, spec, shardings, merge, dtype)
     return Lockstep(stages) if plan.schedule == "1f1b" else Pipelined(stages)

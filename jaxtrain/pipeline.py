@@ -26,10 +26,9 @@ from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import VirtualTokens
 from jaxtrain.loss import token_loss
-from jaxtrain.optim import Weights
-from jaxtrain.parallel import Layout
-from jaxtrain.tensor import chosen
-from jaxtrain.weights import is_stacked
+from jaxtrain.sharding import Shardings
+from jaxtrain.weight_ops import select_chunk
+from jaxtrain.weights import Arrays, is_stacked
 from trainspec.data import IGNORED
 from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
@@ -104,9 +103,9 @@ def timeline(plan: Plan, microbatches: int) -> Timeline:
 
 
 class Merge(Protocol):
-    """Gives the model with weights, and with slots for those that are trained (`tensor.Weight`), by native name."""
+    """Gives the model with weights, and with slots for those that are trained (`weight_ops.BoundWeight`), by native name."""
 
-    def __call__(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Decoder:
+    def __call__(self, weights: Arrays, slots: Arrays, piece: Array | None = None) -> Decoder:
         """`piece` [K] for stacks that have several pieces after the layers."""
         ...
 
@@ -120,8 +119,8 @@ class Inputs(NamedTuple):
     `virtual` are the virtual tokens once `Stages.encoded` has made them: one input more, with a gradient.
     """
 
-    weights: Weights
-    batch: Weights
+    weights: Arrays
+    batch: Arrays
     step: Array | None
     virtual: VirtualTokens = NO_TOKENS
 
@@ -133,8 +132,10 @@ class Inputs(NamedTuple):
 class Stages:
     """The model's way in, its stages, and its way out. Embedding, final norm and head are on every stage."""
 
-    def __init__(self, plan: Plan, spec: ModelSpec, layout: Layout, merge: Merge, dtype: DTypeLike) -> None:
-        self.plan, self.layout, self.dtype = plan, layout, jnp.dtype(dtype)
+    def __init__(
+        self, plan: Plan, spec: ModelSpec, shardings: Shardings, merge: Merge, dtype: DTypeLike
+    ) -> None:
+        self.plan, self.shardings, self.dtype = plan, shardings, jnp.dtype(dtype)
         self._spec, self._merge = spec, merge
         order = stack_order(plan, spec.layers)
         self._place_of = np.array([order.index(layer) for layer in range(spec.layers)])
@@ -142,11 +143,11 @@ class Stages:
         is_layer = np.array([layer is not None for layer in order])
         self._is_layer = None if is_layer.all() else is_layer
 
-    def encoded(self, slots: Weights, inputs: Inputs) -> Inputs:
+    def encoded(self, slots: Arrays, inputs: Inputs) -> Inputs:
         """`inputs` with the virtual tokens, which are those of all microbatches."""
         return inputs._replace(virtual=self._merge(inputs.weights, slots).virtual(inputs.step))
 
-    def enter(self, slots: Weights, inputs: Inputs, microbatch: Array, tap: Tap) -> Array:
+    def enter(self, slots: Arrays, inputs: Inputs, microbatch: Array, tap: Tap) -> Array:
         """What the first layer is given of a microbatch, [B, T, E]."""
         return self._merge(inputs.weights, slots).embed(
             inputs.batch["input_ids"][microbatch], inputs.virtual, tap
@@ -154,13 +155,13 @@ class Stages:
 
     def run(
         self,
-        slots: Weights,
+        slots: Arrays,
         x_SBTE: Array,
         probes: Probes,
         inputs: Inputs,
         microbatch: Array,
         piece: Array | None = None,
-    ) -> tuple[Array, Weights]:
+    ) -> tuple[Array, Arrays]:
         """Every stage's pass over its piece, each with a microbatch of its own; and what was seen, [S, K, ...]."""
         layers, ends = layers_and_ends(inputs.weights)
         stacks = (layers, layers_and_ends(slots)[0], self._is_layer, inputs.virtual.prefix)
@@ -171,12 +172,12 @@ class Stages:
         }
 
         def stage(
-            x_BTE: Array, own: Any, rows: Weights, piece: Array | None, probes: Probes
-        ) -> tuple[Array, Weights]:
+            x_BTE: Array, own: Any, rows: Arrays, piece: Array | None, probes: Probes
+        ) -> tuple[Array, Arrays]:
             layers, slots, *rest = own
             if piece is not None:
                 piece = jnp.broadcast_to(piece, self._cut[1:2])
-                rest = jax.tree.map(lambda pieces: jax.vmap(chosen)(pieces, piece), rest)
+                rest = jax.tree.map(lambda pieces: jax.vmap(select_chunk)(pieces, piece), rest)
             is_layer, prefix = rest
             return self._merge(ends | layers, slots, piece).blocks(
                 x_BTE,
@@ -197,13 +198,13 @@ class Stages:
 
     def leave(
         self,
-        slots: Weights,
+        slots: Arrays,
         x_BTE: Array,
         probes: Probes,
         inputs: Inputs,
         microbatch: Array,
         is_work: Array | bool = True,
-    ) -> tuple[Array, tuple[Array, Weights]]:
+    ) -> tuple[Array, tuple[Array, Arrays]]:
         """Loss sum of a microbatch, from what its last layer gave; its tokens (none if it is no work), and what was seen."""
         tap, batch = Tap(probes), inputs.batch
         logits = self.logits(slots, x_BTE, inputs, inputs.point(batch["rows"][microbatch]), tap)
@@ -211,7 +212,7 @@ class Stages:
         return loss_sum, (tokens, tap.seen)
 
     def logits(
-        self, slots: Weights, x_BTE: Array, inputs: Inputs, point: DropoutPoint | None, tap: Tap
+        self, slots: Arrays, x_BTE: Array, inputs: Inputs, point: DropoutPoint | None, tap: Tap
     ) -> Array:
         """The model's output [B, T, vocab], from what its last layer gave."""
         return self._merge(inputs.weights, slots).head(self.constrain(x_BTE), point, tap)
@@ -224,15 +225,15 @@ class Stages:
 
     def constrain(self, x: Array, *front: str) -> Array:
         """An activation [front, B, T, E]. Left alone, the compiler repeats on every replica what is kept over ticks."""
-        return self.layout.constrain(x, (*front, "batch", "seq", "embed"))
+        return self.shardings.constrain(x, (*front, "batch", "seq", "embed"))
 
-    def zeros(self, batch: Weights, *front: tuple[str, int]) -> Array:
+    def zeros(self, batch: Arrays, *front: tuple[str, int]) -> Array:
         """Room for activations of microbatches, in front the named dimensions."""
         _, B, T = batch["positions"].shape
         shape = (*(size for _, size in front), B, T, self._spec.embed)
         return self.constrain(jnp.zeros(shape, self.dtype), *(name for name, _ in front))
 
-    def probes(self, batch: Weights) -> dict[str, Array]:
+    def probes(self, batch: Arrays) -> dict[str, Array]:
         """Probes for one tick, those of layers [S, K, B, T, E]."""
         _, B, T = batch["positions"].shape
         S, K, _ = self._cut
@@ -242,7 +243,7 @@ class Stages:
             for point, probe in probes.items()
         }
 
-    def in_order(self, recorded: Weights, tick_of: Callable[[Any, Any], NDArray[np.int64]]) -> Weights:
+    def in_order(self, recorded: Arrays, tick_of: Callable[[Any, Any], NDArray[np.int64]]) -> Arrays:
         """What was recorded, by layer and row; `tick_of(stage, piece)` are the ticks of the M microbatches.
 
         Layers and embedding are recorded for every tick, the points of the head for every microbatch.
@@ -265,15 +266,15 @@ class Stages:
 
     def _of_stages(self, array: Array, microbatch: Array) -> Array:
         """What belongs to each stage's microbatch."""
-        return self.layout.constrain(array[microbatch], ("stage", "batch", "seq")[: array.ndim])
+        return self.shardings.constrain(array[microbatch], ("stage", "batch", "seq")[: array.ndim])
 
 
-def layers_and_ends(arrays: Weights) -> tuple[Weights, Weights]:
+def layers_and_ends(arrays: Arrays) -> tuple[Arrays, Arrays]:
     """Native arrays that are stacks of layers, and those that are not."""
     layers = {name: array for name, array in arrays.items() if is_stacked(name)}
     return layers, {name: array for name, array in arrays.items() if name not in layers}
 
 
-def of_encoder(arrays: Weights) -> Weights:
+def of_encoder(arrays: Arrays) -> Arrays:
     """Those native arrays that make virtual tokens."""
     return {name: array for name, array in arrays.items() if name.startswith(f"{ENCODER}.")}

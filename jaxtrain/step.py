@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from jaxtrain.activations import by_point
 from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
-from jaxtrain.layers import wide
+from jaxtrain.mesh import make_mesh
 from jaxtrain.methods import all_rows, attach
 from jaxtrain.model import build_model
-from jaxtrain.optim import Moments, Rates, Weights, clip, global_norm, make_optimizer, rates
-from jaxtrain.parallel import Layout, constrained, make_mesh
+from jaxtrain.optim import Moments, Rates, clip, global_norm, make_optimizer, rates
 from jaxtrain.passes import passes_of
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.sharding import Shardings, constrain_all
 from jaxtrain.storage import Storage
-from jaxtrain.tensor import Weight, chosen
-from jaxtrain.weights import is_stacked, native_name, to_host
+from jaxtrain.weight_ops import BoundWeight, select_chunk
+from jaxtrain.weights import Arrays, is_stacked, native_name, to_host
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
@@ -45,9 +46,9 @@ class Found(NamedTuple):
     loss_sum: Array
     tokens: Array
     norm: Array
-    gradients: Weights
-    activations: Weights
-    activation_gradients: Weights
+    gradients: Arrays
+    activations: Arrays
+    activation_gradients: Arrays
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class State:
     """
 
     step: int
-    trainable: Weights
-    frozen: Weights
-    master: Weights
+    trainable: Arrays
+    frozen: Arrays
+    master: Arrays
     moments: Moments
     program: Program
 
@@ -103,7 +104,7 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
     return replace(state, step=state.step + 1, trainable=trainable, master=master, moments=moments), metrics
 
 
-def _checked(state: State, found: Found, updated: tuple[Weights, Weights, Moments]) -> tuple[State, Metrics]:
+def _checked(state: State, found: Found, updated: tuple[Arrays, Arrays, Moments]) -> tuple[State, Metrics]:
     """What one program made of `state`. Raises NonFiniteLossError, where it has changed nothing."""
     trainable, master, moments = updated
     try:
@@ -188,15 +189,15 @@ class Program:
         recipe, spec = run.recipe, run.spec
         self.run, self.recipe = run, recipe
         order = stack_order(recipe.plan, spec.layers)
-        self.layout = Layout(mesh, recipe.plan, run.full_table)
-        self.storage = Storage(recipe.precision, self.layout, order)
-        self.feeder = Feeder(recipe, self.layout)
+        self.shardings = Shardings(mesh, recipe.plan, run.full_table)
+        self.storage = Storage(recipe.precision, self.shardings, order)
+        self.feeder = Feeder(recipe, self.shardings)
         model = build_model(
-            spec, policy=recipe.precision.policy, remat=recipe.plan.remat, constrain=self.layout.constrain
+            spec, policy=recipe.precision.policy, remat=recipe.plan.remat, constrain=self.shardings.constrain
         )
         self.constants = attach(model, spec, recipe.method, seed=recipe.run.seed, order=order)
         self._definition, self._template = nnx.split(model)
-        self._passes = passes_of(recipe.plan, spec, self.layout, self._in_use, self.storage.compute_dtype)
+        self._passes = passes_of(recipe.plan, spec, self.shardings, self._in_use, self.storage.compute_dtype)
         decayed = frozenset(native_name(p)[0] for p in run.trained if p.decay)
         self.optimizer = make_optimizer(recipe.optimizer, decayed)
         self.train = jax.jit(self._train, donate_argnums=(0, 2, 3), keep_unused=True)
@@ -205,7 +206,7 @@ class Program:
         self.evaluate = jax.jit(self._evaluate)
         self.logits = jax.jit(self._logits)
 
-    def _in_use(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Decoder:
+    def _in_use(self, weights: Arrays, slots: Arrays, piece: Array | None = None) -> Decoder:
         """The model with these weights: a trained one has a slot, and all have their places; constants are as they are.
 
         `piece` [L] says which of its pieces each layer of a stack is, where a stack has several.
@@ -214,31 +215,33 @@ class Program:
         def leaf(name: str) -> Any:
             which = piece if is_stacked(name) else None
             if name in self.constants:
-                return weights[name] if which is None else jax.vmap(chosen)(weights[name], which)
-            place = self.layout.place(name, is_trained=name in slots, dtype=self.storage.reduce_dtype)
-            return Weight(weights[name], slots.get(name), which, place)
+                return weights[name] if which is None else jax.vmap(select_chunk)(weights[name], which)
+            sharding = self.shardings.weight(
+                name, is_trained=name in slots, gradient_dtype=self.storage.reduce_dtype
+            )
+            return BoundWeight(weights[name], slots.get(name), which, sharding)
 
         template = nnx.to_flat_state(self._template)
         values = [(path, variable.replace(leaf(".".join(map(str, path))))) for path, variable in template]
         return nnx.merge(self._definition, nnx.from_flat_state(values))
 
-    def _evaluate(self, weights: Weights, batch: Weights) -> tuple[Array, Array]:
+    def _evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         return self._passes.evaluate(weights, all_rows(batch, self.recipe.method))
 
-    def _logits(self, weights: Weights, batch: Weights) -> Array:
+    def _logits(self, weights: Arrays, batch: Arrays) -> Array:
         rows = self._passes.logits(weights, all_rows(batch, self.recipe.method))
         return rows[:, leading_rows(self.recipe.method) :]
 
     def _train(
         self,
-        trainable: Weights,
-        frozen: Weights,
-        master: Weights,
+        trainable: Arrays,
+        frozen: Arrays,
+        master: Arrays,
         moments: Moments,
-        stacked: Weights,
+        stacked: Arrays,
         step: Array,
         scalars: Rates,
-    ) -> tuple[Found, tuple[Weights, Weights, Moments]]:
+    ) -> tuple[Found, tuple[Arrays, Arrays, Moments]]:
         """A whole update; of what was found its gradients are left out. Nothing changes where it is not finite."""
         found = self._gradients(trainable, frozen, stacked, step, listen=False)
         # A gradient is rounded here as it is between two programs: fused with the update it might not be.
@@ -248,49 +251,51 @@ class Program:
         return found._replace(norm=norm, gradients={}), updated
 
     def _gradients(
-        self, trainable: Weights, frozen: Weights, stacked: Weights, step: Array, *, listen: bool
+        self, trainable: Arrays, frozen: Arrays, stacked: Arrays, step: Array, *, listen: bool
     ) -> Found:
         """Everything up to the norm, over the global batch; `stacked` has the parts of accumulation in front."""
         weights, stacked = trainable | frozen, all_rows(stacked, self.recipe.method)
         nothing = {name: jnp.zeros(w.shape, self.storage.reduce_dtype) for name, w in trainable.items()}
-        slots = constrained(nothing, self.layout.of["gradients"])
+        slots = constrain_all(nothing, self.shardings.of["gradients"])
 
         def add(
-            totals: tuple[Array, Array, Weights], batch: Weights
-        ) -> tuple[tuple[Array, Array, Weights], tuple[Weights, Weights]]:
+            totals: tuple[Array, Array, Arrays], batch: Arrays
+        ) -> tuple[tuple[Array, Array, Arrays], tuple[Arrays, Arrays]]:
             passed = self._passes.gradients(weights, slots, batch, step, listen=listen)
             loss_sum, tokens, gradients, seen, by_probe = passed
             sums = jax.tree.map(jnp.add, totals[2], gradients)
-            sums = constrained(sums, self.layout.of["gradients"])
+            sums = constrain_all(sums, self.shardings.of["gradients"])
             return (totals[0] + loss_sum, totals[1] + tokens, sums), (seen, by_probe)
 
-        start = (jnp.zeros((), wide(self.storage.compute_dtype)), jnp.zeros((), int), slots)
+        start = (jnp.zeros((), accumulation_dtype(self.storage.compute_dtype)), jnp.zeros((), int), slots)
         (loss_sum, tokens, sums), (seen, by_probe) = lax.scan(add, start, stacked)
         gradients, by_probe = jax.tree.map(lambda g: _mean(g, tokens), (sums, by_probe))
-        gradients = constrained(gradients, self.layout.of["gradients"])
+        gradients = constrain_all(gradients, self.shardings.of["gradients"])
         return Found(loss_sum, tokens, global_norm(gradients), gradients, seen, by_probe)
 
     def _update(
         self,
-        trainable: Weights,
-        master: Weights,
+        trainable: Arrays,
+        master: Arrays,
         moments: Moments,
-        gradients: Weights,
+        gradients: Arrays,
         norm: Array,
         scalars: Rates,
         is_finite: Array | None = None,
-    ) -> tuple[Weights, Weights, Moments]:
+    ) -> tuple[Arrays, Arrays, Moments]:
         """Each device updates the part of weights and moments that it holds moments of.
 
         Where `is_finite` is given and false, it gives back what it was given.
         """
-        part = self.layout.of["optimizer"]
-        gradients = constrained({n: g.astype(self.storage.stored_dtype) for n, g in gradients.items()}, part)
+        part = self.shardings.of["optimizer"]
+        gradients = constrain_all(
+            {n: g.astype(self.storage.stored_dtype) for n, g in gradients.items()}, part
+        )
         if self.recipe.optimizer.clip_norm is not None:
             gradients = clip(gradients, norm, max_norm=self.recipe.optimizer.clip_norm)
-        before = stored = constrained(master or trainable, part)
+        before = stored = constrain_all(master or trainable, part)
         deltas, next_moments = self.optimizer.update(gradients, moments, stored, rates=scalars)
-        stored = constrained(jax.tree.map(jnp.add, stored, deltas), part)
+        stored = constrain_all(jax.tree.map(jnp.add, stored, deltas), part)
         if is_finite is not None:
             stored, next_moments = jax.tree.map(
                 lambda new, old: jnp.where(is_finite, new, old), (stored, next_moments), (before, moments)
@@ -301,4 +306,4 @@ class Program:
 
 def _mean(total: Array, count: Array) -> Array:
     """total / count in the total's type; a count would be rounded to bfloat16 before it divides."""
-    return (total.astype(wide(total.dtype)) / count).astype(total.dtype)
+    return (total.astype(accumulation_dtype(total.dtype)) / count).astype(total.dtype)

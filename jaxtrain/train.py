@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxtrain import step
-from jaxtrain.parallel import describe_devices, finish, is_leader, start
+from jaxtrain.cluster import describe_devices, finish, is_leader, start
 from trainspec.failures import explained
 from trainspec.recipe import Recipe
 from trainspec.runs import loop

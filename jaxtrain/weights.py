@@ -23,6 +23,8 @@ from trainspec.params import Param
 from trainspec.plans.plan import DimAxes
 from trainspec.weight import WeightLike
 
+# Device arrays by name: native arrays, the fields of a batch, activations by point.
+Arrays = dict[str, Array]
 LAYER = re.compile(r"^layers\.(\d+)\.")
 LEAVES = {
     "linear": "kernel",

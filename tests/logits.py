@@ -37,9 +37,9 @@ def of_backend(program: str, case: dict[str, Any]) -> np.ndarray:
     from trainspec.recipe import load_recipe
     from trainspec.runs import checkpoint
 
-    step, parallel = (importlib.import_module(f"{program}.{name}") for name in ("step", "parallel"))
+    step, cluster = (importlib.import_module(f"{program}.{name}") for name in ("step", "cluster"))
     recipe = load_recipe(Path(case["recipe"]))
-    run = parallel.start(recipe)
+    run = cluster.start(recipe)
     try:
         state = step.init_state(run)
         if case["out"]:
@@ -52,7 +52,7 @@ def of_backend(program: str, case: dict[str, Any]) -> np.ndarray:
         batch = Batch(IDS, IDS, positions.copy(), segments, np.arange(len(IDS), dtype=np.int32))
         return step.logits(state, batch)
     finally:
-        parallel.finish()
+        cluster.finish()
 
 
 def of_transformers(case: dict[str, Any]) -> np.ndarray:

@@ -15,8 +15,9 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.decoder import Decoder
-from jaxtrain.layers import Build, Dim, Linear, wide
+from jaxtrain.layers import Build, Dim, Linear
 from jaxtrain.methods.site import Site
+from jaxtrain.precision import accumulation_dtype
 from trainspec.methods import Adapter
 from trainspec.model import ModelSpec
 
@@ -33,7 +34,7 @@ class Bottleneck(nnx.Module):
     def __call__(self, h_BSE: Array) -> Array:
         """The same shape."""
         down = self.down(h_BSE, None)
-        acted = _act(self.activation, down.astype(wide(down.dtype))).astype(down.dtype)
+        acted = _act(self.activation, down.astype(accumulation_dtype(down.dtype))).astype(down.dtype)
         return h_BSE + self.up(acted, None)
 
 

@@ -10,11 +10,12 @@ from jax import Array, lax
 
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import Linear, abstract, wide
+from jaxtrain.layers import Linear, abstract
 from jaxtrain.methods.lora import LoRALinear
 from jaxtrain.methods.low_rank import replace_targets
 from jaxtrain.methods.site import Site
-from jaxtrain.tensor import matmul, read, scale, shift
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.weight_ops import matmul, read, scale, shift
 from trainspec.methods import DoRA, LowRank
 
 
@@ -49,7 +50,7 @@ class DoRALinear(LoRALinear):
 
     def _change(self, plain: Array, up: Array) -> Array:
         """What is added to x W, computed in the wide type: it is a difference of numbers that are nearly equal."""
-        u, is_target = plain.astype(wide(plain.dtype)), self.is_target[...]
+        u, is_target = plain.astype(accumulation_dtype(plain.dtype)), self.is_target[...]
         direction = (u + self.scale * up.astype(u.dtype)) / jnp.where(is_target, self._norms(), 1)
         change = scale(direction, self.lora_magnitude_vector.get_value()) - u
         return jnp.where(is_target, change, 0).astype(plain.dtype)
@@ -57,7 +58,7 @@ class DoRALinear(LoRALinear):
     def _norms(self) -> Array:
         """The norm of what makes each output, without a gradient (section 4.3 of the paper)."""
         weight, a, b = (
-            read(w.get_value()).astype(wide(self.kernel.get_value().value.dtype))
+            read(w.get_value()).astype(accumulation_dtype(self.kernel.get_value().value.dtype))
             for w in (self.kernel, self.lora_a, self.lora_b)
         )
         return lax.stop_gradient(jnp.linalg.norm(weight + self.scale * (a @ b), axis=0))

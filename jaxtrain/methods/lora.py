@@ -9,10 +9,11 @@ from jax import Array
 
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutKey, DropoutPoint, dropped
-from jaxtrain.layers import Linear, abstract, wide
+from jaxtrain.layers import Linear, abstract
 from jaxtrain.methods.low_rank import replace_targets
 from jaxtrain.methods.site import Site
-from jaxtrain.tensor import matmul
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.weight_ops import matmul
 from trainspec.methods import LoRA, LowRank
 
 
@@ -33,7 +34,9 @@ class LoRALinear(Linear):
         dropped = x if point is None or self.rate == 0 else self._dropout(x, point)
         up = self.product(dropped)
         # A Python number would be rounded to bfloat16 before it is used.
-        return super().__call__(x, point) + (self.scale * up.astype(wide(up.dtype))).astype(up.dtype)
+        return super().__call__(x, point) + (self.scale * up.astype(accumulation_dtype(up.dtype))).astype(
+            up.dtype
+        )
 
     def product(self, dropped: Array) -> Array:
         """(dropped A) B."""

@@ -14,7 +14,7 @@ from jaxtrain.decoder import Decoder
 from jaxtrain.layers import Build, VirtualTokens, abstract
 from jaxtrain.methods.site import Site
 from jaxtrain.methods.virtual_tokens import linear_layers
-from jaxtrain.tensor import read
+from jaxtrain.weight_ops import read
 from jaxtrain.weights import Order
 from trainspec.methods import PrefixTuning
 from trainspec.model import ModelSpec

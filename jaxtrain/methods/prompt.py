@@ -12,7 +12,7 @@ from jax import Array
 from jaxtrain.decoder import Decoder
 from jaxtrain.layers import Build, VirtualTokens, abstract
 from jaxtrain.methods.site import Site
-from jaxtrain.tensor import read
+from jaxtrain.weight_ops import read
 from trainspec.methods import PromptTuning
 from trainspec.model import ModelSpec
 

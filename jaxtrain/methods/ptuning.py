@@ -16,7 +16,7 @@ from jaxtrain.dropout import DropoutKey, dropped
 from jaxtrain.layers import Build, VirtualTokens, abstract
 from jaxtrain.methods.site import Site
 from jaxtrain.methods.virtual_tokens import linear_layers
-from jaxtrain.tensor import matmul_transposed, read, shift
+from jaxtrain.weight_ops import matmul_transposed, read, shift
 from trainspec.methods import ENCODER, PTuning
 from trainspec.model import ModelSpec
 from trainspec.rng import name_key

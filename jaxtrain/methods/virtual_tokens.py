@@ -14,12 +14,12 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.layers import VIRTUAL, Build, Dim, Linear
-from jaxtrain.optim import Weights
+from jaxtrain.weights import Arrays
 from trainspec.data import IGNORED
 from trainspec.methods import Method, leading_rows, virtual_tokens
 
 
-def all_rows(batch: Weights, method: Method) -> Weights:
+def all_rows(batch: Arrays, method: Method) -> Arrays:
     """A batch [..., S] as it is for the layers, with rows [..., N + S] where a prompt stands in front; ids stay S."""
     return batch | {
         "positions": all_positions(batch["positions"], method),

@@ -225,8 +225,8 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.tensor:_operation",
-                    "__gradient(__dy, __x, __value, __place.dtype)",
+                    "jaxtrain.weight_ops:_backward",
+                    "operation.weight_gradient(__dy, __x, __like)",
                     "lax.reduce_precision(__it, 8, 7)",
                 ),
             ),

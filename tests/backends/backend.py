@@ -16,12 +16,12 @@ from trainspec.runs.request import TrainRequest
 
 NAME = os.environ.get("TWINTRAIN_BACKEND", "jax")
 PROGRAM = f"{NAME}train"
-_cli, _dropout, _parallel, _step, _train = (
-    importlib.import_module(f"{PROGRAM}.{name}") for name in ("cli", "dropout", "parallel", "step", "train")
+_cli, _dropout, _cluster, _step, _train = (
+    importlib.import_module(f"{PROGRAM}.{name}") for name in ("cli", "dropout", "cluster", "step", "train")
 )
 main = _cli.main
 finish, check_accelerators, describe_devices = (
-    getattr(_parallel, name) for name in ("finish", "check_accelerators", "describe_devices")
+    getattr(_cluster, name) for name in ("finish", "check_accelerators", "describe_devices")
 )
 eval_step, logits, moments_of, restore, train_step, weights_of = (
     getattr(_step, name)
@@ -40,7 +40,7 @@ def spec_of(recipe: Recipe):
 
 def start_state(recipe: Recipe):
     """The run before its first update, in a process that is set up for it; conftest lets it go."""
-    return _step.init_state(_parallel.start(recipe))
+    return _step.init_state(_cluster.start(recipe))
 
 
 def keep_mask(key: tuple[int, int], *, step: int, rows: list[int], **shape) -> np.ndarray:

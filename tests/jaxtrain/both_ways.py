@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from run_plans import recipe_of
 
-from jaxtrain import cost, parallel, step
+from jaxtrain import cluster, cost, step
 from jaxtrain.optim import rates
 from trainspec.data import open_dataset
 
 
 def differing(recipe: Any) -> dict[str, Any]:
     """Names of the arrays that are not the same bit by bit, of how many; bytes sent by one program and by two."""
-    run = parallel.start(recipe)
+    run = cluster.start(recipe)
     dataset, found, like = open_dataset(run, "train"), [], None
     batches = [dataset.batch(i, recipe.batch.global_examples) for i in range(2)]
     for keep in ("nothing", "gradients"):

@@ -17,15 +17,16 @@ from jax import Array, lax
 from run_plans import recipe_of
 
 import jaxtrain.layers
-from jaxtrain import cost, parallel, step, tensor
+from jaxtrain import cluster, cost, step
+from jaxtrain.weight_ops import BoundWeight
 from trainspec.data import Batch
 from trainspec.methods import full_table, trainable_table
 from trainspec.plans.plan import local_size
 
 
-def saving_matmul(x: Array, weight: tensor.Weight) -> Array:
+def saving_matmul(x: Array, weight: BoundWeight) -> Array:
     """The negative control: what autodiff does by itself, it keeps the gathered weight for the backward pass."""
-    return x @ lax.with_sharding_constraint(weight.value + weight.slot, weight.place.in_use)
+    return x @ lax.with_sharding_constraint(weight.value + weight.grad_placeholder, weight.sharding.in_use)
 
 
 def by_the_table(state: Any, recipe: Any, spec: Any) -> dict[str, int]:
@@ -49,7 +50,7 @@ def arrays_of_logits(text: str, spec: Any, recipe: Any) -> Iterator[str]:
 
 
 def facts(recipe: Any, *, held_only: bool) -> dict[str, Any]:
-    run = parallel.start(recipe)
+    run = cluster.start(recipe)
     spec, state = run.spec, step.init_state(run)
     rows = np.zeros((recipe.batch.global_examples, recipe.data.sequence_tokens), np.int32)
     batch = Batch(rows, rows, rows, rows, rows[:, 0])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from small import VARIANTS, recipe_maker, write_checkpoint
 
-from jaxtrain import parallel, step
+from jaxtrain import cluster, step
 from trainspec.data import open_dataset
 from trainspec.runs import checkpoint, loop
 from trainspec.runs.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:
 
 
 def started(recipe: Any) -> step.State:
-    return step.init_state(parallel.start(recipe))
+    return step.init_state(cluster.start(recipe))
 
 
 def taken_up(state: step.State, first: Any, recipe: Any, out: Path) -> step.State:
