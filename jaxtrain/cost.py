@@ -55,7 +55,7 @@ def held(state: State, batch: Batch) -> dict[str, int]:
     assert sizes is not None
     assert update_sizes is not None
     results = jax.tree.leaves(gradients.out_info)
-    inputs = _per_device(state.program.feeder.parts(batch)) + _scalar_bytes(gradients.in_avals)
+    inputs = _per_device(state.program.feeder.slices(batch)) + _scalar_bytes(gradients.in_avals)
     return {
         "weights": sizes.argument_size_in_bytes - inputs,
         "gradients": sizes.output_size_in_bytes - _POINTER_BYTES * len(results) - _scalar_bytes(results),
@@ -149,8 +149,8 @@ def _bytes(types: str) -> int:
 def _lowered(state: State, batch: Batch) -> dict[str, Lowered]:
     """The programs of one step that is looked at; where it is not, they are one."""
     program, step = state.program, jnp.int32(state.step)
-    arguments = (state.trainable, state.frozen, program.feeder.parts(batch), step)
-    gradients = program.gradients.lower(*arguments, listen=False)
+    arguments = (state.trainable, state.frozen, program.feeder.slices(batch), step)
+    gradients = program.gradients.lower(*arguments, record_activations=False)
     storage = program.storage
     summed = storage.shapes(program.run.trained, "gradients", storage.reduce_dtype)
     norm = jax.ShapeDtypeStruct((), accumulation_dtype(storage.compute_dtype))

@@ -1,4 +1,4 @@
-"""The training state as native arrays: read from canonical weights, given back by canonical name, each where the plan says."""
+"""The training state as sharded native arrays: loaded from canonical weights, and returned by canonical name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from trainspec.weight import WeightLike
 
 
 class Storage:
-    """Where weights, masters and moments are and of what type: stored, computed with, or as gradients are summed."""
+    """The types and shardings of weights, masters and moments.
+
+    Weights are stored in `stored_dtype`, computed with in `compute_dtype`, and gradients are summed in `reduce_dtype`.
+    """
 
     def __init__(self, precision: Precision, shardings: Shardings, order: Order) -> None:
         policy = precision.policy
@@ -33,11 +36,11 @@ class Storage:
         self._shardings, self._order = shardings, order
 
     def load(self, weights: Iterable[tuple[Param, WeightLike]], part: Part, dtype: DTypeLike) -> Arrays:
-        """Native arrays of canonical weights, each device reading what it holds of that part of the state."""
+        """Native arrays of canonical weights, sharded as that part of the state; each device reads only its shards."""
         return from_canonical(weights, order=self._order, shardings=self._shardings.of[part], dtype=dtype)
 
     def load_trained(self, weights: Iterable[tuple[Param, WeightLike]]) -> tuple[Arrays, Arrays]:
-        """What is computed with, and the masters where those are something else."""
+        """Weights to compute with, and masters: empty if they would be the same."""
         if self.stored_dtype == self.compute_dtype:
             return self.load(weights, "weights", self.stored_dtype), {}
         master = self.load(weights, "optimizer", self.stored_dtype)
@@ -46,7 +49,7 @@ class Storage:
     def shapes(
         self, entries: Sequence[Param], part: Part, dtype: DTypeLike
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `load` would give, without the numbers: enough to compile for."""
+        """The abstract values of what `load` returns: enough to compile for."""
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._shardings.of[part][name])
             for name, shape in native_shapes(entries, order=self._order).items()
@@ -56,18 +59,18 @@ class Storage:
         """The entries of a table by canonical name, whole on the host."""
         return to_canonical(native, entries, order=self._order)
 
-    def no_moments(self, stored: Arrays, optimizer: optax.GradientTransformationExtraArgs) -> Moments:
-        """Zeros, where the optimizer's part of the state is."""
-        return jax.jit(lambda weights: self.placed(optimizer.init(weights)))(stored)
+    def zero_moments(self, stored: Arrays, optimizer: optax.GradientTransformationExtraArgs) -> Moments:
+        """The moments before the first update."""
+        return jax.jit(lambda weights: self.sharded(optimizer.init(weights)))(stored)
 
-    def placed(self, moments: optax.OptState) -> Moments:
-        """Moments where the optimizer's part of the state is."""
+    def sharded(self, moments: optax.OptState) -> Moments:
+        """Moments sharded as the optimizer's part of the state."""
         moment1, moment2 = (constrain_all(m, self._shardings.of["optimizer"]) for m in cast(Moments, moments))
         return Moments(moment1, moment2)
 
     def computed(self, stored: Arrays) -> Arrays:
-        """What is computed with: cast where it lies, then gathered, so that the narrower type travels."""
-        cast_ = {name: w.astype(self.compute_dtype) for name, w in stored.items()}
+        """The weights to compute with: cast first, then gathered, so that the narrower type is sent."""
+        narrow = {name: w.astype(self.compute_dtype) for name, w in stored.items()}
         return constrain_all(
-            constrain_all(cast_, self._shardings.of["optimizer"]), self._shardings.of["weights"]
+            constrain_all(narrow, self._shardings.of["optimizer"]), self._shardings.of["weights"]
         )

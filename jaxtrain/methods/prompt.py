@@ -26,7 +26,7 @@ class PromptEmbedding(nnx.Module):
 
     def __call__(self, step: Array | None) -> VirtualTokens:
         """Embeddings [N, E]."""
-        return VirtualTokens(rows=self.constrain(read(self.embedding.get_value()), ("virtual", "embed")))
+        return VirtualTokens(prompt=self.constrain(read(self.embedding.get_value()), ("virtual", "embed")))
 
 
 def attach(model: Decoder, method: PromptTuning, site: Site) -> dict[str, np.ndarray]:

@@ -55,7 +55,7 @@ class PromptEncoder(nnx.Module):
         for layer in inner:
             x = jax.nn.relu(layer(x, None).astype(self.dtype))
         x = last(x, None).astype(embedded.dtype)
-        return VirtualTokens(rows=self.constrain(x, ("virtual", "embed")))
+        return VirtualTokens(prompt=self.constrain(x, ("virtual", "embed")))
 
 
 class LSTM(nnx.Module):

@@ -183,7 +183,7 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.step:Program._gradients",
-                    "return Found(__loss, __tokens, global_norm(__gradients), __gradients, __seen, __by_probe)",
+                    "return StepGradients(__loss, __tokens, global_norm(__gradients), __gradients, __seen, __by_probe)",
                     "__gradients = {n: g / self.recipe.plan.replicas for n, g in __gradients.items()}\n__it",
                 ),
             ),
@@ -257,7 +257,7 @@ FAULTS = (
                     "jaxtrain.step:Program._update",
                     "__gradients = clip(__gradients, __norm, max_norm=__max)",
                     "from parity.faults.substitutes.jax_sharding import norm_of_own_shards\n"
-                    "__gradients = clip(__gradients, norm_of_own_shards(__gradients, part), max_norm=__max)",
+                    "__gradients = clip(__gradients, norm_of_own_shards(__gradients, shardings), max_norm=__max)",
                 ),
             ),
             "torch": (
@@ -284,7 +284,7 @@ FAULTS = (
                     "__deltas, __next = self.optimizer.update(__gradients, __moments, __weights, rates=__rates)",
                     "from parity.faults.substitutes.jax_sharding import with_a_stale_shard\n"
                     "__it\n"
-                    "__next = with_a_stale_shard(__moments, __next, part)",
+                    "__next = with_a_stale_shard(__moments, __next, shardings)",
                 ),
             ),
             "torch": (

@@ -34,7 +34,7 @@ def differing(recipe: Any) -> dict[str, Any]:
     one, two = found
     state, program = step.init_state(run, like=like), like.program
     lowered = program.train.lower(
-        state.trainable, state.frozen, state.master, state.moments, program.feeder.parts(batches[0]), jnp.int32(0),
+        state.trainable, state.frozen, state.master, state.moments, program.feeder.slices(batches[0]), jnp.int32(0),
         rates(recipe.optimizer, lr=1e-3, step=0),
     )  # fmt: skip
     sent = cost._collectives(cost._partitioned(lowered), program="train")

@@ -57,8 +57,8 @@ def facts(recipe: Any, *, held_only: bool) -> dict[str, Any]:
     found = {"held": cost.held(state, batch), "elements": by_the_table(state, recipe, spec)}
     if held_only:
         return found
-    arguments = (state.trainable, state.frozen, state.program.feeder.parts(batch), jnp.int32(0))
-    text = state.program.gradients.lower(*arguments, listen=False).compile().as_text()
+    arguments = (state.trainable, state.frozen, state.program.feeder.slices(batch), jnp.int32(0))
+    text = state.program.gradients.lower(*arguments, record_activations=False).compile().as_text()
     return found | {
         "logits": sorted(set(arrays_of_logits(text or "", spec, recipe))),
         "moved": [vars(c) for c in cost.moved(state, batch)],
