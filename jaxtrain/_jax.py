@@ -1,4 +1,4 @@
-"""JAX's private and version-dependent names, each behind a function with a plain name.
+"""JAX's private and version-dependent names, each wrapped in a function with a plain name.
 
 No other module of jaxtrain uses a private name of JAX: to upgrade, hold this file to the new version.
 """

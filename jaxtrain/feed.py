@@ -50,7 +50,7 @@ class Feeder:
         axes = (*("microbatch",) * len(leading), "batch")
         fed = {}
         for f in Batch.__dataclass_fields__:
-            array = np.stack([getattr(part, f) for part in slices])
+            array = np.stack([getattr(batch, f) for batch in slices])
             fed[f] = self._shardings.put(array.reshape(*leading, -1, *array.shape[2:]), axes)
         return fed
 

@@ -1,4 +1,4 @@
-"""Which part of every array each device holds: weights, gradients, moments, batches and activations.
+"""Which shard of every array each device holds: weights, gradients, moments, batches and activations.
 
 The plan says it in logical axes; `NamedSharding`s say it to the compiler, which inserts the communication.
 """
@@ -41,16 +41,16 @@ class WeightSharding:
 class Shardings:
     """The sharding of every array of a run.
 
-    `of[part][name]` is that of a native array (layers in front) in one part of the training state: a tree of specs each for
-    weights, gradients and optimizer. `plan.shards` changes nothing but these (docs/decisions/0009).
+    `of[kind][name]` is that of a native array (layers in front), as a weight, as a gradient or in the optimizer's state.
+    `plan.shards` changes nothing but these (docs/decisions/0009).
     """
 
     def __init__(self, mesh: Mesh, plan: Plan, table: Sequence[Param]) -> None:
         self._mesh, self._plan = mesh, plan
         self._entries = {native_name(p)[0]: p for p in table}
         self.of: dict[Part, dict[str, NamedSharding]] = {
-            part: {name: self._stacked(p, part) for name, p in self._entries.items()}
-            for part in get_args(Part)
+            kind: {name: self._stacked(p, kind) for name, p in self._entries.items()}
+            for kind in get_args(Part)
         }
 
     def weight(self, name: str, *, is_trained: bool, gradient_dtype: np.dtype) -> WeightSharding:
@@ -81,11 +81,11 @@ class Shardings:
         split = (tuple(a for a in ACTIVATION_AXES.get(axis, ()) if self._mesh.shape[a] > 1) for axis in axes)
         return NamedSharding(self._mesh, PartitionSpec(*(dim or None for dim in split)))
 
-    def _spec(self, param: Param, part: Part) -> PartitionSpec:
-        return native_spec(param, weight_axes(param, self._plan, over_fsdp=self._plan.splits(part)))
+    def _spec(self, param: Param, kind: Part) -> PartitionSpec:
+        return native_spec(param, weight_axes(param, self._plan, over_fsdp=self._plan.splits(kind)))
 
-    def _stacked(self, param: Param, part: Part) -> NamedSharding:
-        spec = self._spec(param, part)
+    def _stacked(self, param: Param, kind: Part) -> NamedSharding:
+        spec = self._spec(param, kind)
         layers = "pipe" if self._plan.pipe > 1 else None
         return NamedSharding(self._mesh, spec if param.layer is None else PartitionSpec(layers, *spec))
 

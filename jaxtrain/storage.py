@@ -35,9 +35,9 @@ class Storage:
         self.reduce_dtype = jnp.dtype(COMPUTE_DTYPE[precision.reduce])
         self._shardings, self._order = shardings, order
 
-    def load(self, weights: Iterable[tuple[Param, WeightLike]], part: Part, dtype: DTypeLike) -> Arrays:
-        """Native arrays of canonical weights, sharded as that part of the state; each device reads only its shards."""
-        return from_canonical(weights, order=self._order, shardings=self._shardings.of[part], dtype=dtype)
+    def load(self, weights: Iterable[tuple[Param, WeightLike]], kind: Part, dtype: DTypeLike) -> Arrays:
+        """Native arrays of canonical weights, sharded as that kind of state; each process reads only its devices' shards."""
+        return from_canonical(weights, order=self._order, shardings=self._shardings.of[kind], dtype=dtype)
 
     def load_trained(self, weights: Iterable[tuple[Param, WeightLike]]) -> tuple[Arrays, Arrays]:
         """Weights to compute with, and masters: empty if they would be the same."""
@@ -47,11 +47,11 @@ class Storage:
         return jax.jit(self.computed)(master), master
 
     def shapes(
-        self, entries: Sequence[Param], part: Part, dtype: DTypeLike
+        self, entries: Sequence[Param], kind: Part, dtype: DTypeLike
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """The abstract values of what `load` returns: enough to compile for."""
         return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._shardings.of[part][name])
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._shardings.of[kind][name])
             for name, shape in native_shapes(entries, order=self._order).items()
         }
 
@@ -64,7 +64,7 @@ class Storage:
         return jax.jit(lambda weights: self.sharded(optimizer.init(weights)))(stored)
 
     def sharded(self, moments: optax.OptState) -> Moments:
-        """Moments sharded as the optimizer's part of the state."""
+        """Moments sharded as the optimizer's state."""
         moment1, moment2 = (constrain_all(m, self._shardings.of["optimizer"]) for m in cast(Moments, moments))
         return Moments(moment1, moment2)
 

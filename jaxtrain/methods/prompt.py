@@ -18,18 +18,18 @@ from trainspec.model import ModelSpec
 
 
 class PromptEmbedding(nnx.Module):
-    """The embeddings themselves (PEFT's PromptEmbedding)."""
+    """Trained embeddings (PEFT's PromptEmbedding)."""
 
     def __init__(self, spec: ModelSpec, method: PromptTuning, *, build: Build) -> None:
         self.embedding = abstract((method.virtual_tokens, spec.embed), build.dtype)
         self.constrain = build.constrain
 
     def __call__(self, step: Array | None) -> VirtualTokens:
-        """Embeddings [N, E]."""
+        """A prompt [N, E]."""
         return VirtualTokens(prompt=self.constrain(read(self.embedding.get_value()), ("virtual", "embed")))
 
 
 def attach(model: Decoder, method: PromptTuning, site: Site) -> dict[str, np.ndarray]:
-    """Let `model` put the embeddings before what it embeds."""
+    """Let `model` put the prompt before its embeddings; returns no constants."""
     model.prompt_encoder = nnx.data(PromptEmbedding(site.spec, method, build=model.build))
     return {}
