@@ -38,7 +38,7 @@ class _Cluster(NamedTuple):
 
     address: str
     processes: int
-    index: int
+    process: int
 
 
 _ALONE = _Cluster("", 1, 0)
@@ -53,7 +53,7 @@ def start(recipe: Recipe) -> Run:
     atexit.unregister(_leave)
     use_precision(recipe.precision.policy)
     cluster = _cluster()
-    if cluster.index == 0:
+    if cluster.process == 0:
         _jax.report_version()
     _join(cluster)
     devices, processes = recipe.plan.devices, cluster.processes
@@ -119,7 +119,7 @@ def describe_devices(plan: Plan) -> Devices:
 
 def is_leader() -> bool:
     """Whether this process has the console and writes files. Makes no device, and waits for no other process."""
-    return _cluster().index == 0
+    return _cluster().process == 0
 
 
 def _cluster() -> _Cluster:
@@ -160,13 +160,13 @@ def _join(cluster: _Cluster) -> None:
     """Join the other processes, if there are any. Raises PlanError if it cannot."""
     if cluster.processes == 1 or jax.distributed.is_initialized():
         return
-    if cluster.index > 0:
+    if cluster.process > 0:
         _await_coordinator(cluster)
     try:
         jax.distributed.initialize(*cluster, initialization_timeout=int(_PATIENCE_SECONDS))
     except (RuntimeError, OSError) as error:
         raise PlanError(
-            f"process {cluster.index} of {cluster.processes} cannot join the one at {cluster.address}: {error}"
+            f"process {cluster.process} of {cluster.processes} cannot join the one at {cluster.address}: {error}"
         ) from None
 
 
@@ -181,7 +181,7 @@ def _await_coordinator(cluster: _Cluster) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise PlanError(
-                    f"process {cluster.index} of {cluster.processes}: nobody answers at {cluster.address} "
+                    f"process {cluster.process} of {cluster.processes}: nobody answers at {cluster.address} "
                     f"({error.strerror or error}); start process 0 there, or correct {_COORDINATOR}"
                 ) from None
         time.sleep(0.5)
