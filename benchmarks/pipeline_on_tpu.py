@@ -182,7 +182,7 @@ def needs(recipe: Recipe, mesh: Mesh) -> dict[str, Need]:
     stored = program.storage.shapes(trained, "optimizer", program.storage.stored_dtype)
     gradients = compiled(
         program.gradients.lower(
-            weights, {}, program.feeder.part_shapes(), scalar("int32", mesh), listen=False
+            weights, {}, program.feeder.slice_shapes(), scalar("int32", mesh), record_activations=False
         ),
         # Masters and both moments wait for the update.
         beside=3 * held(stored),

@@ -188,7 +188,7 @@ def temporary_bytes() -> Iterator[dict[str, Any]]:
     """
     import jax
 
-    from jaxtrain.parallel import make_mesh
+    from jaxtrain.mesh import make_mesh
     from jaxtrain.step import Program
 
     jax.config.update("jax_num_cpu_devices", WEIGHED_STAGES)
@@ -213,9 +213,9 @@ def temporary_bytes() -> Iterator[dict[str, Any]]:
         lowered = program.gradients.lower(
             program.storage.shapes(program.run.trained, "weights", program.storage.compute_dtype),
             {},
-            program.feeder.part_shapes(),
+            program.feeder.slice_shapes(),
             jax.ShapeDtypeStruct((), "int32"),
-            listen=False,
+            record_activations=False,
         )
         sizes = lowered.compile().memory_analysis()
         assert sizes is not None  # every backend that trains has it

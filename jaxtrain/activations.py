@@ -1,7 +1,7 @@
 """Recording activations and their gradients at the points of `trainspec.trace.activation_points`.
 
-A probe of zeros is added at each point: the sum is the activation, and the gradient by the probe is the activation's.
-Under the scan over layers a probe has the layers in front, as the weights have.
+A probe, an array of zeros, is added at each point: the sum is the activation, and the gradient with respect to the probe is
+the activation's. Probes inside layers have the layers in front, as weights have.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ Probes = Mapping[str, Array]
 
 
 class Tap:
-    """Called with a point and an activation, returns the activation; where there is a probe, `seen` keeps it."""
+    """Called with a point and an activation, adds the point's probe, if there is one, and keeps the sum in `recorded`."""
 
     def __init__(self, probes: Probes) -> None:
         self._probes = probes
-        self.seen: dict[str, Array] = {}
+        self.recorded: dict[str, Array] = {}
 
     def __call__(self, point: str, x: Array) -> Array:
         if point in self._probes:
-            self.seen[point] = x = x + self._probes[point]
+            self.recorded[point] = x = x + self._probes[point]
         return x
 
 
 def zero_probes(spec: ModelSpec, shape: tuple[int, int], dtype: DTypeLike) -> dict[str, Array]:
-    """A probe for every point of a batch of `shape` [examples, sequence_tokens]."""
+    """Probes by point for a batch of `shape` [examples, positions]."""
     stacked = {point: jnp.zeros((spec.layers, *shape, spec.embed), dtype) for point in LAYER_POINTS}
     ends = {"embedding": spec.embed, "norm": spec.embed, "logits": spec.vocab}
     return stacked | {point: jnp.zeros((*shape, size), dtype) for point, size in ends.items()}
 
 
 def by_point(recorded: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Arrays [examples, sequence_tokens, ...] by point; `recorded` has the microbatches in front."""
-    return {point: np.array(array).reshape(-1, *array.shape[2:]) for point, array in _layers_apart(recorded)}
+    """Arrays [examples, positions, ...] by point, each layer's apart; `recorded` has the accumulation slices in front."""
+    return {point: np.array(array).reshape(-1, *array.shape[2:]) for point, array in _split_layers(recorded)}
 
 
-def _layers_apart(recorded: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+def _split_layers(recorded: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
     for point, array in recorded.items():
         if point in LAYER_POINTS:
             yield from ((f"layers.{i}.{point}", array[:, i]) for i in range(array.shape[1]))

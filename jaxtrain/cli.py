@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
-from jaxtrain.parallel import is_leader
+from jaxtrain.cluster import is_leader
 from jaxtrain.train import evaluate, train
 from trainspec.backends import BACKENDS
 from trainspec.command import backend_parser, out_directory, run_command, train_request
@@ -31,7 +31,7 @@ def _run(args: Namespace) -> None:
             if is_leader():
                 print(f"held-out loss {loss:.6f} of {whose}")
         case "export":
-            # Files to files: one process does it, and does not wait for the others.
+            # Needs only files: the leader does it alone, and waits for no other process.
             if is_leader():
                 print(f"wrote {export(recipe, out=out, merge=args.merge, dtype=args.dtype)}")
         case other:

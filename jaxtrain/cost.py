@@ -1,10 +1,10 @@
-"""What a run costs one device, read from its compiled programs: bytes held, and bytes moved to other devices."""
+"""What a run costs one device, read from its compiled programs: bytes of memory, and bytes sent to other devices."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.stages import Lowered
 
-from jaxtrain.layers import wide
+from jaxtrain import _jax
 from jaxtrain.optim import rates
+from jaxtrain.precision import accumulation_dtype
 from jaxtrain.step import State
 from trainspec.data import Batch
 from trainspec.plans.cost import Collective
@@ -28,7 +28,7 @@ _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _INSTRUCTION = re.compile(r"%?(?P<name>[\w.\-]+) = (?P<types>\S.*?) (?P<operation>[\w\-]+)\((?P<rest>.*)")
 _COLLECTIVE = re.compile(rf"(?P<kind>{_KINDS})(?:-start)?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-# What XLA looks through between a sum and the slice of it.
+# Operations that may be between an all-reduce and the slice of its result.
 _SAME_NUMBERS = ("copy", "reshape", "bitcast")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{\s*$")
 _WHILE = re.compile(r" while\(.*condition=%?(?P<condition>[\w.\-]+), body=%?(?P<body>[\w.\-]+)")
@@ -39,15 +39,15 @@ _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<sizes>[^\]]*)\].*? \{(?P<ax
 _SIZED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _PAIRS = "source_target_pairs="
-# Programs give back their results through a table of pointers.
+# A program returns its results through a table of pointers.
 _POINTER_BYTES = 8
 
 
 def held(state: State, batch: Batch) -> dict[str, int]:
-    """Bytes per device, in a step on `batch`, of weights, gradients, master and moments, and what each program takes besides (`..._temp`).
+    """Bytes per device, in a step on `batch`, of weights, gradients, master and moments, and of each program's scratch memory.
 
-    Measured: weights, gradients and `..._temp` are sizes of the compiled programs' arguments and results, less those of
-    batch and scalars; master and moments are sizes of the arrays that the update takes.
+    Weights, gradients and scratch memory (`..._temp`) are from the compiled programs' memory analysis, less batch and
+    scalars; master and moments are the sizes of the arrays that the update takes.
     """
     gradients, update = (lowered.compile() for lowered in _lowered(state, batch).values())
     sizes, update_sizes = gradients.memory_analysis(), update.memory_analysis()
@@ -55,7 +55,7 @@ def held(state: State, batch: Batch) -> dict[str, int]:
     assert sizes is not None
     assert update_sizes is not None
     results = jax.tree.leaves(gradients.out_info)
-    inputs = _per_device(state.program.feeder.parts(batch)) + _scalar_bytes(gradients.in_avals)
+    inputs = _per_device(state.program.feeder.slices(batch)) + _scalar_bytes(gradients.in_avals)
     return {
         "weights": sizes.argument_size_in_bytes - inputs,
         "gradients": sizes.output_size_in_bytes - _POINTER_BYTES * len(results) - _scalar_bytes(results),
@@ -67,11 +67,11 @@ def held(state: State, batch: Batch) -> dict[str, int]:
 
 
 def moved(state: State, batch: Batch) -> list[Collective]:
-    """The collectives of one step on `batch`, those of a loop as often as it turns.
+    """The collectives of one step on `batch`, each with the number of times it runs.
 
-    Read from the partitioned program: the CPU backend makes every bfloat16 collective a float32 one afterwards.
-    An all-reduce of which each of its n devices uses its n-th part only is a reduce-scatter here: the partitioner writes
-    the one, the compilers for TPU and GPU make the other of it (docs/decisions/0009). The one for CPU does not.
+    Read from the partitioned program, as the CPU backend later turns bfloat16 collectives into float32 ones. An all-reduce
+    whose result is only sliced by each device is counted as a reduce-scatter, as the compilers for TPU and GPU emit it
+    (docs/decisions/0009); the one for CPU does not.
     """
     return [
         collective
@@ -81,7 +81,7 @@ def moved(state: State, batch: Batch) -> list[Collective]:
 
 
 def _partitioned(lowered: Lowered) -> str:
-    """The program of one device as text, collectives and all; empty where there is one device only."""
+    """The program of one device as text, after collectives were inserted; empty if there is only one device."""
     with tempfile.TemporaryDirectory() as directory, _without_cache():
         lowered.compile(
             compiler_options={"xla_dump_to": directory, "xla_dump_hlo_pass_re": "spmd-partitioning"}
@@ -93,22 +93,19 @@ def _partitioned(lowered: Lowered) -> str:
 
 @contextmanager
 def _without_cache() -> Iterator[None]:
-    """What comes out of the compilation cache is not dumped."""
-    before: bool = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    """Without the compilation cache: a program that it has is not dumped."""
+    before: bool = _jax.setting("jax_enable_compilation_cache")
     try:
-        # JAX looks at the setting once, unless the cache is reset.
-        jax.config.update("jax_enable_compilation_cache", False)
-        reset_cache()
+        _jax.use_compilation_cache(False)
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        reset_cache()
+        _jax.use_compilation_cache(before)
 
 
 def _collectives(text: str, *, program: str) -> Iterator[Collective]:
-    """Every collective of an HLO module that runs, with how often it does."""
+    """The collectives that an HLO module runs, each with the number of times."""
     computations, entry = _computations(text)
-    scattered = {name for lines in computations.values() for name in _left_in_parts(lines)}
+    scattered = {name for lines in computations.values() for name in _only_sliced(lines)}
     for line, times in _executed(computations, entry, 1):
         instruction = _INSTRUCTION.search(line)
         if instruction and (match := _COLLECTIVE.fullmatch(instruction["operation"])):
@@ -117,14 +114,14 @@ def _collectives(text: str, *, program: str) -> Iterator[Collective]:
             if instruction["name"] in scattered:
                 kind = "reduce-scatter"
             elif kind == "reduce-scatter":
-                # Its result is a part.
+                # Its result is one shard.
                 payload *= devices
             dtype = _ARRAY.findall(instruction["types"])[0][0]
             yield Collective(program, kind, dtype, payload, devices, times)
 
 
-def _left_in_parts(lines: Iterable[str]) -> Iterator[str]:
-    """Names of the all-reduces of a computation of which every device goes on with its own part, and nothing else."""
+def _only_sliced(lines: Iterable[str]) -> Iterator[str]:
+    """Names of a computation's all-reduces of whose results every device uses its own n-th only."""
     instructions = [match for match in map(_INSTRUCTION.search, lines) if match]
     users: dict[str, list[re.Match[str]]] = {}
     for instruction in instructions:
@@ -133,16 +130,25 @@ def _left_in_parts(lines: Iterable[str]) -> Iterator[str]:
     for instruction in instructions:
         if instruction["operation"] != "all-reduce":
             continue
-        user = instruction
-        while len(using := users.get(user["name"], ())) == 1 and using[0]["operation"] in _SAME_NUMBERS:
-            user = using[0]
-        part = _bytes(instruction["types"]) // _group_size(instruction["rest"])
-        if len(using) == 1 and using[0]["operation"] == "dynamic-slice" and _bytes(using[0]["types"]) == part:
+        user = _only_user(instruction, users)
+        shard_bytes = _bytes(instruction["types"]) // _group_size(instruction["rest"])
+        if user and user["operation"] == "dynamic-slice" and _bytes(user["types"]) == shard_bytes:
             yield instruction["name"]
 
 
+def _only_user(
+    instruction: re.Match[str], users: Mapping[str, Sequence[re.Match[str]]]
+) -> re.Match[str] | None:
+    """The one instruction that uses this one's result, perhaps copied or reshaped; None if it is not one."""
+    of_result = users.get(instruction["name"], ())
+    if len(of_result) != 1:
+        return None
+    [user] = of_result
+    return _only_user(user, users) if user["operation"] in _SAME_NUMBERS else user
+
+
 def _bytes(types: str) -> int:
-    """Of an array as HLO writes its type, or of all arrays of a tuple."""
+    """Bytes of an HLO type: of an array, or of all arrays of a tuple."""
     arrays = _ARRAY.findall(types)
     return sum(
         _ELEMENT_BYTES[dtype] * prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays
@@ -150,20 +156,20 @@ def _bytes(types: str) -> int:
 
 
 def _lowered(state: State, batch: Batch) -> dict[str, Lowered]:
-    """The programs of one step that is looked at; where it is not, they are one."""
+    """The two programs of a step whose gradients are kept; otherwise a step is one program."""
     program, step = state.program, jnp.int32(state.step)
-    arguments = (state.trainable, state.frozen, program.feeder.parts(batch), step)
-    gradients = program.gradients.lower(*arguments, listen=False)
+    arguments = (state.trainable, state.frozen, program.feeder.slices(batch), step)
+    gradients = program.gradients.lower(*arguments, record_activations=False)
     storage = program.storage
     summed = storage.shapes(program.run.trained, "gradients", storage.reduce_dtype)
-    norm = jax.ShapeDtypeStruct((), wide(storage.compute_dtype))
+    norm = jax.ShapeDtypeStruct((), accumulation_dtype(storage.compute_dtype))
     scalars = rates(program.recipe.optimizer, lr=program.recipe.optimizer.lr, step=state.step)
     update = program.update.lower(state.trainable, state.master, state.moments, summed, norm, scalars)
     return {"gradients": gradients, "update": update}
 
 
 def _per_device(arrays: Any) -> int:
-    """Bytes of a tree of arrays on one device."""
+    """Bytes on one device of a tree of arrays."""
     return sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(arrays))
 
 
@@ -172,7 +178,7 @@ def _scalar_bytes(arguments: Any) -> int:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by name, and which is entered first."""
+    """The lines of each computation by name, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -186,7 +192,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _executed(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
-    """Every line that runs, and how often."""
+    """Every line that runs, and the number of times."""
     for line in computations.get(name, ()):
         yield line, times
         if loop := _WHILE.search(line):
@@ -199,7 +205,7 @@ def _executed(computations: dict[str, list[str]], name: str, times: int) -> Iter
 
 
 def _group_size(text: str) -> int:
-    """Over how many devices one collective goes."""
+    """The number of devices in each group of a collective."""
     if _PAIRS in text:
         return 2
     if mesh := _MESH_GROUPS.search(text):

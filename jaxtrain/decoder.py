@@ -1,6 +1,6 @@
-"""A decoder of any family: embedding, one block stacked over the layers and scanned, final norm, head.
+"""A decoder of any family: embedding, a scan of one block over the stacked layers, final norm, head.
 
-B batch, S sequence, E embed, L layers.
+B batch, S sequence, N virtual tokens of a prompt, T = N + S positions, E embed, L layers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from trainspec.trace import LAYER_POINTS
 
 
 class Decoder(nnx.Module):
-    """Token ids [B, S], positions and segments [B, rows of the sequence] to logits [B, rows, vocab].
+    """Token ids [B, S], positions and segments [B, T] to logits [B, T, vocab].
 
-    A family's class makes the weights, among them `layers`, the stack of blocks, and says what is done at both ends.
+    A family's class makes the weights, among them `layers`, the stack of blocks, and computes what is not in a block.
     """
 
     layers: Any
@@ -32,15 +32,15 @@ class Decoder(nnx.Module):
         self.prompt_encoder: Encoder | None = None
 
     def look_up(self, input_ids: Array) -> Array:
-        """The embeddings [B, S, E] of tokens."""
+        """The embeddings [B, S, E] of token ids."""
         raise NotImplementedError
 
     def normed(self, x_BSE: Array) -> Array:
-        """What the final norm makes of the residual stream."""
+        """The final norm of the residual stream."""
         raise NotImplementedError
 
     def projected(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
-        """The head's logits [B, S, vocab]."""
+        """The head's logits [B, T, vocab] of the normed residual stream."""
         raise NotImplementedError
 
     def __call__(
@@ -52,10 +52,10 @@ class Decoder(nnx.Module):
         point: DropoutPoint | None = None,
         probes: Probes | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """Logits, and the activations [.., B, rows, ..] at the points that `probes` has (layers in front)."""
+        """Logits, and activations [B, T, ...] at the points that `probes` has, with layers in front."""
         tap, virtual = Tap(probes or {}), self.virtual(None if point is None else point.step)
         x_BSE = self.embed(input_ids, virtual, tap)
-        x_BSE, seen = self.blocks(
+        x_BSE, recorded = self.blocks(
             x_BSE,
             virtual,
             positions=positions,
@@ -63,17 +63,17 @@ class Decoder(nnx.Module):
             point=point,
             probes=probes or {},
         )
-        return self.head(x_BSE, point, tap), seen | tap.seen
+        return self.head(x_BSE, point, tap), recorded | tap.recorded
 
     def virtual(self, step: Array | None) -> VirtualTokens:
-        """The virtual tokens of update `step`, which are the same for every example."""
+        """The virtual tokens of update `step`, the same for every example; None is without dropout."""
         return VirtualTokens() if self.prompt_encoder is None else self.prompt_encoder(step)
 
     def embed(self, input_ids: Array, virtual: VirtualTokens, tap: Tap) -> Array:
-        """What the first layer is given, [B, rows, E]."""
+        """The first layer's input [B, T, E]."""
         x_BSE = self.look_up(input_ids)
-        if virtual.rows is not None:
-            x_BSE = in_front(virtual.rows, x_BSE)
+        if virtual.prompt is not None:
+            x_BSE = in_front(virtual.prompt, x_BSE)
         return tap("embedding", x_BSE)
 
     def blocks(
@@ -87,15 +87,16 @@ class Decoder(nnx.Module):
         probes: Probes,
         is_layer: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """The stacked layers one after the other, and what was seen in each.
+        """The residual stream after all layers of the stack, and the activations recorded in each.
 
-        Where the stack is filled up, `is_layer` [L] says which of it are layers: the others let x pass.
+        `is_layer` [L] is given for a stack with empty slots, and false for those: they leave x as it is.
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
         mask_BSS = attention_mask(segments)
         if virtual.prefix is not None:
-            seen_by_all = ((0, 0), (0, 0), (virtual.prefix.shape[1], 0))
-            mask_BSS = jnp.pad(mask_BSS, seen_by_all, constant_values=True)
+            # Every query sees the whole prefix.
+            widths = ((0, 0), (0, 0), (virtual.prefix.shape[1], 0))
+            mask_BSS = jnp.pad(mask_BSS, widths, constant_values=True)
         definition, stacked = nnx.split(self.layers)
 
         def block(
@@ -104,23 +105,23 @@ class Decoder(nnx.Module):
             weights, layer_probes, prefix = layer
             inner_tap = Tap(layer_probes)
             x_BSE = nnx.merge(definition, weights)(x_BSE, cos, sin, mask_BSS, point, prefix, inner_tap)
-            return x_BSE, inner_tap.seen
+            return x_BSE, inner_tap.recorded
 
         if self.remat == "full":
             block = jax.checkpoint(block, prevent_cse=False)
 
-        def place(x_BSE: Array, filled: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
-            layer, is_layer = filled
-            y_BSE, seen = block(x_BSE, layer)
-            return jnp.where(is_layer, y_BSE, x_BSE), seen
+        def slot(x_BSE: Array, layer_in_slot: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
+            layer, is_layer = layer_in_slot
+            y_BSE, recorded = block(x_BSE, layer)
+            return jnp.where(is_layer, y_BSE, x_BSE), recorded
 
         layer_probes = {name: probe for name, probe in probes.items() if name in LAYER_POINTS}
         layers = (stacked, layer_probes, virtual.prefix)
         if is_layer is None:
             return lax.scan(block, x_BSE, layers)
-        return lax.scan(place, x_BSE, (layers, is_layer))
+        return lax.scan(slot, x_BSE, (layers, is_layer))
 
     def head(self, x_BSE: Array, point: DropoutPoint | None, tap: Tap) -> Array:
-        """Logits [B, S, vocab] of what the last layer gives."""
+        """Logits [B, T, vocab] from the last layer's output."""
         x_BSE = tap("norm", self.normed(x_BSE))
         return tap("logits", self.projected(x_BSE, point))

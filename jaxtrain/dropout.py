@@ -1,10 +1,9 @@
-"""Counter-based dropout: `trainspec.rng`'s bits on JAX arrays, so that both backends drop the same.
+"""Counter-based dropout: `trainspec.rng`'s bits on JAX arrays, so that both backends drop the same elements.
 
-The rounds are JAX's own primitive, which is Threefry-2x32 with 20 rounds as well; unrolled by hand they compile
-five times as long.
+JAX's own primitive is the same Threefry-2x32 with 20 rounds; written out in Python it would compile five times as long.
 
-A mask is a function of (seed, module, step, global row, position, feature): topology, rematerialisation and
-microbatching cannot change it.
+A mask is a function of (seed, module, step, row of the global batch, position, feature): topology, remat and microbatches
+cannot change it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.extend.random import threefry2x32_p
 
+from jaxtrain.precision import accumulation_dtype
 from trainspec.rng import drop_threshold
 
 
@@ -27,7 +27,7 @@ class DropoutPoint(NamedTuple):
 
 
 class DropoutKey(nnx.Variable):
-    """Two uint32 words, per layer where a module is stacked: constants of the module, never trained."""
+    """Two uint32 words for each layer of a stack: constants of the module, never trained."""
 
 
 def keep_mask(
@@ -35,7 +35,7 @@ def keep_mask(
 ) -> Array:
     """True where an element of x[B, S, F] is kept, bit-equal to torchtrain's.
 
-    `key` is the module's two uint32 words; `rows` [B] are global row indices.
+    `key` is the module's two uint32 words; `rows` [B] are the examples' rows in the global batch.
     """
     key0, key1 = threefry2x32_p.bind(key[0], key[1], step.astype(jnp.uint32), jnp.uint32(0))
     token = rows.astype(jnp.uint32)[:, None] * jnp.uint32(sequence_tokens)
@@ -48,8 +48,8 @@ def keep_mask(
 
 
 def dropped(x_BSF: Array, key: Array, *, step: Array, rows: Array, rate: float) -> Array:
-    """x / (1 - rate), divided in the wide type, where the mask of `keep_mask` keeps x, else 0."""
+    """x / (1 - rate), divided in the accumulation type, where `keep_mask` is true, else 0."""
     _, S, F = x_BSF.shape
     keep = keep_mask(key, step=step, rows=rows, sequence_tokens=S, features=F, rate=rate)
-    kept = x_BSF.astype(jnp.promote_types(jnp.float32, x_BSF.dtype)) / (1 - rate)
+    kept = x_BSF.astype(accumulation_dtype(x_BSF.dtype)) / (1 - rate)
     return jnp.where(keep, kept.astype(x_BSF.dtype), 0)

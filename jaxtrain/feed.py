@@ -1,4 +1,4 @@
-"""Batches on the devices: their examples split over the replicas, slices and microbatches in front."""
+"""Batches on the devices: sharded over the replicas, with accumulation slices and microbatches in front."""
 
 # A accumulation slices, M microbatches, B examples, S sequence
 
@@ -12,52 +12,51 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxtrain.optim import Weights
-from jaxtrain.parallel import Layout
-from jaxtrain.weights import is_stacked
+from jaxtrain.sharding import Shardings
+from jaxtrain.weights import Arrays, is_stacked
 from trainspec.data import Batch
 from trainspec.recipe import Recipe
 
 
 class Feeder:
-    """Puts host arrays, which every process has whole, where the programs of one recipe take them."""
+    """Puts host arrays, which every process has whole, on the devices as the programs of one recipe take them."""
 
-    def __init__(self, recipe: Recipe, layout: Layout) -> None:
-        self._recipe, self._layout = recipe, layout
+    def __init__(self, recipe: Recipe, shardings: Shardings) -> None:
+        self._recipe, self._shardings = recipe, shardings
 
-    def feed(self, batch: Batch) -> Weights:
-        """The arrays of a batch, its examples split over the replicas; in a pipeline with the microbatches in front."""
-        return self._fed((batch,), self._recipe.plan.microbatches_of(len(batch.rows)), front=())
+    def feed(self, batch: Batch) -> Arrays:
+        """The arrays of a batch, [B, S]; in a pipeline with microbatches in front, [M, B, S]."""
+        return self._fed((batch,), self._recipe.plan.microbatches_of(len(batch.rows)), leading=())
 
-    def parts(self, batch: Batch) -> Weights:
-        """The same with the accumulation slices in front: [A, B, S], in a pipeline [A, M, B, S]."""
-        parts = batch.split(self._recipe.batch.accumulation)
-        return self._fed(parts, self._recipe.plan.microbatches, front=(len(parts),))
+    def slices(self, batch: Batch) -> Arrays:
+        """The arrays of a batch with accumulation slices in front: [A, B, S], in a pipeline [A, M, B, S]."""
+        slices = batch.split(self._recipe.batch.accumulation)
+        return self._fed(slices, self._recipe.plan.microbatches, leading=(len(slices),))
 
-    def part_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `parts` would give, without the numbers: enough to compile for."""
+    def slice_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The abstract values of what `slices` returns: enough to compile for."""
         batch, plan = self._recipe.batch, self._recipe.plan
-        front = (batch.accumulation,) if plan.pipe == 1 else (batch.accumulation, plan.microbatches)
-        examples = (*front, batch.global_examples // math.prod(front))
-        axes = (*("microbatch",) * len(front), "batch")
+        leading = (batch.accumulation,) if plan.pipe == 1 else (batch.accumulation, plan.microbatches)
+        examples = (*leading, batch.global_examples // math.prod(leading))
+        axes = (*("microbatch",) * len(leading), "batch")
         tokens = (*examples, self._recipe.data.sequence_tokens)
         return {
-            f: self._layout.shape(examples if f == "rows" else tokens, axes, np.int32)
+            f: self._shardings.shape(examples if f == "rows" else tokens, axes, np.int32)
             for f in Batch.__dataclass_fields__
         }
 
-    def _fed(self, parts: Sequence[Batch], microbatches: int, *, front: tuple[int, ...]) -> Weights:
-        front = front if self._recipe.plan.pipe == 1 else (*front, microbatches)
-        axes = (*("microbatch",) * len(front), "batch")
+    def _fed(self, slices: Sequence[Batch], microbatches: int, *, leading: tuple[int, ...]) -> Arrays:
+        leading = leading if self._recipe.plan.pipe == 1 else (*leading, microbatches)
+        axes = (*("microbatch",) * len(leading), "batch")
         fed = {}
         for f in Batch.__dataclass_fields__:
-            array = np.stack([getattr(part, f) for part in parts])
-            fed[f] = self._layout.feed(array.reshape(*front, -1, *array.shape[2:]), axes)
+            array = np.stack([getattr(batch, f) for batch in slices])
+            fed[f] = self._shardings.put(array.reshape(*leading, -1, *array.shape[2:]), axes)
         return fed
 
-    def constants(self, values: Mapping[str, NDArray[Any]]) -> Weights:
-        """A method's constants, those of a stack where its layers are."""
+    def constants(self, values: Mapping[str, NDArray[Any]]) -> Arrays:
+        """A method's constants, those of a stack on its layers' stages."""
         return {
-            name: self._layout.feed(value, ("stage",) if is_stacked(name) else ())
+            name: self._shardings.put(value, ("stage",) if is_stacked(name) else ())
             for name, value in values.items()
         }

@@ -1,9 +1,9 @@
-"""What the families' models are made of, as flax.nnx modules and functions: layers, norms, rotation, attention.
+"""What the families' models are built from, as flax.nnx modules and functions: layers, norms, rotation, attention.
 
-B batch, S sequence, E embed, H query heads, K kv heads, G query heads per kv head, D head dim,
-N virtual tokens (those of a prompt are rows of the sequence, those of a prefix are not).
-Weights are [in, out]; those of a stack of layers have its length in front. Modules are born abstract (shapes only) and are
-merged with weights (`tensor.Weight`) for each call, so everything around them is a function of plain dicts.
+B batch, S sequence (with the virtual tokens of a prompt), E embed, H query heads, K kv heads, G query heads per kv head,
+D head dim, N virtual tokens. Weights are [in, out]; those of a stack of layers have its length in front. Modules are
+created abstract (shapes only), and merged with weights (`weight_ops.BoundWeight`) for each call: so everything around
+them is a function of plain dicts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.tensor import Constrain, lookup, matmul, matmul_transposed, scale, shift
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.sharding import Constrain
+from jaxtrain.weight_ops import lookup, matmul, matmul_transposed, scale, shift
 from trainspec.model import ModelSpec
 from trainspec.rope import inverse_frequencies
 
-# The segment of virtual tokens, which every document sees.
+# The segment of a prompt's virtual tokens, which every segment sees.
 VIRTUAL = -1
 
 
@@ -34,43 +36,38 @@ class Dim(NamedTuple):
 
 
 class Build(NamedTuple):
-    """What every module is built with: the compute type, and `constrain` for its activations."""
+    """What every module is built with: the compute type, and what shards its activations."""
 
     dtype: np.dtype
     constrain: Constrain
 
 
-def wide(dtype: DTypeLike) -> np.dtype:
-    """The type for norms, softmax, rotary tables and loss: float32, or float64 in fp64 runs."""
-    return jnp.promote_types(jnp.float32, dtype)
-
-
 def abstract(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
-    """A weight that has a shape and no value yet."""
+    """A weight with a shape and no value."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))  # pyright: ignore[reportArgumentType]
 
 
 class VirtualTokens(NamedTuple):
-    """What stands before the tokens of every example, in the type that gradients are summed in.
+    """Virtual tokens, the same for every example, in the type that gradients are summed in.
 
-    `rows` [N, E] are in front of the embedded tokens; `prefix` [L, N, 2, K, D] are keys and values of each layer.
+    `prompt` [N, E] are embeddings before those of the tokens; `prefix` [L, N, 2, K, D] are each layer's keys and values.
     """
 
-    rows: Array | None = None
+    prompt: Array | None = None
     prefix: Array | None = None
 
 
 class Encoder(Protocol):
-    """Makes virtual tokens."""
+    """The module that makes virtual tokens."""
 
     def __call__(self, step: Array | None) -> VirtualTokens:
-        """Those of update `step`; None is without dropout."""
+        """The virtual tokens of update `step`; None is without dropout."""
         ...
 
 
-def in_front(rows: Array, x: Array) -> Array:
-    """`rows` [N, ...] before each x [B, S, ...], in the type of x."""
-    repeated = jnp.broadcast_to(rows, (len(x), *rows.shape)).astype(x.dtype)
+def in_front(virtual_N: Array, x: Array) -> Array:
+    """[B, N + S, ...]: `virtual_N` [N, ...] before each x [B, S, ...], in the type of x."""
+    repeated = jnp.broadcast_to(virtual_N, (len(x), *virtual_N.shape)).astype(x.dtype)
     return jnp.concatenate([repeated, x], axis=1)
 
 
@@ -91,7 +88,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token id to vector; `attend` is the tied head."""
+    """Token ids to vectors; `attend` is the tied head."""
 
     def __init__(self, vocab: int, embed: int, *, build: Build) -> None:
         self.embedding = abstract((vocab, embed), build.dtype)
@@ -101,26 +98,26 @@ class Embedding(nnx.Module):
         return self.constrain(lookup(ids_BS, self.embedding.get_value()), ("batch", "seq", "embed"))
 
     def attend(self, x_BSE: Array) -> Array:
-        """Logits [B, S, vocab] of a head that is the embedding itself."""
+        """Logits [B, S, vocab] of a head that is the embedding."""
         return self.constrain(matmul_transposed(x_BSE, self.embedding.get_value()), ("batch", "seq", "vocab"))
 
 
 class RMSNorm(nnx.Module):
-    """x * rsqrt(mean(x²) + eps) over the last dimension in the wide type, cast to the compute type, times the weight."""
+    """x * rsqrt(mean(x²) + eps) over the last dimension in the accumulation type, cast to the compute type, times the weight."""
 
     def __init__(self, size: int, *, eps: float, stack: tuple[int, ...], build: Build) -> None:
         self.scale = abstract((*stack, size), build.dtype)
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        x_wide = x.astype(wide(x.dtype))
+        x_wide = x.astype(accumulation_dtype(x.dtype))
         normed = x_wide * lax.rsqrt(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True) + self.eps)
         return scale(normed.astype(x.dtype), self.scale.get_value())
 
 
 def rotary_tables(spec: ModelSpec, positions_BS: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    """cos and sin [B, S, 1, D] of the angle of each position and pair, made in the wide type."""
-    inverse = jnp.asarray(inverse_frequencies(spec, wide(dtype)))
+    """cos and sin [B, S, 1, D] of the angle of each position and pair, computed in the accumulation type."""
+    inverse = jnp.asarray(inverse_frequencies(spec, accumulation_dtype(dtype)))
     half = positions_BS[..., None].astype(inverse.dtype) * inverse
     angle = jnp.concatenate([half, half], axis=-1)[:, :, None, :]
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
@@ -133,20 +130,22 @@ def rotate(x_BSHD: Array, cos: Array, sin: Array) -> Array:
 
 
 def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Array:
-    """Grouped-query attention [B, S, H, D], softmax in the wide type, no copies of keys or values."""
+    """Grouped-query attention [B, S, H, D], softmax in the accumulation type, no copies of keys or values."""
     B, S, H, D = q_BSHD.shape
     K = k_BSKD.shape[2]
     grouped = q_BSHD.reshape(B, S, K, H // K, D)
-    wide_type = wide(q_BSHD.dtype)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=wide_type) * D**-0.5
+    scores_dtype = accumulation_dtype(q_BSHD.dtype)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=scores_dtype) * D**-0.5
     scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v_BSKD.dtype)
     return jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD).reshape(B, S, H, D)
 
 
 def attention_mask(segments_BS: Array) -> Array:
-    """True [B, S, S] where a query may look: at or before itself, in its own document or at a virtual token. Padding
-    (segment 0) sees padding, so no row of the softmax is empty."""
+    """True [B, S, S] where a query sees a key: at or before itself, of its own segment or a virtual token.
+
+    Padding (segment 0) sees padding, so no row of the softmax is empty.
+    """
     order = jnp.arange(segments_BS.shape[1])
     is_own = segments_BS[:, :, None] == segments_BS[:, None, :]
     is_virtual = segments_BS[:, None, :] == VIRTUAL

@@ -1,4 +1,6 @@
-"""The loss is a sum and a count; the one division, by the global count, is in `step.py`."""
+"""The loss is a sum and a count; `step.py` divides once, by the global count."""
+
+# B examples, S sequence, V vocabulary
 
 from __future__ import annotations
 
@@ -6,19 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxtrain.precision import accumulation_dtype
 from trainspec.data import IGNORED
 
 
 def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Sum of the cross-entropies of logits [B, S, V] and how many tokens that is.
+    """(sum of the cross-entropies of `logits` [B, S, V], number of target tokens).
 
-    `labels` [B, S] stand at the inputs' positions: position s predicts label s + 1. Computed in float32, or
-    float64 where the logits are.
+    `labels` [B, S] stand at their token's own position; the logits at s predict the label at s + 1. Labels equal
+    to IGNORED do not count. Computed in the accumulation type.
     """
-    wide = logits[:, :-1].astype(jnp.promote_types(jnp.float32, logits.dtype))
+    wide = logits[:, :-1].astype(accumulation_dtype(logits.dtype))
     targets = labels[:, 1:]
     counted = targets != IGNORED
-    # Picked by comparing, not by indexing: where the vocabulary is split, every device looks at its own part.
+    # Picked by comparing, not by indexing: so every device looks at its own shard of a split vocabulary.
     vocab = lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1)
     picked = jnp.sum(jnp.where(vocab == targets[..., None], wide, 0.0), axis=-1)
     losses = jax.nn.logsumexp(wide, axis=-1) - picked

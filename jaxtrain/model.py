@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from jaxtrain.decoder import Decoder
 from jaxtrain.families import FAMILIES
 from jaxtrain.layers import Build
-from jaxtrain.tensor import Constrain
+from jaxtrain.sharding import Constrain
 from trainspec.model import ModelSpec
 from trainspec.plans.plan import COMPUTE_DTYPE, Policy
 
 
 def build_model(spec: ModelSpec, *, policy: Policy, remat: str, constrain: Constrain) -> Decoder:
-    """The model as shapes only; `weights.from_canonical` makes the arrays.
+    """The abstract model; its arrays are made by `weights.from_canonical`.
 
-    `constrain(x, axes)` says which logical axis each dimension of an activation is; the plan decides what that means.
+    The model calls `constrain(x, axes)` with the logical axis of each dimension of an activation x.
     """
     build = Build(jnp.dtype(COMPUTE_DTYPE[policy]), constrain)
     return FAMILIES[spec.family](spec, remat=remat, build=build)

@@ -1,7 +1,7 @@
-"""How a part of the batch goes through the model, forward and backward: whole, or through the stages of a pipeline.
+"""The forward and backward pass over an accumulation slice: on a single stage, or through the stages of a pipeline.
 
-All three give the same numbers. `Pipelined` is one loop of forward passes, differentiated; `Lockstep` makes its gradients
-itself, so that what it keeps depends on the number of stages alone. Dimensions are named as in `pipeline.py`.
+All three ways give the same numbers. `AutodiffPipeline` differentiates a loop of forward passes; `OneFOneB` computes its
+gradients in the loop, so that what it keeps depends on the number of stages alone. Dimensions are named in `pipeline.py`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from jax.typing import DTypeLike
 
 from jaxtrain.activations import Probes, Tap, zero_probes
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import VirtualTokens, wide
+from jaxtrain.layers import VirtualTokens
 from jaxtrain.loss import token_loss
-from jaxtrain.optim import Weights
-from jaxtrain.parallel import Layout, constrained
 from jaxtrain.pipeline import (
     HEAD_POINTS,
     Inputs,
-    Merge,
+    ModelFactory,
     Stages,
     backward_tick,
     backward_work,
@@ -34,61 +32,79 @@ from jaxtrain.pipeline import (
     num_ticks,
     of_encoder,
 )
-from jaxtrain.tensor import chosen
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.sharding import Shardings, constrain_all
+from jaxtrain.weight_ops import select_chunk
+from jaxtrain.weights import Arrays
 from trainspec.model import ModelSpec
 from trainspec.plans.plan import Plan
 from trainspec.trace import LAYER_POINTS
 
 
-class Passed(NamedTuple):
-    """What a forward and a backward pass over a part of the batch give; gradients are those of the summed loss."""
+class PassOutput(NamedTuple):
+    """What the passes over an accumulation slice give. Gradients are those of the summed loss.
+
+    Activations and their gradients are [examples, T, ...] by point, with layers in front; empty if they were not asked for.
+    """
 
     loss_sum: Array
     tokens: Array
-    gradients: Weights
-    activations: Weights
-    activation_gradients: Weights
+    gradients: Arrays
+    activations: Arrays
+    activation_gradients: Arrays
 
 
-class Whole:
-    """The model in one piece, the rows of a part at a time: batches are [B, T], but for the ids (`methods.virtual_tokens`)."""
+class SingleStage:
+    """The whole model on every device, all examples at a time: batches are [B, T], input ids [B, S] (`methods.virtual_tokens`)."""
 
-    def __init__(self, spec: ModelSpec, merge: Merge, dtype: DTypeLike) -> None:
-        self._spec, self._merge, self._dtype = spec, merge, dtype
+    def __init__(self, spec: ModelSpec, bind_weights: ModelFactory, dtype: DTypeLike) -> None:
+        self._spec, self._bind_weights, self._dtype = spec, bind_weights, dtype
 
-    def logits(self, weights: Weights, batch: Weights) -> Array:
-        """The model's output [rows, T, vocab], without dropout."""
+    def logits(self, weights: Arrays, batch: Arrays) -> Array:
+        """The model's output [examples, T, vocab], without dropout."""
         return self._forward(weights, {}, batch, None, {})[0]
 
-    def evaluate(self, weights: Weights, batch: Weights) -> tuple[Array, Array]:
+    def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         """Loss sum and target tokens, without dropout."""
         return token_loss(self.logits(weights, batch), batch["labels"])
 
     def gradients(
-        self, weights: Weights, slots: Weights, batch: Weights, step: Array, *, listen: bool
-    ) -> Passed:
-        """Loss and gradients, and on request activations [rows, T, ...] (layers in front) with theirs."""
+        self,
+        weights: Arrays,
+        grad_placeholders: Arrays,
+        batch: Arrays,
+        step: Array,
+        *,
+        record_activations: bool,
+    ) -> PassOutput:
+        """Loss and gradients; on request activations and theirs."""
         B, T = batch["positions"].shape
-        probes = zero_probes(self._spec, (B, T), self._dtype) if listen else {}
+        probes = zero_probes(self._spec, (B, T), self._dtype) if record_activations else {}
 
-        def loss(slots: Weights, probes: Probes) -> tuple[Array, tuple[Array, Weights]]:
+        def loss(grad_placeholders: Arrays, probes: Probes) -> tuple[Array, tuple[Array, Arrays]]:
             point = DropoutPoint(step, batch["rows"])
-            logits, seen = self._forward(weights, slots, batch, point, probes)
+            logits, activations = self._forward(weights, grad_placeholders, batch, point, probes)
             loss_sum, tokens = token_loss(logits, batch["labels"])
-            return loss_sum, (tokens, seen)
+            return loss_sum, (tokens, activations)
 
-        found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(slots, probes)
-        (loss_sum, (tokens, seen)), (gradients, by_probe) = found
-        return Passed(loss_sum, tokens, gradients, seen, by_probe)
+        loss_and_gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (loss_sum, (tokens, activations)), gradients = loss_and_gradients(grad_placeholders, probes)
+        return PassOutput(loss_sum, tokens, gradients[0], activations, gradients[1])
 
     def _forward(
-        self, weights: Weights, slots: Weights, batch: Weights, point: DropoutPoint | None, probes: Probes
-    ) -> tuple[Array, Weights]:
+        self,
+        weights: Arrays,
+        grad_placeholders: Arrays,
+        batch: Arrays,
+        point: DropoutPoint | None,
+        probes: Probes,
+    ) -> tuple[Array, Arrays]:
         inputs = {name: batch[name] for name in ("positions", "segments")}
-        return self._merge(weights, slots)(batch["input_ids"], **inputs, point=point, probes=probes)
+        model = self._bind_weights(weights, grad_placeholders)
+        return model(batch["input_ids"], **inputs, point=point, probes=probes)
 
 
-class Pipelined:
+class AutodiffPipeline:
     """`gpipe` (arXiv 1811.06965) and `interleaved` (arXiv 2104.04473): autodiff of a loop of forward passes.
 
     Batches have the microbatches in front: [M, B, T].
@@ -97,92 +113,110 @@ class Pipelined:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
 
-    def logits(self, weights: Weights, batch: Weights) -> Array:
-        """The model's output [rows, T, vocab], without dropout."""
-        inputs = self._stages.encoded({}, Inputs(weights, batch, None))
+    def logits(self, weights: Arrays, batch: Arrays) -> Array:
+        """The model's output [examples, T, vocab], without dropout."""
+        inputs = self._stages.encode({}, Inputs(weights, batch, None))
         x_MBTE, _ = self._forward({}, {}, inputs)
         logits = lax.map(lambda x_BTE: self._stages.logits({}, x_BTE, inputs, None, Tap({})), x_MBTE)
         return logits.reshape(-1, *logits.shape[2:])
 
-    def evaluate(self, weights: Weights, batch: Weights) -> tuple[Array, Array]:
+    def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         """Loss sum and target tokens, without dropout."""
         loss_sum, (tokens, _) = self._loss({}, {}, Inputs(weights, batch, None))
         return loss_sum, tokens
 
     def gradients(
-        self, weights: Weights, slots: Weights, batch: Weights, step: Array, *, listen: bool
-    ) -> Passed:
-        """Loss and gradients, and on request activations [rows, T, ...] (layers in front) with theirs."""
-        plan, M = self._stages.plan, len(batch["rows"])
+        self,
+        weights: Arrays,
+        grad_placeholders: Arrays,
+        batch: Arrays,
+        step: Array,
+        *,
+        record_activations: bool,
+    ) -> PassOutput:
+        """Loss and gradients; on request activations and theirs."""
+        stages, plan, M = self._stages, self._stages.plan, len(batch["rows"])
         ticks, microbatch = num_ticks(plan, M, backward=False), np.arange(M)
         probes = {
             point: jnp.zeros((M if point in HEAD_POINTS else ticks, *probe.shape), probe.dtype)
-            for point, probe in (self._stages.probes(batch) if listen else {}).items()
+            for point, probe in (stages.probes(batch) if record_activations else {}).items()
         }
-        found = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)(
-            slots, probes, Inputs(weights, batch, step)
+        loss_and_gradients = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
+        (loss_sum, (tokens, activations)), (gradients, activation_gradients) = loss_and_gradients(
+            grad_placeholders, probes, Inputs(weights, batch, step)
         )
-        (loss_sum, (tokens, seen)), (gradients, by_probe) = found
-        seen, by_probe = (
-            self._stages.in_order(recorded, lambda stage, piece: forward_tick(plan, microbatch, piece, stage))
-            for recorded in (seen, by_probe)
+        activations, activation_gradients = (
+            stages.in_order(
+                recorded,
+                layer_ticks_LM=forward_tick(
+                    plan, microbatch, stages.chunk_of[:, None], stages.stage_of[:, None]
+                ),
+                embedding_ticks_M=forward_tick(plan, microbatch, 0, 0),
+            )
+            for recorded in (activations, activation_gradients)
         )
-        return Passed(loss_sum, tokens, gradients, seen, by_probe)
+        return PassOutput(loss_sum, tokens, gradients, activations, activation_gradients)
 
-    def _loss(self, slots: Weights, probes: Probes, inputs: Inputs) -> tuple[Array, tuple[Array, Weights]]:
-        """Loss sum, target tokens and what was seen; the logits of one microbatch are there at a time."""
-        inputs = self._stages.encoded(slots, inputs)
-        x_MBTE, seen = self._forward(slots, probes, inputs)
+    def _loss(
+        self, grad_placeholders: Arrays, probes: Probes, inputs: Inputs
+    ) -> tuple[Array, tuple[Array, Arrays]]:
+        """Loss sum, target tokens and recorded activations; logits exist for one microbatch at a time."""
+        inputs = self._stages.encode(grad_placeholders, inputs)
+        x_MBTE, recorded = self._forward(grad_placeholders, probes, inputs)
 
         def add(
-            totals: tuple[Array, Array], now: tuple[Array, Probes, Array]
-        ) -> tuple[tuple[Array, Array], Weights]:
-            x_BTE, probes, microbatch = now
-            loss_sum, (tokens, seen) = self._stages.leave(slots, x_BTE, probes, inputs, microbatch)
-            return (totals[0] + loss_sum, totals[1] + tokens), seen
-
-        start = (jnp.zeros((), wide(x_MBTE.dtype)), jnp.zeros((), int))
-        microbatches = (x_MBTE, probes_at(HEAD_POINTS, probes), jnp.arange(len(x_MBTE)))
-        (loss_sum, tokens), head_seen = lax.scan(jax.checkpoint(add, prevent_cse=False), start, microbatches)
-        return loss_sum, (tokens, seen | head_seen)
-
-    def _forward(self, slots: Weights, probes: Probes, inputs: Inputs) -> tuple[Array, Weights]:
-        """What the last layer gives, [M, B, T, E], and what was seen in every tick up to there."""
-        stages, plan, M = self._stages, self._stages.plan, len(inputs.batch["rows"])
-        numbers = jnp.arange(plan.pipe)
-
-        def tick(
-            carry: tuple[Array, Array], now: tuple[Array, Probes]
-        ) -> tuple[tuple[Array, Array], Weights]:
-            (x_SBTE, left_MBTE), (number, probes) = carry, now
-            microbatch, piece = forward_work(plan, number, numbers)
-            microbatch, tap = jnp.clip(microbatch, 0, M - 1), Tap(probes)
-            fresh_BTE = stages.enter(slots, inputs, microbatch[0], tap)
-            x_SBTE = stages.handed_on(x_SBTE, fresh_BTE, (numbers == 0) & (piece == 0), by=1)
-            x_SBTE, seen = stages.run(
-                slots, x_SBTE, probes_at(LAYER_POINTS, probes), inputs, microbatch, piece
+            sums: tuple[Array, Array], xs: tuple[Array, Probes, Array]
+        ) -> tuple[tuple[Array, Array], Arrays]:
+            x_BTE, probes, microbatch = xs
+            loss_sum, (tokens, recorded) = self._stages.loss(
+                grad_placeholders, x_BTE, probes, inputs, microbatch
             )
-            # A microbatch's later piece takes the place of its earlier one; what was no work comes before what was.
+            return (sums[0] + loss_sum, sums[1] + tokens), recorded
+
+        start = (jnp.zeros((), accumulation_dtype(x_MBTE.dtype)), jnp.zeros((), int))
+        microbatches = (x_MBTE, probes_at(HEAD_POINTS, probes), jnp.arange(len(x_MBTE)))
+        (loss_sum, tokens), head_recorded = lax.scan(
+            jax.checkpoint(add, prevent_cse=False), start, microbatches
+        )
+        return loss_sum, (tokens, recorded | head_recorded)
+
+    def _forward(self, grad_placeholders: Arrays, probes: Probes, inputs: Inputs) -> tuple[Array, Arrays]:
+        """The last layer's output [M, B, T, E], and the activations recorded in every tick up to there."""
+        stages, plan, M = self._stages, self._stages.plan, len(inputs.batch["rows"])
+        stage = jnp.arange(plan.pipe)
+
+        def run_tick(
+            carry: tuple[Array, Array], xs: tuple[Array, Probes]
+        ) -> tuple[tuple[Array, Array], Arrays]:
+            (x_SBTE, last_MBTE), (tick, probes) = carry, xs
+            microbatch, chunk = forward_work(plan, tick, stage)
+            microbatch, tap = jnp.clip(microbatch, 0, M - 1), Tap(probes)
+            embedded_BTE = stages.embed(grad_placeholders, inputs, microbatch[0], tap)
+            x_SBTE = stages.hand_on(x_SBTE, embedded_BTE, (stage == 0) & (chunk == 0), by=1)
+            x_SBTE, recorded = stages.run(
+                grad_placeholders, x_SBTE, probes_at(LAYER_POINTS, probes), inputs, microbatch, chunk
+            )
+            # A microbatch's later chunk overwrites its earlier one, and work overwrites what an idle stage computed.
             last_BTE = stages.constrain(x_SBTE[-1])
-            # Not `.at[].set`: that is a scatter, on its way back a gather, and for it the compiler makes all rows whole.
-            left_MBTE = lax.dynamic_update_index_in_dim(left_MBTE, last_BTE, microbatch[-1], axis=0)
-            return (x_SBTE, stages.constrain(left_MBTE, "microbatch")), seen | tap.seen
+            # Not `.at[].set`: that is a scatter, in the backward pass a gather, for which the compiler gathers all examples.
+            last_MBTE = lax.dynamic_update_index_in_dim(last_MBTE, last_BTE, microbatch[-1], axis=0)
+            return (x_SBTE, stages.constrain(last_MBTE, "microbatch")), recorded | tap.recorded
 
         start = (
             stages.zeros(inputs.batch, ("stage", plan.pipe)),
             stages.zeros(inputs.batch, ("microbatch", M)),
         )
-        inner = probes_at(("embedding", *LAYER_POINTS), probes)
+        layer_probes = probes_at(("embedding", *LAYER_POINTS), probes)
         ticks = jnp.arange(num_ticks(plan, M, backward=False))
-        (_, left_MBTE), seen = lax.scan(tick, start, (ticks, inner))
-        return left_MBTE, seen
+        (_, last_MBTE), recorded = lax.scan(run_tick, start, (ticks, layer_probes))
+        return last_MBTE, recorded
 
 
-class _Kept(NamedTuple):
-    """What `1f1b` keeps from tick to tick: nothing in it has microbatches in front.
+class PipelineCarry(NamedTuple):
+    """What `1f1b` carries from tick to tick: nothing in it grows with the number of microbatches.
 
-    `x` is what each stage hands on and `dx` what it hands back, `inputs` what it was given in the last D = 2 S - 1 ticks:
-    so long the first stage waits until a microbatch comes back.
+    `x` is each stage's output and `dx` the gradient of its input; `inputs` are the stages' inputs of the last D = 2S - 1
+    ticks, the longest time between a microbatch's forward and backward pass (stage 0).
     """
 
     x_SBTE: Array
@@ -190,128 +224,156 @@ class _Kept(NamedTuple):
     inputs_DSBTE: Array
     loss_sum: Array
     tokens: Array
-    sums: Weights
-    by_virtual: VirtualTokens
+    gradients: Arrays
+    virtual_gradients: VirtualTokens
 
 
-class Lockstep(Pipelined):
-    """`1f1b` (PipeDream-Flush, arXiv 2006.09503) in lockstep: in a tick every stage makes the forward pass of one
-    microbatch, and the backward pass of an earlier one, for which it makes the forward pass again.
+class OneFOneB(AutodiffPipeline):
+    """`1f1b` (PipeDream-Flush, arXiv 2006.09503) in lockstep: in a tick every stage makes the forward pass of one microbatch
+    and the backward pass of an earlier one, for which it repeats the forward pass.
     """
 
     def gradients(
-        self, weights: Weights, slots: Weights, batch: Weights, step: Array, *, listen: bool
-    ) -> Passed:
-        """Loss and gradients, and on request activations [rows, T, ...] (layers in front) with theirs."""
+        self,
+        weights: Arrays,
+        grad_placeholders: Arrays,
+        batch: Arrays,
+        step: Array,
+        *,
+        record_activations: bool,
+    ) -> PassOutput:
+        """Loss and gradients; on request activations and theirs."""
         stages, plan, M = self._stages, self._stages.plan, len(batch["rows"])
-        inputs, probes = Inputs(weights, batch, step), stages.probes(batch) if listen else {}
-        virtual, pull = jax.vjp(lambda slots: stages.encoded(slots, inputs).virtual, of_encoder(slots))
-        inputs = inputs._replace(virtual=virtual)
+        inputs, probes = Inputs(weights, batch, step), stages.probes(batch) if record_activations else {}
 
-        def tick(kept: _Kept, number: Array) -> tuple[_Kept, tuple[Weights, Weights]]:
-            return self._pass_back(self._pass_on(kept, number, inputs), number, slots, probes, inputs)
+        def encode(grad_placeholders: Arrays) -> VirtualTokens:
+            return stages.encode(grad_placeholders, inputs).virtual
 
-        nothing = stages.zeros(batch, ("stage", plan.pipe))
-        room = stages.zeros(batch, ("tick", 2 * plan.pipe - 1), ("stage", plan.pipe))
-        loss_sum = jnp.zeros((), wide(stages.dtype))
-        by_virtual = jax.tree.map(jnp.zeros_like, virtual)
-        start = _Kept(nothing, nothing, room, loss_sum, jnp.zeros((), int), slots, by_virtual)
-        kept, recorded = lax.scan(tick, start, jnp.arange(num_ticks(plan, M, backward=True)))
-        microbatch = np.arange(M)
-        at_head = backward_tick(plan, microbatch, plan.pipe - 1)
-        seen, by_probe = (
-            stages.in_order(
-                {point: array[at_head] if point in HEAD_POINTS else array for point, array in found.items()},
-                lambda stage, _: backward_tick(plan, microbatch, stage),
-            )
-            for found in recorded
+        virtual, encode_vjp = jax.vjp(encode, of_encoder(grad_placeholders))
+        encoded = inputs._replace(virtual=virtual)
+
+        def run_tick(carry: PipelineCarry, tick: Array) -> tuple[PipelineCarry, tuple[Arrays, Arrays]]:
+            carry = self._pass_forward(carry, tick, encoded)
+            return self._pass_backward(carry, tick, grad_placeholders, probes, encoded)
+
+        no_x_SBTE = stages.zeros(batch, ("stage", plan.pipe))
+        start = PipelineCarry(
+            x_SBTE=no_x_SBTE,
+            dx_SBTE=no_x_SBTE,
+            inputs_DSBTE=stages.zeros(batch, ("tick", 2 * plan.pipe - 1), ("stage", plan.pipe)),
+            loss_sum=jnp.zeros((), accumulation_dtype(stages.dtype)),
+            tokens=jnp.zeros((), int),
+            gradients=grad_placeholders,  # zeros
+            virtual_gradients=jax.tree.map(jnp.zeros_like, virtual),
         )
-        (by_encoder,) = pull(kept.by_virtual)
-        sums = kept.sums | {name: kept.sums[name] + gradient for name, gradient in by_encoder.items()}
-        return Passed(kept.loss_sum, kept.tokens, sums, seen, by_probe)
+        end, recorded = lax.scan(run_tick, start, jnp.arange(num_ticks(plan, M, backward=True)))
+        activations, activation_gradients = (self._in_order(by_tick, M) for by_tick in recorded)
+        (encoder_gradients,) = encode_vjp(end.virtual_gradients)
+        gradients = end.gradients | {
+            name: end.gradients[name] + gradient for name, gradient in encoder_gradients.items()
+        }
+        return PassOutput(end.loss_sum, end.tokens, gradients, activations, activation_gradients)
 
-    def _pass_on(self, kept: _Kept, number: Array, inputs: Inputs) -> _Kept:
+    def _pass_forward(self, carry: PipelineCarry, tick: Array, inputs: Inputs) -> PipelineCarry:
         """The forward passes of a tick."""
-        stages, plan, numbers = self._stages, self._stages.plan, jnp.arange(self._stages.plan.pipe)
-        microbatch, _ = forward_work(plan, number, numbers)
+        stages, plan, stage = self._stages, self._stages.plan, jnp.arange(self._stages.plan.pipe)
+        microbatch, _ = forward_work(plan, tick, stage)
         microbatch = jnp.clip(microbatch, 0, len(inputs.batch["rows"]) - 1)
-        fresh_BTE = stages.enter({}, inputs, microbatch[0], Tap({}))
-        x_SBTE = stages.handed_on(kept.x_SBTE, fresh_BTE, numbers == 0, by=1)
-        slot = number % len(kept.inputs_DSBTE)
-        inputs_DSBTE = lax.dynamic_update_index_in_dim(kept.inputs_DSBTE, x_SBTE, slot, axis=0)
+        embedded_BTE = stages.embed({}, inputs, microbatch[0], Tap({}))
+        x_SBTE = stages.hand_on(carry.x_SBTE, embedded_BTE, stage == 0, by=1)
+        inputs_DSBTE = lax.dynamic_update_index_in_dim(
+            carry.inputs_DSBTE, x_SBTE, tick % len(carry.inputs_DSBTE), axis=0
+        )
         x_SBTE, _ = stages.run({}, x_SBTE, {}, inputs, microbatch)
-        return kept._replace(x_SBTE=x_SBTE, inputs_DSBTE=stages.constrain(inputs_DSBTE, "tick", "stage"))
+        return carry._replace(x_SBTE=x_SBTE, inputs_DSBTE=stages.constrain(inputs_DSBTE, "tick", "stage"))
 
-    def _pass_back(
-        self, kept: _Kept, number: Array, slots: Weights, probes: Probes, inputs: Inputs
-    ) -> tuple[_Kept, tuple[Weights, Weights]]:
-        """The backward passes of a tick; with what was seen on the way, and the gradients of the probes."""
-        stages, plan, numbers = self._stages, self._stages.plan, jnp.arange(self._stages.plan.pipe)
-        microbatch, M = backward_work(plan, number, numbers), len(inputs.batch["rows"])
+    def _pass_backward(
+        self, carry: PipelineCarry, tick: Array, grad_placeholders: Arrays, probes: Probes, inputs: Inputs
+    ) -> tuple[PipelineCarry, tuple[Arrays, Arrays]]:
+        """The backward passes of a tick, and what is recorded in it: activations, and the gradients of their probes."""
+        stages, plan, stage = self._stages, self._stages.plan, jnp.arange(self._stages.plan.pipe)
+        microbatch, M = backward_work(plan, tick, stage), len(inputs.batch["rows"])
         is_work = (microbatch[-1] >= 0) & (microbatch[-1] < M)
         microbatch = jnp.clip(microbatch, 0, M - 1)
-        layer_slots, end_slots = layers_and_ends(slots)
-        x_SBTE = self._given_before(kept.inputs_DSBTE, number)
-        y_SBTE, pull, seen = jax.vjp(
-            lambda slots, x, probes, virtual: stages.run(
-                slots, x, probes, inputs._replace(virtual=virtual), microbatch
-            ),
-            layer_slots,
-            x_SBTE,
-            probes_at(LAYER_POINTS, probes),
-            inputs.virtual,
-            has_aux=True,
-        )
-        # No work has no targets: its gradient is zero, and so is all that follows from it, stage after stage.
-        found = jax.value_and_grad(stages.leave, argnums=(0, 1, 2), has_aux=True)(
-            end_slots, y_SBTE[-1], probes_at(HEAD_POINTS, probes), inputs, microbatch[-1], is_work
-        )
-        (loss_sum, (tokens, head_seen)), (by_head, dy_BTE, by_head_probe) = found
-        dy_SBTE = stages.handed_on(kept.dx_SBTE, dy_BTE, numbers == plan.pipe - 1, by=-1)
-        by_layers, dx_SBTE, by_probe, by_prefix = pull(dy_SBTE)
-        dx_SBTE = stages.constrain(dx_SBTE, "stage")
-        _, pull = jax.vjp(
-            lambda slots, virtual: stages.enter(
-                slots, inputs._replace(virtual=virtual), microbatch[0], Tap({})
-            ),
-            end_slots,
-            inputs.virtual,
-        )
-        by_embedding, by_rows = pull(dx_SBTE[0])
+        layer_placeholders, end_placeholders = layers_and_ends(grad_placeholders)
 
-        by_ends = jax.tree.map(jnp.add, by_head, by_embedding)
-        sums = jax.tree.map(jnp.add, kept.sums, by_layers | by_ends)
-        kept = kept._replace(
+        def run_layers(
+            placeholders: Arrays, x_SBTE: Array, probes: Probes, virtual: VirtualTokens
+        ) -> tuple[Array, Arrays]:
+            return stages.run(placeholders, x_SBTE, probes, inputs._replace(virtual=virtual), microbatch)
+
+        def embed(placeholders: Arrays, virtual: VirtualTokens) -> Array:
+            return stages.embed(placeholders, inputs._replace(virtual=virtual), microbatch[0], Tap({}))
+
+        # The forward passes once more.
+        x_SBTE = self._earlier_inputs(carry.inputs_DSBTE, tick)
+        layer_probes = probes_at(LAYER_POINTS, probes)
+        y_SBTE, layers_vjp, recorded = jax.vjp(
+            run_layers, layer_placeholders, x_SBTE, layer_probes, inputs.virtual, has_aux=True
+        )
+        # An idle last stage has no targets: its gradient is zero, and so are those of the stages before it in later ticks.
+        loss_and_gradients = jax.value_and_grad(stages.loss, argnums=(0, 1, 2), has_aux=True)
+        (loss_sum, (tokens, head_recorded)), (head_gradients, dy_BTE, head_probe_gradients) = (
+            loss_and_gradients(
+                end_placeholders, y_SBTE[-1], probes_at(HEAD_POINTS, probes), inputs, microbatch[-1], is_work
+            )
+        )
+        dy_SBTE = stages.hand_on(carry.dx_SBTE, dy_BTE, stage == plan.pipe - 1, by=-1)
+        layer_gradients, dx_SBTE, probe_gradients, prefix_gradients = layers_vjp(dy_SBTE)
+        dx_SBTE = stages.constrain(dx_SBTE, "stage")
+        _, embed_vjp = jax.vjp(embed, end_placeholders, inputs.virtual)
+        embedding_gradients, prompt_gradients = embed_vjp(dx_SBTE[0])
+        end_gradients = jax.tree.map(jnp.add, head_gradients, embedding_gradients)
+
+        gradients = jax.tree.map(jnp.add, carry.gradients, layer_gradients | end_gradients)
+        virtual_gradients = jax.tree.map(
+            lambda *terms: sum(terms[1:], terms[0]),
+            carry.virtual_gradients,
+            prefix_gradients,
+            prompt_gradients,
+        )
+        carry = carry._replace(
             dx_SBTE=dx_SBTE,
-            loss_sum=kept.loss_sum + loss_sum,
-            tokens=kept.tokens + tokens,
-            sums=constrained(sums, stages.layout.of["gradients"]),
-            by_virtual=jax.tree.map(
-                lambda *parts: sum(parts[1:], parts[0]), kept.by_virtual, by_prefix, by_rows
-            ),
+            loss_sum=carry.loss_sum + loss_sum,
+            tokens=carry.tokens + tokens,
+            gradients=constrain_all(gradients, stages.shardings.of["gradients"]),
+            virtual_gradients=virtual_gradients,
         )
         if probes:
-            head_seen |= {"embedding": x_SBTE[0]}
-            by_head_probe |= {"embedding": dx_SBTE[0]}
-        return kept, (seen | head_seen, by_probe | by_head_probe)
+            head_recorded |= {"embedding": x_SBTE[0]}
+            head_probe_gradients |= {"embedding": dx_SBTE[0]}
+        return carry, (recorded | head_recorded, probe_gradients | head_probe_gradients)
 
-    def _given_before(self, inputs_DSBTE: Array, number: Array) -> Array:
-        """What each stage was given of the microbatch that comes back to it: the first stage waits longest."""
+    def _earlier_inputs(self, inputs_DSBTE: Array, tick: Array) -> Array:
+        """Each stage's input of the microbatch whose backward pass is due: the first stage's is the oldest."""
         S, D = self._stages.plan.pipe, len(inputs_DSBTE)
-        at = (number - 2 * (S - 1 - jnp.arange(S))) % D
-        return self._stages.constrain(jax.vmap(chosen, in_axes=(1, 0))(inputs_DSBTE, at), "stage")
+        slot_S = (tick - 2 * (S - 1 - jnp.arange(S))) % D
+        return self._stages.constrain(jax.vmap(select_chunk, in_axes=(1, 0))(inputs_DSBTE, slot_S), "stage")
+
+    def _in_order(self, by_tick: Arrays, microbatches: int) -> Arrays:
+        """What was recorded in every tick, in the order of examples: a microbatch's is that of its backward pass."""
+        stages, plan, microbatch = self._stages, self._stages.plan, np.arange(microbatches)
+        head_ticks_M = backward_tick(plan, microbatch, plan.pipe - 1)
+        return stages.in_order(
+            {
+                point: array[head_ticks_M] if point in HEAD_POINTS else array
+                for point, array in by_tick.items()
+            },
+            layer_ticks_LM=backward_tick(plan, microbatch, stages.stage_of[:, None]),
+            embedding_ticks_M=backward_tick(plan, microbatch, 0),
+        )
 
 
 def probes_at(points: Collection[str], probes: Probes) -> dict[str, Array]:
-    """Those of `probes` that are at `points`."""
+    """The probes that are at `points`."""
     return {point: probe for point, probe in probes.items() if point in points}
 
 
 def passes_of(
-    plan: Plan, spec: ModelSpec, layout: Layout, merge: Merge, dtype: DTypeLike
-) -> Whole | Pipelined:
+    plan: Plan, spec: ModelSpec, shardings: Shardings, bind_weights: ModelFactory, dtype: DTypeLike
+) -> SingleStage | AutodiffPipeline:
     """The passes that the plan asks for."""
     if plan.pipe == 1:
-        return Whole(spec, merge, dtype)
-    stages = Stages(plan, spec, layout, merge, dtype)
-    return Lockstep(stages) if plan.schedule == "1f1b" else Pipelined(stages)
+        return SingleStage(spec, bind_weights, dtype)
+    stages = Stages(plan, spec, shardings, bind_weights, dtype)
+    return OneFOneB(stages) if plan.schedule == "1f1b" else AutodiffPipeline(stages)

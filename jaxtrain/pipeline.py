@@ -1,16 +1,15 @@
-"""The stages of a pipeline as a dimension of ordinary arrays, and which work each of them does when.
+"""The stages of a pipeline as a dimension of ordinary arrays, and which work each stage does when.
 
-That dimension is split over the mesh axis `pipe`: a stage computes under `vmap`, and what it hands on is moved by `roll`,
-which the compiler makes a send between neighbours. So a pipeline is one more loop of the same program (`passes.py`), every
-other axis is the compiler's as before, and autodiff works. A stage that has nothing to do in a tick of the loop computes
-with numbers that are there, and nothing of it is kept.
+That dimension is sharded over the mesh axis `pipe`: stages compute under `vmap`, and activations move between them by
+`roll`, which the compiler turns into sends between neighbours. So a pipeline is one more loop of the same program
+(`passes.py`): the compiler handles the other axes as before, and autodiff works. An idle stage computes on stale values;
+the result is discarded.
 
-S stages, V pieces of the model on each, K places for layers in a piece, M microbatches of B rows, T positions, E embed.
+S stages, V model chunks on each, K slots for layers in a chunk, L layers, M microbatches of B examples, T positions, E embed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -26,10 +25,9 @@ from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import VirtualTokens
 from jaxtrain.loss import token_loss
-from jaxtrain.optim import Weights
-from jaxtrain.parallel import Layout
-from jaxtrain.tensor import chosen
-from jaxtrain.weights import is_stacked
+from jaxtrain.sharding import Shardings
+from jaxtrain.weight_ops import select_chunk
+from jaxtrain.weights import Arrays, is_stacked
 from trainspec.data import IGNORED
 from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
@@ -37,52 +35,55 @@ from trainspec.plans.pipeline import Timeline, Work, stack_order
 from trainspec.plans.plan import Plan
 from trainspec.trace import LAYER_POINTS
 
-# Points after the last layer.
+# Activation points after the last layer.
 HEAD_POINTS = ("norm", "logits")
-# A number, or many.
+# An index, or an array of them.
 N = TypeVar("N", int, Array, NDArray[np.int64])
 
 
 def forward_work(plan: Plan, tick: N, stage: N) -> tuple[N, N]:
-    """Microbatch and piece of the forward pass that a stage makes in a tick; no such microbatch: it waits.
+    """Microbatch and model chunk of a stage's forward pass in a tick; if there is no such microbatch, the stage is idle.
 
-    Microbatches go round the stages in groups of S: all of a group through a stage's first piece, then all through its
-    second. So the first stage gets a microbatch back just when the last stage has handed it on.
+    Microbatches go round the stages in groups of S: a whole group passes a stage's first chunk, then its second. So the
+    first stage gets a microbatch back just when the last stage has handed it on.
     """
-    at = tick - stage
-    group, within = at // (plan.pipe * plan.chunks_per_stage), at % (plan.pipe * plan.chunks_per_stage)
+    since_start = tick - stage
+    group, within = (
+        since_start // (plan.pipe * plan.chunks_per_stage),
+        since_start % (plan.pipe * plan.chunks_per_stage),
+    )
     return group * plan.pipe + within % plan.pipe, within // plan.pipe
 
 
 def backward_work(plan: Plan, tick: N, stage: N) -> N:
-    """The microbatch of which a stage makes the backward pass in a tick of `1f1b`."""
+    """Microbatch of a stage's backward pass in a tick of `1f1b`; if there is no such microbatch, the stage is idle."""
     return tick - 2 * (plan.pipe - 1) + stage
 
 
-def forward_tick(plan: Plan, microbatch: N, piece: N, stage: N) -> N:
-    """The tick in which a stage makes that forward pass: `forward_work` the other way round."""
+def forward_tick(plan: Plan, microbatch: N, chunk: N | int, stage: N | int) -> N:
+    """The tick in which a stage makes that forward pass: the inverse of `forward_work`."""
     group, within = microbatch // plan.pipe, microbatch % plan.pipe
-    return (group * plan.chunks_per_stage + piece) * plan.pipe + within + stage
+    return (group * plan.chunks_per_stage + chunk) * plan.pipe + within + stage
 
 
 def backward_tick(plan: Plan, microbatch: N, stage: N | int) -> N:
-    """The tick of `1f1b` in which a stage makes that backward pass."""
+    """The tick of `1f1b` in which a stage makes that backward pass: the inverse of `backward_work`."""
     return microbatch + 2 * (plan.pipe - 1) - stage
 
 
 def num_ticks(plan: Plan, microbatches: int, *, backward: bool) -> int:
-    """How many ticks a loop has: of forward passes, or of both kinds in `1f1b`."""
+    """The length of the loop over forward passes, or with `backward` of that over both kinds in `1f1b`."""
     if backward:
         return backward_tick(plan, microbatches - 1, 0) + 1
     return forward_tick(plan, microbatches - 1, plan.chunks_per_stage - 1, plan.pipe - 1) + 1
 
 
 def timeline(plan: Plan, microbatches: int) -> Timeline:
-    """What each stage does in each slot, by the functions that the loops go by."""
+    """What each stage does in each slot of time, from the functions that the loops use."""
 
     def forward(tick: int, stage: int) -> Work | None:
-        microbatch, piece = forward_work(plan, tick, stage)
-        return Work("forward", microbatch, piece) if 0 <= microbatch < microbatches else None
+        microbatch, chunk = forward_work(plan, tick, stage)
+        return Work("forward", microbatch, chunk) if 0 <= microbatch < microbatches else None
 
     def backward(tick: int, stage: int) -> Work | None:
         microbatch = backward_work(plan, tick, stage)
@@ -91,23 +92,23 @@ def timeline(plan: Plan, microbatches: int) -> Timeline:
     if plan.schedule == "1f1b":
         ticks = range(num_ticks(plan, microbatches, backward=True))
         return tuple(
-            tuple(slot(tick, stage) for tick in ticks for slot in (forward, backward))
+            tuple(work(tick, stage) for tick in ticks for work in (forward, backward))
             for stage in range(plan.pipe)
         )
     ticks = range(num_ticks(plan, microbatches, backward=False))
-    rows = [[forward(tick, stage) for tick in ticks] for stage in range(plan.pipe)]
+    passes = [[forward(tick, stage) for tick in ticks] for stage in range(plan.pipe)]
     # Autodiff goes through the loop from its end.
     return tuple(
-        (*row, *(work and Work("backward", work.microbatch, work.chunk) for work in reversed(row)))
-        for row in rows
+        (*works, *(work and Work("backward", work.microbatch, work.chunk) for work in reversed(works)))
+        for works in passes
     )
 
 
-class Merge(Protocol):
-    """Gives the model with weights, and with slots for those that are trained (`tensor.Weight`), by native name."""
+class ModelFactory(Protocol):
+    """Binds weights and gradient placeholders, by native name, to the model."""
 
-    def __call__(self, weights: Weights, slots: Weights, piece: Array | None = None) -> Decoder:
-        """`piece` [K] for stacks that have several pieces after the layers."""
+    def __call__(self, weights: Arrays, grad_placeholders: Arrays, chunk: Array | None = None) -> Decoder:
+        """The model; `chunk` [K] is given if the stacks have several model chunks after the layers."""
         ...
 
 
@@ -115,165 +116,181 @@ NO_TOKENS = VirtualTokens()
 
 
 class Inputs(NamedTuple):
-    """What passes compute with: weights, the batch [M, B, ...], and the step, which is None where there is no dropout.
+    """What passes compute with: weights, the batch [M, B, ...], and the step (None without dropout).
 
-    `virtual` are the virtual tokens once `Stages.encoded` has made them: one input more, with a gradient.
+    `virtual` are the virtual tokens that `Stages.encode` makes: one more input that has a gradient.
     """
 
-    weights: Weights
-    batch: Weights
+    weights: Arrays
+    batch: Arrays
     step: Array | None
     virtual: VirtualTokens = NO_TOKENS
 
-    def point(self, rows: Array) -> DropoutPoint | None:
-        """Where in the run a pass over these rows is."""
-        return None if self.step is None else DropoutPoint(self.step, rows)
+    def dropout_point(self, examples: Array) -> DropoutPoint | None:
+        """Where in the run a pass over these examples is."""
+        return None if self.step is None else DropoutPoint(self.step, examples)
 
 
 class Stages:
-    """The model's way in, its stages, and its way out. Embedding, final norm and head are on every stage."""
+    """The computations of a pipeline's stages. Every stage has the embedding, the final norm and the head."""
 
-    def __init__(self, plan: Plan, spec: ModelSpec, layout: Layout, merge: Merge, dtype: DTypeLike) -> None:
-        self.plan, self.layout, self.dtype = plan, layout, jnp.dtype(dtype)
-        self._spec, self._merge = spec, merge
+    def __init__(
+        self, plan: Plan, spec: ModelSpec, shardings: Shardings, bind_weights: ModelFactory, dtype: DTypeLike
+    ) -> None:
+        self.plan, self.shardings, self.dtype = plan, shardings, jnp.dtype(dtype)
+        self._spec, self._bind_weights = spec, bind_weights
         order = stack_order(plan, spec.layers)
-        self._place_of = np.array([order.index(layer) for layer in range(spec.layers)])
-        self._cut = (plan.pipe, len(order) // (plan.pipe * plan.chunks_per_stage), plan.chunks_per_stage)
+        self._stack_shape = (
+            plan.pipe,
+            len(order) // (plan.pipe * plan.chunks_per_stage),
+            plan.chunks_per_stage,
+        )
+        positions = np.array([order.index(layer) for layer in range(spec.layers)])
+        # The stage of each layer, its slot there, and its model chunk, [L] each.
+        self.stage_of, self.slot_of, self.chunk_of = np.unravel_index(positions, self._stack_shape)
         is_layer = np.array([layer is not None for layer in order])
         self._is_layer = None if is_layer.all() else is_layer
 
-    def encoded(self, slots: Weights, inputs: Inputs) -> Inputs:
-        """`inputs` with the virtual tokens, which are those of all microbatches."""
-        return inputs._replace(virtual=self._merge(inputs.weights, slots).virtual(inputs.step))
+    def encode(self, grad_placeholders: Arrays, inputs: Inputs) -> Inputs:
+        """`inputs` with the virtual tokens, which all microbatches share."""
+        model = self._bind_weights(inputs.weights, grad_placeholders)
+        return inputs._replace(virtual=model.virtual(inputs.step))
 
-    def enter(self, slots: Weights, inputs: Inputs, microbatch: Array, tap: Tap) -> Array:
-        """What the first layer is given of a microbatch, [B, T, E]."""
-        return self._merge(inputs.weights, slots).embed(
-            inputs.batch["input_ids"][microbatch], inputs.virtual, tap
-        )
+    def embed(self, grad_placeholders: Arrays, inputs: Inputs, microbatch: Array, tap: Tap) -> Array:
+        """The first layer's input [B, T, E] of a microbatch."""
+        model = self._bind_weights(inputs.weights, grad_placeholders)
+        return model.embed(inputs.batch["input_ids"][microbatch], inputs.virtual, tap)
 
     def run(
         self,
-        slots: Weights,
+        grad_placeholders: Arrays,
         x_SBTE: Array,
         probes: Probes,
         inputs: Inputs,
-        microbatch: Array,
-        piece: Array | None = None,
-    ) -> tuple[Array, Weights]:
-        """Every stage's pass over its piece, each with a microbatch of its own; and what was seen, [S, K, ...]."""
+        microbatch_S: Array,
+        chunk_S: Array | None = None,
+    ) -> tuple[Array, Arrays]:
+        """Every stage's layers applied to its input, each of its own microbatch; and recorded activations [S, K, ...]."""
         layers, ends = layers_and_ends(inputs.weights)
-        stacks = (layers, layers_and_ends(slots)[0], self._is_layer, inputs.virtual.prefix)
-        own = jax.tree.map(self._by_stage, stacks)
-        rows = {
-            name: self._of_stages(inputs.batch[name], microbatch)
+        stacks = (layers, layers_and_ends(grad_placeholders)[0], self._is_layer, inputs.virtual.prefix)
+        stage_stacks = jax.tree.map(self._by_stage, stacks)
+        batch = {
+            name: self._of_stages(inputs.batch[name], microbatch_S)
             for name in ("positions", "segments", "rows")
         }
 
-        def stage(
-            x_BTE: Array, own: Any, rows: Weights, piece: Array | None, probes: Probes
-        ) -> tuple[Array, Weights]:
-            layers, slots, *rest = own
-            if piece is not None:
-                piece = jnp.broadcast_to(piece, self._cut[1:2])
-                rest = jax.tree.map(lambda pieces: jax.vmap(chosen)(pieces, piece), rest)
+        def run_stage(
+            x_BTE: Array, stacks: Any, batch: Arrays, chunk: Array | None, probes: Probes
+        ) -> tuple[Array, Arrays]:
+            layers, grad_placeholders, *rest = stacks
+            if chunk is not None:
+                chunk = jnp.broadcast_to(chunk, self._stack_shape[1:2])
+                rest = jax.tree.map(lambda chunks: jax.vmap(select_chunk)(chunks, chunk), rest)
             is_layer, prefix = rest
-            return self._merge(ends | layers, slots, piece).blocks(
+            return self._bind_weights(ends | layers, grad_placeholders, chunk).blocks(
                 x_BTE,
                 VirtualTokens(prefix=prefix),
-                positions=rows["positions"],
-                segments=rows["segments"],
-                point=inputs.point(rows["rows"]),
+                positions=batch["positions"],
+                segments=batch["segments"],
+                point=inputs.dropout_point(batch["rows"]),
                 probes=probes,
                 is_layer=is_layer,
             )
 
-        # In 1f1b a stage's input is all that is kept anyway.
+        # In 1f1b nothing but a stage's input is kept anyway.
         if self.plan.remat == "full" and self.plan.schedule != "1f1b":
-            stage = jax.checkpoint(stage, prevent_cse=False)
-        which = piece if self.plan.chunks_per_stage > 1 else None
-        x_SBTE, seen = jax.vmap(stage, spmd_axis_name="pipe")(x_SBTE, own, rows, which, probes)
-        return self.constrain(x_SBTE, "stage"), seen
+            run_stage = jax.checkpoint(run_stage, prevent_cse=False)
+        chunk_S = chunk_S if self.plan.chunks_per_stage > 1 else None
+        x_SBTE, recorded = jax.vmap(run_stage, spmd_axis_name="pipe")(
+            x_SBTE, stage_stacks, batch, chunk_S, probes
+        )
+        return self.constrain(x_SBTE, "stage"), recorded
 
-    def leave(
+    def loss(
         self,
-        slots: Weights,
+        grad_placeholders: Arrays,
         x_BTE: Array,
         probes: Probes,
         inputs: Inputs,
         microbatch: Array,
         is_work: Array | bool = True,
-    ) -> tuple[Array, tuple[Array, Weights]]:
-        """Loss sum of a microbatch, from what its last layer gave; its tokens (none if it is no work), and what was seen."""
+    ) -> tuple[Array, tuple[Array, Arrays]]:
+        """Loss sum of a microbatch from its last layer's output; its target tokens, and recorded activations.
+
+        Without `is_work` it has no target tokens.
+        """
         tap, batch = Tap(probes), inputs.batch
-        logits = self.logits(slots, x_BTE, inputs, inputs.point(batch["rows"][microbatch]), tap)
+        point = inputs.dropout_point(batch["rows"][microbatch])
+        logits = self.logits(grad_placeholders, x_BTE, inputs, point, tap)
         loss_sum, tokens = token_loss(logits, jnp.where(is_work, batch["labels"][microbatch], IGNORED))
-        return loss_sum, (tokens, tap.seen)
+        return loss_sum, (tokens, tap.recorded)
 
     def logits(
-        self, slots: Weights, x_BTE: Array, inputs: Inputs, point: DropoutPoint | None, tap: Tap
+        self, grad_placeholders: Arrays, x_BTE: Array, inputs: Inputs, point: DropoutPoint | None, tap: Tap
     ) -> Array:
-        """The model's output [B, T, vocab], from what its last layer gave."""
-        return self._merge(inputs.weights, slots).head(self.constrain(x_BTE), point, tap)
+        """The model's output [B, T, vocab] from its last layer's."""
+        return self._bind_weights(inputs.weights, grad_placeholders).head(self.constrain(x_BTE), point, tap)
 
-    def handed_on(self, x_SBTE: Array, outside_BTE: Array, from_outside: Array, *, by: int) -> Array:
-        """What each stage is given: that of the stage `by` before it, or `outside_BTE`."""
+    def hand_on(self, x_SBTE: Array, outside_BTE: Array, from_outside_S: Array, *, by: int) -> Array:
+        """Each stage's next input: what the stage `by` before it gives, or `outside_BTE` if its `from_outside_S` is true."""
         neighbours = jnp.roll(x_SBTE, by, axis=0)
-        given = jnp.where(from_outside[:, None, None, None], outside_BTE, neighbours)
+        given = jnp.where(from_outside_S[:, None, None, None], outside_BTE, neighbours)
         return self.constrain(given, "stage")
 
-    def constrain(self, x: Array, *front: str) -> Array:
-        """An activation [front, B, T, E]. Left alone, the compiler repeats on every replica what is kept over ticks."""
-        return self.layout.constrain(x, (*front, "batch", "seq", "embed"))
+    def constrain(self, x: Array, *leading: str) -> Array:
+        """Shard an activation [leading..., B, T, E]. Without it the compiler replicates what is carried over ticks."""
+        return self.shardings.constrain(x, (*leading, "batch", "seq", "embed"))
 
-    def zeros(self, batch: Weights, *front: tuple[str, int]) -> Array:
-        """Room for activations of microbatches, in front the named dimensions."""
+    def zeros(self, batch: Arrays, *leading: tuple[str, int]) -> Array:
+        """Zeros for activations of microbatches, with the named dimensions in front."""
         _, B, T = batch["positions"].shape
-        shape = (*(size for _, size in front), B, T, self._spec.embed)
-        return self.constrain(jnp.zeros(shape, self.dtype), *(name for name, _ in front))
+        shape = (*(size for _, size in leading), B, T, self._spec.embed)
+        return self.constrain(jnp.zeros(shape, self.dtype), *(name for name, _ in leading))
 
-    def probes(self, batch: Weights) -> dict[str, Array]:
+    def probes(self, batch: Arrays) -> dict[str, Array]:
         """Probes for one tick, those of layers [S, K, B, T, E]."""
         _, B, T = batch["positions"].shape
-        S, K, _ = self._cut
+        S, K, _ = self._stack_shape
         probes = zero_probes(replace(self._spec, layers=K), (B, T), self.dtype)
         return {
             point: jnp.zeros((S, *probe.shape), self.dtype) if point in LAYER_POINTS else probe
             for point, probe in probes.items()
         }
 
-    def in_order(self, recorded: Weights, tick_of: Callable[[Any, Any], NDArray[np.int64]]) -> Weights:
-        """What was recorded, by layer and row; `tick_of(stage, piece)` are the ticks of the M microbatches.
+    def in_order(
+        self, recorded: Arrays, *, layer_ticks_LM: NDArray[np.int64], embedding_ticks_M: NDArray[np.int64]
+    ) -> Arrays:
+        """Recorded activations in the order of examples, [M B, T, ...], those of layers [L, M B, T, ...].
 
-        Layers and embedding are recorded for every tick, the points of the head for every microbatch.
+        They were recorded as [ticks, S, K, B, T, ...] in layers, as [ticks, B, T, ...] at the embedding, and as
+        [M, B, T, ...] at the head. The ticks are those of each layer's, and of the embedding's, M microbatches.
         """
-        stage, place, piece = (at[:, None] for at in np.unravel_index(self._place_of, self._cut))
-        found = {}
+        ordered = {}
         for point, array in recorded.items():
             if point in LAYER_POINTS:
-                array = array[tick_of(stage, piece), stage, place]
-                found[point] = array.reshape(len(array), -1, *array.shape[3:])
+                array_LMBT = array[layer_ticks_LM, self.stage_of[:, None], self.slot_of[:, None]]
+                ordered[point] = array_LMBT.reshape(len(array_LMBT), -1, *array_LMBT.shape[3:])
             else:
-                array = array if point in HEAD_POINTS else array[tick_of(0, 0)]
-                found[point] = array.reshape(-1, *array.shape[2:])
-        return found
+                array_MBT = array if point in HEAD_POINTS else array[embedding_ticks_M]
+                ordered[point] = array_MBT.reshape(-1, *array_MBT.shape[2:])
+        return ordered
 
     def _by_stage(self, stack: Array) -> Array:
-        """A stack of layers as [S, K, ...], where a stage has several pieces as [S, K, V, ...]."""
-        cut = self._cut if self.plan.chunks_per_stage > 1 else self._cut[:-1]
+        """A stack of layers as [S, K, ...], as [S, K, V, ...] if a stage has several model chunks."""
+        cut = self._stack_shape if self.plan.chunks_per_stage > 1 else self._stack_shape[:-1]
         return stack.reshape(*cut, *stack.shape[1:])
 
-    def _of_stages(self, array: Array, microbatch: Array) -> Array:
-        """What belongs to each stage's microbatch."""
-        return self.layout.constrain(array[microbatch], ("stage", "batch", "seq")[: array.ndim])
+    def _of_stages(self, array_MB: Array, microbatch_S: Array) -> Array:
+        """A field of the batch, [S, B, ...]: that of each stage's microbatch."""
+        return self.shardings.constrain(array_MB[microbatch_S], ("stage", "batch", "seq")[: array_MB.ndim])
 
 
-def layers_and_ends(arrays: Weights) -> tuple[Weights, Weights]:
-    """Native arrays that are stacks of layers, and those that are not."""
+def layers_and_ends(arrays: Arrays) -> tuple[Arrays, Arrays]:
+    """Native arrays that are stacks of layers, and the others."""
     layers = {name: array for name, array in arrays.items() if is_stacked(name)}
     return layers, {name: array for name, array in arrays.items() if name not in layers}
 
 
-def of_encoder(arrays: Weights) -> Weights:
-    """Those native arrays that make virtual tokens."""
+def of_encoder(arrays: Arrays) -> Arrays:
+    """The native arrays that make virtual tokens."""
     return {name: array for name, array in arrays.items() if name.startswith(f"{ENCODER}.")}

@@ -1,4 +1,4 @@
-"""The training state as native arrays: read from canonical weights, given back by canonical name, each where the plan says."""
+"""The training state as sharded native arrays: loaded from canonical weights, and returned by canonical name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import optax
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from jaxtrain.optim import Moments, Weights
-from jaxtrain.parallel import Layout, constrained
-from jaxtrain.weights import Order, from_canonical, native_shapes, to_canonical
+from jaxtrain.optim import Moments
+from jaxtrain.sharding import Shardings, constrain_all
+from jaxtrain.weights import Arrays, Order, from_canonical, native_shapes, to_canonical
 from trainspec.params import Param
 from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, StateKind
 from trainspec.recipe import Precision
@@ -21,51 +21,56 @@ from trainspec.weight import WeightLike
 
 
 class Storage:
-    """Where weights, masters and moments are and of what type: stored, computed with, or as gradients are summed."""
+    """The types and shardings of weights, masters and moments.
 
-    def __init__(self, precision: Precision, layout: Layout, order: Order) -> None:
+    Weights are stored in `stored_dtype`, computed with in `compute_dtype`, and gradients are summed in `reduce_dtype`.
+    """
+
+    def __init__(self, precision: Precision, shardings: Shardings, order: Order) -> None:
         policy = precision.policy
         self.stored_dtype, self.compute_dtype = (
             jnp.dtype(STORED_DTYPE[policy]),
             jnp.dtype(COMPUTE_DTYPE[policy]),
         )
         self.reduce_dtype = jnp.dtype(COMPUTE_DTYPE[precision.reduce])
-        self._layout, self._order = layout, order
+        self._shardings, self._order = shardings, order
 
-    def load(self, weights: Iterable[tuple[Param, WeightLike]], part: StateKind, dtype: DTypeLike) -> Weights:
-        """Native arrays of canonical weights, each device reading what it holds of that part of the state."""
-        return from_canonical(weights, order=self._order, shardings=self._layout.of[part], dtype=dtype)
+    def load(self, weights: Iterable[tuple[Param, WeightLike]], kind: StateKind, dtype: DTypeLike) -> Arrays:
+        """Native arrays of canonical weights, sharded as that kind of state; each process reads only its devices' shards."""
+        return from_canonical(weights, order=self._order, shardings=self._shardings.of[kind], dtype=dtype)
 
-    def load_trained(self, weights: Iterable[tuple[Param, WeightLike]]) -> tuple[Weights, Weights]:
-        """What is computed with, and the masters where those are something else."""
+    def load_trained(self, weights: Iterable[tuple[Param, WeightLike]]) -> tuple[Arrays, Arrays]:
+        """Weights to compute with, and masters: empty if they would be the same."""
         if self.stored_dtype == self.compute_dtype:
             return self.load(weights, "weights", self.stored_dtype), {}
         master = self.load(weights, "optimizer", self.stored_dtype)
         return jax.jit(self.computed)(master), master
 
     def shapes(
-        self, entries: Sequence[Param], part: StateKind, dtype: DTypeLike
+        self, entries: Sequence[Param], kind: StateKind, dtype: DTypeLike
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `load` would give, without the numbers: enough to compile for."""
+        """The abstract values of what `load` returns: enough to compile for."""
         return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._layout.of[part][name])
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._shardings.of[kind][name])
             for name, shape in native_shapes(entries, order=self._order).items()
         }
 
-    def canonical(self, native: Weights, entries: Sequence[Param]) -> dict[str, NDArray[Any]]:
+    def canonical(self, native: Arrays, entries: Sequence[Param]) -> dict[str, NDArray[Any]]:
         """The entries of a table by canonical name, whole on the host."""
         return to_canonical(native, entries, order=self._order)
 
-    def no_moments(self, stored: Weights, optimizer: optax.GradientTransformationExtraArgs) -> Moments:
-        """Zeros, where the optimizer's part of the state is."""
-        return jax.jit(lambda weights: self.placed(optimizer.init(weights)))(stored)
+    def zero_moments(self, stored: Arrays, optimizer: optax.GradientTransformationExtraArgs) -> Moments:
+        """The moments before the first update."""
+        return jax.jit(lambda weights: self.sharded(optimizer.init(weights)))(stored)
 
-    def placed(self, moments: optax.OptState) -> Moments:
-        """Moments where the optimizer's part of the state is."""
-        moment1, moment2 = (constrained(m, self._layout.of["optimizer"]) for m in cast(Moments, moments))
+    def sharded(self, moments: optax.OptState) -> Moments:
+        """Moments sharded as the optimizer's state."""
+        moment1, moment2 = (constrain_all(m, self._shardings.of["optimizer"]) for m in cast(Moments, moments))
         return Moments(moment1, moment2)
 
-    def computed(self, stored: Weights) -> Weights:
-        """What is computed with: cast where it lies, then gathered, so that the narrower type travels."""
-        cast_ = {name: w.astype(self.compute_dtype) for name, w in stored.items()}
-        return constrained(constrained(cast_, self._layout.of["optimizer"]), self._layout.of["weights"])
+    def computed(self, stored: Arrays) -> Arrays:
+        """The weights to compute with: cast first, then gathered, so that the narrower type is sent."""
+        narrow = {name: w.astype(self.compute_dtype) for name, w in stored.items()}
+        return constrain_all(
+            constrain_all(narrow, self._shardings.of["optimizer"]), self._shardings.of["weights"]
+        )

@@ -1,4 +1,4 @@
-"""A run on this backend: set the process up, loop, let it go."""
+"""A run on this backend: set up the process, run the loop, clean up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxtrain import step
-from jaxtrain.parallel import describe_devices, finish, is_leader, start
+from jaxtrain.cluster import describe_devices, finish, is_leader, start
 from trainspec.failures import explained
 from trainspec.recipe import Recipe
 from trainspec.runs import loop
@@ -14,9 +14,9 @@ from trainspec.runs.request import TrainRequest
 
 
 def train(recipe: Recipe, request: TrainRequest) -> None:
-    """Train to the recipe's last step; leaves metrics and checkpoints, and every gradient where a trace is wanted.
+    """Train to the recipe's last step; writes metrics and checkpoints, and on request a trace.
 
-    Raises UserError for what the recipe or its files have wrong, NonFiniteLossError where the loss is no number.
+    Raises UserError for mistakes in the recipe or its files, NonFiniteLossError if the loss is not finite.
     """
     with explained(recipe, partial(describe_devices, recipe.plan), out=request.out):
         run = start(recipe)
@@ -28,7 +28,7 @@ def train(recipe: Recipe, request: TrainRequest) -> None:
 
 
 def evaluate(recipe: Recipe, *, out: Path) -> tuple[float, str]:
-    """Held-out loss per target token, and whose: the newest checkpoint's in `out`, or else the starting weights'."""
+    """Held-out loss per target token, and of which weights: the newest checkpoint's in `out`, else the starting ones."""
     with explained(recipe, partial(describe_devices, recipe.plan)):
         run = start(recipe)
         try:

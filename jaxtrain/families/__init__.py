@@ -1,4 +1,4 @@
-"""The forward pass of every family of `trainspec.families`, by its name there."""
+"""The model class of every family, by its name in `trainspec.families`."""
 
 from __future__ import annotations
 

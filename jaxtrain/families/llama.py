@@ -1,6 +1,6 @@
 """Llama: rotary grouped-query attention and SwiGLU, each after an RMS norm.
 
-B batch, S sequence, E embed, H query heads, K kv heads, D head dim, N virtual tokens.
+B batch, S sequence (with the virtual tokens of a prompt), E embed, H query heads, K kv heads, D head dim, N virtual tokens.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         return self.o_proj(mixed.reshape(B, S, -1), point)
 
     def before_rotation(self, q_BSHD: Array, k_BSKD: Array) -> tuple[Array, Array]:
-        """Queries and keys as they are rotated: here as they are projected."""
+        """Queries and keys as they are rotated: Llama's are the projections, unchanged."""
         return q_BSHD, k_BSKD
 
 
@@ -76,7 +76,7 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); a bottleneck adapter follows each, where there is one."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); a bottleneck adapter, if there is one, follows attention and mlp."""
 
     attention: ClassVar[type[Attention]] = Attention
 
@@ -109,7 +109,7 @@ class Block(nnx.Module):
 
 
 class Llama(Decoder):
-    """The whole model; the names of its attributes are those of the weights."""
+    """The whole model; its attributes have the names of the weights."""
 
     block: ClassVar[type[Block]] = Block
 

@@ -1,4 +1,4 @@
-"""Putting a training method into the model, one file per kind: layers are replaced in place, adapters and encoders added."""
+"""Training methods, one file per kind: each replaces layers of the model in place, or adds adapters or an encoder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from jaxtrain.decoder import Decoder
 from jaxtrain.methods import bottleneck, dora, full, lora, prefix, prompt, ptuning
 from jaxtrain.methods.site import Site
-from jaxtrain.methods.virtual_tokens import all_rows
+from jaxtrain.methods.virtual_tokens import with_virtual_tokens
 from jaxtrain.weights import Order
 from trainspec.methods import Method
 from trainspec.model import ModelSpec
 
-__all__ = ["ATTACH", "all_rows", "attach"]
+__all__ = ["ATTACH", "attach", "with_virtual_tokens"]
 
-# The registry: what changes a model for each kind of method.
+# The registry: what changes a model, by kind of method.
 ATTACH: dict[str, Callable[[Decoder, Any, Site], dict[str, np.ndarray]]] = {
     "full": full.attach,
     "lora": lora.attach,
@@ -32,7 +32,7 @@ ATTACH: dict[str, Callable[[Decoder, Any, Site], dict[str, np.ndarray]]] = {
 def attach(
     model: Decoder, spec: ModelSpec, method: Method, *, seed: int, order: Order
 ) -> dict[str, np.ndarray]:
-    """Change `model` in place and return the method's constants by native name (dropout keys), stacks in `order`.
+    """Change `model` in place; returns the method's constants (dropout keys) by native name, stacks in `order`.
 
     Differs from torchtrain, whose modules hold their constants themselves.
     """

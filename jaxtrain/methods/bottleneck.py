@@ -1,6 +1,6 @@
 """Bottleneck adapters after attention and MLP, before their output is added to the residual stream.
 
-Houlsby and others, arXiv 1902.00751, figure 2. Every tensor peer holds an adapter whole, as the stream is whole on each.
+Houlsby and others, arXiv 1902.00751, figure 2. Adapters are not split over `tensor`, as the stream is not.
 
 B examples, S sequence, E embed.
 """
@@ -15,14 +15,15 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.decoder import Decoder
-from jaxtrain.layers import Build, Dim, Linear, wide
+from jaxtrain.layers import Build, Dim, Linear
 from jaxtrain.methods.site import Site
+from jaxtrain.precision import accumulation_dtype
 from trainspec.methods import Adapter
 from trainspec.model import ModelSpec
 
 
 class Bottleneck(nnx.Module):
-    """h + up(act(down(h))), act in the wide type."""
+    """h + up(act(down(h))), act in the accumulation type."""
 
     def __init__(self, spec: ModelSpec, method: Adapter, *, build: Build) -> None:
         embed, width, stack = Dim("embed", spec.embed), Dim("bottleneck", method.bottleneck), (spec.layers,)
@@ -31,9 +32,9 @@ class Bottleneck(nnx.Module):
         self.activation: Literal["relu", "gelu", "silu"] = method.activation
 
     def __call__(self, h_BSE: Array) -> Array:
-        """The same shape."""
+        """The output [B, S, E] of the module before it, adapted."""
         down = self.down(h_BSE, None)
-        acted = _act(self.activation, down.astype(wide(down.dtype))).astype(down.dtype)
+        acted = _act(self.activation, down.astype(accumulation_dtype(down.dtype))).astype(down.dtype)
         return h_BSE + self.up(acted, None)
 
 
@@ -42,7 +43,7 @@ def _act(activation: Literal["relu", "gelu", "silu"], x: Array) -> Array:
         case "relu":
             return jax.nn.relu(x)
         case "gelu":
-            # The exact one, with erf.
+            # Exact, with erf.
             return jax.nn.gelu(x, approximate=False)
         case "silu":
             return jax.nn.silu(x)
@@ -51,7 +52,7 @@ def _act(activation: Literal["relu", "gelu", "silu"], x: Array) -> Array:
 
 
 def attach(model: Decoder, method: Adapter, site: Site) -> dict[str, np.ndarray]:
-    """Two adapters for each layer of `model`."""
+    """Add two adapters to each layer of `model`."""
     model.layers.attention_adapter = nnx.data(Bottleneck(site.spec, method, build=model.build))
     model.layers.mlp_adapter = nnx.data(Bottleneck(site.spec, method, build=model.build))
     return {}

@@ -1,4 +1,4 @@
-"""DoRA: linear layers become ones whose rows have a direction, changed by a low-rank product, and a trained length."""
+"""DoRA: the weight of a linear layer is a direction, changed by a low-rank product, times a trained magnitude."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from jax import Array, lax
 
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import Linear, abstract, wide
+from jaxtrain.layers import Linear, abstract
 from jaxtrain.methods.lora import LoRALinear
 from jaxtrain.methods.low_rank import replace_targets
 from jaxtrain.methods.site import Site
-from jaxtrain.tensor import matmul, read, scale, shift
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.weight_ops import matmul, read, scale, shift
 from trainspec.methods import DoRA, LowRank
 
 
 class IsTarget(nnx.Variable):
-    """Whether a layer of a stack is adapted: a constant of the module, never trained."""
+    """Whether each layer of a stack is a target: a constant of the module, never trained."""
 
 
 class DoRALinear(LoRALinear):
-    """y = x W + b + (m (u + s (d A) B) / n - u) with d = dropout(x), u = d W and n the norms of W + s A B, a constant.
+    """y = x W + b + (m (u + s (d A) B) / n - u) with d = dropout(x), u = d W, and n the norms of W + s A B.
 
-    A layer of a stack that is no target has no magnitude, and is the linear layer.
+    No gradient flows through n. A layer of a stack that is no target computes x W + b.
     """
 
     def __init__(self, base: Linear, method: LowRank, keys: np.ndarray) -> None:
@@ -48,25 +49,25 @@ class DoRALinear(LoRALinear):
         return self.constrain(matmul(x, self.kernel.get_value()), ("batch", "seq", self.out_axis))
 
     def _change(self, plain: Array, up: Array) -> Array:
-        """What is added to x W, computed in the wide type: it is a difference of numbers that are nearly equal."""
-        u, is_target = plain.astype(wide(plain.dtype)), self.is_target[...]
+        """What is added to x W, in the accumulation type, as it is a difference of nearly equal numbers."""
+        u, is_target = plain.astype(accumulation_dtype(plain.dtype)), self.is_target[...]
         direction = (u + self.scale * up.astype(u.dtype)) / jnp.where(is_target, self._norms(), 1)
         change = scale(direction, self.lora_magnitude_vector.get_value()) - u
         return jnp.where(is_target, change, 0).astype(plain.dtype)
 
     def _norms(self) -> Array:
-        """The norm of what makes each output, without a gradient (section 4.3 of the paper)."""
+        """The norm [out] of each output's weights, without a gradient (arXiv 2402.09353, section 4.3)."""
         weight, a, b = (
-            read(w.get_value()).astype(wide(self.kernel.get_value().value.dtype))
+            read(w.get_value()).astype(accumulation_dtype(self.kernel.get_value().value.dtype))
             for w in (self.kernel, self.lora_a, self.lora_b)
         )
         return lax.stop_gradient(jnp.linalg.norm(weight + self.scale * (a @ b), axis=0))
 
 
 def attach(model: Decoder, method: DoRA, site: Site) -> dict[str, np.ndarray]:
-    """A `DoRALinear` in the place of each target; returns the dropout keys and which layers are targets."""
+    """Replace each target by a `DoRALinear`; returns the dropout keys, and which layers are targets."""
     keys = replace_targets(model, method, site, DoRALinear)
-    # A target's key is not zero.
+    # Only a target's key is not zero.
     targets = {
         name.replace(".dropout_key", ".is_target"): np.asarray(key.any(axis=-1)) for name, key in keys.items()
     }

@@ -1,4 +1,4 @@
-"""Full training changes nothing of the model."""
+"""Full training: the model stays as it is."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from trainspec.methods import Full
 
 
 def attach(model: Decoder, method: Full, site: Site) -> dict[str, np.ndarray]:
-    """Nothing."""
+    """Change nothing: all weights are trained."""
     return {}

@@ -1,4 +1,4 @@
-"""LoRA: linear layers become ones with a low-rank product beside them, in place."""
+"""LoRA: a low-rank product is added to the output of linear layers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from jax import Array
 
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutKey, DropoutPoint, dropped
-from jaxtrain.layers import Linear, abstract, wide
+from jaxtrain.layers import Linear, abstract
 from jaxtrain.methods.low_rank import replace_targets
 from jaxtrain.methods.site import Site
-from jaxtrain.tensor import matmul
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.weight_ops import matmul
 from trainspec.methods import LoRA, LowRank
 
 
@@ -32,8 +33,10 @@ class LoRALinear(Linear):
         x = self.constrain(x, ("batch", "seq", self.in_axis))
         dropped = x if point is None or self.rate == 0 else self._dropout(x, point)
         up = self.product(dropped)
-        # A Python number would be rounded to bfloat16 before it is used.
-        return super().__call__(x, point) + (self.scale * up.astype(wide(up.dtype))).astype(up.dtype)
+        # In bfloat16 `scale` itself would be rounded.
+        return super().__call__(x, point) + (self.scale * up.astype(accumulation_dtype(up.dtype))).astype(
+            up.dtype
+        )
 
     def product(self, dropped: Array) -> Array:
         """(dropped A) B."""
@@ -46,5 +49,5 @@ class LoRALinear(Linear):
 
 
 def attach(model: Decoder, method: LoRA, site: Site) -> dict[str, np.ndarray]:
-    """A `LoRALinear` in the place of each target."""
+    """Replace each target by a `LoRALinear`; returns the dropout keys."""
     return replace_targets(model, method, site, LoRALinear)

@@ -1,4 +1,4 @@
-"""What methods share that replace linear layers by ones with a low-rank product."""
+"""What methods share that add a low-rank product to linear layers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trainspec.rng import name_key
 def replace_targets(
     model: Decoder, method: LowRank, site: Site, layer_class: Callable[[Linear, Any, np.ndarray], Linear]
 ) -> dict[str, np.ndarray]:
-    """A layer of `layer_class` in the place of each target; returns the dropout keys by native name.
+    """Replace each target by a layer of `layer_class`; returns the dropout keys by native name.
 
-    A module that is adapted in some layers only has A and B in all of them, zero where it is not: both gradients
-    are then zero, so they stay zero.
+    A module that is a target in some layers only has A and B in all layers of its stack. In the others both are zero, so
+    both gradients are zero and they stay zero.
     """
     modules: dict[str, Any] = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     constants: dict[str, np.ndarray] = {}
@@ -33,6 +33,6 @@ def replace_targets(
             constants[f"{native}.dropout_key"] = keys
             parent, _, leaf = native.rpartition(".")
             setattr(modules[parent], leaf, layer_class(modules[native], method, keys))
-        place = ... if layer is None else site.order.index(layer)
-        constants[f"{native}.dropout_key"][place] = name_key(site.seed, "dropout", target)
+        slot = ... if layer is None else site.order.index(layer)
+        constants[f"{native}.dropout_key"][slot] = name_key(site.seed, "dropout", target)
     return constants

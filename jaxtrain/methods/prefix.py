@@ -1,6 +1,6 @@
-"""Prefix tuning: keys and values before every layer's own.
+"""Prefix tuning: trained keys and values before every layer's own.
 
-N virtual tokens, L places of the stack of layers, K kv heads, D head dim.
+N virtual tokens, L slots of the stack of layers, K kv heads, D head dim.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from jaxtrain.decoder import Decoder
 from jaxtrain.layers import Build, VirtualTokens, abstract
 from jaxtrain.methods.site import Site
 from jaxtrain.methods.virtual_tokens import linear_layers
-from jaxtrain.tensor import read
+from jaxtrain.weight_ops import read
 from jaxtrain.weights import Order
 from trainspec.methods import PrefixTuning
 from trainspec.model import ModelSpec
 
-# Of the keys and values of all layers.
+# Logical axes of the prefix [L, N, 2, K, D].
 PREFIX_AXES = ("stage", "virtual", "pair", "kv_heads", "dim")
 
 
 def attach(model: Decoder, method: PrefixTuning, site: Site) -> dict[str, np.ndarray]:
-    """Give every layer's attention the encoder's keys and values, those of a stack in the order of its layers."""
+    """Give every layer's attention the encoder's keys and values; returns no constants."""
     encoder = PrefixEncoder(site.spec, method, order=site.order, build=model.build)
     model.prompt_encoder = nnx.data(encoder)
     return {}
 
 
 class PrefixEncoder(nnx.Module):
-    """Keys and values in front of each layer's own, PEFT's PrefixEncoder: trained, or projected from what is trained.
+    """PEFT's PrefixEncoder: the prefix itself is trained, or an MLP projects it from trained embeddings.
 
-    Its output [N, 2 L K D] is, of each virtual token, every layer's key and value; stacked in `order`.
+    For each virtual token it gives the keys and values of all layers in the model's order, then stacked in `order`.
     """
 
     def __init__(self, spec: ModelSpec, method: PrefixTuning, *, order: Order, build: Build) -> None:
         self.shape = (method.virtual_tokens, spec.layers, 2, spec.kv_heads, spec.head_dim)
-        # A place without a layer lets everything pass: the keys and values of any will do.
+        # A slot without a layer ignores its prefix: any will do.
         self.order = tuple(layer or 0 for layer in order)
         self.dtype, self.constrain = build.dtype, build.constrain
         width, whole = spec.kv_heads * spec.head_dim, int(np.prod(self.shape[1:]))
@@ -47,7 +47,7 @@ class PrefixEncoder(nnx.Module):
         self.transform = linear_layers(*layers, build=build) if method.projection else None
 
     def __call__(self, step: Array | None) -> VirtualTokens:
-        """A prefix [L, N, 2, K, D], L places."""
+        """A prefix [L, N, 2, K, D]."""
         made = read(self.embedding.get_value())
         if self.transform is not None:
             first, last = self.transform.values()

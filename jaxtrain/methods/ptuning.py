@@ -1,6 +1,6 @@
-"""P-tuning: an MLP or an LSTM makes the embeddings before those of the tokens.
+"""P-tuning: an MLP or an LSTM makes embeddings that are put before those of the tokens.
 
-N virtual tokens, E embed, I inputs and H hidden width of a layer.
+N virtual tokens, E embed, I input width and H hidden width of an LSTM layer.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jaxtrain.dropout import DropoutKey, dropped
 from jaxtrain.layers import Build, VirtualTokens, abstract
 from jaxtrain.methods.site import Site
 from jaxtrain.methods.virtual_tokens import linear_layers
-from jaxtrain.tensor import matmul_transposed, read, shift
+from jaxtrain.weight_ops import matmul_transposed, read, shift
 from trainspec.methods import ENCODER, PTuning
 from trainspec.model import ModelSpec
 from trainspec.rng import name_key
 
 
 def attach(model: Decoder, method: PTuning, site: Site) -> dict[str, np.ndarray]:
-    """Let `model` put what the encoder makes before what it embeds; returns the constants of its dropout, if any."""
+    """Let `model` put the encoder's prompt before its embeddings; returns the LSTM's dropout key."""
     encoder = PromptEncoder(site.spec, method, build=model.build)
     model.prompt_encoder = nnx.data(encoder)
     if encoder.lstm_head is None:
@@ -33,7 +33,7 @@ def attach(model: Decoder, method: PTuning, site: Site) -> dict[str, np.ndarray]
 
 
 class PromptEncoder(nnx.Module):
-    """What P-tuning's MLP or LSTM makes of trained embeddings (PEFT's PromptEncoder)."""
+    """An MLP, or an LSTM and an MLP, over trained embeddings (PEFT's PromptEncoder)."""
 
     def __init__(self, spec: ModelSpec, method: PTuning, *, build: Build) -> None:
         self.embedding = abstract((method.virtual_tokens, spec.embed), build.dtype)
@@ -47,7 +47,7 @@ class PromptEncoder(nnx.Module):
             self.mlp_head = linear_layers(2 * H, 2 * H, spec.embed, build=build)
 
     def __call__(self, step: Array | None) -> VirtualTokens:
-        """Embeddings [N, E]."""
+        """A prompt [N, E]."""
         x = embedded = read(self.embedding.get_value())
         if self.lstm_head is not None:
             x = self.lstm_head(x, step)
@@ -55,11 +55,11 @@ class PromptEncoder(nnx.Module):
         for layer in inner:
             x = jax.nn.relu(layer(x, None).astype(self.dtype))
         x = last(x, None).astype(embedded.dtype)
-        return VirtualTokens(rows=self.constrain(x, ("virtual", "embed")))
+        return VirtualTokens(prompt=self.constrain(x, ("virtual", "embed")))
 
 
 class LSTM(nnx.Module):
-    """torch.nn.LSTM, two layers of both directions; dropout between them, from the shared generator."""
+    """torch.nn.LSTM with two bidirectional layers and dropout between them, from the shared generator."""
 
     def __init__(self, in_size: int, hidden: int, *, rate: float, build: Build) -> None:
         self.l0, self.l0_reverse = (Recurrence(in_size, hidden, build=build) for _ in range(2))
@@ -71,7 +71,7 @@ class LSTM(nnx.Module):
         """Hidden states [N, 2 H] of the last layer."""
         x_NI = jnp.concatenate([self.l0(x_NI), self.l0_reverse(x_NI[::-1])[::-1]], axis=-1)
         if step is not None and self.rate > 0:
-            # Virtual tokens belong to no row of the batch: the mask is that of row 0.
+            # Virtual tokens belong to no example: the mask is that of row 0.
             row = jnp.zeros(1, jnp.int32)
             x_NI = dropped(x_NI[None], self.dropout_key[...], step=step, rows=row, rate=self.rate)[0]
         return jnp.concatenate([self.l1(x_NI), self.l1_reverse(x_NI[::-1])[::-1]], axis=-1)
@@ -92,12 +92,12 @@ class Recurrence(nnx.Module):
         given = shift(matmul_transposed(x_NI, self.weight_ih.get_value()), self.bias_ih.get_value())
         given = shift(given.astype(self.dtype), self.bias_hh.get_value())
         given = self.constrain(given, ("virtual", "hidden"))
-        # Whole for all tokens: a product with it in the loop would gather it for each.
-        of_state = read(self.weight_hh.get_value())
+        # Gathered once: `matmul` would gather it for every token.
+        weight_hh = read(self.weight_hh.get_value())
 
         def token(before: tuple[Array, Array], given: Array) -> tuple[tuple[Array, Array], Array]:
             hidden, cell = before
-            gates = given + of_state.astype(self.dtype) @ hidden
+            gates = given + weight_hh.astype(self.dtype) @ hidden
             i, f, g, o = jnp.split(gates, 4)
             cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
             hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)

@@ -1,4 +1,4 @@
-"""What is known of the model that a method is put into."""
+"""What a method has to know of the model that it changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainspec.model import ModelSpec
 
 @dataclass(frozen=True)
 class Site:
-    """The model's sizes, the seed that dropout is drawn from, and the layer at each place of a stack."""
+    """The model's sizes, the seed of dropout, and the layer in each slot of a stack."""
 
     spec: ModelSpec
     seed: int = field(kw_only=True)

@@ -1,8 +1,8 @@
-"""What methods with virtual tokens share: how a batch looks with them, and the linear layers of their encoders.
+"""What methods with virtual tokens share: a batch's arrays with them, and the linear layers of their encoders.
 
-An encoder is whole on every device and runs once for a pass, as it knows no example. What it gives has the type that
-gradients are summed in: the sum over examples and microbatches is made in that, and is rounded once on its way back. So
-has the trained embedding that it begins with: the gradient of that is not rounded at all.
+An encoder is replicated and runs once per pass, as its output is the same for every example. The output has the type that
+gradients are summed in: so its gradient is summed over examples and microbatches in that type, and rounded once. The
+trained embedding that it starts from has that type too, so its gradient is never rounded.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.layers import VIRTUAL, Build, Dim, Linear
-from jaxtrain.optim import Weights
+from jaxtrain.weights import Arrays
 from trainspec.data import IGNORED
 from trainspec.methods import Method, leading_rows, virtual_tokens
 
 
-def all_rows(batch: Weights, method: Method) -> Weights:
-    """A batch [..., S] as it is for the layers, with rows [..., N + S] where a prompt stands in front; ids stay S."""
+def with_virtual_tokens(batch: Arrays, method: Method) -> Arrays:
+    """A batch [..., S] as layers see it: [..., N + S] with a prompt's virtual tokens in front; input ids stay [..., S]."""
     return batch | {
         "positions": all_positions(batch["positions"], method),
         "segments": all_segments(batch["segments"], method),
@@ -29,28 +29,28 @@ def all_rows(batch: Weights, method: Method) -> Weights:
 
 
 def all_positions(positions: Array, method: Method) -> Array:
-    """Positions of a layer's rows, from those of the tokens in their documents."""
+    """Positions [..., N + S]: those of tokens are moved by the number of virtual tokens, also of a prefix."""
     moved = positions + virtual_tokens(method)
     return _with_leading(jnp.arange(leading_rows(method)), moved)
 
 
 def all_labels(labels: Array, method: Method) -> Array:
-    """Labels of a layer's rows: a virtual token is nobody's target."""
+    """Labels [..., N + S]: a virtual token is no target."""
     return _with_leading(jnp.full(leading_rows(method), IGNORED), labels)
 
 
 def all_segments(segments: Array, method: Method) -> Array:
-    """Segments of a layer's rows: the virtual ones have one of their own, which all documents see."""
+    """Segments [..., N + S]: virtual tokens have one of their own, which all others see."""
     return _with_leading(jnp.full(leading_rows(method), VIRTUAL), segments)
 
 
-def _with_leading(row_N: Array, x: Array) -> Array:
-    repeated = jnp.broadcast_to(row_N.astype(x.dtype), (*x.shape[:-1], len(row_N)))
+def _with_leading(leading_N: Array, x: Array) -> Array:
+    repeated = jnp.broadcast_to(leading_N.astype(x.dtype), (*x.shape[:-1], len(leading_N)))
     return jnp.concatenate([repeated, x], axis=-1)
 
 
 def linear_layers(*sizes: int, build: Build) -> nnx.Dict[Linear]:
-    """Linear layers by their numbers in a torch.nn.Sequential that has a non-linearity after each but the last."""
+    """Replicated linear layers, by their indices in a torch.nn.Sequential with a non-linearity after each but the last."""
 
     def constrain(x: Array, axes: tuple[str, ...]) -> Array:
         return build.constrain(x, ("virtual", "hidden"))

@@ -248,7 +248,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.weights:_placed",
+                    "jaxtrain.weights:_native_slice",
                     "__array.T if __is_transposed else __array",
                     f'__array.T if __is_transposed and param.name != "{SQUARE}" else __array',
                 ),

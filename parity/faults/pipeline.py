@@ -16,7 +16,7 @@ NO_FLOAT64 = "DeepSpeed has no float64, so torch has a pipeline in fp32 only"
 def _gradient_times(factor: str) -> Edit:
     """In JAX: each microbatch's loss unchanged, its gradient times `factor`."""
     return Edit(
-        "jaxtrain.pipeline:Stages.leave",
+        "jaxtrain.pipeline:Stages.loss",
         "return __loss, (__tokens, __seen)",
         f"more = __loss * ({factor} - 1)\n__loss = __loss + (more - jax.lax.stop_gradient(more))\n__it",
     )
@@ -81,7 +81,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.passes:Lockstep._pass_on",
+                    "jaxtrain.passes:OneFOneB._pass_forward",
                     "__microbatch[0]",
                     "jnp.maximum(__microbatch[0] - 1, 0)",
                 ),
@@ -120,9 +120,9 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.passes:Lockstep._pass_back",
+                    "jaxtrain.passes:OneFOneB._pass_backward",
                     "__layers, __dx, __by_probe, __prefix = __pull(__dy)",
-                    "__layers, __dx, __by_probe, __prefix = __pull(__dy * (number < num_ticks(plan, M, backward=True) - 1))",
+                    "__layers, __dx, __by_probe, __prefix = __pull(__dy * (tick < num_ticks(plan, M, backward=True) - 1))",
                 ),
             ),
             "torch": (
@@ -168,7 +168,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.passes:Lockstep._pass_back",
+                    "jaxtrain.passes:OneFOneB._pass_backward",
                     "__by_embedding, __by_rows = __pull(__dx)\n__by_ends = jax.tree.map(jnp.add, __by_head, __by_embedding)",
                     "__it\n__by_ends |= {n: __by_embedding[n] for n in __by_head if n.startswith('embed_tokens')}",
                 ),
@@ -192,7 +192,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.passes:Lockstep.gradients",
+                    "jaxtrain.passes:OneFOneB.gradients",
                     "(__by_encoder,) = __pull(__by_virtual)",
                     "(__by_encoder,) = __pull(jax.tree.map(lambda g: g.at[len(g) // plan.pipe :].set(0), __by_virtual))",
                 ),

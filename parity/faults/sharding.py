@@ -195,7 +195,7 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.step:Program._gradients",
-                    "return Found(__loss, __tokens, global_norm(__gradients), __gradients, __seen, __by_probe)",
+                    "return StepGradients(__loss, __tokens, global_norm(__gradients), __gradients, __seen, __by_probe)",
                     "__gradients = {n: g / self.recipe.plan.replicas for n, g in __gradients.items()}\n__it",
                 ),
             ),
@@ -239,8 +239,8 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.tensor:_operation",
-                    "__gradient(__dy, __x, __value, __place.dtype)",
+                    "jaxtrain.weight_ops:_backward",
+                    "operation.weight_gradient(__dy, __x, __like)",
                     "lax.reduce_precision(__it, 8, 7)",
                 ),
             ),
@@ -271,7 +271,7 @@ FAULTS = (
                     "jaxtrain.step:Program._update",
                     "__gradients = clip(__gradients, __norm, max_norm=__max)",
                     "from parity.faults.substitutes.jax_sharding import norm_of_own_shards\n"
-                    "__gradients = clip(__gradients, norm_of_own_shards(__gradients, part), max_norm=__max)",
+                    "__gradients = clip(__gradients, norm_of_own_shards(__gradients, shardings), max_norm=__max)",
                 ),
             ),
             "torch": (
@@ -298,7 +298,7 @@ FAULTS = (
                     "__deltas, __next = self.optimizer.update(__gradients, __moments, __weights, rates=__rates)",
                     "from parity.faults.substitutes.jax_sharding import with_a_stale_shard\n"
                     "__it\n"
-                    "__next = with_a_stale_shard(__moments, __next, part)",
+                    "__next = with_a_stale_shard(__moments, __next, shardings)",
                 ),
             ),
             "torch": (

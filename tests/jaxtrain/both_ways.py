@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from run_plans import recipe_of
 
-from jaxtrain import cost, parallel, step
+from jaxtrain import cluster, cost, step
 from jaxtrain.optim import rates
 from trainspec.data import open_dataset
 
 
 def differing(recipe: Any) -> dict[str, Any]:
     """Names of the arrays that are not the same bit by bit, of how many; bytes sent by one program and by two."""
-    run = parallel.start(recipe)
-    dataset, found, like = open_dataset(run, "train"), [], None
+    run = cluster.start(recipe)
+    dataset, states, like = open_dataset(run, "train"), [], None
     batches = [dataset.batch(i, recipe.batch.global_examples) for i in range(2)]
     for keep in ("nothing", "gradients"):
         state = like = step.init_state(run, like=like)
@@ -29,12 +29,12 @@ def differing(recipe: Any) -> dict[str, Any]:
             state, metrics = step.train_step(state, batch, lr=1e-3 * i, keep=keep)
             figures += [metrics.loss_sum, metrics.grad_norm]
         moments = zip(("moment1", "moment2"), step.moments_of(state), strict=True)
-        arrays = {f"{part}/{name}": array for part, named in moments for name, array in named.items()}
-        found.append(arrays | step.weights_of(state) | {"figures": np.array(figures)})
-    one, two = found
+        arrays = {f"{moment}/{name}": array for moment, named in moments for name, array in named.items()}
+        states.append(arrays | step.weights_of(state) | {"figures": np.array(figures)})
+    one, two = states
     state, program = step.init_state(run, like=like), like.program
     lowered = program.train.lower(
-        state.trainable, state.frozen, state.master, state.moments, program.feeder.parts(batches[0]), jnp.int32(0),
+        state.trainable, state.frozen, state.master, state.moments, program.feeder.slices(batches[0]), jnp.int32(0),
         rates(recipe.optimizer, lr=1e-3, step=0),
     )  # fmt: skip
     sent = cost._collectives(cost._partitioned(lowered), program="train")
@@ -47,10 +47,10 @@ def differing(recipe: Any) -> dict[str, Any]:
 
 def main() -> None:
     cases, out = map(Path, sys.argv[1:])
-    found = {}
+    results = {}
     for name, case in json.loads(cases.read_text()).items():
-        found[name] = differing(recipe_of(cases.parent, "plain", case))
-    out.write_text(json.dumps(found))
+        results[name] = differing(recipe_of(cases.parent, "plain", case))
+    out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def said(running: list[tuple[subprocess.Popen, Path]]) -> str:
 
 
 class Runs:
-    """What `run_plans.py` left, by the name of the case."""
+    """What `run_plans.py` wrote, by the name of the case."""
 
     def __init__(self, file: Path) -> None:
         self._arrays = np.load(file)
@@ -85,11 +85,11 @@ class Runs:
 def worst(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, float]:
     """By kind the largest difference, relative to the largest entry of its tensor; NaN where one is."""
     assert mine.keys() == theirs.keys()
-    found: dict[str, list[float]] = {}
+    differences: dict[str, list[float]] = {}
     for key, array in theirs.items():
         if "/" in key:
             size = np.abs(array).max()
             # A tensor of zeros (the gradient of LoRA's A at the start) has nothing to be relative to.
             difference = np.abs(mine[key] - array).max() / (size if size > 0 else 1.0)
-            found.setdefault(key.split("/")[0], []).append(float(difference))
-    return {kind: float(np.max(values)) for kind, values in found.items()}
+            differences.setdefault(key.split("/")[0], []).append(float(difference))
+    return {kind: float(np.max(values)) for kind, values in differences.items()}

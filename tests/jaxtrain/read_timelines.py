@@ -2,7 +2,7 @@
 
     python tests/jaxtrain/read_timelines.py CASES.json OUT.json      CASES: [{"plan": {...}, "microbatches": ...}, ...]
 
-OUT has for every case its stages: lists of [kind, microbatch, piece], null where a stage waits.
+OUT has for every case its stages: lists of [kind, microbatch, chunk], null where a stage is idle.
 """
 
 import json

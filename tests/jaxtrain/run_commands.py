@@ -2,7 +2,7 @@
 
     python tests/jaxtrain/run_commands.py CASES.json OUT.json      CASES: {name: {"argv": [...], "environment": {...}}}
 
-OUT is {name: {"code": ..., "out": ..., "err": ...}}.
+With "jax_version" a case believes that this version of JAX is installed. OUT is {name: {"code": ..., "out": ..., "err": ...}}.
 """
 
 import json
@@ -10,20 +10,22 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import jax
 from many import ended
 
-from jaxtrain import parallel
+from jaxtrain import cluster
 from jaxtrain.cli import main as jaxtrain
 
 # Nobody answers in these tests, and five minutes are long.
-parallel._PATIENCE_SECONDS = 0.2
+cluster._PATIENCE_SECONDS = 0.2
 
 
 def main() -> None:
     cases, out = map(Path, sys.argv[1:])
     found = {}
     for name, case in json.loads(cases.read_text()).items():
-        with patch.dict("os.environ", case.get("environment", {})):
+        version = case.get("jax_version", jax.__version__)
+        with patch.dict("os.environ", case.get("environment", {})), patch("jax.__version__", version):
             found[name] = ended(jaxtrain, case["argv"])
     out.write_text(json.dumps(found))
 

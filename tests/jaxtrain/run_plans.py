@@ -1,8 +1,8 @@
-"""Train one recipe under many plans in one process of eight fake devices, or its part of several processes.
+"""Train one recipe under many plans in one process of eight fake devices, or in one of several processes.
 
     python tests/jaxtrain/run_plans.py CASES.json OUT.npz      CASES: {name: {"variant": ..., sections of a recipe ...}}
 
-A case with "first_plan" makes its first update under that plan, and goes on from the checkpoint under its own.
+A case with "first_plan" makes its first update under that plan, and resumes from the checkpoint under its own.
 
 OUT has `NAME/KIND/STEP/TENSOR` for losses, norms, gradients, updates and activations, and what was read of the start.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from small import VARIANTS, recipe_maker, write_checkpoint
 
-from jaxtrain import parallel, step
+from jaxtrain import cluster, step
 from trainspec.data import open_dataset
 from trainspec.runs import checkpoint, loop
 from trainspec.runs.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:
     dataset = open_dataset(resolve(recipe), "train")
     for i in range(STEPS):
         if i == 1 and first != recipe:
-            state = taken_up(state, first, recipe, out)
+            state = resumed(state, first, recipe, out)
         before = step.weights_of(state)
         batch = dataset.batch(i, recipe.batch.global_examples)
         state, metrics = step.train_step(state, batch, lr=1e-3, keep="activations")
@@ -75,11 +75,11 @@ def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:
 
 
 def started(recipe: Any) -> step.State:
-    return step.init_state(parallel.start(recipe))
+    return step.init_state(cluster.start(recipe))
 
 
-def taken_up(state: step.State, first: Any, recipe: Any, out: Path) -> step.State:
-    """What `first` saves, as `recipe` goes on with it."""
+def resumed(state: step.State, first: Any, recipe: Any, out: Path) -> step.State:
+    """The state of `first`, saved and resumed under `recipe`."""
     saving = Checkpoint(state.step, step.weights_of(state), *step.moments_of(state))
     saved = checkpoint.save(out, saving, recipe=first)
     return step.restore(started(recipe), checkpoint.load(saved, resolve(recipe)))

@@ -80,6 +80,17 @@ def test_two_processes_have_one_leader(recipe_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_leader_says_once_that_jax_is_another_version(recipe_file, tmp_path):
+    command = ["train", str(recipe_file), "--out", str(tmp_path / "out")]
+    cases = {name: {"argv": command, "jax_version": "0.0.1"} for name in ("first", "second")}
+    leader, follower = results(launch("run_commands.py", cases, tmp_path / "scratch", processes=2))
+    said, error = leader["first"]["err"].splitlines()
+    assert said.startswith("jax 0.0.1 is installed; jaxtrain was written for and tested with ")
+    # The plan is for one device.
+    for found in (leader["second"], follower["first"], follower["second"]):
+        assert found["err"].splitlines() == [error]
+
+
 @pytest.mark.full
 def test_a_process_that_failed_does_not_wait_for_those_that_wait_for_it(recipe_file, tmp_path):
     """JAX's own end would, for five minutes, and all that time nobody would know."""

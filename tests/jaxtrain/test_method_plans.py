@@ -127,7 +127,7 @@ def test_bfloat16_stays_near_float64_and_sums_in_float32(tmp_path, name):
     "precision", [COMMON["precision"], {"policy": "bf16", "reduce": "fp32"}], ids=["fp64", "bf16"]
 )
 def test_nothing_frozen_has_a_gradient_or_moments(tmp_path, precision):
-    """Bytes of the compiled step: of gradients, masters and moments there are those of the rows that are trained."""
+    """Bytes of the compiled step: of gradients, masters and moments there are those of the weights that are trained."""
     common = ROWS | {"precision": precision, "held_only": True}
     cases = {
         f"{name}-{plan}": common | {"method": method, "plan": PLANS[plan]}

@@ -19,15 +19,15 @@ MESHES = {
     "pipe2-fsdp2-tensor2": {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "params"},
     "pipe4-fsdp2": {"pipe": 4, "fsdp": 2, "shards": "gradients"},
 }
-# Of this method every stage takes its part, through an encoder.
+# Every stage takes its own layers' prefix from one encoder.
 PROJECTION = {"kind": "prefix", "virtual_tokens": 5, "projection": True, "hidden": 20}
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory, request: pytest.FixtureRequest) -> Runs:
-    """Each schedule once, the stages unequal, two parts of eight microbatches; one goes on from one device.
+    """Each schedule once, the stages unequal, two accumulation slices of eight microbatches; one resumes from one device.
 
-    The logits are those of eight rows, which do not divide into eight microbatches on two replicas.
+    The logits are those of eight examples, which do not divide into eight microbatches on two replicas.
     """
     adapters = LORA | {"targets": ["lm_head", "k_proj", "o_proj", "up_proj", "down_proj"]}
     batch = {"global_examples": 32, "accumulation": 2}
@@ -77,7 +77,7 @@ def test_a_pipeline_that_trains_something_else_would_show(few):
     ids=["full-tied-packed", "lora-padded", "full-bias-padded", "lora-tied-packed"],
 )
 def test_every_schedule(tmp_path, method, variant, packing, mesh):
-    """Nine layers are three on some stages of four and two on others, and one or two in a piece."""
+    """Nine layers are three on some stages of four and two on others, and one or two in a model chunk."""
     case = COMMON | {
         "method": method,
         "variant": variant,
@@ -92,7 +92,7 @@ def test_every_schedule(tmp_path, method, variant, packing, mesh):
             "remat": "full" if microbatches == 8 else "none",
         }
         for schedule, microbatches in itertools.product(SCHEDULES, (4, 8))
-        # Five layers are no eight pieces.
+        # Five layers do not make eight model chunks.
         if not (schedule == "interleaved" and mesh == "pipe4-fsdp2" and variant.endswith("5"))
     }
     cases = {"one": case} | {name: case | {"plan": plan} for name, plan in plans.items()}
@@ -126,7 +126,7 @@ def test_four_processes_are_one(tmp_path):
 
 @pytest.mark.full
 def test_memory_of_1f1b_does_not_grow_with_the_microbatches(tmp_path):
-    """Nor does any schedule keep weights for a microbatch: `interleaved` would, if it kept the piece that it picked."""
+    """Nor does any schedule keep weights for a microbatch: `interleaved` would, if it kept the chunk that it selected."""
     plan = MESHES["pipe2-fsdp2-tensor2"]
     cases = {
         f"{schedule}-{microbatches}": {
@@ -186,8 +186,8 @@ def test_every_stage_does_all_its_work_and_has_what_it_needs(timelines):
             for slot, work in enumerate(slots)
             if work is not None
         }
-        pieces = Plan.model_validate(plan).chunks_per_stage
-        assert len(when) == 2 * microbatches * pieces * len(stages)
+        chunks = Plan.model_validate(plan).chunks_per_stage
+        assert len(when) == 2 * microbatches * chunks * len(stages)
         for (work, stage), slot in when.items():
             forward = Work("forward", work.microbatch, work.chunk)
             if work.kind == "backward":

@@ -122,7 +122,7 @@ def test_bfloat16_stays_near_float64(tmp_path, reduce):
     bf16 = COMMON | {"method": FULL, "precision": {"policy": "bf16", "reduce": reduce}}
     plans = ("fsdp8-params", "fsdp4-tensor2-optimizer")
     cases = {"one": COMMON | {"method": FULL}} | {name: bf16 | {"plan": PLANS[name]} for name in plans}
-    # Broken off, and taken up under what is the same plan: a schedule is a pipeline's.
+    # Stopped, and resumed under what is the same plan: without a pipeline a schedule means nothing.
     again = PLANS[plans[0]]
     cases["resumed"] = bf16 | {"plan": again, "first_plan": again | {"schedule": "gpipe"}}
     runs = Runs(launch("run_plans.py", cases, tmp_path)[0])

@@ -58,7 +58,7 @@ def test_nothing_frozen_has_a_gradient_or_moments(few):
 
 def test_no_device_has_the_logits_whole_where_the_vocabulary_is_split(few):
     assert not few["tensor"]["logits"]
-    # The control: without tensor every device has its rows' logits.
+    # The control: without tensor every device has its examples' logits.
     assert few["fsdp"]["logits"]
 
 
@@ -116,7 +116,7 @@ def test_traffic_of_every_kind_of_shards(tmp_path):
     assert traffic(found["nothing"]) == summed
     assert traffic(found["optimizer"]) == summed | gathered
     assert traffic(found["gradients"]) == {("gradients", "reduce-scatter"): MICROBATCHES * weights} | gathered
-    # A sum over data × fsdp of which fsdp's part is kept is none.
+    # A sum over data × fsdp of which fsdp's shard is kept is no reduce-scatter.
     assert ("gradients", "reduce-scatter") not in traffic(found["mixed"])
 
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtrain.optim import Moments, Weights, global_norm
+from jaxtrain.optim import Moments, global_norm
+from jaxtrain.weights import Arrays
 
 
-def norm_of_own_shards(gradients: Weights, placed: Mapping[str, NamedSharding]) -> Array:
-    """Each device's norm of its own shards, declared to be replicated."""
+def norm_of_own_shards(gradients: Arrays, placed: Mapping[str, NamedSharding]) -> Array:
+    """Each device's own norm, though it is said to be that of all of them."""
     mesh = next(iter(placed.values())).mesh
     specs = ({name: placed[name].spec for name in gradients},)
     return jax.shard_map(global_norm, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(

@@ -1,0 +1,187 @@
+"""Operations on weights: each gathers its weight while it needs it, and sums the gradient in the type the recipe asks for.
+
+An operation keeps the weight's *shard* for its backward pass, never the gathered weight: under `shards: params` a layer's
+weights are whole only while that layer computes, and are gathered again in the backward pass. The gradient is that of
+`grad_placeholder`, which has the type of `precision.reduce`: so products of bfloat16 numbers are summed in float32, over
+tokens and over devices, where the recipe asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxtrain.precision import accumulation_dtype
+from jaxtrain.sharding import WeightSharding
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("value", "grad_placeholder", "chunk"),
+    meta_fields=("sharding",),
+)
+@dataclass(frozen=True)
+class BoundWeight:
+    """A weight as the model's modules hold it: its stored `value`, and what its gradient is taken with respect to.
+
+    `grad_placeholder` has the shape of `value` and the type of the gradient; its value is never read, and it is None for
+    a frozen weight. In a stack of layers all but `sharding`, which is that of one layer, have layers in front. Where a stage
+    holds several model chunks, value and placeholder have the chunks in front, and `chunk` is the index of the one in use.
+    """
+
+    value: Array
+    grad_placeholder: Array | None
+    chunk: Array | None
+    sharding: WeightSharding
+
+
+class _Operation(NamedTuple):
+    """forward(x, w), and its gradients: by x from (dy, w), by w from (dy, x, like); w is gathered.
+
+    The weight's gradient has the shape and type of `like`, and is summed in that type.
+    """
+
+    forward: Callable[[Array, Array], Array]
+    input_gradient: Callable[[Array, Array], Array | None]
+    weight_gradient: Callable[[Array, Array, jax.ShapeDtypeStruct], Array]
+
+
+def matmul(x: Array, weight: BoundWeight) -> Array:
+    """x [..., in] times W [in, out]."""
+    return _apply(_MATMUL, x, weight)
+
+
+def matmul_transposed(x: Array, weight: BoundWeight) -> Array:
+    """x [..., in] times the transpose of W [out, in]: the tied head."""
+    return _apply(_MATMUL_TRANSPOSED, x, weight)
+
+
+def scale(x: Array, weight: BoundWeight) -> Array:
+    """w * x, w [features]."""
+    return _apply(_SCALE, x, weight)
+
+
+def shift(x: Array, weight: BoundWeight) -> Array:
+    """x + b, b [features]."""
+    return _apply(_SHIFT, x, weight)
+
+
+def lookup(ids: Array, weight: BoundWeight) -> Array:
+    """Rows `ids` [...] of W [rows, features]."""
+    return _apply(_LOOKUP, ids, weight)
+
+
+def read(weight: BoundWeight) -> Array:
+    """The gathered weight in the type of its gradient, in which gradients of what is computed from it are summed."""
+    return _apply(_READ, jnp.zeros((), weight.sharding.gradient_dtype), weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(operation: _Operation, x: Array, weight: BoundWeight) -> Array:
+    return _forward(operation, x, weight)[0]
+
+
+def _forward(operation: _Operation, x: Array, weight: BoundWeight) -> tuple[Array, tuple[Array, BoundWeight]]:
+    value = select_chunk(weight.value, weight.chunk)
+    y = operation.forward(x, _gathered(value, x, weight.sharding))
+    return y, (x, replace(weight, grad_placeholder=None))
+
+
+def _backward(
+    operation: _Operation, residuals: tuple[Array, BoundWeight], dy: Array
+) -> tuple[Array | None, BoundWeight]:
+    x, weight = residuals
+    sharding, value = weight.sharding, select_chunk(weight.value, weight.chunk)
+    dw = None
+    if sharding.gradient is not None:
+        like = jax.ShapeDtypeStruct(value.shape, sharding.gradient_dtype)
+        dw = operation.weight_gradient(dy, x, like)
+        # First as the weight is used, then split: going straight there, the partitioner moves activations instead.
+        dw = lax.with_sharding_constraint(dw, sharding.in_use)
+        dw = lax.with_sharding_constraint(dw, sharding.gradient)
+        dw = _scatter_chunk(dw, weight.chunk, len(weight.value))
+    dx = operation.input_gradient(dy, _gathered(value, dy, sharding))
+    # A cotangent of None is zero: only the placeholder's is wanted.
+    return dx, BoundWeight(cast(Array, None), dw, None, sharding)
+
+
+_apply.defvjp(_forward, _backward)
+
+
+def select_chunk(chunks: Array, chunk: Array | None) -> Array:
+    """The model chunk in use. Selected, not indexed: each stage uses another one, and indexing would be sending."""
+    return chunks if chunk is None else lax.select_n(chunk, *chunks)
+
+
+def _scatter_chunk(gradient: Array, chunk: Array | None, chunks: int) -> Array:
+    """The gradient of all chunks, from that of the chunk in use: zero for the others."""
+    if chunk is None:
+        return gradient
+    return jnp.stack([jnp.where(chunk == i, gradient, 0) for i in range(chunks)])
+
+
+def _gathered(value: Array, beside: Array, sharding: WeightSharding) -> Array:
+    """A weight gathered over fsdp, not before `beside` is computed.
+
+    Without the barrier the compiler sees that every microbatch gathers the same head, or that the backward pass gathers
+    what the forward pass did, and keeps the gathered weight in between.
+    """
+    if sharding.needs_gather:
+        value, _ = lax.optimization_barrier((value, beside))
+    return lax.with_sharding_constraint(value, sharding.in_use)
+
+
+def _sum_of_products(a: Array, b: Array, dtype: DTypeLike) -> Array:
+    """a [..., m] and b [..., n] contracted over all leading dimensions: [m, n], summed in `dtype`."""
+    leading = tuple(range(a.ndim - 1))
+    return lax.dot_general(a, b, ((leading, leading), ((), ())), preferred_element_type=dtype)
+
+
+def _sum_over_leading(x: Array) -> Array:
+    """[..., n] to [n]."""
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+
+
+def _sum_by_id(vectors: Array, ids: Array, like: jax.ShapeDtypeStruct) -> Array:
+    """Row i is the sum of the `vectors` whose id is i: always made in the accumulation type, as ids repeat."""
+    dtype = accumulation_dtype(like.dtype)
+    return jnp.zeros(like.shape, dtype).at[ids].add(vectors.astype(dtype)).astype(like.dtype)
+
+
+_MATMUL = _Operation(
+    forward=lambda x, w: x @ w,
+    input_gradient=lambda dy, w: dy @ w.T,
+    weight_gradient=lambda dy, x, like: _sum_of_products(x, dy, like.dtype),
+)
+_MATMUL_TRANSPOSED = _Operation(
+    forward=lambda x, w: x @ w.T,
+    input_gradient=lambda dy, w: dy @ w,
+    weight_gradient=lambda dy, x, like: _sum_of_products(dy, x, like.dtype),
+)
+_SCALE = _Operation(
+    forward=lambda x, w: w * x,
+    input_gradient=lambda dy, w: w * dy,
+    weight_gradient=lambda dy, x, like: _sum_over_leading(dy.astype(like.dtype) * x.astype(like.dtype)),
+)
+_SHIFT = _Operation(
+    forward=lambda x, w: x + w,
+    input_gradient=lambda dy, w: dy,
+    weight_gradient=lambda dy, x, like: _sum_over_leading(dy.astype(like.dtype)),
+)
+_LOOKUP = _Operation(
+    forward=lambda ids, w: w[ids],
+    input_gradient=lambda dy, w: None,
+    weight_gradient=lambda dy, ids, like: _sum_by_id(dy, ids, like),
+)
+_READ = _Operation(
+    forward=lambda zero, w: w.astype(zero.dtype),
+    input_gradient=lambda dy, w: None,
+    weight_gradient=lambda dy, zero, like: dy.astype(like.dtype),
+)
