@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from trainspec.families import FAMILIES, PRESETS
+from trainspec.methods import METHODS
 from trainspec.params import param_table
+from trainspec.runs.contract import CONTRACT
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trainspec", "jaxtrain", "torchtrain", "parity")
@@ -33,224 +36,35 @@ FORBIDDEN = {
     "jaxtrain": {*TORCH_WORLD, "torchtrain", "parity"},
     "torchtrain": {*JAX_WORLD, "jaxtrain", "parity"},
 }
-# Inside a backend a module imports from its own layer's left to the right only.
-LAYERS = (
-    ("cli",),
-    ("train", "cost"),
-    ("step",),
-    ("passes",),
-    ("parallel", "pipeline", "zero", "feed", "storage"),
-    ("methods",),
-    ("optim", "loss"),
-    ("model", "weights"),
-    ("families", "decoder", "layers", "dropout", "activations", "tensor", "engine", "launch"),
-)
-
-# Files that one twin has and the other has not, each with its reason.
-ONE_SIDED_FILES = {
-    "torchtrain/zero.py": "DeepSpeed; in JAX the compiler splits what the plan says",
-    "torchtrain/engine.py": "what DeepSpeed, its pipeline and plain torch have in common; JAX has functions",
-    "jaxtrain/passes.py": "the order of passes is a loop of our own; torch's is DeepSpeed's",
-    "jaxtrain/feed.py": "a compiled function takes the whole batch, in torch each process takes its examples",
-    "jaxtrain/storage.py": "the state of JAX is arrays, which functions take and give; torch's is in the engine's store",
-    "jaxtrain/decoder.py": "what families have in common; torch's come from Hugging Face",
-    "torchtrain/families/anatomy.py": "Hugging Face's modules are asked where in them is what",
-    "torchtrain/launch.py": "a process for every device; in JAX one process has many",
+# A module imports from its own line and the lines below it only. A family is a forward pass in JAX; in torch, whose
+# forward passes are Hugging Face's, it says where in a module what is, and everybody asks it.
+LAYERS = {
+    "jaxtrain": (
+        ("cli",),
+        ("train", "cost"),
+        ("step",),
+        ("passes",),
+        ("pipeline", "methods", "model"),
+        ("families", "decoder"),
+        ("layers", "activations"),
+        ("feed", "storage", "weight_ops"),
+        ("sharding",),
+        ("cluster", "mesh", "weights", "optim", "loss", "dropout"),
+        ("precision", "_jax"),
+    ),
+    "torchtrain": (
+        ("cli",),
+        ("train", "cost"),
+        ("step",),
+        ("engines",),
+        ("methods", "model"),
+        ("weights",),
+        ("layers", "activations", "tensor_parallel", "loss"),
+        ("mesh", "launch"),
+        ("cluster",),
+        ("families", "dropout", "optim", "precision", "_deepspeed"),
+    ),
 }
-
-# Public names that one twin has and the other has not, each with its reason.
-ONE_SIDED = {
-    "jaxtrain/activations.py": {
-        "Probes": "JAX adds zeros and takes the gradient by them",
-        "Tap": "JAX adds zeros and takes the gradient by them",
-        "zero_probes": "JAX adds zeros and takes the gradient by them",
-    },
-    "torchtrain/activations.py": {
-        "Recording": "torch has hooks",
-        "recorded": "torch has hooks",
-    },
-    "jaxtrain/layers.py": {
-        "Linear": "torch's come from Hugging Face",
-        "Embedding": "torch's come from Hugging Face",
-        "Dim": "Hugging Face's modules know no logical axes",
-        "Build": "Hugging Face's modules know no logical axes",
-        "wide": "Hugging Face's modules choose their own",
-        "abstract": "torch has the meta device",
-        "rotary_tables": "torch's are a module that takes Hugging Face's place",
-        "rotate": "torch's come from Hugging Face",
-        "attend": "torch's come from Hugging Face",
-        "VIRTUAL": "JAX makes the mask from segments in the model",
-        "VirtualTokens": "an input of the compiled passes; in torch hooks put them in",
-        "Encoder": "an input of the compiled passes; in torch hooks put them in",
-        "in_front": "an input of the compiled passes; in torch hooks put them in",
-    },
-    "torchtrain/layers.py": {
-        "RotaryTables": "JAX's is a function, rotary_tables",
-    },
-    "jaxtrain/families/llama.py": {
-        "Attention": "torch's come from Hugging Face",
-        "SwiGLU": "torch's come from Hugging Face",
-        "Block": "torch's come from Hugging Face",
-    },
-    "torchtrain/families/llama.py": {
-        "sizes": "the arguments of Hugging Face's configuration",
-    },
-    "torchtrain/families/__init__.py": {
-        "anatomy_of": "Hugging Face's modules are asked where in them is what",
-    },
-    "jaxtrain/weights.py": {
-        "native_module": "JAX stacks layers under names of its own",
-        "native_name": "JAX stacks layers under names of its own",
-        "LSTM_LEAF": "a module for each layer and direction in JAX",
-        "LAYER": "JAX stacks layers under names of its own",
-        "LEAVES": "JAX stacks layers under names of its own",
-        "TRANSPOSED": "torch's layout is the canonical one",
-        "native_spec": "torch's processes each hold their own part",
-        "native_shapes": "JAX compiles for shapes",
-        "is_stacked": "torch has a module for every layer",
-        "Order": "torch has a module for every layer",
-        "to_host": "torch's to_canonical gathers",
-    },
-    "jaxtrain/tensor.py": {
-        "Constrain": "JAX says where an activation lies, the compiler moves it",
-        "Place": "JAX says where a weight lies, the compiler moves it",
-        "Weight": "a weight of torch is a parameter, which has its gradient",
-        "matmul": "for torch autograd and DeepSpeed do this",
-        "matmul_transposed": "for torch autograd and DeepSpeed do this",
-        "read": "for torch autograd and DeepSpeed do this",
-        "scale": "for torch autograd and DeepSpeed do this",
-        "shift": "for torch autograd and DeepSpeed do this",
-        "chosen": "a stage of torch has one piece of the model",
-        "lookup": "for torch autograd and DeepSpeed do this",
-    },
-    "jaxtrain/parallel.py": {
-        "Layout": "JAX's arrays are global, a process of torch holds its own part",
-        "constrained": "JAX's arrays are global, a process of torch holds its own part",
-    },
-    "torchtrain/weights.py": {
-        "canonical_name": "PEFT renames modules in memory",
-        "allocate": "torch's module is there before its weights",
-    },
-    "jaxtrain/methods/lora.py": {
-        "LoRALinear": "torch's is PEFT's",
-    },
-    "jaxtrain/methods/dora.py": {
-        "DoRALinear": "torch's is PEFT's, with another variant",
-        "IsTarget": "JAX stacks layers, some of which may be no targets",
-    },
-    "torchtrain/methods/dora.py": {
-        "Magnitude": "ZeRO gathers the weights of a module",
-    },
-    "torchtrain/methods/__init__.py": {
-        "layer_inputs": "DeepSpeed's pipeline calls layers one by one; in JAX they are an input of the compiled passes",
-    },
-    "jaxtrain/dropout.py": {
-        "DropoutKey": "torch's is held by CounterDropout",
-        "dropped": "torch's is a module, CounterDropout",
-    },
-    "torchtrain/dropout.py": {
-        "CounterDropout": "takes the place of PEFT's dropout modules",
-    },
-    "jaxtrain/methods/virtual_tokens.py": {
-        "all_rows": "one function that is compiled; torch makes each where it is needed",
-        "all_segments": "JAX makes the mask from segments in the model",
-        "linear_layers": "torch's are PEFT's",
-    },
-    "jaxtrain/methods/prompt.py": {
-        "PromptEmbedding": "torch's is PEFT's",
-    },
-    "jaxtrain/methods/ptuning.py": {
-        "PromptEncoder": "torch's is PEFT's",
-        "LSTM": "torch's is PEFT's",
-        "Recurrence": "torch's is PEFT's",
-    },
-    "jaxtrain/methods/prefix.py": {
-        "PrefixEncoder": "torch's is PEFT's",
-        "PREFIX_AXES": "torch's processes each hold their own part",
-    },
-    "torchtrain/methods/virtual_tokens.py": {
-        "all_visible": "the mask is made before the model",
-        "put_in_front": "JAX's model asks its encoder",
-    },
-    "torchtrain/methods/prefix.py": {
-        "Prefix": "JAX's model has VirtualTokens",
-        "layer_inputs": "see torchtrain/methods/__init__.py",
-        "make_prefix": "each process takes its own heads",
-        "attend_behind_prefix": "takes the place of Hugging Face's attention",
-    },
-    "jaxtrain/optim.py": {
-        "Moments": "torch's optimizer holds its own",
-        "Rates": "torch computes them inside",
-        "rates": "torch computes them inside",
-        "Weights": "torch's module holds its own",
-    },
-    "torchtrain/optim.py": {
-        "MOMENTS": "torch's names in the optimizer's state",
-        "start_moments": "torch's optimizer makes its own at its first step",
-        "set_learning_rate": "torch's optimizer holds its rate",
-        "set_steps": "torch's optimizer counts its steps",
-    },
-    "torchtrain/parallel.py": {
-        "make_engine": "an update is DeepSpeed's",
-    },
-    "jaxtrain/pipeline.py": {
-        name: "the schedules are our own; torch's is DeepSpeed's"
-        for name in (
-            "N",
-            "NO_TOKENS",
-            "of_encoder",
-            "HEAD_POINTS",
-            "Inputs",
-            "Merge",
-            "Stages",
-            "layers_and_ends",
-            "forward_work",
-            "forward_tick",
-            "backward_work",
-            "backward_tick",
-            "num_ticks",
-        )
-    },
-    "torchtrain/pipeline.py": {
-        "PipelineEngine": "DeepSpeed's; in JAX a pipeline is a loop of the program",
-        "placeholder": "DeepSpeed's optimizer takes no empty list",
-        "point_stages": "a process of torch records the points of its own stage",
-    },
-    "torchtrain/tensor.py": {
-        "compute_device": "torch has to be told",
-        "Peers": "a group of processes; JAX has a mesh",
-        "Mesh": "JAX has one",
-        "RowLinear": "layers are split by hand, in JAX by the compiler",
-        "WholeLinear": "layers are split by hand, in JAX by the compiler",
-        "HeadNorm": "layers are split by hand, in JAX by the compiler",
-        "VocabEmbedding": "layers are split by hand, in JAX by the compiler",
-        "split_layers": "layers are split by hand, in JAX by the compiler",
-        "copy_inputs": "layers are split by hand, in JAX by the compiler",
-        "own_part": "layers are split by hand, in JAX by the compiler",
-        "is_split": "JAX reads weight_axes",
-        "to_numpy": "numpy arrays of JAX know bfloat16",
-        "cross_entropy_sum": "the vocabulary is split by hand, in JAX by the compiler",
-    },
-    "jaxtrain/step.py": {
-        "Program": "the compiled functions; torch runs eagerly",
-        "Found": "what a compiled function gives back",
-    },
-}
-# Twins whose parameters differ, each with its reason.
-OTHER_PARAMETERS = {
-    "dropout.py:keep_mask": "a torch process draws the features that it has, JAX's compiler splits a whole mask",
-    "loss.py:token_loss": "torch is told who has the rest of the vocabulary",
-    "methods/__init__.py:attach": "torch is told who has the rest of a layer",
-    "methods/low_rank.py:replace_targets": "torch's layers are PEFT's, so it is not told which",
-    "methods/virtual_tokens.py:all_positions": "JAX's batches may have microbatches in front",
-    "methods/virtual_tokens.py:all_labels": "JAX's batches may have microbatches in front",
-    "model.py:build_model": "JAX is told how to constrain an activation, torch who has the rest of a layer",
-    "weights.py:to_canonical": "JAX's arrays are global, torch's parts are gathered",
-    "activations.py:by_point": "JAX has layers and microbatches in front, torch a recording for each microbatch",
-    "optim.py:make_optimizer": "torch's optimizer holds the parameters it updates",
-    "weights.py:from_canonical": "torch's arrays are allocated with the module and filled in place",
-}
-
 
 # Files outside of families/ that say a name of a weight, each with its reason.
 KNOWS_NAMES = {
@@ -334,10 +148,10 @@ def test_a_backend_does_not_load_the_other_framework(package: str, other: str):
 
 @pytest.mark.parametrize("package", ["jaxtrain", "torchtrain"])
 def test_layers(package: str):
-    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    rank = {name: i for i, layer in enumerate(LAYERS[package]) for name in layer}
     for path in modules(package):
         room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")  # a file, or a folder of files
-        if room.startswith("__"):
+        if room in ("__init__", "__main__"):
             continue
         assert room in rank, f"{path}: give it a layer"
         for name in imports(path):
@@ -371,29 +185,60 @@ def test_files_of_one_test_run_have_names_of_their_own():
         assert names == sorted(set(names))
 
 
-def twins(package: str) -> set[str]:
-    """The files of a backend that the other one must have too."""
-    files = {str(path.relative_to(ROOT / package)) for path in modules(package)}
-    return {file for file in files if f"{package}/{file}" not in ONE_SIDED_FILES}
+def contract(protocol: type) -> dict[str, tuple[str, ...] | None]:
+    """What a Protocol names: functions with their parameters, and None for other names."""
+    functions = {
+        name: tuple(inspect.signature(value).parameters)[1:]
+        for name, value in vars(protocol).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+    return functions | dict.fromkeys(protocol.__annotations__)
 
 
-def test_twins_have_the_same_files():
-    assert all((ROOT / name).exists() for name in ONE_SIDED_FILES)
-    assert twins("jaxtrain") == twins("torchtrain")
+def broken(path: Path, protocol: type) -> list[str]:
+    """The names of the contract that a module has not, or has with other parameters.
+
+    Keyword-only parameters of its own may follow those of the contract.
+    """
+    mine = public(path)
+    return [
+        name
+        for name, parameters in contract(protocol).items()
+        if name not in mine or (parameters is not None and mine[name][: len(parameters)] != parameters)
+    ]
 
 
-@pytest.mark.parametrize("file", sorted(twins("jaxtrain")))
-def test_twins_have_the_same_public_names(file: str):
-    left, right = public(ROOT / "jaxtrain" / file), public(ROOT / "torchtrain" / file)
-    mine, theirs = (ONE_SIDED.get(f"{package}/{file}", {}) for package in ("jaxtrain", "torchtrain"))
-    assert set(mine) <= set(left), f"no longer in jaxtrain/{file}: {set(mine) - set(left)}"
-    assert set(theirs) <= set(right), f"no longer in torchtrain/{file}: {set(theirs) - set(right)}"
-    left = {name: parameters for name, parameters in left.items() if name not in mine}
-    right = {name: parameters for name, parameters in right.items() if name not in theirs}
-    assert list(left) == list(right)
-    for name in left:
-        if f"{file}:{name}" not in OTHER_PARAMETERS:
-            assert left[name] == right[name], f"{file}: {name}"
+def module_file(package: str, module: str) -> Path:
+    path = ROOT / package / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@pytest.mark.parametrize("package", ["jaxtrain", "torchtrain"])
+@pytest.mark.parametrize("module", sorted(CONTRACT))
+def test_a_backend_keeps_the_contract(package: str, module: str):
+    assert contract(CONTRACT[module])
+    assert not broken(module_file(package, module), CONTRACT[module])
+
+
+def test_a_broken_contract_is_seen(tmp_path: Path):
+    (tmp_path / "loss.py").write_text("def token_loss(labels, logits): ...\n")
+    assert broken(tmp_path / "loss.py", CONTRACT["loss"]) == ["token_loss"]
+    (tmp_path / "loss.py").write_text("def token_loss(logits, labels, *, tensor): ...\n")
+    assert not broken(tmp_path / "loss.py", CONTRACT["loss"])
+    assert "CLIP_EPS" in broken(tmp_path / "loss.py", CONTRACT["optim"])
+
+
+def test_every_method_is_in_the_contract():
+    """A kind has a file of the same name in both packages, and no backend has one that no recipe can ask for."""
+    files = {module.partition(".")[2] for module in CONTRACT if module.startswith("methods.")}
+    assert len(files) == len(METHODS)
+    for package in ("jaxtrain", "torchtrain"):
+        attaching = {
+            path.stem
+            for path in (ROOT / package / "methods").glob("*.py")
+            if path.stem != "__init__" and "attach" in public(path)
+        }
+        assert attaching == files
 
 
 def test_every_family_has_its_twins():

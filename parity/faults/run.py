@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from parity.comparison.compare import Finding, compare
 from parity.comparison.estimated_bounds import EstimatedBounds
@@ -18,6 +18,7 @@ from parity.faults import FAULTS, SHARED
 from parity.faults.fault import Fault, in_every_backend, setup_recipe
 from parity.runs.fixture import LORA, write_tiny
 from parity.runs.launch_many import run_cases, training
+from trainspec import backends
 from trainspec.errors import UserError, nearest
 from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe
@@ -25,7 +26,7 @@ from trainspec.trace import Trace
 
 Precision = Literal["fp64", "fp32"]
 # Of two compared backends, the first one here is on the left.
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+BACKENDS: tuple[Backend, ...] = tuple(backends.BACKENDS)
 # The error of each failed run, by backend and fault.
 Crashes = dict[tuple[Backend, str], str]
 

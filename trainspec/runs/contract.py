@@ -1,14 +1,27 @@
-"""What the loop needs of a backend: the functions of its `step` module, and the metrics of an update."""
+"""What every backend has: `CONTRACT` names its modules, and a Protocol each for what is in them.
+
+The twins are held to these names and parameters by `tests/test_architecture.py`. What else a module has is its own
+framework's business, and so are keyword-only parameters after those of the contract.
+The loop needs `Backend` alone, the functions of a `step` module.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.data import Batch
+from trainspec.methods import METHODS, Method
+from trainspec.model import ModelSpec
+from trainspec.plans.accelerators import Devices
+from trainspec.plans.plan import Plan, Policy
+from trainspec.recipe import AdamW, Recipe
+from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
 
@@ -69,3 +82,173 @@ class Backend(Protocol[S]):
     def restore(self, state: S, checkpoint: Checkpoint) -> S:
         """`state` as it was when `checkpoint` was taken."""
         ...
+
+
+class Cluster(Protocol):
+    """`cluster`: what belongs to the whole process and to all processes of a run."""
+
+    def start(self, recipe: Recipe) -> Run:
+        """The recipe's run, with this process set up for it. Raises PlanError."""
+        ...
+
+    def finish(self) -> None:
+        """Undo `start`."""
+        ...
+
+    def check_accelerators(self) -> None:
+        """Raises PlanError for an accelerator of this machine that the framework cannot use."""
+        ...
+
+    def describe_devices(self, plan: Plan) -> Devices:
+        """What a run with this plan computes on."""
+        ...
+
+    def is_leader(self) -> bool:
+        """Whether this process has the console and writes files."""
+        ...
+
+
+class Program(Protocol):
+    """`train`: what the command line calls."""
+
+    def train(self, recipe: Recipe, request: TrainRequest) -> None:
+        """Train to the recipe's last step."""
+        ...
+
+    def evaluate(self, recipe: Recipe, *, out: Path) -> tuple[float, str]:
+        """The held-out loss, and whose it is."""
+        ...
+
+
+class Meshes(Protocol):
+    """`mesh`: the grid of devices."""
+
+    def make_mesh(self, plan: Plan) -> Any:
+        """The devices of a plan along `plan.MESH_AXES`."""
+        ...
+
+
+class Precisions(Protocol):
+    """`precision`: which type is computed in."""
+
+    def accumulation_dtype(self, dtype: Any) -> Any:
+        """float32, or float64 for float64."""
+        ...
+
+
+class Models(Protocol):
+    """`model`: the forward pass of a spec."""
+
+    def build_model(self, spec: ModelSpec, *, policy: Policy, remat: str) -> Any:
+        """The model without weights."""
+        ...
+
+
+class Layers(Protocol):
+    """`layers`: what families are made of."""
+
+    RMSNorm: Any
+
+    def attention_mask(self, segments_BS: Any) -> Any:
+        """True [B, S, S] where a query may attend."""
+        ...
+
+
+class Dropout(Protocol):
+    """`dropout`: masks that are a function of their indices."""
+
+    DropoutPoint: Any
+
+    def keep_mask(
+        self, key: Any, *, step: Any, rows: Any, sequence_tokens: int, features: int, rate: float
+    ) -> Any:
+        """True where an element is kept, bit-equal on every backend."""
+        ...
+
+
+class Losses(Protocol):
+    """`loss`: the loss is a sum and a count."""
+
+    def token_loss(self, logits: Any, labels: Any) -> tuple[Any, Any]:
+        """The sum of token losses, and how many targets there are."""
+        ...
+
+
+class Optimizers(Protocol):
+    """`optim`: clip and AdamW."""
+
+    CLIP_EPS: float
+
+    def global_norm(self, gradients: Any) -> Any:
+        """The norm of all gradients together."""
+        ...
+
+    def clip(self, gradients: Any, norm: Any, *, max_norm: float) -> Any:
+        """Gradients of at most `max_norm`."""
+        ...
+
+    def make_optimizer(self, spec: AdamW, decayed: Set[str]) -> Any:
+        """AdamW, with decay on the names in `decayed`."""
+        ...
+
+
+class Weights(Protocol):
+    """`weights`: canonical to native and back; every transpose and stacking."""
+
+    from_canonical: Any
+    to_canonical: Any
+
+
+class Families(Protocol):
+    """`families`: a class for each family, by its name."""
+
+    FAMILIES: dict[str, Any]
+
+
+class Methods(Protocol):
+    """`methods`: `attach` by kind, in `ATTACH`."""
+
+    ATTACH: dict[str, Any]
+
+    def attach(self, model: Any, spec: ModelSpec, method: Method, *, seed: int) -> Any:
+        """Put the method's layers into the model."""
+        ...
+
+
+class MethodKind(Protocol):
+    """`methods.KIND`: one method."""
+
+    def attach(self, model: Any, method: Method, *, site: Any) -> Any:
+        """Put its layers into the model."""
+        ...
+
+
+class Costs(Protocol):
+    """`cost`: what a device holds and sends, counted; `trainspec.plans.cost` says it in advance."""
+
+    def held(self, state: Any, batch: Any) -> Any:
+        """Bytes of the training state on a device."""
+        ...
+
+    def moved(self, state: Any, batch: Any) -> Any:
+        """Bytes that an update sends."""
+        ...
+
+
+# A backend's modules, and what is in them.
+CONTRACT: dict[str, type] = {
+    "step": Backend,
+    "train": Program,
+    "cluster": Cluster,
+    "mesh": Meshes,
+    "precision": Precisions,
+    "model": Models,
+    "layers": Layers,
+    "dropout": Dropout,
+    "loss": Losses,
+    "optim": Optimizers,
+    "weights": Weights,
+    "families": Families,
+    "methods": Methods,
+    "cost": Costs,
+} | {f"methods.{spec.__module__.rpartition('.')[2]}": MethodKind for spec in METHODS.values()}
