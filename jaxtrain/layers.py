@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.precision import accumulation_dtype
+from jaxtrain.rounding import rounded, softmax
 from jaxtrain.sharding import Constrain
 from jaxtrain.weight_ops import lookup, matmul, matmul_transposed, scale, shift
 from trainspec.model import ModelSpec
@@ -112,7 +113,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         x_wide = x.astype(accumulation_dtype(x.dtype))
         normed = x_wide * lax.rsqrt(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True) + self.eps)
-        return scale(normed.astype(x.dtype), self.scale.get_value())
+        return scale(rounded(normed.astype(x.dtype)), self.scale.get_value())
 
 
 def rotary_tables(spec: ModelSpec, positions_BS: Array, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -126,7 +127,7 @@ def rotary_tables(spec: ModelSpec, positions_BS: Array, dtype: DTypeLike) -> tup
 def rotate(x_BSHD: Array, cos: Array, sin: Array) -> Array:
     """Rotary embedding, Llama's pairing: element d turns with element d + D/2 (RoFormer, arXiv 2104.09864)."""
     first, second = jnp.split(x_BSHD, 2, axis=-1)
-    return x_BSHD * cos + jnp.concatenate([-second, first], axis=-1) * sin
+    return rounded(x_BSHD * cos + jnp.concatenate([-second, first], axis=-1) * sin)
 
 
 def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Array:
@@ -137,8 +138,8 @@ def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Arra
     scores_dtype = accumulation_dtype(q_BSHD.dtype)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=scores_dtype) * D**-0.5
     scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    shares = jax.nn.softmax(scores, axis=-1).astype(v_BSKD.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD).reshape(B, S, H, D)
+    shares = rounded(softmax(rounded(scores, "wide")).astype(v_BSKD.dtype))
+    return rounded(jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD)).reshape(B, S, H, D)
 
 
 def attention_mask(segments_BS: Array) -> Array:

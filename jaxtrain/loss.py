@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxtrain.precision import accumulation_dtype
+from jaxtrain.rounding import rounded
 from trainspec.data import IGNORED
 
 
@@ -24,5 +25,5 @@ def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
     # Picked by comparing, not by indexing: so every device looks at its own shard of a split vocabulary.
     vocab = lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1)
     picked = jnp.sum(jnp.where(vocab == targets[..., None], wide, 0.0), axis=-1)
-    losses = jax.nn.logsumexp(wide, axis=-1) - picked
+    losses = rounded(rounded(jax.nn.logsumexp(wide, axis=-1), "wide") - picked, "wide")
     return jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(counted)

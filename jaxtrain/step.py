@@ -23,6 +23,7 @@ from jaxtrain.model import build_model
 from jaxtrain.optim import Moments, Rates, clip, global_norm, make_optimizer, rates
 from jaxtrain.passes import passes_of
 from jaxtrain.precision import accumulation_dtype
+from jaxtrain.rounding import simulate
 from jaxtrain.sharding import Shardings, constrain_all
 from jaxtrain.storage import Storage
 from jaxtrain.weight_ops import BoundWeight, select_chunk
@@ -33,8 +34,9 @@ from trainspec.init import starting_weights
 from trainspec.methods import leading_rows
 from trainspec.params import Param
 from trainspec.plans.pipeline import stack_order
+from trainspec.rng import name_key
 from trainspec.runs.checkpoint import Checkpoint
-from trainspec.runs.contract import Metrics
+from trainspec.runs.contract import Metrics, Roundings
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
 from trainspec.weight import WeightLike
@@ -105,6 +107,25 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
         state.trainable, state.master, state.moments, result.gradients, result.norm, scalars
     )
     return replace(state, step=state.step + 1, trainable=trainable, master=master, moments=moments), metrics
+
+
+def gradients_of(
+    state: State, batch: Batch, *, keep: Keep, roundings: Roundings | None = None, draw: int = 0
+) -> Metrics:
+    """Loss and gradients of a global batch; `state` stays as it is. Raises NonFiniteLossError.
+
+    With `roundings` they are those of a run that rounds every result, up or down by `draw` (float64 runs only).
+    """
+    program = state.program
+    stacked, step = program.feeder.slices(batch), jnp.int32(state.step)
+    arguments, record = (state.trainable, state.frozen, stacked, step), keep == "activations"
+    if roundings is None:
+        result = program.gradients(*arguments, record_activations=record)
+    else:
+        key = jnp.uint32(name_key(draw, "roundings", str(state.step))[0])
+        result = program.rounded_gradients(*arguments, key, roundings=roundings, record_activations=record)
+    _check_finite(result, state.step + 1)
+    return _metrics(program, result, keep)
 
 
 def _checked(
@@ -209,6 +230,9 @@ class Program:
         self.optimizer = make_optimizer(recipe.optimizer, decayed)
         self.train = jax.jit(self._train, donate_argnums=(0, 2, 3), keep_unused=True)
         self.gradients = jax.jit(self._gradients, static_argnames="record_activations", keep_unused=True)
+        self.rounded_gradients = jax.jit(
+            self._rounded_gradients, static_argnames=("record_activations", "roundings"), keep_unused=True
+        )
         self.update = jax.jit(self._update, donate_argnums=(0, 1, 2), keep_unused=True)
         self.evaluate = jax.jit(self._evaluate)
         self.logits = jax.jit(self._logits)
@@ -292,6 +316,20 @@ class Program:
         return StepGradients(
             loss_sum, tokens, global_norm(gradients), gradients, activations, activation_gradients
         )
+
+    def _rounded_gradients(
+        self,
+        trainable: Arrays,
+        frozen: Arrays,
+        stacked: Arrays,
+        step: Array,
+        key: Array,
+        *,
+        roundings: Roundings,
+        record_activations: bool,
+    ) -> StepGradients:
+        with simulate(roundings, key):
+            return self._gradients(trainable, frozen, stacked, step, record_activations=record_activations)
 
     def _update(
         self,

@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxtrain.precision import accumulation_dtype
+from jaxtrain.rounding import rounded
 from jaxtrain.sharding import WeightSharding
 
 
@@ -55,32 +56,32 @@ class _Operation(NamedTuple):
 
 def matmul(x: Array, weight: BoundWeight) -> Array:
     """x [..., in] times W [in, out]."""
-    return _apply(_MATMUL, x, weight)
+    return rounded(_apply(_MATMUL, x, weight))
 
 
 def matmul_transposed(x: Array, weight: BoundWeight) -> Array:
     """x [..., in] times the transpose of W [out, in]: the tied head."""
-    return _apply(_MATMUL_TRANSPOSED, x, weight)
+    return rounded(_apply(_MATMUL_TRANSPOSED, x, weight))
 
 
 def scale(x: Array, weight: BoundWeight) -> Array:
     """w * x, w [features]."""
-    return _apply(_SCALE, x, weight)
+    return rounded(_apply(_SCALE, x, weight))
 
 
 def shift(x: Array, weight: BoundWeight) -> Array:
     """x + b, b [features]."""
-    return _apply(_SHIFT, x, weight)
+    return rounded(_apply(_SHIFT, x, weight))
 
 
 def lookup(ids: Array, weight: BoundWeight) -> Array:
     """Rows `ids` [...] of W [rows, features]."""
-    return _apply(_LOOKUP, ids, weight)
+    return rounded(_apply(_LOOKUP, ids, weight))
 
 
 def read(weight: BoundWeight) -> Array:
     """The gathered weight in the type of its gradient, in which gradients of what is computed from it are summed."""
-    return _apply(_READ, jnp.zeros((), weight.sharding.gradient_dtype), weight)
+    return rounded(_apply(_READ, jnp.zeros((), weight.sharding.gradient_dtype), weight))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,7 +18,7 @@ from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import UNIT, Bounds
-from parity.runs.perturb import DRAWS
+from parity.runs.roundings import DRAWS
 from parity.runs.sides import run_program
 from trainspec.errors import EXIT_DONE, UserError
 from trainspec.plans.plan import COMPUTE_DTYPE, Backend
@@ -35,15 +35,15 @@ ESTIMATED = "the bounds are estimated, not measured: the runs do not start from 
 class Job:
     """The input of `parity.runs.replay`: the reference's backend and recipe, and the runs (traces) that it repeats.
 
-    `draws` is the number of repetitions of the first run with its weights perturbed by `unit`; step `activations_at` is
-    recorded with activations. `computed` is the type that the runs compute in, to which their weights are rounded.
+    `draws` is the number of repetitions of the first run with simulated roundings, of unit roundoffs `units` (of stored
+    results and of wide ones); step `activations_at` is recorded with activations. `computed` is the type that the runs compute in, to which their weights are rounded.
     """
 
     backend: Backend
     recipe: str
     overrides: list[str]
     computed: str
-    unit: float
+    units: tuple[float, float]
     draws: int
     activations_at: int | None
     runs: list[str]
@@ -86,7 +86,7 @@ def measure(
     out: Path,
     activations_at: int | None = None,
 ) -> Measurement:
-    """Replay every run in float64, the first also from perturbed weights, in one process. Raises UserError if it fails."""
+    """Replay every run in float64, the first also with simulated roundings, in one process. Raises UserError if it fails."""
     home = out / "measured"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
@@ -96,7 +96,7 @@ def measure(
         str(recipe),
         exact,
         COMPUTE_DTYPE[precision],
-        UNIT[precision],
+        (UNIT[precision], UNIT["fp32"]),
         DRAWS[precision],
         activations_at,
         [str(r) for r in runs],

@@ -16,6 +16,7 @@ from jaxtrain.activations import Tap
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import Build, Dim, Embedding, Linear, RMSNorm, attend, in_front, rotate
+from jaxtrain.rounding import rounded
 from trainspec.model import ModelSpec
 
 
@@ -72,7 +73,8 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(mlp, embed, bias=bias, stack=stack, build=build)
 
     def __call__(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_BSE, point)) * self.up_proj(x_BSE, point), point)
+        gated = rounded(jax.nn.silu(self.gate_proj(x_BSE, point)))
+        return self.down_proj(rounded(gated * self.up_proj(x_BSE, point)), point)
 
 
 class Block(nnx.Module):
@@ -101,11 +103,11 @@ class Block(nnx.Module):
         mixed = self.self_attn(self.input_layernorm(x_BSE), cos, sin, mask_BSS, point, prefix_N2KD)
         if self.attention_adapter is not None:
             mixed = self.attention_adapter(mixed)
-        x_BSE = x_BSE + tap("attention", mixed)
+        x_BSE = rounded(x_BSE + tap("attention", mixed))
         inner = self.mlp(self.post_attention_layernorm(x_BSE), point)
         if self.mlp_adapter is not None:
             inner = self.mlp_adapter(inner)
-        return tap("block", x_BSE + tap("mlp", inner))
+        return tap("block", rounded(x_BSE + tap("mlp", inner)))
 
 
 class Llama(Decoder):

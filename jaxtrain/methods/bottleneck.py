@@ -18,6 +18,7 @@ from jaxtrain.decoder import Decoder
 from jaxtrain.layers import Build, Dim, Linear
 from jaxtrain.methods.site import Site
 from jaxtrain.precision import accumulation_dtype
+from jaxtrain.rounding import rounded
 from trainspec.methods import Adapter
 from trainspec.model import ModelSpec
 
@@ -35,7 +36,7 @@ class Bottleneck(nnx.Module):
         """The output [B, S, E] of the module before it, adapted."""
         down = self.down(h_BSE, None)
         acted = _act(self.activation, down.astype(accumulation_dtype(down.dtype))).astype(down.dtype)
-        return h_BSE + self.up(acted, None)
+        return rounded(h_BSE + self.up(rounded(acted), None))
 
 
 def _act(activation: Literal["relu", "gelu", "silu"], x: Array) -> Array:

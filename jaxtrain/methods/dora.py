@@ -15,6 +15,7 @@ from jaxtrain.methods.lora import LoRALinear
 from jaxtrain.methods.low_rank import replace_targets
 from jaxtrain.methods.site import Site
 from jaxtrain.precision import accumulation_dtype
+from jaxtrain.rounding import rounded
 from jaxtrain.weight_ops import matmul, read, scale, shift
 from trainspec.methods import DoRA, LowRank
 
@@ -51,7 +52,8 @@ class DoRALinear(LoRALinear):
     def _change(self, plain: Array, up: Array) -> Array:
         """What is added to x W, in the accumulation type, as it is a difference of nearly equal numbers."""
         u, is_target = plain.astype(accumulation_dtype(plain.dtype)), self.is_target[...]
-        direction = (u + self.scale * up.astype(u.dtype)) / jnp.where(is_target, self._norms(), 1)
+        turned = rounded(u + self.scale * up.astype(u.dtype), "wide")
+        direction = rounded(turned / jnp.where(is_target, self._norms(), 1), "wide")
         change = scale(direction, self.lora_magnitude_vector.get_value()) - u
         return jnp.where(is_target, change, 0).astype(plain.dtype)
 

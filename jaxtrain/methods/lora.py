@@ -13,6 +13,7 @@ from jaxtrain.layers import Linear, abstract
 from jaxtrain.methods.low_rank import replace_targets
 from jaxtrain.methods.site import Site
 from jaxtrain.precision import accumulation_dtype
+from jaxtrain.rounding import rounded
 from jaxtrain.weight_ops import matmul
 from trainspec.methods import LoRA, LowRank
 
@@ -34,9 +35,8 @@ class LoRALinear(Linear):
         dropped = x if point is None or self.rate == 0 else self._dropout(x, point)
         up = self.product(dropped)
         # In bfloat16 `scale` itself would be rounded.
-        return super().__call__(x, point) + (self.scale * up.astype(accumulation_dtype(up.dtype))).astype(
-            up.dtype
-        )
+        scaled = (self.scale * up.astype(accumulation_dtype(up.dtype))).astype(up.dtype)
+        return rounded(super().__call__(x, point) + rounded(scaled))
 
     def product(self, dropped: Array) -> Array:
         """(dropped A) B."""

@@ -16,6 +16,7 @@ from jaxtrain.dropout import DropoutKey, dropped
 from jaxtrain.layers import Build, VirtualTokens, abstract
 from jaxtrain.methods.site import Site
 from jaxtrain.methods.virtual_tokens import linear_layers
+from jaxtrain.rounding import rounded
 from jaxtrain.weight_ops import matmul_transposed, read, shift
 from trainspec.methods import ENCODER, PTuning
 from trainspec.model import ModelSpec
@@ -97,10 +98,10 @@ class Recurrence(nnx.Module):
 
         def token(before: tuple[Array, Array], given: Array) -> tuple[tuple[Array, Array], Array]:
             hidden, cell = before
-            gates = given + weight_hh.astype(self.dtype) @ hidden
+            gates = rounded(given + rounded(weight_hh.astype(self.dtype) @ hidden))
             i, f, g, o = jnp.split(gates, 4)
-            cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-            hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
+            cell = rounded(jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g))
+            hidden = rounded(jax.nn.sigmoid(o) * jnp.tanh(cell))
             return (hidden, cell), hidden
 
         nothing = jnp.zeros(self.hidden, self.dtype)

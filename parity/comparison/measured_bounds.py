@@ -1,18 +1,19 @@
 """The bounds of `parity check` in fp32 and bf16: each side is held to a float64 reference of every step.
 
 forward and backward pass: measured. `parity.runs.replay` repeats every step of each side in float64 from that side's own
-           weights, and for the left side also from weights perturbed by one rounding each. With σ the measured movement
-           of an element,
+           weights, and for the left side also with every result and every cotangent rounded, up or down at random, by the
+           root mean square of a rounding of the run's type (`parity.runs.roundings`). So a rounding is made where the run
+           makes it, and is amplified as the run's is. With σ the measured movement of an element,
 
                bound = C · T(N) · U(ν) · σ
 
            σ  of element (i, j) of a tensor folded to [rows, columns]: the root of rows_i · columns_j / mean, where rows
-              and columns are mean squares, but at least the tensor's own root mean square. A row or column that does
-              not move at all (an absent token, a padded position) must be equal.
-           C  how much more a run rounds than a draw: a run rounds every product, sum and stored value, a draw every
-              weight once. C² = (roundings on the path, `path_roundings`) / (weights on the path), each rounding counted
-              at its largest, as in the draws. The path is the forward pass for loss and activations, both passes for
-              the rest.
+              and columns are mean squares, but at least the tensor's own root mean square, and for an activation at
+              least the element's. A row or column that does not move at all (an absent token, a padded position) must
+              be equal.
+           C  how much more a run rounds than a draw: both round every stored result, a run also the partial sums of
+              which a result is made. C² = (stored results and partial sums on the path) / (stored results on the path),
+              by `path_roundings`. The path is the forward pass for loss and activations, both passes for the rest.
            T  the largest of N normal errors exceeds T once in a million.
            U  σ comes from few draws and may be too small: χ² with ν degrees of freedom falls below its mean / U² once in
               a million. Each draw gives a tensor at least EFFECTIVE_DOF degrees of freedom.
@@ -98,7 +99,14 @@ class Measurement:
         if not mean or not math.isfinite(mean):
             return np.full(shape, mean)
         product = np.outer(rows, columns / mean)
-        return np.sqrt(np.where(product > 0, np.maximum(product, mean), 0.0)).reshape(shape)
+        squares = np.where(product > 0, np.maximum(product, mean), 0.0)
+        return np.sqrt(np.maximum(squares, self._element_squares(step, key))).reshape(shape)
+
+    def _element_squares(self, step: int, key: str) -> Array:
+        """Mean squares of the elements themselves, which activations have; else zero."""
+        with safe_open(self.movement / f"step-{step:06d}.safetensors", "numpy") as file:
+            elements = f"{key}/elements"
+            return file.get_tensor(elements) if elements in file.keys() else np.zeros(1)  # noqa: SIM118
 
     def loss_sigma(self, step: int) -> float:
         """σ of the mean loss: the larger of the step's own and that of all steps."""
@@ -134,15 +142,17 @@ class MeasuredBounds:
         self._summed = UNIT["fp32"]
         shapes = pair.starting_shapes()
         ids = pair.read(1, "batch", "input_ids")[0]
-        forward, both_passes = path_roundings(
-            shapes,
-            ids.shape if ids is not None and ids.ndim == 2 else (1, 1),
-            structure=pair.structure,
-            stored=self._unit,
-            summed=self._summed,
+        made, drawn = (
+            path_roundings(
+                shapes,
+                ids.shape if ids is not None and ids.ndim == 2 else (1, 1),
+                structure=pair.structure,
+                stored=self._unit,
+                summed=summed,
+            )
+            for summed in (self._summed, 0.0)
         )
-        uses = len(shapes) * self._unit**2
-        self.forward, self.both_passes = math.sqrt(forward / uses), math.sqrt(both_passes / (2 * uses))
+        self.forward, self.both_passes = (math.sqrt(a / b) for a, b in zip(made, drawn, strict=True))
         self._coarse = EstimatedBounds(pair, precision)
         self._gradient_bound = cache(self._measured_bound)
         self._factors = cache(self._factors_at)

@@ -4,9 +4,9 @@
 
 A low-precision run drifts away from any other run, and Adam turns the noise of a near-zero gradient into a whole step,
 so two trajectories say little about each other after a few updates. Here each step starts from the recorded run's
-weights, so the difference is the rounding of that one step. The first run's steps are also repeated `draws` times from
-weights perturbed by one rounding each (`parity.runs.perturb`). How far every tensor moves is stored as mean squares of
-its rows and columns, which is all that a bound needs and takes little disk space.
+weights, so the difference is the rounding of that one step. The first run's steps are also repeated `draws` times with
+every result and every cotangent rounded as the run rounds them (`contract.Reference.gradients_of`). How far every tensor
+moves is stored as mean squares of its rows and columns, and of the elements of activations, which have single peaks.
 
 JOB is a `parity.measure.Job`. The output is OUT/reference-0, OUT/reference-1, ... (traces without moments and updates)
 and OUT/movement. It runs as its own program, which loads the backend by name.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +27,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from parity.measure import Job
-from parity.runs.perturb import folded, perturbed
+from parity.runs.roundings import RMS_ROUNDING, folded
 from trainspec.backends import BACKENDS
 from trainspec.runs.checkpoint import Checkpoint
-from trainspec.runs.contract import Backend, Metrics
+from trainspec.runs.contract import Metrics, Reference, Roundings
 from trainspec.data import open_dataset
-from trainspec.errors import NonFiniteLossError, TraceError
+from trainspec.errors import NonFiniteLossError
 from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
 from trainspec.plans.plan import Plan
@@ -44,7 +43,12 @@ from trainspec.trace import StepTrace, Trace, TraceWriter
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
-GROUPS = ("gradient", "activation", "activation_gradient")
+# The fields of `Metrics` by the names of their groups in a trace.
+GROUPS = {
+    "gradient": "gradients",
+    "activation": "activations",
+    "activation_gradient": "activation_gradients",
+}
 
 
 def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[Arrays]:
@@ -73,31 +77,34 @@ class Replayer:
         self.recipe = recipe.model_copy(update={"plan": Plan(remat=recipe.plan.remat)})
         program = BACKENDS[job.backend].program
         self.run: Run = importlib.import_module(f"{program}.cluster").start(self.recipe)
-        self.backend = cast(Backend[Any], importlib.import_module(f"{program}.step"))
+        self.backend = cast(Reference[Any], importlib.import_module(f"{program}.step"))
+        self.roundings = Roundings(*(size * RMS_ROUNDING for size in job.units))
         self.state: Any = None
         self.job = job
         self.dataset = open_dataset(self.run, "train")
         self.span = self.recipe.span(lambda: self.dataset.num_examples)
         self.trained = {p.name for p in self.run.trained}
 
-    def steps(self, trace: Trace, *, draw: int | None) -> Iterator[tuple[int, Metrics]]:
-        """(step, metrics) of every step of `trace`, from its weights or from perturbed ones."""
+    def steps(self, trace: Trace, *, draws: int) -> Iterator[tuple[int, Metrics, Iterator[Metrics]]]:
+        """(step, metrics, those of each draw) of every step of `trace`, to the first that is not finite."""
         # All states share the first one's compiled programs: their recipes differ only in the weights' directory.
-        state = self.state = self.backend.init_state(self._with_weights_of(trace, draw), like=self.state)
+        state = self.state = self.backend.init_state(self._with_weights_of(trace), like=self.state)
         for step, weights in enumerate(weights_before(trace, self.trained, computed=self.job.computed), 1):
-            if draw is not None:
-                weights = {
-                    name: perturbed(w, name, unit=self.job.unit, draw=draw, step=step)
-                    for name, w in weights.items()
-                }
             zeros = {name: np.zeros_like(weight) for name, weight in weights.items()}
             state = self.backend.restore(state, Checkpoint(step - 1, weights, zeros, zeros))
-            keep = "activations" if step == self.job.activations_at else "gradients"
             try:
-                state, metrics = self.backend.train_step(state, self.batch(step), lr=self.lr(step), keep=keep)
+                metrics = self._gradients(state, step)
             except NonFiniteLossError:
                 return
-            yield step, metrics
+            yield step, metrics, (self._gradients(state, step, draw=draw) for draw in range(draws))
+
+    def _gradients(self, state: Any, step: int, *, draw: int | None = None) -> Metrics:
+        keep = "activations" if step == self.job.activations_at else "gradients"
+        if draw is None:
+            return self.backend.gradients_of(state, self.batch(step), keep=keep)
+        return self.backend.gradients_of(
+            state, self.batch(step), keep=keep, roundings=self.roundings, draw=draw
+        )
 
     def batch(self, step: int) -> Any:
         """The recipe's batch at `step`, whatever the recorded run used."""
@@ -108,26 +115,30 @@ class Replayer:
         recipe = self.recipe
         return learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=step - 1, steps=self.span.steps)
 
-    def _with_weights_of(self, trace: Trace, draw: int | None) -> Run:
+    def _with_weights_of(self, trace: Trace) -> Run:
         """The run on a model directory with the starting weights of `trace`."""
         directory = Path(self.job.out) / "weights"
-        weights = ((p.name, self._starting(trace, p.name, draw)) for p in self.run.model_table)
+        weights = (
+            (p.name, _rounded(trace.read_initial(f"weight/{p.name}"), self.job.computed))
+            for p in self.run.model_table
+        )
         write_model(directory, weights, companions_from=self.run.directory, config=config_of(self.run.spec))
         source = ModelSource.model_validate({"from": str(directory)})
         return replace(self.run, recipe=self.recipe.model_copy(update={"model": source}), directory=directory)
 
-    def _starting(self, trace: Trace, name: str, draw: int | None) -> Array:
-        weight = _rounded(trace.read_initial(f"weight/{name}"), self.job.computed)
-        if draw is None or name in self.trained:
-            return weight
-        return perturbed(weight, name, unit=self.job.unit, draw=draw, step=0)
 
+def write_reference(replayer: Replayer, trace: Trace, out: Path, *, movement: Path | None = None) -> None:
+    """Write every step of `trace`, repeated in float64, as a trace.
 
-def write_reference(replayer: Replayer, trace: Trace, out: Path) -> None:
-    """Write every step of `trace`, repeated in float64, as a trace."""
+    With `movement` that of every tensor is written there: mean squares over all draws. A step that some draw does not
+    reach, because its loss is not finite, is left out of it.
+    """
     writer = TraceWriter(out)
     writer.initial({})
-    for step, metrics in replayer.steps(trace, draw=None):
+    if movement:
+        movement.mkdir(parents=True, exist_ok=True)
+    draws = replayer.job.draws if movement else 0
+    for step, metrics, drawn in replayer.steps(trace, draws=draws):
         writer.step(
             StepTrace(
                 step, replayer.batch(step), metrics.loss_sum, metrics.tokens, metrics.grad_norm, replayer.lr(step),
@@ -135,37 +146,36 @@ def write_reference(replayer: Replayer, trace: Trace, out: Path) -> None:
                 activations=metrics.activations or {}, activation_gradients=metrics.activation_gradients or {},
             )
         )  # fmt: skip
+        if movement:
+            try:
+                squares = mean_squares(metrics, drawn, draws)
+            except NonFiniteLossError:
+                continue
+            save_file(squares, movement / f"step-{step:06d}.safetensors")
 
 
-def write_movement(replayer: Replayer, trace: Trace, reference: Trace, out: Path) -> None:
-    """Write the movement of every tensor in every step: mean squares over all draws, by row and by column.
-
-    A step that some draw does not reach, because its loss is not finite, is left out.
-    """
-    total: dict[int, Arrays] = {}
-    made: Counter[int] = Counter()
-    for draw in range(replayer.job.draws):
-        for step, metrics in replayer.steps(trace, draw=draw):
-            sums = total.setdefault(step, {})
-            made[step] += 1
-            for key, moved in _moved(metrics, reference, step):
-                square = np.square(folded(moved)) / replayer.job.draws
-                for axis, name in ((1, "rows"), (0, "columns")):
-                    mean = square.mean(axis=axis)
-                    sums[f"{key}/{name}"] = sums.get(f"{key}/{name}", np.zeros_like(mean)) + mean
-    out.mkdir(parents=True, exist_ok=True)
-    for step, sums in total.items():
-        if made[step] == replayer.job.draws:
-            save_file(sums, out / f"step-{step:06d}.safetensors")
+def mean_squares(reference: Metrics, drawn: Iterator[Metrics], draws: int) -> Arrays:
+    """Mean squares of every tensor's movement, by row and by column, of activations also by element."""
+    sums: Arrays = {}
+    for metrics in drawn:
+        for key, moved in _moved(metrics, reference):
+            square = np.square(folded(moved)) / draws
+            means = {"rows": square.mean(axis=1), "columns": square.mean(axis=0)}
+            if key.startswith("activation"):
+                means["elements"] = square
+            for name, mean in means.items():
+                sums[f"{key}/{name}"] = sums.get(f"{key}/{name}", 0.0) + mean
+    return sums
 
 
-def _moved(metrics: Metrics, reference: Trace, step: int) -> Iterator[tuple[str, Array]]:
+def _moved(metrics: Metrics, reference: Metrics) -> Iterator[tuple[str, Array]]:
     """(key, movement) of every tensor of a step, and of the mean loss."""
-    yield "loss", np.asarray(metrics.loss_sum / metrics.tokens - reference.steps[step - 1]["loss"])
-    groups = (metrics.gradients, metrics.activations, metrics.activation_gradients)
-    for group, arrays in zip(GROUPS, groups, strict=True):
-        for name, array in (arrays or {}).items():
-            yield f"{group}/{name}", array - reference.read(step, f"{group}/{name}")
+    losses = [each.loss_sum / each.tokens for each in (metrics, reference)]
+    yield "loss", np.asarray(losses[0] - losses[1])
+    for group, field in GROUPS.items():
+        before: Arrays = getattr(reference, field) or {}
+        for name, array in (getattr(metrics, field) or {}).items():
+            yield f"{group}/{name}", array - before[name]
 
 
 def main() -> None:
@@ -173,13 +183,8 @@ def main() -> None:
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     replayer, out = Replayer(job), Path(job.out)
     for number, run in enumerate(job.runs):
-        write_reference(replayer, Trace(Path(run)), out / f"reference-{number}")
-    if job.draws:
-        try:
-            reference = Trace(out / "reference-0")
-        except TraceError:  # not even the first step has a finite loss
-            return
-        write_movement(replayer, Trace(Path(job.runs[0])), reference, out / "movement")
+        movement = out / "movement" if job.draws and number == 0 else None
+        write_reference(replayer, Trace(Path(run)), out / f"reference-{number}", movement=movement)
 
 
 if __name__ == "__main__":

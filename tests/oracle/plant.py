@@ -21,7 +21,7 @@ def main() -> None:
     with planted(edits) if edits else nullcontext():
         fill = importlib.import_module("trainspec.text.fill")
         store = importlib.import_module("trainspec.text.store")
-        data, run = (importlib.import_module(f"trainspec.{name}") for name in ("data", "run"))
+        data, run = (importlib.import_module(f"trainspec.{name}") for name in ("data", "runs.run"))
         store.ask = lambda *, online=False, do, **job: fill.fill(job)  # in this process, where the edits are
         loaded = importlib.import_module("trainspec.recipe").load_recipe(Path(recipe))
         opened = data.open_dataset(run.resolve(loaded), "train")

@@ -24,7 +24,7 @@ from parity.comparison.tolerance import Bound, CheckedPair, as_a_whole
 from parity.measure import measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
 from parity.runs.fixture import METHODS, TinySetup, write_tiny
-from parity.runs.perturb import folded, perturbed
+from parity.runs.roundings import RMS_ROUNDING, folded
 from parity.runs.sides import Side, run_side
 from trainspec.recipe import load_recipe
 from trainspec.runs.run import resolve
@@ -275,15 +275,14 @@ def test_the_largest_of_many_normal_errors_is_covered():
     assert drawn.max() > 0.6 * gaussian_max_quantile(500)
 
 
-def test_a_perturbation_is_one_rounding_and_its_own_draw():
-    weight = np.random.default_rng(0).standard_normal((7, 5)) * [[0.0], *[[1.0]] * 6]
-    first = perturbed(weight, "w", unit=2.0**-24, draw=0, step=1)
-    assert np.array_equal(first, perturbed(weight, "w", unit=2.0**-24, draw=0, step=1))
-    assert (first[0] == 0).all()
-    np.testing.assert_allclose(np.abs(first[1:] / weight[1:] - 1), 2.0**-24, rtol=1e-7)
-    for other in ({"draw": 1, "step": 1}, {"draw": 0, "step": 2}):
-        assert not np.array_equal(first, perturbed(weight, "w", unit=2.0**-24, **other))
-    assert not np.array_equal(first, perturbed(weight, "v", unit=2.0**-24, draw=0, step=1))
+def test_the_size_of_a_rounding_is_that_of_real_ones():
+    values = np.exp(np.random.default_rng(0).uniform(0, 20, 400_000))
+    relative = values.astype(np.float32).astype(np.float64) / values - 1
+    assert np.sqrt(np.mean(relative**2)) == pytest.approx(RMS_ROUNDING * 2.0**-24, rel=0.01)
+    assert np.abs(relative).max() <= 2.0**-24
+
+
+def test_an_array_is_folded_to_rows_and_columns():
     assert [folded(np.zeros(shape)).shape for shape in ((), (3,), (2, 3, 4))] == [(1, 1), (1, 3), (6, 4)]
 
 

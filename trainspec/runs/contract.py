@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
@@ -42,6 +42,24 @@ class Metrics:
     gradients: Arrays | None = None
     activations: Arrays | None = None
     activation_gradients: Arrays | None = None
+
+
+RoundingKind = Literal["stored", "wide"]
+
+
+@dataclass(frozen=True)
+class Roundings:
+    """Relative sizes of the roundings that a float64 reference simulates.
+
+    `stored` is that of results in the type that is computed with, `wide` of those in the accumulation type.
+    """
+
+    stored: float
+    wide: float
+
+    def of(self, kind: RoundingKind) -> float:
+        """The size of a rounding of this kind."""
+        return self.stored if kind == "stored" else self.wide
 
 
 class HasStep(Protocol):
@@ -81,6 +99,16 @@ class Backend(Protocol[S]):
 
     def restore(self, state: S, checkpoint: Checkpoint) -> S:
         """`state` as it was when `checkpoint` was taken."""
+        ...
+
+
+class Reference(Backend[S], Protocol):
+    """A backend that can be the float64 reference of `parity`: it simulates the roundings of a narrower type."""
+
+    def gradients_of(
+        self, state: S, batch: Batch, *, keep: Keep, roundings: Roundings | None = None, draw: int = 0
+    ) -> Metrics:
+        """What an update would leave, without making it. Raises NonFiniteLossError."""
         ...
 
 
