@@ -116,7 +116,8 @@ def plan_of(schedule: str, stages: int) -> Plan:
 
 def timelines(backend: Backend) -> list[dict[str, Any]]:
     """In a process of the backend: every timeline of its schedules."""
-    pipeline = importlib.import_module(f"{backend}train.pipeline")
+    modules = {"jax": "jaxtrain.pipeline", "torch": "torchtrain.engines.pipeline"}
+    pipeline = importlib.import_module(modules[backend])
     return [
         {
             "key": [backend, schedule, stages, microbatches],

@@ -8,8 +8,8 @@ forward and backward pass: measured. `parity.runs.replay` repeats every step of 
                bound = C · T(N) · U(ν) · σ
 
            σ  of element (i, j) of a tensor folded to [rows, columns]: the root of rows_i · columns_j / mean, where rows
-              and columns are mean squares, but at least the tensor's own root mean square, and for an activation at
-              least the element's. A row or column that does not move at all (an absent token, a padded position) must
+              and columns are mean squares, but at least the tensor's own root mean square, and the element's: a
+              peak is no product of row and column. A row or column that does not move at all (an absent token, a padded position) must
               be equal.
            C  how much more a run rounds than a draw: both round every stored result, a run also the partial sums of
               which a result is made. C² = (stored results and partial sums on the path) / (stored results on the path),
@@ -103,10 +103,9 @@ class Measurement:
         return np.sqrt(np.maximum(squares, self._element_squares(step, key))).reshape(shape)
 
     def _element_squares(self, step: int, key: str) -> Array:
-        """Mean squares of the elements themselves, which activations have; else zero."""
+        """Mean squares of the elements themselves, folded."""
         with safe_open(self.movement / f"step-{step:06d}.safetensors", "numpy") as file:
-            elements = f"{key}/elements"
-            return file.get_tensor(elements) if elements in file.keys() else np.zeros(1)  # noqa: SIM118
+            return file.get_tensor(f"{key}/elements")
 
     def loss_sigma(self, step: int) -> float:
         """σ of the mean loss: the larger of the step's own and that of all steps."""

@@ -6,7 +6,7 @@ A low-precision run drifts away from any other run, and Adam turns the noise of 
 so two trajectories say little about each other after a few updates. Here each step starts from the recorded run's
 weights, so the difference is the rounding of that one step. The first run's steps are also repeated `draws` times with
 every result and every cotangent rounded as the run rounds them (`contract.Reference.gradients_of`). How far every tensor
-moves is stored as mean squares of its rows and columns, and of the elements of activations, which have single peaks.
+moves is stored as mean squares of its rows, columns and elements.
 
 JOB is a `parity.measure.Job`. The output is OUT/reference-0, OUT/reference-1, ... (traces without moments and updates)
 and OUT/movement. It runs as its own program, which loads the backend by name.
@@ -155,14 +155,16 @@ def write_reference(replayer: Replayer, trace: Trace, out: Path, *, movement: Pa
 
 
 def mean_squares(reference: Metrics, drawn: Iterator[Metrics], draws: int) -> Arrays:
-    """Mean squares of every tensor's movement, by row and by column, of activations also by element."""
+    """Mean squares of every tensor's movement over all draws, by row, by column and by element."""
     sums: Arrays = {}
     for metrics in drawn:
         for key, moved in _moved(metrics, reference):
             square = np.square(folded(moved)) / draws
-            means = {"rows": square.mean(axis=1), "columns": square.mean(axis=0)}
-            if key.startswith("activation"):
-                means["elements"] = square
+            means = {
+                "rows": square.mean(axis=1),
+                "columns": square.mean(axis=0),
+                "elements": square.astype(np.float32),
+            }
             for name, mean in means.items():
                 sums[f"{key}/{name}"] = sums.get(f"{key}/{name}", 0.0) + mean
     return sums

@@ -246,12 +246,18 @@ def test_a_whole_bound_as_large_as_the_tensor_proves_nothing():
 def test_an_absent_row_must_be_equal_and_a_quiet_one_has_the_tensor_s_own_movement(tmp_path: Path):
     moved = np.outer([0.0, 1e-9, 1e-6], [1.0, 2.0])
     squares = np.square(moved)
-    save_file({"g/rows": squares.mean(1), "g/columns": squares.mean(0)}, tmp_path / "step-000001.safetensors")
+    elements = np.zeros_like(squares)
+    elements[2, 1] = 1e-8
+    save_file(
+        {"g/rows": squares.mean(1), "g/columns": squares.mean(0), "g/elements": elements},
+        tmp_path / "step-000001.safetensors",
+    )
     sigma = Measurement((), tmp_path, 3).sigma(1, "g", (3, 2))
     root_mean_square = np.sqrt(squares.mean())
     assert (sigma[0] == 0).all()
     assert sigma[1] == pytest.approx(root_mean_square)
-    assert sigma[2] == pytest.approx(np.maximum(moved[2], root_mean_square))
+    assert sigma[2, 0] == pytest.approx(np.maximum(moved[2, 0], root_mean_square))
+    assert sigma[2, 1] == pytest.approx(1e-4)  # the element's own
 
 
 @pytest.mark.parametrize("dof", [2, 6, 18])
