@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.precision import accumulation_dtype
-from jaxtrain.rounding import rounded, softmax
+from jaxtrain.rounding import rounded, softmax, summand
 from jaxtrain.sharding import Constrain
 from jaxtrain.weight_ops import lookup, matmul, matmul_transposed, scale, shift
 from trainspec.model import ModelSpec
@@ -112,7 +112,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x_wide = x.astype(accumulation_dtype(x.dtype))
-        normed = x_wide * lax.rsqrt(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True) + self.eps)
+        mean = rounded(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True), "wide", terms=x.shape[-1])
+        normed = x_wide * lax.rsqrt(mean + self.eps)
         return scale(rounded(normed.astype(x.dtype)), self.scale.get_value())
 
 
@@ -134,12 +135,14 @@ def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Arra
     """Grouped-query attention [B, S, H, D], softmax in the accumulation type, no copies of keys or values."""
     B, S, H, D = q_BSHD.shape
     K = k_BSKD.shape[2]
-    grouped = q_BSHD.reshape(B, S, K, H // K, D)
+    grouped, keys = summand(q_BSHD, D).reshape(B, S, K, H // K, D), k_BSKD.shape[1]
     scores_dtype = accumulation_dtype(q_BSHD.dtype)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=scores_dtype) * D**-0.5
+    scores = summand(rounded(scores, "wide"), keys, back=True)
     scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    shares = rounded(softmax(rounded(scores, "wide")).astype(v_BSKD.dtype))
-    return rounded(jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD)).reshape(B, S, H, D)
+    shares = summand(rounded(softmax(scores).astype(v_BSKD.dtype)), keys)
+    mixed = summand(jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD), max(D, S), back=True)
+    return rounded(mixed).reshape(B, S, H, D)
 
 
 def attention_mask(segments_BS: Array) -> Array:

@@ -1,12 +1,13 @@
 """Simulated roundings: the float64 model computes as if every result were stored in a narrower type, for `parity`'s bounds.
 
 Inside `simulate` every result that goes through `rounded` is moved up or down by one rounding, and so is its cotangent in
-the backward pass. As in hardware, the direction is a function of the value: it is a hash of its bits and of the draw, so
+the backward pass; the factors of a contraction (`summand`) are moved by the roundings of its partial sums. As in hardware, the direction is a function of the value: it is a hash of its bits and of the draw, so
 equal results of one operation move alike and no generator is needed. Outside `simulate` nothing is added to a program.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -45,13 +46,49 @@ def simulate(sizes: Roundings, key: Array) -> Iterator[None]:
         _active.reset(token)
 
 
-def rounded(x: Array, kind: RoundingKind = "stored") -> Array:
-    """x [...], where roundings are simulated as rounded to the type that such results have."""
+def rounded(x: Array, kind: RoundingKind = "stored", *, terms: int = 0) -> Array:
+    """x [...], where roundings are simulated as rounded to the type that such results have.
+
+    `terms` is how many positive terms x is the sum of, whose partial sums are rounded too.
+    """
     simulation = _active.get()
     if simulation is None:
         return x
-    key = simulation.key + jnp.uint32(next(simulation.operations) * _NEXT_OPERATION % 2**32)
-    return _rounded(simulation.sizes.of(kind), x, key)
+    sizes = simulation.sizes
+    return _rounded(math.hypot(sizes.of(kind), _of_sum(sizes, terms)), x, _next_key(simulation))
+
+
+def summand(x: Array, terms: int, *, back: bool = False) -> Array:
+    """x [...], a factor of the products in a contraction of `terms` products, where roundings are simulated as the partial
+    sums are rounded; with `back` the cotangent is such a factor, not x.
+
+    Partial sums of n terms of random sign grow as √i, so their roundings of size u add up to the n terms' own, each of size
+    u √(n/2).
+    """
+    simulation = _active.get()
+    if simulation is None:
+        return x
+    size, key = _of_sum(simulation.sizes, terms), _next_key(simulation)
+    return _factor_back(size, x, key) if back else _factor(size, x, key)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("key",), meta_fields=("sizes",))
+@dataclass(frozen=True)
+class Contraction:
+    """What a `custom_vjp` is given to simulate the roundings of its own contractions."""
+
+    sizes: Roundings
+    key: Array
+
+    def factor(self, x: Array, terms: int, number: int) -> Array:
+        """`summand` of x, of the operation's contraction `number` (from 0)."""
+        return _moved(_of_sum(self.sizes, terms), x, self.key ^ jnp.uint32(number * _MIX_1 % 2**32))
+
+
+def contraction() -> Contraction | None:
+    """That of the next operation; None where no roundings are simulated."""
+    simulation = _active.get()
+    return None if simulation is None else Contraction(simulation.sizes, _next_key(simulation))
 
 
 def softmax(scores: Array) -> Array:
@@ -62,12 +99,31 @@ def softmax(scores: Array) -> Array:
     if _active.get() is None:
         return jax.nn.softmax(scores, axis=-1)
     shifted = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    return shifted / rounded(jnp.sum(shifted, axis=-1, keepdims=True), "wide")
+    denominator = rounded(jnp.sum(shifted, axis=-1, keepdims=True), "wide", terms=scores.shape[-1])
+    return shifted / denominator
+
+
+def _next_key(simulation: _Simulation) -> Array:
+    return simulation.key + jnp.uint32(next(simulation.operations) * _NEXT_OPERATION % 2**32)
+
+
+def _of_sum(sizes: Roundings, terms: int) -> float:
+    return sizes.wide * math.sqrt(terms / 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rounded(size: float, x: Array, key: Array) -> Array:
     return _moved(size, x, key)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _factor(size: float, x: Array, key: Array) -> Array:
+    return _moved(size, x, key)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _factor_back(size: float, x: Array, key: Array) -> Array:
+    return x
 
 
 def _forward(size: float, x: Array, key: Array) -> tuple[Array, Array]:
@@ -79,6 +135,8 @@ def _backward(size: float, key: Array, dx: Array) -> tuple[Array, None]:
 
 
 _rounded.defvjp(_forward, _backward)
+_factor.defvjp(_forward, lambda size, key, dx: (dx, None))
+_factor_back.defvjp(lambda size, x, key: (x, key), _backward)
 
 
 def _moved(size: float, x: Array, key: Array) -> Array:

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxtrain.precision import accumulation_dtype
-from jaxtrain.rounding import rounded
+from jaxtrain.rounding import Contraction, contraction, rounded
 from jaxtrain.sharding import WeightSharding
 
 
@@ -46,71 +46,80 @@ class BoundWeight:
 class _Operation(NamedTuple):
     """forward(x, w), and its gradients: by x from (dy, w), by w from (dy, x, like); w is gathered.
 
-    The weight's gradient has the shape and type of `like`, and is summed in that type.
+    The weight's gradient has the shape and type of `like`, and is summed in that type. `contracts` says whether `forward`
+    and the gradient by x are sums over features, `sums_positions` whether that by w is one over positions.
     """
 
     forward: Callable[[Array, Array], Array]
     input_gradient: Callable[[Array, Array], Array | None]
     weight_gradient: Callable[[Array, Array, jax.ShapeDtypeStruct], Array]
+    contracts: bool = False
+    sums_positions: bool = False
 
 
 def matmul(x: Array, weight: BoundWeight) -> Array:
     """x [..., in] times W [in, out]."""
-    return rounded(_apply(_MATMUL, x, weight))
+    return rounded(_apply(_MATMUL, x, weight, contraction()))
 
 
 def matmul_transposed(x: Array, weight: BoundWeight) -> Array:
     """x [..., in] times the transpose of W [out, in]: the tied head."""
-    return rounded(_apply(_MATMUL_TRANSPOSED, x, weight))
+    return rounded(_apply(_MATMUL_TRANSPOSED, x, weight, contraction()))
 
 
 def scale(x: Array, weight: BoundWeight) -> Array:
     """w * x, w [features]."""
-    return rounded(_apply(_SCALE, x, weight))
+    return rounded(_apply(_SCALE, x, weight, contraction()))
 
 
 def shift(x: Array, weight: BoundWeight) -> Array:
     """x + b, b [features]."""
-    return rounded(_apply(_SHIFT, x, weight))
+    return rounded(_apply(_SHIFT, x, weight, contraction()))
 
 
 def lookup(ids: Array, weight: BoundWeight) -> Array:
     """Rows `ids` [...] of W [rows, features]."""
-    return rounded(_apply(_LOOKUP, ids, weight))
+    return rounded(_apply(_LOOKUP, ids, weight, contraction()))
 
 
 def read(weight: BoundWeight) -> Array:
     """The gathered weight in the type of its gradient, in which gradients of what is computed from it are summed."""
-    return rounded(_apply(_READ, jnp.zeros((), weight.sharding.gradient_dtype), weight))
+    return rounded(_apply(_READ, jnp.zeros((), weight.sharding.gradient_dtype), weight, contraction()))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(operation: _Operation, x: Array, weight: BoundWeight) -> Array:
-    return _forward(operation, x, weight)[0]
+def _apply(operation: _Operation, x: Array, weight: BoundWeight, rounds: Contraction | None) -> Array:
+    return _forward(operation, x, weight, rounds)[0]
 
 
-def _forward(operation: _Operation, x: Array, weight: BoundWeight) -> tuple[Array, tuple[Array, BoundWeight]]:
+def _forward(
+    operation: _Operation, x: Array, weight: BoundWeight, rounds: Contraction | None
+) -> tuple[Array, tuple[Array, BoundWeight, Contraction | None]]:
     value = select_chunk(weight.value, weight.chunk)
-    y = operation.forward(x, _gathered(value, x, weight.sharding))
-    return y, (x, replace(weight, grad_placeholder=None))
+    factor = rounds.factor(x, x.shape[-1], 0) if rounds and operation.contracts else x
+    y = operation.forward(factor, _gathered(value, x, weight.sharding))
+    return y, (x, replace(weight, grad_placeholder=None), rounds)
 
 
 def _backward(
-    operation: _Operation, residuals: tuple[Array, BoundWeight], dy: Array
-) -> tuple[Array | None, BoundWeight]:
-    x, weight = residuals
+    operation: _Operation, residuals: tuple[Array, BoundWeight, Contraction | None], dy: Array
+) -> tuple[Array | None, BoundWeight, None]:
+    x, weight, rounds = residuals
     sharding, value = weight.sharding, select_chunk(weight.value, weight.chunk)
     dw = None
     if sharding.gradient is not None:
         like = jax.ShapeDtypeStruct(value.shape, sharding.gradient_dtype)
-        dw = operation.weight_gradient(dy, x, like)
+        positions = dy.size // dy.shape[-1]
+        factor = rounds.factor(dy, positions, 1) if rounds and operation.sums_positions else dy
+        dw = operation.weight_gradient(factor, x, like)
         # First as the weight is used, then split: going straight there, the partitioner moves activations instead.
         dw = lax.with_sharding_constraint(dw, sharding.in_use)
         dw = lax.with_sharding_constraint(dw, sharding.gradient)
         dw = _scatter_chunk(dw, weight.chunk, len(weight.value))
-    dx = operation.input_gradient(dy, _gathered(value, dy, sharding))
+    factor = rounds.factor(dy, dy.shape[-1], 2) if rounds and operation.contracts else dy
+    dx = operation.input_gradient(factor, _gathered(value, dy, sharding))
     # A cotangent of None is zero: only the placeholder's is wanted.
-    return dx, BoundWeight(cast(Array, None), dw, None, sharding)
+    return dx, BoundWeight(cast(Array, None), dw, None, sharding), None
 
 
 _apply.defvjp(_forward, _backward)
@@ -160,21 +169,27 @@ _MATMUL = _Operation(
     forward=lambda x, w: x @ w,
     input_gradient=lambda dy, w: dy @ w.T,
     weight_gradient=lambda dy, x, like: _sum_of_products(x, dy, like.dtype),
+    contracts=True,
+    sums_positions=True,
 )
 _MATMUL_TRANSPOSED = _Operation(
     forward=lambda x, w: x @ w.T,
     input_gradient=lambda dy, w: dy @ w,
     weight_gradient=lambda dy, x, like: _sum_of_products(dy, x, like.dtype),
+    contracts=True,
+    sums_positions=True,
 )
 _SCALE = _Operation(
     forward=lambda x, w: w * x,
     input_gradient=lambda dy, w: w * dy,
     weight_gradient=lambda dy, x, like: _sum_over_leading(dy.astype(like.dtype) * x.astype(like.dtype)),
+    sums_positions=True,
 )
 _SHIFT = _Operation(
     forward=lambda x, w: x + w,
     input_gradient=lambda dy, w: dy,
     weight_gradient=lambda dy, x, like: _sum_over_leading(dy.astype(like.dtype)),
+    sums_positions=True,
 )
 _LOOKUP = _Operation(
     forward=lambda ids, w: w[ids],

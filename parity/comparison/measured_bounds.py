@@ -1,23 +1,20 @@
 """The bounds of `parity check` in fp32 and bf16: each side is held to a float64 reference of every step.
 
 forward and backward pass: measured. `parity.runs.replay` repeats every step of each side in float64 from that side's own
-           weights, and for the left side also with every result and every cotangent rounded, up or down at random, by the
-           root mean square of a rounding of the run's type (`parity.runs.roundings`). So a rounding is made where the run
-           makes it, and is amplified as the run's is. With σ the measured movement of an element,
+           weights, and for the left side also with every result, every cotangent and every sum's partial sums rounded, up or
+           down at random, by the root mean square of a rounding of the run's type (`jaxtrain.rounding`). So a rounding is
+           made where the run makes it, and is amplified as the run's is. With σ the measured movement of an element,
 
-               bound = C · T(N) · U(ν) · σ
+               bound = T(N) · U(ν) · σ
 
            σ  of element (i, j) of a tensor folded to [rows, columns]: the root of rows_i · columns_j / mean, where rows
               and columns are mean squares, but at least the tensor's own root mean square, and the element's: a
               peak is no product of row and column. A row or column that does not move at all (an absent token, a padded position) must
               be equal.
-           C  how much more a run rounds than a draw: both round every stored result, a run also the partial sums of
-              which a result is made. C² = (stored results and partial sums on the path) / (stored results on the path),
-              by `path_roundings`. The path is the forward pass for loss and activations, both passes for the rest.
            T  the largest of N normal errors exceeds T once in a million.
            U  σ comes from few draws and may be too small: χ² with ν degrees of freedom falls below its mean / U² once in
               a million. Each draw gives a tensor at least EFFECTIVE_DOF degrees of freedom.
-           The tensor as a whole: its distance from the reference (Frobenius norm) is held to C · V · U · |σ|. The squared
+           The tensor as a whole: its distance from the reference (Frobenius norm) is held to V · U · |σ|. The squared
            distance has at least EFFECTIVE_DOF degrees of freedom and exceeds V² times its mean once in a million.
 
 loss       the same, ν = one per draw and step (the larger of the step's σ and that of all steps), and the rounding of
@@ -50,7 +47,6 @@ from parity.comparison.estimated_bounds import (
     MOMENT_ROUNDINGS,
     EstimatedBounds,
     gaussian_max_quantile,
-    path_roundings,
     rms_upper_factor,
 )
 from parity.comparison.pair import Pair, as_float64
@@ -137,21 +133,7 @@ class MeasuredBounds:
         summation: Summation,
     ) -> None:
         self._pair, self.measurement, self._rule, self._summation = pair, measurement, rule, summation
-        self._unit = UNIT[precision]
         self._summed = UNIT["fp32"]
-        shapes = pair.starting_shapes()
-        ids = pair.read(1, "batch", "input_ids")[0]
-        made, drawn = (
-            path_roundings(
-                shapes,
-                ids.shape if ids is not None and ids.ndim == 2 else (1, 1),
-                structure=pair.structure,
-                stored=self._unit,
-                summed=summed,
-            )
-            for summed in (self._summed, 0.0)
-        )
-        self.forward, self.both_passes = (math.sqrt(a / b) for a, b in zip(made, drawn, strict=True))
         self._coarse = EstimatedBounds(pair, precision)
         self._gradient_bound = cache(self._measured_bound)
         self._factors = cache(self._factors_at)
@@ -194,13 +176,9 @@ class MeasuredBounds:
             case _:
                 return self._against_reference(location, left, right)
 
-    def multiple(self, *, forward: bool, size: int, dof: int) -> float:
-        """C · T · U of the module docstring."""
-        return (
-            (self.forward if forward else self.both_passes)
-            * gaussian_max_quantile(size)
-            * rms_lower_factor(dof)
-        )
+    def multiple(self, size: int, dof: int) -> float:
+        """T · U of the module docstring."""
+        return gaussian_max_quantile(size) * rms_lower_factor(dof)
 
     def _reference(self, step: int) -> tuple[Trace, Trace] | None:
         left, right = self.measurement.references
@@ -226,18 +204,16 @@ class MeasuredBounds:
         shape = self.measurement.references[0].read(location.step, key).shape
         sigma = self.measurement.sigma(location.step, key, shape)
         dof = EFFECTIVE_DOF * self.measurement.draws
-        forward = location.phase == "activation"
-        return self.multiple(forward=forward, size=sigma.size, dof=dof) * sigma + FLOAT32_TINY
+        return self.multiple(sigma.size, dof) * sigma + FLOAT32_TINY
 
     def _whole_bound(self, location: Location) -> Array:
-        """C · V · U · |σ| of the tensor as a whole."""
+        """V · U · |σ| of the tensor as a whole."""
         key = f"{location.phase}/{location.tensor}"
         shape = self.measurement.references[0].read(location.step, key).shape
         rows = self.measurement.mean_squares(location.step, key)[0]
         size = math.prod(shape)
-        more = self.forward if location.phase == "activation" else self.both_passes
         margin = rms_upper_factor(EFFECTIVE_DOF) * rms_lower_factor(EFFECTIVE_DOF * self.measurement.draws)
-        return np.asarray(more * margin * math.sqrt(size * rows.mean()) + FLOAT32_TINY * math.sqrt(size))
+        return np.asarray(margin * math.sqrt(size * rows.mean()) + FLOAT32_TINY * math.sqrt(size))
 
     def _loss(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """A reference that ended before this step had a non-finite loss on weights that the run itself could use.
@@ -251,7 +227,7 @@ class MeasuredBounds:
         dof = self.measurement.draws * len(self.measurement.references[0].steps)
         tokens = max(self._pair.scalar(location.step, "tokens"))
         mean = max((abs(record["loss"]) for record in records if record), default=0.0)
-        own = self.multiple(forward=True, size=1, dof=dof) * self.measurement.loss_sigma(location.step)
+        own = self.multiple(1, dof) * self.measurement.loss_sigma(location.step)
         own += gaussian_max_quantile(1) * self._summed * math.sqrt(1 + tokens / 2) * mean
         own *= tokens if location.tensor == "loss_sum" else 1
         expected = [np.asarray(record[location.tensor] if record else np.nan) for record in records]
