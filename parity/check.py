@@ -1,20 +1,19 @@
-"""`parity check` and `parity diff`: from two sides, or two traces, to a verdict and its report."""
+"""`parity check`: from two sides to a verdict and its report."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
-from parity.comparison.compare import Comparison, compare, ending
-from parity.comparison.estimated_bounds import EstimatedBounds
+from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
+from parity.judge import NAMES, compare_sides, traces_of, write_report_of
 from parity.measure import measured_bounds
 from parity.report.diagnosis import read
-from parity.report.html import Report, write_report
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
 from parity.runs.sides import Side, SideResult, resolved_recipe, run_side
@@ -24,10 +23,8 @@ from trainspec.plans.plan import Policy
 from trainspec.recipe import Recipe, RunLength, load_recipe
 from trainspec.runs.run import resolve
 from trainspec.schedule import learning_rate
-from trainspec.trace import Trace
 
 DEFAULT_STEPS = 10
-NAMES = ("left", "right")
 
 
 def check(
@@ -70,7 +67,7 @@ def check(
     if (step := _step_to_refine(comparison)) and not any(side.stopped for side in results):
         verdict = request.refined(verdict, step, out=out / "first-divergence")
     recipes = [resolved_recipe(out, name) for name in NAMES]
-    _write(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
+    write_report_of(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
     return verdict
 
 
@@ -122,7 +119,7 @@ class _Request:
                 case other:
                     assert_never(other)
 
-        return _compare(results, bounds)
+        return compare_sides(results, bounds)
 
     def refined(self, verdict: Verdict, step: int, *, out: Path) -> Verdict:
         """The verdict with `step` judged again, activations included, where an earlier divergence may show.
@@ -151,7 +148,7 @@ class _Request:
 
     def read(self, comparison: Comparison, results: Sequence[SideResult]) -> str | None:
         """What kind of cause the first divergence looks like."""
-        return read(comparison, _traces(results), counts=self.counts)
+        return read(comparison, traces_of(results), counts=self.counts)
 
 
 def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
@@ -169,96 +166,3 @@ def _step_to_refine(comparison: Comparison) -> int | None:
     """The step of the first divergence if activations can tell more: if it is in the loss or a gradient."""
     first = comparison.first_divergence
     return first.location.step if first and first.location.phase in ("loss", "gradient") else None
-
-
-def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None) -> Verdict:
-    """Judge two traces of any origin; `precision` None takes the coarser type of their gradients.
-
-    Raises UserError if a directory holds a whole check, or if the two traces share no name.
-    """
-    for path in (left, right):
-        _refuse_a_check(path)
-    traces = Trace(left), Trace(right)
-    _share_names(*traces)
-    results = [SideResult(trace) for trace in traces]
-    precision = precision or _coarser(traces)
-    comparison = _compare(results, lambda pair: bounds_for(pair, precision, lora_scale=1.0))
-    verdict = Verdict(
-        precision, str(left), str(right), comparison, reading=read(comparison, _traces(results))
-    )
-    if out:
-        _write(verdict, results, out, recipe=None, settings=(), recipes=())
-    return verdict
-
-
-def _refuse_a_check(path: Path) -> None:
-    inside = [path / name / "trace" for name in NAMES]
-    if all((trace / "trace.jsonl").is_file() for trace in inside):
-        raise UserError(f"{path}: holds a check, not a trace; compare {inside[0]} with {inside[1]}")
-
-
-def _share_names(left: Trace, right: Trace) -> None:
-    """Raises one UserError for unrelated traces, of which every single location would be missing on one side."""
-    names = [set(trace.initial_names()) for trace in (left, right)]
-    if all(names) and not names[0] & names[1]:
-        one, other = (min(each).removeprefix("weight/") for each in names)
-        raise UserError(
-            f"{left.directory} and {right.directory}: no weight has the same name in both ({one!r}, {other!r}); record them under common names"
-        )
-
-
-def bounds_for(pair: Pair, precision: Policy, *, lora_scale: float) -> Bounds:
-    """The bounds for two traces without a recipe: in fp32 and bf16 estimated, not measured."""
-    match precision:
-        case "fp64":
-            return ProofBounds(pair)
-        case "fp32" | "bf16":
-            return EstimatedBounds(pair, precision, lora_scale=lora_scale)
-        case other:
-            assert_never(other)
-
-
-def _compare(results: Sequence[SideResult], bounds: Callable[[Pair], Bounds]) -> Comparison:
-    left, right = (side.trace for side in results)
-    stopped = {name: side.stopped for name, side in zip(NAMES, results, strict=True) if side.stopped}
-    if left is None or right is None:  # a side stopped before its first update
-        return Comparison(0, tuple(ending((0, 0), stopped)))
-    pair = Pair(left, right)
-    return compare(pair, bounds(pair), stopped=stopped)
-
-
-def _traces(results: Sequence[SideResult]) -> tuple[Trace, Trace] | None:
-    left, right = (side.trace for side in results)
-    return (left, right) if left and right else None
-
-
-def _coarser(traces: Sequence[Trace]) -> Policy:
-    """The precision of the coarsest gradients of step 1."""
-    order: tuple[tuple[str, Policy], ...] = (("bfloat16", "bf16"), ("float32", "fp32"), ("float64", "fp64"))
-    dtypes = {
-        str(trace.read(1, key).dtype)
-        for trace in traces
-        for key in trace.names(1)
-        if key.startswith(("gradient/", "update/"))
-    }
-    for dtype, precision in order:
-        if dtype in dtypes:
-            return precision
-    raise UserError(
-        f"{traces[0].directory}: gradients of type {', '.join(sorted(dtypes)) or 'none'}; give --precision fp64, fp32 or bf16"
-    )
-
-
-def _write(
-    verdict: Verdict,
-    results: Sequence[SideResult],
-    out: Path,
-    *,
-    recipe: str | None,
-    settings: Sequence[str],
-    recipes: Sequence[str],
-) -> None:
-    losses = [[record["loss"] for record in side.trace.steps] if side.trace else [] for side in results]
-    verdict.write(out)
-    report = Report(verdict, *losses, recipe=recipe, settings=tuple(settings), recipes=tuple(recipes))
-    write_report(out / "report.html", report)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never, get_args
 
-from parity.check import DEFAULT_STEPS, check, diff
+from parity.check import DEFAULT_STEPS, check
+from parity.diff import diff
 from parity.faults import SHARED
 from parity.faults.run import BACKENDS, Precision, chosen, run_faults
 from parity.faults.table import listed, listed_shared, page, result_lines, summary

@@ -1,5 +1,6 @@
 """The trace of a run: plain, documented files for comparison that any program can write and read.
 
+    DIR/trace.json             what the run was: `trainspec.trace_header`; may be left out
     DIR/trace.jsonl            one object per step: step (from 1), loss_sum, tokens, loss, grad_norm, lr
     DIR/initial.safetensors    weight/<name>, frozen weights included; in its header (safetensors' `__metadata__`,
                                which other readers ignore) `causal_order`, a JSON list of [name, role, layer] of
@@ -32,6 +33,7 @@ from trainspec.data import Batch
 from trainspec.entry import Role as WeightRole
 from trainspec.errors import TraceError
 from trainspec.files.tensors import save_tensors
+from trainspec.trace_header import HEADER_FILE, TraceHeader, read_header
 
 Arrays = Mapping[str, NDArray[Any]]
 # What an update keeps for a trace; activations come with the gradients.
@@ -110,16 +112,21 @@ class TraceWriter:
         self._directory = directory
         check_free(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for old in (*directory.glob("step-??????.safetensors"), directory / "initial.safetensors"):
+        others = (directory / name for name in ("initial.safetensors", HEADER_FILE))
+        for old in (*directory.glob("step-??????.safetensors"), *others):
             old.unlink(missing_ok=True)
         (directory / "trace.jsonl").write_text("", encoding="utf-8")
         self._file = directory / "trace.jsonl"
 
-    def initial(self, weights: Arrays, order: Sequence[TraceName] = ()) -> None:
-        """Record the starting weights, and the causal order of all names if it is known."""
+    def initial(
+        self, weights: Arrays, order: Sequence[TraceName] = (), *, header: TraceHeader | None = None
+    ) -> None:
+        """Record the starting weights, and the causal order of all names and what the run is, if that is known."""
         listed = json.dumps([[named.name, named.role, named.layer] for named in order])
         metadata = {ORDER_KEY: listed} if order else None
         _save(self._directory / "initial.safetensors", {"weight": weights}, metadata=metadata)
+        if header:
+            header.write(self._directory)
 
     def step(self, trace: StepTrace) -> None:
         """Record one update: first its tensors, then its line, so that every line has its tensors."""
@@ -148,7 +155,8 @@ class TraceWriter:
 class Trace:
     """Reads a trace directory; tensors are read one at a time.
 
-    `steps` are the objects of trace.jsonl. Raises TraceError where a file is missing, cut short or malformed.
+    `steps` are the objects of trace.jsonl, `header` is None where there is none. Raises TraceError where a file is missing,
+    cut short or malformed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -160,6 +168,7 @@ class Trace:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise TraceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        self.header = read_header(directory)
         self.steps = [_parse_step(path, number, line) for number, line in enumerate(lines, 1)]
         if not self.steps:
             raise TraceError(f"{path}: has no step; the run that wrote it made no update")
