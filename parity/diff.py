@@ -92,10 +92,9 @@ def _precision(traces: Traces) -> Policy:
 
 def _policy_of_types(trace: Trace) -> Policy:
     """The precision of the coarsest gradients of a trace's first step."""
-    first = trace.steps[0]["step"]
     dtypes = {
-        str(trace.read(first, key).dtype)
-        for key in trace.names(first)
+        str(trace.read(trace.first_step, key).dtype)
+        for key in trace.names(trace.first_step)
         if key.startswith(("gradient/", "update/"))
     }
     for dtype, policy in _TYPES:

@@ -54,7 +54,7 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
     out, program = request.out, BACKENDS[devices.backend].program
     saved = checkpoint.resumable_checkpoint(out, resume=request.resume)
     if request.trace:
-        check_free(request.trace.directory)
+        check_free(request.trace.directory, resumes=request.resume)
     if is_leader:  # before anything that takes long
         lines = opening(run.recipe, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)

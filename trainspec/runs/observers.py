@@ -120,11 +120,12 @@ class TraceObserver(Observer[S]):
         self._writer = TraceWriter(request.directory) if is_leader else None
 
     def started(self, state: S) -> None:
-        """Writes the starting weights."""
+        """Writes the weights that the run starts from, and after a resume the moments."""
         weights = self._backend.weights_of(state, frozen=True)
+        moments = self._backend.moments_of(state) if state.step else None
         if self._writer:
             header = replace(self._header, first_step=state.step + 1)
-            self._writer.initial(weights, self._order, header=header)
+            self._writer.initial(weights, self._order, moments=moments, header=header)
 
     def needs(self, step: int) -> Needs:
         """Everything; activations only where they are requested."""
