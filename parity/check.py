@@ -11,12 +11,12 @@ from typing import assert_never
 from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
-from parity.judge import NAMES, compare_sides, traces_of, write_report_of
+from parity.judge import compare_sides, traces_of, write_report_of
 from parity.measure import measured_bounds
 from parity.report.diagnosis import read
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
-from parity.runs.sides import Side, SideResult, resolved_recipe, run_side
+from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, resolved_recipe
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plans.plan import Policy
@@ -36,18 +36,23 @@ def check(
     steps: int | None,
     overrides: Sequence[str],
     out: Path,
+    resumption: Resumption | None = None,
 ) -> Verdict:
     """Train the recipe on both sides and judge their traces. Writes `out`/verdict.json and report.html.
 
     `steps` None compares the first ten updates, or all of a shorter run. If loss or gradients differ, both sides are
-    trained again up to that step, with its activations, to locate the first divergence. Raises UserError for a mistake in
-    the arguments or the recipe.
+    trained again up to that step, with its activations, to locate the first divergence. `resumption` has sides train in two
+    parts, the second resumed from a checkpoint. Raises UserError for a mistake in the arguments or the recipe.
     """
     recipe = load_recipe(recipe_path, overrides)
     span = recipe.span(lambda: open_dataset(resolve(recipe), "train").num_examples)
     steps = steps or min(DEFAULT_STEPS, span.last)
     if steps > span.last:
         raise UserError(f"--steps {steps}: {recipe_path} makes {span.last} updates; compare at most those")
+    if resumption and resumption.after >= steps:
+        raise UserError(
+            f"--resume-at {resumption.after}: {steps} updates are compared; resume after an earlier one"
+        )
     _check_rates(recipe, span, steps)
     # A mistake in the right side's recipe must show before the left side is trained.
     sides = [load_recipe(recipe_path, (*overrides, *side.overrides)) for side in (left, right)]
@@ -59,11 +64,17 @@ def check(
     for old in ("first-divergence", "measured"):  # of an earlier check
         shutil.rmtree(out / old, ignore_errors=True)
     request = _Request(
-        recipe_path, tuple(overrides), precision, (left, right), _summands(*sides), _counts(recipe)
+        recipe_path,
+        tuple(overrides),
+        precision,
+        (left, right),
+        _summands(*sides),
+        _counts(recipe),
+        resumption,
     )
     results = request.run(steps, out=out)
     comparison = request.judge(results, out=out)
-    verdict = Verdict(precision, str(left), str(right), comparison, reading=request.read(comparison, results))
+    verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
     if (step := _step_to_refine(comparison)) and not any(side.stopped for side in results):
         verdict = request.refined(verdict, step, out=out / "first-divergence")
     recipes = [resolved_recipe(out, name) for name in NAMES]
@@ -91,16 +102,39 @@ class _Request:
     sides: tuple[Side, Side]
     summands: tuple[int, int]
     counts: Mapping[str, float]
+    resumption: Resumption | None = None
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Both sides as the verdict names them."""
+        left, right = (
+            f"{side}{self.resumption.describe(name) if self.resumption else ''}"
+            for side, name in zip(self.sides, NAMES, strict=True)
+        )
+        return left, right
 
     def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[SideResult]:
-        """Train both sides, one after the other."""
-        return [
-            run_side(
-                side, name=name, recipe=self.recipe, overrides=self.overrides, precision=self.precision,
-                steps=steps, out=out, activations_at=activations_at,
-            )
+        """Train both sides, one after the other; one that continues from the other comes last."""
+        trainings = {
+            name: SideTraining(side, name, self.recipe, self.overrides, self.precision, out)
             for side, name in zip(self.sides, NAMES, strict=True)
-        ]  # fmt: skip
+        }
+        resumption = self.resumption if self.resumption and self.resumption.after < steps else None
+        if resumption is None:
+            return [training.run(steps, activations_at=activations_at) for training in trainings.values()]
+        after, results = resumption.after, {}
+        for name, training in sorted(trainings.items(), key=lambda each: each[0] in resumption.sides):
+            if name not in resumption.sides:
+                saved = after if resumption.from_other else None
+                results[name] = training.run(steps, activations_at=activations_at, checkpoint_at=saved)
+            elif resumption.from_other:
+                ((other, before),) = results.items()
+                results[name] = training.continue_from(
+                    trainings[other], before, steps, after=after, activations_at=activations_at
+                )
+            else:
+                results[name] = training.run_in_two(steps, after=after, activations_at=activations_at)
+        return [results[name] for name in NAMES]
 
     def judge(
         self, results: Sequence[SideResult], *, out: Path, activations_at: int | None = None

@@ -10,11 +10,12 @@ from typing import Any, assert_never
 from parity.comparison.compare import Comparison
 from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.pair import Pair
+from parity.comparison.phases import INITIAL_GROUPS
 from parity.comparison.tolerance import Bounds, ProofBounds
-from parity.judge import NAMES, compare_sides, traces_of, write_report_of
+from parity.judge import compare_sides, traces_of, write_report_of
 from parity.report.diagnosis import read
 from parity.report.verdict import Verdict
-from parity.runs.sides import SideResult
+from parity.runs.sides import NAMES, SideResult
 from trainspec.errors import UserError
 from trainspec.plans.plan import Policy
 from trainspec.trace import Trace
@@ -41,7 +42,12 @@ def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None)
     results = [SideResult(trace) for trace in traces]
     precision = precision or _precision(traces)
     comparison = compare_sides(results, lambda pair: bounds_for(pair, precision, lora_scale=1.0))
-    notes = (*comparison.notes, *_estimate_notes(comparison, precision), *_header_notes(traces))
+    notes = (
+        *_start_notes(comparison, precision),
+        *_estimate_notes(comparison, precision),
+        *_header_notes(traces),
+    )
+    notes = (*comparison.notes, *notes)
     comparison = replace(comparison, notes=notes)
     verdict = Verdict(
         precision, str(left), str(right), comparison, reading=read(comparison, traces_of(results))
@@ -103,6 +109,17 @@ def _policy_of_types(trace: Trace) -> Policy:
     raise UserError(
         f"{trace.directory}: gradients of type {', '.join(sorted(dtypes)) or 'none'}; give --precision fp64, fp32 or bf16"
     )
+
+
+def _start_notes(comparison: Comparison, precision: Policy) -> Iterator[str]:
+    """Why two runs that resumed do not start alike."""
+    steps = [f.location.step for f in comparison.findings if f.location.step]
+    starts = [f for f in comparison.findings if f.location.phase in INITIAL_GROUPS]
+    if precision != "fp64" and min(steps, default=1) > 1 and not all(f.holds for f in starts):
+        yield (
+            f"the runs resumed from two checkpoints, which rounding has taken apart: in {precision} only runs that resumed from "
+            "one checkpoint can be compared"
+        )
 
 
 def _estimate_notes(comparison: Comparison, precision: Policy) -> Iterator[str]:

@@ -10,10 +10,8 @@ from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds
 from parity.report.html import Report, write_report
 from parity.report.verdict import Verdict
-from parity.runs.sides import SideResult
+from parity.runs.sides import NAMES, SideResult
 from trainspec.trace import Trace
-
-NAMES = ("left", "right")
 
 
 def compare_sides(results: Sequence[SideResult], bounds: Callable[[Pair], Bounds]) -> Comparison:
