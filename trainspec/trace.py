@@ -1,8 +1,8 @@
 """The trace of a run: plain, documented files for comparison that any program can write and read.
 
     DIR/trace.json             what the run was: `trainspec.trace_header`; may be left out
-    DIR/trace.jsonl            one object per step: step (1, 2, 3, ...; after a resume N+1, N+2, ...), loss_sum, tokens, loss,
-                               grad_norm, lr
+    DIR/trace.jsonl            one object per step: step (1, 2, 3, ...; after a resume N+1, N+2, ..., which trace.json states
+                               as first_step), loss_sum, tokens, loss, grad_norm, lr
     DIR/initial.safetensors    weight/<name>, frozen weights included, before the first step of the trace; after a resume also
                                moment1/<name>, moment2/<name>: the run as it was restored after step N. In its header (safetensors' `__metadata__`,
                                which other readers ignore) `causal_order`, a JSON list of [name, role, layer] of
@@ -294,16 +294,16 @@ def _parse_step(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _first_step(path: Path, steps: Sequence[object], header: TraceHeader | None) -> int:
-    """The first step. Raises TraceError unless the steps follow each other from where the header says."""
+    """The first step: 1, or what the header says. Raises TraceError unless the steps follow each other from there."""
     first = steps[0]
     if not isinstance(first, int) or first < 1 or list(steps) != list(range(first, first + len(steps))):
         raise TraceError(
             f"{path}: steps are not 1, 2, 3, ... (or N+1, N+2, ... after a resume); write the trace of a whole run"
         )
-    stated = header.first_step if header else None
-    if stated not in (None, first):
+    stated = (header.first_step if header else None) or 1
+    if first != stated:
         raise TraceError(
-            f"{path}: begins with step {first}, {HEADER_FILE} says first_step {stated}; write the trace again"
+            f"{path}: begins with step {first}, not {stated}; write the trace again, or say in {HEADER_FILE} that first_step is {first}"
         )
     return first
 

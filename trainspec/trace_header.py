@@ -4,7 +4,7 @@
     backend, versions      the program, and the versions of the packages that can change its numbers
     plan, method           as in a recipe
     identity               digests of the run's contents (`trainspec.runs.identity`): model, weights, tokenizer, data, method
-    first_step             the first recorded step; above 1 where the run resumed from a checkpoint
+    first_step             the first recorded step: 1 where nothing is said, more where the run resumed from a checkpoint
 
 Every key may be left out, and so may the file: a program that writes traces states what it knows.
 """

@@ -27,6 +27,7 @@ from parity.runs.sides import parse_resumption, parse_side
 from trainspec.errors import TraceError
 from trainspec.plans.plan import Backend
 from trainspec.trace import Trace
+from trainspec.trace_header import TraceHeader
 
 AFTER, STEPS = 2, 4
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -176,6 +177,7 @@ def later(trace: Path, home: Path, first: int) -> Path:
     for key in ("moment1", "moment2"):
         start |= {f"{key}/{n}": whole.read(first - 1, f"{key}/{n}") for n in SHAPES}
     save_file(start, home / "initial.safetensors")
+    TraceHeader(first_step=first).write(home)
     return home
 
 
