@@ -1,33 +1,30 @@
-"""`parity check` and `parity diff`: from two sides, or two traces, to a verdict and its report."""
+"""`parity check`: from two sides to a verdict and its report."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
-from parity.comparison.compare import Comparison, compare, ending
-from parity.comparison.estimated_bounds import EstimatedBounds
+from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
+from parity.judge import compare_sides, traces_of, write_report_of
 from parity.measure import measured_bounds
 from parity.report.diagnosis import read
-from parity.report.html import Report, write_report
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
-from parity.runs.sides import Side, SideResult, resolved_recipe, run_side
+from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, resolved_recipe
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plans.plan import Policy
 from trainspec.recipe import Recipe, RunLength, load_recipe
 from trainspec.runs.run import resolve
 from trainspec.schedule import learning_rate
-from trainspec.trace import Trace
 
 DEFAULT_STEPS = 10
-NAMES = ("left", "right")
 
 
 def check(
@@ -39,18 +36,23 @@ def check(
     steps: int | None,
     overrides: Sequence[str],
     out: Path,
+    resumption: Resumption | None = None,
 ) -> Verdict:
     """Train the recipe on both sides and judge their traces. Writes `out`/verdict.json and report.html.
 
     `steps` None compares the first ten updates, or all of a shorter run. If loss or gradients differ, both sides are
-    trained again up to that step, with its activations, to locate the first divergence. Raises UserError for a mistake in
-    the arguments or the recipe.
+    trained again up to that step, with its activations, to locate the first divergence. `resumption` has sides train in two
+    parts, the second resumed from a checkpoint. Raises UserError for a mistake in the arguments or the recipe.
     """
     recipe = load_recipe(recipe_path, overrides)
     span = recipe.span(lambda: open_dataset(resolve(recipe), "train").num_examples)
     steps = steps or min(DEFAULT_STEPS, span.last)
     if steps > span.last:
         raise UserError(f"--steps {steps}: {recipe_path} makes {span.last} updates; compare at most those")
+    if resumption and resumption.after >= steps:
+        raise UserError(
+            f"--resume-at {resumption.after}: {steps} updates are compared; resume after an earlier one"
+        )
     _check_rates(recipe, span, steps)
     # A mistake in the right side's recipe must show before the left side is trained.
     sides = [load_recipe(recipe_path, (*overrides, *side.overrides)) for side in (left, right)]
@@ -62,15 +64,21 @@ def check(
     for old in ("first-divergence", "measured"):  # of an earlier check
         shutil.rmtree(out / old, ignore_errors=True)
     request = _Request(
-        recipe_path, tuple(overrides), precision, (left, right), _summands(*sides), _counts(recipe)
+        recipe_path,
+        tuple(overrides),
+        precision,
+        (left, right),
+        _summands(*sides),
+        _counts(recipe),
+        resumption,
     )
     results = request.run(steps, out=out)
     comparison = request.judge(results, out=out)
-    verdict = Verdict(precision, str(left), str(right), comparison, reading=request.read(comparison, results))
+    verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
     if (step := _step_to_refine(comparison)) and not any(side.stopped for side in results):
         verdict = request.refined(verdict, step, out=out / "first-divergence")
     recipes = [resolved_recipe(out, name) for name in NAMES]
-    _write(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
+    write_report_of(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
     return verdict
 
 
@@ -94,16 +102,39 @@ class _Request:
     sides: tuple[Side, Side]
     summands: tuple[int, int]
     counts: Mapping[str, float]
+    resumption: Resumption | None = None
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Both sides as the verdict names them."""
+        left, right = (
+            f"{side}{self.resumption.describe(name) if self.resumption else ''}"
+            for side, name in zip(self.sides, NAMES, strict=True)
+        )
+        return left, right
 
     def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[SideResult]:
-        """Train both sides, one after the other."""
-        return [
-            run_side(
-                side, name=name, recipe=self.recipe, overrides=self.overrides, precision=self.precision,
-                steps=steps, out=out, activations_at=activations_at,
-            )
+        """Train both sides, one after the other; one that continues from the other comes last."""
+        trainings = {
+            name: SideTraining(side, name, self.recipe, self.overrides, self.precision, out)
             for side, name in zip(self.sides, NAMES, strict=True)
-        ]  # fmt: skip
+        }
+        resumption = self.resumption if self.resumption and self.resumption.after < steps else None
+        if resumption is None:
+            return [training.run(steps, activations_at=activations_at) for training in trainings.values()]
+        after, results = resumption.after, {}
+        for name, training in sorted(trainings.items(), key=lambda each: each[0] in resumption.sides):
+            if name not in resumption.sides:
+                saved = after if resumption.from_other else None
+                results[name] = training.run(steps, activations_at=activations_at, checkpoint_at=saved)
+            elif resumption.from_other:
+                ((other, before),) = results.items()
+                results[name] = training.continue_from(
+                    trainings[other], before, steps, after=after, activations_at=activations_at
+                )
+            else:
+                results[name] = training.run_in_two(steps, after=after, activations_at=activations_at)
+        return [results[name] for name in NAMES]
 
     def judge(
         self, results: Sequence[SideResult], *, out: Path, activations_at: int | None = None
@@ -122,7 +153,7 @@ class _Request:
                 case other:
                     assert_never(other)
 
-        return _compare(results, bounds)
+        return compare_sides(results, bounds)
 
     def refined(self, verdict: Verdict, step: int, *, out: Path) -> Verdict:
         """The verdict with `step` judged again, activations included, where an earlier divergence may show.
@@ -151,7 +182,7 @@ class _Request:
 
     def read(self, comparison: Comparison, results: Sequence[SideResult]) -> str | None:
         """What kind of cause the first divergence looks like."""
-        return read(comparison, _traces(results), counts=self.counts)
+        return read(comparison, traces_of(results), counts=self.counts)
 
 
 def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
@@ -169,96 +200,3 @@ def _step_to_refine(comparison: Comparison) -> int | None:
     """The step of the first divergence if activations can tell more: if it is in the loss or a gradient."""
     first = comparison.first_divergence
     return first.location.step if first and first.location.phase in ("loss", "gradient") else None
-
-
-def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None) -> Verdict:
-    """Judge two traces of any origin; `precision` None takes the coarser type of their gradients.
-
-    Raises UserError if a directory holds a whole check, or if the two traces share no name.
-    """
-    for path in (left, right):
-        _refuse_a_check(path)
-    traces = Trace(left), Trace(right)
-    _share_names(*traces)
-    results = [SideResult(trace) for trace in traces]
-    precision = precision or _coarser(traces)
-    comparison = _compare(results, lambda pair: bounds_for(pair, precision, lora_scale=1.0))
-    verdict = Verdict(
-        precision, str(left), str(right), comparison, reading=read(comparison, _traces(results))
-    )
-    if out:
-        _write(verdict, results, out, recipe=None, settings=(), recipes=())
-    return verdict
-
-
-def _refuse_a_check(path: Path) -> None:
-    inside = [path / name / "trace" for name in NAMES]
-    if all((trace / "trace.jsonl").is_file() for trace in inside):
-        raise UserError(f"{path}: holds a check, not a trace; compare {inside[0]} with {inside[1]}")
-
-
-def _share_names(left: Trace, right: Trace) -> None:
-    """Raises one UserError for unrelated traces, of which every single location would be missing on one side."""
-    names = [set(trace.initial_names()) for trace in (left, right)]
-    if all(names) and not names[0] & names[1]:
-        one, other = (min(each).removeprefix("weight/") for each in names)
-        raise UserError(
-            f"{left.directory} and {right.directory}: no weight has the same name in both ({one!r}, {other!r}); record them under common names"
-        )
-
-
-def bounds_for(pair: Pair, precision: Policy, *, lora_scale: float) -> Bounds:
-    """The bounds for two traces without a recipe: in fp32 and bf16 estimated, not measured."""
-    match precision:
-        case "fp64":
-            return ProofBounds(pair)
-        case "fp32" | "bf16":
-            return EstimatedBounds(pair, precision, lora_scale=lora_scale)
-        case other:
-            assert_never(other)
-
-
-def _compare(results: Sequence[SideResult], bounds: Callable[[Pair], Bounds]) -> Comparison:
-    left, right = (side.trace for side in results)
-    stopped = {name: side.stopped for name, side in zip(NAMES, results, strict=True) if side.stopped}
-    if left is None or right is None:  # a side stopped before its first update
-        return Comparison(0, tuple(ending((0, 0), stopped)))
-    pair = Pair(left, right)
-    return compare(pair, bounds(pair), stopped=stopped)
-
-
-def _traces(results: Sequence[SideResult]) -> tuple[Trace, Trace] | None:
-    left, right = (side.trace for side in results)
-    return (left, right) if left and right else None
-
-
-def _coarser(traces: Sequence[Trace]) -> Policy:
-    """The precision of the coarsest gradients of step 1."""
-    order: tuple[tuple[str, Policy], ...] = (("bfloat16", "bf16"), ("float32", "fp32"), ("float64", "fp64"))
-    dtypes = {
-        str(trace.read(1, key).dtype)
-        for trace in traces
-        for key in trace.names(1)
-        if key.startswith(("gradient/", "update/"))
-    }
-    for dtype, precision in order:
-        if dtype in dtypes:
-            return precision
-    raise UserError(
-        f"{traces[0].directory}: gradients of type {', '.join(sorted(dtypes)) or 'none'}; give --precision fp64, fp32 or bf16"
-    )
-
-
-def _write(
-    verdict: Verdict,
-    results: Sequence[SideResult],
-    out: Path,
-    *,
-    recipe: str | None,
-    settings: Sequence[str],
-    recipes: Sequence[str],
-) -> None:
-    losses = [[record["loss"] for record in side.trace.steps] if side.trace else [] for side in results]
-    verdict.write(out)
-    report = Report(verdict, *losses, recipe=recipe, settings=tuple(settings), recipes=tuple(recipes))
-    write_report(out / "report.html", report)

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never, get_args
 
-from parity.check import DEFAULT_STEPS, check, diff
+from parity.check import DEFAULT_STEPS, check
+from parity.diff import diff
 from parity.faults import SHARED
 from parity.faults.run import BACKENDS, Precision, chosen, run_faults
 from parity.faults.table import listed, listed_shared, page, result_lines, summary
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
-from parity.runs.sides import parse_side
+from parity.runs.sides import Resumption, parse_resumption, parse_side
 from trainspec.command import add_recipe, run_command
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
 from trainspec.plans.plan import Policy
@@ -48,6 +49,14 @@ def parser() -> ArgumentParser:
     run.add_argument(
         "--steps", type=_count, metavar="N", help=f"how many updates to compare ({DEFAULT_STEPS})"
     )
+    run.add_argument(
+        "--resume-at", metavar="[SIDE:]N",
+        help="train both sides, or left:N or right:N alone, up to step N, then --resume to the end",
+    )  # fmt: skip
+    run.add_argument(
+        "--continue-from", choices=("own", "other"), default="own",
+        help="with --resume-at left:N or right:N: from its own checkpoint (the default), or the other side's",
+    )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default")
     compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")
     compare.add_argument("left", type=Path, metavar="TRACE_A")
@@ -103,7 +112,7 @@ def _run(args: Namespace) -> int:
             out = args.out or Path("runs") / f"parity-{args.recipe.stem}"
             verdict = check(
                 args.recipe, left=parse_side(args.left), right=parse_side(args.right), precision=args.precision,
-                steps=args.steps, overrides=args.overrides, out=out,
+                steps=args.steps, overrides=args.overrides, out=out, resumption=_resumption(args),
             )  # fmt: skip
         case "diff":
             out = args.out
@@ -115,6 +124,15 @@ def _run(args: Namespace) -> int:
         case other:
             assert_never(other)
     return _tell(verdict, out)
+
+
+def _resumption(args: Namespace) -> Resumption | None:
+    from_other = args.continue_from == "other"
+    if args.resume_at is None:
+        if from_other:
+            raise UserError("--continue-from other: says where a resume continues; give --resume-at as well")
+        return None
+    return parse_resumption(args.resume_at, from_other=from_other)
 
 
 def _matrix(args: Namespace) -> int:

@@ -16,7 +16,7 @@ import pytest
 from many import run_many
 from small import recipe_maker
 
-from parity.check import diff
+from parity.diff import diff
 from parity.runs.fixture import METHODS
 from parity.runs.launch_many import run_cases, training
 from trainspec.plans.plan import Backend, Plan

@@ -53,7 +53,7 @@ def backend_parser(program: str) -> ArgumentParser:
                 "--trace",
                 type=Path,
                 metavar="DIR",
-                help="write a trace for parity: every gradient and update",
+                help="write a trace for parity: every gradient and update; with --resume from the checkpoint on",
             )
             command.add_argument(
                 "--activations",
@@ -99,8 +99,6 @@ def _trace_request(args: Namespace) -> TraceRequest | None:
     """The trace that `--trace` and `--activations` ask for."""
     if args.trace is None and args.activations is not None:
         raise UserError("--activations: needs a directory to write to; give --trace DIR as well")
-    if args.trace and args.resume:
-        raise UserError("--trace with --resume: a trace starts at step 1; leave one of them out")
     return TraceRequest(args.trace, args.activations) if args.trace else None
 
 

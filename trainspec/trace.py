@@ -1,7 +1,10 @@
 """The trace of a run: plain, documented files for comparison that any program can write and read.
 
-    DIR/trace.jsonl            one object per step: step (from 1), loss_sum, tokens, loss, grad_norm, lr
-    DIR/initial.safetensors    weight/<name>, frozen weights included; in its header (safetensors' `__metadata__`,
+    DIR/trace.json             what the run was: `trainspec.trace_header`; may be left out
+    DIR/trace.jsonl            one object per step: step (1, 2, 3, ...; after a resume N+1, N+2, ..., which trace.json states
+                               as first_step), loss_sum, tokens, loss, grad_norm, lr
+    DIR/initial.safetensors    weight/<name>, frozen weights included, before the first step of the trace; after a resume also
+                               moment1/<name>, moment2/<name>: the run as it was restored after step N. In its header (safetensors' `__metadata__`,
                                which other readers ignore) `causal_order`, a JSON list of [name, role, layer] of
                                every weight and every activation point, in causal order: see `TraceName`
     DIR/step-000001.safetensors
@@ -12,6 +15,9 @@
         moment1/<name>, moment2/<name>
         activation/<point>, activation_gradient/<point>                  on request, [global_examples, positions, ...]:
                                positions are those of the tokens, after any virtual tokens of a prompt
+    DIR/resume-000003.safetensors
+        weight/<name>, moment1/<name>, moment2/<name>                    in a trace joined from two parts (`parity check
+                               --resume-at 2`): the run as it was restored before step 3
 
 `<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision. A trace may
 leave `causal_order` out: `parity diff` then orders by the layer number in a name, and by name within a layer.
@@ -32,6 +38,7 @@ from trainspec.data import Batch
 from trainspec.entry import Role as WeightRole
 from trainspec.errors import TraceError
 from trainspec.files.tensors import save_tensors
+from trainspec.trace_header import HEADER_FILE, TraceHeader, read_header
 
 Arrays = Mapping[str, NDArray[Any]]
 # What an update keeps for a trace; activations come with the gradients.
@@ -94,8 +101,12 @@ def activation_points(layers: int) -> tuple[str, ...]:
     return ("embedding", *inner, "norm", "logits")
 
 
-def check_free(directory: Path) -> None:
-    """Raises TraceError for a directory that holds anything but a trace."""
+def check_free(directory: Path, *, resumes: bool = False) -> None:
+    """Raises TraceError for a directory that holds anything but a trace; for a run that resumes, a trace as well."""
+    if resumes and (directory / "trace.jsonl").is_file():
+        raise TraceError(
+            f"--trace {directory}: holds a trace, perhaps of the steps before the checkpoint; give another directory, or remove it"
+        )
     if directory.is_dir() and any(directory.iterdir()) and not (directory / "trace.jsonl").is_file():
         raise TraceError(f"--trace {directory}: holds other files; give an empty or a new directory")
 
@@ -110,16 +121,36 @@ class TraceWriter:
         self._directory = directory
         check_free(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for old in (*directory.glob("step-??????.safetensors"), directory / "initial.safetensors"):
+        others = (directory / name for name in ("initial.safetensors", HEADER_FILE))
+        for old in (
+            *directory.glob("step-??????.safetensors"),
+            *directory.glob("resume-??????.safetensors"),
+            *others,
+        ):
             old.unlink(missing_ok=True)
         (directory / "trace.jsonl").write_text("", encoding="utf-8")
         self._file = directory / "trace.jsonl"
 
-    def initial(self, weights: Arrays, order: Sequence[TraceName] = ()) -> None:
-        """Record the starting weights, and the causal order of all names if it is known."""
+    def initial(
+        self,
+        weights: Arrays,
+        order: Sequence[TraceName] = (),
+        *,
+        moments: tuple[Arrays, Arrays] | None = None,
+        header: TraceHeader | None = None,
+    ) -> None:
+        """Record the starting weights, and the causal order of all names and what the run is, if that is known.
+
+        `moments` are those of a run that resumed.
+        """
         listed = json.dumps([[named.name, named.role, named.layer] for named in order])
         metadata = {ORDER_KEY: listed} if order else None
-        _save(self._directory / "initial.safetensors", {"weight": weights}, metadata=metadata)
+        groups = {"weight": weights}
+        if moments:
+            groups |= {"moment1": moments[0], "moment2": moments[1]}
+        _save(self._directory / "initial.safetensors", groups, metadata=metadata)
+        if header:
+            header.write(self._directory)
 
     def step(self, trace: StepTrace) -> None:
         """Record one update: first its tensors, then its line, so that every line has its tensors."""
@@ -132,7 +163,7 @@ class TraceWriter:
             "activation": trace.activations,
             "activation_gradient": trace.activation_gradients,
         }
-        _save(self._directory / _step_file(trace.step), groups)
+        _save(self._directory / step_file(trace.step), groups)
         values = (
             trace.step,
             trace.loss_sum,
@@ -148,7 +179,8 @@ class TraceWriter:
 class Trace:
     """Reads a trace directory; tensors are read one at a time.
 
-    `steps` are the objects of trace.jsonl. Raises TraceError where a file is missing, cut short or malformed.
+    `steps` are the objects of trace.jsonl, from `first_step` on; `header` is None where there is none. Raises TraceError where a file is missing,
+    cut short or malformed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -160,22 +192,35 @@ class Trace:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise TraceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        self.header = read_header(directory)
         self.steps = [_parse_step(path, number, line) for number, line in enumerate(lines, 1)]
         if not self.steps:
             raise TraceError(f"{path}: has no step; the run that wrote it made no update")
-        if [step["step"] for step in self.steps] != list(range(1, len(self.steps) + 1)):
-            raise TraceError(f"{path}: steps are not 1, 2, 3, ...; write the trace of a whole run")
+        self.first_step = _first_step(path, [record["step"] for record in self.steps], self.header)
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The object of a step in trace.jsonl."""
+        return self.steps[step - self.first_step]
 
     def names(self, step: int) -> list[str]:
         """Keys of the step's tensors, such as `gradient/model.norm.weight`, in a fixed order."""
-        return _keys(self.directory / _step_file(step))
+        return _keys(self.directory / step_file(step))
 
     def read(self, step: int, key: str) -> NDArray[Any]:
         """One tensor of one step."""
-        return _read(self.directory / _step_file(step), key)
+        return _read(self.directory / step_file(step), key)
+
+    def resumed_names(self, step: int) -> list[str]:
+        """Keys of what the run was restored to before a step; empty where it did not resume there."""
+        path = self.directory / resume_file(step)
+        return _keys(path) if path.is_file() else []
+
+    def read_resumed(self, step: int, key: str) -> NDArray[Any]:
+        """One tensor of what the run was restored to before a step."""
+        return _read(self.directory / resume_file(step), key)
 
     def initial_names(self) -> list[str]:
-        """Keys of the starting weights, such as `weight/model.norm.weight`."""
+        """Keys of the starting weights, such as `weight/model.norm.weight`, and after a resume of the moments."""
         return _keys(self.directory / "initial.safetensors")
 
     def causal_order(self) -> tuple[TraceName, ...]:
@@ -194,7 +239,7 @@ class Trace:
             ) from None
 
     def read_initial(self, key: str) -> NDArray[Any]:
-        """One starting weight."""
+        """One starting weight or moment."""
         return _read(self.directory / "initial.safetensors", key)
 
 
@@ -215,8 +260,14 @@ def _is_named(name: object, role: object, layer: object) -> bool:
     return True
 
 
-def _step_file(step: int) -> str:
+def step_file(step: int) -> str:
+    """The name of the file of a step."""
     return f"step-{step:06d}.safetensors"
+
+
+def resume_file(step: int) -> str:
+    """The name of the file of what a run was restored to before a step."""
+    return f"resume-{step:06d}.safetensors"
 
 
 def _save(path: Path, groups: Mapping[str, Arrays], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -240,6 +291,21 @@ def _parse_step(path: Path, number: int, line: str) -> dict[str, Any]:
     if missing:
         raise TraceError(f"{path} line {number}: no {', '.join(missing)}")
     return values
+
+
+def _first_step(path: Path, steps: Sequence[object], header: TraceHeader | None) -> int:
+    """The first step: 1, or what the header says. Raises TraceError unless the steps follow each other from there."""
+    first = steps[0]
+    if not isinstance(first, int) or first < 1 or list(steps) != list(range(first, first + len(steps))):
+        raise TraceError(
+            f"{path}: steps are not 1, 2, 3, ... (or N+1, N+2, ... after a resume); write the trace of a whole run"
+        )
+    stated = (header.first_step if header else None) or 1
+    if first != stated:
+        raise TraceError(
+            f"{path}: begins with step {first}, not {stated}; write the trace again, or say in {HEADER_FILE} that first_step is {first}"
+        )
+    return first
 
 
 def _keys(path: Path) -> list[str]:

@@ -68,14 +68,14 @@ def fit_update(pair: Pair, step: int) -> float:
 
 
 def gradient_and_before(pair: Pair, location: Location) -> tuple[Array, Array]:
-    """[2, ...] gradients of both sides at the location, and its moments one step earlier (zero at step 1)."""
+    """[2, ...] gradients of both sides at the location, and its moments one step earlier (zero before step 1)."""
     shape = next(
         side for side in pair.read(location.step, location.phase, location.tensor) if side is not None
     )
     gradient = float64_sides(pair.read(location.step, "gradient", location.tensor), shape)
-    if location.step == 1:
-        return gradient, np.zeros_like(gradient)
-    return gradient, float64_sides(pair.read(location.step - 1, location.phase, location.tensor), shape)
+    # Only a run that resumed has moments before its first step.
+    before = 0 if location.step == pair.first_step else location.step - 1
+    return gradient, float64_sides(pair.read(before, location.phase, location.tensor), shape)
 
 
 def float64_sides(sides: Iterable[Array | None], like: Array) -> Array:

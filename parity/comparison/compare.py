@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import inf, isfinite
@@ -16,14 +16,17 @@ from parity.comparison.pair import Pair, Sides
 from parity.comparison.phases import (
     BATCH_TENSORS,
     CLIP,
-    INITIAL,
+    INITIAL_GROUPS,
+    INITIAL_PHASES,
     PHASES,
+    RESUME,
     SCALAR_TENSORS,
     STEP_PHASES,
     TENSOR_PHASES,
     Location,
     Phase,
 )
+from parity.comparison.restored import restored_pairs, restored_tensors
 from parity.comparison.tolerance import Bounds, CheckedPair, largest
 
 Array = NDArray[Any]
@@ -116,14 +119,14 @@ def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = N
     """
     findings = [_judge(location, pair, bounds) for location in locations(pair)]
     findings += _unproven(pair, findings)
-    findings += ending(pair.steps, stopped or {})
+    findings += ending(pair.steps, stopped or {}, first=pair.first_step)
     notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")))
     return Comparison(pair.common_steps, tuple(findings), notes)
 
 
-def ending(steps: tuple[int, int], stopped: Mapping[str, str]) -> Iterator[Finding]:
-    """A failure at the first step that a side did not make; nothing if both made all of theirs."""
-    after = min(steps) + 1
+def ending(steps: tuple[int, int], stopped: Mapping[str, str], *, first: int = 1) -> Iterator[Finding]:
+    """A failure at the first step that a side did not make; nothing if both made all of theirs, `steps` from `first` on."""
+    after = min(steps) + first
     if stopped:
         reason = "; ".join(f"{name} stopped: {why}" for name, why in stopped.items())
         yield _failure(Location(after, "loss", "loss"), reason)
@@ -134,10 +137,12 @@ def ending(steps: tuple[int, int], stopped: Mapping[str, str]) -> Iterator[Findi
 
 
 def locations(pair: Pair) -> Iterator[Location]:
-    """Every location of the two runs in causal order: the starting weights, then step by step, phase by phase."""
-    for name in pair.structure.in_order(pair.names(0, "weight"), backward=False):
-        yield Location(0, INITIAL.name, name)
-    for step in range(1, pair.common_steps + 1):
+    """Every location of the two runs in causal order: what they start from, then step by step, phase by phase."""
+    for phase in INITIAL_PHASES:
+        names = pair.names(0, INITIAL_GROUPS[phase.name])
+        for name in pair.structure.in_order(names, backward=False):
+            yield Location(0, phase.name, name)
+    for step in pair.step_numbers:
         for backward, phases in groupby(STEP_PHASES, key=lambda phase: phase.backward):
             tensors = [(phase, name) for phase in phases for name in _tensors(pair, step, phase)]
             if backward:  # one pass: a layer's activations, then its weights, then the layer before
@@ -149,6 +154,8 @@ def locations(pair: Pair) -> Iterator[Location]:
 def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
     """The tensors compared in a phase. A weight that has a gradient, a moment or an update must have all of them."""
     match phase.kind:
+        case "resume":
+            return restored_tensors(pair, step)
         case "batch":
             return _batch_tensors(pair.names(step, phase.name))
         case "derived":
@@ -161,8 +168,8 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
             return pair.structure.in_order(names, backward=phase.backward)
         case _:
             trained = set().union(*(pair.names(step, each.name) for each in TENSOR_PHASES))
-            # Step 1 tells what is trained: a tensor that is later absent from both sides is missing, too.
-            first = set().union(*(pair.names(1, each.name) for each in TENSOR_PHASES))
+            # The first step tells what is trained: a tensor that is later absent from both sides is missing, too.
+            first = set().union(*(pair.names(pair.first_step, each.name) for each in TENSOR_PHASES))
             return pair.structure.in_order(trained | first, backward=phase.backward) or ["every tensor"]
 
 
@@ -179,12 +186,13 @@ def _sides(location: Location, pair: Pair) -> Sides:
     if location.phase == CLIP:
         left, right = clip_factors(pair, location.step)
         return np.asarray(left), np.asarray(right)
-    return pair.read(
-        location.step, "weight" if location.phase == INITIAL.name else location.phase, location.tensor
-    )
+    return pair.read(location.step, location.group, location.tensor)
 
 
 def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
+    if location.phase == RESUME.name:
+        restored = restored_pairs(location, pair)
+        return _failure(location, restored) if isinstance(restored, str) else _worst(location, restored)
     left, right = _sides(location, pair)
     if left is None or right is None:
         missing = "both sides" if left is right else "left" if left is None else "right"
@@ -202,7 +210,11 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
     a, b = left.astype(np.float64), right.astype(np.float64)
     if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:
         return _failure(location, f"not finite in {' and '.join(broken)}")
-    checked_pairs = bounds.checked_pairs(location, a, b)
+    return _worst(location, bounds.checked_pairs(location, a, b))
+
+
+def _worst(location: Location, checked_pairs: Sequence[CheckedPair]) -> Finding:
+    """The finding of the pair that uses most of its bound, with the undetermined elements of all."""
     findings = [_measure(location, checked) for checked in checked_pairs]
     elementwise = [f for f, c in zip(findings, checked_pairs, strict=True) if c.norm is None]
     whole = [f for f, c in zip(findings, checked_pairs, strict=True) if c.norm is not None]
@@ -279,9 +291,9 @@ def _unproven(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
 
     Only gradients and updates are examined: everything after the gradient is computed from judged values.
     """
-    moving = [step for step in range(1, pair.common_steps + 1) if max(pair.scalar(step, "lr")) > 0]
+    moving = [step for step in pair.step_numbers if max(pair.scalar(step, "lr")) > 0]
     updates = [f for f in findings if f.location.phase == "update"]
-    location = Location(moving[0] if moving else 1, "update", "every tensor")
+    location = Location(moving[0] if moving else pair.first_step, "update", "every tensor")
     if moving and all(f.error == 0 and not f.elements for f in updates):
         yield _failure(location, "nothing was trained: every update is zero on both sides")
     for finding in findings:

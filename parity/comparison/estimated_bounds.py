@@ -94,7 +94,7 @@ class EstimatedBounds:
         self._stored, self._summed = UNIT[precision], UNIT["fp32"]
         shapes = pair.starting_shapes()
         self._vocab = vocabulary(shapes)
-        ids = pair.read(1, "batch", "input_ids")[0]
+        ids = pair.read(pair.first_step, "batch", "input_ids")[0]
         self._forward, self._both_passes = path_roundings(
             shapes,
             ids.shape if ids is not None and ids.ndim == 2 else (1, 1),

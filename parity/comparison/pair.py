@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.comparison.phases import RESUME
 from parity.comparison.structure import Structure
 from trainspec.errors import TraceError
 from trainspec.trace import Trace
 
 Array = NDArray[Any]
 Sides = tuple[Array | None, Array | None]
+# What comes before the keys of what a run was restored to.
+_RESTORED = f"{RESUME.name}/"
 
 
 class Pair:
@@ -21,10 +24,16 @@ class Pair:
 
     def __init__(self, left: Trace, right: Trace) -> None:
         self.traces = (left, right)
+        if left.first_step != right.first_step:
+            raise TraceError(
+                f"{left.directory} starts at step {left.first_step}, {right.directory} at step {right.first_step}: only traces "
+                "that start at the same step can be compared; trace both from there, or both from step 1"
+            )
+        self.first_step = left.first_step
         self._cache: dict[tuple[int, str], Sides] = {}
         self._keys: dict[int, tuple[frozenset[str], frozenset[str]]] = {}
         self._weights: dict[str, tuple[Array, Array]] = {}
-        self._weights_step = 1
+        self._weights_step = self.first_step
         self._sizes: dict[str, float] = {}
 
     @property
@@ -37,16 +46,29 @@ class Pair:
         """How many updates both sides recorded."""
         return min(self.steps)
 
+    @property
+    def step_numbers(self) -> range:
+        """The steps that both sides recorded."""
+        return range(self.first_step, self.first_step + self.common_steps)
+
     @cached_property
     def structure(self) -> Structure:
         """Causal order, roles and layers of the names in the traces."""
         return Structure(*(trace.causal_order() for trace in self.traces))
 
     def keys(self, step: int) -> tuple[frozenset[str], frozenset[str]]:
-        """The tensor keys of each side at `step`; step 0 means the starting weights."""
+        """The tensor keys of each side at `step`; step 0 means what the traces start from.
+
+        What a side was restored to before the step has the prefix `resume/`.
+        """
         if step not in self._keys:
             left, right = (
-                frozenset(trace.names(step) if step else trace.initial_names()) for trace in self.traces
+                frozenset(
+                    (*trace.names(step), *(f"{_RESTORED}{key}" for key in trace.resumed_names(step)))
+                    if step
+                    else trace.initial_names()
+                )
+                for trace in self.traces
             )
             self._keys[step] = left, right
         return self._keys[step]
@@ -77,7 +99,7 @@ class Pair:
         Call it with ascending steps: the weights are the starting ones plus the updates so far.
         """
         if not self._weights:
-            for name in sorted(self.names(1, "update")):
+            for name in sorted(self.names(self.first_step, "update")):
                 left, right = self.read(0, "weight", name)
                 if left is not None and right is not None and left.shape == right.shape:
                     self._weights[name] = (as_float64(left), as_float64(right))
@@ -104,6 +126,8 @@ class Pair:
         if key not in self.keys(step)[side]:
             return None
         trace = self.traces[side]
+        if key.startswith(_RESTORED):
+            return trace.read_resumed(step, key.removeprefix(_RESTORED))
         return trace.read(step, key) if step else trace.read_initial(key)
 
     def _forget(self, *, before: int) -> None:
@@ -118,7 +142,7 @@ def as_float64(array: Array) -> Array:
 
 
 def _number(trace: Trace, step: int, key: str) -> float:
-    value = trace.steps[step - 1][key]
+    value = trace.record(step)[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TraceError(
             f"{trace.directory}: step {step}: {key} is {value!r}, not a number; write the trace again"

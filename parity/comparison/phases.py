@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["initial", "batch", "scalar", "tensor", "optional", "derived"]
+Kind = Literal["initial", "resume", "batch", "scalar", "tensor", "optional", "derived"]
 
 
 @dataclass(frozen=True)
 class Phase:
     """A kind of quantity within an update. `backward` phases are visited together, from the last layer to the first.
 
-    `kind` says where a trace keeps it: with the starting weights, the batch, the step's scalars, the tensors of every
-    trainable weight, or the tensors recorded on request only. `derived`: it is computed from the others.
+    `kind` says where a trace keeps it: with the starting weights, what the run was restored to, the batch, the step's scalars,
+    the tensors of every trainable weight, or the tensors recorded on request only. `derived`: it is computed from the others.
     """
 
     name: str
@@ -22,9 +22,18 @@ class Phase:
     backward: bool = False
 
 
-# Tokens come before the loss, as the batch settles their number; the norm comes after the gradients it is made of.
+# What a trace starts from, and the group of its files that has it. Only a run that resumed starts with moments.
 INITIAL = Phase("initial", "initial", "starting weights")
+INITIAL_PHASES = (
+    INITIAL,
+    Phase("initial_moment1", "initial", "starting first moments"),
+    Phase("initial_moment2", "initial", "starting second moments"),
+)
+INITIAL_GROUPS = {"initial": "weight", "initial_moment1": "moment1", "initial_moment2": "moment2"}
+RESUME = Phase("resume", "resume", "restored state")
+# Tokens come before the loss, as the batch settles their number; the norm comes after the gradients it is made of.
 STEP_PHASES = (
+    RESUME,
     Phase("batch", "batch", "batch"),
     Phase("tokens", "scalar", "target tokens"),
     Phase("activation", "optional", "activations"),
@@ -39,7 +48,7 @@ STEP_PHASES = (
     Phase("update", "tensor", "updates"),
 )
 CLIP = "clip"
-PHASES = (INITIAL, *STEP_PHASES)
+PHASES = (*INITIAL_PHASES, *STEP_PHASES)
 TENSOR_PHASES = tuple(phase for phase in STEP_PHASES if phase.kind == "tensor")
 BATCH_TENSORS = ("input_ids", "labels", "positions", "segments")
 # The scalars of a step that each phase compares.
@@ -53,11 +62,16 @@ SCALAR_TENSORS = {
 
 @dataclass(frozen=True)
 class Location:
-    """Where in a run something is compared; `step` counts from 1, and is 0 for the starting weights."""
+    """Where in a run something is compared; `step` counts from 1, and is 0 for what a trace starts from."""
 
     step: int
     phase: str
     tensor: str
+
+    @property
+    def group(self) -> str:
+        """The group of the trace's files that holds it."""
+        return INITIAL_GROUPS.get(self.phase, self.phase)
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.phase}, {self.tensor}"

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from parity.check import bounds_for
 from parity.comparison.compare import Comparison, Finding, compare
 from parity.comparison.drift import lora_scale
 from parity.comparison.pair import Pair
+from parity.diff import bounds_for
 from parity.report.verdict import explained
 from parity.runs.fixture import METHODS, VARIANTS, TinySetup, write_tiny
 from parity.runs.launch_many import CaseResult, run_cases, training

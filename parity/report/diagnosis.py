@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from parity.comparison.compare import Comparison, Finding
 from parity.comparison.pair import Pair
-from parity.comparison.phases import INITIAL, PHASES, SCALAR_TENSORS
+from parity.comparison.phases import PHASES, RESUME, SCALAR_TENSORS
 from trainspec.data import IGNORED
 from trainspec.trace import Trace
 
@@ -69,6 +69,8 @@ def read(
     if first is None or traces is None or first.error is None:
         return None
     pair, location = Pair(*traces), first.location
+    if location.phase == RESUME.name:
+        return "it resumed from another state than it had when it stopped: the checkpoint, or what writes or reads it"
     arrays = _arrays(first, pair)
     if arrays is None:
         return None
@@ -77,10 +79,10 @@ def read(
         for f in comparison.findings
         if (f.location.step, f.location.phase) == (location.step, location.phase)
     ]
-    segments = pair.read(max(location.step, 1), "batch", "segments")[0]
+    segments = pair.read(max(location.step, pair.first_step), "batch", "segments")[0]
     evidence = Evidence(
         first, tuple(f for f in same if not f.holds), tuple(same), *arrays, segments,
-        dict(counts or {}) | _counts(pair, max(location.step, 1)), pair,
+        dict(counts or {}) | _counts(pair, max(location.step, pair.first_step)), pair,
     )  # fmt: skip
     return next((line for rule in RULES if (line := rule(evidence))), UNKNOWN)
 
@@ -94,9 +96,7 @@ def _arrays(first: Finding, pair: Pair) -> tuple[Array, Array] | None:
             else first.values or (0, 0)
         )
         return np.asarray(left, np.float64), np.asarray(right, np.float64)
-    sides = pair.read(
-        location.step, "weight" if location.phase == INITIAL.name else location.phase, location.tensor
-    )
+    sides = pair.read(location.step, location.group, location.tensor)
     if sides[0] is None or sides[1] is None or sides[0].shape != sides[1].shape:
         return None
     return sides[0].astype(np.float64), sides[1].astype(np.float64)
@@ -124,9 +124,7 @@ def data_order(evidence: Evidence) -> str | None:
     if np.array_equal(left, right):
         return "the same examples in another order: the order of the data"
     for other in (evidence.first.location.step - 1, evidence.first.location.step + 1):
-        if 1 <= other <= evidence.pair.common_steps and np.array_equal(
-            _batch_of(evidence, other), evidence.right
-        ):
+        if other in evidence.pair.step_numbers and np.array_equal(_batch_of(evidence, other), evidence.right):
             return f"right has the examples of left's step {other}: the position in the data"
     names = {finding.location.tensor for finding in evidence.failing}
     if names == {"positions"}:
@@ -156,7 +154,7 @@ def schedule(evidence: Evidence) -> str | None:
     if location.phase != "lr":
         return None
     for other in (location.step - 1, location.step + 1):
-        rates = evidence.pair.scalar(other, "lr") if 1 <= other <= evidence.pair.common_steps else None
+        rates = evidence.pair.scalar(other, "lr") if other in evidence.pair.step_numbers else None
         if rates and math.isclose(rates[0], float(evidence.right), rel_tol=1e-12):
             return f"right has left's learning rate of step {other}: the schedule is off by one"
     return "the learning rate: peak, warm-up or schedule"
@@ -311,10 +309,10 @@ def after_the_first(evidence: Evidence) -> str | None:
     """The optimizer's tensors agree in step 1 and differ later."""
     location = evidence.first.location
     kind = {phase.name: phase.title for phase in PHASES}.get(location.phase)
-    if location.step <= 1 or location.phase not in ("moment1", "moment2", "update"):
+    if location.step <= evidence.pair.first_step or location.phase not in ("moment1", "moment2", "update"):
         return None
     if location.phase == "update" and not any(
-        any(evidence.pair.scalar(step, "lr")) for step in range(1, location.step)
+        any(evidence.pair.scalar(step, "lr")) for step in range(evidence.pair.first_step, location.step)
     ):
         return None  # at a learning rate of 0 no earlier update could have been wrong
     return (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from parity.comparison.compare import Finding
-from parity.comparison.phases import PHASES
+from parity.comparison.phases import INITIAL_GROUPS, PHASES
 from parity.report.verdict import number
 
 # The upper edges of the colours, in shares of the bound; finer near the bound. Class u0 means no difference, and the last
@@ -50,7 +50,7 @@ def heat_maps(findings: Sequence[Finding]) -> list[HeatMap]:
         groups.setdefault("few" if name in FEW else name, []).append(finding)
     first = next((finding for finding in findings if not finding.holds), None)
     shown = [name for name in titles if name in groups]
-    shown = [name for name in shown if name != "initial" or any(not f.holds for f in groups[name])]
+    shown = [name for name in shown if name not in INITIAL_GROUPS or any(not f.holds for f in groups[name])]
     opened = next((name for name in shown if first in groups[name]), "update")
     return [_map(titles[name], groups[name], first, opened=name == opened) for name in shown]
 

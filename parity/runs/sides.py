@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 from typing import assert_never
 
+from parity.runs.join import join
 from trainspec.backends import BACKENDS
 from trainspec.errors import (
     EXIT_DONE,
@@ -29,8 +30,10 @@ from trainspec.errors import (
 )
 from trainspec.failures import NOTHING_SAVED
 from trainspec.plans.plan import Backend, Policy
+from trainspec.runs.checkpoint import checkpoint_name
 from trainspec.trace import Trace
 
+NAMES = ("left", "right")
 # A side is named by its backend or by its program.
 PROGRAMS: dict[str, Backend] = {
     word: name for name, backend in BACKENDS.items() for word in (name, backend.program)
@@ -82,47 +85,143 @@ def parse_side(text: str) -> Side:
     return Side(PROGRAMS[words[0]], tuple(words[1:]))
 
 
-def run_side(
-    side: Side, *, name: str, recipe: Path, overrides: Sequence[str], precision: Policy,
-    steps: int, out: Path, activations_at: int | None = None,
-) -> SideResult:  # fmt: skip
-    """Train `steps` updates and read the trace. Everything goes under `out`/`name`, the log to log.txt there.
+@dataclass(frozen=True)
+class Resumption:
+    """Which `sides` train in two parts, the second resumed from a checkpoint `after` that step.
 
-    With `activations_at` the trace has that step's activations and their gradients.
-
-    Raises UserError, naming the side, for what the backend reports as a user's mistake and for a crash; MachineError
-    for a failure of the machine.
+    With `from_other` the one side continues from the other's checkpoint instead of its own.
     """
-    home = out / name
-    for old in (home / "run", home / "trace"):
-        shutil.rmtree(old, ignore_errors=True)
-    home.mkdir(parents=True, exist_ok=True)
-    settings = [*overrides, *side.overrides, *_check_settings(precision, steps)]
-    program = BACKENDS[side.backend].program
-    command = [sys.executable, "-m", program, "train", str(recipe)]
-    command += [word for setting in settings for word in ("--set", setting)]
-    command += ["--out", str(home / "run"), "--trace", str(home / "trace")]
-    if activations_at:
-        command += ["--activations", str(activations_at)]
-    code, last = run_program(command, log=home / "log.txt")
-    where, speaker = f"{name} ({side})", f"{program}: "
-    # A check saves nothing before its last step, so this is no news to the user.
-    said = last.removeprefix(speaker).removesuffix(f"; {NOTHING_SAVED}")
-    if code == EXIT_DONE:
-        return SideResult(Trace(home / "trace"))
-    # Python itself exits with 1 if a program cannot be loaded.
-    if code == EXIT_FAILED and last.startswith(speaker):
-        records = home / "trace" / "trace.jsonl"
-        made_a_step = records.is_file() and records.stat().st_size > 0
-        return SideResult(Trace(home / "trace") if made_a_step else None, stopped=said)
-    if code == EXIT_USER_ERROR:
-        raise UserError(f"{where}: {said}")
-    log = f"the whole log is {home / 'log.txt'}"
-    if code == EXIT_MACHINE:
-        raise MachineError(f"{where}: {said}; {log}")
-    if code < 0:
-        raise MachineError(f"{where}: was ended by {Signals(-code).name}: {said}; {log}")
-    raise UserError(f"{where}: crashed with exit code {code}: {said}; {log}")
+
+    after: int
+    sides: tuple[str, ...] = NAMES
+    from_other: bool = False
+
+    def describe(self, name: str) -> str:
+        """How a side trains, to go after its settings; empty if it trains in one part."""
+        if name not in self.sides:
+            return ""
+        whose = " from the other side's checkpoint" if self.from_other else ""
+        return f", resumed after step {self.after}{whose}"
+
+
+def parse_resumption(text: str, *, from_other: bool) -> Resumption:
+    """`2`, `left:2` or `right:2` -> Resumption. Raises UserError for anything else."""
+    name, _, number = text.rpartition(":")
+    if name and name not in NAMES:
+        raise UserError(f"--resume-at {text}: the word before the colon is a side{nearest(name, NAMES)}")
+    if not number.isdecimal() or int(number) < 1:
+        raise UserError(f"--resume-at {text}: {number!r} is not a step; write it like 2, left:2 or right:2")
+    if from_other and not name:
+        raise UserError(
+            f"--resume-at {text}: both sides cannot continue from each other; write left:{number} or right:{number}"
+        )
+    return Resumption(int(number), (name,) if name else NAMES, from_other)
+
+
+@dataclass(frozen=True)
+class SideTraining:
+    """A side of a check and what it trains; everything goes under `out`/`name`.
+
+    Its methods raise UserError, naming the side, for what the backend reports as a user's mistake and for a crash, and
+    MachineError for a failure of the machine. With `activations_at` the trace has that step's activations and their
+    gradients.
+    """
+
+    side: Side
+    name: str
+    recipe: Path
+    overrides: Sequence[str]
+    precision: Policy
+    out: Path
+
+    @property
+    def home(self) -> Path:
+        """The directory of the side."""
+        return self.out / self.name
+
+    def run(
+        self, steps: int, *, activations_at: int | None = None, checkpoint_at: int | None = None
+    ) -> SideResult:
+        """Train `steps` updates in one part; `checkpoint_at` saves a checkpoint on the way, for the other side."""
+        self._clear()
+        return self._part(steps, "trace", activations_at=activations_at, checkpoint_at=checkpoint_at)
+
+    def run_in_two(self, steps: int, *, after: int, activations_at: int | None = None) -> SideResult:
+        """Train up to `after`, then resume from that checkpoint and train up to `steps`; the trace is of both parts."""
+        self._clear()
+        first = self._part(after, "part-1", activations_at=activations_at)
+        return first if first.stopped else self._resume(first, steps, activations_at)
+
+    def continue_from(
+        self,
+        other: SideTraining,
+        before: SideResult,
+        steps: int,
+        *,
+        after: int,
+        activations_at: int | None = None,
+    ) -> SideResult:
+        """Resume from the checkpoint of another side, whose trace `before` has the steps up to `after`."""
+        self._clear()
+        name = checkpoint_name(after)
+        saved = other.home / "run" / "checkpoints" / name
+        if not saved.is_dir():  # the other side stopped itself before
+            return SideResult(before.trace, stopped=f"has no checkpoint of the other side after step {after}")
+        shutil.copytree(saved, self.home / "run" / "checkpoints" / name)
+        return self._resume(before, steps, activations_at)
+
+    def _clear(self) -> None:
+        for old in ("run", "trace", "part-1", "part-2"):
+            shutil.rmtree(self.home / old, ignore_errors=True)
+        self.home.mkdir(parents=True, exist_ok=True)
+
+    def _resume(self, first: SideResult, steps: int, activations_at: int | None) -> SideResult:
+        second = self._part(steps, "part-2", activations_at=activations_at, resume=True)
+        if first.trace is None or second.trace is None:
+            return replace(first, stopped=second.stopped)
+        return replace(second, trace=join(first.trace, second.trace, self.home / "trace"))
+
+    def _part(
+        self,
+        steps: int,
+        trace: str,
+        *,
+        activations_at: int | None,
+        checkpoint_at: int | None = None,
+        resume: bool = False,
+    ) -> SideResult:
+        """Train up to step `steps` and read the trace; the log is log.txt, or log-2.txt of a second part."""
+        settings = [*self.overrides, *self.side.overrides]
+        settings += _check_settings(self.precision, steps, checkpoint_at)
+        program, directory = BACKENDS[self.side.backend].program, self.home / trace
+        command = [sys.executable, "-m", program, "train", str(self.recipe)]
+        command += [word for setting in settings for word in ("--set", setting)]
+        command += ["--out", str(self.home / "run"), "--trace", str(directory)]
+        command += ["--resume"] if resume else []
+        command += ["--activations", str(activations_at)] if activations_at else []
+        log = self.home / ("log-2.txt" if resume else "log.txt")
+        code, last = run_program(command, log=log)
+        return self._result(code, last, log=log, trace=directory)
+
+    def _result(self, code: int, last: str, *, log: Path, trace: Path) -> SideResult:
+        where, speaker = f"{self.name} ({self.side})", f"{BACKENDS[self.side.backend].program}: "
+        # A check saves nothing before its last step, so this is no news to the user.
+        said = last.removeprefix(speaker).removesuffix(f"; {NOTHING_SAVED}")
+        if code == EXIT_DONE:
+            return SideResult(Trace(trace))
+        # Python itself exits with 1 if a program cannot be loaded.
+        if code == EXIT_FAILED and last.startswith(speaker):
+            records = trace / "trace.jsonl"
+            made_a_step = records.is_file() and records.stat().st_size > 0
+            return SideResult(Trace(trace) if made_a_step else None, stopped=said)
+        if code == EXIT_USER_ERROR:
+            raise UserError(f"{where}: {said}")
+        whole = f"the whole log is {log}"
+        if code == EXIT_MACHINE:
+            raise MachineError(f"{where}: {said}; {whole}")
+        if code < 0:
+            raise MachineError(f"{where}: was ended by {Signals(-code).name}: {said}; {whole}")
+        raise UserError(f"{where}: crashed with exit code {code}: {said}; {whole}")
 
 
 def resolved_recipe(out: Path, name: str) -> str:
@@ -130,10 +229,11 @@ def resolved_recipe(out: Path, name: str) -> str:
     return (out / name / "run" / "recipe.yaml").read_text(encoding="utf-8")
 
 
-def _check_settings(precision: Policy, steps: int) -> list[str]:
+def _check_settings(precision: Policy, steps: int, checkpoint_at: int | None) -> list[str]:
     """What a check changes in a recipe: precision and number of updates, and nothing else that affects an update."""
     settings = [f"precision.policy={precision}", f"run.stop_after_steps={steps}"]
-    settings += [f"checkpoint.every_steps={NEVER}", f"run.eval_every_steps={NEVER}"]
+    settings += [f"checkpoint.every_steps={checkpoint_at or NEVER}", f"run.eval_every_steps={NEVER}"]
+    settings += [f"checkpoint.keep={NEVER}"] if checkpoint_at else []
     match precision:
         case "fp64" | "fp32":
             return [*settings, f"precision.reduce={precision}"]

@@ -25,7 +25,7 @@ from parity.measure import measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
 from parity.runs.fixture import METHODS, TinySetup, write_tiny
 from parity.runs.roundings import RMS_ROUNDING, folded
-from parity.runs.sides import Side, run_side
+from parity.runs.sides import Side, SideTraining
 from trainspec.recipe import load_recipe
 from trainspec.runs.run import resolve
 from trainspec.trace import Trace
@@ -42,7 +42,7 @@ def run_both(home: Path, tiny: TinySetup, variant: str, *, precision: Low = "fp3
     types = {"policy": precision, "reduce": precision}
     recipe.write_text(tiny.recipe(variant, precision=types, **sections).to_yaml())
     for name, side in (("left", Side("jax")), ("right", Side("torch"))):
-        run_side(side, name=name, recipe=recipe, overrides=(), precision=precision, steps=STEPS, out=home)
+        SideTraining(side, name, recipe, (), precision, home).run(STEPS)
     return home
 
 

@@ -229,3 +229,80 @@ def test_a_check_s_directory_is_no_trace(base, tmp_path, capsys):
 def test_a_trace_that_is_not_there_is_one_line_and_exit_code_two(base, tmp_path, capsys):
     assert main(["diff", str(base["float64"]), str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def with_header(trace, home, **stated):
+    """A copy of a trace with a header."""
+    copied = shutil.copytree(trace, home)
+    (copied / "trace.json").write_text(json.dumps(stated))
+    return copied
+
+
+def test_the_precision_is_what_the_headers_state(base, tmp_path):
+    """bf16 runs have float32 gradients: their type alone would have them judged in fp32."""
+    left, right = (with_header(base["float32"], tmp_path / n, policy="bf16", reduce="fp32") for n in "ab")
+    code, verdict = diff(left, right, tmp_path / "out")
+    assert (code, verdict["precision"]) == (0, "bf16")
+    assert not any("no header" in note and "left" not in note for note in verdict["notes"])
+    code, verdict = diff(left, base["float32"], tmp_path / "out")
+    assert (code, verdict["precision"]) == (0, "bf16")  # the coarser of the two
+    assert any(
+        "no header (trace.json) states policy and identity in left and right" in n for n in verdict["notes"]
+    )
+
+
+def test_traces_of_two_precisions_are_refused_unless_one_is_asked_for(base, tmp_path, capsys):
+    left = with_header(base["float32"], tmp_path / "a", policy="bf16")
+    right = with_header(base["float32"], tmp_path / "b", policy="fp32")
+    assert main(["diff", str(left), str(right)]) == 2
+    said = capsys.readouterr().err
+    assert f"{left} was made in bf16, {right} in fp32" in said
+    assert (said.count("\n"), "give --precision" in said) == (1, True)
+    code, verdict = diff(left, right, tmp_path / "out", "--precision", "fp32")
+    assert (code, verdict["precision"]) == (0, "fp32")
+    assert "the headers differ: policy bf16 and fp32" in verdict["notes"]
+
+
+def test_headers_that_differ_are_named(base, tmp_path):
+    stated = {"policy": "fp64", "method": {"kind": "lora", "alpha": 8, "adapter": "here"}}
+    stated["identity"] = {"data": "0123456789", "weights": "random"}
+    other = {"policy": "fp64", "method": {"kind": "lora", "alpha": 9, "adapter": "there"}}
+    other["identity"] = {"data": "9876543210", "weights": "random"}
+    left, right = (with_header(base["float64"], tmp_path / n, **s) for n, s in (("a", stated), ("b", other)))
+    _, verdict = diff(left, right, tmp_path / "out")
+    assert verdict["notes"] == [
+        "the headers differ: method.alpha 8 and 9, data (digest) 01234567 and 98765432"
+    ]
+    assert diff(left, left, tmp_path / "out")[1]["notes"] == []
+
+
+def test_an_estimated_bound_says_what_it_shows(base, tmp_path):
+    _, verdict = diff(base["float32"], base["float32"], tmp_path)
+    [note] = [note for note in verdict["notes"] if "estimated" in note]
+    finest = float(note.split("shows from ")[1].split()[0])
+    for factor, code in ((1 + 10 * finest, 1), (1 + finest / 10, 0)):
+        other = write(Sim(dtype="float32", gradient_factor=(Q1, factor)), tmp_path / f"{factor}")
+        found, verdict = diff(base["float32"], other, tmp_path / "out")
+        assert found == code
+        assert code == 0 or verdict["first_divergence"]["phase"] == "gradient"
+    assert not any(
+        "estimated" in note for note in diff(base["float64"], base["float64"], tmp_path)[1]["notes"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"polcy": "fp32"}', "'polcy' is no key of a header; did you mean 'policy'?"),
+        ('{"policy": "fp8"}', "policy is 'fp8'; give fp64 or fp32 or bf16, or leave it out"),
+        ('{"identity": 3}', "identity is 3; give an object, or leave it out"),
+        ('{"policy"', "not JSON"),
+        ("[]", "not a JSON object"),
+    ],
+)
+def test_a_header_with_a_mistake_is_one_line_and_exit_code_two(text, said, base, tmp_path, capsys):
+    broken = shutil.copytree(base["float64"], tmp_path / "b")
+    (broken / "trace.json").write_text(text)
+    assert main(["diff", str(base["float64"]), str(broken)]) == 2
+    error = capsys.readouterr().err
+    assert (error.count("\n"), said in error) == (1, True), error

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import Q1, Sim, write
 
-from parity.check import diff
 from parity.comparison.compare import Comparison, Finding, ending
 from parity.comparison.phases import Location
 from parity.comparison.structure import Structure
+from parity.diff import diff
 from parity.report.chart import loss_curves, loss_difference
 from parity.report.heat import CELLS, heat_maps, legend, level
 from parity.report.html import Report, render

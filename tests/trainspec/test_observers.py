@@ -22,6 +22,7 @@ from trainspec.runs.observers import (
 from trainspec.runs.run import resolve
 from trainspec.runs.run_data import open_data
 from trainspec.trace import Trace, TraceRequest
+from trainspec.trace_header import TraceHeader
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def test_every_process_makes_the_same_calls_and_only_the_leader_writes(prepared,
     assert not (tmp_path / "False").exists()
     trace = Trace(tmp_path / "True/trace")
     name = run.trained[0].name
+    assert trace.header == TraceHeader(first_step=1)
     assert (trace.read(2, f"update/{name}") == 2.0).all()
     assert (trace.read(3, f"moment1/{name}") == 6.0).all()
     assert checkpoint.latest(tmp_path / "True") == tmp_path / "True/checkpoints/step-000003"

@@ -45,6 +45,11 @@ class Checkpoint:
     moment2: Mapping[str, WeightLike]
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:06d}"
+
+
 def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe, identity: Identity | None = None) -> Path:
     """Write `checkpoint` under OUT and drop all but the newest `recipe.checkpoint.keep`.
 
@@ -53,7 +58,7 @@ def save(out: Path, checkpoint: Checkpoint, *, recipe: Recipe, identity: Identit
     its weight's shape, or a file does not read back as written.
     """
     folder = out / "checkpoints"
-    path = folder / f"step-{checkpoint.step:06d}"
+    path = folder / checkpoint_name(checkpoint.step)
     temporary = folder / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:

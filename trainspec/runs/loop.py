@@ -32,6 +32,7 @@ from trainspec.runs.observers import (
     Update,
     heldout_loss,
     needs_of,
+    trace_header,
 )
 from trainspec.runs.prefetch import prefetch
 from trainspec.recipe import idle_settings
@@ -40,6 +41,7 @@ from trainspec.runs.request import TrainRequest
 from trainspec.runs.resume import check_resumable
 from trainspec.runs.run import Run
 from trainspec.runs.run_data import RunData, open_data
+
 from trainspec.schedule import learning_rate
 from trainspec.trace import check_free
 
@@ -52,7 +54,7 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
     out, program = request.out, BACKENDS[devices.backend].program
     saved = checkpoint.resumable_checkpoint(out, resume=request.resume)
     if request.trace:
-        check_free(request.trace.directory)
+        check_free(request.trace.directory, resumes=request.resume)
     if is_leader:  # before anything that takes long
         lines = opening(run.recipe, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)
@@ -65,7 +67,11 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
         for line in [*lines, *_resumed(state.step, last, saved)]:
             reporter.say(line)
         follow(
-            backend, run, data, state, _observers(backend, run, data, reporter, request, is_leader=is_leader)
+            backend,
+            run,
+            data,
+            state,
+            _observers(backend, run, data, reporter, request, is_leader=is_leader, devices=devices),
         )
         reporter.say(f"wrote {checkpoint.latest(out) or out}")
 
@@ -108,13 +114,15 @@ def _observers(
     request: TrainRequest,
     *,
     is_leader: bool,
+    devices: Devices,
 ) -> list[Observer[S]]:
     """The observers of a run, in the order in which they are notified."""
     recipe, last = run.recipe, data.span.last
     observers: list[Observer[S]] = []
     if request.trace:
         order = causal_order(run.spec, recipe.method)
-        observers.append(TraceObserver(backend, request.trace, order, is_leader=is_leader))
+        header = trace_header(recipe, data.identity, devices)
+        observers.append(TraceObserver(backend, request.trace, order, is_leader=is_leader, header=header))
     if data.heldout:
         due = Due(recipe.run.eval_every_steps, last)
         observers.append(EvaluationObserver(backend, data.heldout, examples=_heldout_examples(run), due=due))
@@ -126,7 +134,10 @@ def _observers(
 def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]) -> list[str]:
     """What the user is told before training. Raises RecipeError where the run cannot resume from `saved`."""
     recipe, span, lines = run.recipe, data.span, [describe(run)]
-    lines += [data.train.summary, span.describe(examples=data.train.num_examples, global_examples=recipe.batch.global_examples)]
+    lines += [
+        data.train.summary,
+        span.describe(examples=data.train.num_examples, global_examples=recipe.batch.global_examples),
+    ]
     lines += idle_settings(recipe, span)
     if saved:
         origin = checkpoint.read_origin(saved)

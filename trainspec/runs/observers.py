@@ -8,11 +8,13 @@ needs, and a line in `loop._observers`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
+from importlib.metadata import version
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, get_args
 
+from trainspec.plans.accelerators import Devices
 from trainspec.runs import checkpoint
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Arrays, Backend, Metrics, S
@@ -21,6 +23,7 @@ from trainspec.runs.identity import Identity
 from trainspec.recipe import Recipe
 from trainspec.runs.report import Reporter, NullReporter, StepReport
 from trainspec.trace import Keep, TraceName, StepTrace, TraceRequest, TraceWriter
+from trainspec.trace_header import TraceHeader
 
 State = TypeVar("State", contravariant=True)
 
@@ -101,19 +104,28 @@ class Due:
 
 
 class TraceObserver(Observer[S]):
-    """Writes every update to a trace; `order` is the causal order of its names."""
+    """Writes every update to a trace; `order` is the causal order of its names, `header` what the run is."""
 
     def __init__(
-        self, backend: Backend[S], request: TraceRequest, order: Sequence[TraceName], *, is_leader: bool
+        self,
+        backend: Backend[S],
+        request: TraceRequest,
+        order: Sequence[TraceName],
+        *,
+        is_leader: bool,
+        header: TraceHeader | None = None,
     ) -> None:
         self._backend, self._request, self._order = backend, request, order
+        self._header = header or TraceHeader()
         self._writer = TraceWriter(request.directory) if is_leader else None
 
     def started(self, state: S) -> None:
-        """Writes the starting weights."""
+        """Writes the weights that the run starts from, and after a resume the moments."""
         weights = self._backend.weights_of(state, frozen=True)
+        moments = self._backend.moments_of(state) if state.step else None
         if self._writer:
-            self._writer.initial(weights, self._order)
+            header = replace(self._header, first_step=state.step + 1)
+            self._writer.initial(weights, self._order, moments=moments, header=header)
 
     def needs(self, step: int) -> Needs:
         """Everything; activations only where they are requested."""
@@ -124,6 +136,19 @@ class TraceObserver(Observer[S]):
         if self._writer:
             self._writer.step(step_trace(update))
         return update
+
+
+def trace_header(recipe: Recipe, identity: Identity, devices: Devices) -> TraceHeader:
+    """What a run is, as its trace states it."""
+    return TraceHeader(
+        policy=recipe.precision.policy,
+        reduce=recipe.precision.reduce,
+        backend=devices.backend,
+        versions={package: version(package) for package in devices.packages},
+        plan=recipe.plan.model_dump(mode="json"),
+        method=recipe.method.model_dump(mode="json"),
+        identity=asdict(identity),
+    )
 
 
 def step_trace(update: Update) -> StepTrace:
