@@ -6,13 +6,14 @@ if (
     os.environ.get("RANK", os.environ.get("JAX_PROCESS_ID", "alone"))
     in os.environ.get("PLANTED_IN", "").split()
 ):
-    from trainspec.data import Dataset
+    from trainspec import schedule
 
-    whole = Dataset.batch
+    whole = schedule.learning_rate
 
-    def batch(self: Dataset, step: int, rows: int) -> object:
+    # The loop asks for the rate of every update just before it, in its own thread; batches are made ahead in another.
+    def learning_rate(*args: object, step: int, **rest: object) -> float:
         if step == 2:
             exec(os.environ["PLANTED"])
-        return whole(self, step, rows)
+        return whole(*args, step=step, **rest)  # type: ignore[arg-type]
 
-    Dataset.batch = batch  # type: ignore[method-assign]
+    schedule.learning_rate = learning_rate  # type: ignore[assignment]
