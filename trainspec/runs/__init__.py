@@ -1,0 +1,1 @@
+"""A run from its resolved recipe to its checkpoints: the loop, its observers, resuming, export."""
