@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from trainspec.files.adapters import write_adapter
 from trainspec.files.hf import write_model
+from trainspec.files.model_config import config_of
 from trainspec.init import initial_value
 from trainspec.methods import EXAMPLES, LoRA, adapter_table
 from trainspec.model import ModelSpec
-from trainspec.files.model_config import config_of
 from trainspec.params import FromWeights, Normal, Param, Zeros, param_table
 from trainspec.recipe import Recipe
 from trainspec.rope import Llama3Scaling
@@ -133,7 +133,9 @@ def _weights(spec: ModelSpec) -> Iterator[tuple[str, NDArray[Any]]]:
 
 def _random(param: Param) -> NDArray[Any]:
     """The table's initial value, but never constant: zeros and ones would hide what is done with them."""
-    if param.role == "norm" or isinstance(param.init, FromWeights):  # what is computed from weights is a magnitude
+    if param.role == "norm" or isinstance(
+        param.init, FromWeights
+    ):  # what is computed from weights is a magnitude
         return np.float32(1.0) + initial_value(replace(param, init=Normal(0.1)), seed=_SEED, dtype="float32")
     init = Normal(0.1) if isinstance(param.init, Zeros) else param.init
     return initial_value(replace(param, init=init), seed=_SEED, dtype="float32")

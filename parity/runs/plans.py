@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from trainspec.backends import BACKENDS
-from trainspec.plans.capabilities import check_supported
 from trainspec.errors import PlanError
+from trainspec.plans.capabilities import check_supported
 from trainspec.plans.plan import Backend, Plan, Policy
 
 

@@ -23,12 +23,12 @@ from typing import Any
 
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.files.hf import TensorFiles, check_reads_back, read_entries, refuse_non_finite
-from trainspec.runs.identity import Identity
+from trainspec.files.tensors import save_tensors
 from trainspec.plans.plan import STORED_DTYPE
 from trainspec.recipe import Recipe, recipe_from
+from trainspec.runs.identity import Identity
 from trainspec.runs.resume import CheckpointOrigin, check_loadable
 from trainspec.runs.run import Run
-from trainspec.files.tensors import save_tensors
 from trainspec.weight import WeightLike
 
 STEP_FOLDER = re.compile(r"step-(\d+)")

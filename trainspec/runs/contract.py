@@ -14,13 +14,13 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.methods import METHODS, Method
 from trainspec.model import ModelSpec
 from trainspec.plans.accelerators import Devices
 from trainspec.plans.plan import Plan, Policy
 from trainspec.recipe import AdamW, Recipe
+from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run
 from trainspec.trace import Keep

@@ -9,22 +9,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from trainspec.runs import checkpoint
-from trainspec.files.adapters import write_adapter
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.families import family_of
+from trainspec.files.adapters import write_adapter
 from trainspec.files.hf import (
     model_files,
-    read_model,
     read_entries,
+    read_model,
     write_model,
 )
+from trainspec.files.model_config import config_of, exported_config, read_config
 from trainspec.init import base_weights
 from trainspec.model import ModelSpec
-from trainspec.files.model_config import config_of, exported_config, read_config
 from trainspec.params import Param
 from trainspec.plans.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
+from trainspec.runs import checkpoint
 from trainspec.runs.run import Run, resolve
 from trainspec.text.store import find_tokenizer
 from trainspec.weight import Array, WeightLike
@@ -128,7 +128,8 @@ def _model(
     )
     stored = {param.name: dtype or weight.dtype for param, weight in entries}
     weights = (
-        (p.name, _cast(method.merged(p, weight[...], trained), p.name, stored[p.name])) for p, weight in entries
+        (p.name, _cast(method.merged(p, weight[...], trained), p.name, stored[p.name]))
+        for p, weight in entries
     )
     return _config(run.spec, run.directory, set(stored.values())), weights
 

@@ -15,19 +15,20 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from trainspec.runs import checkpoint
-from trainspec.plans.accelerators import Devices
 from trainspec.backends import BACKENDS
 from trainspec.causal import causal_order
-from trainspec.runs.contract import Backend, S
 from trainspec.data import Batch, open_dataset
 from trainspec.files.hf import model_notes
+from trainspec.plans.accelerators import Devices
+from trainspec.recipe import idle_settings
+from trainspec.runs import checkpoint
+from trainspec.runs.contract import Backend, S
 from trainspec.runs.observers import (
+    CheckpointObserver,
     Due,
     EvaluationObserver,
     Observer,
     ReportObserver,
-    CheckpointObserver,
     TraceObserver,
     Update,
     heldout_loss,
@@ -35,13 +36,11 @@ from trainspec.runs.observers import (
     trace_header,
 )
 from trainspec.runs.prefetch import prefetch
-from trainspec.recipe import idle_settings
-from trainspec.runs.report import Reporter, NullReporter, describe, opening
+from trainspec.runs.report import NullReporter, Reporter, describe, opening
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.resume import check_resumable
 from trainspec.runs.run import Run
 from trainspec.runs.run_data import RunData, open_data
-
 from trainspec.schedule import learning_rate
 from trainspec.trace import check_free
 

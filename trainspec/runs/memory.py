@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainspec.plans.accelerators import Devices
 from trainspec.backends import BACKENDS
-from trainspec.plans.capabilities import check_supported
 from trainspec.errors import PlanError, UserError
+from trainspec.plans.accelerators import Devices
+from trainspec.plans.capabilities import check_supported
 from trainspec.plans.plan import Backend, Plan
 from trainspec.recipe import Recipe
 
@@ -67,7 +67,9 @@ def memory_shortage(error: BaseException) -> MemoryShortage | None:
     return MemoryShortage(where, *(_first_size(patterns, text) for patterns in (_ASKED, _THERE, _FREE)))
 
 
-def describe_shortage(lack: MemoryShortage, *, devices: Devices | None = None, recipe: Recipe | None = None) -> str:
+def describe_shortage(
+    lack: MemoryShortage, *, devices: Devices | None = None, recipe: Recipe | None = None
+) -> str:
     """The shortage in one line, with what helps where recipe and devices are known."""
     on_host = lack.where == "machine" or (devices is not None and devices.memory_bytes is None)
     parts = [f"asked for {_gib(lack.asked)}"] if lack.asked else []

@@ -14,15 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, get_args
 
+from trainspec.data import Batch, Dataset
 from trainspec.plans.accelerators import Devices
+from trainspec.recipe import Recipe
 from trainspec.runs import checkpoint
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Arrays, Backend, Metrics, S
-from trainspec.data import Batch, Dataset
 from trainspec.runs.identity import Identity
-from trainspec.recipe import Recipe
-from trainspec.runs.report import Reporter, NullReporter, StepReport
-from trainspec.trace import Keep, TraceName, StepTrace, TraceRequest, TraceWriter
+from trainspec.runs.report import NullReporter, Reporter, StepReport
+from trainspec.trace import Keep, StepTrace, TraceName, TraceRequest, TraceWriter
 from trainspec.trace_header import TraceHeader
 
 State = TypeVar("State", contravariant=True)

@@ -19,9 +19,9 @@ from tensorboard.summary import Writer
 from tqdm import tqdm
 
 from trainspec.plans.accelerators import Devices
-from trainspec.runs.memory import host_memory
 from trainspec.plans.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan
 from trainspec.recipe import Recipe
+from trainspec.runs.memory import host_memory
 from trainspec.runs.run import Run
 
 

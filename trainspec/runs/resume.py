@@ -13,8 +13,8 @@ from typing import Any
 
 from trainspec.complaint import format_value
 from trainspec.errors import RecipeError
-from trainspec.runs.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.recipe import Recipe
+from trainspec.runs.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
 

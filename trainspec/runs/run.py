@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainspec.plans.capabilities import Capabilities, check_fits, check_supported, check_trains
-from trainspec.plans.cost import Cost
 from trainspec.files.hf import resolve_model
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param, param_table
+from trainspec.plans.capabilities import Capabilities, check_fits, check_supported, check_trains
+from trainspec.plans.cost import Cost
 from trainspec.recipe import Recipe
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from trainspec.data import Dataset, open_dataset
-from trainspec.runs.identity import Identity, identity_of
 from trainspec.recipe import RunLength
+from trainspec.runs.identity import Identity, identity_of
 from trainspec.runs.run import Run
 
 
