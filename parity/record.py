@@ -50,7 +50,10 @@ class Recorder:
         self._step = 0
 
     def initial(self, weights: NamedArrays) -> None:
-        """Record the weights before the first update, frozen ones included. Call it once, before the first `step`."""
+        """Record the weights before the first update. Call it once, before the first `step`.
+
+        Frozen weights, running statistics, target networks and counters belong to them.
+        """
         missing = sorted(set(self._names) - set(weights))
         if missing:
             raise TraceError(f"initial: no {missing[0]!r}, which is in the name map; give every weight")
@@ -76,8 +79,10 @@ class Recorder:
 
         `batch` is whatever the update is trained on, by common names; both sides' must be equal to the last bit. The
         loss is `loss_sum / tokens`, where `tokens` counts what the program averages over (elements, examples, tokens).
-        `gradients` are those of the loss, before clipping; they tell what is trained, and `weights`, `moment1` and
-        `moment2` (Adam's, without bias correction) must have their names. Those three are the values after the update.
+        `gradients` are those of the loss, before clipping; they tell what is trained at this step, and `moment1` and
+        `moment2` (Adam's, without bias correction) must have their names. `weights` has every name of `initial`: what has
+        no gradient (frozen weights, running statistics, target networks, counters) is compared too. Those three are the
+        values after the update.
         `grad_norm` is the program's norm over all gradients, before clipping; by default it is computed. `activations`
         and their gradients have common names.
         """
@@ -88,8 +93,13 @@ class Recorder:
         if tokens < 1:
             raise TraceError(f"step: tokens is {tokens}; give the number that the loss is divided by")
         mapped_gradients = self._mapped("gradients", gradients)
-        after = self._trained("weights", weights, mapped_gradients)
-        updates = {name: new - self._weights[name] for name, new in after.items()}
+        after = self._mapped("weights", weights)
+        if missing := [name for name in self._weights if name not in after]:
+            raise TraceError(
+                f"step {self._step + 1}: weights: no {missing[0]!r}, which was there at the start; give every weight, frozen "
+                "ones, statistics and target networks too"
+            )
+        moved = {name: _difference(new, self._weights[name]) for name, new in after.items()}
         self._writer.step(
             StepTrace(
                 step=self._step + 1,
@@ -99,7 +109,8 @@ class Recorder:
                 grad_norm=_norm(mapped_gradients) if grad_norm is None else float(grad_norm),
                 lr=float(lr),
                 gradients=mapped_gradients,
-                updates=updates,
+                updates={name: moved[name] for name in mapped_gradients},
+                changes={name: change for name, change in moved.items() if name not in mapped_gradients},
                 moment1=self._trained("moment1", moment1, mapped_gradients),
                 moment2=self._trained("moment2", moment2, mapped_gradients),
                 activations={name: _copy(array) for name, array in (activations or {}).items()},
@@ -108,7 +119,7 @@ class Recorder:
                 },
             )
         )
-        self._weights |= after
+        self._weights = after
         self._step += 1
 
     def _trained(self, what: str, arrays: NamedArrays, gradients: Arrays) -> Arrays:
@@ -126,7 +137,7 @@ class Recorder:
             if name not in self._names:
                 raise TraceError(f"{what}: {name!r} is not in the name map{nearest(name, self._names)}")
             copy = _copy(array)
-            mapped[self._names[name]] = _copy(copy.T) if name in self._transpose else copy
+            mapped[self._names[name]] = _plain(copy.T) if name in self._transpose else _plain(copy)
         for name, array in mapped.items():
             if name in self._weights and array.shape != self._weights[name].shape:
                 raise TraceError(
@@ -144,6 +155,12 @@ def _plain(array: ArrayLike) -> Array:
     """A boolean mask becomes uint8, as integer types have no precision to check."""
     copy = _copy(array)
     return copy.astype(np.uint8) if copy.dtype == np.bool_ else copy
+
+
+def _difference(new: Array, old: Array) -> Array:
+    """`new - old`; of integers as int64, where an unsigned counter may go down."""
+    counts = new.dtype.kind in "iu"
+    return np.asarray(new.astype(np.int64) - old.astype(np.int64) if counts else new - old)
 
 
 def _norm(gradients: Arrays) -> float:

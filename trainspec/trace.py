@@ -9,6 +9,8 @@
                                a program with other inputs writes its own arrays as batch/<name>
         gradient/<name>        after reduction, before clipping
         update/<name>          weight after minus weight before
+        change/<name>          the same of what has no gradient at this step: frozen weights, running statistics, target
+                               networks, counters (as int64). Zero where it stays as it is: its absence says nothing
         moment1/<name>, moment2/<name>
         activation/<point>, activation_gradient/<point>                  on request, [global_examples, positions, ...]:
                                positions are those of the tokens, after any virtual tokens of a prompt
@@ -74,6 +76,7 @@ class StepTrace:
     moment2: Arrays
     activations: Arrays = field(default_factory=dict)
     activation_gradients: Arrays = field(default_factory=dict)
+    changes: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class TraceWriter:
             "batch": _batch_arrays(trace.batch),
             "gradient": trace.gradients,
             "update": trace.updates,
+            "change": trace.changes,
             "moment1": trace.moment1,
             "moment2": trace.moment2,
             "activation": trace.activations,

@@ -25,6 +25,7 @@ from parity.comparison.phases import (
     Phase,
 )
 from parity.comparison.tolerance import Bounds, CheckedPair, largest
+from parity.comparison.untrained import frozen_on_one_side, untouched
 
 Array = NDArray[Any]
 
@@ -159,11 +160,14 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
             recorded = [any(k.startswith(f"{phase.name}/") for k in keys) for keys in pair.keys(step)]
             names = pair.names(step, phase.name) if all(recorded) else set()
             return pair.structure.in_order(names, backward=phase.backward)
+        case "untrained":
+            return pair.structure.in_order(pair.names(step, phase.name), backward=False)
         case _:
             trained = set().union(*(pair.names(step, each.name) for each in TENSOR_PHASES))
             # Step 1 tells what is trained: a tensor that is later absent from both sides is missing, too.
             first = set().union(*(pair.names(1, each.name) for each in TENSOR_PHASES))
-            return pair.structure.in_order(trained | first, backward=phase.backward) or ["every tensor"]
+            names = (trained | first) - untouched(pair, step)
+            return pair.structure.in_order(names, backward=phase.backward) or ["every tensor"]
 
 
 def _batch_tensors(names: set[str]) -> list[str]:
@@ -191,13 +195,13 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
         return _failure(location, f"missing in {missing}")
     if left.shape != right.shape:
         return _failure(location, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
-    if location.phase in {phase.name for phase in TENSOR_PHASES}:
+    if location.phase in {phase.name for phase in STEP_PHASES if phase.kind in ("tensor", "untrained")}:
         weight = pair.read(0, "weight", location.tensor)[0]
         if weight is not None and weight.shape != left.shape:
             return _failure(
                 location, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}"
             )
-    if reason := bounds.incomparable(location, left, right):
+    if reason := frozen_on_one_side(location, pair) or bounds.incomparable(location, left, right):
         return _failure(location, reason)
     a, b = left.astype(np.float64), right.astype(np.float64)
     if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:

@@ -27,6 +27,9 @@ update     r · min(|Δm|/s + |m| |Δs|/s², |m|/s of both) + 8u (|update| of bo
            Adam can make. Eight roundings per side: both bias corrections and their quotients 4, root, eps, quotient
            and lr 4; three more at the size of the weight (`tolerance.WEIGHT_ROUNDINGS`). decay · lr ≤ lr.
            Where s is rounding noise the bound reaches the update itself, and that element is undetermined.
+change     of a target network that goes the share t of the way to a trained weight w, from x:
+           t (|Δw| + |Δx|) + 3u (|x| + t |w|) of both. Of any other (a running statistic): the forward pass's rounding, at
+           the size of the largest x or change, drift at the same size, |Δx|, and 3u |x| of both. Integers: zero.
 """
 
 from __future__ import annotations
@@ -52,8 +55,10 @@ from parity.comparison.tolerance import (
     Bound,
     CheckedPair,
     as_a_whole,
+    is_counter,
     largest,
 )
+from parity.comparison.untrained import followed_weight
 from trainspec.methods import ENCODER
 
 Array = NDArray[Any]
@@ -72,7 +77,17 @@ POINTWISE_OF_CELL = 11
 # step 3 of the demo recipe the smallest of 16 tensors was 6.8, the median some 30.
 EFFECTIVE_DOF = 6
 # Phases that are judged element by element only, not as a whole tensor.
-ELEMENTWISE_PHASES = (*EXACT_PHASES, "lr", "loss", "grad_norm", "clip", "moment1", "moment2", "update")
+ELEMENTWISE_PHASES = (
+    *EXACT_PHASES,
+    "lr",
+    "loss",
+    "grad_norm",
+    "clip",
+    "moment1",
+    "moment2",
+    "update",
+    "change",
+)
 
 
 class EstimatedBounds:
@@ -139,6 +154,8 @@ class EstimatedBounds:
                 return self._moment(location)
             case "update":
                 return self._update(location, left, right)
+            case "change":
+                return self._change(location, left, right)
             case _:
                 return self._gradient(location, largest(left, right), left.size)
 
@@ -225,6 +242,24 @@ class EstimatedBounds:
         rounded += WEIGHT_ROUNDINGS * self._summed * (abs(weights[0]) + abs(weights[1]))
         lr = max(self._pair.scalar(location.step, "lr"))
         return Bound(rounded + FLOAT32_TINY, moved + lr * abs(weights[0] - weights[1]))
+
+    def _change(self, location: Location, left: Array, right: Array) -> Bound:
+        if is_counter(self._pair, location):
+            return Bound(np.zeros(()))
+        weights = self._pair.weights(location.step)
+        before = weights.get(location.tensor, (np.zeros(()), np.zeros(())))
+        apart, size = abs(before[0] - before[1]), abs(before[0]) + abs(before[1])
+        if follows := followed_weight(self._pair, location, left):
+            name, share = follows
+            updates = float64_sides(self._pair.read(location.step, "update", name), left)
+            after = weights[name][0] + updates[0], weights[name][1] + updates[1]
+            size = size + share * (abs(after[0]) + abs(after[1]))
+            moved = share * (abs(after[0] - after[1]) + apart)
+            return Bound(WEIGHT_ROUNDINGS * self._summed * size + FLOAT32_TINY, moved)
+        scale = max(largest(left, right), largest(*before))
+        rounding = math.sqrt(2.0) * gaussian_max_quantile(left.size) * math.sqrt(self._forward)
+        own = rounding * scale + WEIGHT_ROUNDINGS * self._summed * size
+        return Bound(own + FLOAT32_TINY, self._drift(location.step) * scale + apart)
 
 
 def path_roundings(

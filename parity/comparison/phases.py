@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["initial", "batch", "scalar", "tensor", "optional", "derived"]
+Kind = Literal["initial", "batch", "scalar", "tensor", "untrained", "optional", "derived"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,8 @@ class Phase:
     """A kind of quantity within an update. `backward` phases are visited together, from the last layer to the first.
 
     `kind` says where a trace keeps it: with the starting weights, the batch, the step's scalars, the tensors of every
-    trainable weight, or the tensors recorded on request only. `derived`: it is computed from the others.
+    trainable weight, those of weights without a gradient, or the tensors recorded on request only. `derived`: it is
+    computed from the others.
     """
 
     name: str
@@ -37,6 +38,7 @@ STEP_PHASES = (
     Phase("moment1", "tensor", "first moments"),
     Phase("moment2", "tensor", "second moments"),
     Phase("update", "tensor", "updates"),
+    Phase("change", "untrained", "changes without a gradient"),
 )
 CLIP = "clip"
 PHASES = (INITIAL, *STEP_PHASES)

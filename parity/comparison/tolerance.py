@@ -31,6 +31,9 @@ UNIT: dict[Policy, float] = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8
 # with Adam's step.
 WEIGHT_ROUNDINGS = 3
 
+# Roundings of a sum over a batch of some thousand elements, at the size of the largest entry, of both sides.
+STATISTIC_ROUNDINGS = 64
+
 # The learning rate is computed once, in double precision, by the same Python: 4 units in the last place.
 SAME_DOUBLE = 1e-15
 
@@ -101,7 +104,8 @@ class ProofBounds:
     The bound does not grow with the step: at 1e-15 per step, drift stays below it for as long as a check runs.
     An update is the difference of two stored weights, and each side rounds it three times at the size of the weight
     (1 - lr · decay, its product, the sum). These 6 u |weight| are added; they matter where an update is tiny beside its
-    weight (decay alone, the start of a warm-up).
+    weight (decay alone, the start of a warm-up). A running statistic that has settled changes by little of itself, and
+    the statistic of the batch is rounded at its own size: `STATISTIC_ROUNDINGS`.
     """
 
     notes = ()
@@ -121,14 +125,26 @@ class ProofBounds:
 
     def bound(self, location: Location, left: Array, right: Array) -> Bound:
         """Zero, `SAME_DOUBLE` or `FP64_TOLERANCE`, times the largest entry of either side."""
-        if location.phase in EXACT_PHASES:
+        if location.phase in EXACT_PHASES or is_counter(self._pair, location):
             return Bound(np.zeros(()))
         factor = SAME_DOUBLE if location.phase == "lr" else FP64_TOLERANCE
         own = np.asarray(factor * largest(left, right))
-        if location.phase == "update":
+        if location.phase in ("update", "change"):
             weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))
             own = own + 2 * WEIGHT_ROUNDINGS * UNIT["fp64"] * np.maximum(*np.abs(weights))
+        if location.phase == "change":
+            own = own + STATISTIC_ROUNDINGS * UNIT["fp64"] * largest(*weights)
         return Bound(own)
+
+
+def is_counter(pair: Pair, location: Location) -> bool:
+    """Whether it is a change of integers, which have no rounding."""
+    if location.phase != "change":
+        return False
+    return all(
+        side is None or side.dtype.kind in "iu"
+        for side in pair.read(location.step, "change", location.tensor)
+    )
 
 
 def _is_coarse(array: Array) -> bool:

@@ -60,7 +60,8 @@ def test_names_layout_update_and_norm(recorder: Recorder, tmp_path: Path):
     assert trace.read_initial("weight/fc.weight").tolist() == [[0, 3], [1, 4], [2, 5]]
     np.testing.assert_array_equal(trace.read(1, "update/fc.weight"), -np.ones((3, 2)))
     assert trace.read(1, "batch/mask").tolist() == [1, 0]
-    assert not any("frozen" in name for name in trace.names(1))
+    assert [name for name in trace.names(1) if "frozen" in name] == ["change/frozen.weight"]
+    np.testing.assert_array_equal(trace.read(1, "change/frozen.weight"), np.zeros(4))
 
 
 def test_weights_that_are_changed_in_place_do_no_harm(tmp_path: Path):
@@ -93,6 +94,7 @@ def test_types_are_kept(tmp_path: Path):
         ({"moment1": {"kernel": np.zeros((2, 3))}}, "moment1: no 'fc.bias', which has a gradient"),
         ({"gradients": trained(bias=np.zeros(2))}, "'fc.bias' has shape [2], its weight [3]"),
         ({"batch": {}}, "the batch is empty"),
+        ({"weights": trained()}, "weights: no 'frozen.weight', which was there at the start"),
     ],
 )
 def test_what_does_not_fit_is_an_error(recorder: Recorder, changes, says: str):
