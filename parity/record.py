@@ -6,7 +6,7 @@ ones, so that the traces can be compared tensor by tensor, step by step.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trainspec.errors import TraceError, nearest
-from trainspec.trace import StepTrace, TraceWriter
+from trainspec.trace import StepTrace, TraceName, TraceWriter
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -30,20 +30,33 @@ class Recorder:
             recorder.step(batch=..., loss_sum=..., tokens=..., lr=..., gradients=..., weights=..., moment1=..., moment2=...)
 
     `names` maps the program's own names to the common ones, one to one. `transpose` lists the matrices (by their own
-    names) whose two dimensions are swapped on the other side. Arrays are anything that `numpy.asarray` takes:
+    names) whose two dimensions are swapped on the other side. `order` lists common names, of weights and activations, as
+    data flows through them, for the comparison walks the gradients back through it; by default that is the order of
+    `names`, or of the weights in `initial`, unless it is merely alphabetical. Arrays are anything that `numpy.asarray` takes:
     `tensor.detach().cpu().numpy()` for torch, a `jax.Array` itself. Each is copied at once, so the program may update its
     weights in place. Types are kept: a float64 run gives a float64 trace, which is held to 1e-9.
 
     Raises TraceError if a name is not in the map, an array is missing, or a shape is not the weight's.
     """
 
-    def __init__(self, directory: Path, *, names: Mapping[str, str], transpose: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        names: Mapping[str, str],
+        transpose: Collection[str] = (),
+        order: Sequence[str] = (),
+    ) -> None:
         for name in transpose:
             if name not in names:
                 raise TraceError(f"transpose: {name!r} is not in the name map{nearest(name, names)}")
         if len(set(names.values())) < len(names):
             twice = sorted(name for name in names.values() if list(names.values()).count(name) > 1)
             raise TraceError(f"the name map gives {twice[0]!r} to more than one weight; each needs its own")
+        for name in order:
+            if list(order).count(name) > 1:
+                raise TraceError(f"order: {name!r} is listed twice")
+        self._order = list(order)
         self._names, self._transpose = dict(names), frozenset(transpose)
         self._writer = TraceWriter(directory)
         self._weights: Arrays = {}
@@ -58,7 +71,8 @@ class Recorder:
         if missing:
             raise TraceError(f"initial: no {missing[0]!r}, which is in the name map; give every weight")
         self._weights = self._mapped("initial", weights)
-        self._writer.initial(self._weights)
+        self._order = self._order or _told(self._names.values()) or _told(self._weights)
+        self._writer.initial(self._weights, _without_roles(self._order))
 
     def step(
         self,
@@ -92,6 +106,8 @@ class Recorder:
             raise TraceError("step: the batch is empty; give what the update is trained on")
         if tokens < 1:
             raise TraceError(f"step: tokens is {tokens}; give the number that the loss is divided by")
+        if self._step == 0:
+            self._order_points(activations or activation_gradients or {})
         mapped_gradients = self._mapped("gradients", gradients)
         after = self._mapped("weights", weights)
         if missing := [name for name in self._weights if name not in after]:
@@ -122,6 +138,13 @@ class Recorder:
         self._weights = after
         self._step += 1
 
+    def _order_points(self, activations: NamedArrays) -> None:
+        """The order of recording tells that of the activation points, after the weights."""
+        points = _told(name for name in activations if name not in self._order)
+        if points and self._order:
+            self._order += points
+            self._writer.initial(self._weights, _without_roles(self._order))
+
     def _trained(self, what: str, arrays: NamedArrays, gradients: Arrays) -> Arrays:
         """The arrays of the trained weights; those of frozen ones are ignored."""
         mapped = self._mapped(what, arrays)
@@ -145,6 +168,16 @@ class Recorder:
                     f"its weight {list(self._weights[name].shape)}"
                 )
         return mapped
+
+
+def _told(names: Iterable[str]) -> list[str]:
+    """`names` if their order can be causal; none of them where it is alphabetical, as JAX sorts the keys of a pytree."""
+    listed = list(names)
+    return [] if listed == sorted(listed) and len(listed) > 1 else listed
+
+
+def _without_roles(names: Iterable[str]) -> list[TraceName]:
+    return [TraceName(name, None) for name in names]
 
 
 def _copy(array: ArrayLike) -> Array:

@@ -3,7 +3,8 @@
     DIR/trace.jsonl            one object per step: step (from 1), loss_sum, tokens, loss, grad_norm, lr
     DIR/initial.safetensors    weight/<name>, frozen weights included; in its header (safetensors' `__metadata__`,
                                which other readers ignore) `causal_order`, a JSON list of [name, role, layer] of
-                               every weight and every activation point, in causal order: see `TraceName`
+                               every weight and every activation point, in causal order: see `TraceName`.
+                               Role and layer are null where they are unknown
     DIR/step-000001.safetensors
         batch/input_ids, batch/labels, batch/positions, batch/segments   [global_examples, sequence_tokens]
                                a program with other inputs writes its own arrays as batch/<name>
@@ -16,7 +17,8 @@
                                positions are those of the tokens, after any virtual tokens of a prompt
 
 `<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision. A trace may
-leave `causal_order` out: `parity diff` then orders by the layer number in a name, and by name within a layer.
+leave `causal_order` out: `parity diff` then orders by the layer number in a name, and within a layer by name, with the
+numbers in it taken as numbers.
 """
 
 from __future__ import annotations
@@ -50,10 +52,10 @@ STEP_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
 
 @dataclass(frozen=True)
 class TraceName:
-    """One name in a trace with its role and, if it is in a layer, the layer (from 0)."""
+    """One name in a trace with its role (None if unknown) and, if it is in a layer, the layer (from 0)."""
 
     name: str
-    role: Role
+    role: Role | None
     layer: int | None = None
 
 
@@ -214,7 +216,11 @@ def _batch_arrays(batch: Batch | Arrays) -> Arrays:
 
 
 def _is_named(name: object, role: object, layer: object) -> bool:
-    if not isinstance(name, str) or role not in ROLES or not (layer is None or isinstance(layer, int)):
+    if (
+        not isinstance(name, str)
+        or role not in (*ROLES, None)
+        or not (layer is None or isinstance(layer, int))
+    ):
         raise ValueError(f"{[name, role, layer]}")
     return True
 
