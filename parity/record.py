@@ -7,6 +7,7 @@ ones, so that the traces can be compared tensor by tensor, step by step.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ class Recorder:
         `moment2` (Adam's, without bias correction) must have their names. `weights` has every name of `initial`: what has
         no gradient (frozen weights, running statistics, target networks, counters) is compared too. Those three are the
         values after the update.
-        `grad_norm` is the program's norm over all gradients, before clipping; by default it is computed. `activations`
+        `grad_norm` is the program's norm over all gradients, before clipping; by default it is computed, with tied weights
+        that are given twice counted once. `activations`
         and their gradients have common names.
         """
         if not self._weights:
@@ -122,7 +124,7 @@ class Recorder:
                 batch={name: _plain(array) for name, array in batch.items()},
                 loss_sum=float(loss_sum),
                 tokens=int(tokens),
-                grad_norm=_norm(mapped_gradients) if grad_norm is None else float(grad_norm),
+                grad_norm=_norm(mapped_gradients, self._weights) if grad_norm is None else float(grad_norm),
                 lr=float(lr),
                 gradients=mapped_gradients,
                 updates={name: moved[name] for name in mapped_gradients},
@@ -196,5 +198,16 @@ def _difference(new: Array, old: Array) -> Array:
     return np.asarray(new.astype(np.int64) - old.astype(np.int64) if counts else new - old)
 
 
-def _norm(gradients: Arrays) -> float:
-    return float(np.sqrt(sum(float(np.sum(np.square(g.astype(np.float64)))) for g in gradients.values())))
+def _norm(gradients: Arrays, weights: Arrays) -> float:
+    """The norm over all gradients; of tied weights, given under each of their names, one is counted."""
+    counted: set[bytes] = set()
+    squares = 0.0
+    for name, gradient in gradients.items():
+        weight = weights[name]
+        identity = sha256(weight.tobytes() + gradient.tobytes()).digest()
+        # Equal weights and gradients are one tensor; biases that start at zero may be equal and are not.
+        if weight.size > 1 and np.any(weight != weight.flat[0]) and identity in counted:
+            continue
+        counted.add(identity)
+        squares += float(np.sum(np.square(gradient.astype(np.float64))))
+    return float(np.sqrt(squares))

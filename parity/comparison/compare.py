@@ -24,6 +24,7 @@ from parity.comparison.phases import (
     Location,
     Phase,
 )
+from parity.comparison.recorded import one_sided, recorded
 from parity.comparison.tolerance import Bounds, CheckedPair, largest
 from parity.comparison.untrained import frozen_on_one_side, untouched
 
@@ -118,7 +119,7 @@ def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = N
     findings = [_judge(location, pair, bounds) for location in locations(pair)]
     findings += _unproven(pair, findings)
     findings += ending(pair.steps, stopped or {})
-    notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")))
+    notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")), *one_sided(pair))
     return Comparison(pair.common_steps, tuple(findings), notes)
 
 
@@ -157,8 +158,7 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
         case "scalar":
             return list(SCALAR_TENSORS[phase.name])
         case "optional":
-            recorded = [any(k.startswith(f"{phase.name}/") for k in keys) for keys in pair.keys(step)]
-            names = pair.names(step, phase.name) if all(recorded) else set()
+            names = pair.names(step, phase.name) if all(recorded(pair, step, phase.name)) else set()
             return pair.structure.in_order(names, backward=phase.backward)
         case "untrained":
             return pair.structure.in_order(pair.names(step, phase.name), backward=False)
@@ -171,8 +171,8 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
 
 
 def _batch_tensors(names: set[str]) -> list[str]:
-    """A token batch must be complete; a program that trains on something else has its own arrays."""
-    tokens = BATCH_TENSORS if not names or names & set(BATCH_TENSORS) else ()
+    """What either side recorded, a token batch's own arrays first; both must record something."""
+    tokens = [name for name in BATCH_TENSORS if name in names or not names]
     return [*tokens, *sorted(names - set(tokens))]
 
 
@@ -213,6 +213,8 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
     # A failing element tells more than the tensor as a whole: which one, and by how much.
     failing = [f for f in elementwise if not f.holds]
     worst = max(failing or findings, key=lambda finding: finding.used)
+    if not worst.holds and left.dtype != right.dtype and location.phase in ("initial", "batch"):
+        worst = replace(worst, reason=f"{worst.reason}; {left.dtype} in left, {right.dtype} in right")
     count = max(elementwise, key=lambda f: f.undetermined, default=worst)
     proven = all(f.proven for f in elementwise) or (bool(whole) and all(f.proven for f in whole))
     return replace(worst, undetermined=count.undetermined, elements=count.elements, proven=proven)

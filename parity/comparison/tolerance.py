@@ -114,7 +114,9 @@ class ProofBounds:
         self._pair = pair
 
     def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
-        """Floating-point types narrower than float64 are not compared."""
+        """Floating-point types narrower than float64 are not compared; a batch is, to the last bit."""
+        if location.phase == "batch":
+            return None
         sides = (("left", left), ("right", right))
         coarse = [f"{side.dtype} in {name}" for name, side in sides if _is_coarse(side)]
         return f"{' and '.join(coarse)}: fp64 wants float64" if coarse else None

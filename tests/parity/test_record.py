@@ -138,6 +138,59 @@ def test_a_batch_that_one_side_did_not_record_fails(tmp_path: Path, other: dict[
     assert "missing in" in first["reason"]
 
 
+def pair_of(tmp_path: Path, one: dict, other: dict) -> tuple[int, dict]:
+    """The exit code and the verdict of two recordings, with what differs between them."""
+    for side, changes in (("a", one), ("b", other)):
+        recorder = Recorder(tmp_path / side, names=NAMES)
+        recorder.initial(weights())
+        step(recorder, **changes)
+    code = main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
+    return code, json.loads((tmp_path / "verdict.json").read_text())
+
+
+def test_token_ids_do_not_ask_for_positions_and_segments(tmp_path: Path):
+    batch = {"batch": {"input_ids": np.ones((4, 2), np.int32)}}
+    assert pair_of(tmp_path, batch, batch)[0] == 0
+    longer = {"batch": {"input_ids": np.ones((4, 2), np.int32), "positions": np.ones((4, 2))}}
+    code, verdict = pair_of(tmp_path, batch, longer)
+    assert (code, verdict["first_divergence"]["tensor"]) == (1, "positions")
+
+
+def test_batches_of_two_types_are_equal_or_say_their_types(tmp_path: Path):
+    halves, tenths = np.full((4, 2), 0.5), np.full((4, 2), 0.1)
+    other = {"batch": {"inputs": halves.astype(np.float32)}}
+    assert pair_of(tmp_path, {"batch": {"inputs": halves}}, other)[0] == 0
+    other = {"batch": {"inputs": tenths.astype(np.float32)}}
+    code, verdict = pair_of(tmp_path, {"batch": {"inputs": tenths}}, other)
+    assert code == 1
+    assert verdict["first_divergence"]["reason"] == "8 of 8 entries differ; float64 in left, float32 in right"
+
+
+def test_activations_of_one_side_are_named(tmp_path: Path):
+    code, verdict = pair_of(tmp_path, {}, {"activations": {"pooled": np.ones(2), "hidden": np.ones(2)}})
+    assert code == 0
+    assert (
+        "activations (hidden, pooled) are in right only at step 1: they are not compared" in verdict["notes"]
+    )
+    both = {"activations": {"pooled": np.ones(2)}}
+    assert not any("pooled" in note for note in pair_of(tmp_path, both, both)[1]["notes"])
+
+
+def test_tied_weights_that_are_given_twice_count_once_in_the_norm(tmp_path: Path):
+    matrix, other = np.arange(4.0), np.arange(4.0) + 1
+    for name, tied, gradient, norm in (
+        ("tied", matrix, np.full(4, 2.0), 4.0),
+        ("other", other, np.full(4, 2.0), 32**0.5),
+        ("zeros", np.zeros(4), np.full(4, 2.0), 32**0.5),
+    ):
+        first = np.zeros(4) if name == "zeros" else matrix
+        recorder = Recorder(tmp_path / name, names={"table": "table", "head": "head"})
+        mine, gradients = {"table": first, "head": tied}, {"table": gradient, "head": gradient}
+        recorder.initial(mine)
+        step(recorder, gradients=gradients, weights=mine, moment1=gradients, moment2=gradients)
+        assert Trace(tmp_path / name).steps[0]["grad_norm"] == norm
+
+
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mlp")
