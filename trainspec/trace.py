@@ -12,7 +12,8 @@
         update/<name>          weight after minus weight before
         change/<name>          the same of what has no gradient at this step: frozen weights, running statistics, target
                                networks, counters (as int64). Zero where it stays as it is: its absence says nothing
-        moment1/<name>, moment2/<name>
+        moment1/<name>, moment2/<name>                                   the optimizer's state: Adam's, without bias
+        slot/<slot>/<name>                                               correction, and any other by the slot's name
         activation/<point>, activation_gradient/<point>                  on request, [global_examples, positions, ...]:
                                positions are those of the tokens, after any virtual tokens of a prompt
 
@@ -79,6 +80,7 @@ class StepTrace:
     activations: Arrays = field(default_factory=dict)
     activation_gradients: Arrays = field(default_factory=dict)
     changes: Arrays = field(default_factory=dict)
+    slots: Mapping[str, Arrays] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,9 @@ class TraceWriter:
             "change": trace.changes,
             "moment1": trace.moment1,
             "moment2": trace.moment2,
+            "slot": {
+                f"{slot}/{name}": a for slot, arrays in trace.slots.items() for name, a in arrays.items()
+            },
             "activation": trace.activations,
             "activation_gradient": trace.activation_gradients,
         }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.adam import clip_factors
+from parity.comparison.adam import MOMENTS, clip_factors
 from parity.comparison.pair import Pair, Sides
 from parity.comparison.phases import (
     BATCH_TENSORS,
@@ -21,6 +21,7 @@ from parity.comparison.phases import (
     SCALAR_TENSORS,
     STEP_PHASES,
     TENSOR_PHASES,
+    WEIGHT_SHAPED,
     Location,
     Phase,
 )
@@ -153,21 +154,37 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
     match phase.kind:
         case "batch":
             return _batch_tensors(pair.names(step, phase.name))
-        case "derived":
-            return ["clip_factor"]
+        case "derived":  # fitted to the moments
+            return ["clip_factor"] if all(pair.names(step, moment) for moment in MOMENTS) else []
         case "scalar":
             return list(SCALAR_TENSORS[phase.name])
         case "optional":
             names = pair.names(step, phase.name) if all(recorded(pair, step, phase.name)) else set()
             return pair.structure.in_order(names, backward=phase.backward)
+        case "slot":
+            return _slots(pair, step, phase)
         case "untrained":
             return pair.structure.in_order(pair.names(step, phase.name), backward=False)
         case _:
-            trained = set().union(*(pair.names(step, each.name) for each in TENSOR_PHASES))
+            groups = [*(each.name for each in TENSOR_PHASES), *MOMENTS]
+            trained = set().union(*(pair.names(step, group) for group in groups))
             # Step 1 tells what is trained: a tensor that is later absent from both sides is missing, too.
-            first = set().union(*(pair.names(1, each.name) for each in TENSOR_PHASES))
+            first = set().union(*(pair.names(1, group) for group in groups))
             names = (trained | first) - untouched(pair, step)
             return pair.structure.in_order(names, backward=phase.backward) or ["every tensor"]
+
+
+def _slots(pair: Pair, step: int, phase: Phase) -> list[str]:
+    """The state that either side has or had at step 1, but for weights that rest; ordered by slot, then by weight."""
+    resting = untouched(pair, step)
+
+    def split(name: str) -> tuple[str, str]:
+        slot, _, weight = name.partition("/") if phase.name == "slot" else ("", "", name)
+        return slot, weight
+
+    first = {name for name in pair.names(1, phase.name) if split(name)[1] not in resting}
+    names = pair.names(step, phase.name) | first
+    return sorted(names, key=lambda name: (split(name)[0], pair.structure.key(split(name)[1])))
 
 
 def _batch_tensors(names: set[str]) -> list[str]:
@@ -195,7 +212,7 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
         return _failure(location, f"missing in {missing}")
     if left.shape != right.shape:
         return _failure(location, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
-    if location.phase in {phase.name for phase in STEP_PHASES if phase.kind in ("tensor", "untrained")}:
+    if location.phase in WEIGHT_SHAPED:
         weight = pair.read(0, "weight", location.tensor)[0]
         if weight is not None and weight.shape != left.shape:
             return _failure(

@@ -15,7 +15,11 @@ def recorded(pair: Pair, step: int, group: str) -> tuple[bool, bool]:
 
 
 def one_sided(pair: Pair) -> Iterator[str]:
-    """A note for each optional phase that one side alone recorded at some step."""
+    """A note for each optional phase that one side alone recorded at some step, and if no side recorded a slot."""
+    if pair.common_steps and not any(
+        pair.names(1, phase.name) for phase in STEP_PHASES if phase.kind == "slot"
+    ):
+        yield "neither trace has the optimizer's state: a difference in it shows in the updates alone"
     for phase in STEP_PHASES:
         if phase.kind != "optional":
             continue

@@ -36,6 +36,23 @@ STATISTIC_ROUNDINGS = 64
 
 # The learning rate is computed once, in double precision, by the same Python: 4 units in the last place.
 SAME_DOUBLE = 1e-15
+# An optax schedule computes in float32, under x64 too: 4 units in the last place of that.
+SAME_SINGLE = 4 * UNIT["fp32"]
+# By how much a difference of rates may have grown in what follows from it.
+RATE_GROWTH = 10.0
+# Phases before the rate of a step.
+BEFORE_RATE = (
+    "batch",
+    "tokens",
+    "activation",
+    "loss",
+    "activation_gradient",
+    "gradient",
+    "grad_norm",
+    "clip",
+)
+# State that a program may keep in a narrower type than it computes in.
+STORED_PHASES = ("moment1", "moment2", "slot", "change")
 
 # What must be equal: the data, the number of target tokens, and the starting weights.
 EXACT_PHASES = ("initial", "batch", "tokens")
@@ -108,14 +125,27 @@ class ProofBounds:
     the statistic of the batch is rounded at its own size: `STATISTIC_ROUNDINGS`.
     """
 
-    notes = ()
-
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
+        self._gaps = [_excused_gap(*pair.scalar(step, "lr")) for step in range(1, pair.common_steps + 1)]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """That a rate of single precision widens the bounds, if it does."""
+        if not any(self._gaps):
+            return ()
+        tolerance = self._tolerance(self._pair.common_steps, "update")
+        return (
+            f"one side computes its learning rate in float32, so that bounds are at {tolerance:.1e} instead of "
+            f"{FP64_TOLERANCE:.0e} once the rates differ; compute the schedule in double precision for the full proof",
+        )
 
     def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
-        """Floating-point types narrower than float64 are not compared; a batch is, to the last bit."""
-        if location.phase == "batch":
+        """Floating-point types narrower than float64 are not compared.
+
+        A batch is, to the last bit, and so is the state that both sides keep in one narrower type.
+        """
+        if location.phase == "batch" or (location.phase in STORED_PHASES and left.dtype == right.dtype):
             return None
         sides = (("left", left), ("right", right))
         coarse = [f"{side.dtype} in {name}" for name, side in sides if _is_coarse(side)]
@@ -129,8 +159,9 @@ class ProofBounds:
         """Zero, `SAME_DOUBLE` or `FP64_TOLERANCE`, times the largest entry of either side."""
         if location.phase in EXACT_PHASES or is_counter(self._pair, location):
             return Bound(np.zeros(()))
-        factor = SAME_DOUBLE if location.phase == "lr" else FP64_TOLERANCE
-        own = np.asarray(factor * largest(left, right))
+        if location.phase == "lr":
+            return Bound(np.asarray(rate_tolerance(float(left), float(right)) * largest(left, right)))
+        own = np.asarray(self._tolerance(location.step, location.phase) * largest(left, right))
         if location.phase in ("update", "change"):
             weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))
             own = own + 2 * WEIGHT_ROUNDINGS * UNIT["fp64"] * np.maximum(*np.abs(weights))
@@ -138,15 +169,29 @@ class ProofBounds:
             own = own + STATISTIC_ROUNDINGS * UNIT["fp64"] * largest(*weights)
         return Bound(own)
 
+    def _tolerance(self, step: int, phase: str) -> float:
+        gaps = self._gaps[: step - 1 if phase in BEFORE_RATE else step]
+        return FP64_TOLERANCE + RATE_GROWTH * max(gaps, default=0.0)
+
+
+def rate_tolerance(left: float, right: float) -> float:
+    """How far two rates may be apart: a rate that is a float32 number was computed in that type."""
+    single = any(float(np.float32(rate)) == rate for rate in (left, right))
+    return SAME_SINGLE if single else SAME_DOUBLE
+
+
+def _excused_gap(left: float, right: float) -> float:
+    """The relative difference of two rates that single precision explains; 0 for one that fails by itself."""
+    gap = abs(left - right) / max(abs(left), abs(right)) if left != right else 0.0
+    return gap if SAME_DOUBLE < gap <= rate_tolerance(left, right) else 0.0
+
 
 def is_counter(pair: Pair, location: Location) -> bool:
-    """Whether it is a change of integers, which have no rounding."""
-    if location.phase != "change":
+    """Whether it is a change of integers, or a slot of them, which have no rounding."""
+    if location.phase not in ("change", "slot"):
         return False
-    return all(
-        side is None or side.dtype.kind in "iu"
-        for side in pair.read(location.step, "change", location.tensor)
-    )
+    sides = pair.read(location.step, location.phase, location.tensor)
+    return all(side is None or side.dtype.kind in "iu" for side in sides)
 
 
 def _is_coarse(array: Array) -> bool:
