@@ -141,7 +141,7 @@ def test_a_batch_that_one_side_did_not_record_fails(tmp_path: Path, other: dict[
 def pair_of(tmp_path: Path, one: dict, other: dict) -> tuple[int, dict]:
     """The exit code and the verdict of two recordings, with what differs between them."""
     for side, changes in (("a", one), ("b", other)):
-        recorder = Recorder(tmp_path / side, names=NAMES)
+        recorder = Recorder(tmp_path / side, names=NAMES, replace=True)
         recorder.initial(weights())
         step(recorder, **changes)
     code = main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
