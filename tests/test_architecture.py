@@ -50,7 +50,7 @@ LAYERS = {
         ("feed", "storage", "weight_ops"),
         ("sharding",),
         ("cluster", "mesh", "weights", "optim", "loss", "dropout"),
-        ("precision", "_jax"),
+        ("precision", "rounding", "_jax"),
     ),
     "torchtrain": (
         ("cli",),

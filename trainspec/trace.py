@@ -6,13 +6,17 @@
     DIR/initial.safetensors    weight/<name>, frozen weights included, before the first step of the trace; after a resume also
                                moment1/<name>, moment2/<name>: the run as it was restored after step N. In its header (safetensors' `__metadata__`,
                                which other readers ignore) `causal_order`, a JSON list of [name, role, layer] of
-                               every weight and every activation point, in causal order: see `TraceName`
+                               every weight and every activation point, in causal order: see `TraceName`.
+                               Role and layer are null where they are unknown
     DIR/step-000001.safetensors
         batch/input_ids, batch/labels, batch/positions, batch/segments   [global_examples, sequence_tokens]
                                a program with other inputs writes its own arrays as batch/<name>
         gradient/<name>        after reduction, before clipping
         update/<name>          weight after minus weight before
-        moment1/<name>, moment2/<name>
+        change/<name>          the same of what has no gradient at this step: frozen weights, running statistics, target
+                               networks, counters (as int64). Zero where it stays as it is: its absence says nothing
+        moment1/<name>, moment2/<name>                                   the optimizer's state: Adam's, without bias
+        slot/<slot>/<name>                                               correction, and any other by the slot's name
         activation/<point>, activation_gradient/<point>                  on request, [global_examples, positions, ...]:
                                positions are those of the tokens, after any virtual tokens of a prompt
     DIR/resume-000003.safetensors
@@ -20,7 +24,8 @@
                                --resume-at 2`): the run as it was restored before step 3
 
 `<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision. A trace may
-leave `causal_order` out: `parity diff` then orders by the layer number in a name, and by name within a layer.
+leave `causal_order` out: `parity diff` then orders by the layer number in a name, and within a layer by name, with the
+numbers in it taken as numbers.
 """
 
 from __future__ import annotations
@@ -55,10 +60,10 @@ STEP_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
 
 @dataclass(frozen=True)
 class TraceName:
-    """One name in a trace with its role and, if it is in a layer, the layer (from 0)."""
+    """One name in a trace with its role (None if unknown) and, if it is in a layer, the layer (from 0)."""
 
     name: str
-    role: Role
+    role: Role | None
     layer: int | None = None
 
 
@@ -81,6 +86,8 @@ class StepTrace:
     moment2: Arrays
     activations: Arrays = field(default_factory=dict)
     activation_gradients: Arrays = field(default_factory=dict)
+    changes: Arrays = field(default_factory=dict)
+    slots: Mapping[str, Arrays] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,8 +165,12 @@ class TraceWriter:
             "batch": _batch_arrays(trace.batch),
             "gradient": trace.gradients,
             "update": trace.updates,
+            "change": trace.changes,
             "moment1": trace.moment1,
             "moment2": trace.moment2,
+            "slot": {
+                f"{slot}/{name}": a for slot, arrays in trace.slots.items() for name, a in arrays.items()
+            },
             "activation": trace.activations,
             "activation_gradient": trace.activation_gradients,
         }
@@ -255,7 +266,11 @@ def _batch_arrays(batch: Batch | Arrays) -> Arrays:
 
 
 def _is_named(name: object, role: object, layer: object) -> bool:
-    if not isinstance(name, str) or role not in ROLES or not (layer is None or isinstance(layer, int)):
+    if (
+        not isinstance(name, str)
+        or role not in (*ROLES, None)
+        or not (layer is None or isinstance(layer, int))
+    ):
         raise ValueError(f"{[name, role, layer]}")
     return True
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.adam import clip_factors
+from parity.comparison.adam import MOMENTS, clip_factors
 from parity.comparison.pair import Pair, Sides
 from parity.comparison.phases import (
     BATCH_TENSORS,
@@ -23,11 +23,14 @@ from parity.comparison.phases import (
     SCALAR_TENSORS,
     STEP_PHASES,
     TENSOR_PHASES,
+    WEIGHT_SHAPED,
     Location,
     Phase,
 )
+from parity.comparison.recorded import one_sided, recorded
 from parity.comparison.restored import restored_pairs, restored_tensors
 from parity.comparison.tolerance import Bounds, CheckedPair, largest
+from parity.comparison.untrained import frozen_on_one_side, untouched
 
 Array = NDArray[Any]
 
@@ -120,7 +123,7 @@ def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = N
     findings = [_judge(location, pair, bounds) for location in locations(pair)]
     findings += _unproven(pair, findings)
     findings += ending(pair.steps, stopped or {}, first=pair.first_step)
-    notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")))
+    notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")), *one_sided(pair))
     return Comparison(pair.common_steps, tuple(findings), notes)
 
 
@@ -158,24 +161,42 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
             return restored_tensors(pair, step)
         case "batch":
             return _batch_tensors(pair.names(step, phase.name))
-        case "derived":
-            return ["clip_factor"]
+        case "derived":  # fitted to the moments
+            return ["clip_factor"] if all(pair.names(step, moment) for moment in MOMENTS) else []
         case "scalar":
             return list(SCALAR_TENSORS[phase.name])
         case "optional":
-            recorded = [any(k.startswith(f"{phase.name}/") for k in keys) for keys in pair.keys(step)]
-            names = pair.names(step, phase.name) if all(recorded) else set()
+            names = pair.names(step, phase.name) if all(recorded(pair, step, phase.name)) else set()
             return pair.structure.in_order(names, backward=phase.backward)
+        case "slot":
+            return _slots(pair, step, phase)
+        case "untrained":
+            return pair.structure.in_order(pair.names(step, phase.name), backward=False)
         case _:
-            trained = set().union(*(pair.names(step, each.name) for each in TENSOR_PHASES))
+            groups = [*(each.name for each in TENSOR_PHASES), *MOMENTS]
+            trained = set().union(*(pair.names(step, group) for group in groups))
             # The first step tells what is trained: a tensor that is later absent from both sides is missing, too.
-            first = set().union(*(pair.names(pair.first_step, each.name) for each in TENSOR_PHASES))
-            return pair.structure.in_order(trained | first, backward=phase.backward) or ["every tensor"]
+            first = set().union(*(pair.names(pair.first_step, group) for group in groups))
+            names = (trained | first) - untouched(pair, step)
+            return pair.structure.in_order(names, backward=phase.backward) or ["every tensor"]
+
+
+def _slots(pair: Pair, step: int, phase: Phase) -> list[str]:
+    """The state that either side has or had at the first step, but for weights that rest; ordered by slot, then by weight."""
+    resting = untouched(pair, step)
+
+    def split(name: str) -> tuple[str, str]:
+        slot, _, weight = name.partition("/") if phase.name == "slot" else ("", "", name)
+        return slot, weight
+
+    first = {name for name in pair.names(pair.first_step, phase.name) if split(name)[1] not in resting}
+    names = pair.names(step, phase.name) | first
+    return sorted(names, key=lambda name: (split(name)[0], pair.structure.key(split(name)[1])))
 
 
 def _batch_tensors(names: set[str]) -> list[str]:
-    """A token batch must be complete; a program that trains on something else has its own arrays."""
-    tokens = BATCH_TENSORS if not names or names & set(BATCH_TENSORS) else ()
+    """What either side recorded, a token batch's own arrays first; both must record something."""
+    tokens = [name for name in BATCH_TENSORS if name in names or not names]
     return [*tokens, *sorted(names - set(tokens))]
 
 
@@ -199,18 +220,21 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
         return _failure(location, f"missing in {missing}")
     if left.shape != right.shape:
         return _failure(location, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
-    if location.phase in {phase.name for phase in TENSOR_PHASES}:
+    if location.phase in WEIGHT_SHAPED:
         weight = pair.read(0, "weight", location.tensor)[0]
         if weight is not None and weight.shape != left.shape:
             return _failure(
                 location, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}"
             )
-    if reason := bounds.incomparable(location, left, right):
+    if reason := frozen_on_one_side(location, pair) or bounds.incomparable(location, left, right):
         return _failure(location, reason)
     a, b = left.astype(np.float64), right.astype(np.float64)
     if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:
         return _failure(location, f"not finite in {' and '.join(broken)}")
-    return _worst(location, bounds.checked_pairs(location, a, b))
+    worst = _worst(location, bounds.checked_pairs(location, a, b))
+    if not worst.holds and left.dtype != right.dtype and location.phase in ("initial", "batch"):
+        worst = replace(worst, reason=f"{worst.reason}; {left.dtype} in left, {right.dtype} in right")
+    return worst
 
 
 def _worst(location: Location, checked_pairs: Sequence[CheckedPair]) -> Finding:

@@ -27,6 +27,11 @@ update     r · min(|Δm|/s + |m| |Δs|/s², |m|/s of both) + 8u (|update| of bo
            Adam can make. Eight roundings per side: both bias corrections and their quotients 4, root, eps, quotient
            and lr 4; three more at the size of the weight (`tolerance.WEIGHT_ROUNDINGS`). decay · lr ≤ lr.
            Where s is rounding noise the bound reaches the update itself, and that element is undetermined.
+slot, update of another rule than Adam's: `optimizers`. A moment of a coarser type: 2 units of it at its size, and the
+           update inherits as much.
+change     of a target network that goes the share t of the way to a trained weight w, from x:
+           t (|Δw| + |Δx|) + 3u (|x| + t |w|) of both. Of any other (a running statistic): the forward pass's rounding, at
+           the size of the largest x or change, drift at the same size, |Δx|, and 3u |x| of both. Integers: zero.
 """
 
 from __future__ import annotations
@@ -39,21 +44,38 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.adam import clip_condition, fit_moment, fit_update, float64_sides, gradient_and_before
+from parity.comparison.adam import (
+    MOMENTS,
+    clip_condition,
+    fit_moment,
+    fit_update,
+    float64_sides,
+    gradient_and_before,
+)
 from parity.comparison.drift import network_drift, partner_drift
+from parity.comparison.optimizers import (
+    has_moments,
+    other_types,
+    rate_gap,
+    slot_bound,
+    stored_unit,
+    update_bound,
+)
 from parity.comparison.pair import Pair, as_float64
 from parity.comparison.phases import Location
 from parity.comparison.structure import Structure
 from parity.comparison.tolerance import (
     EXACT_PHASES,
-    SAME_DOUBLE,
     UNIT,
     WEIGHT_ROUNDINGS,
     Bound,
     CheckedPair,
     as_a_whole,
+    is_counter,
     largest,
+    rate_tolerance,
 )
+from parity.comparison.untrained import followed_weight
 from trainspec.methods import ENCODER
 
 Array = NDArray[Any]
@@ -72,7 +94,18 @@ POINTWISE_OF_CELL = 11
 # step 3 of the demo recipe the smallest of 16 tensors was 6.8, the median some 30.
 EFFECTIVE_DOF = 6
 # Phases that are judged element by element only, not as a whole tensor.
-ELEMENTWISE_PHASES = (*EXACT_PHASES, "lr", "loss", "grad_norm", "clip", "moment1", "moment2", "update")
+ELEMENTWISE_PHASES = (
+    *EXACT_PHASES,
+    "lr",
+    "loss",
+    "grad_norm",
+    "clip",
+    "moment1",
+    "moment2",
+    "slot",
+    "update",
+    "change",
+)
 
 
 class EstimatedBounds:
@@ -90,7 +123,7 @@ class EstimatedBounds:
         notes: Sequence[str] = (),
     ) -> None:
         self._pair = pair
-        self.notes = notes
+        self.notes = (*notes, *_unknown_rule(pair))
         self._stored, self._summed = UNIT[precision], UNIT["fp32"]
         shapes = pair.starting_shapes()
         self._vocab = vocabulary(shapes)
@@ -107,8 +140,8 @@ class EstimatedBounds:
         self._update_fit = cache(lambda step: fit_update(pair, step))
 
     def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
-        """Never: two traces may have different types."""
-        return None
+        """Two traces may have different types, but for state that one side rounds to a coarser one."""
+        return other_types(location, left, right)
 
     def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """Left against right; what the forward and backward passes produce also as a whole tensor."""
@@ -128,7 +161,7 @@ class EstimatedBounds:
             case phase if phase in EXACT_PHASES:
                 return Bound(self._conversion(location) * np.maximum(abs(left), abs(right)))
             case "lr":
-                return Bound(np.asarray(SAME_DOUBLE * largest(left, right)))
+                return Bound(np.asarray(rate_tolerance(float(left), float(right)) * largest(left, right)))
             case "loss":
                 return self._loss(location)
             case "grad_norm":
@@ -136,9 +169,17 @@ class EstimatedBounds:
             case "clip":
                 return self._clip(location.step, largest(left, right))
             case "moment1" | "moment2":
-                return self._moment(location)
+                return self._moment(location, left, right)
+            case "slot" if is_counter(self._pair, location):
+                return Bound(np.zeros(()))
+            case "slot":
+                return slot_bound(self._pair, location, left, right, drift=self._drift(location.step))
+            case "update" if not has_moments(self._pair, location.step, location.tensor):
+                return update_bound(self._pair, location, left, right)
             case "update":
                 return self._update(location, left, right)
+            case "change":
+                return self._change(location, left, right)
             case _:
                 return self._gradient(location, largest(left, right), left.size)
 
@@ -195,10 +236,18 @@ class EstimatedBounds:
         """The factor follows the norm; it is fitted to the moments, whose roundings `_moment` counts."""
         norms = self._pair.scalar(step, "grad_norm")
         inherited = abs(norms[0] - norms[1]) / max(*norms, FLOAT32_TINY) * scale
-        own = MOMENT_ROUNDINGS["moment1"] * self._summed * clip_condition(self._pair, step) * scale
+        unit = max(
+            self._summed,
+            *(
+                stored_unit(self._pair, Location(step, m, n))
+                for m in MOMENTS
+                for n in self._pair.names(step, m)
+            ),
+        )
+        own = MOMENT_ROUNDINGS["moment1"] * unit * clip_condition(self._pair, step) * scale
         return Bound(np.asarray(own), inherited)
 
-    def _moment(self, location: Location) -> Bound:
+    def _moment(self, location: Location, left: Array, right: Array) -> Bound:
         power = 1 if location.phase == "moment1" else 2
         keep, take = self._moment_fit(location.phase, location.step)
         gradient, before = gradient_and_before(self._pair, location)
@@ -207,8 +256,9 @@ class EstimatedBounds:
         norms = self._pair.scalar(location.step, "grad_norm")
         clip = (max(*norms, FLOAT32_TINY) / max(min(norms), FLOAT32_TINY)) ** power - 1.0
         size = keep * np.maximum(*np.abs(before)) + take * np.maximum(*new)
+        stored = 2 * stored_unit(self._pair, location) * np.maximum(abs(left), abs(right))
         return Bound(
-            MOMENT_ROUNDINGS[location.phase] * self._summed * size + FLOAT32_TINY,
+            MOMENT_ROUNDINGS[location.phase] * self._summed * size + stored + FLOAT32_TINY,
             moved + clip * take * np.maximum(*new),
         )
 
@@ -217,14 +267,51 @@ class EstimatedBounds:
         moment1 = float64_sides(self._pair.read(location.step, "moment1", location.tensor), left)
         moment2 = float64_sides(self._pair.read(location.step, "moment2", location.tensor), left)
         root = np.maximum(np.sqrt(np.abs(moment2)), math.sqrt(FLOAT32_TINY))
+        units = [stored_unit(self._pair, Location(location.step, m, location.tensor)) for m in MOMENTS]
         linear = abs(moment1[0] - moment1[1]) / root[0]
         linear += np.abs(moment1[1]) * abs(root[0] - root[1]) / (root[0] * root[1])
+        # A moment stored in a coarser type hides the difference of those that the update was made of.
+        linear += 2 * (units[0] + units[1] / 2) * np.abs(moment1[1]) / root[0]
         moved = rate * np.minimum(linear, np.sum(np.abs(moment1) / root, axis=0))
         weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))
         rounded = 8 * self._summed * (abs(left) + abs(right))
         rounded += WEIGHT_ROUNDINGS * self._summed * (abs(weights[0]) + abs(weights[1]))
-        lr = max(self._pair.scalar(location.step, "lr"))
-        return Bound(rounded + FLOAT32_TINY, moved + lr * abs(weights[0] - weights[1]))
+        rates = self._pair.scalar(location.step, "lr")
+        moved = moved + rate_gap(*rates) * np.maximum(abs(left), abs(right))
+        return Bound(rounded + FLOAT32_TINY, moved + max(rates) * abs(weights[0] - weights[1]))
+
+    def _change(self, location: Location, left: Array, right: Array) -> Bound:
+        if is_counter(self._pair, location):
+            return Bound(np.zeros(()))
+        weights = self._pair.weights(location.step)
+        before = weights.get(location.tensor, (np.zeros(()), np.zeros(())))
+        apart, size = abs(before[0] - before[1]), abs(before[0]) + abs(before[1])
+        if follows := followed_weight(self._pair, location, left):
+            name, share = follows
+            updates = float64_sides(self._pair.read(location.step, "update", name), left)
+            after = weights[name][0] + updates[0], weights[name][1] + updates[1]
+            size = size + share * (abs(after[0]) + abs(after[1]))
+            moved = share * (abs(after[0] - after[1]) + apart)
+            return Bound(WEIGHT_ROUNDINGS * self._summed * size + FLOAT32_TINY, moved)
+        scale = max(largest(left, right), largest(*before))
+        rounding = math.sqrt(2.0) * gaussian_max_quantile(left.size) * math.sqrt(self._forward)
+        own = rounding * scale + WEIGHT_ROUNDINGS * self._summed * size
+        return Bound(own + FLOAT32_TINY, self._drift(location.step) * scale + apart)
+
+
+def _unknown_rule(pair: Pair) -> list[str]:
+    """A note if weights have no Adam moments: what their updates are held to."""
+    if not pair.common_steps:
+        return []
+    moments = pair.names(pair.first_step, MOMENTS[0]) & pair.names(pair.first_step, MOMENTS[1])
+    others = sorted(pair.names(pair.first_step, "update") - moments)
+    if not others:
+        return []
+    return [
+        f"{len(others)} of the weights, such as {others[0]}, have no moment1 and moment2, so their optimizer's rule is not "
+        "known: their updates are held to what the differences of gradients and slots explain at most, under the most "
+        "sensitive rule that fits them"
+    ]
 
 
 def path_roundings(

@@ -17,6 +17,8 @@ Array = NDArray[Any]
 Sides = tuple[Array | None, Array | None]
 # What comes before the keys of what a run was restored to.
 _RESTORED = f"{RESUME.name}/"
+# The groups that say what a step adds to a weight.
+MOVEMENTS = ("update", "change")
 
 
 class Pair:
@@ -94,19 +96,22 @@ class Pair:
         return left, right
 
     def weights(self, step: int) -> dict[str, tuple[Array, Array]]:
-        """Trainable weights of both sides before update `step` (float64), for the names that both have.
+        """Weights that the run may change, of both sides, before update `step` (float64), for the names that both have.
 
         Call it with ascending steps: the weights are the starting ones plus the updates so far.
         """
         if not self._weights:
-            for name in sorted(self.names(self.first_step, "update")):
+            moving = set().union(*(self.names(i, group) for i in self.step_numbers for group in MOVEMENTS))
+            for name in sorted(moving):
                 left, right = self.read(0, "weight", name)
                 if left is not None and right is not None and left.shape == right.shape:
                     self._weights[name] = (as_float64(left), as_float64(right))
         while self._weights_step < step:
             for name, (left, right) in self._weights.items():
-                updates = self.read(self._weights_step, "update", name)
-                self._weights[name] = (_updated(left, updates[0]), _updated(right, updates[1]))
+                for group in MOVEMENTS:
+                    moved = self.read(self._weights_step, group, name)
+                    left, right = _updated(left, moved[0]), _updated(right, moved[1])
+                self._weights[name] = left, right
             self._weights_step += 1
         return self._weights
 

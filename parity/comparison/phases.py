@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["initial", "resume", "batch", "scalar", "tensor", "optional", "derived"]
+Kind = Literal["initial", "resume", "batch", "scalar", "tensor", "slot", "untrained", "optional", "derived"]
 
 
 @dataclass(frozen=True)
 class Phase:
     """A kind of quantity within an update. `backward` phases are visited together, from the last layer to the first.
 
-    `kind` says where a trace keeps it: with the starting weights, what the run was restored to, the batch, the step's scalars,
-    the tensors of every trainable weight, or the tensors recorded on request only. `derived`: it is computed from the others.
+    `kind` says where a trace keeps it: with the starting weights, what the run was restored to, the batch, the step's
+    scalars, the tensors of every trained weight, the optimizer's state, which not every rule has, those of weights without a
+    gradient, or the tensors recorded on request only. `derived`: it is computed from the others.
     """
 
     name: str
@@ -43,13 +44,17 @@ STEP_PHASES = (
     Phase("grad_norm", "scalar", "gradient norm"),
     Phase("clip", "derived", "clip factor"),
     Phase("lr", "scalar", "learning rate"),
-    Phase("moment1", "tensor", "first moments"),
-    Phase("moment2", "tensor", "second moments"),
+    Phase("moment1", "slot", "first moments"),
+    Phase("moment2", "slot", "second moments"),
+    Phase("slot", "slot", "optimizer state"),
     Phase("update", "tensor", "updates"),
+    Phase("change", "untrained", "changes without a gradient"),
 )
 CLIP = "clip"
 PHASES = (*INITIAL_PHASES, *STEP_PHASES)
+# What a weight that is trained at a step must have; the moments, if recorded, are of such weights only.
 TENSOR_PHASES = tuple(phase for phase in STEP_PHASES if phase.kind == "tensor")
+WEIGHT_SHAPED = ("gradient", "moment1", "moment2", "update", "change")
 BATCH_TENSORS = ("input_ids", "labels", "positions", "segments")
 # The scalars of a step that each phase compares.
 SCALAR_TENSORS = {

@@ -1,6 +1,6 @@
 """What the names in two traces stand for: causal order, role in the model, layer.
 
-A trace states it in its header (`trainspec.trace`, `causal_order`). For a name in neither header it is guessed from the
+A trace states it in its header (`trainspec.trace`, `causal_order`); a role of None is unknown. For a name in neither header it is guessed from the
 name itself: a layer from its number, an embedding, a head or a method's encoder from the word.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from trainspec.methods import ENCODER, PEFT_PREFIX
 from trainspec.trace import LAYER_POINTS, Role, TraceName
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|[./])(?:layers?|blocks?|h)[./_](\d+)(?:[./]|$)")
 _POINTS = ("embedding", "norm", "logits")
 _KNOWN, _ENCODER, _EMBEDDING, _LAYERS, _END = range(5)
 
@@ -28,20 +28,24 @@ class Structure:
         self._entries, self._order = entries, list(entries.values())
         self._rank = {name: i for i, name in enumerate(entries)}
 
-    def key(self, name: str) -> tuple[int, int, int, str]:
+    def key(self, name: str) -> tuple[int, int, int, list[str | int]]:
         """Sorts names in causal order; names in no order come last, sorted by what they suggest."""
         if name in self._rank:
-            return _KNOWN, self._rank[name], 0, ""
-        plain = name.removeprefix(PEFT_PREFIX)
+            return _KNOWN, self._rank[name], 0, []
+        kind, number, within = self._suggested(name.removeprefix(PEFT_PREFIX))
+        return kind, number, within, natural(name.removeprefix(PEFT_PREFIX))
+
+    def _suggested(self, plain: str) -> tuple[int, int, int]:
+        """What a name in no order looks like: its kind, its layer, its position there."""
         if plain.startswith(f"{ENCODER}."):
-            return _ENCODER, 0, 0, plain
+            return _ENCODER, 0, 0
         if (layer := _layer_in(plain)) is not None:
             point = plain.rpartition(".")[2]
-            return _LAYERS, layer, 1 + LAYER_POINTS.index(point) if point in LAYER_POINTS else 0, plain
+            return _LAYERS, layer, 1 + LAYER_POINTS.index(point) if point in LAYER_POINTS else 0
         if _is_embedding(plain):
-            return _EMBEDDING, 0, int(plain in _POINTS), plain
+            return _EMBEDDING, 0, int(plain in _POINTS)
         is_head = "head" in plain or "logits" in plain
-        return _END, 0, 2 * is_head + (plain in _POINTS), plain
+        return _END, 0, 2 * is_head + (plain in _POINTS)
 
     def in_order(self, names: Iterable[str], *, backward: bool) -> list[str]:
         """`names` as the pass visits them: first to last layer, or the reverse."""
@@ -49,7 +53,7 @@ class Structure:
 
     def role(self, name: str) -> Role | None:
         """What a name is in the model; None if unknown."""
-        if name in self._entries:
+        if name in self._entries and self._entries[name].role:
             return self._entries[name].role
         return "embedding" if _is_embedding(name) and _layer_in(name) is None else None
 
@@ -76,7 +80,13 @@ class Structure:
         ]
 
     def _layer(self, name: str) -> int | None:
-        return self._entries[name].layer if name in self._entries else _layer_in(name)
+        known = self._entries.get(name)
+        return known.layer if known and known.role else _layer_in(name)
+
+
+def natural(name: str) -> list[str | int]:
+    """Sorts text and numbers in turn, so that `h.10` comes after `h.2`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _layer_in(name: str) -> int | None:

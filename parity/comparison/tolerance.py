@@ -31,8 +31,28 @@ UNIT: dict[Policy, float] = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8
 # with Adam's step.
 WEIGHT_ROUNDINGS = 3
 
+# Roundings of a sum over a batch of some thousand elements, at the size of the largest entry, of both sides.
+STATISTIC_ROUNDINGS = 64
+
 # The learning rate is computed once, in double precision, by the same Python: 4 units in the last place.
 SAME_DOUBLE = 1e-15
+# An optax schedule computes in float32, under x64 too: 4 units in the last place of that.
+SAME_SINGLE = 4 * UNIT["fp32"]
+# By how much a difference of rates may have grown in what follows from it.
+RATE_GROWTH = 10.0
+# Phases before the rate of a step.
+BEFORE_RATE = (
+    "batch",
+    "tokens",
+    "activation",
+    "loss",
+    "activation_gradient",
+    "gradient",
+    "grad_norm",
+    "clip",
+)
+# State that a program may keep in a narrower type than it computes in.
+STORED_PHASES = ("moment1", "moment2", "slot", "change")
 
 # What must be equal: the data, the number of target tokens, and what the runs start from.
 EXACT_PHASES = (*INITIAL_GROUPS, "batch", "tokens")
@@ -101,16 +121,32 @@ class ProofBounds:
     The bound does not grow with the step: at 1e-15 per step, drift stays below it for as long as a check runs.
     An update is the difference of two stored weights, and each side rounds it three times at the size of the weight
     (1 - lr · decay, its product, the sum). These 6 u |weight| are added; they matter where an update is tiny beside its
-    weight (decay alone, the start of a warm-up).
+    weight (decay alone, the start of a warm-up). A running statistic that has settled changes by little of itself, and
+    the statistic of the batch is rounded at its own size: `STATISTIC_ROUNDINGS`.
     """
-
-    notes = ()
 
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
+        self._gaps = [_excused_gap(*pair.scalar(step, "lr")) for step in pair.step_numbers]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """That a rate of single precision widens the bounds, if it does."""
+        if not any(self._gaps):
+            return ()
+        tolerance = self._tolerance(self._pair.step_numbers[-1], "update")
+        return (
+            f"one side computes its learning rate in float32, so that bounds are at {tolerance:.1e} instead of "
+            f"{FP64_TOLERANCE:.0e} once the rates differ; compute the schedule in double precision for the full proof",
+        )
 
     def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
-        """Floating-point types narrower than float64 are not compared."""
+        """Floating-point types narrower than float64 are not compared.
+
+        A batch is, to the last bit, and so is the state that both sides keep in one narrower type.
+        """
+        if location.phase == "batch" or (location.phase in STORED_PHASES and left.dtype == right.dtype):
+            return None
         sides = (("left", left), ("right", right))
         coarse = [f"{side.dtype} in {name}" for name, side in sides if _is_coarse(side)]
         return f"{' and '.join(coarse)}: fp64 wants float64" if coarse else None
@@ -123,14 +159,44 @@ class ProofBounds:
         """Zero, `SAME_DOUBLE` or `FP64_TOLERANCE`, times the largest entry of either side."""
         # Two runs that resumed start from what each made of the steps before, which is held to the same 1e-9.
         is_result = location.phase in INITIAL_GROUPS and self._pair.first_step > 1
-        if location.phase in EXACT_PHASES and not is_result:
+        is_exact = location.phase in EXACT_PHASES and not is_result
+        if is_exact or is_counter(self._pair, location):
             return Bound(np.zeros(()))
-        factor = SAME_DOUBLE if location.phase == "lr" else FP64_TOLERANCE
-        own = np.asarray(factor * largest(left, right))
-        if location.phase == "update":
-            weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))
-            own = own + 2 * WEIGHT_ROUNDINGS * UNIT["fp64"] * np.maximum(*np.abs(weights))
+        if location.phase == "lr":
+            return Bound(np.asarray(rate_tolerance(float(left), float(right)) * largest(left, right)))
+        own = np.asarray(self._tolerance(location.step, location.phase) * largest(left, right))
+        if location.phase not in ("update", "change"):
+            return Bound(own)
+        weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(()), np.zeros(())))
+        own = own + 2 * WEIGHT_ROUNDINGS * UNIT["fp64"] * np.maximum(*np.abs(weights))
+        if location.phase == "change":
+            own = own + STATISTIC_ROUNDINGS * UNIT["fp64"] * largest(*weights)
         return Bound(own)
+
+    def _tolerance(self, step: int, phase: str) -> float:
+        made = step - self._pair.first_step + (phase not in BEFORE_RATE)
+        gaps = self._gaps[:made]
+        return FP64_TOLERANCE + RATE_GROWTH * max(gaps, default=0.0)
+
+
+def rate_tolerance(left: float, right: float) -> float:
+    """How far two rates may be apart: a rate that is a float32 number was computed in that type."""
+    single = any(float(np.float32(rate)) == rate for rate in (left, right))
+    return SAME_SINGLE if single else SAME_DOUBLE
+
+
+def _excused_gap(left: float, right: float) -> float:
+    """The relative difference of two rates that single precision explains; 0 for one that fails by itself."""
+    gap = abs(left - right) / max(abs(left), abs(right)) if left != right else 0.0
+    return gap if SAME_DOUBLE < gap <= rate_tolerance(left, right) else 0.0
+
+
+def is_counter(pair: Pair, location: Location) -> bool:
+    """Whether it is a change of integers, or a slot of them, which have no rounding."""
+    if location.phase not in ("change", "slot"):
+        return False
+    sides = pair.read(location.step, location.phase, location.tensor)
+    return all(side is None or side.dtype.kind in "iu" for side in sides)
 
 
 def _is_coarse(array: Array) -> bool:

@@ -60,7 +60,8 @@ def test_names_layout_update_and_norm(recorder: Recorder, tmp_path: Path):
     assert trace.read_initial("weight/fc.weight").tolist() == [[0, 3], [1, 4], [2, 5]]
     np.testing.assert_array_equal(trace.read(1, "update/fc.weight"), -np.ones((3, 2)))
     assert trace.read(1, "batch/mask").tolist() == [1, 0]
-    assert not any("frozen" in name for name in trace.names(1))
+    assert [name for name in trace.names(1) if "frozen" in name] == ["change/frozen.weight"]
+    np.testing.assert_array_equal(trace.read(1, "change/frozen.weight"), np.zeros(4))
 
 
 def test_weights_that_are_changed_in_place_do_no_harm(tmp_path: Path):
@@ -93,6 +94,7 @@ def test_types_are_kept(tmp_path: Path):
         ({"moment1": {"kernel": np.zeros((2, 3))}}, "moment1: no 'fc.bias', which has a gradient"),
         ({"gradients": trained(bias=np.zeros(2))}, "'fc.bias' has shape [2], its weight [3]"),
         ({"batch": {}}, "the batch is empty"),
+        ({"weights": trained()}, "weights: no 'frozen.weight', which was there at the start"),
     ],
 )
 def test_what_does_not_fit_is_an_error(recorder: Recorder, changes, says: str):
@@ -134,6 +136,59 @@ def test_a_batch_that_one_side_did_not_record_fails(tmp_path: Path, other: dict[
     first = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
     assert first["phase"] == "batch"
     assert "missing in" in first["reason"]
+
+
+def pair_of(tmp_path: Path, one: dict, other: dict) -> tuple[int, dict]:
+    """The exit code and the verdict of two recordings, with what differs between them."""
+    for side, changes in (("a", one), ("b", other)):
+        recorder = Recorder(tmp_path / side, names=NAMES, replace=True)
+        recorder.initial(weights())
+        step(recorder, **changes)
+    code = main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
+    return code, json.loads((tmp_path / "verdict.json").read_text())
+
+
+def test_token_ids_do_not_ask_for_positions_and_segments(tmp_path: Path):
+    batch = {"batch": {"input_ids": np.ones((4, 2), np.int32)}}
+    assert pair_of(tmp_path, batch, batch)[0] == 0
+    longer = {"batch": {"input_ids": np.ones((4, 2), np.int32), "positions": np.ones((4, 2))}}
+    code, verdict = pair_of(tmp_path, batch, longer)
+    assert (code, verdict["first_divergence"]["tensor"]) == (1, "positions")
+
+
+def test_batches_of_two_types_are_equal_or_say_their_types(tmp_path: Path):
+    halves, tenths = np.full((4, 2), 0.5), np.full((4, 2), 0.1)
+    other = {"batch": {"inputs": halves.astype(np.float32)}}
+    assert pair_of(tmp_path, {"batch": {"inputs": halves}}, other)[0] == 0
+    other = {"batch": {"inputs": tenths.astype(np.float32)}}
+    code, verdict = pair_of(tmp_path, {"batch": {"inputs": tenths}}, other)
+    assert code == 1
+    assert verdict["first_divergence"]["reason"] == "8 of 8 entries differ; float64 in left, float32 in right"
+
+
+def test_activations_of_one_side_are_named(tmp_path: Path):
+    code, verdict = pair_of(tmp_path, {}, {"activations": {"pooled": np.ones(2), "hidden": np.ones(2)}})
+    assert code == 0
+    assert (
+        "activations (hidden, pooled) are in right only at step 1: they are not compared" in verdict["notes"]
+    )
+    both = {"activations": {"pooled": np.ones(2)}}
+    assert not any("pooled" in note for note in pair_of(tmp_path, both, both)[1]["notes"])
+
+
+def test_tied_weights_that_are_given_twice_count_once_in_the_norm(tmp_path: Path):
+    matrix, other = np.arange(4.0), np.arange(4.0) + 1
+    for name, tied, gradient, norm in (
+        ("tied", matrix, np.full(4, 2.0), 4.0),
+        ("other", other, np.full(4, 2.0), 32**0.5),
+        ("zeros", np.zeros(4), np.full(4, 2.0), 32**0.5),
+    ):
+        first = np.zeros(4) if name == "zeros" else matrix
+        recorder = Recorder(tmp_path / name, names={"table": "table", "head": "head"})
+        mine, gradients = {"table": first, "head": tied}, {"table": gradient, "head": gradient}
+        recorder.initial(mine)
+        step(recorder, gradients=gradients, weights=mine, moment1=gradients, moment2=gradients)
+        assert Trace(tmp_path / name).steps[0]["grad_norm"] == norm
 
 
 @pytest.fixture(scope="module")
