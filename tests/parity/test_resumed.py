@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parity.runs.join import join
 from safetensors.numpy import load_file, save_file
 from synthetic import SHAPES, Sim, write
 
@@ -22,6 +21,7 @@ from parity.comparison.tolerance import ProofBounds
 from parity.faults.fault import setup_recipe
 from parity.runs.edit import Edit
 from parity.runs.fixture import TinySetup, write_tiny
+from parity.runs.join import join
 from parity.runs.launch_many import Case, run_cases
 from parity.runs.sides import parse_resumption, parse_side
 from trainspec.errors import TraceError
