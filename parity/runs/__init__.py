@@ -1,1 +1,1 @@
-"""Runs of the backends as processes: both sides of a check, many at a time, replayed, perturbed or with a planted fault."""
+"""Runs of the backends as processes: both sides of a check, many at a time, replayed in float64, or with a planted fault."""
