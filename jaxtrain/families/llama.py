@@ -73,8 +73,8 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(mlp, embed, bias=bias, stack=stack, build=build)
 
     def __call__(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
-        gated = rounded(jax.nn.silu(self.gate_proj(x_BSE, point)))
-        return self.down_proj(rounded(gated * self.up_proj(x_BSE, point)), point)
+        gate, up = self.gate_proj(x_BSE, point), self.up_proj(x_BSE, point)
+        return self.down_proj(rounded(rounded(jax.nn.silu(gate)) * up), point)
 
 
 class Block(nnx.Module):

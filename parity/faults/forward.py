@@ -220,8 +220,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.layers:RMSNorm.__call__",
-                    "scale(__normed.astype(__dtype), __weight)",
-                    "scale(__normed, __weight).astype(__dtype)",
+                    "scale(rounded(__normed.astype(__dtype)), __weight)",
+                    "scale(rounded(__normed), __weight).astype(__dtype)",
                 ),
             ),
             "torch": (
@@ -300,8 +300,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.families.llama:SwiGLU.__call__",
-                    "jax.nn.silu(__gate) * __up",
-                    "jax.nn.silu(__up) * __gate",
+                    "rounded(jax.nn.silu(__gate)) * __up",
+                    "rounded(jax.nn.silu(__up)) * __gate",
                 ),
             ),
             "torch": (

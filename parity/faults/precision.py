@@ -37,8 +37,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.layers:attend",
-                    "jax.nn.softmax(__scores, axis=-1)",
-                    "lax.reduce_precision(jax.nn.softmax(lax.reduce_precision(__scores, 8, 7), axis=-1), 8, 7)",
+                    "softmax(__scores)",
+                    "lax.reduce_precision(softmax(lax.reduce_precision(__scores, 8, 7)), 8, 7)",
                 ),
             ),
             "torch": (
