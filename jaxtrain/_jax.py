@@ -5,7 +5,6 @@ No other module of jaxtrain uses a private name of JAX: to upgrade, hold this fi
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,8 @@ from jax._src.clusters import ClusterEnv
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend.backend import clear_backends
 
+from trainspec.versions import report_other_version
+
 # The version that this file was read against, and all tests were run with; pyproject.toml pins it.
 WRITTEN_FOR = "0.10.2"
 
@@ -22,12 +23,7 @@ WRITTEN_FOR = "0.10.2"
 @cache
 def report_version() -> None:
     """Say on stderr, once, if the installed JAX is not the version that this file was written for."""
-    if jax.__version__ != WRITTEN_FOR:
-        print(
-            f"jax {jax.__version__} is installed; jaxtrain was written for and tested with {WRITTEN_FOR}: "
-            f"if a run fails or parity sees a difference, install jax=={WRITTEN_FOR}",
-            file=sys.stderr,
-        )
+    report_other_version("jax", jax.__version__, written_for=WRITTEN_FOR, program="jaxtrain")
 
 
 def setting(name: str) -> Any:

@@ -1,8 +1,9 @@
 """Simulated roundings: the float64 model computes as if every result were stored in a narrower type, for `parity`'s bounds.
 
 Inside `simulate` every result that goes through `rounded` is moved up or down by one rounding, and so is its cotangent in
-the backward pass; the factors of a contraction (`summand`) are moved by the roundings of its partial sums. As in hardware, the direction is a function of the value: it is a hash of its bits and of the draw, so
-equal results of one operation move alike and no generator is needed. Outside `simulate` nothing is added to a program.
+the backward pass; the factors of a contraction (`summand`) are moved by the roundings of its partial sums. As in hardware,
+the direction is a function of the value: it is a hash of its bits and of the draw, so equal results of one operation move
+alike and no generator is needed. Outside `simulate` nothing is added to a program.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jax import Array, lax
 
 from trainspec.runs.contract import RoundingKind, Roundings
 
-# Odd 32-bit constants: the golden ratio's, and those of a hash by Ellis (lowbias32).
+# Odd 32-bit constants: the golden ratio's, and those of murmur3's and Chris Wellons's (lowbias32) hashes.
 _NEXT_OPERATION = 0x9E3779B9
 _MIX_HIGH, _MIX_1, _MIX_2 = 0x85EBCA6B, 0x7FEB352D, 0x846CA68B
 
@@ -54,8 +55,8 @@ def rounded(x: Array, kind: RoundingKind = "stored", *, terms: int = 0) -> Array
     simulation = _active.get()
     if simulation is None:
         return x
-    sizes = simulation.sizes
-    return _rounded(math.hypot(sizes.of(kind), _of_sum(sizes, terms)), x, _next_key(simulation))
+    size = math.hypot(simulation.sizes.of(kind), _of_sum(simulation.sizes, terms))
+    return _moved_both_ways((size, size), x, _next_key(simulation))
 
 
 def summand(x: Array, terms: int, *, back: bool = False) -> Array:
@@ -68,8 +69,8 @@ def summand(x: Array, terms: int, *, back: bool = False) -> Array:
     simulation = _active.get()
     if simulation is None:
         return x
-    size, key = _of_sum(simulation.sizes, terms), _next_key(simulation)
-    return _factor_back(size, x, key) if back else _factor(size, x, key)
+    size = _of_sum(simulation.sizes, terms)
+    return _moved_both_ways((0.0, size) if back else (size, 0.0), x, _next_key(simulation))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("key",), meta_fields=("sizes",))
@@ -112,35 +113,26 @@ def _of_sum(sizes: Roundings, terms: int) -> float:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounded(size: float, x: Array, key: Array) -> Array:
-    return _moved(size, x, key)
+def _moved_both_ways(sizes: tuple[float, float], x: Array, key: Array) -> Array:
+    """x moved by the first of `sizes`, its cotangent by the second."""
+    return _moved(sizes[0], x, key)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _factor(size: float, x: Array, key: Array) -> Array:
-    return _moved(size, x, key)
+def _forward(sizes: tuple[float, float], x: Array, key: Array) -> tuple[Array, Array]:
+    return _moved(sizes[0], x, key), key
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _factor_back(size: float, x: Array, key: Array) -> Array:
-    return x
+def _backward(sizes: tuple[float, float], key: Array, dx: Array) -> tuple[Array, None]:
+    return _moved(sizes[1], dx, ~key), None
 
 
-def _forward(size: float, x: Array, key: Array) -> tuple[Array, Array]:
-    return _moved(size, x, key), key
-
-
-def _backward(size: float, key: Array, dx: Array) -> tuple[Array, None]:
-    return _moved(size, dx, ~key), None
-
-
-_rounded.defvjp(_forward, _backward)
-_factor.defvjp(_forward, lambda size, key, dx: (dx, None))
-_factor_back.defvjp(lambda size, x, key: (x, key), _backward)
+_moved_both_ways.defvjp(_forward, _backward)
 
 
 def _moved(size: float, x: Array, key: Array) -> Array:
     """x (1 ± size), x float64; zeros stay zero."""
+    if size == 0:
+        return x
     words = lax.bitcast_convert_type(x, jnp.uint32)
     mixed = (words[..., 0] ^ (words[..., 1] * jnp.uint32(_MIX_HIGH))) + key
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(_MIX_1)

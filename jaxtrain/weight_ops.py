@@ -59,32 +59,36 @@ class _Operation(NamedTuple):
 
 def matmul(x: Array, weight: BoundWeight) -> Array:
     """x [..., in] times W [in, out]."""
-    return rounded(_apply(_MATMUL, x, weight, contraction()))
+    return _run(_MATMUL, x, weight)
 
 
 def matmul_transposed(x: Array, weight: BoundWeight) -> Array:
     """x [..., in] times the transpose of W [out, in]: the tied head."""
-    return rounded(_apply(_MATMUL_TRANSPOSED, x, weight, contraction()))
+    return _run(_MATMUL_TRANSPOSED, x, weight)
 
 
 def scale(x: Array, weight: BoundWeight) -> Array:
     """w * x, w [features]."""
-    return rounded(_apply(_SCALE, x, weight, contraction()))
+    return _run(_SCALE, x, weight)
 
 
 def shift(x: Array, weight: BoundWeight) -> Array:
     """x + b, b [features]."""
-    return rounded(_apply(_SHIFT, x, weight, contraction()))
+    return _run(_SHIFT, x, weight)
 
 
 def lookup(ids: Array, weight: BoundWeight) -> Array:
     """Rows `ids` [...] of W [rows, features]."""
-    return rounded(_apply(_LOOKUP, ids, weight, contraction()))
+    return _run(_LOOKUP, ids, weight)
 
 
 def read(weight: BoundWeight) -> Array:
     """The gathered weight in the type of its gradient, in which gradients of what is computed from it are summed."""
-    return rounded(_apply(_READ, jnp.zeros((), weight.sharding.gradient_dtype), weight, contraction()))
+    return _run(_READ, jnp.zeros((), weight.sharding.gradient_dtype), weight)
+
+
+def _run(operation: _Operation, x: Array, weight: BoundWeight) -> Array:
+    return rounded(_apply(operation, x, weight, contraction()))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

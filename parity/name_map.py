@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -145,7 +146,7 @@ def copied(array: Any, what: str) -> Array:
         array = array.detach().cpu()
         if str(array.dtype) == "torch.bfloat16":  # numpy has no such type
             bits = array.contiguous().view(sys.modules["torch"].int16).numpy()
-            array = bits.view(np.dtype("bfloat16"))
+            array = bits.view(ml_dtypes.bfloat16)
         elif hasattr(array, "numpy"):
             array = array.numpy()
     try:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
+from trainspec.versions import report_other_version
 
 # The version that this file was read against, and all tests were run with.
 WRITTEN_FOR = "0.19.8"
@@ -52,12 +53,7 @@ def import_deepspeed() -> Any:
 def report_version() -> None:
     """Say on stderr, once, if the installed DeepSpeed is not the version that this file was written for."""
     installed = import_deepspeed().__version__
-    if installed.partition("+")[0] != WRITTEN_FOR:
-        print(
-            f"deepspeed {installed} is installed; torchtrain was written for and tested with {WRITTEN_FOR}: "
-            f"if a run fails or parity sees a difference, install deepspeed=={WRITTEN_FOR}",
-            file=sys.stderr,
-        )
+    report_other_version("deepspeed", installed, written_for=WRITTEN_FOR, program="torchtrain")
 
 
 def quiet() -> contextlib.AbstractContextManager[Any]:

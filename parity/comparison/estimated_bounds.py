@@ -56,7 +56,6 @@ from parity.comparison.drift import network_drift, partner_drift
 from parity.comparison.optimizers import (
     has_moments,
     other_types,
-    rate_gap,
     slot_bound,
     stored_unit,
     update_bound,
@@ -66,6 +65,7 @@ from parity.comparison.phases import Location
 from parity.comparison.structure import Structure
 from parity.comparison.tolerance import (
     EXACT_PHASES,
+    FLOAT32_TINY,
     UNIT,
     WEIGHT_ROUNDINGS,
     Bound,
@@ -73,6 +73,7 @@ from parity.comparison.tolerance import (
     as_a_whole,
     is_counter,
     largest,
+    rate_gap,
     rate_tolerance,
 )
 from parity.comparison.untrained import followed_weight
@@ -83,8 +84,6 @@ Array = NDArray[Any]
 FALSE_ALARM = 1e-6
 # Both sides together, as counted above.
 MOMENT_ROUNDINGS = {"moment1": 14, "moment2": 20}
-# XLA flushes numbers below this to zero, torch keeps them.
-FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 # Pointwise roundings of one layer: rotation 3, scaling 1, softmax 2, two residual sums 2, SiLU and product 3, two norms 4;
 # the backward pass has as many.
 POINTWISE = 15

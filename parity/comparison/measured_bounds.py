@@ -43,7 +43,6 @@ from parity.comparison.adam import AdamRule, clip_condition, fit_factors, float6
 from parity.comparison.estimated_bounds import (
     EFFECTIVE_DOF,
     FALSE_ALARM,
-    FLOAT32_TINY,
     MOMENT_ROUNDINGS,
     EstimatedBounds,
     gaussian_max_quantile,
@@ -53,6 +52,7 @@ from parity.comparison.pair import Pair, as_float64
 from parity.comparison.phases import CLIP, Location
 from parity.comparison.tolerance import (
     EXACT_PHASES,
+    FLOAT32_TINY,
     SAME_DOUBLE,
     UNIT,
     WEIGHT_ROUNDINGS,
@@ -80,33 +80,30 @@ class Measurement:
     movement: Path
     draws: int
 
-    def mean_squares(self, step: int, key: str) -> tuple[Array, Array]:
-        """Mean squares of the rows and of the columns of a folded tensor, over all draws; NaN if a draw did not reach `step`."""
+    def mean_squares(
+        self, step: int, key: str, *kinds: Literal["rows", "columns", "elements"]
+    ) -> list[Array]:
+        """Mean squares of a folded tensor's rows, columns or elements, over all draws; NaN if a draw did not reach `step`."""
         path = self.movement / f"step-{step:06d}.safetensors"
         if not path.is_file():
-            return np.full(1, np.nan), np.full(1, np.nan)
+            return [np.full(1, np.nan) for _ in kinds]
         with safe_open(path, "numpy") as file:
-            return file.get_tensor(f"{key}/rows"), file.get_tensor(f"{key}/columns")
+            return [file.get_tensor(f"{key}/{kind}") for kind in kinds]
 
     def sigma(self, step: int, key: str, shape: tuple[int, ...]) -> Array:
         """σ of every element, see the module docstring."""
-        rows, columns = self.mean_squares(step, key)
+        rows, columns, elements = self.mean_squares(step, key, "rows", "columns", "elements")
         mean = rows.mean()
         if not mean or not math.isfinite(mean):
             return np.full(shape, mean)
         product = np.outer(rows, columns / mean)
         squares = np.where(product > 0, np.maximum(product, mean), 0.0)
-        return np.sqrt(np.maximum(squares, self._element_squares(step, key))).reshape(shape)
-
-    def _element_squares(self, step: int, key: str) -> Array:
-        """Mean squares of the elements themselves, folded."""
-        with safe_open(self.movement / f"step-{step:06d}.safetensors", "numpy") as file:
-            return file.get_tensor(f"{key}/elements")
+        return np.sqrt(np.maximum(squares, elements)).reshape(shape)
 
     def loss_sigma(self, step: int) -> float:
         """σ of the mean loss: the larger of the step's own and that of all steps."""
         steps = range(1, 1 + len(self.references[0].steps))
-        squares = {each: float(self.mean_squares(each, "loss")[0][0]) for each in steps}
+        squares = {each: float(self.mean_squares(each, "loss", "rows")[0][0]) for each in steps}
         return math.sqrt(float(np.maximum(squares.get(step, math.nan), np.mean(list(squares.values())))))
 
 
@@ -176,10 +173,6 @@ class MeasuredBounds:
             case _:
                 return self._against_reference(location, left, right)
 
-    def multiple(self, size: int, dof: int) -> float:
-        """T · U of the module docstring."""
-        return gaussian_max_quantile(size) * rms_lower_factor(dof)
-
     def _reference(self, step: int) -> tuple[Trace, Trace] | None:
         left, right = self.measurement.references
         return (left, right) if min(len(left.steps), len(right.steps)) >= step else None
@@ -204,13 +197,13 @@ class MeasuredBounds:
         shape = self.measurement.references[0].read(location.step, key).shape
         sigma = self.measurement.sigma(location.step, key, shape)
         dof = EFFECTIVE_DOF * self.measurement.draws
-        return self.multiple(sigma.size, dof) * sigma + FLOAT32_TINY
+        return gaussian_max_quantile(sigma.size) * rms_lower_factor(dof) * sigma + FLOAT32_TINY
 
     def _whole_bound(self, location: Location) -> Array:
         """V · U · |σ| of the tensor as a whole."""
         key = f"{location.phase}/{location.tensor}"
         shape = self.measurement.references[0].read(location.step, key).shape
-        rows = self.measurement.mean_squares(location.step, key)[0]
+        (rows,) = self.measurement.mean_squares(location.step, key, "rows")
         size = math.prod(shape)
         margin = rms_upper_factor(EFFECTIVE_DOF) * rms_lower_factor(EFFECTIVE_DOF * self.measurement.draws)
         return np.asarray(margin * math.sqrt(size * rows.mean()) + FLOAT32_TINY * math.sqrt(size))
@@ -227,7 +220,7 @@ class MeasuredBounds:
         dof = self.measurement.draws * len(self.measurement.references[0].steps)
         tokens = max(self._pair.scalar(location.step, "tokens"))
         mean = max((abs(record["loss"]) for record in records if record), default=0.0)
-        own = self.multiple(1, dof) * self.measurement.loss_sigma(location.step)
+        own = gaussian_max_quantile(1) * rms_lower_factor(dof) * self.measurement.loss_sigma(location.step)
         own += gaussian_max_quantile(1) * self._summed * math.sqrt(1 + tokens / 2) * mean
         own *= tokens if location.tensor == "loss_sum" else 1
         expected = [np.asarray(record[location.tensor] if record else np.nan) for record in records]

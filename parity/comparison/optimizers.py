@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from parity.comparison.pair import Pair, as_float64
 from parity.comparison.phases import Location
-from parity.comparison.tolerance import UNIT, WEIGHT_ROUNDINGS, Bound, largest
+from parity.comparison.tolerance import FLOAT32_TINY, UNIT, WEIGHT_ROUNDINGS, Bound, largest, rate_gap
 
 Array = NDArray[Any]
 
@@ -37,7 +37,7 @@ LINEAR_REST = 1e-2
 SIGN_SPREAD = 0.2
 MIXTURES = tuple(i / 100 for i in range(101))
 # The types of a slot that is stored coarser than it is computed; the roundoff unit of each.
-STORED_UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+STORED_UNIT = {"bfloat16": UNIT["bf16"], "float16": 2.0**-11}
 
 
 def stored_unit(pair: Pair, location: Location) -> float:
@@ -66,7 +66,7 @@ def slot_bound(pair: Pair, location: Location, left: Array, right: Array, *, dri
     )
     own = SLOT_ROUNDINGS * UNIT["fp32"] * np.sqrt(1 + terms / 2) * scale
     stored = 2 * stored_unit(pair, location) * np.maximum(abs(left), abs(right))
-    return Bound(own + stored + np.finfo(np.float32).tiny, moved + abs(before[0] - before[1]))
+    return Bound(own + stored + FLOAT32_TINY, moved + abs(before[0] - before[1]))
 
 
 def update_bound(pair: Pair, location: Location, left: Array, right: Array) -> Bound:
@@ -90,7 +90,7 @@ def update_bound(pair: Pair, location: Location, left: Array, right: Array) -> B
     rates = pair.scalar(step, "lr")
     moved = moved + max(rates) * abs(weights[0] - weights[1]) + rate_gap(*rates) * size
     own = gain * UNIT["fp32"] * size + WEIGHT_ROUNDINGS * UNIT["fp32"] * (abs(weights[0]) + abs(weights[1]))
-    return Bound(own + np.finfo(np.float32).tiny, moved)
+    return Bound(own + FLOAT32_TINY, moved)
 
 
 def has_moments(pair: Pair, step: int, name: str) -> bool:
@@ -102,11 +102,6 @@ def clip_ratio(pair: Pair, step: int) -> float:
     """The larger of the two gradient norms divided by the smaller, less 1."""
     norms = pair.scalar(step, "grad_norm")
     return max(norms) / min(norms) - 1.0 if min(norms) > 0 else 0.0
-
-
-def rate_gap(left: float, right: float) -> float:
-    """The relative difference of two rates."""
-    return abs(left - right) / max(abs(left), abs(right)) if left != right else 0.0
 
 
 def _share(pair: Pair, step: int, group: str, name: str) -> float:

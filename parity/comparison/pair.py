@@ -17,6 +17,7 @@ Array = NDArray[Any]
 Sides = tuple[Array | None, Array | None]
 # What comes before the keys of what a run was restored to.
 _RESTORED = f"{RESUME.name}/"
+NAMES = ("left", "right")
 # The groups that say what a step adds to a weight.
 MOVEMENTS = ("update", "change")
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from parity.comparison.pair import Array, Pair
+from parity.comparison.pair import NAMES, Array, Pair
 from parity.comparison.phases import RESUME, Location
 from parity.comparison.tolerance import UNIT, Bound, CheckedPair
 
-_NAMES = ("left", "right")
 _GROUPS = ("weight", "moment1", "moment2")
 
 
@@ -41,7 +40,7 @@ def restored_tensors(pair: Pair, step: int) -> list[str]:
 def restored_pairs(location: Location, pair: Pair) -> list[CheckedPair] | str:
     """Each side that resumed before the step: what it was restored to, and what it had. Why there are none, in words."""
     checked_pairs = []
-    for side, name in enumerate(_NAMES):
+    for side, name in enumerate(NAMES):
         trace = pair.traces[side]
         if not trace.resumed_names(location.step):
             continue

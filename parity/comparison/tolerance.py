@@ -26,6 +26,8 @@ FP64_TOLERANCE = 1e-9
 
 # Unit roundoff (half the distance from 1 to the next number) of the type that a policy computes in. In bf16, sums and
 # stored state (master weights, moments) have fp32's.
+# XLA flushes numbers below this to zero, torch keeps them.
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 UNIT: dict[Policy, float] = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8}
 # Roundings at the size of the weight in one side's update: the factor 1 - lr · decay, its product with the weight, the sum
 # with Adam's step.
@@ -185,9 +187,14 @@ def rate_tolerance(left: float, right: float) -> float:
     return SAME_SINGLE if single else SAME_DOUBLE
 
 
+def rate_gap(left: float, right: float) -> float:
+    """The relative difference of two rates."""
+    return abs(left - right) / max(abs(left), abs(right)) if left != right else 0.0
+
+
 def _excused_gap(left: float, right: float) -> float:
     """The relative difference of two rates that single precision explains; 0 for one that fails by itself."""
-    gap = abs(left - right) / max(abs(left), abs(right)) if left != right else 0.0
+    gap = rate_gap(left, right)
     return gap if SAME_DOUBLE < gap <= rate_tolerance(left, right) else 0.0
 
 

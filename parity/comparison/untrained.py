@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.pair import MOVEMENTS, Pair, as_float64
+from parity.comparison.pair import MOVEMENTS, NAMES, Pair, as_float64
 from parity.comparison.phases import Location
 
 Array = NDArray[Any]
@@ -41,10 +41,10 @@ def frozen_on_one_side(location: Location, pair: Pair) -> str | None:
     ]
     if here[0] == here[1]:
         return None
-    moved, still = ("left", "right") if here[0] else ("right", "left")
-    if _ever_moves(pair, ("left", "right").index(still), location.tensor):
+    moved = 0 if here[0] else 1
+    if _ever_moves(pair, 1 - moved, location.tensor):
         return None
-    return f"frozen in {still}, which never changes it; changed in {moved}"
+    return f"frozen in {NAMES[1 - moved]}, which never changes it; changed in {NAMES[moved]}"
 
 
 def followed_weight(pair: Pair, location: Location, change: Array) -> tuple[str, float] | None:

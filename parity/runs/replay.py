@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from safetensors.numpy import save_file
 from parity.measure import Job
 from parity.runs.roundings import RMS_ROUNDING, folded
 from trainspec.backends import BACKENDS
-from trainspec.data import open_dataset
+from trainspec.data import Batch, open_dataset
 from trainspec.errors import NonFiniteLossError
 from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
@@ -39,7 +40,7 @@ from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Metrics, Reference, Roundings
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
-from trainspec.trace import StepTrace, Trace, TraceWriter
+from trainspec.trace import Keep, StepTrace, Trace, TraceWriter
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -85,30 +86,23 @@ class Replayer:
         self.span = self.recipe.span(lambda: self.dataset.num_examples)
         self.trained = {p.name for p in self.run.trained}
 
-    def steps(self, trace: Trace, *, draws: int) -> Iterator[tuple[int, Metrics, Iterator[Metrics]]]:
-        """(step, metrics, those of each draw) of every step of `trace`, to the first that is not finite."""
+    def steps(self, trace: Trace, *, draws: int) -> Iterator[tuple[int, Batch, Metrics, Iterator[Metrics]]]:
+        """(step, batch, metrics, those of each draw) of every step of `trace`, to the first that is not finite."""
         # All states share the first one's compiled programs: their recipes differ only in the weights' directory.
         state = self.state = self.backend.init_state(self._with_weights_of(trace), like=self.state)
         for step, weights in enumerate(weights_before(trace, self.trained, computed=self.job.computed), 1):
             zeros = {name: np.zeros_like(weight) for name, weight in weights.items()}
             state = self.backend.restore(state, Checkpoint(step - 1, weights, zeros, zeros))
+            # The recipe's batch, whatever the recorded run used.
+            batch = self.dataset.batch(step - 1, self.recipe.batch.global_examples)
+            keep: Keep = "activations" if step == self.job.activations_at else "gradients"
+            gradients = partial(self.backend.gradients_of, state, batch, keep=keep)
             try:
-                metrics = self._gradients(state, step)
+                metrics = gradients()
             except NonFiniteLossError:
                 return
-            yield step, metrics, (self._gradients(state, step, draw=draw) for draw in range(draws))
-
-    def _gradients(self, state: Any, step: int, *, draw: int | None = None) -> Metrics:
-        keep = "activations" if step == self.job.activations_at else "gradients"
-        if draw is None:
-            return self.backend.gradients_of(state, self.batch(step), keep=keep)
-        return self.backend.gradients_of(
-            state, self.batch(step), keep=keep, roundings=self.roundings, draw=draw
-        )
-
-    def batch(self, step: int) -> Any:
-        """The recipe's batch at `step`, whatever the recorded run used."""
-        return self.dataset.batch(step - 1, self.recipe.batch.global_examples)
+            drawn = (gradients(roundings=self.roundings, draw=draw) for draw in range(draws))
+            yield step, batch, metrics, drawn
 
     def lr(self, step: int) -> float:
         """The recipe's learning rate at `step`."""
@@ -138,10 +132,10 @@ def write_reference(replayer: Replayer, trace: Trace, out: Path, *, movement: Pa
     if movement:
         movement.mkdir(parents=True, exist_ok=True)
     draws = replayer.job.draws if movement else 0
-    for step, metrics, drawn in replayer.steps(trace, draws=draws):
+    for step, batch, metrics, drawn in replayer.steps(trace, draws=draws):
         writer.step(
             StepTrace(
-                step, replayer.batch(step), metrics.loss_sum, metrics.tokens, metrics.grad_norm, replayer.lr(step),
+                step, batch, metrics.loss_sum, metrics.tokens, metrics.grad_norm, replayer.lr(step),
                 gradients=metrics.gradients or {}, updates={}, moment1={}, moment2={},
                 activations=metrics.activations or {}, activation_gradients=metrics.activation_gradients or {},
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 from signal import Signals
 from typing import assert_never
 
+from parity.comparison.pair import NAMES
 from parity.runs.join import join
 from trainspec.backends import BACKENDS
 from trainspec.errors import (
@@ -33,7 +34,6 @@ from trainspec.plans.plan import Backend, Policy
 from trainspec.runs.checkpoint import checkpoint_name
 from trainspec.trace import Trace
 
-NAMES = ("left", "right")
 # A side is named by its backend or by its program.
 PROGRAMS: dict[str, Backend] = {
     word: name for name, backend in BACKENDS.items() for word in (name, backend.program)
