@@ -28,6 +28,7 @@ from jaxtrain.sharding import Shardings, constrain_all
 from jaxtrain.storage import Storage
 from jaxtrain.weight_ops import BoundWeight, select_chunk
 from jaxtrain.weights import Arrays, is_stacked, native_name, to_host
+from trainspec.causal import activation_points
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
@@ -155,10 +156,13 @@ def _metrics(program: Program, result: StepGradients, keep: Keep) -> Metrics:
     metrics = replace(metrics, gradients=program.storage.canonical(result.gradients, program.run.trained))
     if keep == "gradients":
         return metrics
-    activations, gradients = (
-        by_point({point: to_host(recorded[point]) for point in sorted(recorded)})
-        for recorded in (result.activations, result.activation_gradients)
+    points = [point.full_name for point in activation_points(program.run.spec, program.recipe.method)]
+    recorded = (
+        by_point({name: to_host(arrays[name]) for name in sorted(arrays)})
+        for arrays in (result.activations, result.activation_gradients)
     )
+    # Of a stack that is a target in some layers only, the others are left out.
+    activations, gradients = ({point: arrays[point] for point in points} for arrays in recorded)
     return replace(metrics, activations=activations, activation_gradients=gradients)
 
 

@@ -17,11 +17,31 @@
                                networks, counters (as int64). Zero where it stays as it is: its absence says nothing
         moment1/<name>, moment2/<name>                                   the optimizer's state: Adam's, without bias
         slot/<slot>/<name>                                               correction, and any other by the slot's name
-        activation/<point>, activation_gradient/<point>                  on request, [global_examples, positions, ...]:
-                               positions are those of the tokens, after any virtual tokens of a prompt
+        activation/<point>, activation_gradient/<point>                  on request, [global_examples, ...]: see below
     DIR/resume-000003.safetensors
         weight/<name>, moment1/<name>, moment2/<name>                    in a trace joined from two parts (`parity check
                                --resume-at 2`): the run as it was restored before step 3
+
+The points, in forward order (`trainspec.points`); those of layer i, from 0, are `layers.{i}.NAME`:
+
+    prompt                     [examples, virtual, embed]                a prompt's virtual tokens, as they are put in front
+    embedding                  [examples, positions, embed]              the first layer's input: positions are those of the
+                               tokens, after any virtual tokens of a prompt
+    input_norm                 [examples, positions, embed]              the layer's input, normed
+    query, key, value          [examples, positions, heads, head_dim]    its projections; keys and values have kv heads
+    query_norm, key_norm       the same                                  after the norms of each head (Qwen3)
+    rotated_query, rotated_key the same                                  after the rotary embedding
+    prefix_key, prefix_value   [examples, virtual, kv_heads, head_dim]   a prefix, as attention takes it
+    mixed                      [examples, positions, heads, head_dim]    what the output projection takes
+    attention                  [examples, positions, embed]              what is added to the residual stream
+    post_norm                  [examples, positions, embed]              the stream after that, normed
+    gate, up, product          [examples, positions, mlp]                product = act(gate) * up, what the last projection takes
+    mlp, block                 [examples, positions, embed]              what is added to the stream, and the stream after it
+    MODULE.lora_A              [examples, positions, rank]               at each target of LoRA or DoRA: A x
+    MODULE.lora_B              [examples, positions, out]                and scale B A x
+    attention_adapter.hidden,  [examples, positions, bottleneck]         what a bottleneck adapter's `up` takes
+    mlp_adapter.hidden
+    norm, logits               [examples, positions, embed], [..., vocab]
 
 `<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision. A trace may
 leave `causal_order` out: `parity diff` then orders by the layer number in a name, and within a layer by name, with the
@@ -48,9 +68,6 @@ from trainspec.trace_header import HEADER_FILE, TraceHeader, read_header
 Arrays = Mapping[str, NDArray[Any]]
 # What an update keeps for a trace; activations come with the gradients.
 Keep = Literal["nothing", "gradients", "activations"]
-# Activation points of a layer, in full `layers.{i}.attention` and so on. `attention` and `mlp` are what is added to the
-# residual stream, `block` is the stream after both.
-LAYER_POINTS = ("attention", "mlp", "block")
 # What a name in a trace stands for: a weight, by its role in the table, or an activation point.
 Role = WeightRole | Literal["point"]
 ROLES = (*get_args(WeightRole), "point")
@@ -100,12 +117,6 @@ class TraceRequest:
     def keep(self, step: int) -> Keep:
         """What update `step` must keep."""
         return "activations" if self.activations_at in ("all", step) else "gradients"
-
-
-def activation_points(layers: int) -> tuple[str, ...]:
-    """The names of all activation points, in forward order."""
-    inner = (f"layers.{i}.{point}" for i in range(layers) for point in LAYER_POINTS)
-    return ("embedding", *inner, "norm", "logits")
 
 
 def check_free(directory: Path, *, resumes: bool = False) -> None:

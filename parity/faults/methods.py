@@ -94,7 +94,7 @@ FAULTS = (
         where=FIRST_ATTENTION,
         edits={
             "jax": dropout_elsewhere(
-                f"matmul({dropped('matmul(__x, self.lora_a.get_value())')}, self.lora_b.get_value())"
+                f"matmul(tap(self.name + '.lora_A', {dropped('matmul(__x, self.lora_a.get_value())')}), self.lora_b.get_value())"
             ),
             "torch": torch_dropout_after("lora_A"),
         },
@@ -271,10 +271,10 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.decoder:Decoder.blocks.block",
-                    "__y = nnx.merge(__layer, __weights)(__x, __cos, __sin, __mask, __point, __prefix, __tap)",
+                    "__y = nnx.merge(__layer, __weights)(__x, __cos, __sin, __mask, __point, __prefix)",
                     "from parity.faults.substitutes.jax_remat import redrawn\n"
                     "layer = nnx.merge(__layer, __weights)\n"
-                    "__y = redrawn(lambda p: layer(__x, __cos, __sin, __mask, p, __prefix, __tap), __point)",
+                    "__y = redrawn(lambda p: layer(__x, __cos, __sin, __mask, p, __prefix), __point)",
                 ),
             ),
             "torch": (

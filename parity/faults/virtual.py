@@ -65,8 +65,10 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.families.llama:Attention.__call__",
-                    "__k = in_front(__prefix[:, 0], __k)\n__v = in_front(__prefix[:, 1], __v)",
-                    "__k = in_front(__prefix[:, 1], __k)\n__v = in_front(__prefix[:, 0], __v)",
+                    '__k = in_front(tap("prefix_key", repeated(__prefix[:, 0], __k)), __k)\n'
+                    '__v = in_front(tap("prefix_value", repeated(__prefix[:, 1], __v)), __v)',
+                    '__k = in_front(tap("prefix_key", repeated(__prefix[:, 1], __k)), __k)\n'
+                    '__v = in_front(tap("prefix_value", repeated(__prefix[:, 0], __v)), __v)',
                 ),
             ),
             "torch": (
@@ -139,7 +141,7 @@ FAULTS = (
                 Edit(
                     "jaxtrain.decoder:Decoder.embed",
                     "in_front(__rows, __x)",
-                    "jnp.roll(__it, -len(__rows), axis=1)",
+                    "jnp.roll(__it, -__rows.shape[1], axis=1)",
                 ),
             ),
             "torch": (
