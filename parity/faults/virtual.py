@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from parity.faults.fault import Fault, Where
+from parity.faults.fault import Fault, Where, at_point
 from parity.faults.loss import TARGETS
 from parity.runs.edit import Edit
-
-FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 
 FAULTS = (
     Fault(
         name="prefix-positions-from-zero",
         imitates="the tokens after a prefix start at position 0, not after its virtual tokens",
         source="XiangLi1999/PrefixTuning#40, huggingface/transformers#33852",
-        where=FIRST_ATTENTION,
+        where=at_point("rotated_query"),
         edits={
             "jax": (
                 Edit(
@@ -37,7 +35,7 @@ FAULTS = (
         name="prefix-masked-out",
         imitates="no token may attend to the prefix",
         source="QwenLM/ParScale#11, zai-org/ChatGLM3#359",
-        where=FIRST_ATTENTION,
+        where=at_point("mixed"),
         edits={
             "jax": (
                 Edit(
@@ -60,7 +58,7 @@ FAULTS = (
         name="prefix-keys-and-values-swapped",
         imitates="each layer's keys and values in the prefix are swapped",
         source="zai-org/ChatGLM3#359, huggingface/peft#919 (the prefix is cut up in another order)",
-        where=FIRST_ATTENTION,
+        where=at_point("prefix_key"),
         edits={
             "jax": (
                 Edit(
@@ -85,7 +83,7 @@ FAULTS = (
         name="prefix-rotated",
         imitates="the keys of the prefix are rotated like tokens at positions 0, 1, ...",
         source="mistyreed63849/Graph-LLM#1",
-        where=FIRST_ATTENTION,
+        where=at_point("prefix_key"),
         edits={
             "jax": (
                 Edit(

@@ -170,7 +170,7 @@ def test_activations_of_one_side_are_named(tmp_path: Path):
     code, verdict = pair_of(tmp_path, {}, {"activations": {"pooled": np.ones(2), "hidden": np.ones(2)}})
     assert code == 0
     assert (
-        "activations (hidden, pooled) are in right only at step 1: they are not compared" in verdict["notes"]
+        "activations (pooled, hidden) are in right only at step 1: they are not compared" in verdict["notes"]
     )
     both = {"activations": {"pooled": np.ones(2)}}
     assert not any("pooled" in note for note in pair_of(tmp_path, both, both)[1]["notes"])

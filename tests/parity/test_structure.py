@@ -76,7 +76,9 @@ def test_a_point_comes_after_the_weights_that_it_depends_on(variant: str, method
         if name in order:
             at = order.index(name)
             before = [
-                i for i, each in enumerate(order) if re.search(pattern, each) and ("layers.1." in each or "layers." not in each)
+                i
+                for i, each in enumerate(order)
+                if re.search(pattern, each) and ("layers.1." in each or "layers." not in each)
             ]
             assert before, point
             assert max(before) < at, (point, order[max(before)])
