@@ -8,6 +8,7 @@ inputs, and an attention function in front of the model's keeps queries and keys
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from trainspec.plans.plan import Plan
 from trainspec.points import Point
 
 _ATTENTION = "recorded"
+# Points before the layers.
+_FIRST = ("prompt", "embedding")
+_LAYER = re.compile(r"\blayers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -135,35 +139,32 @@ def _hooks(model: PreTrainedModel) -> Iterator[_Hooked]:
             yield _Hooked(f"layers.{i}.{name}", module)
         for name, module in anatomy.inputs(layer).items():
             yield _Hooked(f"layers.{i}.{name}", module, is_input=True)
-        for name, module in layer.named_modules():
-            yield from _hooks_of_lora(f"layers.{i}.{name.rpartition('.')[2]}", module)
-        for name in ("attention_adapter", "mlp_adapter"):
-            if (adapter := getattr(layer, name, None)) is not None:
-                yield _Hooked(f"layers.{i}.{name}.hidden", adapter.up, is_input=True)
     yield _Hooked("norm", anatomy.norm(model))
-    yield from _hooks_of_lora("lm_head", anatomy.head(model))
     yield _Hooked("logits", anatomy.head(model))
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layer = _LAYER.search(path)
+            name = path.rpartition(".")[2]
+            yield from _hooks_of_lora(f"{layer[0]}{name}" if layer else name, module)
 
 
-def _hooks_of_lora(name: str, module: nn.Module) -> Iterator[_Hooked]:
+def _hooks_of_lora(name: str, layer: LoraLayer) -> Iterator[_Hooked]:
     """A x, and the output of B, which PEFT multiplies by its scale as it adds it."""
-    if isinstance(module, LoraLayer):
-        ((adapter, a),) = module.lora_A.items()
-        yield _Hooked(f"{name}.lora_A", a, in_shares=isinstance(a, WholeLinear))
-        yield _Hooked(f"{name}.lora_B", module.lora_B[adapter], factor=module.scaling[adapter])
+    ((adapter, a),) = layer.lora_A.items()
+    yield _Hooked(f"{name}.lora_A", a, in_shares=isinstance(a, WholeLinear))
+    yield _Hooked(f"{name}.lora_B", layer.lora_B[adapter], factor=layer.scaling[adapter])
 
 
 def point_stages(plan: Plan, layers: int, points: Sequence[Point]) -> dict[Point, int]:
     """The stage of each point, in their order."""
-    of_layers, first = layer_stages(plan, layers), ("prompt", "embedding")
-    return {
-        point: of_layers[point.layer]
-        if point.layer is not None
-        else 0
-        if point.name in first
-        else plan.pipe - 1
-        for point in points
-    }
+    of_layers = layer_stages(plan, layers)
+
+    def stage(point: Point) -> int:
+        if point.layer is not None:
+            return of_layers[point.layer]
+        return 0 if point.name in _FIRST else plan.pipe - 1
+
+    return {point: stage(point) for point in points}
 
 
 def by_point(

@@ -49,7 +49,7 @@ END_POINTS: dict[str, Axes] = {
 class Point:
     """A place where activations may be recorded: [examples, *axes].
 
-    `layer` is None outside of the layers. A method's point is named after the module that it is in: `q_proj.lora_A`.
+    `layer` is None outside of the layers. A method's point is named after the module that it is in: `MODULE.lora_A`.
     """
 
     name: str

@@ -172,6 +172,16 @@ def test_activations_of_one_side_are_named(tmp_path: Path):
     assert (
         "activations (pooled, hidden) are in right only at step 1: they are not compared" in verdict["notes"]
     )
+    code, verdict = pair_of(
+        tmp_path,
+        {"activations": {"pooled": np.ones(2)}},
+        {"activations": {"pooled": np.ones(2), "hidden": np.zeros(2)}},
+    )
+    assert code == 0
+    assert "activations (hidden) are in right only at step 1: they are not compared" in verdict["notes"]
+    differing = {"activations": {"pooled": np.zeros(2), "hidden": np.ones(2)}}
+    code, verdict = pair_of(tmp_path, {"activations": {"pooled": np.ones(2)}}, differing)
+    assert (code, verdict["first_divergence"]["tensor"]) == (1, "pooled")
     both = {"activations": {"pooled": np.ones(2)}}
     assert not any("pooled" in note for note in pair_of(tmp_path, both, both)[1]["notes"])
 
