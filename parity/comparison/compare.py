@@ -133,7 +133,7 @@ def ending(steps: tuple[int, int], stopped: Mapping[str, str], *, first: int = 1
     after = min(steps) + first
     if stopped:
         reason = "; ".join(f"{name} stopped: {why}" for name, why in stopped.items())
-        yield _failure(Location(after, "loss", "loss"), reason)
+        yield _failure(Location(after, "update", "every tensor"), reason)
     elif steps[0] != steps[1]:
         yield _failure(
             Location(after, "batch", "every tensor"), f"left made {steps[0]} updates, right {steps[1]}"
