@@ -169,7 +169,7 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.passes:OneFOneB._pass_backward",
-                    "__by_embedding, __by_rows = __pull(__dx)\n__by_ends = jax.tree.map(jnp.add, __by_head, __by_embedding)",
+                    "__by_embedding, __by_rows, __by_probes = __pull(__dx)\n__by_ends = jax.tree.map(jnp.add, __by_head, __by_embedding)",
                     "__it\n__by_ends |= {n: __by_embedding[n] for n in __by_head if n.startswith('embed_tokens')}",
                 ),
             ),
