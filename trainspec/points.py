@@ -37,6 +37,8 @@ LAYER_POINTS: dict[str, Axes] = {
     "mlp": ("positions", "embed"),
     "block": ("positions", "embed"),
 }
+# Two runs may turn these by another angle, the same for both, and compute the same: only their products matter.
+TURNED = ("rotated_query", "rotated_key")
 # Before the first layer and after the last.
 END_POINTS: dict[str, Axes] = {
     "embedding": ("positions", "embed"),

@@ -19,6 +19,7 @@ from parity.comparison.phases import (
     INITIAL_GROUPS,
     INITIAL_PHASES,
     PHASES,
+    RECORDED_ON_REQUEST,
     RESUME,
     SCALAR_TENSORS,
     STEP_PHASES,
@@ -32,6 +33,7 @@ from parity.comparison.recorded import one_sided, recorded
 from parity.comparison.restored import restored_pairs, restored_tensors
 from parity.comparison.tolerance import Bounds, CheckedPair, largest
 from parity.comparison.untrained import frozen_on_one_side, untouched
+from trainspec.points import TURNED
 
 Array = NDArray[Any]
 
@@ -124,8 +126,24 @@ def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = N
     findings = [_judge(location, pair, bounds) for location in locations(pair)]
     findings += _unproven(pair, findings)
     findings += ending(pair.steps, stopped or {}, first=pair.first_step)
-    notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")), *one_sided(pair))
-    return Comparison(pair.common_steps, tuple(findings), notes)
+    notes = [*bounds.notes, *pair.structure.notes(pair.names(0, "weight")), *one_sided(pair)]
+    if turned := _turned_alike(findings):
+        findings = [finding for finding in findings if finding not in turned]
+        notes.append(
+            f"{turned[0].location} and {len(turned) - 1} more differ, and nothing after them does: queries and keys are turned "
+            "by other angles, and attention sees only the difference of two positions"
+        )
+    return Comparison(pair.common_steps, tuple(findings), tuple(notes))
+
+
+def _turned_alike(findings: Sequence[Finding]) -> list[Finding]:
+    """The failures at rotated queries and keys, if nothing else fails: they are no difference of the runs."""
+    failing = [finding for finding in findings if not finding.holds]
+    points = {
+        f.location.tensor.rpartition(".")[2] for f in failing if f.location.phase in RECORDED_ON_REQUEST
+    }
+    others = [f for f in failing if f.location.phase not in RECORDED_ON_REQUEST]
+    return failing if not others and points <= set(TURNED) else []
 
 
 def ending(steps: tuple[int, int], stopped: Mapping[str, str], *, first: int = 1) -> Iterator[Finding]:

@@ -57,6 +57,7 @@ STOPPED_PHASES = tuple(
     if phase.name
     in ("resume", "batch", "tokens", "activation", "loss", "activation_gradient", "gradient", "grad_norm")
 )
+RECORDED_ON_REQUEST = tuple(phase.name for phase in STEP_PHASES if phase.kind == "optional")
 CLIP = "clip"
 PHASES = (*INITIAL_PHASES, *STEP_PHASES)
 # What a weight that is trained at a step must have; the moments, if recorded, are of such weights only.
