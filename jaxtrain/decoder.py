@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jaxtrain.activations import Probes, Tap
+from jaxtrain.activations import IN_LAYERS, NO_PROBES, Probes, recording, tap
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import Build, Encoder, VirtualTokens, attention_mask, in_front, rotary_tables
+from jaxtrain.layers import Build, Encoder, VirtualTokens, attention_mask, in_front, repeated, rotary_tables
+from jaxtrain.weights import is_stacked
 from trainspec.model import ModelSpec
-from trainspec.trace import LAYER_POINTS
 
 
 class Decoder(nnx.Module):
@@ -50,30 +50,32 @@ class Decoder(nnx.Module):
         positions: Array,
         segments: Array,
         point: DropoutPoint | None = None,
-        probes: Probes | None = None,
+        probes: Probes = NO_PROBES,
     ) -> tuple[Array, dict[str, Array]]:
-        """Logits, and activations [B, T, ...] at the points that `probes` has, with layers in front."""
-        tap, virtual = Tap(probes or {}), self.virtual(None if point is None else point.step)
-        x_BSE = self.embed(input_ids, virtual, tap)
-        x_BSE, recorded = self.blocks(
-            x_BSE,
-            virtual,
-            positions=positions,
-            segments=segments,
-            point=point,
-            probes=probes or {},
-        )
-        return self.head(x_BSE, point, tap), recorded | tap.recorded
+        """Logits, and the activations that `probes` asks for, those of layers with the layers in front."""
+        virtual = self.virtual(None if point is None else point.step)
+        with recording(probes) as recorded:
+            x_BSE = self.embed(input_ids, virtual)
+            x_BSE, in_layers = self.blocks(
+                x_BSE,
+                virtual,
+                positions=positions,
+                segments=segments,
+                point=point,
+                probes=probes,
+            )
+            logits = self.head(x_BSE, point)
+        return logits, recorded | in_layers
 
     def virtual(self, step: Array | None) -> VirtualTokens:
         """The virtual tokens of update `step`, the same for every example; None is without dropout."""
         return VirtualTokens() if self.prompt_encoder is None else self.prompt_encoder(step)
 
-    def embed(self, input_ids: Array, virtual: VirtualTokens, tap: Tap) -> Array:
+    def embed(self, input_ids: Array, virtual: VirtualTokens) -> Array:
         """The first layer's input [B, T, E]."""
         x_BSE = self.look_up(input_ids)
         if virtual.prompt is not None:
-            x_BSE = in_front(virtual.prompt, x_BSE)
+            x_BSE = in_front(tap("prompt", repeated(virtual.prompt, x_BSE)), x_BSE)
         return tap("embedding", x_BSE)
 
     def blocks(
@@ -103,9 +105,9 @@ class Decoder(nnx.Module):
             x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None]
         ) -> tuple[Array, dict[str, Array]]:
             weights, layer_probes, prefix = layer
-            inner_tap = Tap(layer_probes)
-            x_BSE = nnx.merge(definition, weights)(x_BSE, cos, sin, mask_BSS, point, prefix, inner_tap)
-            return x_BSE, inner_tap.recorded
+            with recording(layer_probes, prefix=IN_LAYERS) as recorded:
+                x_BSE = nnx.merge(definition, weights)(x_BSE, cos, sin, mask_BSS, point, prefix)
+            return x_BSE, recorded
 
         if self.remat == "full":
             block = jax.checkpoint(block, prevent_cse=False)
@@ -115,13 +117,14 @@ class Decoder(nnx.Module):
             y_BSE, recorded = block(x_BSE, layer)
             return jnp.where(is_layer, y_BSE, x_BSE), recorded
 
-        layer_probes = {name: probe for name, probe in probes.items() if name in LAYER_POINTS}
-        layers = (stacked, layer_probes, virtual.prefix)
+        if probes is not None:
+            probes = {name: probe for name, probe in probes.items() if is_stacked(name)}
+        layers = (stacked, probes, virtual.prefix)
         if is_layer is None:
             return lax.scan(block, x_BSE, layers)
         return lax.scan(slot, x_BSE, (layers, is_layer))
 
-    def head(self, x_BSE: Array, point: DropoutPoint | None, tap: Tap) -> Array:
+    def head(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
         """Logits [B, T, vocab] from the last layer's output."""
         x_BSE = tap("norm", self.normed(x_BSE))
         return tap("logits", self.projected(x_BSE, point))

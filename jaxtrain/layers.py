@@ -66,10 +66,14 @@ class Encoder(Protocol):
         ...
 
 
-def in_front(virtual_N: Array, x: Array) -> Array:
-    """[B, N + S, ...]: `virtual_N` [N, ...] before each x [B, S, ...], in the type of x."""
-    repeated = jnp.broadcast_to(virtual_N, (len(x), *virtual_N.shape)).astype(x.dtype)
-    return jnp.concatenate([repeated, x], axis=1)
+def repeated(virtual_N: Array, x: Array) -> Array:
+    """[B, N, ...]: `virtual_N` [N, ...] for each of the examples of x [B, ...], in the type of x."""
+    return jnp.broadcast_to(virtual_N, (len(x), *virtual_N.shape)).astype(x.dtype)
+
+
+def in_front(virtual_BN: Array, x: Array) -> Array:
+    """[B, N + S, ...]: virtual tokens before those of x [B, S, ...]."""
+    return jnp.concatenate([virtual_BN, x], axis=1)
 
 
 class Linear(nnx.Module):

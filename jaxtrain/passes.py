@@ -6,7 +6,6 @@ gradients in the loop, so that what it keeps depends on the number of stages alo
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -15,14 +14,14 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxtrain.activations import Probes, Tap, zero_probes
+from jaxtrain.activations import NO_PROBES, Probes, zero_probes
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import VirtualTokens
 from jaxtrain.loss import token_loss
 from jaxtrain.pipeline import (
-    HEAD_POINTS,
     Inputs,
     ModelFactory,
+    Recorded,
     Stages,
     backward_tick,
     backward_work,
@@ -38,13 +37,12 @@ from jaxtrain.weight_ops import select_chunk
 from jaxtrain.weights import Arrays
 from trainspec.model import ModelSpec
 from trainspec.plans.plan import Plan
-from trainspec.trace import LAYER_POINTS
 
 
 class PassOutput(NamedTuple):
     """What the passes over an accumulation slice give. Gradients are those of the summed loss.
 
-    Activations and their gradients are [examples, T, ...] by point, with layers in front; empty if they were not asked for.
+    Activations and their gradients are [examples, ...] by point, with layers in front; empty if they were not asked for.
     """
 
     loss_sum: Array
@@ -57,12 +55,12 @@ class PassOutput(NamedTuple):
 class SingleStage:
     """The whole model on every device, all examples at a time: batches are [B, T], input ids [B, S] (`methods.virtual_tokens`)."""
 
-    def __init__(self, spec: ModelSpec, bind_weights: ModelFactory, dtype: DTypeLike) -> None:
-        self._spec, self._bind_weights, self._dtype = spec, bind_weights, dtype
+    def __init__(self, bind_weights: ModelFactory) -> None:
+        self._bind_weights = bind_weights
 
     def logits(self, weights: Arrays, batch: Arrays) -> Array:
         """The model's output [examples, T, vocab], without dropout."""
-        return self._forward(weights, {}, batch, None, {})[0]
+        return self._forward(weights, {}, batch, None, NO_PROBES)[0]
 
     def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         """Loss sum and target tokens, without dropout."""
@@ -78,11 +76,11 @@ class SingleStage:
         record_activations: bool,
     ) -> PassOutput:
         """Loss and gradients; on request activations and theirs."""
-        B, T = batch["positions"].shape
-        probes = zero_probes(self._spec, (B, T), self._dtype) if record_activations else {}
+        point, probes = DropoutPoint(step, batch["rows"]), NO_PROBES
+        if record_activations:
+            probes = zero_probes(lambda: self._forward(weights, {}, batch, point, None)[1])
 
         def loss(grad_placeholders: Arrays, probes: Probes) -> tuple[Array, tuple[Array, Arrays]]:
-            point = DropoutPoint(step, batch["rows"])
             logits, activations = self._forward(weights, grad_placeholders, batch, point, probes)
             loss_sum, tokens = token_loss(logits, batch["labels"])
             return loss_sum, (tokens, activations)
@@ -116,13 +114,13 @@ class AutodiffPipeline:
     def logits(self, weights: Arrays, batch: Arrays) -> Array:
         """The model's output [examples, T, vocab], without dropout."""
         inputs = self._stages.encode({}, Inputs(weights, batch, None))
-        x_MBTE, _ = self._forward({}, {}, inputs)
-        logits = lax.map(lambda x_BTE: self._stages.logits({}, x_BTE, inputs, None, Tap({})), x_MBTE)
+        x_MBTE, _ = self._forward({}, Recorded(), inputs)
+        logits = lax.map(lambda x_BTE: self._stages.logits({}, x_BTE, inputs, None), x_MBTE)
         return logits.reshape(-1, *logits.shape[2:])
 
     def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         """Loss sum and target tokens, without dropout."""
-        loss_sum, (tokens, _) = self._loss({}, {}, Inputs(weights, batch, None))
+        loss_sum, (tokens, _) = self._loss({}, Recorded(), Inputs(weights, batch, None))
         return loss_sum, tokens
 
     def gradients(
@@ -137,13 +135,13 @@ class AutodiffPipeline:
         """Loss and gradients; on request activations and theirs."""
         stages, plan, M = self._stages, self._stages.plan, len(batch["rows"])
         ticks, microbatch = num_ticks(plan, M, backward=False), np.arange(M)
-        probes = {
-            point: jnp.zeros((M if point in HEAD_POINTS else ticks, *probe.shape), probe.dtype)
-            for point, probe in (stages.probes(batch) if record_activations else {}).items()
-        }
+        inputs, probes = Inputs(weights, batch, step), Recorded()
+        if record_activations:
+            tick = stages.probes(stages.encode({}, inputs))
+            probes = Recorded(_times(ticks, tick.embedding), _times(ticks, tick.layers), _times(M, tick.head))
         loss_and_gradients = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
         (loss_sum, (tokens, activations)), (gradients, activation_gradients) = loss_and_gradients(
-            grad_placeholders, probes, Inputs(weights, batch, step)
+            grad_placeholders, probes, inputs
         )
         activations, activation_gradients = (
             stages.in_order(
@@ -158,8 +156,8 @@ class AutodiffPipeline:
         return PassOutput(loss_sum, tokens, gradients, activations, activation_gradients)
 
     def _loss(
-        self, grad_placeholders: Arrays, probes: Probes, inputs: Inputs
-    ) -> tuple[Array, tuple[Array, Arrays]]:
+        self, grad_placeholders: Arrays, probes: Recorded, inputs: Inputs
+    ) -> tuple[Array, tuple[Array, Recorded]]:
         """Loss sum, target tokens and recorded activations; logits exist for one microbatch at a time."""
         inputs = self._stages.encode(grad_placeholders, inputs)
         x_MBTE, recorded = self._forward(grad_placeholders, probes, inputs)
@@ -174,41 +172,36 @@ class AutodiffPipeline:
             return (sums[0] + loss_sum, sums[1] + tokens), recorded
 
         start = (jnp.zeros((), accumulation_dtype(x_MBTE.dtype)), jnp.zeros((), int))
-        microbatches = (x_MBTE, probes_at(HEAD_POINTS, probes), jnp.arange(len(x_MBTE)))
-        (loss_sum, tokens), head_recorded = lax.scan(
-            jax.checkpoint(add, prevent_cse=False), start, microbatches
-        )
-        return loss_sum, (tokens, recorded | head_recorded)
+        microbatches = (x_MBTE, probes.head, jnp.arange(len(x_MBTE)))
+        (loss_sum, tokens), head = lax.scan(jax.checkpoint(add, prevent_cse=False), start, microbatches)
+        return loss_sum, (tokens, recorded._replace(head=head))
 
-    def _forward(self, grad_placeholders: Arrays, probes: Probes, inputs: Inputs) -> tuple[Array, Arrays]:
+    def _forward(self, grad_placeholders: Arrays, probes: Recorded, inputs: Inputs) -> tuple[Array, Recorded]:
         """The last layer's output [M, B, T, E], and the activations recorded in every tick up to there."""
         stages, plan, M = self._stages, self._stages.plan, len(inputs.batch["rows"])
         stage = jnp.arange(plan.pipe)
 
         def run_tick(
-            carry: tuple[Array, Array], xs: tuple[Array, Probes]
-        ) -> tuple[tuple[Array, Array], Arrays]:
-            (x_SBTE, last_MBTE), (tick, probes) = carry, xs
+            carry: tuple[Array, Array], xs: tuple[Array, Probes, Probes]
+        ) -> tuple[tuple[Array, Array], Recorded]:
+            (x_SBTE, last_MBTE), (tick, of_embedding, of_layers) = carry, xs
             microbatch, chunk = forward_work(plan, tick, stage)
-            microbatch, tap = jnp.clip(microbatch, 0, M - 1), Tap(probes)
-            embedded_BTE = stages.embed(grad_placeholders, inputs, microbatch[0], tap)
+            microbatch = jnp.clip(microbatch, 0, M - 1)
+            embedded_BTE, embedding = stages.embed(grad_placeholders, of_embedding, inputs, microbatch[0])
             x_SBTE = stages.hand_on(x_SBTE, embedded_BTE, (stage == 0) & (chunk == 0), by=1)
-            x_SBTE, recorded = stages.run(
-                grad_placeholders, x_SBTE, probes_at(LAYER_POINTS, probes), inputs, microbatch, chunk
-            )
+            x_SBTE, layers = stages.run(grad_placeholders, x_SBTE, of_layers, inputs, microbatch, chunk)
             # A microbatch's later chunk overwrites its earlier one, and work overwrites what an idle stage computed.
             last_BTE = stages.constrain(x_SBTE[-1])
             # Not `.at[].set`: that is a scatter, in the backward pass a gather, for which the compiler gathers all examples.
             last_MBTE = lax.dynamic_update_index_in_dim(last_MBTE, last_BTE, microbatch[-1], axis=0)
-            return (x_SBTE, stages.constrain(last_MBTE, "microbatch")), recorded | tap.recorded
+            return (x_SBTE, stages.constrain(last_MBTE, "microbatch")), Recorded(embedding, layers)
 
         start = (
             stages.zeros(inputs.batch, ("stage", plan.pipe)),
             stages.zeros(inputs.batch, ("microbatch", M)),
         )
-        layer_probes = probes_at(("embedding", *LAYER_POINTS), probes)
         ticks = jnp.arange(num_ticks(plan, M, backward=False))
-        (_, last_MBTE), recorded = lax.scan(run_tick, start, (ticks, layer_probes))
+        (_, last_MBTE), recorded = lax.scan(run_tick, start, (ticks, probes.embedding, probes.layers))
         return last_MBTE, recorded
 
 
@@ -244,15 +237,16 @@ class OneFOneB(AutodiffPipeline):
     ) -> PassOutput:
         """Loss and gradients; on request activations and theirs."""
         stages, plan, M = self._stages, self._stages.plan, len(batch["rows"])
-        inputs, probes = Inputs(weights, batch, step), stages.probes(batch) if record_activations else {}
+        inputs = Inputs(weights, batch, step)
 
         def encode(grad_placeholders: Arrays) -> VirtualTokens:
             return stages.encode(grad_placeholders, inputs).virtual
 
         virtual, encode_vjp = jax.vjp(encode, of_encoder(grad_placeholders))
         encoded = inputs._replace(virtual=virtual)
+        probes = stages.probes(encoded) if record_activations else Recorded()
 
-        def run_tick(carry: PipelineCarry, tick: Array) -> tuple[PipelineCarry, tuple[Arrays, Arrays]]:
+        def run_tick(carry: PipelineCarry, tick: Array) -> tuple[PipelineCarry, tuple[Recorded, Recorded]]:
             carry = self._pass_forward(carry, tick, encoded)
             return self._pass_backward(carry, tick, grad_placeholders, probes, encoded)
 
@@ -279,17 +273,17 @@ class OneFOneB(AutodiffPipeline):
         stages, plan, stage = self._stages, self._stages.plan, jnp.arange(self._stages.plan.pipe)
         microbatch, _ = forward_work(plan, tick, stage)
         microbatch = jnp.clip(microbatch, 0, len(inputs.batch["rows"]) - 1)
-        embedded_BTE = stages.embed({}, inputs, microbatch[0], Tap({}))
+        embedded_BTE, _ = stages.embed({}, NO_PROBES, inputs, microbatch[0])
         x_SBTE = stages.hand_on(carry.x_SBTE, embedded_BTE, stage == 0, by=1)
         inputs_DSBTE = lax.dynamic_update_index_in_dim(
             carry.inputs_DSBTE, x_SBTE, tick % len(carry.inputs_DSBTE), axis=0
         )
-        x_SBTE, _ = stages.run({}, x_SBTE, {}, inputs, microbatch)
+        x_SBTE, _ = stages.run({}, x_SBTE, NO_PROBES, inputs, microbatch)
         return carry._replace(x_SBTE=x_SBTE, inputs_DSBTE=stages.constrain(inputs_DSBTE, "tick", "stage"))
 
     def _pass_backward(
-        self, carry: PipelineCarry, tick: Array, grad_placeholders: Arrays, probes: Probes, inputs: Inputs
-    ) -> tuple[PipelineCarry, tuple[Arrays, Arrays]]:
+        self, carry: PipelineCarry, tick: Array, grad_placeholders: Arrays, probes: Recorded, inputs: Inputs
+    ) -> tuple[PipelineCarry, tuple[Recorded, Recorded]]:
         """The backward passes of a tick, and what is recorded in it: activations, and the gradients of their probes."""
         stages, plan, stage = self._stages, self._stages.plan, jnp.arange(self._stages.plan.pipe)
         microbatch, M = backward_work(plan, tick, stage), len(inputs.batch["rows"])
@@ -302,27 +296,26 @@ class OneFOneB(AutodiffPipeline):
         ) -> tuple[Array, Arrays]:
             return stages.run(placeholders, x_SBTE, probes, inputs._replace(virtual=virtual), microbatch)
 
-        def embed(placeholders: Arrays, virtual: VirtualTokens) -> Array:
-            return stages.embed(placeholders, inputs._replace(virtual=virtual), microbatch[0], Tap({}))
+        def embed(placeholders: Arrays, virtual: VirtualTokens, probes: Probes) -> tuple[Array, Arrays]:
+            return stages.embed(placeholders, probes, inputs._replace(virtual=virtual), microbatch[0])
 
         # The forward passes once more.
         x_SBTE = self._earlier_inputs(carry.inputs_DSBTE, tick)
-        layer_probes = probes_at(LAYER_POINTS, probes)
-        y_SBTE, layers_vjp, recorded = jax.vjp(
-            run_layers, layer_placeholders, x_SBTE, layer_probes, inputs.virtual, has_aux=True
+        y_SBTE, layers_vjp, layers = jax.vjp(
+            run_layers, layer_placeholders, x_SBTE, probes.layers, inputs.virtual, has_aux=True
         )
         # An idle last stage has no targets: its gradient is zero, and so are those of the stages before it in later ticks.
         loss_and_gradients = jax.value_and_grad(stages.loss, argnums=(0, 1, 2), has_aux=True)
-        (loss_sum, (tokens, head_recorded)), (head_gradients, dy_BTE, head_probe_gradients) = (
-            loss_and_gradients(
-                end_placeholders, y_SBTE[-1], probes_at(HEAD_POINTS, probes), inputs, microbatch[-1], is_work
-            )
+        (loss_sum, (tokens, head)), (head_gradients, dy_BTE, d_head) = loss_and_gradients(
+            end_placeholders, y_SBTE[-1], probes.head, inputs, microbatch[-1], is_work
         )
         dy_SBTE = stages.hand_on(carry.dx_SBTE, dy_BTE, stage == plan.pipe - 1, by=-1)
-        layer_gradients, dx_SBTE, probe_gradients, prefix_gradients = layers_vjp(dy_SBTE)
+        layer_gradients, dx_SBTE, d_layers, prefix_gradients = layers_vjp(dy_SBTE)
         dx_SBTE = stages.constrain(dx_SBTE, "stage")
-        _, embed_vjp = jax.vjp(embed, end_placeholders, inputs.virtual)
-        embedding_gradients, prompt_gradients = embed_vjp(dx_SBTE[0])
+        _, embed_vjp, embedding = jax.vjp(
+            embed, end_placeholders, inputs.virtual, probes.embedding, has_aux=True
+        )
+        embedding_gradients, prompt_gradients, d_embedding = embed_vjp(dx_SBTE[0])
         end_gradients = jax.tree.map(jnp.add, head_gradients, embedding_gradients)
 
         gradients = jax.tree.map(jnp.add, carry.gradients, layer_gradients | end_gradients)
@@ -339,10 +332,9 @@ class OneFOneB(AutodiffPipeline):
             gradients=constrain_all(gradients, stages.shardings.of["gradients"]),
             virtual_gradients=virtual_gradients,
         )
-        if probes:
-            head_recorded |= {"embedding": x_SBTE[0]}
-            head_probe_gradients |= {"embedding": dx_SBTE[0]}
-        return carry, (recorded | head_recorded, probe_gradients | head_probe_gradients)
+        if embedding:  # what the layers took, from the forward pass
+            embedding |= {"embedding": x_SBTE[0]}
+        return carry, (Recorded(embedding, layers, head), Recorded(d_embedding, d_layers, d_head))
 
     def _earlier_inputs(self, inputs_DSBTE: Array, tick: Array) -> Array:
         """Each stage's input of the microbatch whose backward pass is due: the first stage's is the oldest."""
@@ -350,23 +342,20 @@ class OneFOneB(AutodiffPipeline):
         slot_S = (tick - 2 * (S - 1 - jnp.arange(S))) % D
         return self._stages.constrain(jax.vmap(select_chunk, in_axes=(1, 0))(inputs_DSBTE, slot_S), "stage")
 
-    def _in_order(self, by_tick: Arrays, microbatches: int) -> Arrays:
+    def _in_order(self, by_tick: Recorded, microbatches: int) -> Arrays:
         """What was recorded in every tick, in the order of examples: a microbatch's is that of its backward pass."""
         stages, plan, microbatch = self._stages, self._stages.plan, np.arange(microbatches)
         head_ticks_M = backward_tick(plan, microbatch, plan.pipe - 1)
         return stages.in_order(
-            {
-                point: array[head_ticks_M] if point in HEAD_POINTS else array
-                for point, array in by_tick.items()
-            },
+            by_tick._replace(head=jax.tree.map(lambda array: array[head_ticks_M], by_tick.head)),
             layer_ticks_LM=backward_tick(plan, microbatch, stages.stage_of[:, None]),
             embedding_ticks_M=backward_tick(plan, microbatch, 0),
         )
 
 
-def probes_at(points: Collection[str], probes: Probes) -> dict[str, Array]:
-    """The probes that are at `points`."""
-    return {point: probe for point, probe in probes.items() if point in points}
+def _times(count: int, probes: Probes) -> Probes:
+    """Probes [count, ...], all zero."""
+    return jax.tree.map(lambda probe: jnp.zeros((count, *probe.shape), probe.dtype), probes)
 
 
 def passes_of(
@@ -374,6 +363,6 @@ def passes_of(
 ) -> SingleStage | AutodiffPipeline:
     """The passes that the plan asks for."""
     if plan.pipe == 1:
-        return SingleStage(spec, bind_weights, dtype)
+        return SingleStage(bind_weights)
     stages = Stages(plan, spec, shardings, bind_weights, dtype)
     return OneFOneB(stages) if plan.schedule == "1f1b" else AutodiffPipeline(stages)

@@ -10,7 +10,6 @@ S stages, V model chunks on each, K slots for layers in a chunk, L layers, M mic
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -20,7 +19,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
-from jaxtrain.activations import Probes, Tap, zero_probes
+from jaxtrain.activations import NO_PROBES, Probes, recording, zero_probes
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import VirtualTokens
@@ -33,10 +32,7 @@ from trainspec.methods import ENCODER
 from trainspec.model import ModelSpec
 from trainspec.plans.pipeline import Timeline, Work, stack_order
 from trainspec.plans.plan import Plan
-from trainspec.trace import LAYER_POINTS
 
-# Activation points after the last layer.
-HEAD_POINTS = ("norm", "logits")
 # An index, or an array of them.
 N = TypeVar("N", int, Array, NDArray[np.int64])
 
@@ -115,6 +111,18 @@ class ModelFactory(Protocol):
 NO_TOKENS = VirtualTokens()
 
 
+class Recorded(NamedTuple):
+    """Arrays by point, such as probes: those of the embedding, of the layers, and of the head."""
+
+    embedding: Probes = NO_PROBES
+    layers: Probes = NO_PROBES
+    head: Probes = NO_PROBES
+
+    def all(self) -> Arrays:
+        """The arrays of all three."""
+        return {name: array for part in self for name, array in (part or {}).items()}
+
+
 class Inputs(NamedTuple):
     """What passes compute with: weights, the batch [M, B, ...], and the step (None without dropout).
 
@@ -156,10 +164,13 @@ class Stages:
         model = self._bind_weights(inputs.weights, grad_placeholders)
         return inputs._replace(virtual=model.virtual(inputs.step))
 
-    def embed(self, grad_placeholders: Arrays, inputs: Inputs, microbatch: Array, tap: Tap) -> Array:
-        """The first layer's input [B, T, E] of a microbatch."""
+    def embed(
+        self, grad_placeholders: Arrays, probes: Probes, inputs: Inputs, microbatch: Array
+    ) -> tuple[Array, Arrays]:
+        """The first layer's input [B, T, E] of a microbatch, and recorded activations."""
         model = self._bind_weights(inputs.weights, grad_placeholders)
-        return model.embed(inputs.batch["input_ids"][microbatch], inputs.virtual, tap)
+        with recording(probes) as recorded:
+            return model.embed(inputs.batch["input_ids"][microbatch], inputs.virtual), recorded
 
     def run(
         self,
@@ -219,17 +230,18 @@ class Stages:
 
         Without `is_work` it has no target tokens.
         """
-        tap, batch = Tap(probes), inputs.batch
+        batch = inputs.batch
         point = inputs.dropout_point(batch["rows"][microbatch])
-        logits = self.logits(grad_placeholders, x_BTE, inputs, point, tap)
+        with recording(probes) as recorded:
+            logits = self.logits(grad_placeholders, x_BTE, inputs, point)
         loss_sum, tokens = token_loss(logits, jnp.where(is_work, batch["labels"][microbatch], IGNORED))
-        return loss_sum, (tokens, tap.recorded)
+        return loss_sum, (tokens, recorded)
 
     def logits(
-        self, grad_placeholders: Arrays, x_BTE: Array, inputs: Inputs, point: DropoutPoint | None, tap: Tap
+        self, grad_placeholders: Arrays, x_BTE: Array, inputs: Inputs, point: DropoutPoint | None
     ) -> Array:
         """The model's output [B, T, vocab] from its last layer's."""
-        return self._bind_weights(inputs.weights, grad_placeholders).head(self.constrain(x_BTE), point, tap)
+        return self._bind_weights(inputs.weights, grad_placeholders).head(self.constrain(x_BTE), point)
 
     def hand_on(self, x_SBTE: Array, outside_BTE: Array, from_outside_S: Array, *, by: int) -> Array:
         """Each stage's next input: what the stage `by` before it gives, or `outside_BTE` if its `from_outside_S` is true."""
@@ -247,33 +259,38 @@ class Stages:
         shape = (*(size for _, size in leading), B, T, self._spec.embed)
         return self.constrain(jnp.zeros(shape, self.dtype), *(name for name, _ in leading))
 
-    def probes(self, batch: Arrays) -> dict[str, Array]:
-        """Probes for one tick, those of layers [S, K, B, T, E]."""
-        _, B, T = batch["positions"].shape
-        S, K, _ = self._stack_shape
-        probes = zero_probes(replace(self._spec, layers=K), (B, T), self.dtype)
-        return {
-            point: jnp.zeros((S, *probe.shape), self.dtype) if point in LAYER_POINTS else probe
-            for point, probe in probes.items()
-        }
+    def probes(self, inputs: Inputs) -> Recorded:
+        """Probes for one tick, those of layers [S, K, B, ...]."""
+        first, every = jnp.zeros((), int), jnp.zeros(self.plan.pipe, int)
+
+        def record() -> Recorded:
+            x_BTE, embedding = self.embed({}, None, inputs, first)
+            x_SBTE = jnp.broadcast_to(x_BTE, (self.plan.pipe, *x_BTE.shape))
+            x_SBTE, layers = self.run({}, x_SBTE, None, inputs, every, every)
+            _, (_, head) = self.loss({}, x_SBTE[-1], None, inputs, first)
+            return Recorded(embedding, layers, head)
+
+        return zero_probes(record)
 
     def in_order(
-        self, recorded: Arrays, *, layer_ticks_LM: NDArray[np.int64], embedding_ticks_M: NDArray[np.int64]
+        self, recorded: Recorded, *, layer_ticks_LM: NDArray[np.int64], embedding_ticks_M: NDArray[np.int64]
     ) -> Arrays:
-        """Recorded activations in the order of examples, [M B, T, ...], those of layers [L, M B, T, ...].
+        """Recorded activations in the order of examples, [M B, ...], those of layers [L, M B, ...].
 
-        They were recorded as [ticks, S, K, B, T, ...] in layers, as [ticks, B, T, ...] at the embedding, and as
-        [M, B, T, ...] at the head. The ticks are those of each layer's, and of the embedding's, M microbatches.
+        They were recorded as [ticks, S, K, B, ...] in layers, as [ticks, B, ...] at the embedding, and as [M, B, ...] at the
+        head. The ticks are those of each layer's, and of the embedding's, M microbatches.
         """
-        ordered = {}
-        for point, array in recorded.items():
-            if point in LAYER_POINTS:
-                array_LMBT = array[layer_ticks_LM, self.stage_of[:, None], self.slot_of[:, None]]
-                ordered[point] = array_LMBT.reshape(len(array_LMBT), -1, *array_LMBT.shape[3:])
-            else:
-                array_MBT = array if point in HEAD_POINTS else array[embedding_ticks_M]
-                ordered[point] = array_MBT.reshape(-1, *array_MBT.shape[2:])
-        return ordered
+
+        def of_layers(array: Array) -> Array:
+            array_LMB = array[layer_ticks_LM, self.stage_of[:, None], self.slot_of[:, None]]
+            return array_LMB.reshape(len(array_LMB), -1, *array_LMB.shape[3:])
+
+        def of_ends(array_MB: Array) -> Array:
+            return array_MB.reshape(-1, *array_MB.shape[2:])
+
+        embedding, layers, head = recorded
+        embedding = jax.tree.map(lambda array: of_ends(array[embedding_ticks_M]), embedding)
+        return Recorded(embedding, jax.tree.map(of_layers, layers), jax.tree.map(of_ends, head)).all()
 
     def _by_stage(self, stack: Array) -> Array:
         """A stack of layers as [S, K, ...], as [S, K, V, ...] if a stage has several model chunks."""

@@ -28,6 +28,7 @@ from jaxtrain.sharding import Shardings, constrain_all
 from jaxtrain.storage import Storage
 from jaxtrain.weight_ops import BoundWeight, select_chunk
 from jaxtrain.weights import Arrays, is_stacked, native_name, to_host
+from trainspec.causal import activation_points
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
@@ -101,8 +102,8 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
     result = program.gradients(
         state.trainable, state.frozen, stacked, step, record_activations=keep == "activations"
     )
-    _check_finite(result, state.step + 1)
     metrics = _metrics(program, result, keep)
+    _check_finite(metrics, state.step + 1)
     trainable, master, moments = program.update(
         state.trainable, state.master, state.moments, result.gradients, result.norm, scalars
     )
@@ -124,8 +125,9 @@ def gradients_of(
     else:
         key = jnp.uint32(name_key(draw, "roundings", str(state.step))[0])
         result = program.rounded_gradients(*arguments, key, roundings=roundings, record_activations=record)
-    _check_finite(result, state.step + 1)
-    return _metrics(program, result, keep)
+    metrics = _metrics(program, result, keep)
+    _check_finite(metrics, state.step + 1)
+    return metrics
 
 
 def _checked(
@@ -133,21 +135,22 @@ def _checked(
 ) -> tuple[State, Metrics]:
     """The state and metrics after `Program.train`. Raises NonFiniteLossError, with `state` as it was."""
     trainable, master, moments = updated
+    metrics = Metrics(float(result.loss_sum), int(result.tokens), float(result.norm))
     try:
-        _check_finite(result, state.step + 1)
+        _check_finite(metrics, state.step + 1)
     except NonFiniteLossError:
         # The program has consumed the state's arrays and returned them unchanged.
         consumed = (state.trainable, state.master, state.moments.moment1, state.moments.moment2)
         for arrays, returned in zip(consumed, (trainable, master, *moments), strict=True):
             arrays.update(returned)
         raise
-    metrics = Metrics(float(result.loss_sum), int(result.tokens), float(result.norm))
     return replace(state, step=state.step + 1, trainable=trainable, master=master, moments=moments), metrics
 
 
-def _check_finite(result: StepGradients, step: int) -> None:
-    if not math.isfinite(result.loss_sum) or not math.isfinite(result.norm):
-        raise NonFiniteLossError(f"step {step}: loss sum {result.loss_sum}, gradient norm {result.norm}")
+def _check_finite(metrics: Metrics, step: int) -> None:
+    loss_sum, norm = metrics.loss_sum, metrics.grad_norm
+    if not math.isfinite(loss_sum) or not math.isfinite(norm):
+        raise NonFiniteLossError(f"step {step}: loss sum {loss_sum}, gradient norm {norm}", metrics)
 
 
 def _metrics(program: Program, result: StepGradients, keep: Keep) -> Metrics:
@@ -155,10 +158,13 @@ def _metrics(program: Program, result: StepGradients, keep: Keep) -> Metrics:
     metrics = replace(metrics, gradients=program.storage.canonical(result.gradients, program.run.trained))
     if keep == "gradients":
         return metrics
-    activations, gradients = (
-        by_point({point: to_host(recorded[point]) for point in sorted(recorded)})
-        for recorded in (result.activations, result.activation_gradients)
+    points = [point.full_name for point in activation_points(program.run.spec, program.recipe.method)]
+    recorded = (
+        by_point({name: to_host(arrays[name]) for name in sorted(arrays)})
+        for arrays in (result.activations, result.activation_gradients)
     )
+    # Of a stack that is a target in some layers only, the others are left out.
+    activations, gradients = ({point: arrays[point] for point in points} for arrays in recorded)
     return replace(metrics, activations=activations, activation_gradients=gradients)
 
 

@@ -75,7 +75,7 @@ def check(
     results = request.run(steps, out=out)
     comparison = request.judge(results, out=out)
     verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
-    if (step := _step_to_refine(comparison)) and not any(side.stopped for side in results):
+    if step := _step_to_refine(comparison):
         verdict = request.refined(verdict, step, out=out / "first-divergence")
     recipes = [resolved_recipe(out, name) for name in NAMES]
     write_report_of(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
@@ -161,8 +161,6 @@ class _Request:
         Everything goes under `out`. If the step holds the second time, the verdict stays as it is.
         """
         results = self.run(step, out=out, activations_at=step)
-        if any(side.stopped for side in results):
-            return verdict
         second = self.judge(results, out=out, activations_at=step)
         if second.holds:
             return verdict

@@ -31,6 +31,7 @@ from torchtrain.model import build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
 from torchtrain.precision import compute_dtype, to_numpy
 from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
+from trainspec.causal import activation_points
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
@@ -112,14 +113,15 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
         state.engine.accumulate(microbatches)
     loss_sum = state.mesh.total(microbatches.loss_sum).item()
     grad_norm = state.engine.store.norm()
-    if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
-        state.model.zero_grad()
-        raise NonFiniteLossError(f"step {state.step + 1}: loss sum {loss_sum}, gradient norm {grad_norm}")
     metrics = Metrics(loss_sum, batch.target_tokens, grad_norm)
     if keep != "nothing":
         metrics = replace(metrics, gradients=_arrays(state, "gradient", state.run.trained))
     if recordings is not None:
         metrics = _with_activations(metrics, state, recordings)
+    if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
+        state.model.zero_grad()
+        line = f"step {state.step + 1}: loss sum {loss_sum}, gradient norm {grad_norm}"
+        raise NonFiniteLossError(line, metrics)
     set_learning_rate(state.optimizer, lr)
     state.engine.step()
     return replace(state, step=state.step + 1), metrics
@@ -164,10 +166,12 @@ class _Microbatches:
 
 
 def _with_activations(metrics: Metrics, state: State, recordings: Sequence[Recording]) -> Metrics:
+    recipe, spec = state.run.recipe, state.run.spec
     activations, gradients = by_point(
         recordings,
-        point_stages(state.run.recipe.plan, state.run.spec.layers),
+        point_stages(recipe.plan, spec.layers, activation_points(spec, recipe.method)),
         mesh=state.mesh,
+        head_dim=spec.head_dim,
         scale=state.engine.loss_scale,
     )
     return replace(metrics, activations=activations, activation_gradients=gradients)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 # Exit codes of every program. A failed verdict, or training that stopped itself, is 1.
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_MACHINE = 0, 1, 2, 3
@@ -52,7 +53,14 @@ class ProcessError(Exception):
 
 
 class NonFiniteLossError(Exception):
-    """Loss or gradient is NaN or infinite. Raised before the update, so the weights are still good. Exit code 1."""
+    """Loss or gradient is NaN or infinite. Raised before the update, so the weights are still good. Exit code 1.
+
+    `metrics` are the step's (`runs.contract.Metrics`), with what it was asked to keep.
+    """
+
+    def __init__(self, line: str, metrics: Any = None) -> None:
+        super().__init__(line)
+        self.metrics = metrics
 
 
 class Note(str):

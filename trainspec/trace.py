@@ -17,11 +17,33 @@
                                networks, counters (as int64). Zero where it stays as it is: its absence says nothing
         moment1/<name>, moment2/<name>                                   the optimizer's state: Adam's, without bias
         slot/<slot>/<name>                                               correction, and any other by the slot's name
-        activation/<point>, activation_gradient/<point>                  on request, [global_examples, positions, ...]:
-                               positions are those of the tokens, after any virtual tokens of a prompt
+        activation/<point>, activation_gradient/<point>                  on request, [global_examples, ...]: see below
+    DIR/stopped.safetensors    the step that ended the run before its update, as loss or gradient is not finite: batch, gradient,
+                               activation and activation_gradient as above, and scalar/<key> for the keys of trace.jsonl
     DIR/resume-000003.safetensors
         weight/<name>, moment1/<name>, moment2/<name>                    in a trace joined from two parts (`parity check
                                --resume-at 2`): the run as it was restored before step 3
+
+The points, in forward order (`trainspec.points`); those of layer i, from 0, are `layers.{i}.NAME`:
+
+    prompt                     [examples, virtual, embed]                a prompt's virtual tokens, as they are put in front
+    embedding                  [examples, positions, embed]              the first layer's input: positions are those of the
+                               tokens, after any virtual tokens of a prompt
+    input_norm                 [examples, positions, embed]              the layer's input, normed
+    query, key, value          [examples, positions, heads, head_dim]    its projections; keys and values have kv heads
+    query_norm, key_norm       the same                                  after the norms of each head (Qwen3)
+    rotated_query, rotated_key the same                                  after the rotary embedding
+    prefix_key, prefix_value   [examples, virtual, kv_heads, head_dim]   a prefix, as attention takes it
+    mixed                      [examples, positions, heads, head_dim]    what the output projection takes
+    attention                  [examples, positions, embed]              what is added to the residual stream
+    post_norm                  [examples, positions, embed]              the stream after that, normed
+    gate, up, product          [examples, positions, mlp]                product = act(gate) * up, what the last projection takes
+    mlp, block                 [examples, positions, embed]              what is added to the stream, and the stream after it
+    MODULE.lora_A              [examples, positions, rank]               at each target of LoRA or DoRA: A x
+    MODULE.lora_B              [examples, positions, out]                and scale B A x
+    attention_adapter.hidden,  [examples, positions, bottleneck]         what a bottleneck adapter's `up` takes
+    mlp_adapter.hidden
+    norm, logits               [examples, positions, embed], [..., vocab]
 
 `<name>` is canonical: Hugging Face's for the model, PEFT's for its adapters. Arrays keep the run's precision. A trace may
 leave `causal_order` out: `parity diff` then orders by the layer number in a name, and within a layer by name, with the
@@ -31,11 +53,13 @@ numbers in it taken as numbers.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
@@ -48,14 +72,12 @@ from trainspec.trace_header import HEADER_FILE, TraceHeader, read_header
 Arrays = Mapping[str, NDArray[Any]]
 # What an update keeps for a trace; activations come with the gradients.
 Keep = Literal["nothing", "gradients", "activations"]
-# Activation points of a layer, in full `layers.{i}.attention` and so on. `attention` and `mlp` are what is added to the
-# residual stream, `block` is the stream after both.
-LAYER_POINTS = ("attention", "mlp", "block")
 # What a name in a trace stands for: a weight, by its role in the table, or an activation point.
 Role = WeightRole | Literal["point"]
 ROLES = (*get_args(WeightRole), "point")
 ORDER_KEY = "causal_order"
 STEP_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
+STOPPED_FILE = "stopped.safetensors"
 
 
 @dataclass(frozen=True)
@@ -102,12 +124,6 @@ class TraceRequest:
         return "activations" if self.activations_at in ("all", step) else "gradients"
 
 
-def activation_points(layers: int) -> tuple[str, ...]:
-    """The names of all activation points, in forward order."""
-    inner = (f"layers.{i}.{point}" for i in range(layers) for point in LAYER_POINTS)
-    return ("embedding", *inner, "norm", "logits")
-
-
 def check_free(directory: Path, *, resumes: bool = False) -> None:
     """Raises TraceError for a directory that holds anything but a trace; for a run that resumes, a trace as well."""
     if resumes and (directory / "trace.jsonl").is_file():
@@ -128,7 +144,7 @@ class TraceWriter:
         self._directory = directory
         check_free(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        others = (directory / name for name in ("initial.safetensors", HEADER_FILE))
+        others = (directory / name for name in ("initial.safetensors", HEADER_FILE, STOPPED_FILE))
         for old in (
             *directory.glob("step-??????.safetensors"),
             *directory.glob("resume-??????.safetensors"),
@@ -161,9 +177,7 @@ class TraceWriter:
 
     def step(self, trace: StepTrace) -> None:
         """Record one update: first its tensors, then its line, so that every line has its tensors."""
-        groups: dict[str, Arrays] = {
-            "batch": _batch_arrays(trace.batch),
-            "gradient": trace.gradients,
+        groups = _passes(trace) | {
             "update": trace.updates,
             "change": trace.changes,
             "moment1": trace.moment1,
@@ -171,27 +185,23 @@ class TraceWriter:
             "slot": {
                 f"{slot}/{name}": a for slot, arrays in trace.slots.items() for name, a in arrays.items()
             },
-            "activation": trace.activations,
-            "activation_gradient": trace.activation_gradients,
         }
         _save(self._directory / step_file(trace.step), groups)
-        values = (
-            trace.step,
-            trace.loss_sum,
-            trace.tokens,
-            trace.loss_sum / trace.tokens,
-            trace.grad_norm,
-            trace.lr,
-        )
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(zip(STEP_KEYS, values, strict=True))) + "\n")
+            file.write(json.dumps(_scalars(trace)) + "\n")
+
+    def stopped(self, trace: StepTrace) -> None:
+        """Record the step that ended the run before its update."""
+        scalars = {key: np.asarray(value, np.float64) for key, value in _scalars(trace).items()}
+        _save(self._directory / STOPPED_FILE, _passes(trace) | {"scalar": scalars})
 
 
 class Trace:
     """Reads a trace directory; tensors are read one at a time.
 
-    `steps` are the objects of trace.jsonl, from `first_step` on; `header` is None where there is none. Raises TraceError where a file is missing,
-    cut short or malformed.
+    `steps` are the objects of trace.jsonl, from `first_step` on; `stopped` is that of the step that ended the run before its
+    update, None if there is none, which is read like the others. `header` is None where there is none. Raises TraceError
+    where a file is missing, cut short or malformed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -205,21 +215,32 @@ class Trace:
             raise TraceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         self.header = read_header(directory)
         self.steps = [_parse_step(path, number, line) for number, line in enumerate(lines, 1)]
-        if not self.steps:
+        self.stopped = _stopped(directory / STOPPED_FILE)
+        records = [*self.steps, *([self.stopped] if self.stopped else [])]
+        if not records:
             raise TraceError(f"{path}: has no step; the run that wrote it made no update")
-        self.first_step = _first_step(path, [record["step"] for record in self.steps], self.header)
+        self.first_step = _first_step(path, [record["step"] for record in records], self.header)
+        self._records = {record["step"]: record for record in records}
+
+    def __contains__(self, step: int) -> bool:
+        """Whether it has the step, made or stopped."""
+        return step in self._records
 
     def record(self, step: int) -> dict[str, Any]:
         """The object of a step in trace.jsonl."""
-        return self.steps[step - self.first_step]
+        return self._records[step]
 
     def names(self, step: int) -> list[str]:
         """Keys of the step's tensors, such as `gradient/model.norm.weight`, in a fixed order."""
-        return _keys(self.directory / step_file(step))
+        return [key for key in _keys(self._path(step)) if not key.startswith("scalar/")]
 
     def read(self, step: int, key: str) -> NDArray[Any]:
         """One tensor of one step."""
-        return _read(self.directory / step_file(step), key)
+        return _read(self._path(step), key)
+
+    def _path(self, step: int) -> Path:
+        is_stopped = self.stopped is not None and step == self.stopped["step"]
+        return self.directory / (STOPPED_FILE if is_stopped else step_file(step))
 
     def resumed_names(self, step: int) -> list[str]:
         """Keys of what the run was restored to before a step; empty where it did not resume there."""
@@ -263,6 +284,30 @@ def _batch_arrays(batch: Batch | Arrays) -> Arrays:
         "positions": batch.positions,
         "segments": batch.segments,
     }
+
+
+def _passes(trace: StepTrace) -> dict[str, Arrays]:
+    """What the forward and backward pass of a step leave."""
+    return {
+        "batch": _batch_arrays(trace.batch),
+        "gradient": trace.gradients,
+        "activation": trace.activations,
+        "activation_gradient": trace.activation_gradients,
+    }
+
+
+def _scalars(trace: StepTrace) -> dict[str, float]:
+    mean = trace.loss_sum / trace.tokens if trace.tokens else math.nan
+    values = (trace.step, trace.loss_sum, trace.tokens, mean, trace.grad_norm, trace.lr)
+    return dict(zip(STEP_KEYS, values, strict=True))
+
+
+def _stopped(path: Path) -> dict[str, Any] | None:
+    """The object of the step that ended the run before its update."""
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = {key: float(_read(path, f"scalar/{key}")) for key in STEP_KEYS}
+    return record | {key: int(record[key]) for key in ("step", "tokens")}
 
 
 def _is_named(name: object, role: object, layer: object) -> bool:

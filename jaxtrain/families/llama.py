@@ -12,10 +12,10 @@ import jax
 from flax import nnx
 from jax import Array
 
-from jaxtrain.activations import Tap
+from jaxtrain.activations import tap
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import Build, Dim, Embedding, Linear, RMSNorm, attend, in_front, rotate
+from jaxtrain.layers import Build, Dim, Embedding, Linear, RMSNorm, attend, in_front, repeated, rotate
 from jaxtrain.rounding import rounded
 from trainspec.model import ModelSpec
 
@@ -50,12 +50,14 @@ class Attention(nnx.Module):
             )
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q, k, v = tap("query", q), tap("key", k), tap("value", v)
         q, k = self.before_rotation(q, k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = tap("rotated_query", q), tap("rotated_key", k)
         if prefix_N2KD is not None:
-            k = in_front(prefix_N2KD[:, 0], k)
-            v = in_front(prefix_N2KD[:, 1], v)
-        mixed = attend(q, k, v, mask_BSS)
+            k = in_front(tap("prefix_key", repeated(prefix_N2KD[:, 0], k)), k)
+            v = in_front(tap("prefix_value", repeated(prefix_N2KD[:, 1], v)), v)
+        mixed = tap("mixed", attend(q, k, v, mask_BSS))
         return self.o_proj(mixed.reshape(B, S, -1), point)
 
     def before_rotation(self, q_BSHD: Array, k_BSKD: Array) -> tuple[Array, Array]:
@@ -73,8 +75,9 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(mlp, embed, bias=bias, stack=stack, build=build)
 
     def __call__(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
-        gate, up = self.gate_proj(x_BSE, point), self.up_proj(x_BSE, point)
-        return self.down_proj(rounded(rounded(jax.nn.silu(gate)) * up), point)
+        gate, up = tap("gate", self.gate_proj(x_BSE, point)), tap("up", self.up_proj(x_BSE, point))
+        product = tap("product", rounded(rounded(jax.nn.silu(gate)) * up))
+        return self.down_proj(product, point)
 
 
 class Block(nnx.Module):
@@ -98,13 +101,13 @@ class Block(nnx.Module):
         mask_BSS: Array,
         point: DropoutPoint | None,
         prefix_N2KD: Array | None,
-        tap: Tap,
     ) -> Array:
-        mixed = self.self_attn(self.input_layernorm(x_BSE), cos, sin, mask_BSS, point, prefix_N2KD)
+        normed = tap("input_norm", self.input_layernorm(x_BSE))
+        mixed = self.self_attn(normed, cos, sin, mask_BSS, point, prefix_N2KD)
         if self.attention_adapter is not None:
             mixed = self.attention_adapter(mixed)
         x_BSE = rounded(x_BSE + tap("attention", mixed))
-        inner = self.mlp(self.post_attention_layernorm(x_BSE), point)
+        inner = self.mlp(tap("post_norm", self.post_attention_layernorm(x_BSE)), point)
         if self.mlp_adapter is not None:
             inner = self.mlp_adapter(inner)
         return tap("block", rounded(x_BSE + tap("mlp", inner)))

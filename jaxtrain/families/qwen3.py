@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from jax import Array
 
+from jaxtrain.activations import tap
 from jaxtrain.families.llama import Attention, Block, Llama
 from jaxtrain.layers import Build, RMSNorm
 from trainspec.model import ModelSpec
@@ -21,7 +22,7 @@ class _Attention(Attention):
         self.k_norm = RMSNorm(spec.head_dim, eps=spec.norm_eps, stack=stack, build=build)
 
     def before_rotation(self, q_BSHD: Array, k_BSKD: Array) -> tuple[Array, Array]:
-        return self.q_norm(q_BSHD), self.k_norm(k_BSKD)
+        return tap("query_norm", self.q_norm(q_BSHD)), tap("key_norm", self.k_norm(k_BSKD))
 
 
 class _Block(Block):

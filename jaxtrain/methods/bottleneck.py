@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jaxtrain.activations import tap
 from jaxtrain.decoder import Decoder
 from jaxtrain.layers import Build, Dim, Linear
 from jaxtrain.methods.site import Site
@@ -26,17 +27,19 @@ from trainspec.model import ModelSpec
 class Bottleneck(nnx.Module):
     """h + up(act(down(h))), act in the accumulation type."""
 
-    def __init__(self, spec: ModelSpec, method: Adapter, *, build: Build) -> None:
+    def __init__(self, name: str, spec: ModelSpec, method: Adapter, *, build: Build) -> None:
         embed, width, stack = Dim("embed", spec.embed), Dim("bottleneck", method.bottleneck), (spec.layers,)
         self.down = Linear(embed, width, bias=True, stack=stack, build=build)
         self.up = Linear(width, embed, bias=True, stack=stack, build=build)
+        self.name = name
         self.activation: Literal["relu", "gelu", "silu"] = method.activation
 
     def __call__(self, h_BSE: Array) -> Array:
         """The output [B, S, E] of the module before it, adapted."""
         down = self.down(h_BSE, None)
         acted = _act(self.activation, down.astype(accumulation_dtype(down.dtype))).astype(down.dtype)
-        return rounded(h_BSE + self.up(rounded(acted), None))
+        hidden = tap(f"{self.name}.hidden", rounded(acted))
+        return rounded(h_BSE + self.up(hidden, None))
 
 
 def _act(activation: Literal["relu", "gelu", "silu"], x: Array) -> Array:
@@ -54,6 +57,6 @@ def _act(activation: Literal["relu", "gelu", "silu"], x: Array) -> Array:
 
 def attach(model: Decoder, method: Adapter, site: Site) -> dict[str, np.ndarray]:
     """Add two adapters to each layer of `model`."""
-    model.layers.attention_adapter = nnx.data(Bottleneck(site.spec, method, build=model.build))
-    model.layers.mlp_adapter = nnx.data(Bottleneck(site.spec, method, build=model.build))
+    for name in ("attention_adapter", "mlp_adapter"):
+        setattr(model.layers, name, nnx.data(Bottleneck(name, site.spec, method, build=model.build)))
     return {}

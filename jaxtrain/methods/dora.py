@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from jaxtrain.activations import tap
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import Linear, abstract
@@ -30,8 +31,8 @@ class DoRALinear(LoRALinear):
     No gradient flows through n. A layer of a stack that is no target computes x W + b.
     """
 
-    def __init__(self, base: Linear, method: LowRank, keys: np.ndarray) -> None:
-        super().__init__(base, method, keys)
+    def __init__(self, name: str, base: Linear, method: LowRank, keys: np.ndarray) -> None:
+        super().__init__(name, base, method, keys)
         *stack, _, out_size = base.kernel.shape
         self.lora_magnitude_vector = abstract((*stack, out_size), base.kernel.dtype)
         self.is_target = IsTarget(jax.ShapeDtypeStruct(keys.shape[:-1], jnp.bool_))
@@ -52,7 +53,8 @@ class DoRALinear(LoRALinear):
     def _change(self, plain: Array, up: Array) -> Array:
         """What is added to x W, in the accumulation type, as it is a difference of nearly equal numbers."""
         u, is_target = plain.astype(accumulation_dtype(plain.dtype)), self.is_target[...]
-        turned = rounded(u + self.scale * up.astype(u.dtype), "wide")
+        scaled = tap(f"{self.name}.lora_B", self.scale * up.astype(u.dtype))
+        turned = rounded(u + scaled, "wide")
         direction = rounded(turned / jnp.where(is_target, self._norms(), 1), "wide")
         change = scale(direction, self.lora_magnitude_vector.get_value()) - u
         return jnp.where(is_target, change, 0).astype(plain.dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxtrain.activations import tap
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutKey, DropoutPoint, dropped
 from jaxtrain.layers import Linear, abstract
@@ -21,7 +22,8 @@ from trainspec.methods import LoRA, LowRank
 class LoRALinear(Linear):
     """y = x W + b + (alpha / rank) (dropout(x) A) B, with A [in, rank] and B [rank, out] (arXiv 2106.09685)."""
 
-    def __init__(self, base: Linear, method: LowRank, keys: np.ndarray) -> None:
+    def __init__(self, name: str, base: Linear, method: LowRank, keys: np.ndarray) -> None:
+        self.name = name
         *stack, in_size, out_size = base.kernel.shape
         self.kernel, self.bias = base.kernel, base.bias
         self.in_axis, self.out_axis, self.constrain = base.in_axis, base.out_axis, base.constrain
@@ -36,11 +38,13 @@ class LoRALinear(Linear):
         up = self.product(dropped)
         # In bfloat16 `scale` itself would be rounded.
         scaled = (self.scale * up.astype(accumulation_dtype(up.dtype))).astype(up.dtype)
-        return rounded(super().__call__(x, point) + rounded(scaled))
+        added = tap(f"{self.name}.lora_B", rounded(scaled))
+        return rounded(super().__call__(x, point) + added)
 
     def product(self, dropped: Array) -> Array:
         """(dropped A) B."""
         low = self.constrain(matmul(dropped, self.lora_a.get_value()), ("batch", "seq", "rank"))
+        low = tap(f"{self.name}.lora_A", low)
         return self.constrain(matmul(low, self.lora_b.get_value()), ("batch", "seq", self.out_axis))
 
     def _dropout(self, x: Array, point: DropoutPoint) -> Array:

@@ -17,7 +17,7 @@ from trainspec.rng import name_key
 
 
 def replace_targets(
-    model: Decoder, method: LowRank, site: Site, layer_class: Callable[[Linear, Any, np.ndarray], Linear]
+    model: Decoder, method: LowRank, site: Site, layer_class: Callable[[str, Linear, Any, np.ndarray], Linear]
 ) -> dict[str, np.ndarray]:
     """Replace each target by a layer of `layer_class`; returns the dropout keys by native name.
 
@@ -32,7 +32,7 @@ def replace_targets(
             keys = np.zeros((len(site.order), 2) if layer is not None else (2,), np.uint32)
             constants[f"{native}.dropout_key"] = keys
             parent, _, leaf = native.rpartition(".")
-            setattr(modules[parent], leaf, layer_class(modules[native], method, keys))
+            setattr(modules[parent], leaf, layer_class(leaf, modules[native], method, keys))
         slot = ... if layer is None else site.order.index(layer)
         constants[f"{native}.dropout_key"][slot] = name_key(site.seed, "dropout", target)
     return constants

@@ -19,9 +19,11 @@ from parity.comparison.phases import (
     INITIAL_GROUPS,
     INITIAL_PHASES,
     PHASES,
+    RECORDED_ON_REQUEST,
     RESUME,
     SCALAR_TENSORS,
     STEP_PHASES,
+    STOPPED_PHASES,
     TENSOR_PHASES,
     WEIGHT_SHAPED,
     Location,
@@ -31,6 +33,7 @@ from parity.comparison.recorded import one_sided, recorded
 from parity.comparison.restored import restored_pairs, restored_tensors
 from parity.comparison.tolerance import Bounds, CheckedPair, largest
 from parity.comparison.untrained import frozen_on_one_side, untouched
+from trainspec.points import TURNED
 
 Array = NDArray[Any]
 
@@ -123,8 +126,24 @@ def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = N
     findings = [_judge(location, pair, bounds) for location in locations(pair)]
     findings += _unproven(pair, findings)
     findings += ending(pair.steps, stopped or {}, first=pair.first_step)
-    notes = (*bounds.notes, *pair.structure.notes(pair.names(0, "weight")), *one_sided(pair))
-    return Comparison(pair.common_steps, tuple(findings), notes)
+    notes = [*bounds.notes, *pair.structure.notes(pair.names(0, "weight")), *one_sided(pair)]
+    if turned := _turned_alike(findings):
+        findings = [finding for finding in findings if finding not in turned]
+        notes.append(
+            f"{turned[0].location} and {len(turned) - 1} more differ, and nothing after them does: queries and keys are turned "
+            "by other angles, and attention sees only the difference of two positions"
+        )
+    return Comparison(pair.common_steps, tuple(findings), tuple(notes))
+
+
+def _turned_alike(findings: Sequence[Finding]) -> list[Finding]:
+    """The failures at rotated queries and keys, if nothing else fails: they are no difference of the runs."""
+    failing = [finding for finding in findings if not finding.holds]
+    points = {
+        f.location.tensor.rpartition(".")[2] for f in failing if f.location.phase in RECORDED_ON_REQUEST
+    }
+    others = [f for f in failing if f.location.phase not in RECORDED_ON_REQUEST]
+    return failing if not others and points <= set(TURNED) else []
 
 
 def ending(steps: tuple[int, int], stopped: Mapping[str, str], *, first: int = 1) -> Iterator[Finding]:
@@ -132,7 +151,7 @@ def ending(steps: tuple[int, int], stopped: Mapping[str, str], *, first: int = 1
     after = min(steps) + first
     if stopped:
         reason = "; ".join(f"{name} stopped: {why}" for name, why in stopped.items())
-        yield _failure(Location(after, "loss", "loss"), reason)
+        yield _failure(Location(after, "update", "every tensor"), reason)
     elif steps[0] != steps[1]:
         yield _failure(
             Location(after, "batch", "every tensor"), f"left made {steps[0]} updates, right {steps[1]}"
@@ -145,8 +164,10 @@ def locations(pair: Pair) -> Iterator[Location]:
         names = pair.names(0, INITIAL_GROUPS[phase.name])
         for name in pair.structure.in_order(names, backward=False):
             yield Location(0, phase.name, name)
-    for step in pair.step_numbers:
-        for backward, phases in groupby(STEP_PHASES, key=lambda phase: phase.backward):
+    steps = [(step, STEP_PHASES) for step in pair.step_numbers]
+    steps += [(step, STOPPED_PHASES)] if (step := pair.stopped_step) else []
+    for step, step_phases in steps:
+        for backward, phases in groupby(step_phases, key=lambda phase: phase.backward):
             tensors = [(phase, name) for phase in phases for name in _tensors(pair, step, phase)]
             if backward:  # one pass: a layer's activations, then its weights, then the layer before
                 tensors.sort(key=lambda each: pair.structure.key(each[1]), reverse=True)
@@ -166,7 +187,8 @@ def _tensors(pair: Pair, step: int, phase: Phase) -> list[str]:
         case "scalar":
             return list(SCALAR_TENSORS[phase.name])
         case "optional":
-            names = pair.names(step, phase.name) if all(recorded(pair, step, phase.name)) else set()
+            left, right = recorded(pair, step, phase.name)
+            names = left & right
             return pair.structure.in_order(names, backward=phase.backward)
         case "slot":
             return _slots(pair, step, phase)
@@ -229,12 +251,31 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
     if reason := frozen_on_one_side(location, pair) or bounds.incomparable(location, left, right):
         return _failure(location, reason)
     a, b = left.astype(np.float64), right.astype(np.float64)
-    if broken := [name for name, side in _named(a, b) if not np.isfinite(side).all()]:
-        return _failure(location, f"not finite in {' and '.join(broken)}")
+    if reason := _not_finite(a, b):
+        return _failure(location, reason)
     worst = _worst(location, bounds.checked_pairs(location, a, b))
     if not worst.holds and left.dtype != right.dtype and location.phase in ("initial", "batch"):
         worst = replace(worst, reason=f"{worst.reason}; {left.dtype} in left, {right.dtype} in right")
     return worst
+
+
+def _not_finite(left: Array, right: Array) -> str | None:
+    """Where NaN and infinity are; None if all numbers are finite."""
+    broken = {name: ~np.isfinite(side) for name, side in _named(left, right) if not np.isfinite(side).all()}
+    if not broken:
+        return None
+    if len(broken) == 2 and np.array_equal(*broken.values()):
+        return (
+            f"not finite in left and right alike: {_entries(broken['left'])}; both sides overflow here, so it is no difference "
+            "between them"
+        )
+    return "not finite in " + ", and in ".join(f"{name}: {_entries(mask)}" for name, mask in broken.items())
+
+
+def _entries(mask: Array) -> str:
+    first = [int(i) for i in np.unravel_index(np.argmax(mask), mask.shape)]
+    count = f"{np.count_nonzero(mask)} of {mask.size} {'entry' if mask.size == 1 else 'entries'}"
+    return f"{count}, first at {first}" if mask.ndim else count
 
 
 def _worst(location: Location, checked_pairs: Sequence[CheckedPair]) -> Finding:

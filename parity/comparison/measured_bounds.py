@@ -103,6 +103,8 @@ class Measurement:
     def loss_sigma(self, step: int) -> float:
         """σ of the mean loss: the larger of the step's own and that of all steps."""
         steps = range(1, 1 + len(self.references[0].steps))
+        if not steps:
+            return math.nan
         squares = {each: float(self.mean_squares(each, "loss", "rows")[0][0]) for each in steps}
         return math.sqrt(float(np.maximum(squares.get(step, math.nan), np.mean(list(squares.values())))))
 
@@ -217,7 +219,7 @@ class MeasuredBounds:
         records = [
             trace.steps[at] if at < len(trace.steps) else None for trace in self.measurement.references
         ]
-        dof = self.measurement.draws * len(self.measurement.references[0].steps)
+        dof = self.measurement.draws * max(1, len(self.measurement.references[0].steps))
         tokens = max(self._pair.scalar(location.step, "tokens"))
         mean = max((abs(record["loss"]) for record in records if record), default=0.0)
         own = gaussian_max_quantile(1) * rms_lower_factor(dof) * self.measurement.loss_sigma(location.step)

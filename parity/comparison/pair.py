@@ -54,6 +54,13 @@ class Pair:
         """The steps that both sides recorded."""
         return range(self.first_step, self.first_step + self.common_steps)
 
+    @property
+    def stopped_step(self) -> int | None:
+        """The step before whose update a side ended its run, if both sides have it."""
+        step = self.first_step + self.common_steps
+        is_stopped = any(trace.stopped and trace.stopped["step"] == step for trace in self.traces)
+        return step if is_stopped and all(step in trace for trace in self.traces) else None
+
     @cached_property
     def structure(self) -> Structure:
         """Causal order, roles and layers of the names in the traces."""

@@ -50,6 +50,14 @@ STEP_PHASES = (
     Phase("update", "tensor", "updates"),
     Phase("change", "untrained", "changes without a gradient"),
 )
+# What there is of a step that ended the run before its update.
+STOPPED_PHASES = tuple(
+    phase
+    for phase in STEP_PHASES
+    if phase.name
+    in ("resume", "batch", "tokens", "activation", "loss", "activation_gradient", "gradient", "grad_norm")
+)
+RECORDED_ON_REQUEST = tuple(phase.name for phase in STEP_PHASES if phase.kind == "optional")
 CLIP = "clip"
 PHASES = (*INITIAL_PHASES, *STEP_PHASES)
 # What a weight that is trained at a step must have; the moments, if recorded, are of such weights only.

@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from parity.comparison.pair import Pair
 from parity.comparison.phases import STEP_PHASES
 
+MOST_NAMES = 3
 
-def recorded(pair: Pair, step: int, group: str) -> tuple[bool, bool]:
-    """Whether left and right have anything under `group/` at a step."""
-    left, right = (any(key.startswith(f"{group}/") for key in keys) for keys in pair.keys(step))
+
+def recorded(pair: Pair, step: int, group: str) -> tuple[set[str], set[str]]:
+    """What left and right have under `group/` at a step."""
+    prefix = f"{group}/"
+    left, right = (
+        {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} for keys in pair.keys(step)
+    )
     return left, right
 
 
@@ -23,13 +28,15 @@ def one_sided(pair: Pair) -> Iterator[str]:
     for phase in STEP_PHASES:
         if phase.kind != "optional":
             continue
-        steps = {"left": [], "right": []}
+        alone: dict[str, dict[int, set[str]]] = {"left": {}, "right": {}}
         for step in pair.step_numbers:
             left, right = recorded(pair, step, phase.name)
-            if left != right:
-                steps["left" if left else "right"].append(step)
-        for side, alone in steps.items():
-            if alone:
-                some = ", ".join(sorted(pair.names(alone[0], phase.name))[:3])
-                at = f"step {alone[0]}" if len(alone) == 1 else f"{len(alone)} steps from {alone[0]} on"
+            alone["left"] |= {step: left - right} if left - right else {}
+            alone["right"] |= {step: right - left} if right - left else {}
+        for side, steps in alone.items():
+            if steps:
+                (first, names), count = next(iter(steps.items())), len(steps)
+                some = ", ".join(pair.structure.in_order(names, backward=False)[:MOST_NAMES])
+                some += f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+                at = f"step {first}" if count == 1 else f"{count} steps from {first} on"
                 yield f"{phase.title} ({some}) are in {side} only at {at}: they are not compared"

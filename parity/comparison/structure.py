@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 from trainspec.methods import ENCODER, PEFT_PREFIX
-from trainspec.trace import LAYER_POINTS, Role, TraceName
+from trainspec.points import END_POINTS, LAYER_POINTS
+from trainspec.trace import Role, TraceName
 
 _LAYER = re.compile(r"(?:^|[./])(?:layers?|blocks?|h)[./_](\d+)(?:[./]|$)")
-_POINTS = ("embedding", "norm", "logits")
+# Positions in a layer: weights come before points.
+_POINTS_OF_A_LAYER = {name: 1 + i for i, name in enumerate(LAYER_POINTS)}
 _KNOWN, _ENCODER, _EMBEDDING, _LAYERS, _END = range(5)
 
 
@@ -41,11 +43,11 @@ class Structure:
             return _ENCODER, 0, 0
         if (layer := _layer_in(plain)) is not None:
             point = plain.rpartition(".")[2]
-            return _LAYERS, layer, 1 + LAYER_POINTS.index(point) if point in LAYER_POINTS else 0
+            return _LAYERS, layer, _POINTS_OF_A_LAYER.get(point, 0)
         if _is_embedding(plain):
-            return _EMBEDDING, 0, int(plain in _POINTS)
+            return _EMBEDDING, 0, int(plain in END_POINTS)
         is_head = "head" in plain or "logits" in plain
-        return _END, 0, 2 * is_head + (plain in _POINTS)
+        return _END, 0, 2 * is_head + (plain in END_POINTS)
 
     def in_order(self, names: Iterable[str], *, backward: bool) -> list[str]:
         """`names` as the pass visits them: first to last layer, or the reverse."""

@@ -59,6 +59,11 @@ class Fault:
         return backend in self.edits and not (is_out_of_reach or is_refused)
 
 
+def at_point(point: str, *, layer: int = 0) -> Where:
+    """An activation point of a layer, in the forward pass."""
+    return Where("activation", re.escape(f"layers.{layer}.{point}"))
+
+
 def in_every_backend(*edits: Edit) -> dict[Backend, tuple[Edit, ...]]:
     """The same edits of shared code, planted in one backend at a time."""
     return dict.fromkeys(get_args(Backend), edits)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from parity.faults.fault import Fault, Where, in_every_backend
+from parity.faults.fault import Fault, at_point, in_every_backend
 from parity.faults.written_out import ATTENTION, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit
 
-FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 SAME_SEGMENT = "__segments[:, :, None] == __segments[:, None, :]"
 ANY_SEGMENT = "(__segments[:, :, None] > 0) == (__segments[:, None, :] > 0)"
 PADDING_AS_WELL = "__it | (__segments[:, None, :] == 0)"
@@ -18,7 +17,7 @@ FAULTS = (
         name="rope-pairing",
         imitates="interleaved pairs are rotated, but the checkpoint has halves",
         source="huggingface/transformers#31788, karpathy/llama2.c#286",
-        where=FIRST_ATTENTION,
+        where=at_point("rotated_query"),
         edits={
             "jax": (
                 Edit(
@@ -55,14 +54,14 @@ FAULTS = (
         name="rope-theta",
         imitates="theta is 10000 whatever the checkpoint says",
         source="google-deepmind/penzai#102, marin-community/levanter#649",
-        where=FIRST_ATTENTION,
+        where=at_point("rotated_query"),
         edits=in_every_backend(Edit("trainspec.rope:inverse_frequencies", "__model.rope_theta", "10_000.0")),
     ),
     Fault(
         name="rope-key-offset",
         imitates="keys are rotated one position further than queries",
         source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
-        where=FIRST_ATTENTION,
+        where=at_point("rotated_key"),
         edits={
             "jax": (
                 Edit(
@@ -112,7 +111,7 @@ FAULTS = (
         name="attention-scale",
         imitates="scores are scaled by embed / heads, which is not the head size",
         source="lucidrains/vit-pytorch#65, karpathy/ng-video-lecture#6",
-        where=FIRST_ATTENTION,
+        where=at_point("mixed"),
         edits={
             "jax": (
                 Edit(
@@ -136,7 +135,7 @@ FAULTS = (
         name="causal-off-by-one",
         imitates="a query sees the token after it",
         source="huggingface/transformers#48745 (decoders that see future tokens)",
-        where=FIRST_ATTENTION,
+        where=at_point("mixed"),
         edits={
             "jax": (Edit("jaxtrain.layers:attention_mask", "__query >= __key", "__query + 1 >= __key"),),
             "torch": (Edit("torchtrain.layers:attention_mask", "__same.tril()", "__same.tril(1)"),),
@@ -146,7 +145,7 @@ FAULTS = (
         name="padding-attended",
         imitates="padding on the left is seen by the tokens after it",
         source="NVIDIA-NeMo/Automodel#3704 (36 of 150 models), huggingface/transformers#29419",
-        where=FIRST_ATTENTION,
+        where=at_point("mixed"),
         edits={
             "jax": (Edit("jaxtrain.layers:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
             "torch": (Edit("torchtrain.layers:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
@@ -156,7 +155,7 @@ FAULTS = (
         name="packed-rows-attend",
         imitates="documents packed into one example see each other",
         source="LlamaFactory#7318, MeetKai/functionary#265, meta-pytorch/torchtune#875",
-        where=FIRST_ATTENTION,
+        where=at_point("mixed"),
         edits={
             "jax": (Edit("jaxtrain.layers:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
             "torch": (Edit("torchtrain.layers:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
@@ -192,7 +191,7 @@ FAULTS = (
         name="rmsnorm-eps-outside",
         imitates="eps is added to the root, not to the mean square",
         source="NVIDIA/TransformerEngine#364, fla-org/flash-linear-attention#508",
-        where=FIRST_ATTENTION,
+        where=at_point("input_norm"),
         edits={
             "jax": (
                 Edit(
@@ -239,7 +238,7 @@ FAULTS = (
         name="head-norm-behind-the-rotation",
         imitates="queries and keys are rotated before they are normed, not after",
         source="karpathy/nanochat#743, allenai/OLMo#806 (either order is in use); Qwen3, arXiv 2505.09388",
-        where=FIRST_ATTENTION,
+        where=at_point("query_norm"),
         edits={
             "jax": (
                 Edit(
@@ -267,7 +266,7 @@ FAULTS = (
         name="gqa-tile",
         imitates="kv heads are tiled (0 1 0 1), though each serves neighbouring query heads (0 0 1 1)",
         source="onnx/onnx#7274; GQA, arXiv 2305.13245",
-        where=FIRST_ATTENTION,
+        where=at_point("mixed"),
         edits={
             "jax": (
                 Edit(
@@ -295,7 +294,7 @@ FAULTS = (
         name="swiglu-swapped",
         imitates="the activation is applied to the up half, not to the gate",
         source="ml-explore/mlx-lm#767; SwiGLU, arXiv 2002.05202",
-        where=Where("activation", r"layers\.0\.mlp"),
+        where=at_point("product"),
         edits={
             "jax": (
                 Edit(

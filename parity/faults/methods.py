@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from parity.faults.fault import Fault, Where, in_every_backend
+from parity.faults.fault import Fault, Where, at_point, in_every_backend
 from parity.runs.edit import Edit
 
-FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 MASK_KEY, OTHER_MASK_KEY = (
     'name_key(__seed, "dropout", __module)',
     'name_key(__seed + 1, "dropout", __module)',
@@ -45,7 +44,7 @@ FAULTS = (
         name="lora-scale-missing",
         imitates="B A x is added without alpha / rank",
         source="ml-explore/mlx-examples#623, AI-Hypercomputer/maxtext#3376",
-        where=FIRST_ATTENTION,
+        where=at_point("q_proj.lora_B"),
         edits={
             "jax": (Edit("jaxtrain.methods.lora:LoRALinear.__init__", "__method.scale", "1.0"),),
             "torch": (
@@ -58,7 +57,7 @@ FAULTS = (
         name="lora-scale-of-rslora",
         imitates="alpha / sqrt(rank), though the adapter says alpha / rank",
         source="NVIDIA/TensorRT-LLM#1668; rsLoRA, arXiv 2312.03732",
-        where=FIRST_ATTENTION,
+        where=at_point("q_proj.lora_B"),
         edits={
             "jax": (
                 Edit(
@@ -91,10 +90,10 @@ FAULTS = (
         name="lora-dropout-behind-a",
         imitates="dropout on A x, not on x",
         source="paiml/aprender#2170, axolotl-ai-cloud/axolotl#3528",
-        where=FIRST_ATTENTION,
+        where=at_point("q_proj.lora_A"),
         edits={
             "jax": dropout_elsewhere(
-                f"matmul({dropped('matmul(__x, self.lora_a.get_value())')}, self.lora_b.get_value())"
+                f"matmul(tap(self.name + '.lora_A', {dropped('matmul(__x, self.lora_a.get_value())')}), self.lora_b.get_value())"
             ),
             "torch": torch_dropout_after("lora_A"),
         },
@@ -104,7 +103,7 @@ FAULTS = (
         name="lora-dropout-on-output",
         imitates="dropout on B A x, not on x",
         source="axolotl-ai-cloud/axolotl#3528, huggingface/peft#1178",
-        where=FIRST_ATTENTION,
+        where=at_point("q_proj.lora_A"),
         edits={
             "jax": dropout_elsewhere(dropped("__it")),
             "torch": torch_dropout_after("lora_B"),
@@ -115,7 +114,7 @@ FAULTS = (
         name="lora-dropout-seed",
         imitates="dropout is drawn from another seed",
         source="NVIDIA-NeMo/Megatron-Bridge#5257 (one draw too many)",
-        where=FIRST_ATTENTION,
+        where=at_point("q_proj.lora_A"),
         edits={
             "jax": (Edit("jaxtrain.methods.low_rank:replace_targets", MASK_KEY, OTHER_MASK_KEY),),
             "torch": (Edit("torchtrain.dropout:CounterDropout.__init__", MASK_KEY, OTHER_MASK_KEY),),
@@ -140,7 +139,7 @@ FAULTS = (
         name="adapter-behind-the-residual",
         imitates="the adapter after the MLP is given the residual stream with the MLP's output added",
         source="google-research/adapter-bert#7, adapter-hub/adapters#95; arXiv 1902.00751, figure 2",
-        where=Where("activation", r"layers\.0\.mlp"),
+        where=at_point("mlp_adapter.hidden"),
         edits={
             "jax": (
                 Edit(
@@ -157,7 +156,7 @@ FAULTS = (
         name="adapter-without-non-linearity",
         imitates="the adapter has no non-linearity between its two matrices, which makes them one",
         source="thuml/Universal-Domain-Adaptation#7; arXiv 1902.00751, figure 2",
-        where=FIRST_ATTENTION,
+        where=at_point("attention_adapter.hidden"),
         edits={
             "jax": (
                 Edit(
@@ -192,7 +191,7 @@ FAULTS = (
         name="dora-norm-of-the-base",
         imitates="the norm is that of W, not of W + scale B A",
         source="DoRA, arXiv 2402.09353, equation 5 (the direction is W + B A over its own norm)",
-        where=FIRST_ATTENTION,
+        where=at_point("query"),
         edits={
             "jax": (
                 Edit(
@@ -271,10 +270,10 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.decoder:Decoder.blocks.block",
-                    "__y = nnx.merge(__layer, __weights)(__x, __cos, __sin, __mask, __point, __prefix, __tap)",
+                    "__y = nnx.merge(__layer, __weights)(__x, __cos, __sin, __mask, __point, __prefix)",
                     "from parity.faults.substitutes.jax_remat import redrawn\n"
                     "layer = nnx.merge(__layer, __weights)\n"
-                    "__y = redrawn(lambda p: layer(__x, __cos, __sin, __mask, p, __prefix, __tap), __point)",
+                    "__y = redrawn(lambda p: layer(__x, __cos, __sin, __mask, p, __prefix), __point)",
                 ),
             ),
             "torch": (

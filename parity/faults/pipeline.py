@@ -6,7 +6,7 @@ DeepSpeed schedule.
 
 from __future__ import annotations
 
-from parity.faults.fault import Fault, Where
+from parity.faults.fault import Fault, Where, at_point
 from parity.faults.loss import LOGITS_GRADIENT, TORCH_DIVIDED
 from parity.runs.edit import Edit
 
@@ -27,7 +27,7 @@ FAULTS = (
         name="stage-order-swapped",
         imitates="the two stages have each other's layers",
         source="NVIDIA/Megatron-LM#1584, alpa-projects/alpa#752",
-        where=Where("activation", r"layers\.0\.attention"),
+        where=at_point("input_norm"),
         edits={
             "jax": (
                 Edit(
@@ -52,7 +52,7 @@ FAULTS = (
         name="layer-assigned-twice",
         imitates="a stage uses its first layer twice and its second one not at all",
         source="huggingface/transformers#24381, ml-explore/mlx-lm#1688",
-        where=Where("activation", r"layers\.1\.attention"),
+        where=at_point("input_norm", layer=1),
         edits={
             "jax": (
                 Edit(
@@ -169,7 +169,7 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.passes:OneFOneB._pass_backward",
-                    "__by_embedding, __by_rows = __pull(__dx)\n__by_ends = jax.tree.map(jnp.add, __by_head, __by_embedding)",
+                    "__by_embedding, __by_rows, __by_probes = __pull(__dx)\n__by_ends = jax.tree.map(jnp.add, __by_head, __by_embedding)",
                     "__it\n__by_ends |= {n: __by_embedding[n] for n in __by_head if n.startswith('embed_tokens')}",
                 ),
             ),

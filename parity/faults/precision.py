@@ -5,7 +5,7 @@ JAX's are written with reduce_precision, as XLA may remove a cast to bfloat16 an
 
 from __future__ import annotations
 
-from parity.faults.fault import Fault, Where
+from parity.faults.fault import Fault, Where, at_point
 from parity.faults.written_out import ATTENTION, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit
 
@@ -32,7 +32,7 @@ FAULTS = (
         name="softmax-in-bf16",
         imitates="attention's softmax is computed in bfloat16",
         source="apple/axlearn#18, huggingface/transformers#24519",
-        where=Where("activation", r"layers\.0\.attention"),
+        where=at_point("mixed"),
         edits={
             "jax": (
                 Edit(

@@ -6,10 +6,9 @@ collectives: only what our code says about sharding can be edited, so a fault is
 
 from __future__ import annotations
 
-from parity.faults.fault import Fault, Where
+from parity.faults.fault import Fault, Where, at_point
 from parity.runs.edit import Edit
 
-FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 EMBEDDING = r"model\.embed_tokens\.weight"
 HEAD_GRADIENT = Where("gradient", r"lm_head\.weight")
 REPLICAS_SUM = "__mesh.replicas.sum_(__gradient)"
@@ -21,7 +20,7 @@ FAULTS = (
         name="row-sum-missing",
         imitates="the output of a row-parallel layer is not summed over the tensor ranks",
         source="FlashML-org/FreeToken#429, sgl-project/sglang#14811",
-        where=FIRST_ATTENTION,
+        where=at_point("attention"),
         edits={
             "torch": (
                 Edit("torchtrain.tensor_parallel:RowLinear.forward", "_Sum.apply(__part, __peers)", "__part"),
@@ -34,7 +33,7 @@ FAULTS = (
         name="row-bias-per-rank",
         imitates="a row-parallel layer adds its bias on every tensor rank, before the sum",
         source="huggingface/text-generation-inference#1036, PaddlePaddle/Paddle#35186",
-        where=FIRST_ATTENTION,
+        where=at_point("attention"),
         edits={
             "torch": (
                 Edit(
@@ -165,7 +164,7 @@ FAULTS = (
         name="dropout-repeated-on-ranks",
         imitates="every tensor rank draws the dropout mask of the first one's features",
         source="ecmwf/anemoi-core#595, NVIDIA/Fuser#3123",
-        where=Where("activation", r"layers\.0\.mlp"),
+        where=at_point("down_proj.lora_A"),
         edits={
             "torch": (Edit("torchtrain.methods.low_rank:replace_targets", "__peers.index * __features", "0"),)
         },

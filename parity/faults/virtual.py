@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from parity.faults.fault import Fault, Where
+from parity.faults.fault import Fault, Where, at_point
 from parity.faults.loss import TARGETS
 from parity.runs.edit import Edit
-
-FIRST_ATTENTION = Where("activation", r"layers\.0\.attention")
 
 FAULTS = (
     Fault(
         name="prefix-positions-from-zero",
         imitates="the tokens after a prefix start at position 0, not after its virtual tokens",
         source="XiangLi1999/PrefixTuning#40, huggingface/transformers#33852",
-        where=FIRST_ATTENTION,
+        where=at_point("rotated_query"),
         edits={
             "jax": (
                 Edit(
@@ -37,7 +35,7 @@ FAULTS = (
         name="prefix-masked-out",
         imitates="no token may attend to the prefix",
         source="QwenLM/ParScale#11, zai-org/ChatGLM3#359",
-        where=FIRST_ATTENTION,
+        where=at_point("mixed"),
         edits={
             "jax": (
                 Edit(
@@ -60,13 +58,15 @@ FAULTS = (
         name="prefix-keys-and-values-swapped",
         imitates="each layer's keys and values in the prefix are swapped",
         source="zai-org/ChatGLM3#359, huggingface/peft#919 (the prefix is cut up in another order)",
-        where=FIRST_ATTENTION,
+        where=at_point("prefix_key"),
         edits={
             "jax": (
                 Edit(
                     "jaxtrain.families.llama:Attention.__call__",
-                    "__k = in_front(__prefix[:, 0], __k)\n__v = in_front(__prefix[:, 1], __v)",
-                    "__k = in_front(__prefix[:, 1], __k)\n__v = in_front(__prefix[:, 0], __v)",
+                    '__k = in_front(tap("prefix_key", repeated(__prefix[:, 0], __k)), __k)\n'
+                    '__v = in_front(tap("prefix_value", repeated(__prefix[:, 1], __v)), __v)',
+                    '__k = in_front(tap("prefix_key", repeated(__prefix[:, 1], __k)), __k)\n'
+                    '__v = in_front(tap("prefix_value", repeated(__prefix[:, 0], __v)), __v)',
                 ),
             ),
             "torch": (
@@ -83,7 +83,7 @@ FAULTS = (
         name="prefix-rotated",
         imitates="the keys of the prefix are rotated like tokens at positions 0, 1, ...",
         source="mistyreed63849/Graph-LLM#1",
-        where=FIRST_ATTENTION,
+        where=at_point("prefix_key"),
         edits={
             "jax": (
                 Edit(
@@ -139,7 +139,7 @@ FAULTS = (
                 Edit(
                     "jaxtrain.decoder:Decoder.embed",
                     "in_front(__rows, __x)",
-                    "jnp.roll(__it, -len(__rows), axis=1)",
+                    "jnp.roll(__it, -__rows.shape[1], axis=1)",
                 ),
             ),
             "torch": (

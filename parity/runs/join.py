@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainspec.errors import TraceError
-from trainspec.trace import Trace, resume_file, step_file
+from trainspec.trace import STOPPED_FILE, Trace, resume_file, step_file
 from trainspec.trace_header import TraceHeader
 
 INITIAL_FILE = "initial.safetensors"
@@ -32,6 +32,8 @@ def join(first: Trace, second: Trace, out: Path) -> Trace:
     for record in records:
         part, name = second if record["step"] >= resumed else first, step_file(record["step"])
         _share(part.directory / name, out / name)
+    if second.stopped:
+        _share(second.directory / STOPPED_FILE, out / STOPPED_FILE)
     _share(first.directory / INITIAL_FILE, out / INITIAL_FILE)
     _share(second.directory / INITIAL_FILE, out / resume_file(resumed))
     _header(first, second).write(out)

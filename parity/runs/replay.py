@@ -53,7 +53,7 @@ GROUPS = {
 
 
 def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[Arrays]:
-    """Float64 copies of the weights that updates 1, 2, ... compute with, read lazily.
+    """Float64 copies of the weights that updates 1, 2, ... compute with, read lazily; a step that was stopped included.
 
     An update is a difference of two stored weights. Its sum with the weight is rounded to the stored type again, which
     undoes the rounding of that difference. A run computes with the stored weight rounded to `computed`.
@@ -64,6 +64,8 @@ def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[
         for name, weight in stored.items():
             update = trace.read(record["step"], f"update/{name}").astype(np.float64)
             stored[name] = (weight.astype(np.float64) + update).astype(weight.dtype)
+    if trace.stopped:
+        yield {name: _rounded(weight, computed) for name, weight in stored.items()}
 
 
 def _rounded(weight: Array, computed: str) -> Array:
@@ -86,8 +88,13 @@ class Replayer:
         self.span = self.recipe.span(lambda: self.dataset.num_examples)
         self.trained = {p.name for p in self.run.trained}
 
-    def steps(self, trace: Trace, *, draws: int) -> Iterator[tuple[int, Batch, Metrics, Iterator[Metrics]]]:
-        """(step, batch, metrics, those of each draw) of every step of `trace`, to the first that is not finite."""
+    def steps(
+        self, trace: Trace, *, draws: int
+    ) -> Iterator[tuple[int, Batch, Metrics, Iterator[Metrics] | None]]:
+        """(step, batch, metrics, those of each draw) of every step of `trace`, to the first that is not finite.
+
+        That has None for its draws.
+        """
         # All states share the first one's compiled programs: their recipes differ only in the weights' directory.
         state = self.state = self.backend.init_state(self._with_weights_of(trace), like=self.state)
         for step, weights in enumerate(weights_before(trace, self.trained, computed=self.job.computed), 1):
@@ -99,7 +106,8 @@ class Replayer:
             gradients = partial(self.backend.gradients_of, state, batch, keep=keep)
             try:
                 metrics = gradients()
-            except NonFiniteLossError:
+            except NonFiniteLossError as error:
+                yield step, batch, error.metrics, None
                 return
             drawn = (gradients(roundings=self.roundings, draw=draw) for draw in range(draws))
             yield step, batch, metrics, drawn
@@ -133,13 +141,15 @@ def write_reference(replayer: Replayer, trace: Trace, out: Path, *, movement: Pa
         movement.mkdir(parents=True, exist_ok=True)
     draws = replayer.job.draws if movement else 0
     for step, batch, metrics, drawn in replayer.steps(trace, draws=draws):
-        writer.step(
-            StepTrace(
-                step, batch, metrics.loss_sum, metrics.tokens, metrics.grad_norm, replayer.lr(step),
-                gradients=metrics.gradients or {}, updates={}, moment1={}, moment2={},
-                activations=metrics.activations or {}, activation_gradients=metrics.activation_gradients or {},
-            )
+        record = StepTrace(
+            step, batch, metrics.loss_sum, metrics.tokens, metrics.grad_norm, replayer.lr(step),
+            gradients=metrics.gradients or {}, updates={}, moment1={}, moment2={},
+            activations=metrics.activations or {}, activation_gradients=metrics.activation_gradients or {},
         )  # fmt: skip
+        if drawn is None:
+            writer.stopped(record)
+            return
+        writer.step(record)
         if movement:
             try:
                 squares = mean_squares(metrics, drawn, draws)

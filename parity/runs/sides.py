@@ -32,7 +32,7 @@ from trainspec.errors import (
 from trainspec.failures import NOTHING_SAVED
 from trainspec.plans.plan import Backend, Policy
 from trainspec.runs.checkpoint import checkpoint_name
-from trainspec.trace import Trace
+from trainspec.trace import STOPPED_FILE, Trace
 
 # A side is named by its backend or by its program.
 PROGRAMS: dict[str, Backend] = {
@@ -64,7 +64,7 @@ class Side:
 
 @dataclass(frozen=True)
 class SideResult:
-    """A side's trace, None before its first update, and why the training stopped itself (a non-finite loss), if it did."""
+    """A side's trace, None if it has no step, and why the training stopped itself (a non-finite loss), if it did."""
 
     trace: Trace | None
     stopped: str | None = None
@@ -213,7 +213,8 @@ class SideTraining:
         if code == EXIT_FAILED and last.startswith(speaker):
             records = trace / "trace.jsonl"
             made_a_step = records.is_file() and records.stat().st_size > 0
-            return SideResult(Trace(trace) if made_a_step else None, stopped=said)
+            has_steps = made_a_step or (trace / STOPPED_FILE).is_file()
+            return SideResult(Trace(trace) if has_steps else None, stopped=said)
         if code == EXIT_USER_ERROR:
             raise UserError(f"{where}: {said}")
         whole = f"the whole log is {log}"

@@ -138,8 +138,14 @@ def test_a_loss_that_is_no_number_stops_before_the_update(make_recipe, keep, pre
     sound, broken = dict(weights), {name: weight.copy() for name, weight in weights.items()}
     broken["model.norm.weight"][0] = np.nan
     state = restore(state, Checkpoint(1, broken, *moments))
-    with pytest.raises(NonFiniteLossError, match="step 2"):
+    with pytest.raises(NonFiniteLossError, match="step 2") as raised:
         train_step(state, batch, lr=1e-2, keep=keep)
+    metrics = raised.value.metrics
+    assert np.isnan(metrics.loss_sum)
+    assert (metrics.gradients is not None) == (keep == "gradients")
+    if keep == "gradients":
+        assert set(metrics.gradients) == set(weights)
+        assert np.isnan(metrics.gradients["model.norm.weight"].astype(np.float64)).any()
     assert state.step == 1
     assert same(weights_of(state), broken)
     assert all(map(same, moments_of(state), moments))

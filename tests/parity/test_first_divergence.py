@@ -14,9 +14,9 @@ from parity.comparison.compare import locations
 from parity.comparison.pair import Pair
 from parity.runs.fixture import TINY, TinySetup, write_tiny
 from parity.runs.sides import parse_side
-from trainspec.causal import causal_order
+from trainspec.causal import activation_points, causal_order
 from trainspec.methods import Full
-from trainspec.trace import Trace, activation_points
+from trainspec.trace import Trace
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def checked(tiny: TinySetup, out: Path, right: str, precision="fp64"):
 @pytest.mark.parametrize(
     ("right", "phase", "tensor", "looks_again"),
     [
-        ("torch model.from=LLAMA3", "activation", "layers.0.attention", True),
+        ("torch model.from=LLAMA3", "activation", "layers.0.rotated_query", True),
         pytest.param("torch optimizer.clip_norm=0.4", "clip", "clip_factor", False, marks=pytest.mark.full),
     ],
 )
@@ -86,10 +86,12 @@ def test_the_backward_pass_is_one_walk():
         "model.layers.0.post_attention_layernorm.weight", "model.layers.0.mlp.gate_proj.weight",
         "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight",
     ]  # fmt: skip
-    forward = [named.name for named in causal_order(replace(TINY, layers=1), Full())]
-    forward = [name for name in forward if name in {*weights, *activation_points(1)}]
-    assert [name for name in forward if name not in activation_points(1)] == weights
-    assert [name for name in forward if name in activation_points(1)] == list(activation_points(1))
+    spec = replace(TINY, layers=1)
+    points = [point.full_name for point in activation_points(spec, Full())]
+    order = [named.name for named in causal_order(spec, Full())]
+    forward = [name for name in order if name in {*weights, *points}]
+    assert [name for name in forward if name not in points] == weights
+    assert [name for name in forward if name in points] == points
     behind = {
         "embedding": "model.embed_tokens.weight",
         "layers.0.attention": "model.layers.0.self_attn.o_proj.weight",

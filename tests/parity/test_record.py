@@ -170,10 +170,37 @@ def test_activations_of_one_side_are_named(tmp_path: Path):
     code, verdict = pair_of(tmp_path, {}, {"activations": {"pooled": np.ones(2), "hidden": np.ones(2)}})
     assert code == 0
     assert (
-        "activations (hidden, pooled) are in right only at step 1: they are not compared" in verdict["notes"]
+        "activations (pooled, hidden) are in right only at step 1: they are not compared" in verdict["notes"]
     )
+    code, verdict = pair_of(
+        tmp_path,
+        {"activations": {"pooled": np.ones(2)}},
+        {"activations": {"pooled": np.ones(2), "hidden": np.zeros(2)}},
+    )
+    assert code == 0
+    assert "activations (hidden) are in right only at step 1: they are not compared" in verdict["notes"]
+    differing = {"activations": {"pooled": np.zeros(2), "hidden": np.ones(2)}}
+    code, verdict = pair_of(tmp_path, {"activations": {"pooled": np.ones(2)}}, differing)
+    assert (code, verdict["first_divergence"]["tensor"]) == (1, "pooled")
     both = {"activations": {"pooled": np.ones(2)}}
     assert not any("pooled" in note for note in pair_of(tmp_path, both, both)[1]["notes"])
+
+
+def test_queries_and_keys_that_are_turned_alike_are_no_difference(tmp_path: Path):
+    """Rotated ones are the same but for an angle, if nothing after them differs."""
+
+    def points(rotated: float, mixed: float) -> dict:
+        values = {f"layers.0.rotated_{x}": np.full(2, rotated) for x in ("query", "key")}
+        return {"activations": values | {"layers.0.mixed": np.full(2, mixed)}}
+
+    code, verdict = pair_of(tmp_path, points(1.0, 1.0), points(2.0, 1.0))
+    assert code == 0
+    assert any("rotated_query and 1 more differ, and nothing after them does" in n for n in verdict["notes"])
+    code, verdict = pair_of(tmp_path, points(1.0, 1.0), points(2.0, 2.0))
+    assert (code, verdict["first_divergence"]["tensor"]) == (1, "layers.0.rotated_query")
+    code, verdict = pair_of(tmp_path, points(1.0, 1.0), points(1.0, 2.0))
+    assert (code, verdict["first_divergence"]["tensor"]) == (1, "layers.0.mixed")
+    assert not any("differ, and nothing after" in n for n in verdict["notes"])
 
 
 def test_tied_weights_that_are_given_twice_count_once_in_the_norm(tmp_path: Path):

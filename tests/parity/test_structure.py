@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from synthetic import ORDER, Q1, SHAPES, Sim, write
 from parity.cli import main
 from parity.comparison.structure import Structure
 from parity.runs.fixture import METHODS, VARIANTS
-from trainspec.causal import causal_order
+from trainspec.causal import activation_points, causal_order
 from trainspec.errors import TraceError
 from trainspec.families import FAMILIES
 from trainspec.methods import full_table
-from trainspec.trace import Trace, TraceName, TraceWriter, activation_points
+from trainspec.points import LAYER_POINTS
+from trainspec.trace import Trace, TraceName, TraceWriter
 
 # Names of a program that is not ours.
 FOREIGN = [
@@ -38,7 +40,7 @@ def test_every_name_of_a_run_has_one_position(variant: str, method: str):
     names = [named.name for named in order]
     assert len(names) == len(set(names))
     assert set(names) == {p.name for p in full_table(spec, METHODS[method])} | {
-        *activation_points(spec.layers)
+        point.full_name for point in activation_points(spec, METHODS[method])
     }
     assert {n.name: n.layer for n in order if n.role != "point"} == {
         p.name: p.layer for p in full_table(spec, METHODS[method])
@@ -53,6 +55,37 @@ def test_a_family_says_where_every_module_of_a_layer_stands(name: str):
             parts = set(param.name.split("."))
             assert param.layer is None or parts & set(family.within_layer), param.name
     assert {*family.stream_readers, "attention", "mlp", "block"} <= set(family.within_layer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_point_comes_after_the_weights_that_it_depends_on(variant: str, method: str):
+    order = [named.name for named in causal_order(VARIANTS[variant], METHODS[method])]
+    after = {
+        "input_norm": r"input_layernorm\.", "query": r"q_proj\.", "key": r"k_proj\.", "value": r"v_proj\.",
+        "query_norm": r"q_norm\.", "key_norm": r"k_norm\.", "rotated_query": r"\.query(_norm)?$",
+        "rotated_key": r"\.key(_norm)?$", "mixed": r"\.(rotated_\w+|value|prefix_\w+)$", "attention": r"(o_proj|attention_adapter)\.",
+        "post_norm": r"post_attention_layernorm\.", "gate": r"gate_proj\.", "up": r"up_proj\.", "product": r"\.(gate|up)$",
+        "mlp": r"(down_proj|mlp_adapter)\.", "block": r"\.(attention|mlp)$",
+        "q_proj.lora_A": r"q_proj\.lora_A\.weight", "q_proj.lora_B": r"q_proj\.lora_[AB]\.weight",
+        "attention_adapter.hidden": r"attention_adapter\.down\.", "prefix_key": r"prompt_encoder\.",
+    }  # fmt: skip
+    assert set(LAYER_POINTS) <= set(after)
+    for point, pattern in after.items():
+        name = f"layers.1.{point}"
+        if name in order:
+            at = order.index(name)
+            before = [
+                i
+                for i, each in enumerate(order)
+                if re.search(pattern, each) and ("layers.1." in each or "layers." not in each)
+            ]
+            assert before, point
+            assert max(before) < at, (point, order[max(before)])
+            later = r"attention_adapter\.up\.|q_proj\.lora_B\.weight|o_proj\."
+            if point in ("attention_adapter.hidden", "q_proj.lora_A", "mixed"):
+                rest = [i for i, each in enumerate(order) if re.search(later, each) and "layers.1." in each]
+                assert at < max(rest)
 
 
 def test_foreign_names_are_ordered_by_what_they_show():

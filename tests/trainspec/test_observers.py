@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainspec.errors import NonFiniteLossError
 from trainspec.runs import checkpoint
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Metrics
@@ -21,7 +22,7 @@ from trainspec.runs.observers import (
 )
 from trainspec.runs.run import resolve
 from trainspec.runs.run_data import open_data
-from trainspec.trace import Trace, TraceRequest
+from trainspec.trace import Trace, TraceRequest, TraceWriter
 from trainspec.trace_header import TraceHeader
 
 
@@ -190,3 +191,37 @@ def test_an_unused_checkpoint_of_arrays_is_what_is_saved(prepared, tmp_path: Pat
     loaded: Checkpoint = checkpoint.load(path, run)
     assert loaded.step == 3
     assert all((weight[...] == 6.0).all() for weight in loaded.weights.values())
+
+
+@pytest.mark.parametrize("is_leader", [True, False])
+@pytest.mark.parametrize("broken", [1, 3])
+def test_a_step_that_is_not_finite_is_in_the_trace_of_the_run_that_it_ends(
+    prepared, tmp_path: Path, broken: int, is_leader: bool
+):
+    run, data, backend = prepared
+    sound, name = backend.train_step, run.trained[0].name
+
+    def train_step(state, batch, *, lr, keep="nothing"):
+        after, metrics = sound(state, batch, lr=lr, keep=keep)
+        if after.step < broken:
+            return after, metrics
+        gradients = {name: array / 0 for name, array in metrics.gradients.items()}
+        raise NonFiniteLossError("infinite", replace(metrics, grad_norm=np.inf, gradients=gradients))
+
+    backend.train_step = train_step
+    noting, request = Noting(), TraceRequest(tmp_path / "trace")
+    observers = [TraceObserver(backend, request, (), is_leader=is_leader), noting]
+    with pytest.raises(NonFiniteLossError), np.errstate(divide="ignore"):
+        follow(backend, run, data, backend.state(), observers)
+    assert [seen[0] for seen in noting.seen[:-1]] == ["started", *range(1, broken)]
+    assert (tmp_path / "trace").exists() == is_leader
+    if is_leader:
+        trace = Trace(tmp_path / "trace")
+        assert trace.stopped is not None
+        assert (len(trace.steps), trace.stopped["step"]) == (broken - 1, broken)
+        assert trace.record(broken)["grad_norm"] == np.inf
+        assert trace.record(broken)["tokens"] == 7
+        assert np.isinf(trace.read(broken, f"gradient/{name}")).all()
+        assert {key.partition("/")[0] for key in trace.names(broken)} == {"batch", "gradient"}
+        TraceWriter(tmp_path / "trace")  # the next run's trace has none
+        assert not (tmp_path / "trace/stopped.safetensors").exists()

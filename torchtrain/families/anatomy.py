@@ -49,6 +49,14 @@ class Anatomy(Protocol):
         """A layer's feed-forward block; called with the hidden states."""
         ...
 
+    def outputs(self, layer: Any) -> dict[str, nn.Module]:
+        """The modules of a layer whose output is a point of `points.LAYER_POINTS`, by the point's name."""
+        ...
+
+    def inputs(self, layer: Any) -> dict[str, nn.Module]:
+        """The modules whose first argument is a point. Rotated queries and keys are the arguments of no module."""
+        ...
+
     def norm(self, model: Any) -> nn.Module:
         """The final norm."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -19,3 +19,7 @@ class Qwen3(Llama):
 
     def make(self, spec: ModelSpec) -> PreTrainedModel:
         return Qwen3ForCausalLM(Qwen3Config(**sizes(spec)))
+
+    def outputs(self, layer: Any) -> dict[str, nn.Module]:
+        attention = self.attention(layer)
+        return super().outputs(layer) | {"query_norm": attention.q_norm, "key_norm": attention.k_norm}

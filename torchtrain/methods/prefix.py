@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from torchtrain.activations import tap
 from torchtrain.families import anatomy_of
 from torchtrain.mesh import Peers, compute_device
 from torchtrain.methods.site import Site
@@ -82,7 +83,10 @@ def attend_after_prefix(
 ) -> tuple[Tensor, None]:
     """Attention's output [B, S, H, D]. Keys and queries come rotated; the prefix is not."""
     keys_KND, values_KND = prefix[2 * module.layer_idx], prefix[2 * module.layer_idx + 1]
-    examples = len(key_BKSD)
-    key_BKTD = torch.cat((keys_KND.expand(examples, -1, -1, -1), key_BKSD), 2)
-    value_BKTD = torch.cat((values_KND.expand(examples, -1, -1, -1), value_BKSD), 2)
+    keys_BNKD, values_BNKD = (
+        tap(f"layers.{module.layer_idx}.{name}", each_KND.transpose(0, 1).expand(len(key_BKSD), -1, -1, -1))
+        for name, each_KND in (("prefix_key", keys_KND), ("prefix_value", values_KND))
+    )
+    key_BKTD = torch.cat((keys_BNKD.transpose(1, 2), key_BKSD), 2)
+    value_BKTD = torch.cat((values_BNKD.transpose(1, 2), value_BKSD), 2)
     return sdpa_attention_forward(module, query_BHSD, key_BKTD, value_BKTD, attention_mask, **rest)

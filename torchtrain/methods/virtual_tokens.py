@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from torchtrain.activations import tap
 from torchtrain.families import anatomy_of
 from trainspec.data import IGNORED
 from trainspec.methods import ENCODER, Method, leading_rows, virtual_tokens
@@ -49,6 +50,7 @@ def put_in_front(model: PreTrainedModel, encoder: nn.Module, count: int) -> None
     # A hook, as the embedding may be the head as well.
     def prepend(_: nn.Module, __: Any, embedded_BSE: Tensor) -> Tensor:
         virtual_1NE = encoder(tokens_1N.to(embedded_BSE.device))
-        return torch.cat((virtual_1NE.expand(len(embedded_BSE), -1, -1), embedded_BSE), 1)
+        virtual_BNE = tap("prompt", virtual_1NE.expand(len(embedded_BSE), -1, -1))
+        return torch.cat((virtual_BNE, embedded_BSE), 1)
 
     anatomy_of(model).embedding(model).register_forward_hook(prepend)

@@ -33,7 +33,8 @@ class Family(ABC):
     # Two weights that may be one: the embedding, and the head, which the table of a tied model leaves out.
     embedding: ClassVar[str]
     head: ClassVar[str]
-    # The modules, bottleneck adapters and activation points of a layer, in causal order.
+    # The modules of a layer, those that methods add, and the points of `points.LAYER_POINTS` that it has, in causal order:
+    # a point comes after the modules that its value depends on.
     within_layer: ClassVar[tuple[str, ...]]
     # The first readers of the residual stream in a layer: its first norm, and the projections of that norm's output.
     stream_readers: ClassVar[tuple[str, ...]]

@@ -45,8 +45,10 @@ class Llama(Family):
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     fields: ClassVar[type[DecoderFields]] = _Fields
     within_layer: ClassVar[tuple[str, ...]] = (
-        "input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "attention_adapter", "attention",
-        "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp_adapter", "mlp", "block",
+        "input_layernorm", "input_norm", "q_proj", "query", "k_proj", "key", "v_proj", "value",
+        "rotated_query", "rotated_key", "prefix_key", "prefix_value", "mixed", "o_proj", "attention_adapter", "attention",
+        "post_attention_layernorm", "post_norm", "gate_proj", "gate", "up_proj", "up", "product", "down_proj", "mlp_adapter",
+        "mlp", "block",
     )  # fmt: skip
     stream_readers: ClassVar[tuple[str, ...]] = ("input_layernorm", "q_proj", "k_proj", "v_proj")
     # Sizes of published models: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).

@@ -43,8 +43,10 @@ class Qwen3(Llama):
     architectures = ("Qwen3ForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
     within_layer: ClassVar[tuple[str, ...]] = (
-        "input_layernorm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "attention_adapter", "attention",
-        "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp_adapter", "mlp", "block",
+        "input_layernorm", "input_norm", "q_proj", "query", "k_proj", "key", "v_proj", "value",
+        "q_norm", "query_norm", "k_norm", "key_norm", "rotated_query", "rotated_key", "prefix_key", "prefix_value", "mixed",
+        "o_proj", "attention_adapter", "attention", "post_attention_layernorm", "post_norm", "gate_proj", "gate",
+        "up_proj", "up", "product", "down_proj", "mlp_adapter", "mlp", "block",
     )  # fmt: skip
     # Sizes of published models (arXiv 2505.09388, table 1).
     presets: ClassVar[Mapping[str, ModelSpec]] = {

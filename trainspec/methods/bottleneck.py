@@ -12,6 +12,7 @@ from trainspec.methods.entries import linear_entries
 from trainspec.methods.method import AddedWeights, Count
 from trainspec.model import ModelSpec
 from trainspec.params import Param, UniformFanIn, Zeros
+from trainspec.points import Point
 
 # In place of PEFT's types.
 BOTTLENECK = "TWINTRAIN_BOTTLENECK"
@@ -47,6 +48,13 @@ class Adapter(AddedWeights, frozen=True):
                 table += linear_entries(f"{base}.down", width, embed, down, layer=i)
                 table += linear_entries(f"{base}.up", embed, width, (Zeros(), Zeros()), layer=i)
         return tuple(table)
+
+    def points(self, model: ModelSpec) -> tuple[Point, ...]:
+        """What `up` takes: the activation of the bottleneck, after attention and after the MLP."""
+        names = [f"{module}.hidden" for module in ("attention_adapter", "mlp_adapter")]
+        return tuple(
+            Point(name, ("positions", "bottleneck"), i) for i in range(model.layers) for name in names
+        )
 
     def counts(self) -> dict[str, float]:
         """The width."""

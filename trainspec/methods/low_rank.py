@@ -15,6 +15,7 @@ from trainspec.methods.adapter_config import check_setting, check_type
 from trainspec.methods.method import PEFT_PREFIX, AddedWeights, Arrays, Count, Rate
 from trainspec.model import ModelSpec
 from trainspec.params import Param, UniformFanIn, Zeros, param_table
+from trainspec.points import Point
 from trainspec.weight import Array
 
 # PEFT's settings under which its LoRA adds A and B alone, with one rank and scale for all targets.
@@ -79,6 +80,17 @@ class LowRank(AddedWeights, frozen=True):
                 ("lora_B.weight", (out_size, self.rank), (out_axis, "rank"), Zeros()),
             )
         )
+
+    def points(self, model: ModelSpec) -> tuple[Point, ...]:
+        """At each target A x, and the product as it is added: scale B A x."""
+        base = {p.module: p for p in param_table(model) if p.name.endswith(".weight")}
+        points: list[Point] = []
+        for module in target_modules(model, self):
+            target = base[module]
+            name = module.rpartition(".")[2]
+            points.append(Point(f"{name}.lora_A", ("positions", "rank"), target.layer))
+            points.append(Point(f"{name}.lora_B", ("positions", target.axes[0]), target.layer))
+        return tuple(points)
 
     def counts(self) -> dict[str, float]:
         """The rank and the scale."""

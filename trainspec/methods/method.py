@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainspec.errors import RecipeError
 from trainspec.model import ModelSpec
 from trainspec.params import Param
+from trainspec.points import Point
 from trainspec.weight import Array, Weight
 
 Arrays = Mapping[str, Array]
@@ -119,6 +120,10 @@ class MethodSpec(BaseModel, frozen=True):
     def table(self, model: ModelSpec) -> tuple[Param, ...]:
         """One entry per weight that the method adds to `model`, in forward order."""
         raise NotImplementedError
+
+    def points(self, model: ModelSpec) -> tuple[Point, ...]:
+        """The activation points that the method adds to `model`."""
+        return ()
 
     def counts(self) -> dict[str, float]:
         """Numbers of the spec by name, any of which may turn up as a wrong factor between two runs."""

@@ -16,6 +16,7 @@ from trainspec.methods.method import Arrays, Count
 from trainspec.methods.virtual_tokens import ENCODER, VirtualTokensFromText, embedding_entry, linear
 from trainspec.model import ModelSpec
 from trainspec.params import Normal, Param, UniformFanIn, Zeros
+from trainspec.points import Point
 from trainspec.weight import Array
 
 
@@ -73,6 +74,11 @@ class PrefixTuning(VirtualTokensFromText, frozen=True):
             *linear_entries(f"{ENCODER}.transform.0", hidden, ("prefix", width)),
             *linear_entries(f"{ENCODER}.transform.2", whole, hidden, (last, last)),
         )
+
+    def points(self, model: ModelSpec) -> tuple[Point, ...]:
+        """The keys and values that each layer's attention takes, of every example: they are not rotated."""
+        axes, names = ("virtual", "kv_heads", "head_dim"), ("prefix_key", "prefix_value")
+        return tuple(Point(name, axes, i) for i in range(model.layers) for name in names)
 
     def adapter_size(self, model: ModelSpec) -> int:
         """The keys and values, not the projection that makes them."""

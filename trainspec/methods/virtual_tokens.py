@@ -21,10 +21,13 @@ from trainspec.methods.adapter_config import check_setting
 from trainspec.methods.method import ADAPTER_FILE, ENCODER_FILE, AdapterFiles, AddedWeights, Arrays, Count
 from trainspec.model import ModelSpec
 from trainspec.params import FromText, Init, Normal, Param, Zeros
+from trainspec.points import Point
 from trainspec.weight import Array, Weight
 
 # The module that makes virtual tokens, in canonical names.
 ENCODER = "prompt_encoder"
+# The embeddings that are put before those of the tokens.
+PROMPT = Point("prompt", ("virtual", "embed"))
 # PEFT's name for the virtual tokens.
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 

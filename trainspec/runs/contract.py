@@ -82,7 +82,10 @@ class Backend(Protocol[S]):
         ...
 
     def train_step(self, state: S, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[S, Metrics]:
-        """One update; consumes `state`. Raises NonFiniteLossError before the update, with `state` as it was."""
+        """One update; consumes `state`.
+
+        Raises NonFiniteLossError with the step's metrics before the update, with `state` as it was.
+        """
         ...
 
     def eval_step(self, state: S, batch: Batch) -> tuple[float, int]:
@@ -108,7 +111,7 @@ class Reference(Backend[S], Protocol):
     def gradients_of(
         self, state: S, batch: Batch, *, keep: Keep, roundings: Roundings | None = None, draw: int = 0
     ) -> Metrics:
-        """What an update would leave, without making it. Raises NonFiniteLossError."""
+        """What an update would leave, without making it. Raises NonFiniteLossError with it, if it is not finite."""
         ...
 
 

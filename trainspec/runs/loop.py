@@ -18,11 +18,12 @@ from pathlib import Path
 from trainspec.backends import BACKENDS
 from trainspec.causal import causal_order
 from trainspec.data import Batch, open_dataset
+from trainspec.errors import NonFiniteLossError
 from trainspec.files.hf import model_notes
 from trainspec.plans.accelerators import Devices
 from trainspec.recipe import idle_settings
 from trainspec.runs import checkpoint
-from trainspec.runs.contract import Backend, S
+from trainspec.runs.contract import Backend, Metrics, S
 from trainspec.runs.observers import (
     CheckpointObserver,
     Due,
@@ -85,7 +86,11 @@ def follow(backend: Backend[S], run: Run, data: RunData, state: S, observers: Se
             observer.started(state)
         for batch in batches:
             lr = learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=state.step, steps=span.steps)
-            state, update = _update(backend, state, batch, lr, observers)
+            try:
+                state, update = _update(backend, state, batch, lr, observers)
+            except NonFiniteLossError as error:
+                _stopped(state.step + 1, batch, lr, error.metrics, observers)
+                raise
             for observer in observers:
                 update = observer.updated(state, update)
     return state
@@ -103,6 +108,14 @@ def _update(
         (backend.weights_of(state), backend.moments_of(state)) if needs.after else ({}, ({}, {}))
     )
     return state, Update(state.step, batch, lr, metrics, seconds, before, weights, moments)
+
+
+def _stopped(
+    step: int, batch: Batch, lr: float, metrics: Metrics | None, observers: Sequence[Observer[S]]
+) -> None:
+    if metrics is not None:
+        for observer in observers:
+            observer.stopped(Update(step, batch, lr, metrics, 0.0, {}, {}, ({}, {})))
 
 
 def _observers(

@@ -81,6 +81,10 @@ class Observer(Protocol[State]):
         """Called after an update. Returns the update for the next observers, to which it may add."""
         return update
 
+    def stopped(self, update: Update) -> None:
+        """Called where loss or gradient is not finite: the update is not made and has no weights, and the run ends."""
+        return
+
     def finished(self) -> None:
         """Called at the end of the run, after an error too."""
         return
@@ -104,7 +108,7 @@ class Due:
 
 
 class TraceObserver(Observer[S]):
-    """Writes every update to a trace; `order` is the causal order of its names, `header` what the run is."""
+    """Writes every update to a trace, and a step that ends the run before its update; `order` is the causal order of its names, `header` what the run is."""
 
     def __init__(
         self,
@@ -136,6 +140,11 @@ class TraceObserver(Observer[S]):
         if self._writer:
             self._writer.step(step_trace(update))
         return update
+
+    def stopped(self, update: Update) -> None:
+        """Writes what the step left."""
+        if self._writer:
+            self._writer.stopped(step_trace(update))
 
 
 def trace_header(recipe: Recipe, identity: Identity, devices: Devices) -> TraceHeader:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtrain.activations import tap
+
 
 def put_into(model: Any) -> None:
     """Have every layer of a LlamaForCausalLM or a Qwen3ForCausalLM attend by `attention`."""
@@ -26,11 +28,16 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The method `forward` of LlamaAttention and Qwen3Attention: its output, and None for the attention weights."""
     B, S, _E = hidden_states.shape
+    layer = f"layers.{self.layer_idx}"
     projections = (self.q_proj, self.k_proj, self.v_proj)
     q, k, v = (p(hidden_states).view(B, S, -1, self.head_dim).transpose(1, 2) for p in projections)
     q_tables, k_tables = position_embeddings[:2], position_embeddings[:2]
     q, k = normed(self, q, k)
     q, k = rotated(q, *q_tables), rotated(k, *k_tables)
+    q, k = (
+        tap(f"{layer}.rotated_{name}", x.transpose(1, 2)).transpose(1, 2)
+        for name, x in (("query", q), ("key", k))
+    )
     k, v = (t.repeat_interleave(self.num_key_value_groups, dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * self.scaling
     scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -39,8 +46,11 @@ def attention(
 
 
 def normed(layer: Any, q_BHSD: Tensor, k_BKSD: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys after the layer's norms, if it has any."""
-    return (layer.q_norm(q_BHSD), layer.k_norm(k_BKSD)) if hasattr(layer, "q_norm") else (q_BHSD, k_BKSD)
+    """Queries and keys after the layer's norms, if it has any: they take the heads last but one."""
+    if not hasattr(layer, "q_norm"):
+        return q_BHSD, k_BKSD
+    q_BSHD, k_BSKD = layer.q_norm(q_BHSD.transpose(1, 2)), layer.k_norm(k_BKSD.transpose(1, 2))
+    return q_BSHD.transpose(1, 2), k_BSKD.transpose(1, 2)
 
 
 def rotated(x_BHSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
