@@ -64,9 +64,7 @@ def main() -> None:
         parts = np.split(array, 3) if "qkv" in name else [array]
         names = [name.replace("qkv", part) for part in "qkv"] if "qkv" in name else [name]
         weights |= dict(zip(names, parts, strict=True))
-    kernels = [name for name, array in weights.items() if array.ndim == 2 and "layers" in name] + [
-        "head.weight"
-    ]
+    kernels = [n for n, a in weights.items() if a.ndim == 2 and n.startswith(("layers", "head"))]
     weights = {n: jnp.asarray(array.T if n in kernels else array) for n, array in weights.items()}
     mask = {name: array.ndim > 1 or args.decay_all for name, array in weights.items()}
     schedule = lambda count: shared.LR * jnp.minimum(1.0, (count + 1) / shared.WARMUP)  # noqa: E731

@@ -16,17 +16,11 @@ from parity import Recorder, Split
 class Layer(nn.Module):
     """Attention and a multilayer perceptron, each added to the residual stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(shared.WIDTH), nn.LayerNorm(shared.WIDTH)
-        self.qkv, self.out = (
-            nn.Linear(shared.WIDTH, 3 * shared.WIDTH, bias=False),
-            nn.Linear(shared.WIDTH, shared.WIDTH, bias=False),
-        )
-        self.up, self.down = (
-            nn.Linear(shared.WIDTH, 4 * shared.WIDTH),
-            nn.Linear(4 * shared.WIDTH, shared.WIDTH),
-        )
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[examples, tokens, width] to the same."""
@@ -41,17 +35,11 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """A decoder-only transformer with learned positions."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.tokens, self.positions = (
-            nn.Embedding(shared.VOCAB, shared.WIDTH),
-            nn.Embedding(shared.TOKENS, shared.WIDTH),
-        )
-        self.layers, self.norm = (
-            nn.ModuleList(Layer() for _ in range(shared.LAYERS)),
-            nn.LayerNorm(shared.WIDTH),
-        )
-        self.head = nn.Linear(shared.WIDTH, shared.VOCAB, bias=False)
+        self.tokens, self.positions = nn.Embedding(shared.VOCAB, width), nn.Embedding(shared.TOKENS, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(shared.LAYERS))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, shared.VOCAB, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids to logits."""
@@ -67,12 +55,11 @@ def main() -> None:
     parser.add_argument("trace", help="where the trace goes")
     parser.add_argument("--mean-of-means", action="store_true", help="a mistake: slices count alike")
     args = parser.parse_args()
-    model, start = Model().double(), shared.starting_weights()
+    model, start = Model(shared.WIDTH).double(), shared.starting_weights()
     model.load_state_dict({name: torch.from_numpy(array) for name, array in start.items()})
     weights = dict(model.named_parameters())
-    groups = [{"params": [p for p in weights.values() if (p.ndim > 1) == matrix]} for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(groups[:1], weight_decay=shared.DECAY)
-    optimizer.add_param_group(groups[1] | {"weight_decay": 0.0})
+    optimizer = torch.optim.AdamW([p for p in weights.values() if p.ndim > 1], weight_decay=shared.DECAY)
+    optimizer.add_param_group({"params": [p for p in weights.values() if p.ndim == 1], "weight_decay": 0.0})
 
     fused = {name: Split([name.replace("qkv", part) for part in "qkv"]) for name in weights if "qkv" in name}
     names = {name: name for name in weights if name not in fused}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity import Recorder
+from parity import Join, Recorder, Split
 from parity.cli import main
 from trainspec.errors import TraceError
 from trainspec.trace import StepTrace, Trace, TraceWriter
@@ -303,3 +303,33 @@ def test_moments_that_cannot_be_are_an_error(tmp_path: Path):
         Recorder(tmp_path / "a", names=NAMES, first_step=2).initial(weights(), moment1=trained())
     with pytest.raises(TraceError, match="moments before step 1"):
         Recorder(tmp_path / "b", names=NAMES).initial(weights(), moment1=trained(), moment2=trained())
+
+
+def test_the_parts_of_a_fused_weight_stand_where_it_was_recorded(tmp_path: Path):
+    names = {"table": "table", "out": "out", "head": "head"}
+    recorder = Recorder(
+        tmp_path, names=names, split={"qkv": Split(("q", "k"))}, join={"up": Join(("g", "u"))}
+    )
+    mine = {name: np.ones(2) for name in ("table", "qkv", "out", "g", "u", "head")}
+    recorder.initial(mine)
+    step(recorder, gradients=mine, weights=mine, moment1=mine, moment2=mine)
+    trace = Trace(tmp_path)
+    assert [named.name for named in trace.causal_order()] == ["table", "q", "k", "out", "up", "head"]
+    assert trace.header.order == "recording"
+
+
+@pytest.mark.parametrize(("given", "first"), [("left", "a"), ("right", "a"), (None, "c")])
+def test_an_order_that_is_given_goes_before_one_that_was_recorded(
+    tmp_path: Path, given: str | None, first: str
+):
+    """The map says a, c, b; the user c, b, a. Gradients are walked backwards, and those of a and c differ."""
+    for side, factor in (("left", 1.0), ("right", 1.5)):
+        order = ["c", "b", "a"] if side == given else []
+        recorder = Recorder(tmp_path / side, names={name: name for name in "acb"}, order=order)
+        mine = {name: np.arange(1.0, 4.0) for name in "acb"}
+        recorder.initial(mine)
+        gradients = {name: np.full(3, 1.0 if name == "b" else factor) for name in "acb"}
+        step(recorder, gradients=gradients, weights=mine, moment1=mine, moment2=mine)
+    assert main(["diff", str(tmp_path / "left"), str(tmp_path / "right"), "--out", str(tmp_path)]) == 1
+    divergence = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
+    assert (divergence["phase"], divergence["tensor"]) == ("gradient", first)

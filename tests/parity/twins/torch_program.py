@@ -87,12 +87,14 @@ class Adam(torch.optim.Optimizer):
         first, second = shared.BETAS
         for group in self.param_groups:
             group["t"] += 1
+            decay = group["weight_decay"]
             for p in group["params"]:
                 state = self.state[p]
+                gradient = p.grad + decay * p if self.wrong == "l2" else p.grad
                 m = state.get("exp_avg", torch.zeros_like(p, dtype=self.stored or p.dtype))
                 v = state.setdefault("exp_avg_sq", torch.zeros_like(p))
-                m = first * m + (1 - first) * p.grad
-                v.mul_(second).addcmul_(p.grad, p.grad, value=1 - second)
+                m = first * m + (1 - first) * gradient
+                v.mul_(second).addcmul_(gradient, gradient, value=1 - second)
                 state["exp_avg"] = m.to(self.stored or p.dtype)
                 used = state["exp_avg"].to(p.dtype) if self.wrong == "stored" else m
                 used, root = used / (1 - first ** group["t"]), v / (1 - second ** group["t"])
@@ -100,7 +102,7 @@ class Adam(torch.optim.Optimizer):
                     scaled = used / (root + shared.EPS).sqrt()
                 else:
                     scaled = used / (root.sqrt() + shared.EPS)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * scaled)
+                p.mul_(1 - group["lr"] * (0.0 if self.wrong == "l2" else decay)).sub_(group["lr"] * scaled)
 
 
 class Muon(torch.optim.Optimizer):
