@@ -52,6 +52,11 @@ def loss_sum_and_gradients(w: Weights, ids: jax.Array, labels: jax.Array) -> jax
     return jnp.sum(jnp.where(labels == shared.IGNORED, 0.0, losses))
 
 
+def schedule(count: jax.Array) -> jax.Array:
+    """The rate; optax counts in int32, and what is divided in that type is float32, under x64, too."""
+    return shared.LR * jnp.minimum(1.0, (count.astype(jnp.float64) + 1) / shared.WARMUP)
+
+
 def main() -> None:
     """Train and record."""
     parser = ArgumentParser()
@@ -67,7 +72,6 @@ def main() -> None:
     kernels = [n for n, a in weights.items() if a.ndim == 2 and n.startswith(("layers", "head"))]
     weights = {n: jnp.asarray(array.T if n in kernels else array) for n, array in weights.items()}
     mask = {name: array.ndim > 1 or args.decay_all for name, array in weights.items()}
-    schedule = lambda count: shared.LR * jnp.minimum(1.0, (count + 1) / shared.WARMUP)  # noqa: E731
     optimizer = optax.adamw(schedule, weight_decay=shared.DECAY, mask=mask)
     state = optimizer.init(weights)
 
@@ -86,7 +90,7 @@ def main() -> None:
         updates, state = optimizer.update(clipped, state, weights)
         weights = optax.apply_updates(weights, updates)
         recorder.step(
-            batch=data, loss_sum=float(sum(losses)), tokens=tokens, lr=float(schedule(step)), gradients=gradients,
+            batch=data, loss_sum=float(sum(losses)), tokens=tokens, lr=schedule(jnp.int32(step)).item(), gradients=gradients,
             weights=weights, moment1=state[0].mu, moment2=state[0].nu, grad_norm=norm.item(),
         )  # fmt: skip
 

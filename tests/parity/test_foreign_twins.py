@@ -55,6 +55,7 @@ MISTAKES = {
     "adamw:clip": Shown("clip", {"clip_factor"}),
     "adamw:clip_eps": Shown("clip", {"clip_factor"}),
     "sgd:clip": Shown("update", ALL),
+    "sgd:hidden_rate": Shown("update", ALL),
     "momentum:clip": Shown("slot", {f"momentum/{name}" for name in ALL}),
     "lion:clip": Shown("slot", {f"momentum/{name}" for name in ALL}),
     "adamw:l2": Shown("moment1", DECAYED),
@@ -64,7 +65,7 @@ MISTAKES = {
     "momentum:dampening": Shown("slot", {f"momentum/{name}" for name in ALL}, 2),
     "muon:torch": Shown("update", MATRICES),
     "muon:scale": Shown("update", MATRICES),
-    "muon:uncorrected": Shown("update", MATRICES, 2),
+    "muon:uncorrected": Shown("update", MATRICES),
     "muon:decay": Shown("update", MATRICES),
     "adamw_bf16:full_moments": Shown("moment1", ALL),
     "adamw_bf16:stored": Shown("update", ALL),
@@ -78,13 +79,15 @@ MISTAKES = {
     "sgd:bf16_weights": Shown("update", ALL),
 }
 # What rounding hides in float32: a relative difference of 1e-6, or one below the rounding of a bfloat16 moment.
-FLOAT64_ONLY = {"adamw:clip_eps", "adamw_bf16:stored", "muon:decay"}
+FLOAT64_ONLY = {"adamw:clip_eps", "adamw_bf16:stored", "sgd:hidden_rate"}
+# What float32 shows at a later step than float64: at step 1 it is the eps of a norm, at 1e-7.
+LATER_IN_FLOAT32 = {"muon:uncorrected": 2}
 # By case of planted_lm.py, in float64 only.
 LANGUAGE_MODEL = {
     "lm:padding_idx": Shown("gradient", {"tokens.weight"}),
     "lm:label_smoothing": Shown("loss", {"loss_sum"}),
     "lm:float_mask": Shown("loss", {"loss_sum"}),
-    "lm:softmax32": Shown("gradient", {f"layers.1.{part}.weight" for part in "qk"}),
+    "lm:softmax32": Shown("gradient", {"head.weight"}),
 }
 # What passes, and the note that says why it may not be what the user wants.
 PASSING = {"sgd:float32_rate": "computes its learning rate in float32", "lm:mask_value": ""}
@@ -147,7 +150,8 @@ def test_a_planted_difference_is_placed(traces: Path, case: str, dtype: str, tmp
     if dtype == "float32" and case in FLOAT64_ONLY:
         assert first is None
     else:
-        assert_shown(first, MISTAKES[case])
+        later = LATER_IN_FLOAT32.get(case) if dtype == "float32" else None
+        assert_shown(first, MISTAKES[case]._replace(step=later or MISTAKES[case].step))
 
 
 @pytest.mark.parametrize("case", LANGUAGE_MODEL)

@@ -291,7 +291,7 @@ def train(home: Path, dtype: str, case: str) -> None:
         lr = float(np.float32(lr)) if wrong == "float32_rate" else lr
         for rule in rules:
             for group in rule.param_groups:
-                group["lr"] = lr
+                group["lr"] = float(np.float32(lr)) if wrong == "hidden_rate" else lr
             rule.step()
         step_state(weights, lr, wrong)
         recorder.step(
