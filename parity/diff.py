@@ -139,8 +139,12 @@ def _estimate_notes(comparison: Comparison, precision: Policy) -> Iterator[str]:
 def _header_notes(traces: Traces) -> Iterator[str]:
     """What is not known of a trace without a header, and in what two headers differ besides where the runs computed."""
     headers = [trace.header or TraceHeader() for trace in traces]
-    unknown = [n for n, header in zip(NAMES, headers, strict=True) if not (header.policy and header.identity)]
-    if unknown:
+    sides = list(zip(NAMES, headers, strict=True))
+    if unknown := [name for name, header in sides if header.identity and not header.policy]:
+        yield (
+            f"{HEADER_FILE} states no policy in {' and '.join(unknown)}: the type of the gradients stands for the precision"
+        )
+    if unknown := [name for name, header in sides if not header.identity]:
         yield (
             f"no header ({HEADER_FILE}) states policy and identity in {' and '.join(unknown)}: the type of the gradients stands "
             "for the precision, and method, tokenizer, plan and versions are not known"

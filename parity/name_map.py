@@ -74,6 +74,22 @@ class NameMap:
             raise TraceError(f"the name map gives {twice!r} to more than one weight; each needs its own")
         self._check_layouts(transpose, permute or {})
 
+    def told_order(self, recorded: Iterable[str]) -> list[str]:
+        """The common names in the order of the own ones that were recorded; what is joined comes with its first part."""
+        parts = {own: common for common, each in self._join.items() for own in each.names}
+        order: list[str] = []
+        for own in recorded:
+            if own in self._split:
+                order += self._split[own].names
+            else:
+                order.append(self._names.get(own) or parts[own])
+        return list(dict.fromkeys(order))
+
+    @property
+    def orders_all(self) -> bool:
+        """Whether the map's own order says where each weight is; a fused weight has no position among the others."""
+        return not (self._split or self._join)
+
     def _check_layouts(self, transpose: Collection[str], permute: Mapping[str, Sequence[int]]) -> None:
         for what, listed in (("transpose", transpose), ("permute", permute)):
             for name in listed:

@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from parity.name_map import Array, Arrays, Join, NamedArrays, NameMap, Split, copied
+from parity.record_header import RecordedHeader
 from trainspec.errors import TraceError
+from trainspec.plans.plan import Policy
 from trainspec.trace import StepTrace, TraceName, TraceWriter
+from trainspec.trace_header import OrderOrigin
 
 
 class Recorder:
@@ -32,10 +35,16 @@ class Recorder:
     gradients back through it; by default that is the order of `names`, or of the weights in `initial`, unless it is merely
     alphabetical. `replace` writes over an earlier trace.
 
+    The trace's header, trace.json, says what the run was, and `parity diff` reads it: `program` is your name for it,
+    `precision` what it computes in (fp64, fp32 or bf16; the type of the gradients stands for it where nothing is said),
+    `first_step` the first step to come where the run resumed from a checkpoint. The versions of the libraries, and digests
+    of the starting weights and of all batches, are added.
+
     Arrays are anything that `numpy.asarray` takes, a `jax.Array` or a torch tensor. Each is copied at once, so the program
     may update its weights in place. Types are kept: a float64 run gives a float64 trace, which is held to 1e-9.
 
-    Raises TraceError if a name is not in the map, an array is missing, or a shape is not the weight's.
+    Raises TraceError if a name is not in the map, an array is missing, a shape is not the weight's, or an argument is not
+    what it says.
     """
 
     def __init__(
@@ -49,8 +58,12 @@ class Recorder:
         join: Mapping[str, Join] | None = None,
         order: Sequence[str] = (),
         replace: bool = False,
+        program: str | None = None,
+        precision: Policy | None = None,
+        first_step: int = 1,
     ) -> None:
         self._map = NameMap(names, transpose=transpose, permute=permute, split=split, join=join)
+        self._header = RecordedHeader(program, precision, first_step)
         for name in order:
             if list(order).count(name) > 1:
                 raise TraceError(f"order: {name!r} is listed twice")
@@ -61,16 +74,21 @@ class Recorder:
                 f"{directory}: holds a trace; give another directory, or replace=True to write over it"
             )
         self._order = list(order)
-        self._writer = TraceWriter(directory)
+        self._order_origin: OrderOrigin | None = "given" if order else None
+        self._directory, self._writer = directory, TraceWriter(directory)
         self._weights: Arrays = {}
+        self._starting_moments: tuple[Arrays, Arrays] | None = None
         self._own_shapes: dict[str, tuple[int, ...]] = {}
         self._trained: set[str] = set()
-        self._step = 0
+        self._step, self._first_step = first_step - 1, first_step
 
-    def initial(self, weights: NamedArrays) -> None:
+    def initial(
+        self, weights: NamedArrays, *, moment1: NamedArrays | None = None, moment2: NamedArrays | None = None
+    ) -> None:
         """Record the weights before the first update. Call it once, before the first `step`.
 
-        Frozen weights, running statistics, target networks and counters belong to them.
+        Frozen weights, running statistics, target networks and counters belong to them. `moment1` and `moment2` are Adam's
+        in a run that resumed.
         """
         if self._weights:
             raise TraceError(
@@ -84,8 +102,17 @@ class Recorder:
             name: tuple(array.shape if hasattr(array, "shape") else np.shape(array))
             for name, array in weights.items()
         }
-        self._order = self._order or _told(self._map.common) or _told(self._weights)
-        self._writer.initial(self._weights, _without_roles(self._order))
+        self._starting_moments = self._resumed(moment1, moment2)
+        from_map = self._map.common if self._map.orders_all else ()
+        origins: tuple[tuple[OrderOrigin, Iterable[str]], ...] = (
+            ("names", from_map),
+            ("recording", self._map.told_order(weights)),
+        )
+        for origin, names in origins:
+            if not self._order and (told := _told(names)):
+                self._order, self._order_origin = told, origin
+        self._header.started(self._weights, self._order_origin)
+        self._write_start()
 
     def step(
         self,
@@ -116,7 +143,7 @@ class Recorder:
         have common names.
         """
         self._check(batch, tokens)
-        if self._step == 0:
+        if self._step < self._first_step:
             self._order_points(activations or activation_gradients or {})
         mapped = self._mapped("gradients", gradients)
         self._trained |= set(mapped)
@@ -128,10 +155,11 @@ class Recorder:
             )
         moved = {name: _difference(new, self._weights[name]) for name, new in after.items()}
         state = self._slots(moment1, moment2, slots or {}, mapped)
+        inputs = _copies("batch", batch)
         self._writer.step(
             StepTrace(
                 step=self._step + 1,
-                batch=_copies("batch", batch),
+                batch=inputs,
                 loss_sum=float(loss_sum),
                 tokens=int(tokens),
                 grad_norm=_norm(mapped, self._weights) if grad_norm is None else float(grad_norm),
@@ -146,6 +174,7 @@ class Recorder:
                 activation_gradients=_copies("activation_gradients", activation_gradients or {}),
             )
         )
+        self._header.fed(inputs).write(self._directory)
         self._weights = after
         self._step += 1
 
@@ -162,7 +191,28 @@ class Recorder:
         points = _told(name for name in activations if name not in self._order)
         if points and self._order:
             self._order += points
-            self._writer.initial(self._weights, _without_roles(self._order))
+            self._write_start()
+
+    def _write_start(self) -> None:
+        order = [TraceName(name, None) for name in self._order]
+        self._writer.initial(
+            self._weights, order, moments=self._starting_moments, header=self._header.current
+        )
+
+    def _resumed(
+        self, moment1: NamedArrays | None, moment2: NamedArrays | None
+    ) -> tuple[Arrays, Arrays] | None:
+        """The moments that a run starts from after a resume."""
+        if moment1 is None and moment2 is None:
+            return None
+        if moment1 is None or moment2 is None:
+            raise TraceError("initial: one moment without the other; give moment1 and moment2, or neither")
+        if self._first_step == 1:
+            raise TraceError(
+                "initial: moments before step 1, where they are zero; leave them out, or give Recorder the first_step that "
+                "the resumed run makes"
+            )
+        return self._mapped("initial: moment1", moment1), self._mapped("initial: moment2", moment2)
 
     def _slots(
         self,
@@ -212,10 +262,6 @@ def _told(names: Iterable[str]) -> list[str]:
     """`names` if their order can be causal; none of them where it is alphabetical, as JAX sorts the keys of a pytree."""
     listed = list(names)
     return [] if listed == sorted(listed) and len(listed) > 1 else listed
-
-
-def _without_roles(names: Iterable[str]) -> list[TraceName]:
-    return [TraceName(name, None) for name in names]
 
 
 def _difference(new: Array, old: Array) -> Array:

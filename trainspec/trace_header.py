@@ -5,6 +5,8 @@
     plan, method           as in a recipe
     identity               digests of the run's contents (`trainspec.runs.identity`): model, weights, tokenizer, data, method
     first_step             the first recorded step: 1 where nothing is said, more where the run resumed from a checkpoint
+    order                  where the causal order of the names comes from: given (by the program's user), names (the order of a
+                           name map) or recording (the order in which the weights were recorded); nothing where it is exact
 
 Every key may be left out, and so may the file: a program that writes traces states what it knows.
 """
@@ -15,13 +17,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from trainspec.errors import TraceError, nearest
 from trainspec.plans.plan import Policy
 
 HEADER_FILE = "trace.json"
-_POLICIES = get_args(Policy)
+# Where the causal order of a trace's names comes from.
+OrderOrigin = Literal["given", "names", "recording"]
+_POLICIES, _ORIGINS = get_args(Policy), get_args(OrderOrigin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class TraceHeader:
     method: Mapping[str, Any] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
     first_step: int | None = None
+    order: OrderOrigin | None = None
 
     def write(self, directory: Path) -> None:
         """Write it into a trace's directory; nothing where it says nothing."""
@@ -69,6 +74,8 @@ def _wanted(key: str, value: object) -> str | None:
     match key:
         case "policy" | "reduce":
             return None if value in _POLICIES else " or ".join(_POLICIES)
+        case "order":
+            return None if value in _ORIGINS else " or ".join(_ORIGINS)
         case "backend":
             return None if isinstance(value, str) else "a name"
         case "first_step":

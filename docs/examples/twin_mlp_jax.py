@@ -42,7 +42,7 @@ def main() -> None:
     optimizer = optax.adamw(LR, weight_decay=0.01)
     state = optimizer.init(weights)
 
-    recorder = Recorder(args.trace, names=NAMES, transpose=KERNELS)
+    recorder = Recorder(args.trace, names=NAMES, transpose=KERNELS, program="twin_mlp_jax", precision="fp64")
     recorder.initial(weights)
     for step in range(STEPS):
         inputs, targets = batch(step)

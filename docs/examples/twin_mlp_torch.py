@@ -30,7 +30,7 @@ def main() -> None:
         model.parameters(), lr=LR, weight_decay=0.01
     )
 
-    recorder = Recorder(args.trace, names=NAMES)
+    recorder = Recorder(args.trace, names=NAMES, program="twin_mlp_torch", precision="fp64")
     recorder.initial(numpy_of(dict(model.named_parameters())))
     for step in range(STEPS):
         inputs, targets = batch(step)

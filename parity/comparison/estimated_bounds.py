@@ -323,8 +323,8 @@ def path_roundings(
 ) -> tuple[float, float]:
     """Squared relative error (u² k²) of the forward pass alone, and of forward and backward pass to a gradient.
 
-    Read from the shapes of the weights: a matrix [out, in] sums over `in` forward and over `out` backward, a
-    norm over its width; attention's scores sum over a head, its softmax and its values over the sequence; the
+    Read from the shapes of the weights: a matrix [out, in] sums over `in` forward and over `out` backward, a convolution
+    [out, in, *window] over `in` and `out` at each place of its window, a norm over its width; attention's scores sum over a head, its softmax and its values over the sequence; the
     head's softmax over the vocabulary; a weight's own gradient over the tokens of the batch (`batch` is its shape,
     [examples, sequence_tokens]). Parallel matrices are counted as if in sequence: an over-estimate. `structure` tells
     embeddings from other matrices and counts the layers. Virtual tokens lengthen the sequence, and their encoder's
@@ -337,11 +337,11 @@ def path_roundings(
     widths = [shape[0] for shape in model.values() if len(shape) == 1]
     width, vocab = max(widths, default=1), vocabulary(model)
     layers = structure.num_layers(model)
-    matrices = [s for name, s in model.items() if len(s) == 2 and structure.role(name) != "embedding"]
+    matrices = [s for name, s in model.items() if len(s) >= 2 and structure.role(name) != "embedding"]
     encoded = _in_encoder(encoder, virtual)
-    forward = [shape[1] for shape in (*encoded, *matrices)] + widths
+    forward = [math.prod(shape[1:]) for shape in (*encoded, *matrices)] + widths
     forward += layers * [width, sequence, sequence] + [vocab]
-    backward = [shape[0] for shape in (*encoded, *matrices)] + widths
+    backward = [math.prod((shape[0], *shape[2:])) for shape in (*encoded, *matrices)] + widths
     backward += layers * [width, sequence, sequence, sequence, sequence] + [vocab, examples * sequence]
     cells = virtual * sum(".weight_hh_" in name for name in encoder)
 

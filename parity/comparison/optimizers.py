@@ -115,8 +115,8 @@ def _share(pair: Pair, step: int, group: str, name: str) -> float:
 
 
 def _sides(pair: Pair, step: int, group: str, name: str, *, like: Array) -> tuple[Array, Array]:
-    """Both sides in float64; zeros before step 1 and for an array that is not there or has another shape."""
-    sides = pair.read(step, group, name) if step else (None, None)
+    """Both sides in float64; zeros before the first step and for an array that is not there or has another shape."""
+    sides = pair.read(step, group, name) if step >= pair.first_step else (None, None)
     one, other = (
         np.zeros(like.shape) if side is None or side.shape != like.shape else as_float64(side)
         for side in sides

@@ -63,8 +63,10 @@ class Pair:
 
     @cached_property
     def structure(self) -> Structure:
-        """Causal order, roles and layers of the names in the traces."""
-        return Structure(*(trace.causal_order() for trace in self.traces))
+        """Causal order, roles and layers of the names in the traces; an order that is only that of a recording comes last."""
+        headers = {trace: trace.header.order if trace.header else None for trace in self.traces}
+        surest = sorted(self.traces, key=lambda trace: headers[trace] in ("names", "recording"))
+        return Structure(*(trace.causal_order() for trace in surest))
 
     def keys(self, step: int) -> tuple[frozenset[str], frozenset[str]]:
         """The tensor keys of each side at `step`; step 0 means what the traces start from.

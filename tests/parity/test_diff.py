@@ -299,6 +299,7 @@ def test_an_estimated_bound_says_what_it_shows(base, tmp_path):
         ('{"polcy": "fp32"}', "'polcy' is no key of a header; did you mean 'policy'?"),
         ('{"policy": "fp8"}', "policy is 'fp8'; give fp64 or fp32 or bf16, or leave it out"),
         ('{"identity": 3}', "identity is 3; give an object, or leave it out"),
+        ('{"order": "mine"}', "order is 'mine'; give given or names or recording, or leave it out"),
         ('{"policy"', "not JSON"),
         ("[]", "not a JSON object"),
     ],

@@ -1,23 +1,19 @@
-"""The recorder, and the two example programs of docs/record-a-trace.md: they pass clean and fail with a planted mistake."""
+"""The recorder: what it writes, what its header states, and one line for each way to misuse it."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from parity import Recorder
-from parity.cli import main, parser
+from parity import Join, Recorder, Split
+from parity.cli import main
 from trainspec.errors import TraceError
 from trainspec.trace import StepTrace, Trace, TraceWriter
 
-ROOT = Path(__file__).parent.parent.parent
 NAMES = {"kernel": "fc.weight", "bias": "fc.bias", "table": "frozen.weight"}
 
 
@@ -218,47 +214,149 @@ def test_tied_weights_that_are_given_twice_count_once_in_the_norm(tmp_path: Path
         assert Trace(tmp_path / name).steps[0]["grad_norm"] == norm
 
 
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("mlp")
-    for program, name, *flags in (
-        ("jax", "jax"),
-        ("torch", "torch"),
-        ("jax", "jax-wrong", "--divide-by-examples"),
-        ("torch", "torch-wrong", "--eps-inside"),
+def test_the_header_says_what_the_recorder_was_told_and_what_it_saw(tmp_path: Path):
+    recorder = Recorder(tmp_path, names=NAMES, program="mine", precision="fp64")
+    recorder.initial(weights())
+    step(recorder)
+    before = Trace(tmp_path).header
+    step(recorder)
+    header = Trace(tmp_path).header
+    assert (header.backend, header.policy, header.first_step, header.order) == ("mine", "fp64", 1, "names")
+    assert header.versions["numpy"] == np.__version__
+    assert header.identity["weights"] == before.identity["weights"]
+    assert header.identity["data"] != before.identity["data"]
+
+
+def test_digests_are_of_common_names_layout_and_values(tmp_path: Path):
+    """A float32 kernel [in, out] under its own name has the digest of the same float64 weight [out, in]."""
+    kernel = np.arange(6.0).reshape(2, 3)
+    digests = []
+    for name, array, batch, options in (
+        ("a", kernel, np.ones(3), {}),
+        ("b", kernel.T.astype(np.float32), np.ones(3, np.int32), {"transpose": ["k"]}),
+        ("c", kernel + 1e-15, np.ones(3), {}),
+        ("d", kernel, np.zeros(3), {}),
     ):
-        script = str(ROOT / f"docs/examples/twin_mlp_{program}.py")
-        subprocess.run([sys.executable, script, str(root / name), *flags], check=True, cwd=ROOT)
-    return root
+        recorder = Recorder(tmp_path / name, names={"k": "w"}, **options)
+        recorder.initial({"k": array})
+        recorder.step(
+            batch={"x": batch}, loss_sum=1.0, tokens=1, lr=0.1, gradients={"k": array}, weights={"k": array}
+        )
+        digests.append(Trace(tmp_path / name).header.identity)
+    assert digests[0] == digests[1]
+    assert [digests[0][key] == digests[2][key] for key in ("weights", "data")] == [False, True]
+    assert [digests[0][key] == digests[3][key] for key in ("weights", "data")] == [True, False]
+
+
+def told(tmp_path: Path, one: dict, other: dict) -> Path:
+    """Two recordings of the same step, with what the Recorders are told."""
+    for side, options in (("a", one), ("b", other)):
+        recorder = Recorder(tmp_path / side, names=NAMES, **options)
+        recorder.initial(weights())
+        step(recorder)
+    return tmp_path
+
+
+def test_the_precision_that_a_recorder_states_is_the_one_that_is_judged(tmp_path: Path, capsys):
+    home = told(tmp_path, {"precision": "fp32"}, {"precision": "fp32"})
+    main(["diff", str(home / "a"), str(home / "b"), "--out", str(home)])
+    verdict = json.loads((home / "verdict.json").read_text())
+    assert verdict["precision"] == "fp32"
+    assert not any("states no policy" in note or "no header" in note for note in verdict["notes"])
+    home = told(tmp_path / "two", {"precision": "fp64"}, {"precision": "bf16"})
+    capsys.readouterr()
+    assert main(["diff", str(home / "a"), str(home / "b")]) == 2
+    assert "two precisions are not the same training" in capsys.readouterr().err
+
+
+def test_a_recording_without_a_precision_is_judged_by_its_types_and_says_so(tmp_path: Path):
+    home = told(tmp_path, {}, {"precision": "fp64"})
+    assert main(["diff", str(home / "a"), str(home / "b"), "--out", str(home)]) == 0
+    notes = json.loads((home / "verdict.json").read_text())["notes"]
+    assert "trace.json states no policy in left: the type of the gradients stands for the precision" in notes
+
+
+def test_other_batches_are_named_by_their_digests(tmp_path: Path):
+    _, verdict = pair_of(tmp_path, {}, {"batch": {"inputs": np.zeros((4, 2))}})
+    [note] = [note for note in verdict["notes"] if "the headers differ" in note]
+    assert "data (digest)" in note
+    assert "weights" not in note
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "phase"),
-    [("jax", "torch", None), ("jax", "torch-wrong", "update"), ("jax-wrong", "torch", "gradient")],
+    ("options", "says"),
+    [
+        ({"precision": "fp23"}, "precision: 'fp23' is none of fp64, fp32, bf16; did you mean 'fp32'?"),
+        ({"program": ""}, "program: '' is no name; give a text, or leave it out"),
+        ({"first_step": 0}, "first_step: 0 is no step; give a whole number from 1 on"),
+    ],
 )
-def test_the_examples_agree_and_the_planted_difference_is_found(
-    examples: Path, tmp_path: Path, left: str, right: str, phase: str | None
+def test_a_statement_with_a_mistake_is_an_error(tmp_path: Path, options: dict, says: str):
+    with pytest.raises(TraceError, match=re.escape(says)) as raised:
+        Recorder(tmp_path / "trace", names=NAMES, **options)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "trace").exists()
+
+
+def resumed(home: Path, *, momentum: float = 0.5, **slots) -> Path:
+    """A run that resumed after step 3."""
+    recorder = Recorder(home, names=NAMES, first_step=4)
+    recorder.initial(weights(), moment1=trained(momentum), moment2=trained())
+    for _ in range(2):
+        step(recorder, **slots)
+    return home
+
+
+def test_a_run_that_resumed_starts_at_its_first_step_with_its_moments(tmp_path: Path):
+    trace = Trace(resumed(tmp_path / "a"))
+    assert (trace.first_step, [record["step"] for record in trace.steps]) == (4, [4, 5])
+    assert "moment1/fc.bias" in trace.initial_names()
+    other = resumed(tmp_path / "b", momentum=0.6)
+    assert main(["diff", str(tmp_path / "a"), str(other), "--out", str(tmp_path)]) == 1
+    first = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
+    assert (first["step"], first["phase"]) == (0, "initial_moment1")
+
+
+def test_slots_of_a_run_that_resumed_are_compared_in_float32_too(tmp_path: Path):
+    slots = {"moment1": None, "moment2": None, "slots": {"momentum": trained()}}
+    left, right = resumed(tmp_path / "a", **slots), resumed(tmp_path / "b", **slots)
+    out = ["--precision", "fp32", "--out", str(tmp_path)]
+    assert main(["diff", str(left), str(right), *out]) in (0, 1)
+    assert "slot" in json.loads((tmp_path / "verdict.json").read_text())["worst"]
+
+
+def test_moments_that_cannot_be_are_an_error(tmp_path: Path):
+    with pytest.raises(TraceError, match="one moment without the other"):
+        Recorder(tmp_path / "a", names=NAMES, first_step=2).initial(weights(), moment1=trained())
+    with pytest.raises(TraceError, match="moments before step 1"):
+        Recorder(tmp_path / "b", names=NAMES).initial(weights(), moment1=trained(), moment2=trained())
+
+
+def test_the_parts_of_a_fused_weight_stand_where_it_was_recorded(tmp_path: Path):
+    names = {"table": "table", "out": "out", "head": "head"}
+    recorder = Recorder(
+        tmp_path, names=names, split={"qkv": Split(("q", "k"))}, join={"up": Join(("g", "u"))}
+    )
+    mine = {name: np.ones(2) for name in ("table", "qkv", "out", "g", "u", "head")}
+    recorder.initial(mine)
+    step(recorder, gradients=mine, weights=mine, moment1=mine, moment2=mine)
+    trace = Trace(tmp_path)
+    assert [named.name for named in trace.causal_order()] == ["table", "q", "k", "out", "up", "head"]
+    assert trace.header.order == "recording"
+
+
+@pytest.mark.parametrize(("given", "first"), [("left", "a"), ("right", "a"), (None, "c")])
+def test_an_order_that_is_given_goes_before_one_that_was_recorded(
+    tmp_path: Path, given: str | None, first: str
 ):
-    code = main(["diff", str(examples / left), str(examples / right), "--out", str(tmp_path)])
-    verdict = json.loads((tmp_path / "verdict.json").read_text())
-    assert verdict["steps"] == 5
-    if phase is None:
-        assert code == 0, verdict["first_divergence"]
-        assert 0 < verdict["worst"]["update"]["error"] < 1e-9
-    else:
-        assert code == 1
-        assert (verdict["first_divergence"]["step"], verdict["first_divergence"]["phase"]) == (1, phase)
-
-
-def test_the_pages_commands_are_those_that_exist():
-    text = (ROOT / "docs/record-a-trace.md").read_text()
-    commands = [
-        shlex.split(c, comments=True) for c in re.findall(r"```sh\n(.*?)```", text, re.S)[0].splitlines()
-    ]
-    assert len(commands) == 7
-    for program, *argv in commands:
-        if program == "parity":
-            parser().parse_args(argv)
-        else:
-            source = (ROOT / argv[0]).read_text()
-            assert all(f'"{flag}"' in source for flag in argv if flag.startswith("--"))
+    """The map says a, c, b; the user c, b, a. Gradients are walked backwards, and those of a and c differ."""
+    for side, factor in (("left", 1.0), ("right", 1.5)):
+        order = ["c", "b", "a"] if side == given else []
+        recorder = Recorder(tmp_path / side, names={name: name for name in "acb"}, order=order)
+        mine = {name: np.arange(1.0, 4.0) for name in "acb"}
+        recorder.initial(mine)
+        gradients = {name: np.full(3, 1.0 if name == "b" else factor) for name in "acb"}
+        step(recorder, gradients=gradients, weights=mine, moment1=mine, moment2=mine)
+    assert main(["diff", str(tmp_path / "left"), str(tmp_path / "right"), "--out", str(tmp_path)]) == 1
+    divergence = json.loads((tmp_path / "verdict.json").read_text())["first_divergence"]
+    assert (divergence["phase"], divergence["tensor"]) == ("gradient", first)

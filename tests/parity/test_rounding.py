@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -82,6 +84,17 @@ def test_longer_paths_round_more(width, layers, tokens):
     assert both < whole(layers + 1, width, tokens)[1]
     assert both < whole(layers, width + 1, tokens)[1]
     assert both < whole(layers, width, tokens + 1)[1]
+
+
+@pytest.mark.parametrize("window", [(3,), (3, 3), (2, 3, 3)])
+def test_a_convolution_rounds_as_often_as_its_window_is_large(window: tuple[int, ...]):
+    """Forward as the matrix [out, in · window] that it is, backward over its outputs at each place of the window."""
+    places = math.prod(window)
+    forward, both = rounded({"conv.weight": (8, 5, *window)}, (1, 1))
+    matrix_forward, matrix_both = rounded({"conv.weight": (8, 5 * places)}, (1, 1))
+    none_forward, _ = rounded({"bias": (8,)}, (1, 1))
+    assert none_forward < forward == matrix_forward
+    assert both - forward == pytest.approx(matrix_both - matrix_forward + 8 * (places - 1) / 2 * 2.0**-48)
 
 
 def shapes_of(method: str) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import shared
 
 from parity import Recorder
@@ -66,12 +67,38 @@ def direction(name: str) -> optax.GradientTransformation:
         "sgd": optax.identity(),
         "momentum": optax.trace(0.875),
         "adamw": optax.chain(optax.scale_by_adam(*shared.BETAS, shared.EPS), decay),
+        "adamw_bf16": optax.chain(
+            optax.scale_by_adam(*shared.BETAS, shared.EPS, mu_dtype=jnp.bfloat16), decay
+        ),
+        "muon": optax.partition(
+            {"muon": muon(), "adam": optax.scale_by_adam(*shared.BETAS, shared.EPS)}, labels
+        ),
         "lion": optax.chain(optax.scale_by_lion(*shared.BETAS), decay),
         "adafactor": optax.chain(
             optax.scale_by_factored_rms(decay_rate=1.0, min_dim_size_to_factor=8),
             optax.clip_by_block_rms(1.0),
         ),
     }[name]
+
+
+def labels(tree) -> dict:
+    """Muon is for matrices; a convolution's kernel and all else go to Adam."""
+    return jax.tree.map(lambda x: "muon" if x.ndim == 2 else "adam", tree)
+
+
+def muon() -> optax.GradientTransformation:
+    """What optax.contrib.muon is made of, without the rate."""
+
+    def matrices(tree):
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), tree)
+
+    return optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=shared.MUON_BETA, eps=shared.MUON_EPS, weight_dimension_numbers=matrices
+        ),
+        optax.stateless_with_tree_map(lambda x, _: x * max(1.0, x.shape[1] / x.shape[0]) ** 0.5),
+        optax.add_decayed_weights(shared.DECAY),
+    )
 
 
 def slots(name: str, state) -> dict:
@@ -81,7 +108,18 @@ def slots(name: str, state) -> dict:
             return {}
         case "momentum":
             return {"momentum": state.trace}
-        case "adamw":
+        case "muon":
+            inner = {rule: each.inner_state for rule, each in state.inner_states.items()}
+            trees = {
+                "momentum": inner["muon"][0].mu,
+                "moment1": inner["adam"].mu,
+                "moment2": inner["adam"].nu,
+            }
+            return {
+                slot: {n: a for n, a in tree.items() if isinstance(a, jax.Array)}
+                for slot, tree in trees.items()
+            }
+        case "adamw" | "adamw_bf16":
             return {"moment1": state[0].mu, "moment2": state[0].nu}
         case "lion":
             return {"momentum": state[0].mu}

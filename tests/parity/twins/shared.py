@@ -12,7 +12,8 @@ STEPS, EXAMPLES, SLICES = 4, 8, 2
 PEAK, DECAY, CLIP, TAU, NORM_EPS = 0.02, 0.01, 0.5, 0.05, 1e-5
 # Binary fractions, so that float32 computes 1 - beta exactly.
 BETAS, EPS = (0.875, 0.96875), 1e-8
-OPTIMIZERS = ("sgd", "momentum", "adamw", "lion", "adafactor")
+OPTIMIZERS = ("sgd", "momentum", "adamw", "adamw_bf16", "lion", "adafactor", "muon")
+MUON_BETA, MUON_EPS = 0.875, 1e-8
 TRAINED = (
     "conv.weight", "bn.weight", "bn.bias", "hidden.weight", "hidden.bias", "norm.weight", "norm.bias", "head.weight",
     "head.bias",
