@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -12,14 +13,17 @@ from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.judge import compare_sides, traces_of, write_report_of
-from parity.measure import measured_bounds
+from parity.measure import Replay, measured_bounds
 from parity.report.diagnosis import read
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
+from parity.runs.programs import Launcher, Watcher
+from parity.runs.roundings import DRAWS
 from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, resolved_recipe
+from parity.runs.work import Size, Work, fit_at_once, size_of
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
-from trainspec.plans.plan import Policy
+from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe, RunLength, load_recipe
 from trainspec.runs.run import resolve
 from trainspec.schedule import learning_rate
@@ -37,8 +41,11 @@ def check(
     overrides: Sequence[str],
     out: Path,
     resumption: Resumption | None = None,
+    watcher: Watcher | None = None,
 ) -> Verdict:
     """Train the recipe on both sides and judge their traces. Writes `out`/verdict.json and report.html.
+
+    `watcher` is told what runs and how far it is.
 
     `steps` None compares the first ten updates, or all of a shorter run. If loss or gradients differ, both sides are
     trained again up to that step, with its activations, to locate the first divergence. `resumption` has sides train in two
@@ -63,6 +70,7 @@ def check(
         raise UserError(f"--out {out}: holds a training run; give the check its own directory")
     for old in ("first-divergence", "measured"):  # of an earlier check
         shutil.rmtree(out / old, ignore_errors=True)
+    launcher = Launcher(watcher)
     request = _Request(
         recipe_path,
         tuple(overrides),
@@ -70,13 +78,18 @@ def check(
         (left, right),
         _summands(*sides),
         _counts(recipe),
+        _size(recipe),
+        all(side.plan.devices == 1 for side in sides),
+        launcher,
         resumption,
     )
-    results = request.run(steps, out=out)
-    comparison = request.judge(results, out=out)
-    verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
-    if (step := _step_to_refine(comparison)) and not any(side.stopped for side in results):
-        verdict = request.refined(verdict, step, out=out / "first-divergence")
+    try:
+        results, comparison = request.judged(steps, out=out)
+        verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
+        if (step := _step_to_refine(comparison)) and not any(side.stopped for side in results):
+            verdict = request.refined(verdict, step, out=out / "first-divergence")
+    finally:
+        launcher.watcher.finished()
     recipes = [resolved_recipe(out, name) for name in NAMES]
     write_report_of(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
     return verdict
@@ -94,7 +107,7 @@ def _check_rates(recipe: Recipe, span: RunLength, steps: int) -> None:
 
 @dataclass(frozen=True)
 class _Request:
-    """The arguments of a check, resolved."""
+    """The arguments of a check, resolved. `single`: both sides compute on one device."""
 
     recipe: Path
     overrides: tuple[str, ...]
@@ -102,6 +115,9 @@ class _Request:
     sides: tuple[Side, Side]
     summands: tuple[int, int]
     counts: Mapping[str, float]
+    size: Size | None
+    single: bool
+    launcher: Launcher
     resumption: Resumption | None = None
 
     @property
@@ -113,45 +129,109 @@ class _Request:
         )
         return left, right
 
-    def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[SideResult]:
-        """Train both sides, one after the other; one that continues from the other comes last."""
+    def judged(
+        self, steps: int, *, out: Path, activations_at: int | None = None
+    ) -> tuple[list[SideResult], Comparison]:
+        """Train both sides, in fp32 and bf16 repeat every step in float64, and compare."""
         trainings = {
-            name: SideTraining(side, name, self.recipe, self.overrides, self.precision, out)
+            name: SideTraining(
+                side, name, self.recipe, self.overrides, self.precision, out, launcher=self.launcher
+            )
             for side, name in zip(self.sides, NAMES, strict=True)
         }
-        resumption = self.resumption if self.resumption and self.resumption.after < steps else None
-        if resumption is None:
-            return [training.run(steps, activations_at=activations_at) for training in trainings.values()]
-        after, results = resumption.after, {}
-        for name, training in sorted(trainings.items(), key=lambda each: each[0] in resumption.sides):
-            if name not in resumption.sides:
-                saved = after if resumption.from_other else None
+        for training in trainings.values():
+            training.clear()
+        work = self._work(steps, closer=activations_at is not None)
+        self.launcher.watcher.planned(work)
+        # A trace of two parts is joined at its end: the reference cannot follow it.
+        follows = work.at_once and bool(work.draws) and self._resumption_within(steps) is None
+        replay = self._replay(trainings, out, activations_at) if follows else None
+        results = self._train(trainings, steps, work, activations_at, replay)
+        return results, self._judge(results, out=out, activations_at=activations_at, replay=replay)
+
+    def _work(self, steps: int, *, closer: bool) -> Work:
+        """What is about to run."""
+        draws = 0 if self.precision == "fp64" else DRAWS[self.precision]
+        resumption = self._resumption_within(steps)
+        work = Work(
+            str(self.recipe), self._labelled, self.size, self.precision, steps, draws, closer=closer
+        )  # fmt: skip
+        if self.size is None or not self.single or (resumption and resumption.from_other):
+            return work
+        return replace(work, at_once=fit_at_once(self.size, self.precision, programs=2 + bool(draws)))
+
+    @property
+    def _labelled(self) -> tuple[tuple[str, Backend], tuple[str, Backend]]:
+        (left, right), (one, other) = self.labels, self.sides
+        return (left, one.backend), (right, other.backend)
+
+    def _resumption_within(self, steps: int) -> Resumption | None:
+        return self.resumption if self.resumption and self.resumption.after < steps else None
+
+    def _replay(self, trainings: Mapping[str, SideTraining], out: Path, activations_at: int | None) -> Replay:
+        """The reference that follows both trainings."""
+        assert self.precision != "fp64"
+        return Replay(
+            [training.trace for training in trainings.values()], self.precision, recipe=self.recipe,
+            overrides=self.overrides, out=out, activations_at=activations_at, follows=True,
+        )  # fmt: skip
+
+    def _train(
+        self,
+        trainings: Mapping[str, SideTraining],
+        steps: int,
+        work: Work,
+        activations_at: int | None,
+        replay: Replay | None,
+    ) -> list[SideResult]:
+        """Train both sides, at the same time or one after the other; one that continues from the other comes last."""
+        resumption = self._resumption_within(steps)
+        results: dict[str, SideResult] = {}
+
+        def train(name: str) -> None:
+            training = trainings[name]
+            if resumption is None or name not in resumption.sides:
+                saved = resumption.after if resumption and resumption.from_other else None
                 results[name] = training.run(steps, activations_at=activations_at, checkpoint_at=saved)
             elif resumption.from_other:
                 ((other, before),) = results.items()
                 results[name] = training.continue_from(
-                    trainings[other], before, steps, after=after, activations_at=activations_at
+                    trainings[other], before, steps, after=resumption.after, activations_at=activations_at
                 )
             else:
-                results[name] = training.run_in_two(steps, after=after, activations_at=activations_at)
+                results[name] = training.run_in_two(
+                    steps, after=resumption.after, activations_at=activations_at
+                )
+            if replay:
+                replay.tell_ended(NAMES.index(name))
+
+        first_whole = sorted(NAMES, key=lambda name: bool(resumption and name in resumption.sides))
+        tasks = [partial(train, name) for name in first_whole]
+        if work.at_once:
+            self.launcher.at_once([*tasks, *([partial(replay.run, self.launcher)] if replay else [])])
+        else:
+            for task in tasks:
+                task()
         return [results[name] for name in NAMES]
 
-    def judge(
-        self, results: Sequence[SideResult], *, out: Path, activations_at: int | None = None
+    def _judge(
+        self, results: Sequence[SideResult], *, out: Path, activations_at: int | None, replay: Replay | None
     ) -> Comparison:
         """Compare with the bounds of the precision, which are measured in fp32 and bf16."""
 
         def bounds(pair: Pair) -> Bounds:
             match self.precision:
                 case "fp64":
-                    return ProofBounds(pair)
+                    made = ProofBounds(pair)
                 case "fp32" | "bf16" as low:
-                    return measured_bounds(
+                    made = measured_bounds(
                         pair, low, recipe=self.recipe, overrides=self.overrides, out=out,
-                        summands=self.summands, activations_at=activations_at,
+                        summands=self.summands, activations_at=activations_at, launcher=self.launcher, replay=replay,
                     )  # fmt: skip
                 case other:
                     assert_never(other)
+            self.launcher.watcher.comparing()
+            return made
 
         return compare_sides(results, bounds)
 
@@ -160,10 +240,9 @@ class _Request:
 
         Everything goes under `out`. If the step holds the second time, the verdict stays as it is.
         """
-        results = self.run(step, out=out, activations_at=step)
+        results, second = self.judged(step, out=out, activations_at=step)
         if any(side.stopped for side in results):
             return verdict
-        second = self.judge(results, out=out, activations_at=step)
         if second.holds:
             return verdict
         before, after = (
@@ -183,6 +262,14 @@ class _Request:
     def read(self, comparison: Comparison, results: Sequence[SideResult]) -> str | None:
         """What kind of cause the first divergence looks like."""
         return read(comparison, traces_of(results), counts=self.counts)
+
+
+def _size(recipe: Recipe) -> Size | None:
+    """The size of a run; None where there is no such model, which the side that looks for it says."""
+    try:
+        return size_of(resolve(recipe))
+    except UserError:
+        return None
 
 
 def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
