@@ -15,6 +15,7 @@ from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.judge import compare_sides, traces_of, write_report_of
 from parity.measure import Replay, measured_bounds
 from parity.report.diagnosis import read
+from parity.report.next import next_commands
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
 from parity.runs.programs import Launcher, Watcher
@@ -25,7 +26,7 @@ from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe, RunLength, load_recipe
-from trainspec.runs.run import resolve
+from trainspec.runs.run import Run, resolve
 from trainspec.schedule import learning_rate
 
 DEFAULT_STEPS = 10
@@ -78,20 +79,24 @@ def check(
         (left, right),
         _summands(*sides),
         _counts(recipe),
-        _size(recipe),
+        _known_run(recipe),
         all(side.plan.devices == 1 for side in sides),
         launcher,
         resumption,
     )
+    closer: Sequence[SideResult] = ()
     try:
         results, comparison = request.judged(steps, out=out)
         verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
         if (step := _step_to_refine(comparison)) and not any(side.stopped for side in results):
-            verdict = request.refined(verdict, step, out=out / "first-divergence")
+            verdict, closer = request.refined(verdict, step, out=out / "first-divergence")
     finally:
         launcher.watcher.finished()
     recipes = [resolved_recipe(out, name) for name in NAMES]
-    write_report_of(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
+    write_report_of(
+        verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes, closer=closer,
+        heads=request.heads, following=next_commands(verdict, request.arguments, out),
+    )  # fmt: skip
     return verdict
 
 
@@ -107,7 +112,7 @@ def _check_rates(recipe: Recipe, span: RunLength, steps: int) -> None:
 
 @dataclass(frozen=True)
 class _Request:
-    """The arguments of a check, resolved. `single`: both sides compute on one device."""
+    """The arguments of a check, resolved. `run` is None if there is no such model; `single`: both sides compute on one device."""
 
     recipe: Path
     overrides: tuple[str, ...]
@@ -115,7 +120,7 @@ class _Request:
     sides: tuple[Side, Side]
     summands: tuple[int, int]
     counts: Mapping[str, float]
-    size: Size | None
+    run: Run | None
     single: bool
     launcher: Launcher
     resumption: Resumption | None = None
@@ -128,6 +133,29 @@ class _Request:
             for side, name in zip(self.sides, NAMES, strict=True)
         )
         return left, right
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """The number of heads in the output of a projection (of `o_proj`: in its input), by its name."""
+        if self.run is None:
+            return {}
+        spec = self.run.spec
+        return {"q_proj": spec.heads, "k_proj": spec.kv_heads, "v_proj": spec.kv_heads, "o_proj": spec.heads}
+
+    @property
+    def arguments(self) -> list[str]:
+        """Those of the command line that ask for the same check, but for precision and steps."""
+        words = [str(self.recipe), *(word for setting in self.overrides for word in ("--set", setting))]
+        words += ["--left", str(self.sides[0]), "--right", str(self.sides[1])]
+        if self.resumption:
+            side = "" if len(self.resumption.sides) > 1 else f"{self.resumption.sides[0]}:"
+            words += ["--resume-at", f"{side}{self.resumption.after}"]
+            words += ["--continue-from", "other"] if self.resumption.from_other else []
+        return words
+
+    @property
+    def _size(self) -> Size | None:
+        return size_of(self.run) if self.run else None
 
     def judged(
         self, steps: int, *, out: Path, activations_at: int | None = None
@@ -154,11 +182,11 @@ class _Request:
         draws = 0 if self.precision == "fp64" else DRAWS[self.precision]
         resumption = self._resumption_within(steps)
         work = Work(
-            str(self.recipe), self._labelled, self.size, self.precision, steps, draws, closer=closer
+            str(self.recipe), self._labelled, self._size, self.precision, steps, draws, closer=closer
         )  # fmt: skip
-        if self.size is None or not self.single or (resumption and resumption.from_other):
+        if self._size is None or not self.single or (resumption and resumption.from_other):
             return work
-        return replace(work, at_once=fit_at_once(self.size, self.precision, programs=2 + bool(draws)))
+        return replace(work, at_once=fit_at_once(self._size, self.precision, programs=2 + bool(draws)))
 
     @property
     def _labelled(self) -> tuple[tuple[str, Backend], tuple[str, Backend]]:
@@ -235,16 +263,14 @@ class _Request:
 
         return compare_sides(results, bounds)
 
-    def refined(self, verdict: Verdict, step: int, *, out: Path) -> Verdict:
+    def refined(self, verdict: Verdict, step: int, *, out: Path) -> tuple[Verdict, Sequence[SideResult]]:
         """The verdict with `step` judged again, activations included, where an earlier divergence may show.
 
-        Everything goes under `out`. If the step holds the second time, the verdict stays as it is.
+        Everything goes under `out`. Returns the sides of the second look as well, if the verdict is about them. If the step holds the second time, the verdict stays as it is.
         """
         results, second = self.judged(step, out=out, activations_at=step)
-        if any(side.stopped for side in results):
-            return verdict
-        if second.holds:
-            return verdict
+        if second.holds or any(side.stopped for side in results):
+            return verdict, ()
         before, after = (
             [f for f in verdict.comparison.findings if f.location.step < step],
             [f for f in verdict.comparison.findings if f.location.step > step],
@@ -257,17 +283,17 @@ class _Request:
             failed.get(f.location, f) if f.holds else f for f in second.findings if f.location.step == step
         ]
         comparison = replace(verdict.comparison, findings=(*before, *again, *after))
-        return replace(verdict, comparison=comparison, reading=self.read(comparison, results))
+        return replace(verdict, comparison=comparison, reading=self.read(comparison, results)), results
 
     def read(self, comparison: Comparison, results: Sequence[SideResult]) -> str | None:
         """What kind of cause the first divergence looks like."""
         return read(comparison, traces_of(results), counts=self.counts)
 
 
-def _size(recipe: Recipe) -> Size | None:
-    """The size of a run; None where there is no such model, which the side that looks for it says."""
+def _known_run(recipe: Recipe) -> Run | None:
+    """The recipe's run; None if there is no such model, which the side that looks for it says."""
     try:
-        return size_of(resolve(recipe))
+        return resolve(recipe)
     except UserError:
         return None
 

@@ -112,7 +112,7 @@ class Work:
 
     recipe: str
     sides: tuple[tuple[str, Backend], tuple[str, Backend]]
-    size: Size
+    size: Size | None
     precision: Policy
     steps: int
     draws: int
@@ -135,6 +135,8 @@ class Work:
     @property
     def core_seconds(self) -> float:
         """A guess at what all programs together compute."""
+        if self.size is None:
+            return 0.0
         each = self.size.operations * self.steps
         sides = sum(START[backend] + each / SPEED[backend, self.precision] for _, backend in self.sides)
         traced = self.size.trained / 1e6 * self.steps
@@ -149,7 +151,9 @@ class Work:
         )
 
     def announcement(self) -> list[str]:
-        """The lines that say what will run, how long it may take, and what would be cheaper."""
+        """The lines that say what will run, how long it may take, and what would be cheaper; none for an unknown model."""
+        if self.size is None:
+            return []
         if self.closer:
             return [
                 f"parity: they differ; looks closer: both sides again up to update {self.steps}, with its activations"
@@ -182,8 +186,8 @@ class Work:
 
     def _cheaper(self) -> Iterator[str]:
         """Settings that would save a quarter or more, each with its own guess."""
-        size = self.size
-        options = {}
+        size, options = self.size, {}
+        assert size is not None
         if self.steps > FEW_STEPS:
             options[f"--steps {FEW_STEPS}"] = replace(self, steps=FEW_STEPS)
         if self.draws:
