@@ -7,6 +7,7 @@ tensor's largest entry, on a logarithmic axis; the dashed line is the bound.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,18 @@ from numpy.typing import NDArray
 from parity.comparison.compare import Finding
 from parity.comparison.pair import Pair
 from parity.comparison.phases import WEIGHT_SHAPED
-from parity.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, svg
-from parity.report.heat import level
+from parity.report.chart import BOTTOM, HEIGHT, HUGE, LEFT, RIGHT, TOP, WIDTH, svg
 from parity.report.verdict import number
 from trainspec.trace import Trace
 
 Array = NDArray[Any]
 # More entries of a dimension than these are drawn several to a bar, or to a cell of a map.
 BARS, MAP_ROWS, MAP_COLUMNS = 64, 48, 96
-# Decades below the largest error that are drawn.
-DECADES = 6
+# The upper edges of a map's shades, in shares of the largest error; the colour of numbers that are not finite.
+SHADES = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+NOT_FINITE = 11
+# Decades below the largest error that are drawn at most: from 1, those down to the bound of fp64, and some.
+DECADES = 12
 ROW, POSITION, VIRTUAL, HEAD = "row of the batch", "position", "virtual token", "head"
 OUT, IN = "output feature", "input feature"
 # Points whose second dimension is not the tokens'.
@@ -68,9 +71,9 @@ def pictures(
 def bars(errors: Array, name: str, bound: float) -> Markup:
     """The largest errors along one dimension; several entries share a bar where they are many."""
     shown, width = _binned(errors, BARS)
-    finite = shown[np.isfinite(shown) & (shown > 0)]
+    finite = shown[(shown < HUGE) & (shown > 0)]
     top = max([*finite.tolist(), bound]) or 1.0
-    low, high = _decades(finite, top)
+    low, high = _decades(finite, bound, top)
     step = (WIDTH - LEFT - RIGHT) / len(shown)
 
     def y(value: float) -> float:
@@ -87,7 +90,7 @@ def bars(errors: Array, name: str, bound: float) -> Markup:
     for i, value in enumerate(shown):
         if value == 0:
             continue
-        at = y(float(value)) if np.isfinite(value) else float(TOP)
+        at = y(float(value)) if value < HUGE else float(TOP)
         kind = "bar" if value <= bound else "bar over"
         said = f"{name} {_span(i, width, len(errors))}: {_said(float(value))}"
         marks.append(
@@ -99,7 +102,7 @@ def bars(errors: Array, name: str, bound: float) -> Markup:
         f'<text class="tick" x="{LEFT + (i + 0.5) * step:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{i * width}</text>'
         for i in range(0, len(shown), every)
     ]
-    if bound > 0:
+    if bound >= 10.0**low:
         marks.append(
             f'<line class="curve bound" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(bound):.1f}" y2="{y(bound):.1f}"/>'
         )
@@ -108,22 +111,22 @@ def bars(errors: Array, name: str, bound: float) -> Markup:
 
 
 def heat(errors: Array, names: tuple[str, str], bound: float) -> Markup:
-    """A map [down, across] in the colours of the heat maps: the share of the bound that is used."""
+    """A map [down, across]: empty within the bound, and beyond it the darker, the nearer to the largest error."""
     down, deep = _binned(errors, MAP_ROWS)
     across, wide = _binned(down.T, MAP_COLUMNS)
     cells = across.T
     step_y, step_x = (HEIGHT - TOP - BOTTOM) / len(cells), (WIDTH - LEFT - RIGHT) / len(cells[0])
+    worst = float(cells[cells < HUGE].max(initial=0.0)) or 1.0
     marks = []
     for i, row in enumerate(cells):
         for j, value in enumerate(row):
-            used = float(value) / bound if bound else math.inf if value else 0.0
             said = (
                 f"{names[0]} {_span(i, deep, len(errors))}, {names[1]} {_span(j, wide, errors.shape[1])}:"
                 f" {_said(float(value))}"
             )
             title = f"<title>{escape(said)}</title>" if value else ""
             marks.append(
-                f'<rect class="f{level(used if not math.isnan(used) else math.inf)}" x="{LEFT + j * step_x:.2f}"'
+                f'<rect class="f{_shade(float(value), bound, worst)}" x="{LEFT + j * step_x:.2f}"'
                 f' y="{TOP + i * step_y:.2f}" width="{step_x:.2f}" height="{step_y:.2f}">{title}</rect>'
             )
     for i in range(0, len(cells), max(1, math.ceil(len(cells) / 8))):
@@ -134,12 +137,21 @@ def heat(errors: Array, names: tuple[str, str], bound: float) -> Markup:
         marks.append(
             f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{j * wide}</text>'
         )
-    return svg(f"Share of the bound by {names[0]} and {names[1]}", marks)
+    return svg(f"Largest error by {names[0]} and {names[1]}", marks)
+
+
+def _shade(error: float, bound: float, worst: float) -> int:
+    """The number of a cell's colour class, those of the heat maps: 0 within the bound, 11 for what is not finite."""
+    if error <= bound:
+        return 0
+    return NOT_FINITE if error >= HUGE else 1 + bisect_left(SHADES, error / worst)
 
 
 def _errors(first: Finding, traces: tuple[Trace, Trace]) -> Array | None:
     """|left - right| as a share of the largest entry, NaN and infinity as infinity; None if there is no such difference."""
     pair, location = Pair(*traces), first.location
+    if location.step not in (0, *pair.step_numbers):
+        return None  # a side did not make the step
     if location.phase == "resume" or location.group not in {
         key.partition("/")[0] for keys in pair.keys(location.step) for key in keys
     }:
@@ -206,10 +218,11 @@ def _binned(errors: Array, most: int) -> tuple[Array, int]:
     return np.stack([errors[at : at + width].max(axis=0) for at in range(0, len(errors), width)]), width
 
 
-def _decades(finite: Array, top: float) -> tuple[int, int]:
+def _decades(finite: Array, bound: float, top: float) -> tuple[int, int]:
     """The powers of ten at the bottom and the top of the axis."""
     high = math.ceil(math.log10(top))
-    lowest = math.floor(math.log10(finite.min())) if finite.size else high - 1
+    shown = [*finite.tolist(), *([bound] if bound > 0 else [])]
+    lowest = math.floor(math.log10(min(shown))) if shown else high - 1
     return min(high - 1, max(lowest, high - DECADES)), high
 
 
@@ -218,4 +231,4 @@ def _span(i: int, width: int, length: int) -> str:
 
 
 def _said(error: float) -> str:
-    return number(error) if math.isfinite(error) else "not finite"
+    return number(error) if error < HUGE else "not finite"

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from parity.comparison.pair import NAMES
 from parity.runs.programs import Watcher
-from parity.runs.work import Work, in_words
+from parity.runs.work import REFERENCE, Work, in_words
 
 # A line of a training, and of the reference: both are printed once a pass is made.
 _UPDATE = re.compile(r"step +(\d+)  loss ")
 _REPEATED = re.compile(r"reference of (left|right): step (\d+)(?:, draw (\d+))?$")
+# In the order in which they are shown.
+PROGRAMS = (*NAMES, REFERENCE)
 # Elsewhere than on a terminal: seconds from one line to the next.
 SPARSE_SECONDS = 15.0
 # There, nothing is written before the first update is made, or this has gone by: a mistake of the user mostly shows
@@ -125,13 +128,14 @@ class Progress(Watcher):
         return f"{of}, draw {draw}/{self._work.draws}" if draw else of
 
     def _show(self, event: str) -> None:
-        states = [self._state(name, part) for name, part in self._parts.items()]
+        order = sorted(self._parts, key=PROGRAMS.index)
+        states = [self._state(name, self._parts[name]) for name in order]
         self._write(", ".join(states) + self._times(), is_event=event == "ends")
 
     def _state(self, name: str, part: _Part) -> str:
         if part.has_ended:
             return f"{name} done" if part.passes >= part.total else f"{name} ended"
-        return part.at if name == "reference" and part.passes else f"{name} {part.at}"
+        return part.at if name == REFERENCE and part.passes else f"{name} {part.at}"
 
     def _times(self) -> str:
         """How long it has taken, and at the measured speed how long what runs still takes."""

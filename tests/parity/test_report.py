@@ -100,7 +100,8 @@ def test_a_real_page_shows_verdict_location_curves_heat_map_versions_and_recipe(
     diff(left, write(Sim(gradient_factor=(Q1, 1.01)), tmp_path / "right"), precision=None, out=tmp_path)
     page = (tmp_path / "report.html").read_text()
     order = [
-        ">Fail<", "First divergence", ">Element<", "Around it, in causal order", "What was compared", "numpy 2.", "<svg",
+        ">Fail<", "First divergence", ">Element<", "Around it, in causal order", "Where in the tensor", "What was compared", "numpy 2.",
+        "Loss of both sides",
         "The worst of each phase", "Every comparison",
     ]  # fmt: skip
     locations = [page.index(text) for text in order]
@@ -182,7 +183,7 @@ def test_a_wrong_head_is_one_bar_and_an_equal_tensor_has_none(tmp_path):
     assert "input feature 0" in over(by_input)
     cells = ElementTree.fromstring(grid.svg).findall("rect")
     assert {cell.get("class") for cell in cells[: len(cells) // 2]} == {"f0"}
-    assert {cell.get("class") for cell in cells[len(cells) // 2 :]} == {f"f{len(legend()) - 1}"}
+    assert {cell.get("class") for cell in cells[len(cells) // 2 :]} == {"f9"}  # near the largest
     assert located(tmp_path, lambda array: None) == []
 
 
@@ -196,7 +197,10 @@ def test_what_is_not_finite_is_drawn_beyond_the_bound(tmp_path):
     assert "not finite" in by_input.svg
 
 
-@given(st.lists(st.floats(0, allow_nan=False), min_size=1, max_size=300), st.sampled_from([0.0, 1e-9, 1.0]))
+@given(
+    st.lists(st.floats(0, allow_nan=False, allow_subnormal=False), min_size=1, max_size=300),
+    st.sampled_from([0.0, 1e-9, 1.0]),
+)
 def test_bars_are_drawn_for_any_errors_inside_their_frame(errors, bound):
     drawn = ElementTree.fromstring(bars(np.array(errors), "position", bound)).findall("rect")
     assert len(drawn) <= BARS
