@@ -135,12 +135,17 @@ class _Request:
         return left, right
 
     @property
-    def heads(self) -> dict[str, int]:
-        """The number of heads in the output of a projection (of `o_proj`: in its input), by its name."""
+    def heads(self) -> dict[str, tuple[int, int]]:
+        """Of every weight that has heads, along which dimension and how many."""
         if self.run is None:
             return {}
-        spec = self.run.spec
-        return {"q_proj": spec.heads, "k_proj": spec.kv_heads, "v_proj": spec.kv_heads, "o_proj": spec.heads}
+        counts = {"heads": self.run.spec.heads, "kv_heads": self.run.spec.kv_heads}
+        return {
+            param.name: (dim, counts[axis])
+            for param in self.run.full_table
+            for dim, axis in enumerate(param.axes)
+            if axis in counts
+        }
 
     @property
     def arguments(self) -> list[str]:
@@ -148,8 +153,8 @@ class _Request:
         words = [str(self.recipe), *(word for setting in self.overrides for word in ("--set", setting))]
         words += ["--left", str(self.sides[0]), "--right", str(self.sides[1])]
         if self.resumption:
-            side = "" if len(self.resumption.sides) > 1 else f"{self.resumption.sides[0]}:"
-            words += ["--resume-at", f"{side}{self.resumption.after}"]
+            one = [f"{side}:" for side in self.resumption.sides if len(self.resumption.sides) == 1]
+            words += ["--resume-at", f"{''.join(one)}{self.resumption.after}"]
             words += ["--continue-from", "other"] if self.resumption.from_other else []
         return words
 

@@ -39,13 +39,13 @@ def write_report_of(
     settings: Sequence[str],
     recipes: Sequence[str],
     closer: Sequence[SideResult] = (),
-    heads: Mapping[str, int] | None = None,
+    heads: Mapping[str, tuple[int, int]] | None = None,
     following: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Write verdict.json and report.html into `out`.
 
-    `closer` are the sides of the closer look that the first divergence is in, `heads` the number of heads of a projection by
-    its name, `following` the commands that come next.
+    `closer` are the sides of the closer look that the first divergence is in, `heads` along which dimension a weight has heads and
+    how many, `following` the commands that come next.
     """
     losses = [[record["loss"] for record in side.trace.steps] if side.trace else [] for side in results]
     verdict.write(out)

@@ -31,7 +31,7 @@ class Report:
     """A verdict, and what only the page shows: each side's loss per step, and the recipe with its settings.
 
     `recipes` are those that left and right trained, as YAML with every default; empty for two traces. `traces` are those that
-    the first divergence is in, `heads` the number of heads of a projection by its name. `next` are commands that come next,
+    the first divergence is in, `heads` along which dimension a weight has heads, and how many. `next` are commands that come next,
     each with what it is for.
     """
 
@@ -42,7 +42,7 @@ class Report:
     settings: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
     traces: tuple[Trace, Trace] | None = None
-    heads: Mapping[str, int] = field(default_factory=dict)
+    heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     next: tuple[tuple[str, str], ...] = ()
 
 

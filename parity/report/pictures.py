@@ -24,6 +24,7 @@ from parity.report.verdict import number
 from trainspec.trace import Trace
 
 Array = NDArray[Any]
+Heads = Mapping[str, tuple[int, int]]
 # More entries of a dimension than these are drawn several to a bar, or to a cell of a map.
 BARS, MAP_ROWS, MAP_COLUMNS = 64, 48, 96
 # The upper edges of a map's shades, in shares of the largest error; the colour of numbers that are not finite.
@@ -47,11 +48,11 @@ class Picture:
 
 
 def pictures(
-    first: Finding, traces: tuple[Trace, Trace] | None, *, heads: Mapping[str, int] | None = None
+    first: Finding, traces: tuple[Trace, Trace] | None, *, heads: Heads | None = None
 ) -> list[Picture]:
     """The pictures of a first divergence; none of a scalar, or where the two arrays cannot be subtracted.
 
-    `heads` is the number of heads in the output of a projection, by its name (of `o_proj`: in its input).
+    `heads` says of weights that have heads along which dimension, and how many.
     """
     errors = _errors(first, traces) if traces else None
     if errors is None or not errors.size or errors.ndim == 0 or not errors.any():
@@ -186,23 +187,15 @@ def _dimensions(first: Finding, ndim: int) -> list[str]:
     return [*names, *(f"dimension {i}" for i in range(len(names), ndim))][:ndim]
 
 
-def _by_name(first: Finding, errors: Array, heads: Mapping[str, int]) -> list[tuple[str, Array]]:
-    """(what it is, the largest error of each entry) of every dimension, and of the heads of a projection's weight."""
+def _by_name(first: Finding, errors: Array, heads: Heads) -> list[tuple[str, Array]]:
+    """(what it is, the largest error of each entry) of every dimension, and of the heads of a weight."""
     named = [
         (name, errors.max(axis=tuple(j for j in range(errors.ndim) if j != i)))
         for i, name in enumerate(_dimensions(first, errors.ndim))
     ]
-    if first.location.phase in ("activation", "activation_gradient", "batch"):
-        return named
-    for projection, count in heads.items():
-        side = 1 if projection == "o_proj" else 0
-        parts = first.location.tensor.split(".")
-        # Of a low-rank pair only B has the outputs, and only A the inputs.
-        other = "lora_B" if side else "lora_A"
-        if projection in parts and other not in parts and errors.ndim > side:
-            along = named[side][1]
-            if len(along) % count == 0:
-                named.insert(0, (HEAD, along.reshape(count, -1).max(axis=1)))
+    dim, count = heads.get(first.location.tensor, (0, 0))
+    if count and errors.shape[dim] % count == 0:
+        named.insert(0, (HEAD, named[dim][1].reshape(count, -1).max(axis=1)))
     return named
 
 

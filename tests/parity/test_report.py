@@ -156,7 +156,7 @@ def located(
     change(arrays[key])
     save_file(arrays, file)
     first = Finding(Location(1, tensor, Q1), 1.0, 1e-9, 1e9, index=(0, 0), values=(0.0, 1.0))
-    heads = {"q_proj": 2}
+    heads = {Q1: (0, 2)}
     return pictures(first, traces, heads=heads)
 
 
