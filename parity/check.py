@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -12,16 +13,20 @@ from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.judge import compare_sides, traces_of, write_report_of
-from parity.measure import measured_bounds
+from parity.measure import Replay, measured_bounds
 from parity.report.diagnosis import read
+from parity.report.next import next_commands
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
+from parity.runs.programs import Launcher, Watcher
+from parity.runs.roundings import DRAWS
 from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, resolved_recipe
+from parity.runs.work import Size, Work, fit_at_once, size_of
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
-from trainspec.plans.plan import Policy
+from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe, RunLength, load_recipe
-from trainspec.runs.run import resolve
+from trainspec.runs.run import Run, resolve
 from trainspec.schedule import learning_rate
 
 DEFAULT_STEPS = 10
@@ -37,8 +42,11 @@ def check(
     overrides: Sequence[str],
     out: Path,
     resumption: Resumption | None = None,
+    watcher: Watcher | None = None,
 ) -> Verdict:
     """Train the recipe on both sides and judge their traces. Writes `out`/verdict.json and report.html.
+
+    `watcher` is told what runs and how far it is.
 
     `steps` None compares the first ten updates, or all of a shorter run. If loss or gradients differ, both sides are
     trained again up to that step, with its activations, to locate the first divergence. `resumption` has sides train in two
@@ -63,6 +71,7 @@ def check(
         raise UserError(f"--out {out}: holds a training run; give the check its own directory")
     for old in ("first-divergence", "measured"):  # of an earlier check
         shutil.rmtree(out / old, ignore_errors=True)
+    launcher = Launcher(watcher)
     request = _Request(
         recipe_path,
         tuple(overrides),
@@ -70,15 +79,24 @@ def check(
         (left, right),
         _summands(*sides),
         _counts(recipe),
+        _known_run(recipe),
+        all(side.plan.devices == 1 for side in sides),
+        launcher,
         resumption,
     )
-    results = request.run(steps, out=out)
-    comparison = request.judge(results, out=out)
-    verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
-    if step := _step_to_refine(comparison):
-        verdict = request.refined(verdict, step, out=out / "first-divergence")
+    closer: Sequence[SideResult] = ()
+    try:
+        results, comparison = request.judged(steps, out=out)
+        verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
+        if step := _step_to_refine(comparison):
+            verdict, closer = request.refined(verdict, step, out=out / "first-divergence")
+    finally:
+        launcher.watcher.finished()
     recipes = [resolved_recipe(out, name) for name in NAMES]
-    write_report_of(verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes)
+    write_report_of(
+        verdict, results, out, recipe=str(recipe_path), settings=overrides, recipes=recipes, closer=closer,
+        heads=request.heads, following=next_commands(verdict, request.arguments, out),
+    )  # fmt: skip
     return verdict
 
 
@@ -94,7 +112,7 @@ def _check_rates(recipe: Recipe, span: RunLength, steps: int) -> None:
 
 @dataclass(frozen=True)
 class _Request:
-    """The arguments of a check, resolved."""
+    """The arguments of a check, resolved. `run` is None if there is no such model; `single`: both sides compute on one device."""
 
     recipe: Path
     overrides: tuple[str, ...]
@@ -102,6 +120,9 @@ class _Request:
     sides: tuple[Side, Side]
     summands: tuple[int, int]
     counts: Mapping[str, float]
+    run: Run | None
+    single: bool
+    launcher: Launcher
     resumption: Resumption | None = None
 
     @property
@@ -113,57 +134,148 @@ class _Request:
         )
         return left, right
 
-    def run(self, steps: int, *, out: Path, activations_at: int | None = None) -> list[SideResult]:
-        """Train both sides, one after the other; one that continues from the other comes last."""
+    @property
+    def heads(self) -> dict[str, tuple[int, int]]:
+        """Of every weight that has heads, along which dimension and how many."""
+        if self.run is None:
+            return {}
+        counts = {"heads": self.run.spec.heads, "kv_heads": self.run.spec.kv_heads}
+        return {
+            param.name: (dim, counts[axis])
+            for param in self.run.full_table
+            for dim, axis in enumerate(param.axes)
+            if axis in counts
+        }
+
+    @property
+    def arguments(self) -> list[str]:
+        """Those of the command line that ask for the same check, but for precision and steps."""
+        words = [str(self.recipe), *(word for setting in self.overrides for word in ("--set", setting))]
+        words += ["--left", str(self.sides[0]), "--right", str(self.sides[1])]
+        if self.resumption:
+            one = [f"{side}:" for side in self.resumption.sides if len(self.resumption.sides) == 1]
+            words += ["--resume-at", f"{''.join(one)}{self.resumption.after}"]
+            words += ["--continue-from", "other"] if self.resumption.from_other else []
+        return words
+
+    @property
+    def _size(self) -> Size | None:
+        return size_of(self.run) if self.run else None
+
+    def judged(
+        self, steps: int, *, out: Path, activations_at: int | None = None
+    ) -> tuple[list[SideResult], Comparison]:
+        """Train both sides, in fp32 and bf16 repeat every step in float64, and compare."""
         trainings = {
-            name: SideTraining(side, name, self.recipe, self.overrides, self.precision, out)
+            name: SideTraining(
+                side, name, self.recipe, self.overrides, self.precision, out, launcher=self.launcher
+            )
             for side, name in zip(self.sides, NAMES, strict=True)
         }
-        resumption = self.resumption if self.resumption and self.resumption.after < steps else None
-        if resumption is None:
-            return [training.run(steps, activations_at=activations_at) for training in trainings.values()]
-        after, results = resumption.after, {}
-        for name, training in sorted(trainings.items(), key=lambda each: each[0] in resumption.sides):
-            if name not in resumption.sides:
-                saved = after if resumption.from_other else None
+        for training in trainings.values():
+            training.clear()
+        work = self._work(steps, closer=activations_at is not None)
+        self.launcher.watcher.planned(work)
+        # A trace of two parts is joined at its end: the reference cannot follow it.
+        follows = work.at_once and bool(work.draws) and self._resumption_within(steps) is None
+        replay = self._replay(trainings, out, activations_at) if follows else None
+        results = self._train(trainings, steps, work, activations_at, replay)
+        return results, self._judge(results, out=out, activations_at=activations_at, replay=replay)
+
+    def _work(self, steps: int, *, closer: bool) -> Work:
+        """What is about to run."""
+        draws = 0 if self.precision == "fp64" else DRAWS[self.precision]
+        resumption = self._resumption_within(steps)
+        work = Work(
+            str(self.recipe), self._labelled, self._size, self.precision, steps, draws, closer=closer
+        )  # fmt: skip
+        if self._size is None or not self.single or (resumption and resumption.from_other):
+            return work
+        return replace(work, at_once=fit_at_once(self._size, self.precision, programs=2 + bool(draws)))
+
+    @property
+    def _labelled(self) -> tuple[tuple[str, Backend], tuple[str, Backend]]:
+        (left, right), (one, other) = self.labels, self.sides
+        return (left, one.backend), (right, other.backend)
+
+    def _resumption_within(self, steps: int) -> Resumption | None:
+        return self.resumption if self.resumption and self.resumption.after < steps else None
+
+    def _replay(self, trainings: Mapping[str, SideTraining], out: Path, activations_at: int | None) -> Replay:
+        """The reference that follows both trainings."""
+        assert self.precision != "fp64"
+        return Replay(
+            [training.trace for training in trainings.values()], self.precision, recipe=self.recipe,
+            overrides=self.overrides, out=out, activations_at=activations_at, follows=True,
+        )  # fmt: skip
+
+    def _train(
+        self,
+        trainings: Mapping[str, SideTraining],
+        steps: int,
+        work: Work,
+        activations_at: int | None,
+        replay: Replay | None,
+    ) -> list[SideResult]:
+        """Train both sides, at the same time or one after the other; one that continues from the other comes last."""
+        resumption = self._resumption_within(steps)
+        results: dict[str, SideResult] = {}
+
+        def train(name: str) -> None:
+            training = trainings[name]
+            if resumption is None or name not in resumption.sides:
+                saved = resumption.after if resumption and resumption.from_other else None
                 results[name] = training.run(steps, activations_at=activations_at, checkpoint_at=saved)
             elif resumption.from_other:
                 ((other, before),) = results.items()
                 results[name] = training.continue_from(
-                    trainings[other], before, steps, after=after, activations_at=activations_at
+                    trainings[other], before, steps, after=resumption.after, activations_at=activations_at
                 )
             else:
-                results[name] = training.run_in_two(steps, after=after, activations_at=activations_at)
+                results[name] = training.run_in_two(
+                    steps, after=resumption.after, activations_at=activations_at
+                )
+            if replay:
+                replay.tell_ended(NAMES.index(name))
+
+        first_whole = sorted(NAMES, key=lambda name: bool(resumption and name in resumption.sides))
+        tasks = [partial(train, name) for name in first_whole]
+        if work.at_once:
+            self.launcher.at_once([*tasks, *([partial(replay.run, self.launcher)] if replay else [])])
+        else:
+            for task in tasks:
+                task()
         return [results[name] for name in NAMES]
 
-    def judge(
-        self, results: Sequence[SideResult], *, out: Path, activations_at: int | None = None
+    def _judge(
+        self, results: Sequence[SideResult], *, out: Path, activations_at: int | None, replay: Replay | None
     ) -> Comparison:
         """Compare with the bounds of the precision, which are measured in fp32 and bf16."""
 
         def bounds(pair: Pair) -> Bounds:
             match self.precision:
                 case "fp64":
-                    return ProofBounds(pair)
+                    made = ProofBounds(pair)
                 case "fp32" | "bf16" as low:
-                    return measured_bounds(
+                    made = measured_bounds(
                         pair, low, recipe=self.recipe, overrides=self.overrides, out=out,
-                        summands=self.summands, activations_at=activations_at,
+                        summands=self.summands, activations_at=activations_at, launcher=self.launcher, replay=replay,
                     )  # fmt: skip
                 case other:
                     assert_never(other)
+            self.launcher.watcher.comparing()
+            return made
 
         return compare_sides(results, bounds)
 
-    def refined(self, verdict: Verdict, step: int, *, out: Path) -> Verdict:
+    def refined(self, verdict: Verdict, step: int, *, out: Path) -> tuple[Verdict, Sequence[SideResult]]:
         """The verdict with `step` judged again, activations included, where an earlier divergence may show.
 
-        Everything goes under `out`. If the step holds the second time, the verdict stays as it is.
+        Everything goes under `out`. Returns the sides of the second look as well, if the verdict is about them. If the step holds the second time, the verdict stays as it is.
         """
-        results = self.run(step, out=out, activations_at=step)
-        second = self.judge(results, out=out, activations_at=step)
+        results, second = self.judged(step, out=out, activations_at=step)
         if second.holds:
-            return verdict
+            return verdict, ()
         before, after = (
             [f for f in verdict.comparison.findings if f.location.step < step],
             [f for f in verdict.comparison.findings if f.location.step > step],
@@ -176,11 +288,19 @@ class _Request:
             failed.get(f.location, f) if f.holds else f for f in second.findings if f.location.step == step
         ]
         comparison = replace(verdict.comparison, findings=(*before, *again, *after))
-        return replace(verdict, comparison=comparison, reading=self.read(comparison, results))
+        return replace(verdict, comparison=comparison, reading=self.read(comparison, results)), results
 
     def read(self, comparison: Comparison, results: Sequence[SideResult]) -> str | None:
         """What kind of cause the first divergence looks like."""
         return read(comparison, traces_of(results), counts=self.counts)
+
+
+def _known_run(recipe: Recipe) -> Run | None:
+    """The recipe's run; None if there is no such model, which the side that looks for it says."""
+    try:
+        return resolve(recipe)
+    except UserError:
+        return None
 
 
 def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from parity.faults.table import listed, listed_shared, page, result_lines, summa
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
+from parity.runs.progress import Progress
 from parity.runs.sides import Resumption, parse_resumption, parse_side
 from trainspec.command import add_recipe, run_command
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
@@ -113,6 +114,7 @@ def _run(args: Namespace) -> int:
             verdict = check(
                 args.recipe, left=parse_side(args.left), right=parse_side(args.right), precision=args.precision,
                 steps=args.steps, overrides=args.overrides, out=out, resumption=_resumption(args),
+                watcher=Progress(),
             )  # fmt: skip
         case "diff":
             out = args.out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from parity.comparison.compare import Comparison, compare, ending
@@ -38,9 +38,19 @@ def write_report_of(
     recipe: str | None,
     settings: Sequence[str],
     recipes: Sequence[str],
+    closer: Sequence[SideResult] = (),
+    heads: Mapping[str, tuple[int, int]] | None = None,
+    following: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write verdict.json and report.html into `out`."""
+    """Write verdict.json and report.html into `out`.
+
+    `closer` are the sides of the closer look that the first divergence is in, `heads` along which dimension a weight has heads and
+    how many, `following` the commands that come next.
+    """
     losses = [[record["loss"] for record in side.trace.steps] if side.trace else [] for side in results]
     verdict.write(out)
-    report = Report(verdict, *losses, recipe=recipe, settings=tuple(settings), recipes=tuple(recipes))
+    report = Report(
+        verdict, *losses, recipe=recipe, settings=tuple(settings), recipes=tuple(recipes),
+        traces=traces_of(closer or results), heads=heads or {}, next=tuple(following),
+    )  # fmt: skip
     write_report(out / "report.html", report)

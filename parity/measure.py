@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,14 +18,16 @@ from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import UNIT, Bounds
+from parity.runs.programs import Launcher
 from parity.runs.roundings import DRAWS
-from parity.runs.sides import run_program
+from parity.runs.work import REFERENCE as REFERENCE_PROGRAM
 from trainspec.errors import EXIT_DONE, UserError
 from trainspec.plans.plan import COMPUTE_DTYPE, Backend
 from trainspec.recipe import load_recipe
 from trainspec.runs.run import Run, resolve
 from trainspec.trace import Trace
 
+Low = Literal["fp32", "bf16"]
 # The backend that computes the reference of both sides, on one device.
 REFERENCE: Backend = "jax"
 ESTIMATED = "the bounds are estimated, not measured: the runs do not start from the recipe's weights, or train other ones"
@@ -36,7 +38,9 @@ class Job:
     """The input of `parity.runs.replay`: the reference's backend and recipe, and the runs (traces) that it repeats.
 
     `draws` is the number of repetitions of the first run with simulated roundings, of unit roundoffs `units` (of stored
-    results and of wide ones); step `activations_at` is recorded with activations. `computed` is the type that the runs compute in, to which their weights are rounded.
+    results and of wide ones); step `activations_at` is recorded with activations. `computed` is the type that the runs
+    compute in, to which their weights are rounded. `ended` names a file for each run that is there once the run has ended:
+    its trace may still grow until then. Without names all traces are whole.
     """
 
     backend: Backend
@@ -48,19 +52,81 @@ class Job:
     activations_at: int | None
     runs: list[str]
     out: str
+    ended: list[str] = field(default_factory=list)
+
+
+class Replay:
+    """The float64 reference of `runs`, under `out`/measured: a program that repeats every step, the first run's with draws.
+
+    With `follows` it may start before the runs do, and repeats each step once it is recorded; `tell_ended` says that a
+    run has ended.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Path],
+        precision: Low,
+        *,
+        recipe: Path,
+        overrides: Sequence[str],
+        out: Path,
+        activations_at: int | None = None,
+        follows: bool = False,
+    ) -> None:
+        self._home, self._runs, self._draws = out / "measured", runs, DRAWS[precision]
+        self._failure: str | None = None
+        shutil.rmtree(self._home, ignore_errors=True)
+        self._home.mkdir(parents=True)
+        self._ended = [self._home / f"ended-{number}" for number in range(len(runs))] if follows else []
+        exact = [*overrides, "precision.policy=fp64", "precision.reduce=fp64"]
+        job = Job(
+            REFERENCE,
+            str(recipe),
+            exact,
+            COMPUTE_DTYPE[precision],
+            (UNIT[precision], UNIT["fp32"]),
+            self._draws,
+            activations_at,
+            [str(r) for r in runs],
+            str(self._home),
+            [str(file) for file in self._ended],
+        )
+        (self._home / "job.json").write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
+
+    def run(self, launcher: Launcher) -> None:
+        """Run the program to its end. A failure is raised by `measurement`, if anybody wants it."""
+        command = [sys.executable, "-m", "parity.runs.replay", str(self._home / "job.json")]
+        log = self._home / "log.txt"
+        code, last = launcher.run(REFERENCE_PROGRAM, command, log=log)
+        if code != EXIT_DONE:
+            self._failure = f"the fp64 reference ({REFERENCE}): {last}; the whole log is {log}"
+
+    def tell_ended(self, number: int) -> None:
+        """Say that run `number` (from 0) has ended, for a program that follows it."""
+        if self._ended:
+            self._ended[number].touch()
+
+    def measurement(self) -> Measurement:
+        """What the program wrote. Raises UserError if it failed."""
+        if self._failure:
+            raise UserError(self._failure)
+        references = tuple(Trace(self._home / f"reference-{number}") for number in range(len(self._runs)))
+        return Measurement(references, self._home / "movement", self._draws)
 
 
 def measured_bounds(
     pair: Pair,
-    precision: Literal["fp32", "bf16"],
+    precision: Low,
     *,
     recipe: Path,
     overrides: Sequence[str],
     out: Path,
     summands: tuple[int, int] = (1, 1),
     activations_at: int | None = None,
+    launcher: Launcher | None = None,
+    replay: Replay | None = None,
 ) -> Bounds:
-    """Bounds for two runs of `recipe`, measured under `out`/measured.
+    """Bounds for two runs of `recipe`, measured under `out`/measured; `replay` has measured them already.
 
     `summands` is the number of gradients that each side sums. Runs that do not start as the recipe does, or train
     something else, cannot be replayed: they get estimated bounds, and a note that says so.
@@ -69,46 +135,16 @@ def measured_bounds(
     if not _start_as(run, pair):
         scale = lora_scale(run.recipe.method)
         return EstimatedBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
-    runs = [trace.directory for trace in pair.traces]
-    measurement = measure(
-        runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
-    )
+    if replay is None:
+        runs = [trace.directory for trace in pair.traces]
+        replay = Replay(
+            runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
+        )
+        replay.run(launcher or Launcher())
     summation = Summation(run.recipe.precision.reduce, summands)
-    return MeasuredBounds(pair, precision, measurement=measurement, rule=rule_of(run), summation=summation)
-
-
-def measure(
-    runs: Sequence[Path],
-    precision: Literal["fp32", "bf16"],
-    *,
-    recipe: Path,
-    overrides: Sequence[str],
-    out: Path,
-    activations_at: int | None = None,
-) -> Measurement:
-    """Replay every run in float64, the first also with simulated roundings, in one process. Raises UserError if it fails."""
-    home = out / "measured"
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
-    exact = [*overrides, "precision.policy=fp64", "precision.reduce=fp64"]
-    job = Job(
-        REFERENCE,
-        str(recipe),
-        exact,
-        COMPUTE_DTYPE[precision],
-        (UNIT[precision], UNIT["fp32"]),
-        DRAWS[precision],
-        activations_at,
-        [str(r) for r in runs],
-        str(home),
+    return MeasuredBounds(
+        pair, precision, measurement=replay.measurement(), rule=rule_of(run), summation=summation
     )
-    (home / "job.json").write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "parity.runs.replay", str(home / "job.json")]
-    code, last = run_program(command, log=home / "log.txt")
-    if code != EXIT_DONE:
-        raise UserError(f"the fp64 reference ({REFERENCE}): {last}; the whole log is {home / 'log.txt'}")
-    references = tuple(Trace(home / f"reference-{number}") for number in range(len(runs)))
-    return Measurement(references, home / "movement", DRAWS[precision])
 
 
 def rule_of(run: Run) -> AdamRule:

@@ -37,14 +37,14 @@ def loss_curves(left: Sequence[float], right: Sequence[float]) -> Markup:
     """Both curves over the steps; the right one is dashed, so that both are visible where they coincide."""
     values = [value for value in (*left, *right) if abs(value) < HUGE]
     if not values:
-        return _svg("No step to draw", [])
+        return svg("No step to draw", [])
     low, high = min(values), max(values)
     margin = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
     axes = Axes((1, max(len(left), len(right), 2)), (low - margin, high + margin))
     ticks = _round_ticks(*axes.values)
     marks = _frame(axes, [(tick, f"{tick:.4g}") for tick in ticks])
     marks += [_line(axes, list(enumerate(left, 1)), "left"), _line(axes, list(enumerate(right, 1)), "right")]
-    return _svg("Loss of both sides over the steps", marks)
+    return svg("Loss of both sides over the steps", marks)
 
 
 def loss_difference(points: Sequence[tuple[int, float, float]]) -> Markup:
@@ -54,7 +54,7 @@ def loss_difference(points: Sequence[tuple[int, float, float]]) -> Markup:
     """
     shown = [value for _, *pair in points for value in pair if value > 0]
     if not shown:
-        return _svg("No difference at any step", [])
+        return svg("No difference at any step", [])
     low, high = (
         10.0 ** math.floor(math.log10(min(shown)) - 0.3),
         10.0 ** math.ceil(math.log10(max(shown)) + 0.3),
@@ -67,7 +67,7 @@ def loss_difference(points: Sequence[tuple[int, float, float]]) -> Markup:
     for step, error, _ in points:
         kind, height = ("dot", axes.y(error)) if error > 0 else ("dot hollow", axes.y(low))
         marks.append(f'<circle class="{kind}" cx="{axes.x(step):.1f}" cy="{height:.1f}" r="3.5"/>')
-    return _svg("Relative difference of the losses against its bound", marks)
+    return svg("Relative difference of the losses against its bound", marks)
 
 
 def _frame(axes: Axes, ticks: Sequence[tuple[float, str]]) -> list[str]:
@@ -100,7 +100,8 @@ def _round_ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _svg(title: str, marks: Sequence[str]) -> Markup:
+def svg(title: str, marks: Sequence[str]) -> Markup:
+    """A drawing of `marks`, with its title for who cannot see it; the title alone if there are none."""
     body = (
         "".join(marks)
         or f'<text class="tick" x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">{escape(title)}</text>'

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,7 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from parity.comparison.compare import Finding
 from parity.report.chart import loss_curves, loss_difference
 from parity.report.heat import heat_maps, legend
+from parity.report.pictures import pictures
+from parity.report.settings import origins_of, settings_of
 from parity.report.verdict import TITLES, Verdict, explained, number, values_at
+from trainspec.trace import Trace
 
 # Packages that affect the numbers. Their versions come from package metadata; none of them is imported here.
 PACKAGES = ("twintrain", "numpy", "jax", "flax", "optax", "torch", "transformers", "peft", "deepspeed")
@@ -28,7 +30,9 @@ BEFORE, AFTER = 3, 6
 class Report:
     """A verdict, and what only the page shows: each side's loss per step, and the recipe with its settings.
 
-    `recipes` are those that left and right trained, as YAML with every default; empty for two traces.
+    `recipes` are those that left and right trained, as YAML with every default; empty for two traces. `traces` are those that
+    the first divergence is in, `heads` along which dimension a weight has heads, and how many. `next` are commands that come next,
+    each with what it is for.
     """
 
     verdict: Verdict
@@ -37,6 +41,9 @@ class Report:
     recipe: str | None = None
     settings: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
+    traces: tuple[Trace, Trace] | None = None
+    heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    next: tuple[tuple[str, str], ...] = ()
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -64,7 +71,9 @@ def render(report: Report) -> str:
         worst=comparison.worst.values(),
         around=_around(comparison.findings),
         tensors=comparison.worst_tensors(TABLE_ROWS),
-        resolved=_side_by_side(*report.recipes) if report.recipes else [],
+        settings=settings_of(report.recipes, report.traces),
+        origins=origins_of(report.traces) if report.recipes else [],
+        pictures=pictures(first, report.traces, heads=report.heads) if first else [],
         maps=heat_maps(comparison.findings),
         legend=legend(),
         titles=TITLES,
@@ -80,13 +89,6 @@ def _around(findings: Sequence[Finding]) -> Sequence[Finding]:
     """The first divergence among its neighbours; empty if there is none."""
     at = next((i for i, finding in enumerate(findings) if not finding.holds), None)
     return [] if at is None else findings[max(0, at - BEFORE) : at + 1 + AFTER]
-
-
-def _side_by_side(left: str, right: str) -> list[tuple[str, str]]:
-    """(`both`, `left` or `right`, line of YAML); where the sides' recipes differ, left's line comes first."""
-    sides = {" ": "both", "-": "left", "+": "right"}
-    lines = difflib.ndiff(left.splitlines(), right.splitlines())
-    return [(sides[line[0]], line[2:]) for line in lines if line[0] in sides]
 
 
 def _decades(used: float) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 
 from parity.runs.edit import Edit
 from parity.runs.plant import CRASHED
-from parity.runs.sides import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
+from parity.runs.programs import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
 from trainspec.backends import BACKENDS
 from trainspec.errors import EXIT_DONE
 from trainspec.plans.plan import Backend

@@ -17,9 +17,11 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from parity.comparison.pair import NAMES
 from parity.measure import Job
 from parity.runs.roundings import RMS_ROUNDING, folded
 from trainspec.backends import BACKENDS
@@ -44,6 +47,9 @@ from trainspec.trace import Keep, StepTrace, Trace, TraceWriter
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+Record = dict[str, Any]
+# How often a trace that grows is looked at.
+POLL_SECONDS = 0.1
 # The fields of `Metrics` by the names of their groups in a trace.
 GROUPS = {
     "gradient": "gradients",
@@ -52,24 +58,43 @@ GROUPS = {
 }
 
 
-def weights_before(trace: Trace, names: set[str], *, computed: str) -> Iterator[Arrays]:
+def weights_before(
+    trace: Trace, names: set[str], *, computed: str, records: Iterable[Record] | None = None
+) -> Iterator[Arrays]:
     """Float64 copies of the weights that updates 1, 2, ... compute with, read lazily; a step that was stopped included.
 
     An update is a difference of two stored weights. Its sum with the weight is rounded to the stored type again, which
-    undoes the rounding of that difference. A run computes with the stored weight rounded to `computed`.
+    undoes the rounding of that difference. A run computes with the stored weight rounded to `computed`. `records` are those
+    of a trace that still grows.
     """
     stored = {name: trace.read_initial(f"weight/{name}") for name in sorted(names)}
-    for record in trace.steps:
+    for record in trace.steps if records is None else records:
         yield {name: _rounded(weight, computed) for name, weight in stored.items()}
         for name, weight in stored.items():
             update = trace.read(record["step"], f"update/{name}").astype(np.float64)
             stored[name] = (weight.astype(np.float64) + update).astype(weight.dtype)
-    if trace.stopped:
+    if Trace(trace.directory).stopped:  # a trace that grew may have got one since it was opened
         yield {name: _rounded(weight, computed) for name, weight in stored.items()}
 
 
 def _rounded(weight: Array, computed: str) -> Array:
     return weight.astype(computed).astype(np.float64)
+
+
+def records_of(trace: Path, ended: Path | None) -> Iterator[Record]:
+    """The lines of trace.jsonl as they are written, until the file `ended` is there; None: it is whole."""
+    file, count = trace / "trace.jsonl", 0
+    while True:
+        is_whole = (
+            ended is None or ended.exists()
+        )  # before the lines are read: what is written after it is of no run
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        yield from map(json.loads, whole[count:])
+        count = len(whole)
+        if is_whole:
+            return
+        time.sleep(POLL_SECONDS)
 
 
 class Replayer:
@@ -89,7 +114,7 @@ class Replayer:
         self.trained = {p.name for p in self.run.trained}
 
     def steps(
-        self, trace: Trace, *, draws: int
+        self, trace: Trace, *, draws: int, records: Iterable[Record] | None = None
     ) -> Iterator[tuple[int, Batch, Metrics, Iterator[Metrics] | None]]:
         """(step, batch, metrics, those of each draw) of every step of `trace`, to the first that is not finite.
 
@@ -97,7 +122,8 @@ class Replayer:
         """
         # All states share the first one's compiled programs: their recipes differ only in the weights' directory.
         state = self.state = self.backend.init_state(self._with_weights_of(trace), like=self.state)
-        for step, weights in enumerate(weights_before(trace, self.trained, computed=self.job.computed), 1):
+        weights_of_steps = weights_before(trace, self.trained, computed=self.job.computed, records=records)
+        for step, weights in enumerate(weights_of_steps, 1):
             zeros = {name: np.zeros_like(weight) for name, weight in weights.items()}
             state = self.backend.restore(state, Checkpoint(step - 1, weights, zeros, zeros))
             # The recipe's batch, whatever the recorded run used.
@@ -129,8 +155,16 @@ class Replayer:
         return replace(self.run, recipe=self.recipe.model_copy(update={"model": source}), directory=directory)
 
 
-def write_reference(replayer: Replayer, trace: Trace, out: Path, *, movement: Path | None = None) -> None:
-    """Write every step of `trace`, repeated in float64, as a trace.
+def write_reference(
+    replayer: Replayer,
+    trace: Trace,
+    out: Path,
+    *,
+    movement: Path | None = None,
+    records: Iterable[Record] | None = None,
+    name: str = "",
+) -> None:
+    """Write every step of `trace`, repeated in float64, as a trace. `name` is the side's, for the lines that it prints.
 
     With `movement` that of every tensor is written there: mean squares over all draws. A step that some draw does not
     reach, because its loss is not finite, is left out of it.
@@ -140,7 +174,8 @@ def write_reference(replayer: Replayer, trace: Trace, out: Path, *, movement: Pa
     if movement:
         movement.mkdir(parents=True, exist_ok=True)
     draws = replayer.job.draws if movement else 0
-    for step, batch, metrics, drawn in replayer.steps(trace, draws=draws):
+    for step, batch, metrics, drawn in replayer.steps(trace, draws=draws, records=records):
+        _say(f"reference of {name}: step {step}")
         record = StepTrace(
             step, batch, metrics.loss_sum, metrics.tokens, metrics.grad_norm, replayer.lr(step),
             gradients=metrics.gradients or {}, updates={}, moment1={}, moment2={},
@@ -152,10 +187,21 @@ def write_reference(replayer: Replayer, trace: Trace, out: Path, *, movement: Pa
         writer.step(record)
         if movement:
             try:
-                squares = mean_squares(metrics, drawn, draws)
+                squares = mean_squares(metrics, _said(drawn, f"reference of {name}: step {step}"), draws)
             except NonFiniteLossError:
                 continue
             save_file(squares, movement / f"step-{step:06d}.safetensors")
+
+
+def _said(drawn: Iterator[Metrics], line: str) -> Iterator[Metrics]:
+    """The draws, each told of on stdout, where `parity.runs.progress` reads it."""
+    for number, metrics in enumerate(drawn, 1):
+        _say(f"{line}, draw {number}")
+        yield metrics
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def mean_squares(reference: Metrics, drawn: Iterator[Metrics], draws: int) -> Arrays:
@@ -188,9 +234,17 @@ def main() -> None:
     """Run the job in the file named on the command line."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     replayer, out = Replayer(job), Path(job.out)
-    for number, run in enumerate(job.runs):
+    for number, run in enumerate(map(Path, job.runs)):
+        ended = Path(job.ended[number]) if job.ended else None
         movement = out / "movement" if job.draws and number == 0 else None
-        write_reference(replayer, Trace(Path(run)), out / f"reference-{number}", movement=movement)
+        records = records_of(run, ended)
+        first = next(records, None)  # waits for it
+        if first is None:
+            continue  # the run made no update
+        write_reference(
+            replayer, Trace(run), out / f"reference-{number}", movement=movement, records=chain([first], records),
+            name=NAMES[number] if number < len(NAMES) else str(number),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

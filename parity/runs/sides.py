@@ -6,19 +6,18 @@ many fake devices or processes as its plan needs), and only its trace is read af
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import Signals
 from typing import assert_never
 
 from parity.comparison.pair import NAMES
 from parity.runs.join import join
+from parity.runs.programs import Launcher
 from trainspec.backends import BACKENDS
 from trainspec.errors import (
     EXIT_DONE,
@@ -38,17 +37,8 @@ from trainspec.trace import STOPPED_FILE, Trace
 PROGRAMS: dict[str, Backend] = {
     word: name for name, backend in BACKENDS.items() for word in (name, backend.program)
 }
-# A check compares updates: it saves no checkpoints on the way and measures no held-out loss.
+# A check compares updates: it saves no checkpoints on the way and measures no held-out loss, not even after the last one.
 NEVER = 10**9
-# The proof is about arithmetic, not devices: both sides run on the CPU, whatever this machine has.
-CPU_ONLY = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-# A check runs the same programs again, for its reference or a failing step, so slow compilations are cached.
-COMPILE_CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": str(Path("build/jax-cache").absolute()),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-}
-# Threads that spin while waiting take the cores from working ones: up to five times the wall time in torch.
-QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 @dataclass(frozen=True)
@@ -133,22 +123,28 @@ class SideTraining:
     overrides: Sequence[str]
     precision: Policy
     out: Path
+    launcher: Launcher = field(default_factory=Launcher)
 
     @property
     def home(self) -> Path:
         """The directory of the side."""
         return self.out / self.name
 
+    @property
+    def trace(self) -> Path:
+        """Where its trace will be."""
+        return self.home / "trace"
+
     def run(
         self, steps: int, *, activations_at: int | None = None, checkpoint_at: int | None = None
     ) -> SideResult:
         """Train `steps` updates in one part; `checkpoint_at` saves a checkpoint on the way, for the other side."""
-        self._clear()
+        self.clear()
         return self._part(steps, "trace", activations_at=activations_at, checkpoint_at=checkpoint_at)
 
     def run_in_two(self, steps: int, *, after: int, activations_at: int | None = None) -> SideResult:
         """Train up to `after`, then resume from that checkpoint and train up to `steps`; the trace is of both parts."""
-        self._clear()
+        self.clear()
         first = self._part(after, "part-1", activations_at=activations_at)
         return first if first.stopped else self._resume(first, steps, activations_at)
 
@@ -162,7 +158,7 @@ class SideTraining:
         activations_at: int | None = None,
     ) -> SideResult:
         """Resume from the checkpoint of another side, whose trace `before` has the steps up to `after`."""
-        self._clear()
+        self.clear()
         name = checkpoint_name(after)
         saved = other.home / "run" / "checkpoints" / name
         if not saved.is_dir():  # the other side stopped itself before
@@ -170,7 +166,8 @@ class SideTraining:
         shutil.copytree(saved, self.home / "run" / "checkpoints" / name)
         return self._resume(before, steps, activations_at)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Remove what an earlier check left."""
         for old in ("run", "trace", "part-1", "part-2"):
             shutil.rmtree(self.home / old, ignore_errors=True)
         self.home.mkdir(parents=True, exist_ok=True)
@@ -179,7 +176,7 @@ class SideTraining:
         second = self._part(steps, "part-2", activations_at=activations_at, resume=True)
         if first.trace is None or second.trace is None:
             return replace(first, stopped=second.stopped)
-        return replace(second, trace=join(first.trace, second.trace, self.home / "trace"))
+        return replace(second, trace=join(first.trace, second.trace, self.trace))
 
     def _part(
         self,
@@ -200,7 +197,7 @@ class SideTraining:
         command += ["--resume"] if resume else []
         command += ["--activations", str(activations_at)] if activations_at else []
         log = self.home / ("log-2.txt" if resume else "log.txt")
-        code, last = run_program(command, log=log)
+        code, last = self.launcher.run(self.name, command, log=log)
         return self._result(code, last, log=log, trace=directory)
 
     def _result(self, code: int, last: str, *, log: Path, trace: Path) -> SideResult:
@@ -233,7 +230,7 @@ def resolved_recipe(out: Path, name: str) -> str:
 def _check_settings(precision: Policy, steps: int, checkpoint_at: int | None) -> list[str]:
     """What a check changes in a recipe: precision and number of updates, and nothing else that affects an update."""
     settings = [f"precision.policy={precision}", f"run.stop_after_steps={steps}"]
-    settings += [f"checkpoint.every_steps={checkpoint_at or NEVER}", f"run.eval_every_steps={NEVER}"]
+    settings += [f"checkpoint.every_steps={checkpoint_at or NEVER}", "data.heldout=null"]
     settings += [f"checkpoint.keep={NEVER}"] if checkpoint_at else []
     match precision:
         case "fp64" | "fp32":
@@ -242,23 +239,3 @@ def _check_settings(precision: Policy, steps: int, checkpoint_at: int | None) ->
             return settings  # the recipe says in which type bf16 sums
         case other:
             assert_never(other)
-
-
-def run_program(command: Sequence[str], *, log: Path) -> tuple[int, str]:
-    """Run to the end with all output in `log`, and on the terminal if there is one.
-
-    Returns the exit code and the last non-empty line.
-    """
-    watched, last = sys.stderr.isatty(), ""
-    environment = QUIET_THREADS | COMPILE_CACHE | os.environ | CPU_ONLY
-    with log.open("w", encoding="utf-8") as file, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-    ) as child:  # fmt: skip
-        assert child.stdout is not None
-        file.write(f"$ {shlex.join(command)}\n")
-        for line in child.stdout:
-            file.write(line)
-            last = line.strip() or last
-            if watched:
-                sys.stderr.write(line)
-    return child.returncode, last

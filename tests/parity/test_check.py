@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,11 @@ import pytest
 
 from parity.check import check as run_check
 from parity.cli import main
+from parity.runs.programs import Launcher
+from parity.runs.progress import WIDTH, Progress
+from parity.runs.replay import records_of
 from parity.runs.sides import Side, parse_side
+from parity.runs.work import Size, Work, fit_at_once
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.runs.run import resolve
@@ -50,8 +57,8 @@ def says(line: str, code: int) -> str:
 def check(tmp_path, monkeypatch):
     """Run `parity check` with a stand-in for each backend; `torch` is what the right one does first."""
 
-    def run(*flags: str, torch: str = "") -> int:
-        for backend, body in (("jaxtrain", ""), ("torchtrain", torch)):
+    def run(*flags: str, torch: str = "", jax: str = "") -> int:
+        for backend, body in (("jaxtrain", jax), ("torchtrain", torch)):
             (tmp_path / backend).mkdir()
             (tmp_path / backend / "__init__.py").touch()
             (tmp_path / backend / "__main__.py").write_text(STAND_IN % (str(Path(__file__).parent), body))
@@ -161,6 +168,213 @@ def test_sides_are_read_as_words():
     assert str(parse_side("torch")) == "torch"
     with pytest.raises(UserError, match="jax"):
         parse_side("")
+
+
+PRINTS = """
+for step in range(1, 1 + int(settings["run.stop_after_steps"])):
+    print(f"step {step:>5}  loss 1.0", flush=True)
+"""
+
+
+class Clock:
+    """Seconds that go by with every look."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def work(**changes) -> Work:
+    size = Size(
+        examples=16, sequence_tokens=128, slices=2, parameters=5_000_000, trained=5_000_000, layers=4, attention=576,
+        stream=288, mlp=792, vocabulary=1024,
+    )  # fmt: skip
+    sides: tuple = (("jax", "jax"), ("torch plan.data=2", "torch"))
+    return replace(Work("r.yaml", sides, size, "bf16", steps=10, draws=8, at_once=True), **changes)
+
+
+def shown(*, watched: bool, seconds: float = 5.0) -> str:
+    """What is shown of a check of ten updates, with its reference."""
+    stream = io.StringIO()
+    progress = Progress(stream, watched=watched, clock=Clock(seconds))
+    progress.planned(work())
+    for name in ("left", "right", "reference"):
+        progress.started(name, 1)
+    for step in range(1, 11):
+        progress.said("left", f"step {step:>5}  loss 1.0")
+        progress.said("left", "something else")
+        progress.said("reference", f"reference of left: step {step}")
+        progress.said("reference", f"reference of left: step {step}, draw 1")
+    progress.ended("left")
+    progress.comparing()
+    progress.finished()
+    return stream.getvalue()
+
+
+def test_progress_is_one_line_on_a_terminal_that_is_gone_at_the_end():
+    text = shown(watched=True)
+    announced, _, rewritten = text.rpartition("\n")
+    assert announced.count("\n") == len(work().announcement()) - 1
+    assert "left 3/10 updates, right starting, reference of left: update 3/10, draw 1/8" in rewritten
+    assert all(len(line) <= WIDTH for line in rewritten.split("\r\x1b[K"))
+    assert rewritten.endswith("\r\x1b[K")
+
+
+def test_elsewhere_progress_is_a_line_now_and_then():
+    lines = shown(watched=False, seconds=0.5).splitlines()
+    assert lines[: len(work().announcement())] == work().announcement()
+    updates = [line for line in lines if "updates, right" in line]
+    assert 2 <= len(updates) < 10
+    assert not any("\r" in line or "\x1b" in line for line in lines)
+    assert lines[-1] == "parity: comparing every tensor of 10 updates"
+    assert len(shown(watched=False, seconds=0.01).splitlines()) < len(lines)
+
+
+def test_nothing_is_written_before_the_first_update_so_that_a_mistake_is_one_line():
+    stream = io.StringIO()
+    progress = Progress(stream, watched=False, clock=Clock(0.1))
+    progress.planned(work())
+    progress.started("left", 1)
+    progress.ended("left")
+    progress.finished()
+    assert stream.getvalue() == ""
+
+
+def test_the_time_to_go_is_told_from_measured_updates():
+    stream, clock = io.StringIO(), [0.0]
+    progress = Progress(stream, watched=True, clock=lambda: clock[0])
+    progress.planned(work(draws=0, precision="fp64"))
+    progress.started("left", 1)
+    for at, step in ((100.0, 1), (110.0, 2), (120.0, 3)):  # the first one compiles
+        clock[0] = at
+        progress.said("left", f"step {step:>5}  loss 1.0")
+    assert "left 3/10 updates; 2 min so far, about 70 s to go for this part" in stream.getvalue()
+    assert "left 1/10 updates; 2 min" not in stream.getvalue()
+
+
+def test_the_announcement_says_what_runs_and_what_is_cheaper():
+    text = "\n".join(work().announcement())
+    assert "10 updates of 16 × 128 tokens on each side, 5 M of 5 M weights trained, in bf16" in text
+    assert "left (jax) and right (torch plan.data=2) at the same time" in text
+    assert "100 passes" in text  # ten of each side, and eight draws of ten
+    assert all(
+        word in text for word in ("a guess", "--steps 3", "--precision fp64", "data.sequence_tokens=64")
+    )
+    proof = "\n".join(work(draws=0, precision="fp64", steps=2, at_once=False).announcement())
+    assert "one after the other" in proof
+    assert "draws" not in proof
+    assert "--steps" not in proof
+    assert work(size=None).announcement() == []
+
+
+def test_a_check_that_is_cheaper_is_guessed_to_be_so():
+    whole = work().core_seconds
+    assert work(steps=3).core_seconds < whole
+    assert work(draws=0, precision="fp64").core_seconds < work(draws=0).core_seconds + whole
+    size = work().size
+    assert size is not None
+    assert work(size=replace(size, sequence_tokens=64)).core_seconds < whole
+
+
+def test_sides_run_at_once_only_where_memory_and_cores_are_there(monkeypatch):
+    size = work().size
+    assert size is not None
+    needed = size.bytes_at_most("fp64")
+    monkeypatch.setattr("parity.runs.work.cores", lambda: 2)
+    monkeypatch.setattr("parity.runs.work.available_memory", lambda: int(needed * 4))
+    assert fit_at_once(size, "fp64", programs=2)
+    assert not fit_at_once(size, "fp64", programs=3)
+    monkeypatch.setattr("parity.runs.work.cores", lambda: 1)
+    assert not fit_at_once(size, "fp64", programs=2)
+
+
+def test_two_sides_at_once_leave_the_same_verdict(check, tmp_path, monkeypatch, capsys):
+    """Each waits for the other to have started, so one after the other they would never end."""
+    monkeypatch.setattr("parity.check._known_run", lambda recipe: object())
+    monkeypatch.setattr("parity.check.size_of", lambda run: work().size)
+    monkeypatch.setattr("parity.check.fit_at_once", lambda *_, **__: True)
+    monkeypatch.setattr("parity.check._Request.heads", {})
+    meet = """
+import time
+mine = out.parent / "here"
+mine.touch()
+other = out.parent.parent / ("left" if out.parent.name == "right" else "right") / "here"
+for _ in range(300):
+    if other.exists():
+        break
+    time.sleep(0.1)
+else:
+    raise SystemExit("the other side never started")
+"""
+    assert check("--out", "both", torch=meet + PRINTS, jax=meet) == 0
+    assert "updates" in capsys.readouterr().err
+    verdict = json.loads((tmp_path / "both/verdict.json").read_text())
+    assert (verdict["verdict"], verdict["steps"]) == ("pass", 2)
+
+
+def test_a_side_that_fails_ends_the_other(tmp_path):
+    launcher = Launcher()
+    sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+    def fails() -> None:
+        raise UserError("the other side's mistake")
+
+    def runs() -> None:
+        codes.append(launcher.run("left", sleeps, log=tmp_path / "log.txt")[0])
+
+    codes: list[int] = []
+    with pytest.raises(UserError, match="the other side's mistake"):
+        launcher.at_once([runs, fails])
+    assert codes == [-15]
+
+
+def test_a_program_that_starts_after_another_has_failed_is_ended_too(tmp_path):
+    launcher = Launcher()
+    failed = threading.Event()
+
+    def fails() -> None:
+        failed.set()
+        raise UserError("a mistake")
+
+    def starts() -> int:
+        failed.wait()
+        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        return launcher.run("left", command, log=tmp_path / "log.txt")[0]
+
+    with pytest.raises(UserError, match="a mistake"):
+        launcher.at_once([starts, fails])
+
+
+def test_the_reference_reads_a_trace_while_it_is_written(tmp_path):
+    trace, ended = tmp_path / "trace", tmp_path / "ended"
+    trace.mkdir()
+    file = trace / "trace.jsonl"
+    seen: list[int] = []
+
+    def read() -> None:
+        seen.extend(record["step"] for record in records_of(trace, ended))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with file.open("a") as out:
+        for step in (1, 2):
+            out.write(json.dumps({"step": step}) + "\n")
+            out.flush()
+        out.write('{"step": ')  # half a line is no record
+        out.flush()
+        out.write("3}\n")
+    ended.touch()
+    reader.join(timeout=60)
+    assert seen == [1, 2, 3]
+    assert [r["step"] for r in records_of(trace, None)] == [1, 2, 3]
+
+
+def test_a_check_measures_no_held_out_loss(check, tmp_path):
+    check("--out", "here")
+    assert "--set data.heldout=null" in (tmp_path / "here/left/log.txt").read_text()
 
 
 def test_parity_imports_no_framework():

@@ -119,6 +119,15 @@ def host_memory() -> tuple[int, str]:
     return min(limits)
 
 
+def available_memory() -> int:
+    """How many bytes can still be used: what the system says is available, within this process's limit."""
+    limit, _ = host_memory()
+    file = Path("/proc/meminfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([limit, *available])
+
+
 def _is_supported(plan: Plan, recipe: Recipe, backend: Backend) -> bool:
     try:
         check_supported(plan, recipe.precision.policy, BACKENDS[backend])
