@@ -18,6 +18,7 @@ FAULTS = (
         name="rope-pairing",
         imitates="interleaved pairs are rotated, but the checkpoint has halves",
         source="huggingface/transformers#31788, karpathy/llama2.c#286",
+        cause="rotation",
         where=FIRST_ATTENTION,
         edits={
             "jax": (
@@ -55,6 +56,7 @@ FAULTS = (
         name="rope-theta",
         imitates="theta is 10000 whatever the checkpoint says",
         source="google-deepmind/penzai#102, marin-community/levanter#649",
+        cause="rotation",
         where=FIRST_ATTENTION,
         edits=in_every_backend(Edit("trainspec.rope:inverse_frequencies", "__model.rope_theta", "10_000.0")),
     ),
@@ -62,6 +64,7 @@ FAULTS = (
         name="rope-key-offset",
         imitates="keys are rotated one position further than queries",
         source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
+        cause="rotation",
         where=FIRST_ATTENTION,
         edits={
             "jax": (
@@ -95,6 +98,7 @@ FAULTS = (
         name="rope-all-offset",
         imitates="every position is one too large",
         source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
+        cause=None,
         where=None,
         edits={
             "jax": (
@@ -112,6 +116,7 @@ FAULTS = (
         name="attention-scale",
         imitates="scores are scaled by embed / heads, which is not the head size",
         source="lucidrains/vit-pytorch#65, karpathy/ng-video-lecture#6",
+        cause="attention-scale",
         where=FIRST_ATTENTION,
         edits={
             "jax": (
@@ -136,6 +141,7 @@ FAULTS = (
         name="causal-off-by-one",
         imitates="a query sees the token after it",
         source="huggingface/transformers#48745 (decoders that see future tokens)",
+        cause="causal-mask",
         where=FIRST_ATTENTION,
         edits={
             "jax": (Edit("jaxtrain.layers:attention_mask", "__query >= __key", "__query + 1 >= __key"),),
@@ -146,6 +152,7 @@ FAULTS = (
         name="padding-attended",
         imitates="padding on the left is seen by the tokens after it",
         source="NVIDIA-NeMo/Automodel#3704 (36 of 150 models), huggingface/transformers#29419",
+        cause="padding-mask",
         where=FIRST_ATTENTION,
         edits={
             "jax": (Edit("jaxtrain.layers:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
@@ -156,6 +163,7 @@ FAULTS = (
         name="packed-rows-attend",
         imitates="documents packed into one example see each other",
         source="LlamaFactory#7318, MeetKai/functionary#265, meta-pytorch/torchtune#875",
+        cause="document-mask",
         where=FIRST_ATTENTION,
         edits={
             "jax": (Edit("jaxtrain.layers:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
@@ -167,6 +175,7 @@ FAULTS = (
         name="packed-positions-ignored",
         imitates="the model counts positions over the whole example, whatever the batch says",
         source="LlamaFactory#7318, #4224",
+        cause=None,
         where=None,
         edits={
             "jax": (
@@ -192,6 +201,7 @@ FAULTS = (
         name="rmsnorm-eps-outside",
         imitates="eps is added to the root, not to the mean square",
         source="NVIDIA/TransformerEngine#364, fla-org/flash-linear-attention#508",
+        cause="norm-epsilon",
         where=FIRST_ATTENTION,
         edits={
             "jax": (
@@ -215,6 +225,7 @@ FAULTS = (
         name="rmsnorm-weight-before-cast",
         imitates="the weight is multiplied before the cast to the compute type",
         source="huggingface/transformers LlamaRMSNorm against meta-llama/llama RMSNorm",
+        cause=None,
         where=None,
         edits={
             "jax": (
@@ -239,6 +250,7 @@ FAULTS = (
         name="head-norm-behind-the-rotation",
         imitates="queries and keys are rotated before they are normed, not after",
         source="karpathy/nanochat#743, allenai/OLMo#806 (either order is in use); Qwen3, arXiv 2505.09388",
+        cause="head-norm-order",
         where=FIRST_ATTENTION,
         edits={
             "jax": (
@@ -267,6 +279,7 @@ FAULTS = (
         name="gqa-tile",
         imitates="kv heads are tiled (0 1 0 1), though each serves neighbouring query heads (0 0 1 1)",
         source="onnx/onnx#7274; GQA, arXiv 2305.13245",
+        cause="kv-grouping",
         where=FIRST_ATTENTION,
         edits={
             "jax": (
@@ -295,6 +308,7 @@ FAULTS = (
         name="swiglu-swapped",
         imitates="the activation is applied to the up half, not to the gate",
         source="ml-explore/mlx-lm#767; SwiGLU, arXiv 2002.05202",
+        cause="mlp-activation",
         where=Where("activation", r"layers\.0\.mlp"),
         edits={
             "jax": (

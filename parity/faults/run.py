@@ -130,7 +130,13 @@ def run_faults(
 def clean_pair(setup: str) -> Fault:
     """A set-up without a fault: both backends are compared with it."""
     return Fault(
-        name=f"no fault, {setup}", imitates="", source="", where=None, edits=in_every_backend(), setup=setup
+        name=f"no fault, {setup}",
+        imitates="",
+        source="",
+        cause=None,
+        where=None,
+        edits=in_every_backend(),
+        setup=setup,
     )
 
 

@@ -22,6 +22,7 @@ from small import ROOT
 
 from parity.comparison.compare import Finding
 from parity.comparison.phases import PHASES, Location
+from parity.diagnosis.causes import CAUSES
 from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
@@ -50,6 +51,7 @@ HARMLESS = Fault(
     name="harmless",
     imitates="nothing",
     source="-",
+    cause=None,
     where=None,
     edits={
         "jax": (Edit("jaxtrain.optim", "CLIP_EPS = 1e-6", "CLIP_EPS = 2e-6 / 2"),),
@@ -96,6 +98,8 @@ def test_the_registry_is_whole():
         assert fault.source
         assert fault.setup in SETUPS
         assert fault.where is None or fault.where.phase in {phase.name for phase in PHASES}
+        # What a diagnosis must name; nothing where the check must pass.
+        assert fault.cause in (CAUSES if fault.where else (None,)), fault.name
         # A fault that must pass and a backend without edits are explained.
         assert fault.note or (fault.where and set(fault.edits) == set(BACKENDS)), fault.name
 

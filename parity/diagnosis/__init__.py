@@ -1,0 +1,1 @@
+"""From a failed comparison to a diagnosis: facts drawn from the two traces, the causes that fit them, what to run next."""
