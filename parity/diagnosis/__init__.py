@@ -1,1 +1,5 @@
 """From a failed comparison to a diagnosis: facts drawn from the two traces, the causes that fit them, what to run next."""
+
+from parity.diagnosis.diagnosis import Diagnosis, diagnose
+
+__all__ = ["Diagnosis", "diagnose"]

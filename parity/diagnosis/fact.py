@@ -136,6 +136,18 @@ KINDS: dict[str, str] = {
     "loss-of-bf16": "one side's loss is that of the same logits rounded to bfloat16",
     "loss-of-late-columns": "one side's loss looks for targets in a block of the vocabulary one column late",
     "loss-off": "one side's loss is not that of its logits and labels",
+    # Attention and rotation, made again from their recorded inputs.
+    "mix-of-later-keys": "one side mixes as if queries saw later keys, or not their own",
+    "mix-of-padding": "one side mixes as if queries saw padding",
+    "mix-of-documents": "one side mixes as if queries saw other documents",
+    "mix-without-prefix": "one side mixes as if no query saw the prefix",
+    "mix-of-tiled-heads": "one side mixes as if kv heads were tiled",
+    "mix-of-window": "one side mixes as if queries saw only so many keys",
+    "mix-of-scale": "one side mixes as if scores had another scale",
+    "mix-of-bf16": "one side mixes as if the softmax were rounded to bfloat16",
+    "other-pairs": "one side rotates other pairs of features",
+    "angle-offset": "one side rotates by a constant number of positions more",
+    "other-frequencies": "the two sides rotate by other angles, which is no constant offset",
     # Norm, clip, rate, moments, update.
     "norm-of-part": "one side's norm is that of some of the gradients",
     "norm-larger": "one side's norm is larger than that of its gradients",
