@@ -13,6 +13,13 @@ ELSEWHERE = (
     "at-logits",
 )  # fmt: skip
 
+# Attention made again with a known mistake, which leaves no room for another.
+MIXES = (
+    "mix-of-later-keys", "mix-of-padding", "mix-of-documents", "mix-without-prefix", "mix-of-tiled-heads", "mix-of-window",
+    "mix-of-scale", "mix-of-bf16",
+)  # fmt: skip
+OTHER_MIXES = tuple(kind for kind in MIXES if kind != "mix-of-tiled-heads")
+
 CAUSES = (
     Cause(
         name="causal-mask",
@@ -29,9 +36,19 @@ CAUSES = (
         sentence="padding is seen by tokens, or hides some",
         contract=SEES,
         phases=(*POINTS, "loss"),
-        fits={"mix-of-padding": 6, "only-padded-examples": 4, "only-padding": 3},
-        needs=("only-padded-examples|only-padding|mix-of-padding",),
-        excluded=("only-later-documents", "forward-agrees"),
+        fits={"mix-of-padding": 6, "only-padded-examples": 4, "only-padding": 3, "padded": 1},
+        needs=(
+            "only-padded-examples|only-padding|mix-of-padding|padded",
+            f"only-padded-examples|only-padding|{MIXED}",
+        ),
+        excluded=(
+            "only-later-documents",
+            "forward-agrees",
+            "first-tokens-agree",
+            "last-tokens-agree",
+            "small",
+            *ELSEWHERE,
+        ),
         next="parity check RECIPE --set data.padding_side=right; --set data.packing=true",
     ),
     Cause(
@@ -80,12 +97,10 @@ CAUSES = (
         phases=POINTS,
         fits={
             "mix-of-tiled-heads": 6,
-            "every-token": 2,
+            "every-token": 1,
             "only-some-heads": 3,
             "heads-moved": 3,
-            "at-mixed": 2,
-            "at-attention": 1,
-            "first-layer": 1,
+            "at-mixed": 1,
         },
         needs=(MIXED, "every-token|only-some-heads|heads-moved"),
         excluded=(
@@ -95,11 +110,12 @@ CAUSES = (
             "only-padded-examples",
             "only-later-documents",
             "same-everywhere",
-            "like-rounding",
+            "small",
             "factor",
             "prefix",
             "low-rank",
             "bottleneck",
+            *OTHER_MIXES,
         ),
         next="parity check RECIPE with a model of as many kv heads as heads",
         alike=("projection",),
@@ -109,9 +125,9 @@ CAUSES = (
         sentence="queries and keys are normed after the rotation, or not at all",
         contract=Contract("Model", "RoPE: frequencies"),
         phases=POINTS,
-        fits={"at-head-norm": 4, "first-tokens-agree": 3, "at-rotated": 3},
+        fits={"at-head-norm": 4, "first-tokens-agree": 4, "at-rotated": 3},
         needs=("head-norms", "at-head-norm|at-rotated|at-mixed|at-attention"),
-        excluded=("last-tokens-agree", "only-padded-examples", "only-later-documents", "like-rounding"),
+        excluded=("last-tokens-agree", "only-padded-examples", "only-later-documents"),
         next="parity check RECIPE with a model without norms of queries and keys",
         alike=("rotation", "attention-scale"),
     ),

@@ -28,6 +28,7 @@ FINDERS: tuple[Callable[[View], Iterator[Fact]], ...] = (
     numbers.zeros,
     numbers.unchanged,
     numbers.rounded,
+    numbers.size,
     numbers.layout,
     numbers.remainder,
     attention.mixed,

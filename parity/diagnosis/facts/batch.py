@@ -56,30 +56,25 @@ def _shifted(
     view: View, sides: tuple[Array, Array], others: dict[int, tuple[Array, Array]]
 ) -> Iterator[Fact]:
     """Examples that the other side has some numbers further on, over all steps."""
-    first = (view.step - view.pair.first_step) * len(sides[0])
+    size = len(sides[0])
+    first, elsewhere = (view.step - view.pair.first_step) * size, False
     for at, name in enumerate(NAMES):
         every = {step: rows[1 - at] for step, rows in others.items()} | {view.step: sides[1 - at]}
-        numbered = {}
+        numbered: dict[bytes, int] = {}
         for step, rows in sorted(every.items()):
             for i, row in enumerate(rows):
-                numbered.setdefault(row.tobytes(), (step - view.pair.first_step) * len(rows) + i)
-        found = [
-            (first + i, numbered[row.tobytes()])
-            for i, row in enumerate(sides[at])
-            if row.tobytes() in numbered
-        ]
-        by = {there - here for here, there in found}
-        if len(found) > len(sides[0]) // 2 and len(by) == 1 and (offset := by.pop()):
+                numbered.setdefault(row.tobytes(), (step - view.pair.first_step) * size + i)
+        known = [(first + i, row.tobytes()) for i, row in enumerate(sides[at]) if row.tobytes() in numbered]
+        by = [numbered[row] - here for here, row in known]
+        if len(by) > size // 2 and by[0] and len(set(by)) == 1:
             yield Fact(
                 "examples-shifted",
-                f"{name} has {NAMES[1 - at]}'s examples, {offset:+d} in the order of the data",
+                f"{name} has {NAMES[1 - at]}'s examples, {by[0]:+d} in the order of the data",
             )
             return
-        if any(there // len(sides[0]) != here // len(sides[0]) for here, there in found):
-            yield Fact(
-                "examples-of-another-step", f"{name} has examples that {NAMES[1 - at]} has at another step"
-            )
-            return
+        elsewhere |= any(numbered[row] // size != here // size for here, row in known)
+    if elsewhere:
+        yield Fact("examples-of-another-step", "one side has examples that the other has at another step")
 
 
 def tokens(view: View) -> Iterator[Fact]:

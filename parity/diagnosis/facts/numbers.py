@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from parity.comparison.pair import NAMES
-from parity.comparison.phases import WEIGHT_SHAPED
+from parity.comparison.phases import SCALAR_TENSORS, WEIGHT_SHAPED
 from parity.diagnosis.fact import Fact
 from parity.diagnosis.view import Array, View
 
@@ -27,6 +27,7 @@ BF16_BITS, FP32_BITS, SUM_BITS = 8, 24, {8: 20, 4: 16}
 ALL, FEW = 0.999, 0.5
 # The size of a rounding to bfloat16, give or take what follows it.
 ROUNDING = (2.0**-13, 2.0**-6)
+SMALL = 0.01
 # A rounding goes up as often as down, so its error is not a multiple of the number.
 UNRELATED = 0.3
 # How often a weight's rows may be split.
@@ -304,7 +305,7 @@ def rounded(view: View) -> Iterator[Fact]:
     """Which side's numbers have few digits, and a difference of the size of a rounding."""
     if view.sides is None or view.phase in ("batch", "tokens"):
         return
-    width = 4 if any(side is not None and side.dtype == np.float32 for side in view.raw) else 8
+    width = width_of(view)
     for name, side, other in view.named_sides():
         many = np.unique(side[side != 0]).size >= (ENOUGH if side.size > 1 else 1)
         # One number alone is no bfloat16 number by chance where it is a float64 one.
@@ -314,32 +315,49 @@ def rounded(view: View) -> Iterator[Fact]:
             ("bf16-numbers", BF16_BITS, "bfloat16"),
             ("fp32-numbers", FP32_BITS, "float32"),
         ):
-            if (bits == BF16_BITS or width == 8) and _short(side, bits) >= ALL and _short(other, bits) <= FEW:
+            if (bits == BF16_BITS or width == 8) and short(side, bits) >= ALL and short(other, bits) <= FEW:
                 yield Fact(kind, f"{name} has {words} numbers only, the other side has not")
                 return
         for scale in (1.0, float(max(view.targets(), 1))):
             if (
                 side.size > 1
-                and _short(side * scale, SUM_BITS[width]) >= 0.9
-                and _short(other * scale, SUM_BITS[width]) <= FEW
+                and short(side * scale, SUM_BITS[width]) >= 0.9
+                and short(other * scale, SUM_BITS[width]) <= FEW
             ):
                 yield Fact(
                     "sums-of-bf16",
                     f"{name} has numbers of at most {SUM_BITS[width]} bits, as sums of bfloat16 numbers have",
                 )
                 return
+
+
+def size(view: View) -> Iterator[Fact]:
+    """A difference that is small, or of the size of a rounding and as irregular."""
+    if view.sides is None or view.phase in ("batch", "tokens") or view.sides[0].size < ENOUGH:
+        return
     left, right = view.sides
-    apart, size = np.linalg.norm(right - left), np.linalg.norm(left)
-    if left.size >= ENOUGH and size and ROUNDING[0] <= apart / size <= ROUNDING[1]:
-        related = abs(float(np.sum((right - left) * left))) / (apart * size)
+    apart, whole = float(np.linalg.norm(right - left)), float(np.linalg.norm(left))
+    share = apart / whole if whole else math.inf
+    if 0.0 < share <= SMALL:
+        yield Fact("small", f"the difference is {share:.1e} of the tensor")
+    if ROUNDING[0] <= share <= ROUNDING[1]:
+        related = abs(float(np.sum((right - left) * left))) / (apart * whole)
         if related <= UNRELATED:
             yield Fact(
                 "like-rounding",
-                f"the difference is irregular and {apart / size:.1e} of the tensor, like a rounding to bfloat16",
+                f"the difference is irregular and {share:.1e} of the tensor, like a rounding to bfloat16",
             )
 
 
-def _short(array: Array, bits: int) -> float:
+def width_of(view: View) -> int:
+    """How many bytes the run's numbers have: 8 or 4."""
+    sides = (
+        view.raw if view.phase not in SCALAR_TENSORS else view.pair.read(view.step, "activation", "logits")
+    )
+    return 4 if any(side is not None and side.dtype.itemsize < 8 for side in sides) else 8
+
+
+def short(array: Array, bits: int) -> float:
     """The share of the numbers, zeros left out, that have at most so many binary digits."""
     mantissa, _ = np.frexp(array[array != 0])
     if not mantissa.size:

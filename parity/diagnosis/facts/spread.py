@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity.diagnosis.fact import Fact
-from parity.diagnosis.view import QUIET, TOKEN_WISE, Array, View
+from parity.diagnosis.view import QUIET, TOKEN_WISE, Array, View, operation
 
 # An error is said to grow with the position from this rank correlation on.
 GROWS = 0.6
@@ -202,7 +202,9 @@ def _reordered(left: Array, right: Array, allowed: float) -> list[int] | None:
 def vocabulary(view: View) -> Iterator[Fact]:
     """Whether only tokens of some ids differ, and whose rows they have."""
     tokens, ids = tokens_of(view), view.batch("input_ids")
-    if tokens is None or ids is None or ids.shape != tokens.segments.shape or view.sides is None:
+    if tokens is None or ids is None or ids.shape != tokens.segments.shape:
+        return
+    if operation(view.tensor) != "at-embedding":  # further on a token's number says nothing
         return
     real = tokens.segments > 0
     wrong, right = np.unique(ids[tokens.differs & real]), np.unique(ids[tokens.quiet & real])

@@ -20,6 +20,15 @@ def location(view: View) -> Iterator[Fact]:
         return
     if kind := operation(view.tensor):
         yield Fact(kind, f"first at {view.tensor}")
+    parts = [
+        f
+        for f in view.judged
+        if operation(f.location.tensor) == "at-adapter"
+        and view.layer(f.location.tensor) == view.layer(view.tensor)
+    ]
+    before = parts and view.judged.index(parts[0]) < view.judged.index(view.first)
+    if before and kind not in ("at-adapter", "at-norm"):
+        yield Fact("adapter-agrees", "what the adapter adds in this layer before that agrees")
     if view.layer(view.tensor) == 0:
         yield Fact("first-layer", "in the first layer")
 
