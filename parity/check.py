@@ -11,9 +11,9 @@ from typing import assert_never
 from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
+from parity.diagnosis import Diagnosis, counts_of, diagnose
 from parity.judge import compare_sides, traces_of, write_report_of
 from parity.measure import measured_bounds
-from parity.report.diagnosis import read
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
 from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, resolved_recipe
@@ -69,12 +69,12 @@ def check(
         precision,
         (left, right),
         _summands(*sides),
-        _counts(recipe),
+        counts_of(recipe),
         resumption,
     )
     results = request.run(steps, out=out)
     comparison = request.judge(results, out=out)
-    verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
+    verdict = Verdict(precision, *request.labels, comparison, request.diagnose(comparison, results))
     if (step := _step_to_refine(comparison)) and not any(side.stopped for side in results):
         verdict = request.refined(verdict, step, out=out / "first-divergence")
     recipes = [resolved_recipe(out, name) for name in NAMES]
@@ -178,22 +178,19 @@ class _Request:
             failed.get(f.location, f) if f.holds else f for f in second.findings if f.location.step == step
         ]
         comparison = replace(verdict.comparison, findings=(*before, *again, *after))
-        return replace(verdict, comparison=comparison, reading=self.read(comparison, results))
+        return replace(verdict, comparison=comparison, diagnosis=self.diagnose(comparison, results))
 
-    def read(self, comparison: Comparison, results: Sequence[SideResult]) -> str | None:
-        """What kind of cause the first divergence looks like."""
-        return read(comparison, traces_of(results), counts=self.counts)
+    def diagnose(self, comparison: Comparison, results: Sequence[SideResult]) -> Diagnosis | None:
+        """What the first divergence looks like, and what to run next with this recipe."""
+        found = diagnose(comparison, traces_of(results), counts=self.counts)
+        settings = "".join(f" --set {override}" for override in self.overrides)
+        return found.for_sides(f"{self.recipe}{settings}", self.sides[1].backend) if found else None
 
 
 def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
     """How many gradients each side sums: one for each accumulation slice and replica."""
     one, other = (recipe.batch.accumulation * recipe.plan.replicas for recipe in (left, right))
     return one, other
-
-
-def _counts(recipe: Recipe) -> dict[str, float]:
-    """What the recipe counts, by name; a factor between two tensors may be one of these."""
-    return {"accumulation": float(recipe.batch.accumulation)} | recipe.method.counts()
 
 
 def _step_to_refine(comparison: Comparison) -> int | None:

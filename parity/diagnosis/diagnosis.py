@@ -50,23 +50,29 @@ class Diagnosis:
         return tuple(each.cause for each in self.causes[:2] if each.score >= best - ALIKE)
 
     @property
-    def seen(self) -> tuple[Fact, ...]:
-        """The facts that speak for the causes named, then those that every cause needs; context last."""
-        wanted = {kind: points for each in self.alike for kind, points in each.fits.items()}
-        return tuple(sorted(self.facts, key=lambda fact: -wanted.get(fact.kind, 0)))
+    def seen(self) -> tuple[str, ...]:
+        """The words of the facts that speak for the causes named, the strongest first; of all where none is."""
+        if not self.causes:
+            return tuple(dict.fromkeys(fact.words for fact in self.facts))
+        points: dict[str, int] = {}
+        for cause in self.alike:
+            for kind in cause.kinds():
+                points[kind] = max(points.get(kind, 0), cause.fits.get(kind, 0))
+        speaking = [fact for fact in self.facts if fact.kind in points]
+        return tuple(dict.fromkeys(f.words for f in sorted(speaking, key=lambda f: -points[f.kind])))
 
     def lines(self) -> list[str]:
         """For a terminal: a heading with the cause, what was seen, the contract's line, what to run."""
-        facts = self.seen[:MOST_FACTS]
+        words = self.seen[:MOST_FACTS]
         if not self.causes:
             head = "diagnosis: no known cause fits well"
             out = f"  spoken against: {', '.join(self.excluded)}" if self.excluded else ""
-            return [head, *_seen(facts), *([out] if out else []), f"  next: {self.next}"]
+            return [head, *_seen(words), *([out] if out else []), f"  next: {self.next}"]
         first, *second = self.alike
         lines = [f"diagnosis: {first.name}: {first.sentence}"]
         if second:
             lines.append(f"  looks the same: {second[0].name}: {second[0].sentence}")
-        lines += [*_seen(facts), f"  contract: {first.contract}", f"  next: {self.next}"]
+        lines += [*_seen(words), f"  contract: {first.contract}", f"  next: {self.next}"]
         return lines
 
     def as_json(self) -> dict[str, Any]:
@@ -119,5 +125,5 @@ def diagnosed(view: View, facts: tuple[Fact, ...]) -> Diagnosis:
     return Diagnosis(facts, tuple(ranked), excluded, command)
 
 
-def _seen(facts: tuple[Fact, ...]) -> list[str]:
-    return [f"  seen: {'; '.join(fact.words for fact in facts)}"] if facts else []
+def _seen(words: tuple[str, ...]) -> list[str]:
+    return [f"  seen: {'; '.join(words)}"] if words else []

@@ -51,7 +51,6 @@ KINDS: dict[str, str] = {
     "forward-agrees": "every activation and the loss agree",
     "logits-agree": "the logits agree",
     "batch-agrees": "the batch agrees",
-    "loss-agrees": "the loss agrees",
     "activation-gradients-agree": "the gradients of all activations agree",
     "gradients-agree": "all gradients agree",
     "norm-agrees": "the gradient norm agrees",
@@ -61,7 +60,6 @@ KINDS: dict[str, str] = {
     "only-padded-examples": "only examples with padding differ, in tokens as well",
     "only-later-documents": "only what follows a document's boundary in an example differs",
     "only-virtual": "only virtual tokens differ",
-    "only-virtual-runs": "every token differs, and virtual tokens come first",
     "first-tokens-agree": "the first token of every document agrees, later ones differ",
     "last-tokens-agree": "the last token of every document agrees, earlier ones differ",
     "from-position": "positions of a document agree up to some position and differ from there on",
@@ -74,7 +72,6 @@ KINDS: dict[str, str] = {
     "only-some-heads": "only some heads differ",
     "heads-moved": "one side's heads are the other's in another order",
     "only-some-features": "only a block of features differs",
-    "only-some-rows": "only a block of rows of a weight differs",
     "only-some-tokens": "only tokens of some ids differ, a block of the vocabulary",
     "features-moved": "one side's features are the other's in another order",
     # What the numbers are.

@@ -14,6 +14,7 @@ from parity.comparison.compare import Comparison, Finding
 from parity.comparison.pair import NAMES, Pair, as_float64
 from parity.comparison.phases import SCALAR_TENSORS
 from trainspec.data import IGNORED
+from trainspec.recipe import Recipe
 from trainspec.trace import Trace, TraceName
 
 Array = NDArray[Any]
@@ -215,6 +216,11 @@ def view_of(
     """The view of a comparison; None if it holds."""
     first = comparison.first_divergence
     return View(comparison, Pair(*traces), first, counts or {}) if first else None
+
+
+def counts_of(recipe: Recipe) -> dict[str, float]:
+    """What a recipe counts, by name; a factor between two tensors may be one of these."""
+    return {"accumulation": float(recipe.batch.accumulation)} | recipe.method.counts()
 
 
 def operation(point: str) -> str | None:

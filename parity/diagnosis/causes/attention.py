@@ -29,7 +29,7 @@ CAUSES = (
         fits={"mix-of-later-keys": 6, "last-tokens-agree": 5},
         needs=("last-tokens-agree|mix-of-later-keys", MIXED),
         excluded=ELSEWHERE,
-        next="parity check RECIPE --set data.sequence_tokens=2",
+        next="parity check RECIPE --set data.sequence_tokens=16",
     ),
     Cause(
         name="padding-mask",
@@ -49,7 +49,7 @@ CAUSES = (
             "small",
             *ELSEWHERE,
         ),
-        next="parity check RECIPE --set data.padding_side=right; --set data.packing=true",
+        next="parity check RECIPE --set data.packing=true  # without padding nothing is left",
     ),
     Cause(
         name="document-mask",
@@ -69,7 +69,7 @@ CAUSES = (
         fits={"mix-of-window": 6, "from-position": 4, "at-mixed": 3, "at-attention": 1},
         needs=("from-position|mix-of-window", MIXED),
         excluded=ELSEWHERE,
-        next="parity check RECIPE --set data.sequence_tokens=N, with N just below and above that position",
+        next="parity check RECIPE --set data.sequence_tokens=64  # the position named above lies in or beyond it",
         alike=("rotation-range",),
     ),
     Cause(
@@ -87,7 +87,7 @@ CAUSES = (
             "like-rounding",
             "prefix",
         ),
-        next="parity check RECIPE --set data.sequence_tokens=2: with one distance a rotation differs otherwise than a scale",
+        next="parity check RECIPE --set data.sequence_tokens=16  # at short distances a wrong frequency hardly shows, a scale does",
         alike=("rotation", "softmax-precision"),
     ),
     Cause(
@@ -117,7 +117,7 @@ CAUSES = (
             "bottleneck",
             *OTHER_MIXES,
         ),
-        next="parity check RECIPE with a model of as many kv heads as heads",
+        next="parity check RECIPE --set model.from=MODEL  # one with as many kv heads as heads: nothing is left",
         alike=("projection",),
     ),
     Cause(
@@ -128,7 +128,7 @@ CAUSES = (
         fits={"at-head-norm": 4, "first-tokens-agree": 4, "at-rotated": 3},
         needs=("head-norms", "at-head-norm|at-rotated|at-mixed|at-attention"),
         excluded=("last-tokens-agree", "only-padded-examples", "only-later-documents"),
-        next="parity check RECIPE with a model without norms of queries and keys",
+        next="parity check RECIPE --set model.from=MODEL  # one without norms of queries and keys: nothing is left",
         alike=("rotation", "attention-scale"),
     ),
     Cause(
@@ -139,7 +139,7 @@ CAUSES = (
         fits={"mix-without-prefix": 6, "at-mixed": 3, "at-attention": 2, "every-token": 1},
         needs=("prefix|prompt", MIXED),
         excluded=("at-rotated", "at-virtual", "only-padded-examples"),
-        next="parity check RECIPE --set method.virtual_tokens=1",
+        next="parity check RECIPE --set method.virtual_tokens=1  # a shift by one hardly turns anything, a mask still shows",
         alike=("prefix-layout", "virtual-positions"),
     ),
     Cause(

@@ -15,7 +15,7 @@ CAUSES = (
         phases=("initial", "resume"),
         fits={"transposed": 6, "rows-moved": 5, "another-shape": 3, "one-tensor": 1},
         needs=("transposed|rows-moved|another-shape",),
-        next="trainspec preview RECIPE",
+        next="trainspec show RECIPE",
     ),
     Cause(
         name="weight-not-loaded",
@@ -25,7 +25,7 @@ CAUSES = (
         fits={"missing": 2, "zero": 2, "one-tensor": 1, "every-tensor": 1},
         needs=("missing|zero|every-tensor|one-tensor",),
         excluded=("transposed", "rows-moved", "bf16-numbers", "fp32-numbers", "like-rounding", "factor"),
-        next="trainspec preview RECIPE",
+        next="trainspec show RECIPE",
         alike=("adapter-start",),
     ),
     Cause(
@@ -35,7 +35,7 @@ CAUSES = (
         phases=("initial",),
         fits={"factor": 4},
         needs=("factor",),
-        next="trainspec preview RECIPE",
+        next="trainspec show RECIPE",
     ),
     Cause(
         name="resume-state",
@@ -45,7 +45,7 @@ CAUSES = (
         fits={"older-state": 5, "lost-state": 5, "one-family": 1, "resumed": 3},
         needs=("resumed",),
         excluded=("rounded-state", "transposed", "rows-moved"),
-        next="parity check RECIPE --resume-at left:1; --resume-at right:1",
+        next="parity check RECIPE --resume-at left:1  # then right:1: the side that differs restores another state",
         alike=("rounded-state",),
     ),
 )

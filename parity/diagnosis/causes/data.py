@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from parity.diagnosis.cause import Cause, Contract
 
-PREVIEW = "trainspec preview RECIPE"
+SHOWN = "trainspec data RECIPE  # shows records and examples as tokens"
+UNPACKED = "parity check RECIPE --set data.packing=false  # with one document in each example nothing is left"
 ORDER = Contract("Randomness", "Order of examples")
 CURSOR = Contract("Randomness", "the cursor is the step")
 
@@ -17,7 +18,7 @@ CAUSES = (
         fits={"same-examples": 4, "whole-examples": 3, "examples-of-another-step": 1},
         needs=("whole-examples|same-examples",),
         excluded=("a-step-off", "examples-shifted"),
-        next=f"{PREVIEW}; parity check RECIPE --set run.seed=1",
+        next=SHOWN,
         alike=("other-records",),
     ),
     Cause(
@@ -28,7 +29,7 @@ CAUSES = (
         fits={"whole-examples": 2},
         needs=("whole-examples",),
         excluded=("same-examples", "examples-of-another-step", "a-step-off", "examples-shifted"),
-        next=PREVIEW,
+        next=SHOWN,
         alike=("data-order",),
     ),
     Cause(
@@ -49,7 +50,7 @@ CAUSES = (
         phases=("batch",),
         fits={"a-step-off": 5, "examples-shifted": 5, "examples-of-another-step": 3, "whole-examples": 1},
         needs=("resumed",),
-        next="parity check RECIPE --resume-at left:1",
+        next="parity check RECIPE --resume-at left:1  # then right:1: the side that differs is the one whose place is lost",
         alike=("data-order",),
     ),
     Cause(
@@ -59,7 +60,7 @@ CAUSES = (
         phases=("batch",),
         fits={"only-labels": 4},
         needs=("only-labels",),
-        next=PREVIEW,
+        next=SHOWN,
     ),
     Cause(
         name="positions-restart",
@@ -68,7 +69,7 @@ CAUSES = (
         phases=("batch",),
         fits={"only-positions": 4, "packed": 1},
         needs=("only-positions",),
-        next=f"{PREVIEW}; parity check RECIPE --set data.packing=false",
+        next=UNPACKED,
     ),
     Cause(
         name="segments",
@@ -77,6 +78,6 @@ CAUSES = (
         phases=("batch",),
         fits={"only-segments": 4},
         needs=("only-segments",),
-        next=f"{PREVIEW}; parity check RECIPE --set data.packing=false",
+        next=UNPACKED,
     ),
 )

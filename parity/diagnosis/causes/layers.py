@@ -24,7 +24,7 @@ CAUSES = (
             "at-adapter",
             "bf16-numbers",
         ),
-        next="parity check RECIPE with a model whose norm_eps is 0.1: the difference grows with it",
+        next="parity check RECIPE --set model.from=MODEL  # one with a norm_eps of 0.1: the difference grows with it",
         alike=("rounded-values",),
     ),
     Cause(
@@ -58,7 +58,7 @@ CAUSES = (
             "forward-agrees",
             "factor",
         ),
-        next="parity diff of traces with more activation points, or of a model with one layer",
+        next="parity check RECIPE --set model.from=MODEL  # one with a single layer",
         alike=("kv-grouping", "layer-order"),
     ),
     Cause(
@@ -77,7 +77,7 @@ CAUSES = (
             "factor-by-token",
             "like-rounding",
         ),
-        next="parity check RECIPE --precision fp64; compare SiLU, GELU and tanh-GELU at the product of gate and up",
+        next="parity check RECIPE --precision fp64  # then compare SiLU, GELU and tanh-GELU at the product of gate and up",
         alike=("projection",),
     ),
     Cause(
@@ -107,6 +107,6 @@ CAUSES = (
         fits={"at-embedding": 3, "factor": 3, "next-rows": 1},
         needs=("at-embedding",),
         excluded=("only-some-examples", "positions-moved", "only-virtual", "only-some-tokens"),
-        next="parity check RECIPE --set plan.tensor=1",
+        next='parity check RECIPE --right "RIGHT plan.tensor=1"',
     ),
 )

@@ -17,7 +17,7 @@ CAUSES = (
         fits={"count-of-positions": 5, "count-off": 3, "batch-agrees": 1},
         needs=("count-of-positions|count-off",),
         excluded=("count-of-virtual",),
-        next="parity check RECIPE --set data.packing=true",
+        next="parity check RECIPE --set data.packing=true  # with fewer positions that have no label the counts come closer",
     ),
     Cause(
         name="virtual-labels",
@@ -36,7 +36,7 @@ CAUSES = (
         phases=("loss", "activation_gradient"),
         fits={"loss-of-shift": 6, "loss-of-unshifted": 6},
         needs=("loss-of-shift|loss-of-unshifted",),
-        next="parity check RECIPE --set data.sequence_tokens=4",
+        next="trainspec data RECIPE  # shows which tokens are targets",
         alike=("loss-mask",),
     ),
     Cause(
@@ -47,7 +47,7 @@ CAUSES = (
         fits={"loss-of-every-position": 6, "loss-off": 2, "logits-agree": 1},
         needs=("loss-of-every-position|loss-off",),
         excluded=("loss-of-shift", "loss-of-unshifted", "loss-of-bf16", "loss-of-late-columns"),
-        next="parity check RECIPE --set data.packing=true",
+        next="trainspec data RECIPE  # shows which tokens are targets",
         alike=("loss-form", "label-shift"),
     ),
     Cause(
@@ -65,7 +65,7 @@ CAUSES = (
             "loss-of-every-position",
             "like-rounding",
         ),
-        next="parity check RECIPE --set data.sequence_tokens=2",
+        next="parity check RECIPE --precision fp64 --steps 1",
         alike=("loss-mask",),
     ),
     Cause(
@@ -96,7 +96,7 @@ CAUSES = (
         phases=(*BACKWARD, "activation"),
         fits={"slice-missing": 5, "slice-doubled": 5, "accumulated": 1},
         needs=("slice-missing|slice-doubled",),
-        next=f"{ONE_SLICE}; --set plan.microbatches=1",
+        next=ONE_SLICE,
         alike=("mean-of-means",),
     ),
     Cause(
@@ -106,6 +106,6 @@ CAUSES = (
         phases=("gradient",),
         fits={"only-embedding": 3, "activation-gradients-agree": 1, "stages": 1},
         needs=("tied", "only-embedding"),
-        next='parity check RECIPE --right "RIGHT plan.pipe=1"; or a model whose embedding is not tied',
+        next='parity check RECIPE --right "RIGHT plan.pipe=1"',
     ),
 )

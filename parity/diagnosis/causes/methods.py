@@ -56,7 +56,7 @@ CAUSES = (
         phases=("gradient", "activation_gradient"),
         fits={"remat": 2, "forward-agrees": 2},
         needs=("dropout", "remat", "forward-agrees"),
-        next=f"{NO_DROPOUT}; --set plan.remat=none",
+        next="parity check RECIPE --set plan.remat=none",
         alike=("replicated-gradient-sum",),
     ),
     Cause(
@@ -67,7 +67,7 @@ CAUSES = (
         fits={"zero": 3, "swapped": 3, "only-adapter": 2},
         needs=("only-adapter",),
         excluded=("missing", "transposed"),
-        next="parity check RECIPE --steps 1; compare initial.safetensors of both traces",
+        next="parity check RECIPE --steps 1  # then compare initial.safetensors of both traces",
         alike=("weight-not-loaded",),
     ),
     Cause(
@@ -77,7 +77,7 @@ CAUSES = (
         phases=("initial",),
         fits={"missing": 3, "only-adapter": 2},
         needs=("missing", "only-adapter"),
-        next="trainspec preview RECIPE",
+        next="trainspec show RECIPE",
     ),
     Cause(
         name="bottleneck-adapter",
@@ -87,7 +87,7 @@ CAUSES = (
         fits={"every-token": 2, "at-adapter": 2},
         needs=("bottleneck", INSIDE),
         excluded=("first-tokens-agree", "only-some-examples", "forward-agrees"),
-        next="parity check RECIPE --set method.kind=full",
+        next="parity check RECIPE --set method.kind=full  # is it in the model itself?",
     ),
     Cause(
         name="dora-norm",
@@ -97,7 +97,7 @@ CAUSES = (
         fits={"forward-agrees": 3, "every-token": 2, "dora": 2, "adapter-agrees": 2},
         needs=("dora", "forward-agrees|at-attention|at-mlp|at-adapter|at-projection|at-gate"),
         excluded=("first-tokens-agree", "zero-elements", "remat"),
-        next="parity check RECIPE --set method.kind=lora",
+        next="parity check RECIPE --set method.kind=lora  # without the norm nothing is left",
         alike=("adapter-scale", "adapter-dropout"),
     ),
     Cause(
@@ -117,7 +117,7 @@ CAUSES = (
         fits={"zero": 3, "forward-agrees": 1, "one-family": 1, "only-encoder": 1},
         needs=("zero",),
         excluded=("zero-block",),
-        next="trainspec preview RECIPE",
+        next="trainspec show RECIPE",
         alike=("tied-gradient",),
     ),
     Cause(
@@ -127,7 +127,7 @@ CAUSES = (
         phases=("grad_norm", "change"),
         fits={"norm-larger": 3, "frozen-changes": 4, "gradients-agree": 1},
         needs=("norm-larger|frozen-changes",),
-        next="trainspec preview RECIPE",
+        next="trainspec show RECIPE",
         alike=("norm-of-all",),
     ),
 )

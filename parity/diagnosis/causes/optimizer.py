@@ -22,7 +22,7 @@ CAUSES = (
         phases=("clip", "moment1", "moment2", "update"),
         fits={"own-norms": 6, "factor-by-tensor": 3, "factor-by-rows": 4, "norm-agrees": 1},
         needs=("own-norms|factor-by-tensor|factor-by-rows", "norm-agrees"),
-        next='parity check RECIPE --set optimizer.clip_norm=1e9; --right "RIGHT plan.tensor=1"',
+        next="parity check RECIPE --set optimizer.clip_norm=1e9  # without a clip nothing is left",
     ),
     Cause(
         name="clip-missing",
@@ -32,7 +32,7 @@ CAUSES = (
         fits={"not-clipped": 6},
         needs=("not-clipped",),
         excluded=("own-norms", "factor-by-tensor"),
-        next="parity check RECIPE --set optimizer.clip_norm=1e9",
+        next="parity check RECIPE --set optimizer.clip_norm=1e9  # without a clip nothing is left",
         alike=("clip-size",),
     ),
     Cause(
@@ -42,7 +42,7 @@ CAUSES = (
         phases=("clip",),
         fits={"factor-of-epsilon": 6},
         needs=("factor-of-epsilon",),
-        next="parity check RECIPE --set optimizer.clip_norm=1e9",
+        next="parity check RECIPE --set optimizer.clip_norm=1e9  # without a clip nothing is left",
     ),
     Cause(
         name="clip-size",
@@ -52,7 +52,7 @@ CAUSES = (
         fits={"norm-agrees": 1, "gradients-agree": 2},
         needs=("norm-agrees",),
         excluded=("not-clipped", "factor-of-epsilon", "own-norms", "factor-by-tensor"),
-        next="parity check RECIPE --set optimizer.clip_norm=1e9",
+        next="parity check RECIPE --set optimizer.clip_norm=1e9  # without a clip nothing is left",
         alike=("clip-missing",),
     ),
     Cause(
@@ -62,7 +62,7 @@ CAUSES = (
         phases=(*MOMENTS, "clip"),
         fits={"moments-reversed": 6, "moment-factor": 3, "gradients-agree": 1},
         needs=("moment-factor|moments-reversed", "gradients-agree"),
-        next="parity check RECIPE --set optimizer.clip_norm=1e9",
+        next="parity check RECIPE --set optimizer.clip_norm=1e9  # a beta still shows, a clip does not",
         alike=("clip-scope",),
     ),
     Cause(
@@ -119,7 +119,7 @@ CAUSES = (
         phases=("update",),
         fits={"epsilon": 4, "epsilon-inside": 6, "moments-agree": 1},
         needs=("epsilon|epsilon-inside",),
-        next="parity check RECIPE --set optimizer.eps=1e-3: the difference grows with it",
+        next="parity check RECIPE --set optimizer.eps=1e-3  # the difference grows with it",
     ),
     Cause(
         name="bias-correction",
@@ -128,7 +128,7 @@ CAUSES = (
         phases=("update",),
         fits={"no-correction": 6, "moments-agree": 1},
         needs=("no-correction",),
-        next="parity check RECIPE --steps 3: the difference shrinks with the step",
+        next="parity check RECIPE --steps 3  # the difference shrinks with the step",
         alike=("rate-applied",),
     ),
     Cause(
@@ -138,7 +138,7 @@ CAUSES = (
         phases=("update",),
         fits={"count-of-another-step": 5, "resumed": 2, "later-step": 1},
         needs=("count-of-another-step",),
-        next="parity check RECIPE --resume-at left:1",
+        next="parity check RECIPE --resume-at left:1  # then right:1: the side that differs is the one whose count is lost",
         alike=("bias-correction",),
     ),
     Cause(
@@ -191,7 +191,7 @@ CAUSES = (
         fits={"zero": 4, "moments-agree": 1},
         needs=("zero",),
         excluded=("zero-block",),
-        next="trainspec preview RECIPE",
+        next="trainspec show RECIPE",
         alike=("rate-applied",),
     ),
     Cause(
@@ -201,7 +201,7 @@ CAUSES = (
         phases=("update", "slot"),
         fits={"nesterov": 6, "momentum": 4, "moment-factor": 1},
         needs=("nesterov|momentum",),
-        next="parity diff of two runs with momentum 0",
+        next="parity check RECIPE --steps 2  # at the first step there is no momentum yet",
         alike=("betas",),
     ),
 )

@@ -45,7 +45,7 @@ CAUSES = (
         phases=("gradient", "grad_norm"),
         fits={"bf16-numbers": 4, "sums-of-bf16": 3, "like-rounding": 2, "activation-gradients-agree": 1, "every-tensor": 1},
         needs=("bf16-numbers|sums-of-bf16|like-rounding|fp32-numbers", "forward-agrees"),
-        next=f"{WIDE}; --set batch.accumulation=1; --set precision.reduce=fp32",
+        next="parity check RECIPE --set batch.accumulation=1  # with one summand nothing is left",
     ),
     Cause(
         name="rounded-values",
@@ -78,6 +78,6 @@ CAUSES = (
         ),
         fits={"not-finite": 6},
         needs=("not-finite",),
-        next="parity check RECIPE --precision fp64; --set data.padding_side=right",
+        next="parity check RECIPE --precision fp64 --steps 1  # an overflow is gone, a division by zero is not",
     ),
 )  # fmt: skip

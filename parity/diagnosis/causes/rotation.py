@@ -6,7 +6,7 @@ from parity.diagnosis.cause import Cause, Contract
 
 ROPE = Contract("Model", "RoPE: frequencies")
 POINTS = ("activation", "activation_gradient")
-TWO_TOKENS = "parity check RECIPE --set data.sequence_tokens=2"
+SHORT = "parity check RECIPE --set data.sequence_tokens=16  # at short distances a wrong frequency hardly shows, a scale does"
 
 CAUSES = (
     Cause(
@@ -41,7 +41,7 @@ CAUSES = (
             "at-head-norm",
             "forward-agrees",
         ),
-        next=f"{TWO_TOKENS} (one distance only); trainspec preview RECIPE shows theta and scaling",
+        next=SHORT,
         alike=("attention-scale", "head-norm-order"),
     ),
     Cause(
@@ -52,7 +52,7 @@ CAUSES = (
         fits={"from-position": 3, "at-rotated": 4, "at-attention": 1},
         needs=("from-position",),
         excluded=("at-mixed", "at-mlp", "at-norm", "forward-agrees"),
-        next="parity check RECIPE --set data.sequence_tokens=N, with N just below and above that position",
+        next="parity check RECIPE --set data.sequence_tokens=64  # the position named above lies in or beyond it",
         alike=("attention-window",),
     ),
     Cause(
@@ -63,7 +63,7 @@ CAUSES = (
         fits={"like-rounding": 2, "grows": 3, "at-rotated": 3, "first-tokens-agree": 1},
         needs=("like-rounding|grows", "first-tokens-agree|at-rotated"),
         excluded=("at-mixed", "at-mlp", "at-norm", "forward-agrees", "at-head-norm"),
-        next="parity check RECIPE --precision fp64; --set data.sequence_tokens=N with a larger N",
+        next="parity check RECIPE --precision fp64  # is it still there?",
         alike=("softmax-precision", "rotation"),
     ),
     Cause(
@@ -74,7 +74,7 @@ CAUSES = (
         fits={"angle-offset": 4, "at-rotated": 5, "prefix": 1, "at-attention": 2},
         needs=("prefix|prompt", "at-rotated|at-attention"),
         excluded=("only-virtual", "only-padded-examples", "only-later-documents"),
-        next="parity check RECIPE --set method.virtual_tokens=1",
+        next="parity check RECIPE --set method.virtual_tokens=1  # a shift by one hardly turns anything, a mask still shows",
         alike=("virtual-mask", "prefix-layout"),
     ),
     Cause(
@@ -85,7 +85,7 @@ CAUSES = (
         fits={"at-virtual": 4, "at-mixed": 2, "at-attention": 2},
         needs=("prefix", "at-virtual|at-mixed|at-attention"),
         excluded=("at-rotated", "only-padded-examples", "only-later-documents"),
-        next="parity check RECIPE --set method.virtual_tokens=1 (a key at position 0 is not turned)",
+        next="parity check RECIPE --set method.virtual_tokens=1  # a key at position 0 is not turned: nothing is left",
         alike=("prefix-layout", "virtual-mask"),
     ),
 )

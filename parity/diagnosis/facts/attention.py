@@ -104,9 +104,8 @@ def _inputs(view: View) -> list[Inputs]:
     for i in range(min(EXAMPLES, len(segments))):
         here = slice(0, POSITIONS)
         front = (prefix[0][0][i], prefix[1][0][i]) if prefix[0] and prefix[1] else None
-        found.append(
-            Inputs(*(arrays[n][i, here] for n in ("query", "key", "value")), front, segments[i, here])
-        )
+        query, key, value = (arrays[name][i, here] for name in ("query", "key", "value"))
+        found.append(Inputs(query, key, value, front, segments[i, here]))
     return found
 
 

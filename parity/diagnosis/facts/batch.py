@@ -32,7 +32,8 @@ def examples(view: View) -> Iterator[Fact]:
     wrong = (left != right).any(axis=1)
     if wrong.any() and np.mean((left != right)[wrong]) >= WHOLE:
         yield Fact("whole-examples", f"{wrong.sum()} of {len(wrong)} examples differ, as wholes")
-    if np.array_equal(*(side[np.lexsort(side.T)] for side in sides)):
+    one, other = (side[np.lexsort(side.T)] for side in sides)
+    if np.array_equal(one, other):
         yield Fact("same-examples", "the same examples in another order")
         return
     steps = [step for step in view.pair.step_numbers if step != view.step]

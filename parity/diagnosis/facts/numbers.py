@@ -70,7 +70,7 @@ def multiple(view: View) -> Iterator[Fact]:
     named = f": {shown} (of {tried} counts and ratios)" if names else ""
     yield Fact("factor", f"right is {factor:.7g} times left{named}")
     if names:
-        yield Fact("count-factor", f"{factor:.7g} is {shown}")
+        yield Fact("count-factor", f"right is {factor:.7g} times left{named}")
 
 
 def factor_of(left: Array, right: Array) -> tuple[float, float] | None:
@@ -273,8 +273,8 @@ def _swapped(view: View, side: str) -> Iterator[Fact]:
 def _block(mask: Array, elsewhere: Array) -> str | None:
     """The rows or columns in which `mask` holds and `elsewhere` too, if they are one block and not all."""
     for axis, what in ((1, "rows"), (0, "columns")):
-        inside = mask.all(axis=axis) & elsewhere.any(axis=axis)
-        alive = elsewhere.any(axis=axis)
+        alive = np.asarray(elsewhere.any(axis=axis))
+        inside = np.asarray(mask.all(axis=axis)) & alive
         at = np.flatnonzero(inside)
         if len(at) < 2 or inside[alive].all():
             continue

@@ -229,8 +229,11 @@ def update(view: View) -> Iterator[Fact]:
         yield Fact("epsilon-inside", f"{NAMES[0 if left.inside else 1]}'s epsilon is inside the root")
         return
     clear = max(FINEST, CLEARLY * max(left.rest, right.rest))
-    yield from _rates(view, left, right, clear)
+    rates = list(_rates(view, left, right, clear))
+    yield from rates
     yield from _decays(view, left, right, clear)
+    if any(fact.kind in ("no-correction", "count-of-another-step") for fact in rates):
+        return  # which the epsilon has, too
     sizes = np.sqrt(np.abs(moments[1][0])) if moments[1] else np.zeros(1)
     smallest = float(np.quantile(sizes[sizes > 0], 0.01)) if sizes.any() else 0.0
     if abs(left.epsilon - right.epsilon) > clear * (smallest + max(left.epsilon, right.epsilon)) + 0.01 * max(

@@ -42,6 +42,7 @@ def _states(view: View, side: int) -> dict[int, Array]:
     """What a side had after each step before this one, by step; 0 is the start."""
     group, _, name = view.tensor.partition("/")
     trace, states = view.pair.traces[side], {}
+    weight = np.zeros(())
     if group == "weight":
         if view.tensor not in view.pair.keys(0)[side]:
             return {}

@@ -37,7 +37,6 @@ def agreement(view: View) -> Iterator[Fact]:
     """What agrees at its step although something else does not."""
     for kind, phase, words in (
         ("batch-agrees", "batch", "the batch agrees"),
-        ("loss-agrees", "loss", "the loss agrees"),
         ("activation-gradients-agree", "activation_gradient", "the gradients of all activations agree"),
         ("gradients-agree", "gradient", "all gradients agree"),
         ("norm-agrees", "grad_norm", "the gradient norm agrees"),
@@ -81,7 +80,7 @@ def tensors(view: View) -> Iterator[Fact]:
             "only-encoder",
         )
         if all(mine(view, name) for name in failing) and is_told_apart:
-            yield Fact(kind, f"only {words} differ: {shown}")
+            yield Fact(kind, f"only {words}: {shown}")
 
 
 def changes(view: View) -> Iterator[Fact]:
