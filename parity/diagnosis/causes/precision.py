@@ -43,7 +43,7 @@ CAUSES = (
         sentence="gradients are summed over microbatches or devices in a coarser type",
         contract=Contract("Precision", "gradient is float32 from the product"),
         phases=("gradient", "grad_norm"),
-        fits={"bf16-numbers": 4, "sums-of-bf16": 3, "like-rounding": 2, "activation-gradients-agree": 1, "every-tensor": 1},
+        fits={"bf16-numbers": 4, "sums-of-bf16": 3, "like-rounding": 1, "activation-gradients-agree": 1, "every-tensor": 1},
         needs=("bf16-numbers|sums-of-bf16|like-rounding|fp32-numbers", "forward-agrees"),
         next="parity check RECIPE --set batch.accumulation=1  # with one summand nothing is left",
     ),

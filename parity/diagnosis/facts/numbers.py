@@ -24,7 +24,7 @@ MOST_NAMES = 3
 ENOUGH = 16
 # Digits of a type, in bits; sums of a few bfloat16 numbers have at most so many, of float64 or float32 numbers.
 BF16_BITS, FP32_BITS, SUM_BITS = 8, 24, {8: 20, 4: 16}
-ALL, FEW = 0.999, 0.5
+ALL, MOST_OF, FEW = 0.999, 0.9, 0.5
 # The size of a rounding to bfloat16, give or take what follows it.
 ROUNDING = (2.0**-13, 2.0**-6)
 SMALL = 0.01
@@ -307,28 +307,24 @@ def rounded(view: View) -> Iterator[Fact]:
         return
     width = width_of(view)
     for name, side, other in view.named_sides():
-        many = np.unique(side[side != 0]).size >= (ENOUGH if side.size > 1 else 1)
-        # One number alone is no bfloat16 number by chance where it is a float64 one.
-        if not many or (side.size == 1 and width == 4):
+        if np.unique(side[side != 0]).size < ENOUGH:
             continue
-        for kind, bits, words in (
-            ("bf16-numbers", BF16_BITS, "bfloat16"),
-            ("fp32-numbers", FP32_BITS, "float32"),
-        ):
-            if (bits == BF16_BITS or width == 8) and short(side, bits) >= ALL and short(other, bits) <= FEW:
-                yield Fact(kind, f"{name} has {words} numbers only, the other side has not")
-                return
+        if short(side, BF16_BITS) >= ALL and short(other, BF16_BITS) <= FEW:
+            yield Fact("bf16-numbers", f"{name} has bfloat16 numbers only, the other side has not")
+            return
         for scale in (1.0, float(max(view.targets(), 1))):
             if (
-                side.size > 1
-                and short(side * scale, SUM_BITS[width]) >= 0.9
+                short(side * scale, SUM_BITS[width]) >= MOST_OF
                 and short(other * scale, SUM_BITS[width]) <= FEW
             ):
-                yield Fact(
-                    "sums-of-bf16",
-                    f"{name} has numbers of at most {SUM_BITS[width]} bits, as sums of bfloat16 numbers have",
+                words = (
+                    f"{name} has numbers of at most {SUM_BITS[width]} bits, as sums of bfloat16 numbers have"
                 )
+                yield Fact("sums-of-bf16", words)
                 return
+        if width == 8 and short(side, FP32_BITS) >= ALL and short(other, FP32_BITS) <= FEW:
+            yield Fact("fp32-numbers", f"{name} has float32 numbers only, the other side has not")
+            return
 
 
 def size(view: View) -> Iterator[Fact]:

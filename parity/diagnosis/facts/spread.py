@@ -68,7 +68,7 @@ def tokens_of(view: View) -> Tokens | None:
 def examples(view: View) -> Iterator[Fact]:
     """Which examples differ, and whose they are."""
     tokens = tokens_of(view)
-    if tokens is None or not tokens.differs.any():
+    if tokens is None or not (tokens.differs.any() or tokens.front.any()):
         return
     real = tokens.segments > 0
     has_padding = np.asarray(~real.all(axis=1))
