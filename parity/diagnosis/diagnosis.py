@@ -22,7 +22,7 @@ MOST_FACTS = 5
 
 
 @dataclass(frozen=True)
-class Ranked:
+class Fit:
     """A cause and how well the facts fit it."""
 
     cause: Cause
@@ -37,7 +37,7 @@ class Diagnosis:
     """
 
     facts: tuple[Fact, ...]
-    causes: tuple[Ranked, ...]
+    causes: tuple[Fit, ...]
     excluded: tuple[str, ...]
     next: str
 
@@ -114,7 +114,7 @@ def diagnosed(view: View, facts: tuple[Fact, ...]) -> Diagnosis:
     kinds = {fact.kind for fact in facts}
     scores = {name: cause.score(view.phase, kinds) for name, cause in CAUSES.items()}
     fitting = [
-        Ranked(CAUSES[name], score) for name, score in scores.items() if score is not None and score >= NAMED
+        Fit(CAUSES[name], score) for name, score in scores.items() if score is not None and score >= NAMED
     ]
     ranked = sorted(fitting, key=lambda each: -each.score)[:MOST_CAUSES]
     possible = [name for name, cause in CAUSES.items() if view.phase in cause.phases]

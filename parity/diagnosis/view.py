@@ -213,9 +213,11 @@ class View:
 def view_of(
     comparison: Comparison, traces: tuple[Trace, Trace], counts: Mapping[str, float] | None
 ) -> View | None:
-    """The view of a comparison; None if it holds."""
-    first = comparison.first_divergence
-    return View(comparison, Pair(*traces), first, counts or {}) if first else None
+    """The view of a comparison; None if it holds, or if it fails at a step that a side did not record."""
+    first, pair = comparison.first_divergence, Pair(*traces)
+    if first is None or (first.location.step and first.location.step not in pair.step_numbers):
+        return None
+    return View(comparison, pair, first, counts or {})
 
 
 def counts_of(recipe: Recipe) -> dict[str, float]:

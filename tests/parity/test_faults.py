@@ -26,6 +26,7 @@ from parity.diagnosis.causes import CAUSES
 from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
+from parity.faults.table import help_summary, result_lines
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
 from parity.runs.fixture import TinySetup
@@ -160,6 +161,30 @@ def test_a_sample_is_caught_at_its_location(
     assert outcome.word == ("caught" if outcome.fault.where else "passes")
 
 
+@pytest.mark.parametrize(("name", "backend"), SAMPLED)
+def test_the_diagnosis_of_a_sample_names_its_cause(
+    sampled: dict[tuple[str, str], Outcome], name: str, backend: Backend
+):
+    outcome = sampled[name, backend]
+    assert outcome.help == ("helpful" if outcome.fault.where else None), outcome.diagnosis
+    assert outcome.as_json()["help"] == outcome.help
+
+
+def test_a_diagnosis_that_names_another_cause_misleads_and_one_that_names_none_is_silent(
+    sampled: dict[tuple[str, str], Outcome],
+):
+    shifted = sampled["label-shift", "jax"]
+    assert shifted.diagnosis
+    elsewhere = replace(shifted, fault=replace(shifted.fault, cause="data-order"))
+    nothing = replace(shifted, diagnosis=replace(shifted.diagnosis, causes=()))
+    assert (elsewhere.help, nothing.help) == ("misleading", "silent")
+    said = help_summary([shifted, elsewhere, nothing, sampled["harmless", "jax"]])
+    assert said == "diagnosis: 1 of 3 helpful (33.3%), 1 silent, 1 misleading"
+    lines = "\n".join(result_lines([elsewhere]))
+    assert "misleading: label-shift" in lines
+    assert "expected cause: data-order" in lines
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_control_of_the_controls(sampled: dict[tuple[str, str], Outcome], backend: Backend):
     for fault, word in ((NOT_THERE, "MISSED"), (ELSEWHERE, "MISPLACED")):
@@ -240,8 +265,12 @@ def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Precis
     command = [sys.executable, "-m", "parity", "faults", "--precision", precision, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    found = {(f["fault"], f["backend"]) for f in json.loads((tmp_path / "faults.json").read_text())}
+    outcomes = json.loads((tmp_path / "faults.json").read_text())
+    found = {(f["fault"], f["backend"]) for f in outcomes}
     assert found >= {(f.name, b) for f in FAULTS for b in BACKENDS if f.applies(b, precision)}
+    given = [f["help"] for f in outcomes if f["help"]]
+    assert given.count("helpful") >= 0.9 * len(given)
+    assert not [(f["fault"], f["backend"]) for f in outcomes if f["help"] == "misleading"]
 
 
 def test_the_page_in_docs_is_of_these_faults():

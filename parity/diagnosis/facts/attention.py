@@ -133,7 +133,7 @@ def _mistakes(
         )
     tokens = tokens_of(view)
     if tokens is not None and (tokens.differs & (tokens.segments > 0)).any():
-        first = int(tokens.place()[tokens.differs & (tokens.segments > 0)].min())
+        first = int(tokens.numbers()[tokens.differs & (tokens.segments > 0)].min())
         if first > 1:
             yield "mix-of-window", Form(window=first), f"queries that see {first} keys"
     scale = _best_scale(inputs, wanted, real)

@@ -36,7 +36,7 @@ class Tokens:
     segments: Array
     front: Array
 
-    def place(self) -> Array:
+    def numbers(self) -> Array:
         """The position of each token in its document, from 0; that of padding has no meaning."""
         number = np.arange(self.segments.shape[-1])
         begins = np.pad(np.diff(self.segments, axis=1) != 0, ((0, 0), (1, 0)))
@@ -99,27 +99,27 @@ def documents(view: View) -> Iterator[Fact]:
     tokens = tokens_of(view)
     if tokens is None or view.phase != "activation" or not (tokens.differs & (tokens.segments > 0)).any():
         return
-    real, place, last = tokens.segments > 0, tokens.place(), tokens.last()
+    real, at, last = tokens.segments > 0, tokens.numbers(), tokens.last()
     later = tokens.segments > 1
     if later.any() and tokens.quiet[real & ~later].all() and (tokens.differs & later).any():
         yield Fact("only-later-documents", "only what follows a document's boundary differs")
         return
-    begins = real & (place == 0)
+    begins = real & (at == 0)
     if tokens.quiet[begins].all() and tokens.differs[real & ~begins].mean() >= 0.5:
         yield Fact("first-tokens-agree", "the first token of every document agrees, later ones differ")
-    long = real & last & (place > 0)
+    long = real & last & (at > 0)
     if long.any() and tokens.quiet[long].all() and tokens.differs[real & ~last].mean() >= 0.5:
         yield Fact("last-tokens-agree", "the last token of every document agrees, earlier ones differ")
-    yield from _along(tokens, real, place)
+    yield from _along(tokens, real, at)
 
 
-def _along(tokens: Tokens, real: Array, place: Array) -> Iterator[Fact]:
+def _along(tokens: Tokens, real: Array, at: Array) -> Iterator[Fact]:
     """How the error depends on the position in the document."""
-    numbers = np.unique(place[real])
+    numbers = np.unique(at[real])
     if len(numbers) < POSITIONS:
         return
-    quiet = np.array([tokens.quiet[real & (place == n)].all() for n in numbers])
-    wrong = np.array([tokens.differs[real & (place == n)].mean() >= 0.5 for n in numbers])
+    quiet = np.array([tokens.quiet[real & (at == n)].all() for n in numbers])
+    wrong = np.array([tokens.differs[real & (at == n)].mean() >= 0.5 for n in numbers])
     start = int(np.argmin(quiet))
     if start >= FIRST_POSITION and not quiet[start] and wrong[start:].mean() >= MOST:
         yield Fact(
@@ -127,7 +127,7 @@ def _along(tokens: Tokens, real: Array, place: Array) -> Iterator[Fact]:
             f"positions below {numbers[start]} of a document agree, from there on they differ",
         )
         return
-    means = np.array([tokens.error[real & (place == n)].mean() for n in numbers])
+    means = np.array([tokens.error[real & (at == n)].mean() for n in numbers])
     if means[0] <= means.max() / 4 and _rank_correlation(means) >= GROWS:
         yield Fact("grows", "the error grows with the position in the document")
 
