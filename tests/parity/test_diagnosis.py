@@ -373,6 +373,20 @@ def test_attention_is_made_again_from_its_inputs(kind: str, tmp_path: Path):
     assert kinds & set(MIXES) == {kind} & set(MIXES)
 
 
+@pytest.mark.parametrize("is_swapped", [True, False])
+def test_a_swapped_prefix_is_seen(is_swapped: bool, tmp_path: Path):
+    keys, values, others = np.random.default_rng(4).standard_normal((3, 4, 2, KV, D))
+    left = {"layers.0.prefix_key": keys, "layers.0.prefix_value": values}
+    wrong = {"layers.0.prefix_key": values, "layers.0.prefix_value": keys}
+    right = wrong if is_swapped else wrong | {"layers.0.prefix_key": others}
+    traces = (
+        leave(tmp_path / "a", activations=lambda _: left, activation_gradients=lambda _: {}),
+        leave(tmp_path / "b", activations=lambda _: right, activation_gradients=lambda _: {}),
+    )
+    pair = Pair(*traces)
+    assert ("swapped" in seen(diagnose(compare(pair, ProofBounds(pair)), traces))) == is_swapped
+
+
 def sections() -> dict[str, str]:
     """The text under each heading of the contract, its lines joined."""
     parts = re.split(r"^#{1,2} ", (ROOT / "docs/numerics.md").read_text(), flags=re.M)[1:]

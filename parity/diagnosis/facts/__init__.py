@@ -33,6 +33,7 @@ FINDERS: tuple[Callable[[View], Iterator[Fact]], ...] = (
     numbers.remainder,
     attention.mixed,
     attention.rotated,
+    attention.swapped_prefix,
     loss.made_again,
     optimizer.norm,
     optimizer.clip,

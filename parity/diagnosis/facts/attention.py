@@ -234,6 +234,18 @@ def rotated(view: View) -> Iterator[Fact]:
         )
 
 
+def swapped_prefix(view: View) -> Iterator[Fact]:
+    """Whether one side's keys of the prefix are the other's values."""
+    layer, _, point = view.tensor.rpartition(".")
+    if view.phase != "activation" or point != "prefix_key" or view.sides is None:
+        return
+    values = view.both("activation", f"{layer}.prefix_value")
+    if values is None or values[0].shape != view.sides[0].shape:
+        return
+    if max(np.abs(view.sides[i] - values[1 - i]).max(initial=0.0) for i in (0, 1)) <= view.allowed:
+        yield Fact("swapped", "one side's keys of the prefix are the other's values")
+
+
 def _by_pairs(array: Array) -> Array:
     """Neighbouring features as two halves."""
     return np.concatenate([array[..., ::2], array[..., 1::2]], axis=-1)
