@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from parity.diagnosis.fact import Fact
-from parity.diagnosis.facts import attention, batch, loss, numbers, optimizer, resume, settings, spread, walk
+from parity.diagnosis.facts import (
+    attention,
+    batch,
+    factors,
+    loss,
+    numbers,
+    optimizer,
+    resume,
+    settings,
+    spread,
+    walk,
+)
 from parity.diagnosis.view import View
 
 FINDERS: tuple[Callable[[View], Iterator[Fact]], ...] = (
@@ -21,10 +32,10 @@ FINDERS: tuple[Callable[[View], Iterator[Fact]], ...] = (
     spread.moved,
     spread.vocabulary,
     numbers.incomparable,
-    numbers.multiple,
-    numbers.other_factors,
-    numbers.by_token,
-    numbers.by_slice,
+    factors.multiple,
+    factors.other_factors,
+    factors.by_token,
+    factors.by_slice,
     numbers.zeros,
     numbers.unchanged,
     numbers.rounded,

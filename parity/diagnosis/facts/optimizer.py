@@ -19,7 +19,7 @@ import numpy as np
 from parity.comparison.adam import CLIP_EPS
 from parity.comparison.pair import NAMES, as_float64
 from parity.diagnosis.fact import Fact
-from parity.diagnosis.facts.numbers import factor_of
+from parity.diagnosis.facts.factors import factor_of
 from parity.diagnosis.view import Array, View
 
 # Numbers of one side that should be equal are, to this; it is far above rounding in fp32 for sums, below any other cause.
