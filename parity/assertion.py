@@ -53,7 +53,7 @@ def message(verdict: Verdict, *, report: Path | None) -> str:
     lines += [f"first divergence: {first.location}: {explained(first)}"]
     element = f"element {list(first.index)} in " if first.index else ""
     lines += [f"  {element}{side}: {value}" for side, value in values_at(verdict, first)]
-    lines += [f"  reading: {verdict.reading}"] if verdict.reading else []
+    lines += verdict.diagnosis.lines() if verdict.diagnosis else []
     lines += [f"report: {report}" if report else "pass out=DIR to keep the traces and a report"]
     return "\n".join(lines)
 

@@ -12,9 +12,9 @@ from typing import assert_never
 from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
+from parity.diagnosis import Diagnosis, counts_of, diagnose
 from parity.judge import compare_sides, traces_of, write_report_of
 from parity.measure import Replay, measured_bounds
-from parity.report.diagnosis import read
 from parity.report.next import next_commands
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
@@ -78,7 +78,7 @@ def check(
         precision,
         (left, right),
         _summands(*sides),
-        _counts(recipe),
+        counts_of(recipe),
         _known_run(recipe),
         all(side.plan.devices == 1 for side in sides),
         launcher,
@@ -87,7 +87,7 @@ def check(
     closer: Sequence[SideResult] = ()
     try:
         results, comparison = request.judged(steps, out=out)
-        verdict = Verdict(precision, *request.labels, comparison, reading=request.read(comparison, results))
+        verdict = Verdict(precision, *request.labels, comparison, request.diagnose(comparison, results))
         if step := _step_to_refine(comparison):
             verdict, closer = request.refined(verdict, step, out=out / "first-divergence")
     finally:
@@ -288,11 +288,14 @@ class _Request:
             failed.get(f.location, f) if f.holds else f for f in second.findings if f.location.step == step
         ]
         comparison = replace(verdict.comparison, findings=(*before, *again, *after))
-        return replace(verdict, comparison=comparison, reading=self.read(comparison, results)), results
+        diagnosis = self.diagnose(comparison, results)
+        return replace(verdict, comparison=comparison, diagnosis=diagnosis), results
 
-    def read(self, comparison: Comparison, results: Sequence[SideResult]) -> str | None:
-        """What kind of cause the first divergence looks like."""
-        return read(comparison, traces_of(results), counts=self.counts)
+    def diagnose(self, comparison: Comparison, results: Sequence[SideResult]) -> Diagnosis | None:
+        """What the first divergence looks like, and what to run next with this recipe."""
+        found = diagnose(comparison, traces_of(results), counts=self.counts)
+        settings = "".join(f" --set {override}" for override in self.overrides)
+        return found.for_sides(f"{self.recipe}{settings}", self.sides[1].backend) if found else None
 
 
 def _known_run(recipe: Recipe) -> Run | None:
@@ -307,11 +310,6 @@ def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
     """How many gradients each side sums: one for each accumulation slice and replica."""
     one, other = (recipe.batch.accumulation * recipe.plan.replicas for recipe in (left, right))
     return one, other
-
-
-def _counts(recipe: Recipe) -> dict[str, float]:
-    """What the recipe counts, by name; a factor between two tensors may be one of these."""
-    return {"accumulation": float(recipe.batch.accumulation)} | recipe.method.counts()
 
 
 def _step_to_refine(comparison: Comparison) -> int | None:

@@ -13,7 +13,7 @@ from parity.check import DEFAULT_STEPS, check
 from parity.diff import diff
 from parity.faults import SHARED
 from parity.faults.run import BACKENDS, Precision, chosen, run_faults
-from parity.faults.table import listed, listed_shared, page, result_lines, summary
+from parity.faults.table import help_summary, listed, listed_shared, page, result_lines, summary
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
@@ -165,6 +165,8 @@ def _faults(args: Namespace) -> int:
         args.page.write_text(page(outcomes), encoding="utf-8")
     print("\n".join(result_lines(outcomes)))
     print(summary(outcomes))
+    if helped := help_summary(outcomes):
+        print(helped)
     return EXIT_DONE if all(outcome.as_expected for outcome in outcomes) else EXIT_FAILED
 
 

@@ -12,8 +12,8 @@ from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.pair import Pair
 from parity.comparison.phases import INITIAL_GROUPS
 from parity.comparison.tolerance import Bounds, ProofBounds
+from parity.diagnosis import diagnose
 from parity.judge import compare_sides, traces_of, write_report_of
-from parity.report.diagnosis import read
 from parity.report.verdict import Verdict
 from parity.runs.sides import NAMES, SideResult
 from trainspec.errors import UserError
@@ -49,9 +49,7 @@ def diff(left: Path, right: Path, *, precision: Policy | None, out: Path | None)
     )
     notes = (*comparison.notes, *notes)
     comparison = replace(comparison, notes=notes)
-    verdict = Verdict(
-        precision, str(left), str(right), comparison, reading=read(comparison, traces_of(results))
-    )
+    verdict = Verdict(precision, str(left), str(right), comparison, diagnose(comparison, traces_of(results)))
     if out:
         write_report_of(verdict, results, out, recipe=None, settings=(), recipes=())
     return verdict

@@ -37,7 +37,8 @@ class Fault:
     """A mistake made in the field, as edits of each backend's source.
 
     `imitates` describes it and `source` cites it. `where` is where it must show first; None means that the arithmetic is
-    the same, so the check must pass in fp64, and `note` says why. A backend without `edits` cannot have it (`note`).
+    the same, so the check must pass in fp64, and `note` says why. `cause` is what a diagnosis must name
+    (`parity.diagnosis.causes`); None for a fault that must pass. A backend without `edits` cannot have it (`note`).
     `below_bound_in` names the precisions in which rounding explains the difference: there it may pass. `fp64_only` names
     the backends whose other precisions run different code, out of the edit's reach.
     """
@@ -45,6 +46,7 @@ class Fault:
     name: str
     imitates: str
     source: str
+    cause: str | None
     where: Where | None
     edits: Mapping[Backend, tuple[Edit, ...]] = field(hash=False)
     setup: str = "full"

@@ -17,6 +17,7 @@ FAULTS = (
         name="rope-pairing",
         imitates="interleaved pairs are rotated, but the checkpoint has halves",
         source="huggingface/transformers#31788, karpathy/llama2.c#286",
+        cause="rotation",
         where=at_point("rotated_query"),
         edits={
             "jax": (
@@ -54,6 +55,7 @@ FAULTS = (
         name="rope-theta",
         imitates="theta is 10000 whatever the checkpoint says",
         source="google-deepmind/penzai#102, marin-community/levanter#649",
+        cause="rotation",
         where=at_point("rotated_query"),
         edits=in_every_backend(Edit("trainspec.rope:inverse_frequencies", "__model.rope_theta", "10_000.0")),
     ),
@@ -61,6 +63,7 @@ FAULTS = (
         name="rope-key-offset",
         imitates="keys are rotated one position further than queries",
         source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
+        cause="rotation",
         where=at_point("rotated_key"),
         edits={
             "jax": (
@@ -94,6 +97,7 @@ FAULTS = (
         name="rope-all-offset",
         imitates="every position is one too large",
         source="huggingface/transformers#29419 (positions beside the mask); RoFormer, arXiv 2104.09864",
+        cause=None,
         where=None,
         edits={
             "jax": (
@@ -111,6 +115,7 @@ FAULTS = (
         name="attention-scale",
         imitates="scores are scaled by embed / heads, which is not the head size",
         source="lucidrains/vit-pytorch#65, karpathy/ng-video-lecture#6",
+        cause="attention-scale",
         where=at_point("mixed"),
         edits={
             "jax": (
@@ -135,6 +140,7 @@ FAULTS = (
         name="causal-off-by-one",
         imitates="a query sees the token after it",
         source="huggingface/transformers#48745 (decoders that see future tokens)",
+        cause="causal-mask",
         where=at_point("mixed"),
         edits={
             "jax": (Edit("jaxtrain.layers:attention_mask", "__query >= __key", "__query + 1 >= __key"),),
@@ -145,6 +151,7 @@ FAULTS = (
         name="padding-attended",
         imitates="padding on the left is seen by the tokens after it",
         source="NVIDIA-NeMo/Automodel#3704 (36 of 150 models), huggingface/transformers#29419",
+        cause="padding-mask",
         where=at_point("mixed"),
         edits={
             "jax": (Edit("jaxtrain.layers:attention_mask", SAME_SEGMENT, PADDING_AS_WELL),),
@@ -155,6 +162,7 @@ FAULTS = (
         name="packed-rows-attend",
         imitates="documents packed into one example see each other",
         source="LlamaFactory#7318, MeetKai/functionary#265, meta-pytorch/torchtune#875",
+        cause="document-mask",
         where=at_point("mixed"),
         edits={
             "jax": (Edit("jaxtrain.layers:attention_mask", SAME_SEGMENT, ANY_SEGMENT),),
@@ -166,6 +174,7 @@ FAULTS = (
         name="packed-positions-ignored",
         imitates="the model counts positions over the whole example, whatever the batch says",
         source="LlamaFactory#7318, #4224",
+        cause=None,
         where=None,
         edits={
             "jax": (
@@ -191,6 +200,7 @@ FAULTS = (
         name="rmsnorm-eps-outside",
         imitates="eps is added to the root, not to the mean square",
         source="NVIDIA/TransformerEngine#364, fla-org/flash-linear-attention#508",
+        cause="norm-epsilon",
         where=at_point("input_norm"),
         edits={
             "jax": (
@@ -214,6 +224,7 @@ FAULTS = (
         name="rmsnorm-weight-before-cast",
         imitates="the weight is multiplied before the cast to the compute type",
         source="huggingface/transformers LlamaRMSNorm against meta-llama/llama RMSNorm",
+        cause=None,
         where=None,
         edits={
             "jax": (
@@ -238,6 +249,7 @@ FAULTS = (
         name="head-norm-behind-the-rotation",
         imitates="queries and keys are rotated before they are normed, not after",
         source="karpathy/nanochat#743, allenai/OLMo#806 (either order is in use); Qwen3, arXiv 2505.09388",
+        cause="head-norm-order",
         where=at_point("query_norm"),
         edits={
             "jax": (
@@ -266,6 +278,7 @@ FAULTS = (
         name="gqa-tile",
         imitates="kv heads are tiled (0 1 0 1), though each serves neighbouring query heads (0 0 1 1)",
         source="onnx/onnx#7274; GQA, arXiv 2305.13245",
+        cause="kv-grouping",
         where=at_point("mixed"),
         edits={
             "jax": (
@@ -294,6 +307,7 @@ FAULTS = (
         name="swiglu-swapped",
         imitates="the activation is applied to the up half, not to the gate",
         source="ml-explore/mlx-lm#767; SwiGLU, arXiv 2002.05202",
+        cause="mlp-activation",
         where=at_point("product"),
         edits={
             "jax": (

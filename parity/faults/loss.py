@@ -16,6 +16,7 @@ FAULTS = (
         name="packed-positions-not-restarted",
         imitates="the collator counts positions over the whole packed example",
         source="LlamaFactory#7318, meta-pytorch/torchtune#875",
+        cause="positions-restart",
         where=Where("batch", "positions"),
         edits=in_every_backend(
             Edit("trainspec.data:Dataset._fill", "np.arange(__to - __at)", "np.arange(__at, __to)")
@@ -26,6 +27,7 @@ FAULTS = (
         name="data-order",
         imitates="the data is shuffled with another seed",
         source="huggingface/accelerate#4071, #2016; google/grain#1178",
+        cause="data-order",
         where=Where("batch", "input_ids"),
         edits=in_every_backend(
             Edit(
@@ -39,6 +41,7 @@ FAULTS = (
         name="record-repeated",
         imitates="the last record of a batch is repeated as the first of the next",
         source="huggingface/accelerate#4071, meta-pytorch/torchtune#247",
+        cause="data-cursor",
         where=Where("batch", "input_ids", step=2),
         edits=in_every_backend(
             Edit(
@@ -52,6 +55,7 @@ FAULTS = (
         name="label-shift",
         imitates="labels are shifted by the collator and once more in the loss",
         source="huggingface/transformers#44642, #32944",
+        cause="label-shift",
         where=Where("loss", "loss_sum"),
         edits={
             "jax": (
@@ -70,6 +74,7 @@ FAULTS = (
         name="ignored-in-the-sum",
         imitates="positions without a label count in the loss as if their label were token 0",
         source="huggingface/trl#4147, axolotl-ai-cloud/axolotl#2089",
+        cause="loss-mask",
         where=Where("loss", "loss_sum"),
         edits={
             "jax": (
@@ -88,6 +93,7 @@ FAULTS = (
         name="ignored-in-the-count",
         imitates="the sum is divided by the padded length",
         source="NovaSky-AI/SkyRL#467, huggingface/transformers#46204",
+        cause="token-count",
         where=Where("tokens", "tokens"),
         edits={
             "jax": (
@@ -104,6 +110,7 @@ FAULTS = (
         name="mean-of-means",
         imitates="each microbatch is averaged over its own tokens, then the microbatches are averaged",
         source="huggingface/transformers#24725, #34191; karpathy/nanochat#59",
+        cause="mean-of-means",
         where=LOGITS_GRADIENT,
         edits={
             "jax": (
@@ -127,6 +134,7 @@ FAULTS = (
         name="divided-by-batch",
         imitates="the sum is divided by the number of examples, not of tokens",
         source="huggingface/transformers#35203, ml-explore/mlx-lm#1413",
+        cause="loss-divisor",
         where=LOGITS_GRADIENT,
         edits={
             "jax": (Edit("jaxtrain.step:Program._gradients", DIVIDED, "_mean(__sum, stacked['rows'].size)"),),
@@ -139,6 +147,7 @@ FAULTS = (
         name="divided-by-accumulation",
         imitates="the sum is divided by the token count and by the number of microbatches as well",
         source="unslothai/unsloth-zoo#1023",
+        cause="loss-divisor",
         where=LOGITS_GRADIENT,
         edits={
             "jax": (
@@ -155,6 +164,7 @@ FAULTS = (
         name="last-microbatch-dropped",
         imitates="the update is made before the last microbatch's backward pass",
         source="huggingface/transformers#29561, tracel-ai/burn#5695",
+        cause="microbatch-share",
         where=LOGITS_GRADIENT,
         edits={
             "jax": (
@@ -175,6 +185,7 @@ FAULTS = (
         name="tied-gradient-lost",
         imitates="a tied embedding gets the gradient of one of its two uses",
         source="NVIDIA/Megatron-LM#1548, #844; paiml/entrenar#314",
+        cause="tied-gradient",
         where=Where("gradient", r"model\.embed_tokens\.weight"),
         edits={
             "jax": (

@@ -44,6 +44,7 @@ FAULTS = (
         name="lora-scale-missing",
         imitates="B A x is added without alpha / rank",
         source="ml-explore/mlx-examples#623, AI-Hypercomputer/maxtext#3376",
+        cause="adapter-scale",
         where=at_point("q_proj.lora_B"),
         edits={
             "jax": (Edit("jaxtrain.methods.lora:LoRALinear.__init__", "__method.scale", "1.0"),),
@@ -57,6 +58,7 @@ FAULTS = (
         name="lora-scale-of-rslora",
         imitates="alpha / sqrt(rank), though the adapter says alpha / rank",
         source="NVIDIA/TensorRT-LLM#1668; rsLoRA, arXiv 2312.03732",
+        cause="adapter-scale",
         where=at_point("q_proj.lora_B"),
         edits={
             "jax": (
@@ -74,6 +76,7 @@ FAULTS = (
         name="lora-starts-swapped",
         imitates="A starts at zero and B at random values",
         source="microsoft/LoRA#155, #76",
+        cause="adapter-start",
         where=Where(
             "initial", r"base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_[AB]\.weight", 0
         ),
@@ -90,6 +93,7 @@ FAULTS = (
         name="lora-dropout-behind-a",
         imitates="dropout on A x, not on x",
         source="paiml/aprender#2170, axolotl-ai-cloud/axolotl#3528",
+        cause="adapter-dropout",
         where=at_point("q_proj.lora_A"),
         edits={
             "jax": dropout_elsewhere(
@@ -103,6 +107,7 @@ FAULTS = (
         name="lora-dropout-on-output",
         imitates="dropout on B A x, not on x",
         source="axolotl-ai-cloud/axolotl#3528, huggingface/peft#1178",
+        cause="adapter-dropout",
         where=at_point("q_proj.lora_A"),
         edits={
             "jax": dropout_elsewhere(dropped("__it")),
@@ -114,6 +119,7 @@ FAULTS = (
         name="lora-dropout-seed",
         imitates="dropout is drawn from another seed",
         source="NVIDIA-NeMo/Megatron-Bridge#5257 (one draw too many)",
+        cause="adapter-dropout",
         where=at_point("q_proj.lora_A"),
         edits={
             "jax": (Edit("jaxtrain.methods.low_rank:replace_targets", MASK_KEY, OTHER_MASK_KEY),),
@@ -125,6 +131,7 @@ FAULTS = (
         name="lora-target-missed",
         imitates="one target module gets no adapter",
         source="NVIDIA-NeMo/Megatron-Bridge#1738, huggingface/peft#3554",
+        cause="adapter-targets",
         where=Where("initial", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight", 0),
         edits=in_every_backend(
             Edit(
@@ -139,6 +146,7 @@ FAULTS = (
         name="adapter-behind-the-residual",
         imitates="the adapter after the MLP is given the residual stream with the MLP's output added",
         source="google-research/adapter-bert#7, adapter-hub/adapters#95; arXiv 1902.00751, figure 2",
+        cause="bottleneck-adapter",
         where=at_point("mlp_adapter.hidden"),
         edits={
             "jax": (
@@ -156,6 +164,7 @@ FAULTS = (
         name="adapter-without-non-linearity",
         imitates="the adapter has no non-linearity between its two matrices, which makes them one",
         source="thuml/Universal-Domain-Adaptation#7; arXiv 1902.00751, figure 2",
+        cause="bottleneck-adapter",
         where=at_point("attention_adapter.hidden"),
         edits={
             "jax": (
@@ -175,6 +184,7 @@ FAULTS = (
         name="dora-norm-in-the-graph",
         imitates="the norm that DoRA divides by is not treated as a constant: its gradient reaches A and B",
         source="DoRA, arXiv 2402.09353, section 4.3 (the norm is to be detached from the gradient graph)",
+        cause="dora-norm",
         where=Where("gradient", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight"),
         edits={
             "jax": (
@@ -191,6 +201,7 @@ FAULTS = (
         name="dora-norm-of-the-base",
         imitates="the norm is that of W, not of W + scale B A",
         source="DoRA, arXiv 2402.09353, equation 5 (the direction is W + B A over its own norm)",
+        cause="dora-norm",
         where=at_point("query"),
         edits={
             "jax": (
@@ -214,6 +225,7 @@ FAULTS = (
         name="frozen-weight-trained",
         imitates="LoRA trains the last norm as well",
         source="huggingface/diffusers#2245, #4687",
+        cause="extra-trained",
         where=Where("grad_norm", "grad_norm"),
         edits={
             "jax": (
@@ -243,6 +255,7 @@ FAULTS = (
         name="start-transposed",
         imitates="a square weight is loaded transposed",
         source="vllm-project/vllm#44113 (square weights, silently)",
+        cause="weight-layout",
         where=Where("initial", SQUARE.replace(".", r"\."), 0),
         edits={
             "jax": (
@@ -265,6 +278,7 @@ FAULTS = (
         name="remat-redraws-dropout",
         imitates="the recomputed forward pass draws another dropout mask",
         source="allenai/OLMo-core#828, pytorch/pytorch#14253",
+        cause="recomputed-dropout",
         where=Where("gradient", r"base_model\.model\.model\.layers\.1\.mlp\.down_proj\.lora_[AB]\.weight"),
         edits={
             "jax": (

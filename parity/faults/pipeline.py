@@ -27,6 +27,7 @@ FAULTS = (
         name="stage-order-swapped",
         imitates="the two stages have each other's layers",
         source="NVIDIA/Megatron-LM#1584, alpa-projects/alpa#752",
+        cause="layer-order",
         where=at_point("input_norm"),
         edits={
             "jax": (
@@ -52,6 +53,7 @@ FAULTS = (
         name="layer-assigned-twice",
         imitates="a stage uses its first layer twice and its second one not at all",
         source="huggingface/transformers#24381, ml-explore/mlx-lm#1688",
+        cause="layer-order",
         where=at_point("input_norm", layer=1),
         edits={
             "jax": (
@@ -77,6 +79,7 @@ FAULTS = (
         name="stage-input-reused",
         imitates="the first stage is fed the previous microbatch again",
         source="ooples/AiDotNet#845 (every microbatch is given the same input)",
+        cause="microbatch-input",
         where=Where("activation", "embedding"),
         edits={
             "jax": (
@@ -102,6 +105,7 @@ FAULTS = (
         name="microbatch-counted-twice",
         imitates="the gradient of the pipeline's first microbatch is added twice",
         source="PipeDream-Flush, arXiv 2006.09503 (each microbatch has one backward pass in a batch)",
+        cause="microbatch-share",
         where=LOGITS_GRADIENT,
         edits={
             "jax": (_gradient_times("jnp.where(microbatch == 0, 2, 1)"),),
@@ -116,6 +120,7 @@ FAULTS = (
         name="pipeline-not-drained",
         imitates="the update is made before the last microbatch's gradient is back at the first stage",
         source="PipeDream-Flush, arXiv 2006.09503; NVIDIA-NeMo/Automodel#3530 (microbatches' gradients are lost)",
+        cause="microbatch-share",
         where=Where("activation_gradient", r"layers\.0\.block"),
         edits={
             "jax": (
@@ -142,6 +147,7 @@ FAULTS = (
         name="microbatch-means-averaged",
         imitates="the last stage averages each microbatch over its own tokens, then averages the microbatches",
         source="pytorch/torchtitan#2206, NVIDIA/Megatron-LM#936",
+        cause="mean-of-means",
         where=LOGITS_GRADIENT,
         edits={
             "jax": (
@@ -164,6 +170,7 @@ FAULTS = (
         name="tied-gradients-not-summed-over-stages",
         imitates="the first and the last stage each keep the gradient of their own use of a tied embedding",
         source="uw-syfi/piper#13",
+        cause="tied-gradient",
         where=Where("gradient", r"model\.embed_tokens\.weight"),
         edits={
             "jax": (
@@ -188,6 +195,7 @@ FAULTS = (
         name="prefix-gradients-not-summed-over-stages",
         imitates="each stage makes the prefix of all layers and keeps only the gradient of its own layers",
         source="uw-syfi/piper#13 (likewise of a tied embedding)",
+        cause="stage-gradient-sum",
         where=Where("gradient", r"prompt_encoder\.transform\.2\.weight"),
         edits={
             "jax": (
@@ -212,6 +220,7 @@ FAULTS = (
         name="later-stages-left-out-of-clip-norm",
         imitates="gradients are clipped by the norm of the first stage's gradients alone",
         source="pytorch/torchtitan#596, Modalities/modalities#313",
+        cause="norm-of-part",
         where=Where("grad_norm", "grad_norm"),
         edits={
             "jax": (

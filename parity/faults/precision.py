@@ -16,6 +16,7 @@ FAULTS = (
         name="start-rounded-to-bf16",
         imitates="weights are rounded to bfloat16 when they are loaded",
         source="huggingface/sentence-transformers#3773, Physical-Intelligence/openpi#989",
+        cause="rounded-start",
         where=Where("initial", r"model\.embed_tokens\.weight", 0),
         edits={
             "jax": (
@@ -32,6 +33,7 @@ FAULTS = (
         name="softmax-in-bf16",
         imitates="attention's softmax is computed in bfloat16",
         source="apple/axlearn#18, huggingface/transformers#24519",
+        cause="softmax-precision",
         where=at_point("mixed"),
         edits={
             "jax": (
@@ -55,6 +57,7 @@ FAULTS = (
         name="loss-in-bf16",
         imitates="the loss is computed from logits in bfloat16",
         source="google-deepmind/optax#1020, Modalities/modalities#464",
+        cause="loss-precision",
         where=Where("loss", "loss_sum"),
         edits={
             "jax": (
@@ -73,6 +76,7 @@ FAULTS = (
         name="accumulated-in-bf16",
         imitates="gradients of microbatches are summed in bfloat16",
         source="deepspeedai/DeepSpeed#1800, #2352, #2768",
+        cause="rounded-sum",
         where=Where("gradient", r"lm_head\.weight"),
         edits={
             "jax": (

@@ -14,6 +14,7 @@ from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
 from parity.comparison.tolerance import ProofBounds
+from parity.diagnosis import Diagnosis, counts_of, diagnose
 from parity.faults import FAULTS, SHARED
 from parity.faults.fault import Fault, in_every_backend, setup_recipe
 from parity.runs.fixture import LORA, write_tiny
@@ -25,6 +26,7 @@ from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 
 Precision = Literal["fp64", "fp32"]
+Help = Literal["helpful", "silent", "misleading"]
 # Of two compared backends, the first one here is on the left.
 BACKENDS: tuple[Backend, ...] = tuple(backends.BACKENDS)
 # The error of each failed run, by backend and fault.
@@ -40,6 +42,7 @@ class Outcome:
     precision: Policy
     divergence: Finding | None
     crash: str | None = None
+    diagnosis: Diagnosis | None = None
 
     @property
     def said(self) -> Location | None:
@@ -66,6 +69,17 @@ class Outcome:
             return "caught" if self.said else "below bound" if self.fault.where else "passes"
         return "MISSED" if self.said is None else "MISPLACED" if self.fault.where else "FALSE ALARM"
 
+    @property
+    def help(self) -> Help | None:
+        """Whether the diagnosis helps; None where nothing was to be diagnosed.
+
+        `helpful`: the fault's cause is named, first or as what looks the same. `silent`: no cause is. `misleading`: others are.
+        """
+        if self.said is None or self.fault.cause is None:
+            return None
+        named = [cause.name for cause in self.diagnosis.alike] if self.diagnosis else []
+        return "helpful" if self.fault.cause in named else "misleading" if named else "silent"
+
     def as_json(self) -> dict[str, Any]:
         """Its entry in faults.json."""
         return {
@@ -78,6 +92,9 @@ class Outcome:
             if self.divergence
             else None,
             "true": asdict(self.fault.where) if self.fault.where else None,
+            "cause": self.fault.cause,
+            "diagnosis": self.diagnosis.as_json() if self.diagnosis else None,
+            "help": self.help,
             "crash": self.crash,
         }
 
@@ -120,7 +137,7 @@ def run_faults(
         crashes: Crashes = {case: why for failed in trained for case, why in failed.items()}
     pairs: list[tuple[Fault, Backend]] = [(fault, b) for fault in clean for b in BACKENDS[1:]]
     cases = [*pairs, *((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])]
-    outcomes = [_judge(fault, b, precision, crashes, out) for fault, b in cases]
+    outcomes = [_judge(fault, b, recipes[b][fault.setup], crashes, out) for fault, b in cases]
     for outcome in outcomes[len(pairs) :]:
         if outcome.as_expected and not keep:
             shutil.rmtree(home_of(out, outcome.backend, outcome.fault))
@@ -130,7 +147,13 @@ def run_faults(
 def clean_pair(setup: str) -> Fault:
     """A set-up without a fault: both backends are compared with it."""
     return Fault(
-        name=f"no fault, {setup}", imitates="", source="", where=None, edits=in_every_backend(), setup=setup
+        name=f"no fault, {setup}",
+        imitates="",
+        source="",
+        cause=None,
+        where=None,
+        edits=in_every_backend(),
+        setup=setup,
     )
 
 
@@ -156,8 +179,9 @@ def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Reci
     }
 
 
-def _judge(fault: Fault, backend: Backend, precision: Precision, crashes: Crashes, out: Path) -> Outcome:
-    """Compare the planted backend with the clean run of the first other one."""
+def _judge(fault: Fault, backend: Backend, recipe: Recipe, crashes: Crashes, out: Path) -> Outcome:
+    """Compare the planted backend with the clean run of the first other one, and diagnose what differs."""
+    precision = recipe.precision.policy
     other = next(b for b in BACKENDS if b != backend)
     sides: list[tuple[Backend, Fault]] = [
         (b, fault if b == backend else clean_pair(fault.setup)) for b in BACKENDS if b in (backend, other)
@@ -165,9 +189,12 @@ def _judge(fault: Fault, backend: Backend, precision: Precision, crashes: Crashe
     for b, side in sides:
         if why := crashes.get((b, side.name)):
             return Outcome(fault, backend, precision, None, crash=why)
-    pair = Pair(*(Trace(home_of(out, b, side) / "trace") for b, side in sides))
+    left, right = (Trace(home_of(out, b, side) / "trace") for b, side in sides)
+    pair = Pair(left, right)
     # Estimated bounds need only the two traces; measured ones would need a further run for each fault.
     bounds = (
         ProofBounds(pair) if precision == "fp64" else EstimatedBounds(pair, precision, lora_scale=LORA.scale)
     )
-    return Outcome(fault, backend, precision, compare(pair, bounds).first_divergence)
+    comparison = compare(pair, bounds)
+    diagnosis = diagnose(comparison, (left, right), counts=counts_of(recipe))
+    return Outcome(fault, backend, precision, comparison.first_divergence, diagnosis=diagnosis)

@@ -20,6 +20,7 @@ FAULTS = (
         name="row-sum-missing",
         imitates="the output of a row-parallel layer is not summed over the tensor ranks",
         source="FlashML-org/FreeToken#429, sgl-project/sglang#14811",
+        cause="tensor-sum-missing",
         where=at_point("attention"),
         edits={
             "torch": (
@@ -33,6 +34,7 @@ FAULTS = (
         name="row-bias-per-rank",
         imitates="a row-parallel layer adds its bias on every tensor rank, before the sum",
         source="huggingface/text-generation-inference#1036, PaddlePaddle/Paddle#35186",
+        cause="bias-per-rank",
         where=at_point("attention"),
         edits={
             "torch": (
@@ -55,6 +57,7 @@ FAULTS = (
         name="column-input-sum-missing",
         imitates="the gradient of a column-parallel layer's input is not summed over the tensor ranks",
         source="inclusionAI/AReno#496, NVIDIA/Megatron-LM#19",
+        cause="tensor-gradient-sum",
         where=Where("activation_gradient", "norm"),
         edits={
             "torch": (
@@ -68,6 +71,7 @@ FAULTS = (
         name="norm-gradient-not-reduced",
         imitates="the gradients of the norms' weights are not reduced over the tensor ranks",
         source="NVIDIA/TransformerEngine#435, NVIDIA/Megatron-LM#1446",
+        cause="replicated-gradient-sum",
         where=Where("gradient", r"model\.layers\.1\.post_attention_layernorm\.weight"),
         edits={
             "torch": (
@@ -90,6 +94,7 @@ FAULTS = (
         name="head-norm-gradient-not-reduced",
         imitates="the norms of queries and keys get the gradient of each tensor rank's own heads only",
         source="NVIDIA-NeMo/RL#3716, NVIDIA/Megatron-LM#816",
+        cause="replicated-gradient-sum",
         where=Where("gradient", r"model\.layers\.1\.self_attn\.[qk]_norm\.weight"),
         edits={
             "torch": (
@@ -107,6 +112,7 @@ FAULTS = (
         name="vocab-offset-in-embedding",
         imitates="every shard of the embedding after the first starts one row late",
         source="hpcaitech/ColossalAI#242, pytorch/torchtitan#4637",
+        cause="vocabulary-offset",
         where=Where("activation", "embedding"),
         edits={
             "torch": (
@@ -124,6 +130,7 @@ FAULTS = (
         name="vocab-offset-in-loss",
         imitates="every shard of the logits after the first looks for its targets one column late",
         source="apple/ml-cross-entropy#59, #42",
+        cause="vocabulary-offset",
         where=Where("loss", "loss_sum"),
         edits={
             "jax": (
@@ -147,6 +154,7 @@ FAULTS = (
         name="lora-factor-not-reduced",
         imitates="the gradient of an adapter factor that all tensor ranks hold is not reduced over them",
         source="modelscope/mcore-bridge#173, radixark/miles#2723",
+        cause="replicated-gradient-sum",
         where=Where("gradient", r"base_model\.model\.model\.layers\.1\.self_attn\.v_proj\.lora_A\.weight"),
         edits={
             "torch": (
@@ -164,6 +172,7 @@ FAULTS = (
         name="dropout-repeated-on-ranks",
         imitates="every tensor rank draws the dropout mask of the first one's features",
         source="ecmwf/anemoi-core#595, NVIDIA/Fuser#3123",
+        cause="dropout-on-ranks",
         where=at_point("down_proj.lora_A"),
         edits={
             "torch": (Edit("torchtrain.methods.low_rank:replace_targets", "__peers.index * __features", "0"),)
@@ -175,6 +184,7 @@ FAULTS = (
         name="reduced-over-wrong-group",
         imitates="gradients are summed over the tensor ranks instead of the replicas",
         source="NVIDIA/Megatron-LM#779, inclusionAI/AReno#496",
+        cause="reduction-group",
         where=HEAD_GRADIENT,
         edits={
             "torch": (
@@ -189,6 +199,7 @@ FAULTS = (
         name="averaged-over-replicas",
         imitates="shares of one batch's gradient are averaged over the replicas, not summed",
         source="facebookresearch/fairseq#494, pytorch/pytorch#37359",
+        cause="averaged-over-ranks",
         where=HEAD_GRADIENT,
         edits={
             "jax": (
@@ -215,6 +226,7 @@ FAULTS = (
         name="rows-repeated-on-a-rank",
         imitates="one rank trains on another's examples",
         source="openspeech-team/openspeech#149, karpathy/llama2.c#522",
+        cause="rows-of-a-rank",
         where=Where("activation", "embedding"),
         edits={
             "jax": (
@@ -234,6 +246,7 @@ FAULTS = (
         name="reduced-in-bf16",
         imitates="gradients are summed over the replicas in bfloat16, not in float32 as asked for",
         source="deepspeedai/DeepSpeed#3370, NVIDIA/Megatron-LM#502",
+        cause="rounded-sum",
         where=HEAD_GRADIENT,
         edits={
             "jax": (
@@ -263,6 +276,7 @@ FAULTS = (
         name="clip-by-shard-norm",
         imitates="each tensor rank clips by the norm of its own shards",
         source="pytorch/pytorch#72548, meta-pytorch/torchtune#2420",
+        cause="clip-scope",
         where=Where("moment1", EMBEDDING),
         edits={
             "jax": (
@@ -289,6 +303,7 @@ FAULTS = (
         name="optimizer-shard-not-updated",
         imitates="the moments of one rank's shard are not updated",
         source="deepspeedai/DeepSpeed#2058 (a fraction of the weights is trained)",
+        cause="stale-shard",
         where=Where("moment1", EMBEDDING),
         edits={
             "jax": (

@@ -16,6 +16,9 @@ must fail and name the location where the fault acts first; if the arithmetic is
 pass. A set-up that is split over devices is so on both sides; a backend that refuses the plan (torch has no split
 optimizer and no pipeline in fp64) runs on one device.
 
+A diagnosis (docs/diagnosis.md) is *helpful* if the cause it names, or the one it says looks the same, is that of the fault;
+*silent* if it names none; *misleading* if it names others.
+
 fp64 is the proof. In fp32 the two traces are compared with the estimated bounds of `parity diff`: a fault smaller than
 rounding is "below bound" there.
 """
@@ -27,6 +30,8 @@ def listed(faults: Sequence[Fault]) -> Iterator[str]:
         yield f"{fault.name}: {fault.imitates}"
         yield f"    source: {fault.source}"
         yield f"    shows:  {fault.where or 'nowhere in fp64'}; set-up {fault.setup} ({SETUPS[fault.setup]})"
+        if fault.cause:
+            yield f"    cause:  {fault.cause}"
         if fault.below_bound_in:
             yield f"    below the bound in {', '.join(fault.below_bound_in)}"
         if fault.note:
@@ -47,7 +52,11 @@ def result_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for outcome in outcomes:
         backend = outcome.backend if outcome.fault.source else "both"
         line = f"{outcome.word:<11} {outcome.precision} {backend:<6} {outcome.fault.name:<{width}}  {_said(outcome)}"
-        yield line if outcome.as_expected else f"{line}; expected: {outcome.fault.where or 'a pass'}"
+        if not outcome.as_expected:
+            line += f"; expected: {outcome.fault.where or 'a pass'}"
+        yield line + (f"; {outcome.help}: {_named(outcome)}" if outcome.help else "")
+        if outcome.help not in (None, "helpful"):
+            yield f"{'':<{12}}expected cause: {outcome.fault.cause}"
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -62,6 +71,18 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     )
 
 
+def help_summary(outcomes: Sequence[Outcome]) -> str:
+    """How many diagnoses help, in words; empty if nothing was diagnosed."""
+    given = [outcome.help for outcome in outcomes if outcome.help]
+    if not given:
+        return ""
+    share = given.count("helpful") / len(given)
+    return (
+        f"diagnosis: {given.count('helpful')} of {len(given)} helpful ({share:.1%}), {given.count('silent')} silent, "
+        f"{given.count('misleading')} misleading"
+    )
+
+
 def page(outcomes: Sequence[Outcome]) -> str:
     """The results as a Markdown page: what each fault imitates, and what the check said about it."""
     planted = [outcome for outcome in outcomes if outcome.fault.source]
@@ -70,14 +91,31 @@ def page(outcomes: Sequence[Outcome]) -> str:
     for precision in dict.fromkeys(outcome.precision for outcome in planted):
         mine = [outcome for outcome in outcomes if outcome.precision == precision]
         rows = [
-            _row(o.fault.name, o.backend, o.word, _said(o), str(o.fault.where or "none: must pass"))
+            _row(
+                o.fault.name,
+                o.backend,
+                o.word,
+                _said(o),
+                str(o.fault.where or "none: must pass"),
+                _named(o),
+                o.help or "–",
+            )
             for o in mine
             if o.fault.source
         ]
-        head = [_row("fault", "backend", "result", "location named", "location expected"), _row(*["---"] * 5)]
-        lines += [f"## {precision}", "", f"{summary(mine)}.", "", *head, *rows, ""]
-    about = [_row(f.name, f.imitates, f.source, f.setup, f.note or "–") for f in faults]
-    head = [_row("fault", "imitates", "source", "set-up", "note"), _row(*["---"] * 5)]
+        columns = (
+            "fault",
+            "backend",
+            "result",
+            "location named",
+            "location expected",
+            "cause named",
+            "diagnosis",
+        )
+        head = [_row(*columns), _row(*["---"] * len(columns))]
+        lines += [f"## {precision}", "", f"{summary(mine)}; {help_summary(mine)}.", "", *head, *rows, ""]
+    about = [_row(f.name, f.imitates, f.source, f.cause or "–", f.setup, f.note or "–") for f in faults]
+    head = [_row("fault", "imitates", "source", "cause", "set-up", "note"), _row(*["---"] * 6)]
     lines += ["## What they imitate", "", *head, *about, ""]
     lines += ["## Set-ups", "", *(f"- `{name}`: {words}." for name, words in SETUPS.items())]
     return "\n".join(lines) + "\n"
@@ -86,6 +124,14 @@ def page(outcomes: Sequence[Outcome]) -> str:
 def _row(*cells: str) -> str:
     escaped = (cell.replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
+
+
+def _named(outcome: Outcome) -> str:
+    """The causes that a diagnosis names: the first, and what looks the same."""
+    if outcome.help is None:
+        return "–"
+    named = [cause.name for cause in outcome.diagnosis.alike] if outcome.diagnosis else []
+    return " or ".join(named) or "none"
 
 
 def _said(outcome: Outcome) -> str:

@@ -17,6 +17,7 @@ FAULTS = (
         name="clip-by-local-norm",
         imitates="each tensor is clipped by its own norm",
         source="huggingface/transformers#581, keras-team/keras#13575",
+        cause="clip-scope",
         where=CLIP,
         edits={
             "jax": (
@@ -41,6 +42,7 @@ FAULTS = (
         name="clip-after-the-update",
         imitates="gradients are clipped after the optimizer has used them",
         source="awslabs/graphstorm#1366, Lightning-AI/pytorch-lightning#10248",
+        cause="clip-missing",
         where=CLIP,
         edits={
             "jax": (
@@ -62,6 +64,7 @@ FAULTS = (
         name="clip-without-epsilon",
         imitates="clip factor max / norm, without torch's 1e-6 (optax has none)",
         source="google-deepmind/optax clip_by_global_norm against torch.nn.utils.clip_grad_norm_",
+        cause="clip-epsilon",
         where=CLIP,
         edits={
             "jax": (Edit("jaxtrain.optim", "CLIP_EPS = 1e-6", "CLIP_EPS = 0.0"),),
@@ -75,6 +78,7 @@ FAULTS = (
         name="adam-eps-inside-root",
         imitates="m / sqrt(v + eps)",
         source="google-deepmind/optax#417, goodfire-ai/spd#760",
+        cause="adam-epsilon",
         where=FIRST_UPDATE,
         edits={
             "jax": (
@@ -91,6 +95,7 @@ FAULTS = (
         name="adam-no-bias-correction",
         imitates="moments are used without bias correction (1 - beta**t)",
         source="google-research/bert#153, ml-explore/mlx#1640",
+        cause="bias-correction",
         where=FIRST_UPDATE,
         edits={
             "jax": (Edit("jaxtrain.optim:rates", RATES, "Rates(__lr, 1.0, 1.0)"),),
@@ -101,6 +106,7 @@ FAULTS = (
         name="adam-coupled-l2",
         imitates="weight decay is added to the gradient (Adam with L2, not AdamW)",
         source="huggingface/transformers#35504; AdamW, arXiv 1711.05101",
+        cause="decay-in-gradient",
         where=FIRST_MOMENT,
         edits={
             "jax": (
@@ -123,6 +129,7 @@ FAULTS = (
         name="adam-decays-norms-and-biases",
         imitates="weight decay is applied to norms and biases",
         source="huggingface/transformers#35927, ServiceNow/Fast-LLM#542",
+        cause="decay-mask",
         where=Where("update", r"model\.layers\.0\.input_layernorm\.weight"),
         edits=in_every_backend(
             Edit("trainspec.families.llama:norm", "False", "True"),
@@ -134,6 +141,7 @@ FAULTS = (
         name="adam-betas-swapped",
         imitates="beta1 and beta2 are swapped",
         source="mila-iqia/blocks#1159 (betas backwards); Adam, arXiv 1412.6980",
+        cause="betas",
         where=FIRST_MOMENT,
         edits={
             "jax": (
@@ -150,6 +158,7 @@ FAULTS = (
         name="adam-decay-without-rate",
         imitates="p -= decay * p, not lr * decay * p",
         source="tensorflow/addons#2282, NVIDIA/apex#1849; arXiv 1711.05101",
+        cause="decay-size",
         where=FIRST_UPDATE,
         edits={
             "jax": (
@@ -164,6 +173,7 @@ FAULTS = (
         name="rate-off-by-a-millionth",
         imitates="the learning rate is rounded to float32 on its way",
         source="google-deepmind/optax schedules return float32 under x64",
+        cause="rate-applied",
         where=FIRST_UPDATE,
         edits={
             "jax": (
@@ -179,6 +189,7 @@ FAULTS = (
         name="schedule-off-by-one",
         imitates="the schedule is asked for the step after this one",
         source="huggingface/accelerate#2124, goodfire-ai/spd#699",
+        cause="schedule-offset",
         where=Where("lr", "lr"),
         edits=in_every_backend(
             Edit(
@@ -192,6 +203,7 @@ FAULTS = (
         name="warmup-twice-zero",
         imitates="two updates of a warm-up have learning rate zero",
         source="deepspeedai/DeepSpeed#5287",
+        cause="schedule-offset",
         where=Where("lr", "lr", step=2),
         edits=in_every_backend(
             Edit(
@@ -206,6 +218,7 @@ FAULTS = (
         name="update-skipped",
         imitates="update 3 is silently skipped, as after an overflow",
         source="deepspeedai/DeepSpeed#8417, huggingface/accelerate#4242",
+        cause="update-skipped",
         where=Where("moment1", EMBEDDING, step=3),
         edits={
             "jax": (
@@ -228,6 +241,7 @@ FAULTS = (
         name="update-lost",
         imitates="moments are updated and weights are not",
         source="Levanter's one-step check at rtol 1e-3 passes on it (docs/numerics.md); kohya-ss/sd-scripts#91",
+        cause="update-lost",
         where=FIRST_UPDATE,
         edits={
             "jax": (

@@ -11,6 +11,7 @@ FAULTS = (
         name="prefix-positions-from-zero",
         imitates="the tokens after a prefix start at position 0, not after its virtual tokens",
         source="XiangLi1999/PrefixTuning#40, huggingface/transformers#33852",
+        cause="virtual-positions",
         where=at_point("rotated_query"),
         edits={
             "jax": (
@@ -35,6 +36,7 @@ FAULTS = (
         name="prefix-masked-out",
         imitates="no token may attend to the prefix",
         source="QwenLM/ParScale#11, zai-org/ChatGLM3#359",
+        cause="virtual-mask",
         where=at_point("mixed"),
         edits={
             "jax": (
@@ -58,6 +60,7 @@ FAULTS = (
         name="prefix-keys-and-values-swapped",
         imitates="each layer's keys and values in the prefix are swapped",
         source="zai-org/ChatGLM3#359, huggingface/peft#919 (the prefix is cut up in another order)",
+        cause="prefix-layout",
         where=at_point("prefix_key"),
         edits={
             "jax": (
@@ -83,6 +86,7 @@ FAULTS = (
         name="prefix-rotated",
         imitates="the keys of the prefix are rotated like tokens at positions 0, 1, ...",
         source="mistyreed63849/Graph-LLM#1",
+        cause="prefix-rotation",
         where=at_point("prefix_key"),
         edits={
             "jax": (
@@ -108,6 +112,7 @@ FAULTS = (
         name="prompt-rows-in-the-loss",
         imitates="virtual tokens get labels like padding and count as targets",
         source="huggingface/trl#4168",
+        cause="virtual-labels",
         where=Where("tokens", "tokens"),
         edits={
             "jax": (
@@ -133,6 +138,7 @@ FAULTS = (
         name="virtual-tokens-appended",
         imitates="the prompt comes after the embedded tokens",
         source="huggingface/peft#416, yeyeyeye33/SEC-Prompt#3",
+        cause="virtual-place",
         where=Where("activation", "embedding"),
         edits={
             "jax": (
@@ -156,6 +162,7 @@ FAULTS = (
         name="encoder-frozen",
         imitates="the virtual tokens' embeddings are trained, but not the encoder that reads them",
         source="bowang-lab/MedSAM#233, MaverickRen/PixelLM#30",
+        cause="gradient-stopped",
         where=Where("gradient", r"prompt_encoder\.mlp_head\.4\.weight"),
         edits={
             "jax": (

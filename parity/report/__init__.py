@@ -1,1 +1,1 @@
-"""What a user sees of a verdict: JSON, a diagnosis in words, and a page with charts."""
+"""What a user sees of a verdict: JSON, lines for a terminal, and a page with charts."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from parity.comparison.compare import Comparison, Finding
 from parity.comparison.phases import PHASES
+from parity.diagnosis import Diagnosis
 from trainspec.plans.plan import Policy
 
 GREEN, RED, DIM, PLAIN = "\x1b[1;32m", "\x1b[1;31m", "\x1b[2m", "\x1b[0m"
@@ -18,13 +19,13 @@ TITLES = {phase.name: phase.title for phase in PHASES}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared, and the result; `reading` is what kind of cause a failure looks like."""
+    """What was compared, and the result; `diagnosis` is what a failure looks like, None if nothing could be looked at."""
 
     precision: Policy
     left: str
     right: str
     comparison: Comparison
-    reading: str | None = None
+    diagnosis: Diagnosis | None = None
 
     @property
     def holds(self) -> bool:
@@ -62,7 +63,7 @@ class Verdict:
             "right": self.right,
             "worst": {name: _entry(finding) for name, finding in self.comparison.worst.items()},
             "first_divergence": _entry(first) | {"phase": first.location.phase} if first else None,
-            "reading": self.reading,
+            "diagnosis": self.diagnosis.as_json() if self.diagnosis else None,
             "notes": self.notes,
         }
 
@@ -89,8 +90,8 @@ class Verdict:
         end = [f"first divergence: {first.location}: {explained(first)}"] if first else []
         if first and first.values:
             end.append(f"  {values(first)}")
-        if self.reading:
-            end.append(f"  reading: {self.reading}")
+        if self.diagnosis:
+            end += self.diagnosis.lines()
         return [head, *table, *end, *(f"note: {note}" for note in self.notes)]
 
 

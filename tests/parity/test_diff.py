@@ -38,7 +38,7 @@ def test_equal_runs_pass_and_verdict_json_has_the_documented_keys(base, tmp_path
         "right",
         "worst",
         "first_divergence",
-        "reading",
+        "diagnosis",
         "notes",
     ]
     assert (verdict["verdict"], verdict["precision"], verdict["steps"]) == ("pass", "fp64", 3)

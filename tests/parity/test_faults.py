@@ -22,9 +22,11 @@ from small import ROOT
 
 from parity.comparison.compare import Finding
 from parity.comparison.phases import PHASES, Location
+from parity.diagnosis.causes import CAUSES
 from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
+from parity.faults.table import help_summary, result_lines
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
 from parity.runs.fixture import TinySetup
@@ -50,6 +52,7 @@ HARMLESS = Fault(
     name="harmless",
     imitates="nothing",
     source="-",
+    cause=None,
     where=None,
     edits={
         "jax": (Edit("jaxtrain.optim", "CLIP_EPS = 1e-6", "CLIP_EPS = 2e-6 / 2"),),
@@ -96,6 +99,8 @@ def test_the_registry_is_whole():
         assert fault.source
         assert fault.setup in SETUPS
         assert fault.where is None or fault.where.phase in {phase.name for phase in PHASES}
+        # What a diagnosis must name; nothing where the check must pass.
+        assert fault.cause in (CAUSES if fault.where else (None,)), fault.name
         # A fault that must pass and a backend without edits are explained.
         assert fault.note or (fault.where and set(fault.edits) == set(BACKENDS)), fault.name
 
@@ -154,6 +159,30 @@ def test_a_sample_is_caught_at_its_location(
     outcome = sampled[name, backend]
     assert outcome.as_expected, (outcome.word, outcome.said, outcome.crash)
     assert outcome.word == ("caught" if outcome.fault.where else "passes")
+
+
+@pytest.mark.parametrize(("name", "backend"), SAMPLED)
+def test_the_diagnosis_of_a_sample_names_its_cause(
+    sampled: dict[tuple[str, str], Outcome], name: str, backend: Backend
+):
+    outcome = sampled[name, backend]
+    assert outcome.help == ("helpful" if outcome.fault.where else None), outcome.diagnosis
+    assert outcome.as_json()["help"] == outcome.help
+
+
+def test_a_diagnosis_that_names_another_cause_misleads_and_one_that_names_none_is_silent(
+    sampled: dict[tuple[str, str], Outcome],
+):
+    shifted = sampled["label-shift", "jax"]
+    assert shifted.diagnosis
+    elsewhere = replace(shifted, fault=replace(shifted.fault, cause="data-order"))
+    nothing = replace(shifted, diagnosis=replace(shifted.diagnosis, causes=()))
+    assert (elsewhere.help, nothing.help) == ("misleading", "silent")
+    said = help_summary([shifted, elsewhere, nothing, sampled["harmless", "jax"]])
+    assert said == "diagnosis: 1 of 3 helpful (33.3%), 1 silent, 1 misleading"
+    lines = "\n".join(result_lines([elsewhere]))
+    assert "misleading: label-shift" in lines
+    assert "expected cause: data-order" in lines
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -236,8 +265,12 @@ def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Precis
     command = [sys.executable, "-m", "parity", "faults", "--precision", precision, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    found = {(f["fault"], f["backend"]) for f in json.loads((tmp_path / "faults.json").read_text())}
+    outcomes = json.loads((tmp_path / "faults.json").read_text())
+    found = {(f["fault"], f["backend"]) for f in outcomes}
     assert found >= {(f.name, b) for f in FAULTS for b in BACKENDS if f.applies(b, precision)}
+    given = [f["help"] for f in outcomes if f["help"]]
+    assert given.count("helpful") >= 0.9 * len(given)
+    assert not [(f["fault"], f["backend"]) for f in outcomes if f["help"] == "misleading"]
 
 
 def test_the_page_in_docs_is_of_these_faults():

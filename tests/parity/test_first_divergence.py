@@ -53,11 +53,14 @@ def test_the_first_place_is_found_by_looking_again(tiny, right, phase, tensor, l
     assert first.values[0] != first.values[1]
     assert first.index is not None
     assert list(written["first_divergence"]["values"]) == ["left", "right"]
-    assert written["reading"] == verdict.reading
+    assert verdict.diagnosis
+    assert written["diagnosis"] == verdict.diagnosis.as_json()
     assert (tmp_path / "o/first-divergence").exists() == looks_again
     said = "\n".join(verdict.lines(colour=False))
     assert f"{first.values[0]:.9g} (left)" in said
-    assert f"reading: {verdict.reading}" in said
+    assert "\n".join(verdict.diagnosis.lines()) in said
+    assert f"next: {verdict.diagnosis.next}" in said
+    assert "RECIPE" not in verdict.diagnosis.next
 
 
 @pytest.mark.full

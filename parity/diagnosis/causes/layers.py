@@ -1,0 +1,112 @@
+"""Causes in what surrounds attention: norms, projections, the MLP, the order of layers."""
+
+from __future__ import annotations
+
+from parity.diagnosis.cause import Cause, Contract
+
+POINTS = ("activation", "activation_gradient")
+NORM = Contract("Model", "RMSNorm:")
+
+CAUSES = (
+    Cause(
+        name="norm-epsilon",
+        sentence="a norm's epsilon is another one, or is added elsewhere",
+        contract=NORM,
+        phases=POINTS,
+        fits={"at-norm": 3, "at-head-norm": 2, "factor-by-token": 4, "small": 2},
+        needs=("factor-by-token|small", "at-norm|at-head-norm|at-attention|at-mlp|factor-by-token"),
+        excluded=(
+            "first-tokens-agree",
+            "last-tokens-agree",
+            "at-rotated",
+            "at-mixed",
+            "at-product",
+            "at-adapter",
+            "bf16-numbers",
+        ),
+        next="parity check RECIPE --set model.from=MODEL  # one with a norm_eps of 0.1: the difference grows with it",
+        alike=("rounded-values",),
+    ),
+    Cause(
+        name="norm-form",
+        sentence="a norm is computed otherwise: its mean, its weight, or the type it is computed in",
+        contract=NORM,
+        phases=POINTS,
+        fits={"at-norm": 3, "at-head-norm": 3},
+        needs=("at-norm|at-head-norm",),
+        excluded=("first-tokens-agree", "at-rotated", "factor-by-token"),
+        next="parity check RECIPE --precision fp64",
+        alike=("norm-epsilon",),
+    ),
+    Cause(
+        name="projection",
+        sentence="a projection within the layer is another one: its weight, its bias or its layout",
+        contract=Contract("Model", "Canonical weights have Hugging Face's names"),
+        phases=POINTS,
+        fits={"at-projection": 4, "features-moved": 3, "every-token": 1, "at-gate": 3},
+        needs=("at-projection|at-gate|at-attention|at-mlp|at-logits",),
+        excluded=(
+            "first-tokens-agree",
+            "last-tokens-agree",
+            "only-padded-examples",
+            "only-later-documents",
+            "like-rounding",
+            "low-rank",
+            "bottleneck",
+            "prefix",
+            "only-some-examples",
+            "forward-agrees",
+            "factor",
+        ),
+        next="parity check RECIPE --set model.from=MODEL  # one with a single layer",
+        alike=("kv-grouping", "layer-order"),
+    ),
+    Cause(
+        name="mlp-activation",
+        sentence="the MLP's non-linearity is another one, or applied to the other half",
+        contract=Contract("Model", "SwiGLU"),
+        phases=POINTS,
+        fits={"at-mlp": 2, "at-product": 4, "every-token": 2},
+        needs=("at-mlp|at-product",),
+        excluded=(
+            "first-tokens-agree",
+            "only-some-examples",
+            "low-rank",
+            "bottleneck",
+            "forward-agrees",
+            "factor-by-token",
+            "like-rounding",
+        ),
+        next="parity check RECIPE --precision fp64  # then compare SiLU, GELU and tanh-GELU at the product of gate and up",
+        alike=("projection",),
+    ),
+    Cause(
+        name="layer-order",
+        sentence="a layer has the weights of another: stages or stacked layers are in another order",
+        contract=Contract("Over many devices", "`pipe` splits the layers"),
+        phases=POINTS,
+        fits={"stages": 3, "every-token": 2, "at-attention": 1, "at-norm": 2, "at-projection": 1},
+        needs=("stages", "every-token"),
+        excluded=(
+            "only-some-examples",
+            "first-tokens-agree",
+            "forward-agrees",
+            "at-embedding",
+            "at-mlp",
+            "at-rotated",
+            "at-mixed",
+        ),
+        next='parity check RECIPE --right "RIGHT plan.pipe=1"',
+        alike=("projection",),
+    ),
+    Cause(
+        name="embedding",
+        sentence="the embedding's output is scaled, or its rows are others",
+        contract=Contract("Model", "Canonical weights have Hugging Face's names"),
+        phases=POINTS,
+        fits={"at-embedding": 3, "factor": 3, "next-rows": 1},
+        needs=("at-embedding",),
+        excluded=("only-some-examples", "positions-moved", "only-virtual", "only-some-tokens"),
+        next='parity check RECIPE --right "RIGHT plan.tensor=1"',
+    ),
+)

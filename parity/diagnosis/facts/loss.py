@@ -1,0 +1,92 @@
+"""The loss made again from the recorded logits and labels, right and with each known mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from parity.comparison.pair import NAMES, as_float64
+from parity.diagnosis.fact import Fact
+from parity.diagnosis.facts.numbers import short, width_of
+from parity.diagnosis.view import Array, View
+from trainspec.data import IGNORED
+
+# A loss is what it is made again as, if the two agree to this share of what is to be explained.
+EXPLAINS = 0.02
+# A sum of a few bfloat16 numbers has at most so many bits, in a float64 or float32 run.
+SUM_BITS = {8: 20, 4: 12}
+# Over how many ranks a vocabulary may be split.
+WAYS = (2, 4, 8)
+
+
+def made_again(view: View) -> Iterator[Fact]:
+    """What one side's loss is the loss of, where the logits agree."""
+    labels, logits = view.batch("labels"), view.pair.read(view.step, "activation", "logits")[0]
+    if view.phase != "loss" or view.sides is None or labels is None or logits is None:
+        return
+    if not view.agrees("activation", "logits") or logits.ndim != 3 or logits.shape[1] < labels.shape[1]:
+        return
+    scores = as_float64(logits[:, logits.shape[1] - labels.shape[1] :])
+    wanted = _loss(scores[:, :-1], labels[:, 1:])
+    sums = view.pair.scalar(view.step, "loss_sum")
+    off = [abs(each - wanted) for each in sums]
+    worse = int(np.argmax(off))
+    if off[1 - worse] > EXPLAINS * off[worse] or not off[worse]:
+        return  # neither is what the logits say
+    name = NAMES[worse]
+    for kind, value, words in _mistakes(scores, labels):
+        if abs(sums[worse] - value) <= EXPLAINS * off[worse]:
+            yield Fact(
+                kind,
+                f"{name}'s loss, {sums[worse]:.6g}, is that of {words} on the same logits ({wanted:.6g} without)",
+            )
+            return
+    bits = SUM_BITS[width_of(view)]
+    digits = [short(np.asarray(each), bits) for each in sums]
+    if digits[worse] and not digits[1 - worse]:
+        yield Fact(
+            "loss-of-bf16",
+            f"{name}'s loss, {sums[worse]:.6g}, is a sum of bfloat16 numbers; the logits make {wanted:.9g}",
+        )
+        return
+    yield Fact("loss-off", f"{name}'s loss is {sums[worse]:.6g}, its logits and labels make {wanted:.6g}")
+
+
+def _mistakes(scores: Array, labels: Array) -> Iterator[tuple[str, float, str]]:
+    """(kind, loss, words) of each known mistake."""
+    yield "loss-of-shift", _loss(scores[:, :-2], labels[:, 2:]), "labels shifted once more"
+    yield "loss-of-unshifted", _loss(scores, labels), "labels that are not shifted"
+    counted = np.where(labels == IGNORED, 0, labels)
+    ended = np.pad(counted[:, 1:], ((0, 0), (0, 1)))
+    yield "loss-of-every-position", _loss(scores[:, :-1], counted[:, 1:]), "every position, a label or not"
+    yield "loss-of-every-position", _loss(scores, ended), "every position, a label or not"
+    yield "loss-of-bf16", _loss(bf16(scores)[:, :-1], labels[:, 1:]), "logits rounded to bfloat16"
+    for ways in WAYS:
+        if scores.shape[-1] % ways == 0:
+            late = _loss(scores[:, :-1], labels[:, 1:], block=scores.shape[-1] // ways)
+            yield (
+                "loss-of-late-columns",
+                late,
+                f"targets looked up one column late in all but the first of {ways} shards",
+            )
+
+
+def _loss(scores: Array, targets: Array, block: int | None = None) -> float:
+    """The sum of cross-entropies over targets that count. In blocks after the first a target is looked up a column late."""
+    at = targets != IGNORED
+    rows, wanted = scores[at], targets[at]
+    top = rows.max(axis=-1, initial=-np.inf)
+    total = np.log(np.exp(rows - top[:, None]).sum(axis=-1)) + top
+    if block is None:
+        return float(np.sum(total - np.take_along_axis(rows, wanted[:, None], axis=-1)[:, 0]))
+    late = wanted // block
+    column = wanted - late
+    found = np.take_along_axis(rows, column[:, None], axis=-1)[:, 0]
+    return float(np.sum(total - np.where(column // block == late, found, 0.0)))
+
+
+def bf16(array: Array) -> Array:
+    """Numbers rounded to bfloat16, in float64."""
+    mantissa, exponent = np.frexp(array)
+    return np.ldexp(np.round(mantissa * 256.0) / 256.0, exponent)
