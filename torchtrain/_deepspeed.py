@@ -78,6 +78,12 @@ def reset() -> None:
         deepspeed.comm.destroy_process_group()
 
 
+def release(engine: Any) -> None:
+    """Remove an engine's hooks, and its last loss, through whose graph it would refer to itself for ever."""
+    engine.destroy()
+    engine.loss = engine.total_loss = None
+
+
 def mark_tensor_parallel(parameter: nn.Parameter) -> None:
     """Have the norm count `parameter` on every tensor peer, as each holds a shard; others count on the first only."""
     parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]

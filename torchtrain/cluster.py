@@ -6,6 +6,7 @@ Starting them where no launcher has is in launch.py.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import re
 import sys
@@ -50,6 +51,9 @@ class Session:
         if self.groups and sys.exc_info()[0] is not None:
             return
         if self.groups:
+            # A group lasts as long as an engine refers to it, and engines refer to themselves. Its threads would stay, and
+            # turn idly on the connections that other processes have closed.
+            gc.collect()
             dist.barrier()
         while self.groups:
             _deepspeed.destroy_group(self.groups.pop())

@@ -2,7 +2,7 @@
 
 A launch runs `parity.runs.plant`. A backend whose process holds all devices runs every case in one launch, those with
 most devices first, as the first run creates the process's fake devices. A backend with a process per device needs a
-launch per number of devices, for more than one by torch's elastic launcher. Every case gets a result, whatever happens in
+launch per number of devices, for more than one by `forked`. Every case gets a result, whatever happens in
 a launch: one that crashed or hung is reported as such, and the cases after it continue in a new launch.
 """
 
@@ -41,7 +41,7 @@ ENVIRONMENT = (
 # Seconds in which no run has ended. The longest tiny run on a busy machine takes a tenth of it; a launch that is silent
 # for longer is waiting for a process that has died.
 SILENCE_SECONDS = 300.0
-# The elastic launcher waits 30 seconds for its processes to end before it kills them.
+# `forked` waits 30 seconds for its processes to end before it kills them.
 ENDING_SECONDS = 45.0
 POLL_SECONDS = 0.1
 
@@ -112,7 +112,7 @@ class _Launch:
         program = BACKENDS[self.backend].program
         written = [{"program": program, "argv": c.argv, "edits": [asdict(e) for e in c.edits]} for c in cases]
         file.write_text(json.dumps(written), encoding="utf-8")
-        why = self._watch([*self._launcher(), "-m", "parity.runs.plant", str(file), str(results)], results)
+        why = self._watch([*self._launcher(), "parity.runs.plant", str(file), str(results)], results)
         ended = _read_results(results)
         if len(ended) < len(cases) and all(result.code == EXIT_DONE for result in ended[-1:]):
             ended.append(CaseResult(CRASHED, f"{program} {why}; its log is {self._log}"))
@@ -124,11 +124,9 @@ class _Launch:
 
     def _launcher(self) -> list[str]:
         if self.processes == 1:
-            return [sys.executable]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)]
-        # Port 0: the system chooses a free one. Without a directory of its own it leaves one in /tmp.
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        return [*command, "--log-dir", str(self.home / "elastic")]
+            return [sys.executable, "-m"]
+        forked = (str(self.processes), BACKENDS[self.backend].program)
+        return [sys.executable, "-m", "parity.runs.forked", *forked]
 
     def _watch(self, command: Sequence[str], results: Path) -> str:
         """Run `command` until it ends or hangs; returns which of the two, in words. Leaves no process behind."""
@@ -152,7 +150,7 @@ class _Launch:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """The elastic launcher ends its processes on SIGTERM; a process that outlives it ends by itself (`plant`)."""
+    """`forked` ends its processes on SIGTERM; a process that outlives it ends by itself (`plant`)."""
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         if child.poll() is None:
             child.send_signal(signal_number)

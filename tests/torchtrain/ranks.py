@@ -61,8 +61,7 @@ def run(script: Path, cases: list[Any], home: Path, *, processes: int, timeout: 
     (home / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command += ["--log-dir", str(home / "elastic")]  # it would leave one in /tmp
+        command += ["-m", "parity.runs.forked", str(processes), "torchtrain"]
     command += [str(script), str(home / "cases.json"), str(home / "results.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -186,7 +186,7 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks."""
-        self._engine.destroy()
+        _deepspeed.release(self._engine)
 
 
 class FlatStore:

@@ -21,6 +21,7 @@ from torchtrain._deepspeed import (
     import_deepspeed,
     mark_pipe_replicated,
     pipeline_module,
+    release,
     training_schedule,
 )
 from torchtrain.cluster import SESSION
@@ -124,7 +125,7 @@ class PipelineEngine:
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks."""
-        self._engine.destroy()
+        release(self._engine)
 
     def _begin(self, inputs: Callable[[int], Inputs], at_end: Callable[[Tensor], Tensor]) -> None:
         """`inputs` of each microbatch go in at the first stage; `at_end` is called with the logits at the last."""
