@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
+from numpy.typing import NDArray
 
 from jaxtrain.activations import Probes, Tap
 from jaxtrain.dropout import DropoutPoint
@@ -96,7 +98,7 @@ class Decoder(nnx.Module):
         point: DropoutPoint | None,
         probes: Probes,
         is_layer: Array | None = None,
-        is_rotated: Array | None = None,
+        is_rotated: Array | NDArray[np.bool_] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """The residual stream after all layers of the stack, and the activations recorded in each.
 
@@ -142,9 +144,9 @@ class Decoder(nnx.Module):
         return tap("logits", self.projected(x_BSE, point))
 
 
-def rotated_layers(spec: ModelSpec, order: Iterable[int | None]) -> Array | None:
+def rotated_layers(spec: ModelSpec, order: Iterable[int | None]) -> NDArray[np.bool_] | None:
     """Whether the layer in each slot of a stack rotates queries and keys; None where all of them do."""
-    return jnp.array([layer not in spec.unrotated for layer in order]) if spec.unrotated else None
+    return np.array([layer not in spec.unrotated for layer in order]) if spec.unrotated else None
 
 
 def turning(rotated: Array, cos: Array, sin: Array) -> tuple[Array, Array]:

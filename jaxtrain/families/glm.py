@@ -5,16 +5,14 @@ B batch, S sequence, E embed, M mlp, H heads, D head dim, R rotated elements of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.families.llama import Attention, Block, Llama
+from jaxtrain.families.llama import Attention, Block, Llama, SwiGLU
 from jaxtrain.layers import Build, Dim, Linear
 from jaxtrain.rounding import rounded
 from trainspec.model import ModelSpec
@@ -30,11 +28,13 @@ def rotate_neighbours(x_BSHD: Array, cos: Array, sin: Array) -> Array:
 
 
 class _Attention(Attention):
-    rotate: ClassVar[Callable[[Array, Array, Array], Array]] = staticmethod(rotate_neighbours)
     output_bias: ClassVar[bool] = False
 
+    def rotate(self, x_BSHD: Array, cos: Array, sin: Array) -> Array:
+        return rotate_neighbours(x_BSHD, cos, sin)
 
-class FusedSwiGLU(nnx.Module):
+
+class FusedSwiGLU(SwiGLU):
     """down(silu(gate(x)) * up(x)), with one matrix of gate and up, gate first."""
 
     def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
@@ -53,7 +53,7 @@ class FusedSwiGLU(nnx.Module):
 
 class _Block(Block):
     attention: ClassVar[type[Attention]] = _Attention
-    feed_forward: ClassVar[type[nnx.Module]] = FusedSwiGLU
+    feed_forward: ClassVar[type[SwiGLU]] = FusedSwiGLU
 
 
 class Glm(Llama):

@@ -23,8 +23,7 @@ from trainspec.model import ModelSpec
 class Attention(nnx.Module):
     """Rotary grouped-query self-attention."""
 
-    # The rotary embedding of queries or keys, and whether the output has a bias where they have one.
-    rotate: ClassVar[Callable[[Array, Array, Array], Array]] = staticmethod(rotate)
+    # Whether the output has a bias where queries, keys and values have one.
     output_bias: ClassVar[bool] = True
 
     def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
@@ -62,6 +61,10 @@ class Attention(nnx.Module):
             v = in_front(prefix_N2KD[:, 1], v)
         mixed = attend(q, k, v, mask_BSS)
         return self.o_proj(mixed.reshape(B, S, -1), point)
+
+    def rotate(self, x_BSHD: Array, cos: Array, sin: Array) -> Array:
+        """The rotary embedding of queries or keys."""
+        return rotate(x_BSHD, cos, sin)
 
     def before_rotation(self, q_BSHD: Array, k_BSKD: Array) -> tuple[Array, Array]:
         """Queries and keys as they are rotated: Llama's are the projections, unchanged."""
