@@ -116,7 +116,7 @@ class Decoder(nnx.Module):
         definition, stacked = nnx.split(self.layers)
 
         def block(
-            x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None, Array | None]
+            x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None, Array | NDArray[np.bool_] | None]
         ) -> tuple[Array, dict[str, Array]]:
             weights, layer_probes, prefix, rotated = layer
             inner_tap = Tap(layer_probes)
@@ -149,6 +149,6 @@ def rotated_layers(spec: ModelSpec, order: Iterable[int | None]) -> NDArray[np.b
     return np.array([layer not in spec.unrotated for layer in order]) if spec.unrotated else None
 
 
-def turning(rotated: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+def turning(rotated: Array | NDArray[np.bool_], cos: Array, sin: Array) -> tuple[Array, Array]:
     """The tables where `rotated`, or else those of the angle 0, which turn nothing."""
     return jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0)
