@@ -5,16 +5,28 @@ B batch, S sequence, N virtual tokens of a prompt, T = N + S positions, E embed,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
+from numpy.typing import NDArray
 
 from jaxtrain.activations import IN_LAYERS, NO_PROBES, Probes, recording, tap
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import Build, Encoder, VirtualTokens, attention_mask, in_front, repeated, rotary_tables
+from jaxtrain.layers import (
+    Build,
+    Encoder,
+    VirtualTokens,
+    attention_mask,
+    in_front,
+    in_window,
+    repeated,
+    rotary_tables,
+)
 from jaxtrain.weights import is_stacked
 from trainspec.model import ModelSpec
 
@@ -63,6 +75,7 @@ class Decoder(nnx.Module):
                 segments=segments,
                 point=point,
                 probes=probes,
+                is_rotated=rotated_layers(self.spec, range(self.spec.layers)),
             )
             logits = self.head(x_BSE, point)
         return logits, recorded | in_layers
@@ -88,10 +101,12 @@ class Decoder(nnx.Module):
         point: DropoutPoint | None,
         probes: Probes,
         is_layer: Array | None = None,
+        is_rotated: Array | NDArray[np.bool_] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """The residual stream after all layers of the stack, and the activations recorded in each.
 
-        `is_layer` [L] is given for a stack with empty slots, and false for those: they leave x as it is.
+        `is_layer` [L] is given for a stack with empty slots, and false for those: they leave x as it is. `is_rotated` [L]
+        is given where some layers do not rotate queries and keys, and false for those.
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
         mask_BSS = attention_mask(segments)
@@ -99,14 +114,17 @@ class Decoder(nnx.Module):
             # Every query sees the whole prefix.
             widths = ((0, 0), (0, 0), (virtual.prefix.shape[1], 0))
             mask_BSS = jnp.pad(mask_BSS, widths, constant_values=True)
+        if self.spec.window is not None:
+            mask_BSS = in_window(mask_BSS, positions, self.spec.window)
         definition, stacked = nnx.split(self.layers)
 
         def block(
-            x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None]
+            x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None, Array | NDArray[np.bool_] | None]
         ) -> tuple[Array, dict[str, Array]]:
-            weights, layer_probes, prefix = layer
+            weights, layer_probes, prefix, rotated = layer
+            tables = (cos, sin) if rotated is None else turning(rotated, cos, sin)
             with recording(layer_probes, prefix=IN_LAYERS) as recorded:
-                x_BSE = nnx.merge(definition, weights)(x_BSE, cos, sin, mask_BSS, point, prefix)
+                x_BSE = nnx.merge(definition, weights)(x_BSE, *tables, mask_BSS, point, prefix)
             return x_BSE, recorded
 
         if self.remat == "full":
@@ -119,7 +137,7 @@ class Decoder(nnx.Module):
 
         if probes is not None:
             probes = {name: probe for name, probe in probes.items() if is_stacked(name)}
-        layers = (stacked, probes, virtual.prefix)
+        layers = (stacked, probes, virtual.prefix, is_rotated)
         if is_layer is None:
             return lax.scan(block, x_BSE, layers)
         return lax.scan(slot, x_BSE, (layers, is_layer))
@@ -128,3 +146,13 @@ class Decoder(nnx.Module):
         """Logits [B, T, vocab] from the last layer's output."""
         x_BSE = tap("norm", self.normed(x_BSE))
         return tap("logits", self.projected(x_BSE, point))
+
+
+def rotated_layers(spec: ModelSpec, order: Iterable[int | None]) -> NDArray[np.bool_] | None:
+    """Whether the layer in each slot of a stack rotates queries and keys; None where all of them do."""
+    return np.array([layer not in spec.unrotated for layer in order]) if spec.unrotated else None
+
+
+def turning(rotated: Array | NDArray[np.bool_], cos: Array, sin: Array) -> tuple[Array, Array]:
+    """The tables where `rotated`, or else those of the angle 0, which turn nothing."""
+    return jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0)

@@ -1,6 +1,6 @@
 """From a chat file and a model directory to loss and gradients: both backends beside transformers alone, end to end.
 
-The judge is `transformers_alone.py`, which shares nothing with us. Seven directories of different shapes and families; conversations with
+The judge is `transformers_alone.py`, which shares nothing with us. Directories of different shapes and families; conversations with
 system texts, tools, calls, thoughts, code and emoji, by a template that drops earlier thoughts.
 """
 
@@ -31,9 +31,10 @@ BOUND = {"exact": 1e-12, "as-is": 1e-6}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """Traces of both backends and what transformers finds, for every directory that is asked for."""
+    """Traces of both backends and what transformers finds, for every directory that a selected test asks for."""
     home = tmp_path_factory.mktemp("alone")
-    asked = FAST if request.config.option.markexpr == "not full" else SHAPES
+    selected = (getattr(item, "callspec", None) for item in request.session.items)
+    asked = {"tied"} | {spec.params["shape"] for spec in selected if spec and "shape" in spec.params}
     shapes = {name: path for name, path in make_model_shapes(home).items() if name in asked}
     records = [CONVERSATIONS[name] for name in CHATS]
     (home / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -43,11 +43,15 @@ class Llama:
         return layer.mlp
 
     def outputs(self, layer: Any) -> dict[str, nn.Module]:
-        attention, mlp = self.attention(layer), self.mlp(layer)
+        attention = self.attention(layer)
         norms = {"input_norm": layer.input_layernorm, "post_norm": layer.post_attention_layernorm}
         heads = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
-        whole = {"attention": attention, "mlp": mlp, "block": layer}
-        return norms | heads | {"gate": mlp.gate_proj, "up": mlp.up_proj} | whole
+        whole = {"attention": attention, "mlp": self.mlp(layer), "block": layer}
+        return norms | heads | self.before_product(self.mlp(layer)) | whole
+
+    def before_product(self, mlp: Any) -> dict[str, nn.Module]:
+        """Those of the feed-forward block, before its product."""
+        return {"gate": mlp.gate_proj, "up": mlp.up_proj}
 
     def inputs(self, layer: Any) -> dict[str, nn.Module]:
         return {"mixed": self.attention(layer).o_proj, "product": self.mlp(layer).down_proj}
