@@ -21,7 +21,10 @@ from parity.runs.sides import Resumption, parse_resumption, parse_side
 from trainspec.command import add_recipe, run_command
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
 from trainspec.plans.plan import Policy
+from trainspec.small import RECIPE_FILE, write_small_twin
 
+# Updates of a small twin that are compared where the user does not say.
+SMALL_STEPS = 4
 STATUS_PAGE = Path("docs/parity-status.md")
 
 
@@ -56,6 +59,10 @@ def parser() -> ArgumentParser:
     run.add_argument(
         "--continue-from", choices=("own", "other"), default="own",
         help="with --resume-at left:N or right:N: from its own checkpoint (the default), or the other side's",
+    )  # fmt: skip
+    run.add_argument(
+        "--small", action="store_true",
+        help="prove a small twin of the recipe: the same family, flags, method, data and plan axes, small sizes",
     )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default")
     compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")
@@ -109,10 +116,13 @@ def parser() -> ArgumentParser:
 def _run(args: Namespace) -> int:
     match args.command:
         case "check":
-            out = args.out or Path("runs") / f"parity-{args.recipe.stem}"
+            out = args.out or Path("runs") / f"parity-{args.recipe.stem}{'-small' if args.small else ''}"
+            recipe, overrides, steps = args.recipe, args.overrides, args.steps
+            if args.small:
+                recipe, overrides, steps = _small(args, out / "small"), (), steps or SMALL_STEPS
             verdict = check(
-                args.recipe, left=parse_side(args.left), right=parse_side(args.right), precision=args.precision,
-                steps=args.steps, overrides=args.overrides, out=out, resumption=_resumption(args),
+                recipe, left=parse_side(args.left), right=parse_side(args.right), precision=args.precision,
+                steps=steps, overrides=overrides, out=out, resumption=_resumption(args),
             )  # fmt: skip
         case "diff":
             out = args.out
@@ -124,6 +134,13 @@ def _run(args: Namespace) -> int:
         case other:
             assert_never(other)
     return _tell(verdict, out)
+
+
+def _small(args: Namespace, directory: Path) -> Path:
+    """The file of the recipe's small twin; prints how it differs."""
+    twin = write_small_twin(args.recipe, args.overrides, directory)
+    print("\n".join([f"small twin of {args.recipe}, in {directory}", *twin.lines()]))
+    return directory / RECIPE_FILE
 
 
 def _resumption(args: Namespace) -> Resumption | None:
