@@ -5,6 +5,7 @@ B batch, S sequence, N virtual tokens of a prompt, T = N + S positions, E embed,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,7 +15,15 @@ from jax import Array, lax
 
 from jaxtrain.activations import Probes, Tap
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import Build, Encoder, VirtualTokens, attention_mask, in_front, rotary_tables
+from jaxtrain.layers import (
+    Build,
+    Encoder,
+    VirtualTokens,
+    attention_mask,
+    in_front,
+    in_window,
+    rotary_tables,
+)
 from trainspec.model import ModelSpec
 from trainspec.trace import LAYER_POINTS
 
@@ -62,6 +71,7 @@ class Decoder(nnx.Module):
             segments=segments,
             point=point,
             probes=probes or {},
+            is_rotated=rotated_layers(self.spec, range(self.spec.layers)),
         )
         return self.head(x_BSE, point, tap), recorded | tap.recorded
 
@@ -86,10 +96,12 @@ class Decoder(nnx.Module):
         point: DropoutPoint | None,
         probes: Probes,
         is_layer: Array | None = None,
+        is_rotated: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """The residual stream after all layers of the stack, and the activations recorded in each.
 
-        `is_layer` [L] is given for a stack with empty slots, and false for those: they leave x as it is.
+        `is_layer` [L] is given for a stack with empty slots, and false for those: they leave x as it is. `is_rotated` [L]
+        is given where some layers do not rotate queries and keys, and false for those.
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
         mask_BSS = attention_mask(segments)
@@ -97,14 +109,17 @@ class Decoder(nnx.Module):
             # Every query sees the whole prefix.
             widths = ((0, 0), (0, 0), (virtual.prefix.shape[1], 0))
             mask_BSS = jnp.pad(mask_BSS, widths, constant_values=True)
+        if self.spec.window is not None:
+            mask_BSS = in_window(mask_BSS, positions, self.spec.window)
         definition, stacked = nnx.split(self.layers)
 
         def block(
-            x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None]
+            x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None, Array | None]
         ) -> tuple[Array, dict[str, Array]]:
-            weights, layer_probes, prefix = layer
+            weights, layer_probes, prefix, rotated = layer
             inner_tap = Tap(layer_probes)
-            x_BSE = nnx.merge(definition, weights)(x_BSE, cos, sin, mask_BSS, point, prefix, inner_tap)
+            tables = (cos, sin) if rotated is None else turning(rotated, cos, sin)
+            x_BSE = nnx.merge(definition, weights)(x_BSE, *tables, mask_BSS, point, prefix, inner_tap)
             return x_BSE, inner_tap.recorded
 
         if self.remat == "full":
@@ -116,7 +131,7 @@ class Decoder(nnx.Module):
             return jnp.where(is_layer, y_BSE, x_BSE), recorded
 
         layer_probes = {name: probe for name, probe in probes.items() if name in LAYER_POINTS}
-        layers = (stacked, layer_probes, virtual.prefix)
+        layers = (stacked, layer_probes, virtual.prefix, is_rotated)
         if is_layer is None:
             return lax.scan(block, x_BSE, layers)
         return lax.scan(slot, x_BSE, (layers, is_layer))
@@ -125,3 +140,13 @@ class Decoder(nnx.Module):
         """Logits [B, T, vocab] from the last layer's output."""
         x_BSE = tap("norm", self.normed(x_BSE))
         return tap("logits", self.projected(x_BSE, point))
+
+
+def rotated_layers(spec: ModelSpec, order: Iterable[int | None]) -> Array | None:
+    """Whether the layer in each slot of a stack rotates queries and keys; None where all of them do."""
+    return jnp.array([layer not in spec.unrotated for layer in order]) if spec.unrotated else None
+
+
+def turning(rotated: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """The tables where `rotated`, or else those of the angle 0, which turn nothing."""
+    return jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0)

@@ -23,7 +23,7 @@ from jaxtrain.rounding import rounded, softmax, summand
 from jaxtrain.sharding import Constrain
 from jaxtrain.weight_ops import lookup, matmul, matmul_transposed, scale, shift
 from trainspec.model import ModelSpec
-from trainspec.rope import inverse_frequencies
+from trainspec.rope import inverse_frequencies, table_factor
 
 # The segment of a prompt's virtual tokens, which every segment sees.
 VIRTUAL = -1
@@ -118,11 +118,17 @@ class RMSNorm(nnx.Module):
 
 
 def rotary_tables(spec: ModelSpec, positions_BS: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    """cos and sin [B, S, 1, D] of the angle of each position and pair, computed in the accumulation type."""
+    """cos and sin [B, S, 1, R] of the angle of each position and pair, computed in the accumulation type.
+
+    R is the number of rotated elements of a head.
+    """
     inverse = jnp.asarray(inverse_frequencies(spec, accumulation_dtype(dtype)))
     half = positions_BS[..., None].astype(inverse.dtype) * inverse
     angle = jnp.concatenate([half, half], axis=-1)[:, :, None, :]
-    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if (factor := table_factor(spec)) != 1:
+        cos, sin = cos * factor, sin * factor
+    return cos.astype(dtype), sin.astype(dtype)
 
 
 def rotate(x_BSHD: Array, cos: Array, sin: Array) -> Array:
@@ -154,3 +160,14 @@ def attention_mask(segments_BS: Array) -> Array:
     is_own = segments_BS[:, :, None] == segments_BS[:, None, :]
     is_virtual = segments_BS[:, None, :] == VIRTUAL
     return (order[:, None] >= order[None, :]) & (is_own | is_virtual)
+
+
+def in_window(mask_BST: Array, positions_BS: Array, window: int) -> Array:
+    """`mask_BST` [B, S, T] where a key's position is less than `window` before the query's.
+
+    Keys before those of the S tokens are a prefix, at positions 0, 1, ...
+    """
+    B, S, T = mask_BST.shape
+    prefix = jnp.broadcast_to(jnp.arange(T - S, dtype=positions_BS.dtype), (B, T - S))
+    positions_BT = jnp.concatenate([prefix, positions_BS], axis=1)
+    return mask_BST & (positions_BS[:, :, None] - positions_BT[:, None, :] < window)

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jaxtrain.activations import Probes, Tap, zero_probes
-from jaxtrain.decoder import Decoder
+from jaxtrain.decoder import Decoder, rotated_layers
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import VirtualTokens
 from jaxtrain.loss import token_loss
@@ -150,6 +150,7 @@ class Stages:
         self.stage_of, self.slot_of, self.chunk_of = np.unravel_index(positions, self._stack_shape)
         is_layer = np.array([layer is not None for layer in order])
         self._is_layer = None if is_layer.all() else is_layer
+        self._is_rotated = rotated_layers(spec, order)
 
     def encode(self, grad_placeholders: Arrays, inputs: Inputs) -> Inputs:
         """`inputs` with the virtual tokens, which all microbatches share."""
@@ -172,7 +173,8 @@ class Stages:
     ) -> tuple[Array, Arrays]:
         """Every stage's layers applied to its input, each of its own microbatch; and recorded activations [S, K, ...]."""
         layers, ends = layers_and_ends(inputs.weights)
-        stacks = (layers, layers_and_ends(grad_placeholders)[0], self._is_layer, inputs.virtual.prefix)
+        flags = (self._is_layer, self._is_rotated)
+        stacks = (layers, layers_and_ends(grad_placeholders)[0], flags, inputs.virtual.prefix)
         stage_stacks = jax.tree.map(self._by_stage, stacks)
         batch = {
             name: self._of_stages(inputs.batch[name], microbatch_S)
@@ -186,7 +188,7 @@ class Stages:
             if chunk is not None:
                 chunk = jnp.broadcast_to(chunk, self._stack_shape[1:2])
                 rest = jax.tree.map(lambda chunks: jax.vmap(select_chunk)(chunks, chunk), rest)
-            is_layer, prefix = rest
+            (is_layer, is_rotated), prefix = rest
             return self._bind_weights(ends | layers, grad_placeholders, chunk).blocks(
                 x_BTE,
                 VirtualTokens(prefix=prefix),
@@ -195,6 +197,7 @@ class Stages:
                 point=inputs.dropout_point(batch["rows"]),
                 probes=probes,
                 is_layer=is_layer,
+                is_rotated=is_rotated,
             )
 
         # In 1f1b nothing but a stage's input is kept anyway.

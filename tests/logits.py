@@ -59,15 +59,13 @@ def of_transformers(case: dict[str, Any]) -> np.ndarray:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    from transformers.models.llama import modeling_llama
-    from transformers.models.qwen3 import modeling_qwen3
 
     dtype = getattr(torch, case["dtype"])
     if dtype == torch.float64:
-        modeling_llama.LlamaRMSNorm.forward = _norm64
-        modeling_llama.LlamaRotaryEmbedding.forward = _rotary64
-        modeling_qwen3.Qwen3RMSNorm.forward = _norm64
-        modeling_qwen3.Qwen3RotaryEmbedding.forward = _rotary64
+        for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3", "Glm"):
+            module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
+            getattr(module, f"{name}RMSNorm").forward = _norm64
+            getattr(module, f"{name}RotaryEmbedding").forward = _rotary64
     model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype, attn_implementation="sdpa")
     if case["adapter"]:
         torch.set_default_dtype(dtype)  # in which PEFT makes what it then loads into
@@ -90,7 +88,8 @@ def _norm64(self, x):
 def _rotary64(self, x, position_ids):
     import torch
 
-    rope, size = self.config.rope_parameters, self.config.head_dim
+    rope = self.config.rope_parameters
+    size = int(self.config.head_dim * rope.get("partial_rotary_factor", 1))
     wavelength = 2 * torch.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     if rope["rope_type"] == "llama3":
         context, low, high = (
@@ -100,9 +99,20 @@ def _rotary64(self, x, position_ids):
         )
         share = ((context / wavelength - low) / (high - low)).clamp(0, 1)
         wavelength = 1 / ((1 - share) / (rope["factor"] * wavelength) + share / wavelength)
+    if rope["rope_type"] == "yarn":
+        turns = rope["original_max_position_embeddings"] / wavelength
+        log_theta, pair = np.log(rope["rope_theta"]), torch.arange(size // 2, dtype=torch.float64)
+        # The pair that makes n turns: its wavelength is theta^(2 pair / size) times 2 pi.
+        first, last = (
+            float(-size / 2 * np.log(n / float(turns[0])) / log_theta)
+            for n in (rope["beta_fast"], rope["beta_slow"])
+        )
+        first, last = max(np.floor(first), 0), min(np.ceil(last), size - 1)
+        share = 1 - ((pair - first) / (last - first)).clamp(0, 1)
+        wavelength = 1 / ((1 - share) / (rope["factor"] * wavelength) + share / wavelength)
     angle = position_ids[..., None].double() * (2 * torch.pi / wavelength)
     angle = torch.cat([angle, angle], -1)
-    return angle.cos(), angle.sin()
+    return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Six small Llama directories and one Qwen3 of different shapes, made by transformers' own `save_pretrained` and a few edits.
+"""Small directories of different shapes and families, made by transformers' own `save_pretrained` and a few edits.
 
 Nothing of ours makes the models: what reads them can be judged by transformers alone.
 """
@@ -12,9 +12,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from small import write_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GlmConfig,
+    GlmForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
-SHAPES = ("tied", "untied", "own-head", "sharded", "stale-index", "bf16", "qwen3")
+FAMILIES = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"rms_norm_eps": 1e-6}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"rms_norm_eps": 1e-6}),
+    "mistral": (MistralForCausalLM, MistralConfig, {}),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"rms_norm_eps": 1e-6}),
+    "glm": (GlmForCausalLM, GlmConfig, {"rms_norm_eps": 1.5625e-7}),
+}
+SHAPES = ("tied", "untied", "own-head", "sharded", "stale-index", "bf16", "yarn", *FAMILIES)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -25,7 +45,13 @@ def small_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes:
 
 def small_qwen3(*, seed: int = 0, **changes: object) -> Qwen3ForCausalLM:
     """The same as a Qwen3; `changes` are those of its Qwen3Config."""
-    return _drawn(Qwen3ForCausalLM, Qwen3Config, seed, {"rms_norm_eps": 1e-6} | changes)
+    return small_model("qwen3", seed=seed, **changes)
+
+
+def small_model(family: str, *, seed: int = 0, **changes: object):
+    """The same as a model of another family, a key of FAMILIES."""
+    model_class, config_class, usual = FAMILIES[family]
+    return _drawn(model_class, config_class, seed, usual | changes)
 
 
 def _drawn(model_class, config_class, seed: int, changes: dict[str, object]):
@@ -78,6 +104,20 @@ def make_model_shapes(root: Path) -> dict[str, Path]:
     small_llama(seed=7, rope_parameters=llama3, dtype=torch.bfloat16).save_pretrained(paths["bf16"])
     rope = {"rope_type": "default", "rope_theta": 1e6}
     small_qwen3(seed=8, rope_parameters=rope, attention_bias=True).save_pretrained(paths["qwen3"])
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    small_llama(seed=9, rope_parameters=yarn, num_key_value_heads=1).save_pretrained(paths["yarn"])
+    # Odd vocabularies; one, two and all kv heads; a window that is shorter than every row; a layer of five that does
+    # not rotate.
+    small_model(
+        "qwen2", seed=10, vocab_size=331, num_key_value_heads=1, rope_parameters=rope
+    ).save_pretrained(paths["qwen2"])
+    small_model("mistral", seed=11, num_key_value_heads=4, sliding_window=37).save_pretrained(
+        paths["mistral"]
+    )
+    small_model(
+        "smollm3", seed=12, vocab_size=321, num_hidden_layers=5, attention_bias=True, mlp_bias=True
+    ).save_pretrained(paths["smollm3"])
+    small_model("glm", seed=13, vocab_size=333, num_key_value_heads=1).save_pretrained(paths["glm"])
     for path in paths.values():
         write_tokenizer(path)
     return paths

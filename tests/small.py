@@ -19,7 +19,7 @@ from trainspec.init import initial_value
 from trainspec.model import ModelSpec
 from trainspec.params import Normal, Param, param_table
 from trainspec.recipe import Recipe
-from trainspec.rope import LinearScaling, Llama3Scaling
+from trainspec.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "configs/data/text-train.txt"
@@ -46,8 +46,18 @@ VARIANTS: dict[str, ModelSpec] = {
     "bias": replace(SMALL, attention_bias=True, mlp_bias=True),
     "linear-rope": replace(SMALL, rope_scaling=LinearScaling(4.0)),
     "llama3-rope": replace(SMALL, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64), max_positions=512),
+    "yarn-rope": replace(SMALL, rope_scaling=YarnScaling(4.0, 128, 32.0, 1.0, 1.1, True), max_positions=512),
     "qwen3": replace(SMALL, family="qwen3", norm_eps=1e-6, rope_theta=1e6, tied_embeddings=True),
+    "qwen2": replace(SMALL, family="qwen2", kv_heads=4, norm_eps=1e-6, rope_theta=1e6, attention_bias=True),
+    # The window is smaller than any record.
+    "mistral": replace(SMALL, family="mistral", window=16),
+    "smollm3": replace(SMALL, family="smollm3", norm_eps=1e-6, unrotated=(1,), tied_embeddings=True),
+    "glm": replace(SMALL, family="glm", norm_eps=1.5625e-7, attention_bias=True, rotary_share=0.5),
+    # Its directory has the published layout.
+    "chatglm2": replace(SMALL, family="chatglm2", attention_bias=True, rotary_share=0.5, rope_theta=1e4),
 }
+# The families other than Llama, each with its variant's name.
+FAMILIES = ("qwen3", "qwen2", "mistral", "smollm3", "glm", "chatglm2")
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -61,6 +61,16 @@ WRITTEN = [
     Written("tied", "fp64", {"kind": "full"}, merged=True),
     Written("qwen3", "fp64", {"kind": "full"}, merged=True),
     Written("qwen3", "fp64", LORA),
+    Written("qwen2", "fp64", LORA, merged=True),
+    Written("mistral", "fp64", {"kind": "full"}, merged=True),
+    Written("mistral", "fp64", {"kind": "prefix", "virtual_tokens": 5}),
+    Written("mistral", "fp64", {"kind": "prompt", "virtual_tokens": 5}),
+    Written("smollm3", "fp64", LORA, merged=True),
+    Written("smollm3", "fp64", {"kind": "prefix", "virtual_tokens": 5}),
+    Written("glm", "fp64", {"kind": "full"}, merged=True),
+    Written("glm", "fp64", LORA),
+    Written("glm", "fp64", {"kind": "prefix", "virtual_tokens": 5}),
+    Written("yarn-rope", "fp64", LORA),
     Written("tied", "fp64", {"kind": "prompt", "virtual_tokens": 5}),
     Written("plain", "fp32", {"kind": "ptuning", "virtual_tokens": 5, "encoder": "lstm", "hidden": 20}),
     Written("bias", "fp64", {"kind": "ptuning", "virtual_tokens": 5, "encoder": "mlp", "hidden": 20}),
@@ -68,7 +78,7 @@ WRITTEN = [
     Written("plain", "fp32", {"kind": "prefix", "virtual_tokens": 5, "projection": True, "hidden": 20}),
 ]
 # Of the fast tests: one of each way in which weights are written.
-FAST = [WRITTEN[i] for i in (0, 3, 6, 8, 11, 14)]
+FAST = [WRITTEN[i] for i in (0, 3, 6, 8, 21, 24)]
 # PEFT's settings, none of them the default, and the method that goes on from what PEFT then saves.
 MADE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lora": (

@@ -1,6 +1,6 @@
 """From a chat file and a model directory to loss and gradients: both backends beside transformers alone, end to end.
 
-The judge is `transformers_alone.py`, which shares nothing with us. Seven directories of different shapes and families; conversations with
+The judge is `transformers_alone.py`, which shares nothing with us. Directories of different shapes and families; conversations with
 system texts, tools, calls, thoughts, code and emoji, by a template that drops earlier thoughts.
 """
 

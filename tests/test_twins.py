@@ -67,6 +67,21 @@ LONG_CASES = [
     Case("prefix", 2, False, padding_side="left", remat="full"),
     Case("prefix-projection", 4, True),
 ]
+LONG_CASES += [
+    Case("full", 2, True, "qwen2"),
+    Case("full", 2, True, "mistral", remat="full"),
+    Case("full", 1, False, "mistral", padding_side="left"),
+    Case("full", 2, True, "smollm3", remat="full"),
+    Case("full", 2, True, "glm", remat="full"),
+    Case("full", 1, True, "chatglm2"),
+    Case("lora", 2, True, "glm", targets=("q_proj", "gate_up_proj", "down_proj")),
+    Case("dora", 2, False, "glm", targets=("v_proj", "gate_up_proj")),
+    Case("prefix", 2, True, "mistral"),
+    Case("prefix", 2, False, "mistral", padding_side="left"),
+    Case("prompt", 2, True, "mistral"),
+    Case("prefix", 2, True, "smollm3"),
+    Case("prefix-projection", 2, True, "glm"),
+]
 LONG_CASES = [case for case in LONG_CASES if case not in CASES]
 FP32_CASES = [Case("lora", 2, True), Case("full", 2, True, "tied", remat="full")]
 

@@ -7,6 +7,7 @@ and the rotary tables, in float64.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -14,8 +15,21 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.smollm3 import modeling_smollm3
+
+MODULES = {
+    "Glm": modeling_glm,
+    "Llama": modeling_llama,
+    "Mistral": modeling_mistral,
+    "Qwen2": modeling_qwen2,
+    "Qwen3": modeling_qwen3,
+    "SmolLM3": modeling_smollm3,
+}
 
 
 def exact_norm(self, x):
@@ -25,12 +39,13 @@ def exact_norm(self, x):
 def exact_rotary(self, x, position_ids):
     angle = position_ids[..., None].double() * self.exact
     angle = torch.cat([angle, angle], -1)
-    return angle.cos(), angle.sin()
+    return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 
 
 def inverse_frequencies(config):
     """transformers' own function of the rope's type, with its float32 arange and theta in float64."""
-    rope, size = config.rope_parameters, config.head_dim
+    rope = config.rope_parameters
+    size = int(config.head_dim * rope.get("partial_rotary_factor", 1))
     plain = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     match rope["rope_type"]:
         case "linear":
@@ -42,6 +57,15 @@ def inverse_frequencies(config):
             mixed = (1 - share) * plain / rope["factor"] + share * plain
             assert torch.allclose(mixed.float(), ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0], rtol=1e-5)
             return mixed
+        case "yarn":
+            # The pairs that turn 32 times and once over the original context; between them the stretch grows.
+            context, theta = rope["original_max_position_embeddings"], rope["rope_theta"]
+            pairs = [size / 2 * math.log(context / (2 * math.pi * n)) / math.log(theta) for n in (32, 1)]
+            fast, slow = max(math.floor(pairs[0]), 0), min(math.ceil(pairs[1]), size - 1)
+            share = ((torch.arange(size // 2, dtype=torch.float64) - fast) / (slow - fast)).clamp(0, 1)
+            mixed = share * plain / rope["factor"] + (1 - share) * plain
+            assert torch.allclose(mixed.float(), ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[0], rtol=1e-5)
+            return mixed
     return plain
 
 
@@ -49,10 +73,9 @@ def loss_and_gradients(directory, records, *, exact):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="sdpa")
     if exact:
-        modeling_llama.LlamaRMSNorm.forward = exact_norm
-        modeling_llama.LlamaRotaryEmbedding.forward = exact_rotary
-        modeling_qwen3.Qwen3RMSNorm.forward = exact_norm
-        modeling_qwen3.Qwen3RotaryEmbedding.forward = exact_rotary
+        for name, module in MODULES.items():
+            getattr(module, f"{name}RMSNorm").forward = exact_norm
+            getattr(module, f"{name}RotaryEmbedding").forward = exact_rotary
         model.model.rotary_emb.exact = inverse_frequencies(model.config)
     total, tokens = 0.0, 0
     for record in records:

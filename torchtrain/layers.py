@@ -1,6 +1,6 @@
 """What replaces a family's own in its torch module: norms in float64, rotary tables, the mask."""
 
-# B examples, S sequence, D head dim
+# B examples, S sequence, T positions of a layer, N virtual keys, D rotated elements of a head
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchtrain.mesh import compute_device
 from trainspec.model import ModelSpec
-from trainspec.rope import inverse_frequencies
+from trainspec.rope import inverse_frequencies, table_factor
 
 
 class RMSNorm(nn.Module):
@@ -42,6 +42,24 @@ class RotaryTables(nn.Module):
         return angles_BSD.cos().to(x_BSE.dtype), angles_BSD.sin().to(x_BSE.dtype)
 
 
+class ScaledRotaryTables(RotaryTables):
+    """The same, multiplied by a factor (YaRN's) before they are cast."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__(spec, dtype)
+        self._factor = table_factor(spec)
+
+    @torch.no_grad()
+    def forward(self, x_BSE: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = super().forward(x_BSE.new_empty(0, dtype=self._inverse.dtype), position_ids)
+        return (cos * self._factor).to(x_BSE.dtype), (sin * self._factor).to(x_BSE.dtype)
+
+
+def rotary_tables(spec: ModelSpec, dtype: torch.dtype) -> RotaryTables:
+    """The tables of a model, made in `dtype`."""
+    return RotaryTables(spec, dtype) if table_factor(spec) == 1 else ScaledRotaryTables(spec, dtype)
+
+
 def attention_mask(segments_BS: Tensor) -> Tensor:
     """True where a query may see a key: same segment, and not later. Bool [B, 1, S, S].
 
@@ -49,3 +67,14 @@ def attention_mask(segments_BS: Tensor) -> Tensor:
     """
     same_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
     return same_BSS.tril()[:, None]
+
+
+def in_window(visible_B1TK: Tensor, positions_BT: Tensor, window: int) -> Tensor:
+    """`visible_B1TK` [B, 1, T, N + T] where a key's position is less than `window` before the query's.
+
+    Keys before those of the T positions are a prefix, at positions 0, 1, ...
+    """
+    virtual_N = torch.arange(visible_B1TK.shape[-1] - positions_BT.shape[1], device=positions_BT.device)
+    keys_BK = torch.cat((virtual_N.expand(len(positions_BT), -1), positions_BT), 1)
+    distance_BTK = positions_BT[:, :, None] - keys_BK[:, None, :]
+    return visible_B1TK & (distance_BTK < window)[:, None]

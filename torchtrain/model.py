@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchtrain.families import FAMILIES
-from torchtrain.layers import RMSNorm, RotaryTables
+from torchtrain.layers import RMSNorm, rotary_tables
 from torchtrain.mesh import Peers
 from torchtrain.precision import accumulation_dtype, compute_dtype
 from torchtrain.tensor_parallel import split_layers
@@ -31,7 +31,7 @@ def build_model(spec: ModelSpec, *, policy: Policy, remat: str, tensor: Peers) -
             split_layers(model, spec, tensor)
         model.to(dtype)  # pyright: ignore[reportArgumentType]
     model.tie_weights()
-    anatomy.put_rotary(model, RotaryTables(spec, accumulation_dtype(dtype)))
+    anatomy.put_rotary(model, rotary_tables(spec, accumulation_dtype(dtype)))
     if remat == "full":
         # A layer draws no random numbers of torch's, whose state need not be kept for the recomputation.
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

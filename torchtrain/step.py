@@ -23,7 +23,7 @@ from torchtrain.engines import make_engine
 from torchtrain.engines.deepspeed import Partitioner
 from torchtrain.engines.engine import Engine, Inputs, Stored
 from torchtrain.engines.pipeline import placeholder
-from torchtrain.layers import attention_mask
+from torchtrain.layers import attention_mask, in_window
 from torchtrain.loss import token_loss
 from torchtrain.mesh import Mesh, compute_device, make_mesh
 from torchtrain.methods import all_labels, all_positions, all_visible, attach
@@ -34,7 +34,7 @@ from torchtrain.weights import allocate, canonical_name, from_canonical, to_cano
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
-from trainspec.methods import Method, leading_rows
+from trainspec.methods import leading_rows
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
 from trainspec.runs.checkpoint import Checkpoint
@@ -145,7 +145,7 @@ class _Microbatches:
         if self._recordings is not None:
             self._recordings.append(Recording())
         self._move_dropout(index)
-        return _inputs(self._microbatches[index], self._state.run.recipe.method)
+        return _inputs(self._microbatches[index], self._state.run)
 
     def loss(self, index: int, logits: Tensor) -> Tensor:
         """The microbatch's share of the batch's loss."""
@@ -197,7 +197,7 @@ def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
     state.model.eval()
     count = state.run.recipe.plan.microbatches_of(len(batch.rows))
     microbatches = [_own_examples(state, microbatch) for microbatch in batch.split(count)]
-    inputs = [_inputs(microbatch, state.run.recipe.method) for microbatch in microbatches]
+    inputs = [_inputs(microbatch, state.run) for microbatch in microbatches]
     return zip(microbatches, state.engine.infer(inputs), strict=False)
 
 
@@ -258,11 +258,14 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _inputs(batch: Batch, method: Method) -> Inputs:
+def _inputs(batch: Batch, run: Run) -> Inputs:
+    method, window = run.recipe.method, run.spec.window
+    positions_BT = all_positions(_tensor(batch.positions), method)
+    visible_B1TK = all_visible(attention_mask(_tensor(batch.segments)), method)
     return {
         "input_ids": _tensor(batch.input_ids),
-        "position_ids": all_positions(_tensor(batch.positions), method),
-        "attention_mask": all_visible(attention_mask(_tensor(batch.segments)), method),
+        "position_ids": positions_BT,
+        "attention_mask": visible_B1TK if window is None else in_window(visible_B1TK, positions_BT, window),
     }
 
 

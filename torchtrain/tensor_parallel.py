@@ -1,7 +1,7 @@
 """Tensor parallelism: layers that hold a shard of their weight, and the collectives between the shards.
 
-Which dimension of a weight is split the table says (`trainspec.plans.plan.WEIGHT_AXES`): `heads`, `kv_heads`, `mlp` and
-`vocab`. A layer whose *outputs* are split is a column layer, one whose *inputs* are split a row layer; the output of a row
+Which dimension of a weight is split the table says (`trainspec.plans.plan.WEIGHT_AXES`): `heads`, `kv_heads`, `mlp`, `gate_up`
+and `vocab`. A layer whose *outputs* are split is a column layer, one whose *inputs* are split a row layer; the output of a row
 layer or an embedding is summed, so the residual stream is whole on every process (Megatron-LM, arXiv 1909.08053). A
 block's input is copied once for all its column layers: one sum forward and one backward per block.
 
@@ -23,7 +23,7 @@ from torchtrain.families import anatomy_of
 from torchtrain.mesh import Peers
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
-from trainspec.plans.plan import WEIGHT_AXES
+from trainspec.plans.plan import PARTS, WEIGHT_AXES
 
 
 class _Copy(torch.autograd.Function):
@@ -155,6 +155,16 @@ def own_shard(x: Tensor, dim: int, peers: Peers) -> Tensor:
     copied = _Copy.apply(x, peers)
     assert isinstance(copied, Tensor)
     return copied.chunk(peers.size, dim)[peers.index]
+
+
+def gather_axis(shard: Tensor, dim: int, axis: str, peers: Peers) -> Tensor:
+    """The whole of what is split along `dim`, whose logical axis is `axis`."""
+    whole, parts = peers.gather(shard, dim), PARTS.get(axis, 1)
+    if parts == 1 or peers.size == 1:
+        return whole
+    # Each peer has its share of every part.
+    pieces = whole.chunk(parts * peers.size, dim)
+    return torch.cat([piece for part in range(parts) for piece in pieces[part::parts]], dim)
 
 
 def is_split(axis: str) -> bool:

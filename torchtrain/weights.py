@@ -6,7 +6,8 @@ adapters, those of PEFT's files; in memory PEFT names the adapter and puts the a
     model.layers.0.MODULE.weight                             ...MODULE.base_layer.weight
     base_model.model.model.layers.0.MODULE.lora_A.weight     ...MODULE.lora_A.default.weight
 
-A tensor peer holds one shard of a weight, contiguous along the dimension that is split. A stage of a pipeline holds the
+A tensor peer holds one shard of a weight, contiguous along the dimension that is split; of a dimension with several parts
+(`trainspec.plans.plan.PARTS`) one shard of each, joined. A stage of a pipeline holds the
 weights that it computes with; the others stay on the meta device.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -23,9 +25,10 @@ from transformers import PreTrainedModel
 from torchtrain._deepspeed import mark_tensor_parallel
 from torchtrain.mesh import Mesh, Peers, compute_device
 from torchtrain.precision import to_numpy
-from torchtrain.tensor_parallel import is_split
+from torchtrain.tensor_parallel import gather_axis, is_split
 from trainspec.methods import PEFT_PREFIX
 from trainspec.params import Param
+from trainspec.plans.plan import PARTS
 from trainspec.weight import Index, Weight, WeightLike
 
 
@@ -51,7 +54,7 @@ def from_canonical(
     for param, weight in weights:
         parameter = parameters.pop(param.name)
         if not parameter.is_meta:
-            write(parameter, torch.from_numpy(weight[_shard_index(param, tensor)]))
+            write(parameter, torch.from_numpy(_shard(param, weight, tensor)))
     # The table names every parameter of the module.
     assert not parameters, f"no value for {sorted(parameters)}"
 
@@ -86,7 +89,7 @@ def _gathered(param: Param, shard: Tensor, tensor: Peers) -> Tensor:
     """A whole weight from its shards."""
     for dim, axis in enumerate(param.axes):
         if is_split(axis):
-            shard = tensor.gather(shard, dim)
+            shard = gather_axis(shard, dim, axis, tensor)
     return shard
 
 
@@ -109,8 +112,7 @@ def allocate(
         name = names.pop(param.name)
         if not is_mine(param):
             continue
-        array = weight[_shard_index(param, tensor)]
-        value = torch.from_numpy(array).to(compute_device(), dtype)
+        value = torch.from_numpy(_shard(param, weight, tensor)).to(compute_device(), dtype)
         parameter = nn.Parameter(value, requires_grad=model.get_parameter(name).requires_grad)
         if tensor.size > 1 and any(map(is_split, param.axes)):
             mark_tensor_parallel(parameter)
@@ -121,11 +123,21 @@ def allocate(
     model.tie_weights()  # a tied head still has the embedding's meta tensor
 
 
-def _shard_index(param: Param, tensor: Peers) -> Index:
-    """The slices of a weight that this process holds."""
+def _shard(param: Param, weight: WeightLike, tensor: Peers) -> NDArray[Any]:
+    """What this process holds of a weight: of a dimension with parts its share of each."""
+    joined = [dim for dim, axis in enumerate(param.axes) if axis in PARTS]
+    if tensor.size == 1 or not joined:
+        return weight[_shard_index(param, tensor)]
+    parts = range(PARTS[param.axes[joined[0]]])
+    return np.concatenate([weight[_shard_index(param, tensor, part)] for part in parts], joined[0])
+
+
+def _shard_index(param: Param, tensor: Peers, part: int = 0) -> Index:
+    """The slices of a weight that this process holds, of a dimension with parts those of one `part`."""
     slices = []
     for size, axis in zip(param.shape, param.axes, strict=True):
-        each = size // tensor.size
-        mine = slice(tensor.index * each, (tensor.index + 1) * each)
-        slices.append(mine if is_split(axis) else slice(None))
+        parts = PARTS.get(axis, 1) if tensor.size > 1 else 1
+        each = size // (tensor.size * parts)
+        first = (part * tensor.size if parts > 1 else 0) + tensor.index
+        slices.append(slice(first * each, (first + 1) * each) if is_split(axis) else slice(None))
     return tuple(slices)

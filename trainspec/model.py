@@ -31,3 +31,12 @@ class ModelSpec:
     mlp_bias: bool
     init_std: float
     family: str = "llama"
+    # The rules that not every family has.
+    rotary_share: float = 1.0  # of each head, the elements that are rotated: the first ones
+    unrotated: tuple[int, ...] = ()  # layers whose queries and keys are not rotated
+    window: int | None = None  # how many positions a query sees, its own included; None: all before it
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that are rotated, in pairs."""
+        return int(self.head_dim * self.rotary_share)

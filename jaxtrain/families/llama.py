@@ -23,6 +23,10 @@ from trainspec.model import ModelSpec
 class Attention(nnx.Module):
     """Rotary grouped-query self-attention."""
 
+    # The rotary embedding of queries or keys, and whether the output has a bias where they have one.
+    rotate: ClassVar[Callable[[Array, Array, Array], Array]] = staticmethod(rotate)
+    output_bias: ClassVar[bool] = True
+
     def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
         embed = Dim("embed", spec.embed)
         q_dim = Dim("heads", spec.heads * spec.head_dim)
@@ -32,7 +36,7 @@ class Attention(nnx.Module):
         self.q_proj = Linear(embed, q_dim, bias=bias, stack=stack, build=build)
         self.k_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
         self.v_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
-        self.o_proj = Linear(q_dim, embed, bias=bias, stack=stack, build=build)
+        self.o_proj = Linear(q_dim, embed, bias=bias and self.output_bias, stack=stack, build=build)
 
     def __call__(
         self,
@@ -50,6 +54,7 @@ class Attention(nnx.Module):
             )
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
+        rotate = self.rotate
         q, k = self.before_rotation(q, k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if prefix_N2KD is not None:
@@ -81,12 +86,13 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); a bottleneck adapter, if there is one, follows attention and mlp."""
 
     attention: ClassVar[type[Attention]] = Attention
+    feed_forward: ClassVar[type[SwiGLU]] = SwiGLU
 
     def __init__(self, spec: ModelSpec, *, stack: tuple[int, ...], build: Build) -> None:
         self.input_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, build=build)
         self.self_attn = self.attention(spec, stack=stack, build=build)
         self.post_attention_layernorm = RMSNorm(spec.embed, eps=spec.norm_eps, stack=stack, build=build)
-        self.mlp = SwiGLU(spec, stack=stack, build=build)
+        self.mlp = self.feed_forward(spec, stack=stack, build=build)
         self.attention_adapter: Callable[[Array], Array] | None = None
         self.mlp_adapter: Callable[[Array], Array] | None = None
 

@@ -126,7 +126,7 @@ FAULTS = (
         where=Where("update", r"model\.layers\.0\.input_layernorm\.weight"),
         edits=in_every_backend(
             Edit("trainspec.families.llama:norm", "False", "True"),
-            Edit("trainspec.families.llama:Llama.layer", "False", "True"),
+            Edit("trainspec.families.llama:linear", "False", "True"),
         ),
         setup="bias",
     ),

@@ -1,8 +1,9 @@
-"""An independent Llama (and Qwen3, arXiv 2505.09388) in float64 numpy: one document at a time, no mask, no packing, no batch.
+"""An independent Llama in float64 numpy, and the families that change it: one document at a time, no mask, no packing, no batch.
 
 Written from the papers, not from the code under test: RMSNorm (arXiv 1910.07467), RoPE as a complex rotation
 (2104.09864), grouped queries (2305.13245), SwiGLU (2002.05202), LoRA merged into its matrix (2106.09685), DoRA (2402.09353), bottleneck
-adapters (1902.00751), rows in front of the embedded tokens (2104.08691), keys and values in front of a layer's (2101.00190).
+adapters (1902.00751), rows in front of the embedded tokens (2104.08691), keys and values in front of a layer's (2101.00190); Qwen3's norms of heads (2505.09388), Mistral's window (2310.06825), layers
+without rotation (2501.18795), GLM's pairs of neighbours (2406.12793), YaRN (2309.00071).
 """
 
 import math
@@ -12,7 +13,9 @@ import numpy as np
 from trainspec.data import IGNORED, Batch
 from trainspec.methods import PEFT_PREFIX
 from trainspec.model import ModelSpec
-from trainspec.rope import LinearScaling, Llama3Scaling
+from trainspec.rope import LinearScaling, Llama3Scaling, YarnScaling
+
+GLM = ("glm", "chatglm2")
 
 
 def documents(batch: Batch):
@@ -83,21 +86,26 @@ def document_logits(
         q, k, v = (linear(inner, f"{layer}.self_attn.{name}_proj") for name in "qkv")
         if spec.family == "qwen3":
             q, k = (head_norm(x, f"{layer}.self_attn.{name}_norm") for x, name in ((q, "q"), (k, "k")))
-        mixed = attention(q, k, v, spec, () if prefix is None else (prefix[:, 2 * i], prefix[:, 2 * i + 1]))
+        before = () if prefix is None else (prefix[:, 2 * i], prefix[:, 2 * i + 1])
+        mixed = attention(q, k, v, spec, before, turns=i not in spec.unrotated)
         x = x + adapted(linear(mixed, f"{layer}.self_attn.o_proj"), f"{layer}.attention_adapter")
         inner = norm(x, f"{layer}.post_attention_layernorm")
-        gate = linear(inner, f"{layer}.mlp.gate_proj")
-        gate = gate / (1 + np.exp(-gate))
-        inner = linear(gate * linear(inner, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
+        if spec.family in GLM:
+            both = linear(inner, f"{layer}.mlp.gate_up_proj")
+            gate, up = both[:, : spec.mlp], both[:, spec.mlp :]
+        else:
+            gate, up = linear(inner, f"{layer}.mlp.gate_proj"), linear(inner, f"{layer}.mlp.up_proj")
+        inner = linear(gate / (1 + np.exp(-gate)) * up, f"{layer}.mlp.down_proj")
         x = x + adapted(inner, f"{layer}.mlp_adapter")
     x = norm(x[-len(ids) :], "model.norm")
     return x @ weights["model.embed_tokens.weight"].T if spec.tied_embeddings else linear(x, "lm_head")
 
 
-def attention(q, k, v, spec: ModelSpec, prefix=()):
+def attention(q, k, v, spec: ModelSpec, prefix=(), *, turns: bool):
     """Causal attention, head by head and query by query; q, k and v are [tokens, heads * head_dim].
 
-    The keys and values of a `prefix` are [n, kv_heads, head_dim]: not rotated, and seen by all.
+    The keys and values of a `prefix` are [n, kv_heads, head_dim]: not rotated, and seen by all that are in the window.
+    `turns` says whether the layer rotates.
     """
     mixed = np.zeros_like(q)
     d = spec.head_dim
@@ -105,33 +113,53 @@ def attention(q, k, v, spec: ModelSpec, prefix=()):
         kv_head = head * spec.kv_heads // spec.heads
         mine, shared = slice(head * d, (head + 1) * d), slice(kv_head * d, (kv_head + 1) * d)
         n = len(prefix[0]) if prefix else 0
-        rotated_q, keys, values = rotated(q[:, mine], spec, n), rotated(k[:, shared], spec, n), v[:, shared]
+        queries, keys, values = q[:, mine], k[:, shared], v[:, shared]
+        if turns:
+            queries, keys = rotated(queries, spec, n), rotated(keys, spec, n)
         if prefix:
             keys, values = (
                 np.concatenate([f[:, kv_head], own]) for f, own in zip(prefix, (keys, values), strict=True)
             )
         for query in range(len(q)):
-            scores = keys[: n + query + 1] @ rotated_q[query] / math.sqrt(d)
+            end = n + query + 1
+            seen = slice(0 if spec.window is None else max(0, end - spec.window), end)
+            scores = keys[seen] @ queries[query] / math.sqrt(d)
             shares = np.exp(scores - scores.max())
-            mixed[query, mine] = shares / shares.sum() @ values[: n + query + 1]
+            mixed[query, mine] = shares / shares.sum() @ values[seen]
     return mixed
 
 
 def rotated(x, spec: ModelSpec, first: int = 0):
-    """RoPE on one head [tokens, head_dim]: dimensions j and j + head_dim / 2 are one complex number.
+    """RoPE on one head [tokens, head_dim]: dimensions j and j + head_dim / 2 are one complex number; GLM's are 2j and 2j + 1.
 
     `first` is the position of the first token.
     """
-    half = spec.head_dim // 2
+    half = int(spec.head_dim * spec.rotary_share) // 2
     angles = np.outer(first + np.arange(len(x)), [frequency(j, spec) for j in range(half)])
-    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
-    return np.concatenate([turned.real, turned.imag], axis=1)
+    scaling, result = spec.rope_scaling, x.copy()
+    stretch = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+    real, imaginary = slice(0, half), slice(half, 2 * half)
+    if spec.family in GLM:
+        real, imaginary = (slice(start, 2 * half, 2) for start in (0, 1))
+    turned = (x[:, real] + 1j * x[:, imaginary]) * np.exp(1j * angles) * stretch
+    result[:, real], result[:, imaginary] = turned.real, turned.imag
+    return result
 
 
 def frequency(j: int, spec: ModelSpec) -> float:
-    """The angle per position of pair j, with Llama 3's stretch or divided positions where the spec has them."""
-    plain = spec.rope_theta ** (-2 * j / spec.head_dim)
+    """The angle per position of pair j, with Llama 3's or YaRN's stretch or divided positions where the spec has them."""
+    width = int(spec.head_dim * spec.rotary_share)
+    plain = spec.rope_theta ** (-2 * j / width)
     scaling = spec.rope_scaling
+    if isinstance(scaling, YarnScaling):
+        # The pair, as a real number, that makes so many turns over the original context.
+        fast, slow = (
+            width / 2 * math.log(scaling.original_positions / (2 * math.pi * turns), spec.rope_theta)
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        fast, slow = max(math.floor(fast), 0), min(math.ceil(slow), width - 1)
+        share = min(max((j - fast) / (slow - fast), 0), 1)
+        return share * plain / scaling.factor + (1 - share) * plain
     if isinstance(scaling, LinearScaling):
         return plain / scaling.factor
     if not isinstance(scaling, Llama3Scaling):

@@ -13,6 +13,7 @@ from trainspec.data import open_dataset
 from trainspec.from_text import keys_and_values
 from trainspec.init import starting_weights
 from trainspec.methods import DoRA
+from trainspec.rope import YarnScaling
 from trainspec.runs.run import resolve
 
 FP64 = {"policy": "fp64", "reduce": "fp64"}
@@ -22,6 +23,9 @@ FULL = {"kind": "full"}
 LORA = {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.2, "targets": "all-linear"}
 # About a thousand roundings of 1e-16 in a row: two layers of sums of at most 48 products.
 FP64_ROUNDING = 1e-12
+# The fast tests have the families whose forward pass is another one.
+LONG = ("yarn-rope", "qwen2", "chatglm2")
+SOME_FULL = [pytest.param(name, marks=pytest.mark.full if name in LONG else ()) for name in VARIANTS]
 
 
 def prepare(recipe):
@@ -38,7 +42,7 @@ def worst_logit(state, batch, weights, *, spec, lora_scale=0.0):
     return np.max(found)  # unlike max, NaN where one is
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FULL)
 def test_packed_logits_are_those_of_each_document_alone(make_recipe, variant):
     recipe = make_recipe(variant, method=FULL, precision=FP64, data=PACKED)
     state, batch = prepare(recipe)
@@ -67,7 +71,7 @@ def test_trained_adapters_act_as_merged_ones(make_recipe):
     )  # negative control
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FULL)
 def test_a_text_leaves_the_keys_and_values_that_are_read_after_it(make_recipe, variant):
     recipe = make_recipe(variant, method=FULL, precision=FP64)
     spec = spec_of(recipe)
@@ -88,8 +92,43 @@ def test_the_oracle_notices(make_recipe, change):
     assert worst_logit(state, batch, weights_of(state), spec=spec) > 1e3 * FP64_ROUNDING
 
 
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        ("mistral", {"window": 15}),
+        ("mistral", {"window": None}),
+        ("smollm3", {"unrotated": ()}),
+        ("smollm3", {"unrotated": (0,)}),
+        ("glm", {"family": "llama-pairs"}),
+        ("yarn-rope", {"rope_scaling": None}),
+        ("yarn-rope", {"rope_scaling": YarnScaling(4.0, 128, 32.0, 1.0, 1.0, True)}),
+    ],
+)
+@pytest.mark.full
+def test_the_oracle_notices_what_a_family_changes(make_recipe, monkeypatch, variant, change):
+    recipe = make_recipe(variant, method=FULL, precision=FP64, data=PACKED)
+    state, batch = prepare(recipe)
+    if change == {"family": "llama-pairs"}:
+        rotated = numpy_llama.rotated
+        monkeypatch.setattr(
+            numpy_llama, "rotated", lambda x, spec, first=0: rotated(x, replace(spec, family="llama"), first)
+        )
+        change = {}
+    spec = replace(spec_of(recipe), **change)
+    assert worst_logit(state, batch, weights_of(state), spec=spec) > 1e3 * FP64_ROUNDING
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_window_of_padded_rows_is_that_of_each_document_alone(make_recipe, side):
+    recipe = make_recipe("mistral", method=FULL, precision=FP64, data={"padding_side": side})
+    state, batch = prepare(recipe)
+    assert (batch.segments == 0).any()
+    assert worst_logit(state, batch, weights_of(state), spec=spec_of(recipe)) < FP64_ROUNDING
+
+
 @pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FULL)
 def test_weights_come_back_as_they_went_in(make_recipe, variant, method):
     recipe = make_recipe(variant, method=method, precision=FP64)
     state, _ = prepare(recipe)

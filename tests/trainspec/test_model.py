@@ -48,8 +48,8 @@ def test_published_sizes():
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "supported: LlamaForCausalLM"),
         (
-            {"architectures": ["ChatGLMModel"], "model_type": "chatglm"},
-            "ChatGLMModel.*'chatglm'.* supported: Llama",
+            {"architectures": ["BloomForCausalLM"], "model_type": "bloom"},
+            "BloomForCausalLM.*'bloom'.* supported: Llama.*ChatGLMModel .model_type chatglm.$",
         ),
         ({"model_type": "mistral"}, "model_type 'mistral' are unsupported"),
         ({"architectures": None, "model_type": None}, "not given"),
@@ -80,10 +80,11 @@ def test_published_sizes():
             "partial_rotary_factor 0.5 with rope_type linear is unsupported",
         ),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-            "'linear', 'dynamic' or 'llama3', not 'yarn'",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "'linear', 'dynamic', 'llama3' or 'yarn', not 'proportional'",
         ),
         ({"rope_parameters": {"rope_type": "longrope"}}, "not 'longrope'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type yarn needs factor"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type linear needs factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor: input should be greater than 0"),
         (

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from trainspec.errors import ModelError, nearest
+from trainspec.families.chatglm2 import ChatGLM2
 from trainspec.families.config import format_setting
 from trainspec.families.family import Family
+from trainspec.families.glm import Glm
 from trainspec.families.llama import Llama
+from trainspec.families.mistral import Mistral
+from trainspec.families.qwen2 import Qwen2
 from trainspec.families.qwen3 import Qwen3
+from trainspec.families.smollm3 import SmolLM3
 from trainspec.model import ModelSpec
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Llama(), Qwen3())}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (Llama(), Qwen2(), Qwen3(), Mistral(), SmolLM3(), Glm(), ChatGLM2())
+}
 
 PRESETS: dict[str, ModelSpec] = {
     name: spec for family in FAMILIES.values() for name, spec in family.presets.items()

@@ -5,7 +5,6 @@ Settings that transformers honours are honoured or refused by name; where two co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -24,7 +23,9 @@ REFUSED = {
     "transformers_weights": "weights under another name are not read; rename the file to model.safetensors",
 }
 # Settings that may be null in old files, which means their default; transformers 5 refuses null.
-SWITCHES = ("tie_word_embeddings", "rope_theta", "original_max_position_embeddings")
+SWITCHES = (
+    "tie_word_embeddings", "rope_theta", "original_max_position_embeddings", "attention_bias", "mlp_bias",
+)  # fmt: skip
 
 
 class DecoderFields(RopeFields):
@@ -40,13 +41,14 @@ class DecoderFields(RopeFields):
     rms_norm_eps: Positive = 1e-6
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
+    mlp_bias: bool | None = None
     initializer_range: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     # Settings of unsupported arithmetic must have the value that leaves it out.
     hidden_act: Literal["silu", "swish"] = "silu"
     attention_dropout: Annotated[float, Field(ge=0, le=0)] | None = None
     is_causal: Literal[True] = True
 
-    def spec(self, family: str, *, name: str, where: str, mlp_bias: bool = False) -> ModelSpec:
+    def spec(self, family: str, *, name: str, where: str) -> ModelSpec:
         """The spec of these fields. Raises ModelError where they contradict one another."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         head_dim = self.head_dim or self.hidden_size // heads
@@ -54,9 +56,15 @@ class DecoderFields(RopeFields):
             raise ModelError(
                 f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
-        if head_dim % 2:
+        theta, scaling, share = self.rope(where)
+        if head_dim % 2 and share == 1:
             raise ModelError(f"{where}: head_dim {head_dim} is odd; rotary embedding turns pairs")
-        theta, scaling = self.rope(where)
+        turned = int(head_dim * share)
+        if turned % 2 or not 0 < turned <= head_dim:
+            raise ModelError(
+                f"{where}: partial_rotary_factor {share:g} turns {turned} of the {head_dim} elements of a head; it must be "
+                "an even number of them"
+            )
         return ModelSpec(
             name=name,
             vocab=self.vocab_size,
@@ -72,13 +80,14 @@ class DecoderFields(RopeFields):
             max_positions=self.max_position_embeddings,
             tied_embeddings=bool(self.tie_word_embeddings),
             attention_bias=bool(self.attention_bias),
-            mlp_bias=mlp_bias,
+            mlp_bias=bool(self.mlp_bias),
             init_std=self.initializer_range,
             family=family,
+            rotary_share=share,
         )
 
 
-F = TypeVar("F", bound=DecoderFields)
+F = TypeVar("F", bound=RopeFields)
 
 
 def validated_fields(fields: type[F], config: dict[str, Any], where: str) -> F:
@@ -86,8 +95,9 @@ def validated_fields(fields: type[F], config: dict[str, Any], where: str) -> F:
     for key, reason in REFUSED.items():
         if config.get(key):
             raise ModelError(f"{where}: {key} is unsupported: {reason}")
+    given = {key: value for key, value in config.items() if value is not None or key not in SWITCHES}
     try:
-        return fields.model_validate(config)
+        return fields.model_validate(given)
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
@@ -123,20 +133,21 @@ def _is_out_of_range(token: object, vocab: int) -> bool:
 
 
 def export_config(
-    config: dict[str, Any], model: ModelSpec, *, switches: Iterable[str] = SWITCHES
+    config: dict[str, Any], model: ModelSpec, *, fields: type[DecoderFields] = DecoderFields
 ) -> dict[str, Any]:
     """`config` for the weights of `model`: unchanged except for nulls and for settings that contradict the spec.
 
-    `switches` are the settings whose null means their default.
+    `fields` have the defaults of what is absent.
     """
-    kept = {key: value for key, value in config.items() if value is not None or key not in set(switches)}
+    kept = {key: value for key, value in config.items() if value is not None or key not in SWITCHES}
     for key in ("rope_parameters", "rope_scaling"):
         rope = kept.get(key)
         if isinstance(rope, dict):
             kept[key] = {name: value for name, value in rope.items() if value is not None}
     if "rope_theta" in kept:
         kept["rope_theta"] = model.rope_theta
-    if bool(kept.get("tie_word_embeddings")) != model.tied_embeddings:
+    is_tied = kept.get("tie_word_embeddings", fields.model_fields["tie_word_embeddings"].default)
+    if bool(is_tied) != model.tied_embeddings:
         kept["tie_word_embeddings"] = model.tied_embeddings
     if _is_out_of_range(kept.get("pad_token_id"), model.vocab):
         del kept["pad_token_id"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,14 @@ from trainspec.model import ModelSpec
 from trainspec.weight import Weight
 
 Array = NDArray[Any]
+
+
+class Stored(NamedTuple):
+    """Where the files of a model have a weight: the tensor, and if it holds `parts` weights, one below the other, which one."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
 
 
 class Family(ABC):
@@ -33,6 +41,8 @@ class Family(ABC):
     # Two weights that may be one: the embedding, and the head, which the table of a tied model leaves out.
     embedding: ClassVar[str]
     head: ClassVar[str]
+    # Tensors in its files that are no weights but computed from its settings; an export copies them.
+    derived: ClassVar[tuple[str, ...]] = ()
     # The modules, bottleneck adapters and activation points of a layer, in causal order.
     within_layer: ClassVar[tuple[str, ...]]
     # The first readers of the residual stream in a layer: its first norm, and the projections of that norm's output.
@@ -59,6 +69,10 @@ class Family(ABC):
     @abstractmethod
     def table(self, model: ModelSpec) -> tuple[Param, ...]:
         """Every weight of a model, in forward order. Norms and biases do not decay."""
+
+    def stored(self, name: str) -> Stored:
+        """Where its files have the weight that the table calls `name`, or the derived tensor `name`."""
+        return Stored(name)
 
     @abstractmethod
     def spec_of(self, config: dict[str, Any], *, name: str, where: str) -> ModelSpec:

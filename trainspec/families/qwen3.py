@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from trainspec.entry import Param
-from trainspec.families.config import DecoderFields, validated_fields
+from trainspec.families.config import DecoderFields
 from trainspec.families.llama import Array, LayerWeights, Llama, norm
 from trainspec.model import ModelSpec
 from trainspec.rope import Size
@@ -42,6 +42,7 @@ class Qwen3(Llama):
     model_type = "qwen3"
     architectures = ("Qwen3ForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
+    fixed: ClassVar[Mapping[str, bool]] = {"mlp_bias": False}
     within_layer: ClassVar[tuple[str, ...]] = (
         "input_layernorm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "attention_adapter", "attention",
         "post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "mlp_adapter", "mlp", "block",
@@ -54,6 +55,7 @@ class Qwen3(Llama):
             _preset("qwen3-1.7b", (2048, 28, 16, 6144), tied=True),
             _preset("qwen3-4b", (2560, 36, 32, 9728), tied=True),
             _preset("qwen3-8b", (4096, 36, 32, 12288), tied=False),
+            _preset("qwen3-32b", (5120, 64, 64, 25600), tied=False),
         )
     }
 
@@ -66,9 +68,8 @@ class Qwen3(Llama):
         ]
         return entries
 
-    def spec_of(self, config: dict[str, Any], *, name: str, where: str) -> ModelSpec:
-        """See the base class; heads need not divide the hidden size."""
-        return validated_fields(_Fields, config, where).spec(self.name, name=name, where=where)
+    def check(self, fields: DecoderFields, where: str) -> None:
+        """Heads need not divide the hidden size."""
 
     def config_of(self, model: ModelSpec) -> dict[str, Any]:
         """Llama's, without the MLP bias, which Qwen3 does not have."""

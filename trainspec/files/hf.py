@@ -23,7 +23,8 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
 from trainspec.errors import ModelError, WeightsError
-from trainspec.families import family_of, preset
+from trainspec.families import family_of, family_of_config, preset
+from trainspec.families.family import Family
 from trainspec.files.model_config import config_notes, read_config, read_model_spec
 from trainspec.files.tensors import save_tensors
 from trainspec.files.weight_files import MODEL_FILE, MODEL_INDEX, weight_files
@@ -169,6 +170,7 @@ class TensorFiles:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._location: dict[str, tuple[Path, str]] = {}
+        self._first_row: dict[str, int] = {}  # of what is a part of a stored tensor
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
         for path in files:
@@ -187,9 +189,25 @@ class TensorFiles:
         for column in (self._location, self.shapes, self.dtypes):
             column[name] = column[stored]  # type: ignore[assignment]
 
+    def split(self, stored: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+        """Replace the tensor `stored` by `parts`, names and shapes, which stand in it one below the other."""
+        first = 0
+        for name, shape in parts.items():
+            self.alias(name, stored)
+            self.shapes[name], self._first_row[name] = shape, first
+            first += shape[0]
+        for column in (self._location, self.shapes, self.dtypes):
+            if stored not in parts:
+                del column[stored]
+
     def read(self, name: str, index: Index | None = None) -> NDArray[Any]:
         """One tensor, or its slice at `index`, in its stored type."""
         path, stored = self._location[name]
+        if name in self._first_row:
+            rows, *columns = index or (slice(None),) * len(self.shapes[name])
+            first, end, step = rows.indices(self.shapes[name][0])
+            moved = self._first_row[name]
+            index = (slice(first + moved, end + moved, step), *columns)
         with _opened(path) as file:
             return file.get_tensor(stored) if index is None else file.get_slice(stored)[index]
 
@@ -258,15 +276,46 @@ def read_model(
 
     Of tied weights one or both may be stored. Raises WeightsError before the first read.
     """
-    files = model_files(directory)
+    files, family = model_files(directory), family_of(model)
+    _find_weights(files, family, table, where=directory)
     # Old checkpoints store RoPE's frequencies, which are derived.
-    ignored = {name for name in files.shapes if name.endswith("rotary_emb.inv_freq")}
+    ignored = {name for name in files.shapes if name.endswith("rotary_emb.inv_freq")} | {*family.derived}
     if model.tied_embeddings:
-        family = family_of(model)
         ignored.add(family.head)
         if family.embedding not in files.shapes and family.head in files.shapes:
             files.alias(family.embedding, family.head)
     return read_entries(files, table, dtype=dtype, where=directory, ignored=ignored)
+
+
+def _find_weights(files: TensorFiles, family: Family, table: Sequence[Param], *, where: Path) -> None:
+    """Let `files` have the weights of `table` by their names there. Raises WeightsError where a family's own tensor does not fit."""
+    tensors: dict[str, dict[str, tuple[int, ...]]] = {}
+    for param in table:
+        tensors.setdefault(family.stored(param.name).name, {})[param.name] = param.shape
+    for stored, parts in tensors.items():
+        if list(parts) == [stored]:
+            continue
+        (_, *rest), rows = next(iter(parts.values())), sum(shape[0] for shape in parts.values())
+        if files.shapes.get(stored) != (rows, *rest):
+            found = f"has shape {list(files.shapes[stored])}" if stored in files.shapes else "is missing"
+            raise WeightsError(f"{where}: {stored} {found}; the configuration requires {[rows, *rest]}")
+        files.split(stored, parts)
+
+
+def _as_stored(
+    weights: Iterable[tuple[str, NDArray[Any]]], family: Family
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The tensors of a family's files, each as soon as all its parts were there."""
+    waiting: dict[str, dict[int, NDArray[Any]]] = {}
+    for name, array in weights:
+        stored = family.stored(name)
+        parts = waiting.setdefault(stored.name, {})
+        parts[stored.part] = array
+        if len(parts) == stored.parts:
+            whole = [parts[i] for i in range(stored.parts)]
+            yield stored.name, array if stored.parts == 1 else np.concatenate(whole)
+            del waiting[stored.name]
+    assert not waiting, f"only parts of {sorted(waiting)}"
 
 
 @contextmanager
@@ -307,7 +356,7 @@ def write_model(
     chat_template: str | None = None,
     shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Write a Hugging Face directory that `AutoModelForCausalLM` loads: shards of at most `shard_bytes`, with an index.
+    """Write a Hugging Face directory: shards of at most `shard_bytes`, with an index, with the names of the config's family.
 
     One shard is in memory at a time. Generation settings are copied from `companions_from`, the tokenizer from
     `tokenizer_from` or else from there; `chat_template` replaces the tokenizer's.
@@ -318,7 +367,8 @@ def write_model(
         copy_tokenizer(tokenizer_from or companions_from, temporary, chat_template=chat_template)
         text = json.dumps(dict(config), indent=2) + "\n"
         (temporary / "config.json").write_text(text, encoding="utf-8")
-        _write_shards(temporary, weights, shard_bytes)
+        family = family_of_config(dict(config), where=str(directory))
+        _write_shards(temporary, _as_stored(weights, family), shard_bytes)
 
 
 def copy_tokenizer(source: Path | None, target: Path, *, chat_template: str | None) -> None:

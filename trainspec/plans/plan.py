@@ -26,7 +26,16 @@ COMPUTE_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16"
 MESH_AXES = ("pipe", "data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 # Logical axis of a weight -> mesh axis; one that is not listed (rank) is replicated.
-WEIGHT_AXES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+WEIGHT_AXES = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "gate_up": "tensor",
+    "vocab": "tensor",
+}
+# Logical axis of several parts one after the other -> their number. What one device computes with is its share of each.
+PARTS = {"gate_up": 2}
 # Logical axis of an activation -> mesh axes.
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "stage": ("pipe",),
@@ -34,6 +43,7 @@ ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "gate_up": ("tensor",),
     "vocab": ("tensor",),
 }
 # What each setting of `shards` splits over fsdp: ZeRO's stages 0 to 3 (arXiv 1910.02054).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from trainspec.families import family_of
 from trainspec.files.adapters import write_adapter
 from trainspec.files.hf import (
     model_files,
-    read_entries,
     read_model,
     write_model,
 )
@@ -78,7 +78,7 @@ def export(
         write_model(
             target, weights, companions_from=source, config=config, shard_bytes=shard_bytes, **tokenizer
         )
-        for _, weight in read_entries(model_files(target), run.model_table, dtype=np.float32, where=target):
+        for _, weight in read_model(target, model, run.model_table, dtype=np.float32):
             weight[...]  # it reads back
         return target
     if dtype is not None:
@@ -131,7 +131,15 @@ def _model(
         (p.name, _cast(method.merged(p, weight[...], trained), p.name, stored[p.name]))
         for p, weight in entries
     )
-    return _config(run.spec, run.directory, set(stored.values())), weights
+    return _config(run.spec, run.directory, set(stored.values())), chain(weights, _derived(run))
+
+
+def _derived(run: Run) -> Iterator[tuple[str, Array]]:
+    """What the base's files have besides weights, as it is."""
+    if run.directory is None or run.recipe.model.weights == "random":
+        return
+    files = model_files(run.directory)
+    yield from ((name, files.read(name)) for name in family_of(run.spec).derived if name in files.shapes)
 
 
 def _base_weights(run: Run) -> Iterable[tuple[Param, WeightLike]]:

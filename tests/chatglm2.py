@@ -1,0 +1,142 @@
+"""A tiny ChatGLM2 as published, and its forward pass in numpy, from the facts alone: names, shapes, settings, arithmetic.
+
+Sources: the model's config.json and weights; GLM-130B, arXiv 2210.02414 (rotation of half a head, in pairs of neighbours);
+multi-query attention, arXiv 1911.02150; SwiGLU, arXiv 2002.05202. Nothing of ours is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+# Sizes are small and odd; the other settings are those of the published file.
+CONFIG = {
+    "architectures": ["ChatGLMModel"],
+    "model_type": "chatglm",
+    "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "ffn_hidden_size": 37,
+    "fp32_residual_connection": False,
+    "hidden_dropout": 0.0,
+    "hidden_size": 20,
+    "kv_channels": 12,
+    "layernorm_epsilon": 1e-05,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 4,
+    "num_layers": 3,
+    "original_rope": True,
+    "padded_vocab_size": 331,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "seq_length": 2048,
+    "use_cache": True,
+    "torch_dtype": "float16",
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEADS, GROUPS, WIDTH = (
+    CONFIG[key] for key in ("num_attention_heads", "multi_query_group_num", "kv_channels")
+)
+
+
+def published_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights under the published names, biases and norms too, in float64."""
+    draw, embed, inner, vocab = np.random.default_rng(seed), 20, 37, 331
+    rows = (HEADS + 2 * GROUPS) * WIDTH
+    shapes: dict[str, tuple[int, ...]] = {"transformer.embedding.word_embeddings.weight": (vocab, embed)}
+    for i in range(3):
+        shapes |= {
+            f"transformer.encoder.layers.{i}.{name}": shape
+            for name, shape in {
+                "input_layernorm.weight": (embed,),
+                "self_attention.query_key_value.weight": (rows, embed),
+                "self_attention.query_key_value.bias": (rows,),
+                "self_attention.dense.weight": (embed, HEADS * WIDTH),
+                "post_attention_layernorm.weight": (embed,),
+                "mlp.dense_h_to_4h.weight": (2 * inner, embed),
+                "mlp.dense_4h_to_h.weight": (embed, inner),
+            }.items()
+        }
+    shapes["transformer.encoder.final_layernorm.weight"] = (embed,)
+    shapes["transformer.output_layer.weight"] = (vocab, embed)
+    return {name: ("norm" in name) + 0.15 * draw.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def write_published(directory: Path, *, dtype: str = "float32", shards: int = 1) -> dict[str, np.ndarray]:
+    """A directory in the published layout; its weights, with the frequencies that the published files have, too."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = published_weights()
+    weights["transformer.rotary_pos_emb.inv_freq"] = 10000.0 ** (-np.arange(0, WIDTH // 2, 2) / (WIDTH // 2))
+    weights = {name: array.astype(dtype) for name, array in weights.items()}
+    (directory / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": dtype}))
+    if shards == 1:
+        save_file(weights, directory / "model.safetensors")
+        return weights
+    where = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        held = dict(list(weights.items())[shard::shards])
+        save_file(held, directory / file)
+        where |= dict.fromkeys(held, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return weights
+
+
+def logits(weights: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
+    """[tokens, vocab], in float64, token by token."""
+    w = {name: array.astype(np.float64) for name, array in weights.items()}
+    x = w["transformer.embedding.word_embeddings.weight"][ids]
+    for i in range(3):
+        layer = f"transformer.encoder.layers.{i}"
+        fused = norm(x, w[f"{layer}.input_layernorm.weight"])
+        fused = fused @ w[f"{layer}.self_attention.query_key_value.weight"].T
+        fused = fused + w[f"{layer}.self_attention.query_key_value.bias"]
+        x = x + attention(fused) @ w[f"{layer}.self_attention.dense.weight"].T
+        both = (
+            norm(x, w[f"{layer}.post_attention_layernorm.weight"]) @ w[f"{layer}.mlp.dense_h_to_4h.weight"].T
+        )
+        first, second = both[:, :37], both[:, 37:]
+        x = x + (first / (1 + np.exp(-first)) * second) @ w[f"{layer}.mlp.dense_4h_to_h.weight"].T
+    return norm(x, w["transformer.encoder.final_layernorm.weight"]) @ w["transformer.output_layer.weight"].T
+
+
+def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return weight * x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG["layernorm_epsilon"])
+
+
+def attention(fused: np.ndarray) -> np.ndarray:
+    """All query heads, then the groups' keys, then their values; each group serves HEADS / GROUPS queries in turn."""
+    heads = [fused[:, at : at + WIDTH] for at in range(0, fused.shape[1], WIDTH)]
+    queries, keys, values = heads[:HEADS], heads[HEADS : HEADS + GROUPS], heads[HEADS + GROUPS :]
+    keys = [turned(key) for key in keys]
+    mixed = np.zeros((len(fused), HEADS * WIDTH))
+    for head, query in enumerate(queries):
+        group = head // (HEADS // GROUPS)
+        for at, row in enumerate(turned(query)):
+            scores = keys[group][: at + 1] @ row / math.sqrt(WIDTH)
+            shares = np.exp(scores - scores.max())
+            mixed[at, head * WIDTH : (head + 1) * WIDTH] = shares / shares.sum() @ values[group][: at + 1]
+    return mixed
+
+
+def turned(x: np.ndarray) -> np.ndarray:
+    """The first half of a head in pairs of neighbours, each a complex number; the rest stays."""
+    half, result = WIDTH // 2, x.copy()
+    pairs = x[:, 0:half:2] + 1j * x[:, 1:half:2]
+    angles = np.outer(np.arange(len(x)), 10000.0 ** (-np.arange(0, half, 2) / half))
+    pairs = pairs * np.exp(1j * angles)
+    result[:, 0:half:2], result[:, 1:half:2] = pairs.real, pairs.imag
+    return result

@@ -1,0 +1,117 @@
+"""Families on several devices.
+
+Qwen3's norms of heads are whole on every tensor peer, and each peer sees only its own heads; GLM's matrix of gate and up is
+split in both of its halves; a stage of a pipeline knows which of its layers rotate; a window is the same wherever rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from parity.check import check
+from parity.report.verdict import Verdict
+from parity.runs.sides import parse_side
+from trainspec.plans.plan import Policy
+from trainspec.recipe import Recipe
+
+Make = Callable[..., Recipe]
+FULL = {"kind": "full"}
+LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ["q_proj"]}
+PIPE = "plan.pipe=2 plan.microbatches=2"
+PLANS: list[tuple[str, str, str, Policy]] = [
+    ("qwen3", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    ("qwen3", "jax plan.data=2", "torch plan.data=2", "fp64"),
+    ("qwen3", "jax plan.fsdp=2 plan.shards=params", "torch", "fp64"),
+    ("qwen3", f"jax {PIPE}", "torch", "fp64"),
+    ("qwen3", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
+    ("qwen3", "jax plan.tensor=2 plan.fsdp=2 plan.shards=params", "torch plan.tensor=2 plan.fsdp=2 plan.shards=params", "fp32"),
+    ("glm", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    ("glm", "jax plan.fsdp=2 plan.shards=params", "torch", "fp64"),
+    ("glm", "jax", "torch plan.tensor=2 plan.fsdp=2 plan.shards=params", "fp32"),
+    ("chatglm2", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    ("smollm3", f"jax {PIPE}", "torch", "fp64"),
+    ("smollm3", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
+    ("smollm3", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    ("mistral", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
+    ("mistral", "jax plan.data=2", "torch plan.tensor=2", "fp64"),
+    ("qwen2", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    ("qwen2", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
+]  # fmt: skip
+# On torch, a tensor peer that keeps the gradient of its own heads.
+NOT_SUMMED = """
+import torchtrain.tensor_parallel
+from torch.func import functional_call
+torchtrain.tensor_parallel.HeadNorm.forward = lambda self, x: functional_call(self._norm[0], {"weight": self.weight}, (x,))
+"""
+
+
+def checked(
+    make: Make, home: Path, left: str, right: str, precision: Policy, method: dict, *, family: str = "qwen3"
+) -> Verdict:
+    recipe = make(family, method=method, optimizer={"lr": 1e-3, "clip_norm": 0.5, "weight_decay": 0.1})
+    (home / "recipe.yaml").write_text(recipe.to_yaml())
+    return check(
+        home / "recipe.yaml", left=parse_side(left), right=parse_side(right), precision=precision, steps=2,
+        overrides=(), out=home / "check",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "left", "right", "precision"), [pytest.param(*p, marks=pytest.mark.full if i else ()) for i, p in enumerate(PLANS)]
+)  # fmt: skip
+def test_a_plan_changes_nothing(
+    make_recipe: Make, tmp_path: Path, family: str, left: str, right: str, precision: Policy
+):
+    verdict = checked(make_recipe, tmp_path, left, right, precision, FULL, family=family)
+    assert verdict.holds, verdict.lines(colour=False)
+    assert verdict.comparison.notes == ()  # both traces say their causal order
+
+
+@pytest.mark.full
+def test_low_rank_pairs_of_queries(make_recipe: Make, tmp_path: Path):
+    verdict = checked(make_recipe, tmp_path, "jax plan.tensor=2", "torch plan.tensor=2", "fp64", LORA)
+    assert verdict.holds, verdict.lines(colour=False)
+
+
+@pytest.mark.full
+def test_low_rank_pairs_of_gate_and_up(make_recipe: Make, tmp_path: Path):
+    method = LORA | {"targets": ["gate_up_proj", "down_proj"]}
+    verdict = checked(
+        make_recipe, tmp_path, "jax plan.tensor=2", "torch plan.tensor=2", "fp64", method, family="glm"
+    )
+    assert verdict.holds, verdict.lines(colour=False)
+
+
+@pytest.mark.full
+def test_halves_that_are_split_as_one_are_seen(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Control: with a contiguous half of gate and up, one peer has all of gate and the other all of up."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torchtrain.tensor_parallel, torchtrain.weights\n"
+        "torchtrain.tensor_parallel.PARTS = torchtrain.weights.PARTS = {}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    verdict = checked(make_recipe, tmp_path, "torch", "torch plan.tensor=2", "fp64", FULL, family="glm")
+    first = verdict.comparison.first_divergence
+    assert first is not None
+    assert (first.location.phase, first.location.tensor) == ("activation", "layers.0.mlp")
+
+
+@pytest.mark.full
+def test_a_gradient_of_own_heads_only_is_seen(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Control: without the sum over peers the first to differ is a norm of the last layer's heads."""
+    (tmp_path / "sitecustomize.py").write_text(NOT_SUMMED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    verdict = checked(make_recipe, tmp_path, "torch", "torch plan.tensor=2", "fp64", FULL)
+    first = verdict.comparison.first_divergence
+    assert first is not None
+    assert (first.location.phase, first.location.tensor) == (
+        "gradient",
+        "model.layers.1.self_attn.k_norm.weight",
+    )
