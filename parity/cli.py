@@ -18,11 +18,15 @@ from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
 from parity.runs.progress import Progress
-from parity.runs.sides import Resumption, parse_resumption, parse_side
+from parity.runs.plans import refusal, runs_as
+from parity.runs.sides import Resumption, Side, parse_resumption, parse_side
 from trainspec.command import add_recipe, run_command
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
-from trainspec.plans.plan import Policy
+from trainspec.plans.plan import Plan, Policy
+from trainspec.small import RECIPE_FILE, write_small_twin
 
+# Updates of a small twin that are compared where the user does not say.
+SMALL_STEPS = 4
 STATUS_PAGE = Path("docs/parity-status.md")
 
 
@@ -57,6 +61,10 @@ def parser() -> ArgumentParser:
     run.add_argument(
         "--continue-from", choices=("own", "other"), default="own",
         help="with --resume-at left:N or right:N: from its own checkpoint (the default), or the other side's",
+    )  # fmt: skip
+    run.add_argument(
+        "--small", action="store_true",
+        help="prove a small twin of the recipe: the same family, flags, method, data and plan axes, small sizes",
     )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default")
     compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")
@@ -110,10 +118,16 @@ def parser() -> ArgumentParser:
 def _run(args: Namespace) -> int:
     match args.command:
         case "check":
-            out = args.out or Path("runs") / f"parity-{args.recipe.stem}"
+            out = args.out or Path("runs") / f"parity-{args.recipe.stem}{'-small' if args.small else ''}"
+            recipe, overrides, steps = args.recipe, args.overrides, args.steps
+            sides = parse_side(args.left), parse_side(args.right)
+            if args.small:
+                recipe, sides = _small(args, sides, out / "small")
+                overrides, steps = (), steps or SMALL_STEPS
+            left, right = sides
             verdict = check(
-                args.recipe, left=parse_side(args.left), right=parse_side(args.right), precision=args.precision,
-                steps=args.steps, overrides=args.overrides, out=out, resumption=_resumption(args),
+                recipe, left=left, right=right, precision=args.precision,
+                steps=steps, overrides=overrides, out=out, resumption=_resumption(args),
                 watcher=Progress(),
             )  # fmt: skip
         case "diff":
@@ -126,6 +140,25 @@ def _run(args: Namespace) -> int:
         case other:
             assert_never(other)
     return _tell(verdict, out)
+
+
+def _small(args: Namespace, sides: tuple[Side, Side], directory: Path) -> tuple[Path, tuple[Side, Side]]:
+    """The file of the recipe's small twin, and the sides: one that refuses the plan runs on one device. Prints all of it."""
+    twin = write_small_twin(args.recipe, args.overrides, directory)
+    print("\n".join([f"small twin of {args.recipe}, in {directory}", *twin.lines()]))
+    left, right = (_able(side, twin.recipe.plan, args.precision) for side in sides)
+    return directory / RECIPE_FILE, (left, right)
+
+
+def _able(side: Side, plan: Plan, precision: Policy) -> Side:
+    """The side with its plan replaced by one device if its backend refuses the plan that the recipe names."""
+    why = None if side.overrides else refusal(plan, precision, side.backend)
+    if why is None:
+        return side
+    print(f"{side} on one device: {why}")
+    alone = runs_as(plan, precision, side.backend)
+    changed = {name: value for name, value in alone if value != getattr(plan, name)}
+    return Side(side.backend, tuple(f"plan.{name}={value}" for name, value in changed.items()))
 
 
 def _resumption(args: Namespace) -> Resumption | None:

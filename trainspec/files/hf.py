@@ -63,7 +63,8 @@ TOKENIZER_PATTERNS = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-HUB_PATTERNS = ["*.json", "*.safetensors", *TOKENIZER_PATTERNS]
+CONFIG_PATTERNS = ["*.json", *TOKENIZER_PATTERNS]
+HUB_PATTERNS = [*CONFIG_PATTERNS, "*.safetensors"]
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -95,6 +96,15 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
         if spec.tied_embeddings and _has_own_head(directory, spec):
             spec = replace(spec, tied_embeddings=False)
     return spec, directory
+
+
+def resolve_config(source: ModelSource) -> tuple[ModelSpec, Path | None]:
+    """`resolve_model` without looking at weights, nor fetching any: what `config.json` says, or the preset."""
+    kind, colon, name = source.from_.partition(":")
+    if colon and kind == "preset":
+        return preset(name), None
+    directory = _hub_directory(name, weights=False) if colon and kind == "hub" else Path(source.from_)
+    return read_model_spec(directory), directory
 
 
 def model_notes(source: ModelSource, spec: ModelSpec, directory: Path | None) -> list[str]:
@@ -144,13 +154,13 @@ def _heads_differ(stamped: tuple[tuple[Path, int, int], ...], ends: tuple[str, s
 
 
 @cache
-def _hub_directory(name: str) -> Path:
+def _hub_directory(name: str, *, weights: bool = True) -> Path:
     # Cached, as it uses the network and a run resolves its model several times. Imported here, so that nothing that uses
     # the network is loaded unless the user named a hub id.
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS if weights else CONFIG_PATTERNS))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.from: hub:{name}: {' '.join(str(error).split())}") from None
 
