@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from jaxtrain.rounding import gradient_rounded
 from jaxtrain.weights import is_stacked
 
 # By native name. None records every point, without probes.
@@ -37,7 +38,8 @@ class _Recorder:
         if self._probes is not None and name not in self._probes:
             return x
         if self._probes is not None:
-            x = x + self._probes[name]
+            # The gradient that is recorded is a stored number, too: that of the logits is nothing else.
+            x = gradient_rounded(x + self._probes[name])
         self.recorded[name] = x
         return x
 

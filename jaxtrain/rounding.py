@@ -59,6 +59,14 @@ def rounded(x: Array, kind: RoundingKind = "stored", *, terms: int = 0) -> Array
     return _moved_both_ways((size, size), x, _next_key(simulation))
 
 
+def gradient_rounded(x: Array) -> Array:
+    """x [...], whose cotangent alone is rounded, where roundings are simulated, as a stored result."""
+    simulation = _active.get()
+    if simulation is None:
+        return x
+    return _moved_both_ways((0.0, simulation.sizes.of("stored")), x, _next_key(simulation))
+
+
 def summand(x: Array, terms: int, *, back: bool = False) -> Array:
     """x [...], a factor of the products in a contraction of `terms` products, where roundings are simulated as the partial
     sums are rounded; with `back` the cotangent is such a factor, not x.
