@@ -27,6 +27,8 @@ Make = Callable[..., Recipe]
 PROOF = 1e-10  # of each tensor's largest entry; rounding stays near 1e-14
 FP32_GRADIENT, FP32_LOSS = 1e-5, 3e-6
 BF16_GRADIENT, BF16_LOSS = 0.04, 1e-3  # a few roundings to 8 bits, each 2⁻⁹
+# DoRA divides by the norm of a weight: one process is 0.21 from its fp32 run, where a bottleneck adapter's is 0.03 from it.
+DORA_BF16_GRADIENT = 0.2
 STEPS, LR = 5, 1e-3
 RESUMED_UPDATE = 1e-3  # of the rate: what rounding of one gradient of five leaves of an update is 3e-5
 HELDOUT = ROOT / "configs/data/qa-heldout.jsonl"
@@ -54,7 +56,7 @@ def recipe_of(make: Make, case: Case, **run: Any) -> Recipe:
 def drawn_adapter(recipe: Recipe, spec: ModelSpec) -> Path:
     """An adapter none of whose weights is zero, so that all gradients count from the first step."""
     method = recipe.method
-    words = "-".join(str(value) for value in method.model_dump(exclude_none=True).values())
+    words = "-".join(str(value) for value in method.model_dump(exclude_none=True, exclude={"adapter"}).values())
     directory = Path(recipe.model.from_).parent / f"adapter-{spec.name}-{words}"
     if not directory.exists():
         weights = {
@@ -110,9 +112,9 @@ def traces(home: Path, case: Case) -> tuple[Path, Path]:
     return directory_of(home, case.alone) / "trace", directory_of(home, case) / "trace"
 
 
-def check(left: Path, right: Path, precision: str) -> None:
+def check(left: Path, right: Path, precision: str, *, bf16: float = BF16_GRADIENT) -> None:
     losses = drift(left, right, "loss", steps=STEPS)
-    bound = {"fp64": PROOF, "fp32": FP32_GRADIENT}.get(precision, BF16_GRADIENT)
+    bound = {"fp64": PROOF, "fp32": FP32_GRADIENT}.get(precision, bf16)
     assert furthest(left, right, "gradient", step=1) <= bound
     assert drift(left, right, "grad_norm", steps=1) <= bound
     assert furthest(left, right, "moment1", step=1) <= bound  # of clipped gradients
