@@ -17,8 +17,8 @@ from parity.faults.table import help_summary, listed, listed_shared, page, resul
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
-from parity.runs.progress import Progress
 from parity.runs.plans import refusal, runs_as
+from parity.runs.progress import Progress
 from parity.runs.sides import Resumption, Side, parse_resumption, parse_side
 from trainspec.command import add_recipe, run_command
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError

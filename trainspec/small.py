@@ -59,9 +59,10 @@ def write_small_twin(path: Path, overrides: Sequence[str], directory: Path) -> S
     shutil.rmtree(model, ignore_errors=True)
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(config_of(twin.model), indent=2) + "\n", encoding="utf-8")
-    for file in tokenizer_files(source) if source else ():
-        (model / file).parent.mkdir(exist_ok=True)
-        shutil.copy(source / file, model / file)
+    if source is not None:
+        for file in tokenizer_files(source):
+            (model / file).parent.mkdir(exist_ok=True)
+            shutil.copy(source / file, model / file)
     (directory / RECIPE_FILE).write_text(twin.recipe.to_yaml(), encoding="utf-8")
     return twin
 
@@ -156,12 +157,12 @@ def _small_heads(spec: ModelSpec) -> tuple[int, int]:
     """Query and key/value heads."""
     group = spec.heads // spec.kv_heads
     if spec.kv_heads == 1:
-        heads = (3 if group % 2 and group > 1 else min(group, 4)), 1
+        heads, kv_heads = (3 if group % 2 and group > 1 else min(group, 4)), 1
     elif group == 1:
-        heads = (min(spec.heads, 4),) * 2 if spec.heads % 2 == 0 else (min(spec.heads, 3),) * 2
+        heads = kv_heads = min(spec.heads, 3 if spec.heads % 2 else 4)
     else:
-        heads = 2 * (3 if group % 2 else 2), 2
-    return heads if heads[0] <= spec.heads else (spec.heads, spec.kv_heads)
+        heads, kv_heads = 2 * (3 if group % 2 else 2), 2
+    return (heads, kv_heads) if heads <= spec.heads else (spec.heads, spec.kv_heads)
 
 
 def _scaled(width: int, ratio: float, *, most: int) -> int:

@@ -151,7 +151,7 @@ def _shade(error: float, bound: float, worst: float) -> int:
 def _errors(first: Finding, traces: tuple[Trace, Trace]) -> Array | None:
     """|left - right| as a share of the largest entry, NaN and infinity as infinity; None if there is no such difference."""
     pair, location = Pair(*traces), first.location
-    if location.step not in (0, *pair.step_numbers):
+    if location.step not in (0, *pair.step_numbers, pair.stopped_step):
         return None  # a side did not make the step
     if location.phase == "resume" or location.group not in {
         key.partition("/")[0] for keys in pair.keys(location.step) for key in keys

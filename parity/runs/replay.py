@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Metrics, Reference, Roundings
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
-from trainspec.trace import Keep, StepTrace, Trace, TraceWriter
+from trainspec.trace import STOPPED_FILE, Keep, StepTrace, Trace, TraceWriter
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -238,11 +238,11 @@ def main() -> None:
         ended = Path(job.ended[number]) if job.ended else None
         movement = out / "movement" if job.draws and number == 0 else None
         records = records_of(run, ended)
-        first = next(records, None)  # waits for it
-        if first is None:
-            continue  # the run made no update
+        made = list(islice(records, 1))  # waits for it
+        if not made and not (run / STOPPED_FILE).is_file():
+            continue  # the run made no update, and was not stopped at one
         write_reference(
-            replayer, Trace(run), out / f"reference-{number}", movement=movement, records=chain([first], records),
+            replayer, Trace(run), out / f"reference-{number}", movement=movement, records=chain(made, records),
             name=NAMES[number] if number < len(NAMES) else str(number),
         )  # fmt: skip
 
