@@ -264,7 +264,7 @@ def _not_finite(left: Array, right: Array) -> str | None:
     broken = {name: ~np.isfinite(side) for name, side in _named(left, right) if not np.isfinite(side).all()}
     if not broken:
         return None
-    if len(broken) == 2 and np.array_equal(*broken.values()):
+    if len(broken) == 2 and np.array_equal(broken["left"], broken["right"]):
         return (
             f"not finite in left and right alike: {_entries(broken['left'])}; both sides overflow here, so it is no difference "
             "between them"

@@ -42,14 +42,14 @@ class Llama:
     def mlp(self, layer: Any) -> nn.Module:
         return layer.mlp
 
-    def outputs(self, layer: Any) -> dict[str, nn.Module]:
+    def outputs(self, layer: Any) -> dict[str, Any]:
         attention, mlp = self.attention(layer), self.mlp(layer)
         norms = {"input_norm": layer.input_layernorm, "post_norm": layer.post_attention_layernorm}
         heads = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
         whole = {"attention": attention, "mlp": mlp, "block": layer}
         return norms | heads | {"gate": mlp.gate_proj, "up": mlp.up_proj} | whole
 
-    def inputs(self, layer: Any) -> dict[str, nn.Module]:
+    def inputs(self, layer: Any) -> dict[str, Any]:
         return {"mixed": self.attention(layer).o_proj, "product": self.mlp(layer).down_proj}
 
     def norm(self, model: Any) -> nn.Module:
