@@ -49,11 +49,11 @@ class Anatomy(Protocol):
         """A layer's feed-forward block; called with the hidden states."""
         ...
 
-    def outputs(self, layer: Any) -> dict[str, nn.Module]:
+    def outputs(self, layer: Any) -> dict[str, Any]:
         """The modules of a layer whose output is a point of `points.LAYER_POINTS`, by the point's name."""
         ...
 
-    def inputs(self, layer: Any) -> dict[str, nn.Module]:
+    def inputs(self, layer: Any) -> dict[str, Any]:
         """The modules whose first argument is a point. Rotated queries and keys are the arguments of no module."""
         ...
 

@@ -20,6 +20,6 @@ class Glm(Llama):
     def make(self, spec: ModelSpec) -> PreTrainedModel:
         return GlmForCausalLM(GlmConfig(**sizes(spec)))
 
-    def before_product(self, mlp: Any) -> dict[str, nn.Module]:
+    def before_product(self, mlp: Any) -> dict[str, Any]:
         """None: gate and up are the output of one module."""
         return {}

@@ -42,18 +42,18 @@ class Llama:
     def mlp(self, layer: Any) -> nn.Module:
         return layer.mlp
 
-    def outputs(self, layer: Any) -> dict[str, nn.Module]:
+    def outputs(self, layer: Any) -> dict[str, Any]:
         attention = self.attention(layer)
         norms = {"input_norm": layer.input_layernorm, "post_norm": layer.post_attention_layernorm}
         heads = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
         whole = {"attention": attention, "mlp": self.mlp(layer), "block": layer}
         return norms | heads | self.before_product(self.mlp(layer)) | whole
 
-    def before_product(self, mlp: Any) -> dict[str, nn.Module]:
+    def before_product(self, mlp: Any) -> dict[str, Any]:
         """Those of the feed-forward block, before its product."""
         return {"gate": mlp.gate_proj, "up": mlp.up_proj}
 
-    def inputs(self, layer: Any) -> dict[str, nn.Module]:
+    def inputs(self, layer: Any) -> dict[str, Any]:
         return {"mixed": self.attention(layer).o_proj, "product": self.mlp(layer).down_proj}
 
     def norm(self, model: Any) -> nn.Module:

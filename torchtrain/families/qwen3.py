@@ -20,6 +20,6 @@ class Qwen3(Llama):
     def make(self, spec: ModelSpec) -> PreTrainedModel:
         return Qwen3ForCausalLM(Qwen3Config(**sizes(spec)))
 
-    def outputs(self, layer: Any) -> dict[str, nn.Module]:
+    def outputs(self, layer: Any) -> dict[str, Any]:
         attention = self.attention(layer)
         return super().outputs(layer) | {"query_norm": attention.q_norm, "key_norm": attention.k_norm}
