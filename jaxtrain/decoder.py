@@ -120,8 +120,10 @@ class Decoder(nnx.Module):
         ) -> tuple[Array, dict[str, Array]]:
             weights, layer_probes, prefix, rotated = layer
             inner_tap = Tap(layer_probes)
-            tables = (cos, sin) if rotated is None else turning(rotated, cos, sin)
-            x_BSE = nnx.merge(definition, weights)(x_BSE, *tables, mask_BSS, point, prefix, inner_tap)
+            own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
+            x_BSE = nnx.merge(definition, weights)(
+                x_BSE, own_cos, own_sin, mask_BSS, point, prefix, inner_tap
+            )
             return x_BSE, inner_tap.recorded
 
         if self.remat == "full":

@@ -56,7 +56,9 @@ def recipe_of(make: Make, case: Case, **run: Any) -> Recipe:
 def drawn_adapter(recipe: Recipe, spec: ModelSpec) -> Path:
     """An adapter none of whose weights is zero, so that all gradients count from the first step."""
     method = recipe.method
-    words = "-".join(str(value) for value in method.model_dump(exclude_none=True, exclude={"adapter"}).values())
+    words = "-".join(
+        str(value) for value in method.model_dump(exclude_none=True, exclude={"adapter"}).values()
+    )
     directory = Path(recipe.model.from_).parent / f"adapter-{spec.name}-{words}"
     if not directory.exists():
         weights = {
