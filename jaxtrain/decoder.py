@@ -122,9 +122,9 @@ class Decoder(nnx.Module):
             x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None, Array | NDArray[np.bool_] | None]
         ) -> tuple[Array, dict[str, Array]]:
             weights, layer_probes, prefix, rotated = layer
-            tables = (cos, sin) if rotated is None else turning(rotated, cos, sin)
+            own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
             with recording(layer_probes, prefix=IN_LAYERS) as recorded:
-                x_BSE = nnx.merge(definition, weights)(x_BSE, *tables, mask_BSS, point, prefix)
+                x_BSE = nnx.merge(definition, weights)(x_BSE, own_cos, own_sin, mask_BSS, point, prefix)
             return x_BSE, recorded
 
         if self.remat == "full":

@@ -92,9 +92,9 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.decoder:Decoder.blocks",
-                    "__layers = (__stacked, __probes, __virtual.prefix)",
+                    "__layers = (__stacked, __probes, __virtual.prefix, __rotated)",
                     "from parity.faults.substitutes.jax_prefix import rotated\n"
-                    "__layers = (__stacked, __probes, rotated(__virtual.prefix, self.spec))",
+                    "__layers = (__stacked, __probes, rotated(__virtual.prefix, self.spec), __rotated)",
                 ),
             ),
             "torch": (
