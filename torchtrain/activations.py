@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from torchtrain.families import anatomy_of
 from torchtrain.mesh import Mesh
 from torchtrain.precision import to_numpy
-from torchtrain.tensor_parallel import WholeLinear, is_split
+from torchtrain.tensor_parallel import WholeLinear, gather_axis, is_split
 from trainspec.plans.pipeline import layer_stages
 from trainspec.plans.plan import Plan
 from trainspec.points import Point
@@ -181,7 +181,7 @@ def by_point(
             microbatches = [t.reshape(*t.shape[:2], -1, head_dim) for t in microbatches]
         for dim, axis in enumerate(point.axes, 1):
             if is_split(axis):
-                microbatches = [mesh.tensor.gather(t, dim) for t in microbatches]
+                microbatches = [gather_axis(t, dim, axis, mesh.tensor) for t in microbatches]
         joined = torch.cat([mesh.replicas.gather(t, 0) for t in microbatches]) if microbatches else None
         return to_numpy(mesh.stages.share(joined, stage))
 
