@@ -34,6 +34,8 @@ FAMILIES = {
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"rms_norm_eps": 1e-6}),
     "glm": (GlmForCausalLM, GlmConfig, {"rms_norm_eps": 1.5625e-7}),
 }
+# Those whose head is the embedding.
+TIED = ("tied", "smollm3")
 SHAPES = ("tied", "untied", "own-head", "sharded", "stale-index", "bf16", "yarn", *FAMILIES)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

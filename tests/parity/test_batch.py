@@ -38,6 +38,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for program in ("jaxtrain", "torchtrain"):
         (tmp_path / "path" / program).mkdir(parents=True)
         (tmp_path / "path" / program / "__init__.py").touch()
+        (tmp_path / "path" / program / "step.py").touch()
         (tmp_path / "path" / program / "cli.py").write_text(STAND_IN)
     monkeypatch.setattr(batch, "POLL_SECONDS", 0.02)
     monkeypatch.chdir(tmp_path / "path")

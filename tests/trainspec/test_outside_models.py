@@ -15,7 +15,16 @@ import numpy as np
 import peft
 import pytest
 import torch
-from model_shapes import EMBEDDING, HEAD, SHAPES, edit_config, edit_weights, make_model_shapes, small_llama
+from model_shapes import (
+    EMBEDDING,
+    HEAD,
+    SHAPES,
+    TIED,
+    edit_config,
+    edit_weights,
+    make_model_shapes,
+    small_llama,
+)
 from oracle.tokenizers import make_tokenizers
 from safetensors.numpy import load_file
 from small import ROOT, write_tokenizer
@@ -207,7 +216,7 @@ def assert_read_alike(directory: Path) -> ModelSpec:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_weights_are_those_that_transformers_loads(shapes: dict[str, Path], name: str):
-    assert assert_read_alike(shapes[name]).tied_embeddings == (name == "tied")
+    assert assert_read_alike(shapes[name]).tied_embeddings == (name in TIED)
 
 
 def a_model(directory: Path, **changes: object) -> Path:
@@ -378,7 +387,7 @@ def test_a_merged_model_is_the_one_that_peft_merges(
     assert ours.dtype == torch.float64  # as config.json says
     for key, theirs in model.state_dict().items():
         assert torch.allclose(ours.state_dict()[key], theirs, rtol=0, atol=1e-12), key
-    assert ours.config.tie_word_embeddings == (name == "tied")
+    assert ours.config.tie_word_embeddings == (name in TIED)
     assert model_notes(source_of(merged), *resolve_model(source_of(merged))) == []
 
 
