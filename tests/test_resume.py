@@ -74,6 +74,7 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(program: str, recipe_file: Pat
     ]
 
 
+@pytest.mark.full
 def test_a_run_goes_on_on_the_other_backend(recipe_file: Path, tmp_path: Path):
     recipe, homes = str(recipe_file), {name: tmp_path / name for name in ("jax", "there", "back")}
     first = ["--set", "run.stop_after_steps=10"]
@@ -124,7 +125,8 @@ def words(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-@pytest.mark.parametrize("program", ["torchtrain", pytest.param("jaxtrain", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("program", ["torchtrain", "jaxtrain"])
 def test_what_a_run_goes_on_with_is_known_by_content(program: str, place: Path):
     train = ["train", str(place / "r.yaml")]
     stop = words(f"run.stop_after_steps={STOPPED}")

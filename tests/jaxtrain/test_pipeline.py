@@ -13,7 +13,6 @@ from trainspec.plans.pipeline import Work, bubble
 from trainspec.plans.plan import Plan
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
-FAST = "1f1b"  # of the fast tests: the one with a program of its own
 MESHES = {
     "pipe2-data2-tensor2": {"pipe": 2, "data": 2, "tensor": 2},
     "pipe2-fsdp2-tensor2": {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "params"},
@@ -24,7 +23,7 @@ PROJECTION = {"kind": "prefix", "virtual_tokens": 5, "projection": True, "hidden
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory, request: pytest.FixtureRequest) -> Runs:
+def few(tmp_path_factory) -> Runs:
     """Each schedule once, the stages unequal, two accumulation slices of eight microbatches; one resumes from one device.
 
     The logits are those of eight examples, which do not divide into eight microbatches on two replicas.
@@ -45,14 +44,11 @@ def few(tmp_path_factory, request: pytest.FixtureRequest) -> Runs:
         "prefix-1f1b": prefix | {"plan": fsdp | {"microbatches": 4}},
         "other": lora | {"method": adapters | {"dropout": 0.11}, "plan": {"pipe": 2, "microbatches": 8}},
     }
-    if request.config.option.markexpr == "not full":
-        cases = {name: cases[name] for name in ("one", FAST, "other")}
     return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("few"))[0])
 
 
-@pytest.mark.parametrize(
-    "schedule", [pytest.param(s, marks=[] if s == FAST else pytest.mark.full) for s in SCHEDULES]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_trains_as_one_device_does(few, schedule):
     assert_equal({schedule: worst(few.of(schedule), few.of("one"))}, ROUNDING)
 
@@ -62,6 +58,7 @@ def test_a_prefix_is_trained_through_its_projection_in_a_pipeline(few):
     assert_equal({"prefix": worst(few.of("prefix-1f1b"), few.of("prefix"))}, ROUNDING)
 
 
+@pytest.mark.full
 def test_a_pipeline_that_trains_something_else_would_show(few):
     """The negative control: another dropout rate."""
     found = worst(few.of("other"), few.of("one"))

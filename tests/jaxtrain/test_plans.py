@@ -37,7 +37,6 @@ PLANS = {
 }
 
 # Not of the fast tests.
-LONG = ("lora-fsdp", "lora-resumed")
 
 
 def compared(scratch: Path, case: dict, plans: dict) -> dict[str, dict[str, float]]:
@@ -55,7 +54,7 @@ def assert_equal(found: dict[str, dict[str, float]], bound: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory, request: pytest.FixtureRequest) -> Runs:
+def few(tmp_path_factory) -> Runs:
     """A run for each kind of thing that a plan does, in one process: imports cost more than steps."""
     adapters = LORA | {"targets": ["lm_head", "k_proj", "o_proj", "up_proj", "down_proj"]}
     lora, tied = COMMON | {"method": adapters}, COMMON | {"method": FULL, "variant": "tied"}
@@ -69,18 +68,16 @@ def few(tmp_path_factory, request: pytest.FixtureRequest) -> Runs:
         "tied": tied,
         "tied-mixed": tied | {"plan": PLANS["mixed-params"] | {"remat": "full"}},
     }
-    if request.config.option.markexpr == "not full":
-        cases = {name: case for name, case in cases.items() if name not in LONG}
     return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("few"))[0])
 
 
-@pytest.mark.parametrize(
-    "name", ["lora-tensor", "tied-mixed", *(pytest.param(name, marks=pytest.mark.full) for name in LONG)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["lora-tensor", "lora-fsdp", "lora-resumed", "tied-mixed"])
 def test_a_plan_trains_as_one_device_does(few, name):
     assert_equal({name: worst(few.of(name), few.of(name.partition("-")[0]))}, ROUNDING)
 
 
+@pytest.mark.full
 def test_a_plan_that_trains_something_else_would_show(few):
     """The negative control: another dropout rate."""
     found = worst(few.of("lora-other"), few.of("lora"))

@@ -34,12 +34,23 @@ MISTAKES = {
 }
 
 
+# Of the fast tests.
+FAST = "mlp"
+
+
+def marked(pair: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if pair == FAST else (pytest.mark.full,)
+
+
 @pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PAIR/PROGRAM and PAIR/PROGRAM--flag for all pairs and mistakes."""
     home = tmp_path_factory.mktemp("examples")
+    is_fast = request.config.option.markexpr == "not full"
     runs = [(pair, program, "") for pair, programs in PAIRS.items() for program in programs]
     for pair, program, flag in (*runs, *MISTAKES):
+        if is_fast and pair != FAST:
+            continue
         script = str(ROOT / f"docs/examples/twin_{pair}_{program}.py")
         argv = [sys.executable, script, str(home / pair / f"{program}{flag}"), *([flag] if flag else [])]
         subprocess.run(argv, check=True, cwd=ROOT, timeout=300)
@@ -53,7 +64,7 @@ def verdict_of(left: Path, right: Path, out: Path) -> dict:
     return verdict
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", [pytest.param(pair, marks=marked(pair)) for pair in PAIRS])
 def test_the_twins_agree(traces: Path, pair: str, tmp_path: Path):
     left, right = (traces / pair / program for program in PAIRS[pair])
     verdict = verdict_of(left, right, tmp_path)
@@ -63,7 +74,7 @@ def test_the_twins_agree(traces: Path, pair: str, tmp_path: Path):
     assert not any("headers differ" in note or "policy" in note for note in verdict["notes"])
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=" ".join)
+@pytest.mark.parametrize("mistake", [pytest.param(m, id=" ".join(m), marks=marked(m[0])) for m in MISTAKES])
 def test_a_planted_mistake_is_found_where_it_is(traces: Path, mistake: tuple[str, str, str], tmp_path: Path):
     pair, wrong, flag = mistake
     left, right = (traces / pair / f"{program}{flag if program == wrong else ''}" for program in PAIRS[pair])

@@ -104,6 +104,7 @@ def test_a_nan_in_one_layer_is_placed_there(checked, precision, tmp_path):
     assert "right stopped: " in (last.reason or "")
 
 
+@pytest.mark.full
 @PRECISIONS
 def test_an_infinite_gradient_of_a_finite_loss_is_placed_in_the_backward_pass(checked, precision):
     verdict, written = checked(precision, program="torchtrain", edits=[IN_A_GRADIENT])
@@ -116,6 +117,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_placed_in_the_backward_pass(ch
     assert all(f.holds for f in verdict.comparison.findings if f.location.phase == "activation")
 
 
+@pytest.mark.full
 @PRECISIONS
 def test_a_token_that_first_comes_in_the_second_batch_is_placed_at_that_step(checked, precision, tiny):
     data = open_dataset(resolve(tiny.recipe()), "train")
@@ -131,6 +133,7 @@ def test_a_token_that_first_comes_in_the_second_batch_is_placed_at_that_step(che
     assert all(f.holds for f in verdict.comparison.findings if f.location.step < 2)
 
 
+@pytest.mark.full
 def test_what_overflows_on_both_sides_is_said_to_be_no_difference(checked, tiny, tmp_path):
     """Gates and ups of 1e20, whose product a float32 cannot hold. A float64 can."""
     model = tmp_path / "huge"
