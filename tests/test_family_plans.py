@@ -100,7 +100,7 @@ def test_halves_that_are_split_as_one_are_seen(
     verdict = checked(make_recipe, tmp_path, "torch", "torch plan.tensor=2", "fp64", FULL, family="glm")
     first = verdict.comparison.first_divergence
     assert first is not None
-    assert (first.location.phase, first.location.tensor) == ("activation", "layers.0.mlp")
+    assert (first.location.phase, first.location.tensor) == ("activation", "layers.0.product")
 
 
 @pytest.mark.full
