@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -148,10 +149,14 @@ class _Request:
         }
 
     @property
+    def _recipe_arguments(self) -> list[str]:
+        """Those of the command line that name the recipe."""
+        return [str(self.recipe), *(word for setting in self.overrides for word in ("--set", setting))]
+
+    @property
     def arguments(self) -> list[str]:
         """Those of the command line that ask for the same check, but for precision and steps."""
-        words = [str(self.recipe), *(word for setting in self.overrides for word in ("--set", setting))]
-        words += ["--left", str(self.sides[0]), "--right", str(self.sides[1])]
+        words = [*self._recipe_arguments, "--left", str(self.sides[0]), "--right", str(self.sides[1])]
         if self.resumption:
             one = [f"{side}:" for side in self.resumption.sides if len(self.resumption.sides) == 1]
             words += ["--resume-at", f"{''.join(one)}{self.resumption.after}"]
@@ -271,7 +276,8 @@ class _Request:
     def refined(self, verdict: Verdict, step: int, *, out: Path) -> tuple[Verdict, Sequence[SideResult]]:
         """The verdict with `step` judged again, activations included, where an earlier divergence may show.
 
-        Everything goes under `out`. Returns the sides of the second look as well, if the verdict is about them. If the step holds the second time, the verdict stays as it is.
+        Everything goes under `out`. Returns the sides of the second look as well, if the verdict is about them. If the step
+        holds the second time, the verdict stays as it is.
         """
         results, second = self.judged(step, out=out, activations_at=step)
         if second.holds:
@@ -294,8 +300,8 @@ class _Request:
     def diagnose(self, comparison: Comparison, results: Sequence[SideResult]) -> Diagnosis | None:
         """What the first divergence looks like, and what to run next with this recipe."""
         found = diagnose(comparison, traces_of(results), counts=self.counts)
-        settings = "".join(f" --set {override}" for override in self.overrides)
-        return found.for_sides(f"{self.recipe}{settings}", self.sides[1].backend) if found else None
+        recipe = shlex.join(self._recipe_arguments)
+        return found.for_sides(recipe, self.sides[1].backend) if found else None
 
 
 def _known_run(recipe: Recipe) -> Run | None:

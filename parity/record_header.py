@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from typing import get_args
 
 import numpy as np
@@ -15,6 +13,7 @@ from parity.name_map import Arrays
 from trainspec.errors import TraceError, nearest
 from trainspec.plans.plan import Policy
 from trainspec.trace_header import OrderOrigin, TraceHeader
+from trainspec.versions import installed_versions
 
 # Packages whose versions can change a program's numbers; the header has those that the program has imported.
 PACKAGES = (
@@ -45,7 +44,12 @@ class RecordedHeader:
     def started(self, weights: Arrays, order: OrderOrigin | None) -> TraceHeader:
         """The header before the first update, with the versions of what the program has imported."""
         identity = {"weights": _digest(weights).hex()}
-        self.current = replace(self.current, versions=_versions(), identity=identity, order=order)
+        self.current = replace(
+            self.current,
+            versions=installed_versions(name for name in PACKAGES if name in sys.modules),
+            identity=identity,
+            order=order,
+        )
         return self.current
 
     def fed(self, batch: Arrays) -> TraceHeader:
@@ -64,14 +68,3 @@ def _digest(arrays: Arrays) -> bytes:
         total.update(f"{name} {list(array.shape)}".encode())
         total.update(values.tobytes())
     return total.digest()
-
-
-def _versions() -> Mapping[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            if package in sys.modules:
-                found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,8 +1,21 @@
-"""A package whose private names are used is written for one version: another that is installed is reported."""
+"""The versions of installed packages, and a report of one that is not the version that code was written for."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The version of each of `packages` that is installed, from its metadata: none is imported."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def report_other_version(package: str, installed: str, *, written_for: str, program: str) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from parity.comparison.compare import Comparison, Finding
 from parity.comparison.pair import NAMES, Pair, as_float64
-from parity.comparison.phases import SCALAR_TENSORS
+from parity.comparison.phases import CLIP, SCALAR_TENSORS
 from trainspec.data import IGNORED
 from trainspec.recipe import Recipe
 from trainspec.trace import Trace, TraceName
@@ -109,7 +109,7 @@ class View:
         if self.phase in SCALAR_TENSORS:
             left, right = self.pair.scalar(self.step, self.tensor)
             return np.asarray(left, np.float64), np.asarray(right, np.float64)
-        if self.phase == "clip":
+        if self.phase == CLIP:
             left, right = self.first.values or (np.nan, np.nan)
             return np.asarray(left, np.float64), np.asarray(right, np.float64)
         return self.pair.read(self.step, self.first.location.group, self.tensor)

@@ -6,7 +6,6 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -18,6 +17,7 @@ from parity.report.pictures import pictures
 from parity.report.settings import origins_of, settings_of
 from parity.report.verdict import TITLES, Verdict, explained, number, values_at
 from trainspec.trace import Trace
+from trainspec.versions import installed_versions
 
 # Packages that affect the numbers. Their versions come from package metadata; none of them is imported here.
 PACKAGES = ("twintrain", "numpy", "jax", "flax", "optax", "torch", "transformers", "peft", "deepspeed")
@@ -98,10 +98,4 @@ def _decades(used: float) -> float:
 
 def versions() -> list[tuple[str, str]]:
     """(package, version) of Python and the installed packages that affect the numbers."""
-    installed = [("python", platform.python_version())]
-    for package in PACKAGES:
-        try:
-            installed.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return installed
+    return [("python", platform.python_version()), *installed_versions(PACKAGES).items()]

@@ -114,7 +114,7 @@ class SideTraining:
 
     Its methods raise UserError, naming the side, for what the backend reports as a user's mistake and for a crash, and
     MachineError for a failure of the machine. With `activations_at` the trace has that step's activations and their
-    gradients.
+    gradients. What an earlier check left is removed by `clear`.
     """
 
     side: Side
@@ -139,12 +139,10 @@ class SideTraining:
         self, steps: int, *, activations_at: int | None = None, checkpoint_at: int | None = None
     ) -> SideResult:
         """Train `steps` updates in one part; `checkpoint_at` saves a checkpoint on the way, for the other side."""
-        self.clear()
         return self._part(steps, "trace", activations_at=activations_at, checkpoint_at=checkpoint_at)
 
     def run_in_two(self, steps: int, *, after: int, activations_at: int | None = None) -> SideResult:
         """Train up to `after`, then resume from that checkpoint and train up to `steps`; the trace is of both parts."""
-        self.clear()
         first = self._part(after, "part-1", activations_at=activations_at)
         return first if first.stopped else self._resume(first, steps, activations_at)
 
@@ -158,7 +156,6 @@ class SideTraining:
         activations_at: int | None = None,
     ) -> SideResult:
         """Resume from the checkpoint of another side, whose trace `before` has the steps up to `after`."""
-        self.clear()
         name = checkpoint_name(after)
         saved = other.home / "run" / "checkpoints" / name
         if not saved.is_dir():  # the other side stopped itself before
@@ -170,7 +167,6 @@ class SideTraining:
         """Remove what an earlier check left."""
         for old in ("run", "trace", "part-1", "part-2"):
             shutil.rmtree(self.home / old, ignore_errors=True)
-        self.home.mkdir(parents=True, exist_ok=True)
 
     def _resume(self, first: SideResult, steps: int, activations_at: int | None) -> SideResult:
         second = self._part(steps, "part-2", activations_at=activations_at, resume=True)
@@ -196,6 +192,7 @@ class SideTraining:
         command += ["--out", str(self.home / "run"), "--trace", str(directory)]
         command += ["--resume"] if resume else []
         command += ["--activations", str(activations_at)] if activations_at else []
+        self.home.mkdir(parents=True, exist_ok=True)
         log = self.home / ("log-2.txt" if resume else "log.txt")
         code, last = self.launcher.run(self.name, command, log=log)
         return self._result(code, last, log=log, trace=directory)

@@ -37,6 +37,7 @@ class Glm(Llama):
     model_type = "glm"
     architectures = ("GlmForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
+    heads_divide: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, bool]] = {"mlp_bias": False}
     output_bias: ClassVar[bool] = False
     within_layer: ClassVar[tuple[str, ...]] = (
@@ -60,13 +61,9 @@ class Glm(Llama):
             ("mlp.down_proj", (m.embed, m.mlp), ("embed", "mlp"), False),
         )
 
-    def check(self, fields: DecoderFields, where: str) -> None:
-        """Heads need not divide the hidden size."""
-
     def config_of(self, model: ModelSpec) -> dict[str, Any]:
-        """Llama's, without the MLP's bias; the default padding token is beyond small vocabularies."""
-        config = super().config_of(model) | {"pad_token_id": None}
-        return {key: value for key, value in config.items() if key not in self.fixed}
+        """Llama's; the default padding token is beyond small vocabularies."""
+        return super().config_of(model) | {"pad_token_id": None}
 
     def rotate(self, x_PHD: Array, cos_P1R: Array, sin_P1R: Array) -> Array:
         """Elements 2j and 2j + 1 turn together; those after the first R stay."""

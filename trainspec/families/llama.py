@@ -51,6 +51,8 @@ class Llama(Family):
     fields: ClassVar[type[DecoderFields]] = DecoderFields
     # Rules of the spec that no setting changes.
     fixed: ClassVar[Mapping[str, bool]] = {}
+    # Whether transformers' configuration refuses heads that do not divide the hidden size.
+    heads_divide: ClassVar[bool] = True
     # Whether attention's output has a bias where queries, keys and values have one.
     output_bias: ClassVar[bool] = True
     within_layer: ClassVar[tuple[str, ...]] = (
@@ -124,7 +126,7 @@ class Llama(Family):
 
     def check(self, fields: DecoderFields, where: str) -> None:
         """Raises ModelError for fields that transformers' configuration of this family refuses."""
-        if fields.hidden_size % fields.num_attention_heads:
+        if self.heads_divide and fields.hidden_size % fields.num_attention_heads:
             raise ModelError(
                 f"{where}: hidden_size {fields.hidden_size} is not a multiple of num_attention_heads "
                 f"{fields.num_attention_heads}"
@@ -135,8 +137,8 @@ class Llama(Family):
         return dict(self.fixed)
 
     def config_of(self, model: ModelSpec) -> dict[str, Any]:
-        """Every field that `spec_of` reads."""
-        return {
+        """Every field that `spec_of` reads, but those that are always the same in this family."""
+        config = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "vocab_size": model.vocab,
@@ -155,6 +157,7 @@ class Llama(Family):
             "mlp_bias": model.mlp_bias,
             "initializer_range": model.init_std,
         }
+        return {key: value for key, value in config.items() if key not in self.fixed}
 
     def notes(self, config: dict[str, Any], *, where: str) -> list[str]:
         """Unused rotary settings and biases, custom code, a padding token out of range."""

@@ -29,6 +29,7 @@ class Mistral(Llama):
     model_type = "mistral"
     architectures = ("MistralForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
+    heads_divide: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, bool]] = {"attention_bias": False, "mlp_bias": False}
     # Sizes of the published model: those of 7B (arXiv 2310.06825), with the vocabulary and without the window of v0.3.
     presets: ClassVar[Mapping[str, ModelSpec]] = {
@@ -39,14 +40,10 @@ class Mistral(Llama):
         )
     }  # fmt: skip
 
-    def check(self, fields: DecoderFields, where: str) -> None:
-        """Heads need not divide the hidden size."""
-
     def rules(self, fields: Any) -> dict[str, Any]:
         """The window."""
         return super().rules(fields) | {"window": fields.sliding_window}
 
     def config_of(self, model: ModelSpec) -> dict[str, Any]:
-        """Llama's, with the window and without the settings of biases."""
-        config = super().config_of(model) | {"sliding_window": model.window}
-        return {key: value for key, value in config.items() if key not in self.fixed}
+        """Llama's, with the window."""
+        return super().config_of(model) | {"sliding_window": model.window}

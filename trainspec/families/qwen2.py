@@ -38,6 +38,7 @@ class Qwen2(Llama):
     model_type = "qwen2"
     architectures = ("Qwen2ForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
+    heads_divide: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, bool]] = {"attention_bias": True, "mlp_bias": False}
     output_bias: ClassVar[bool] = False
     # Sizes of published models (arXiv 2412.15115, table 1).
@@ -49,10 +50,6 @@ class Qwen2(Llama):
         )
     }
 
-    def check(self, fields: DecoderFields, where: str) -> None:
-        """Heads need not divide the hidden size."""
-
     def config_of(self, model: ModelSpec) -> dict[str, Any]:
-        """Llama's, without the settings of biases, which Qwen2 does not have."""
-        config = super().config_of(model) | {"use_sliding_window": False}
-        return {key: value for key, value in config.items() if key not in self.fixed}
+        """Llama's, without a sliding window."""
+        return super().config_of(model) | {"use_sliding_window": False}

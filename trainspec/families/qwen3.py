@@ -42,6 +42,7 @@ class Qwen3(Llama):
     model_type = "qwen3"
     architectures = ("Qwen3ForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
+    heads_divide: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, bool]] = {"mlp_bias": False}
     within_layer: ClassVar[tuple[str, ...]] = (
         "input_layernorm", "input_norm", "q_proj", "query", "k_proj", "key", "v_proj", "value",
@@ -70,14 +71,9 @@ class Qwen3(Llama):
         ]
         return entries
 
-    def check(self, fields: DecoderFields, where: str) -> None:
-        """Heads need not divide the hidden size."""
-
     def config_of(self, model: ModelSpec) -> dict[str, Any]:
-        """Llama's, without the MLP bias, which Qwen3 does not have."""
-        config = super().config_of(model) | {"use_sliding_window": False}
-        del config["mlp_bias"]
-        return config
+        """Llama's, without a sliding window."""
+        return super().config_of(model) | {"use_sliding_window": False}
 
     def heads(self, layer: LayerWeights, name: str, x_PE: Array) -> Array:
         """Llama's, with queries and keys normed."""

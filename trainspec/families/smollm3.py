@@ -35,6 +35,7 @@ class SmolLM3(Llama):
     model_type = "smollm3"
     architectures = ("SmolLM3ForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
+    heads_divide: ClassVar[bool] = False
     # Sizes of the published model (its model card).
     presets: ClassVar[Mapping[str, ModelSpec]] = {
         "smollm3-3b": ModelSpec(
@@ -45,7 +46,8 @@ class SmolLM3(Llama):
     }  # fmt: skip
 
     def check(self, fields: DecoderFields, where: str) -> None:
-        """Heads need not divide the hidden size; the list of layers has to have all of them."""
+        """The list of layers has to have all of them."""
+        super().check(fields, where)
         assert isinstance(fields, _Fields)
         listed = fields.no_rope_layers
         if listed is not None and len(listed) < fields.num_hidden_layers:

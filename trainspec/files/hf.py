@@ -79,15 +79,10 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
     Only `hub:` uses the network. A head that is stored separately is one whatever the config says of ties, as in
     transformers. Raises ModelError.
     """
-    kind, colon, name = source.from_.partition(":")
-    if colon and kind == "preset":
-        spec = preset(name)
-        if source.weights == "pretrained":
-            raise ModelError(f"model.from: {source.from_} has no trained weights; set model.weights=random")
-        return spec, None
-    directory = _hub_directory(name) if colon and kind == "hub" else Path(source.from_)
-    spec = read_model_spec(directory)
+    spec, directory = resolve_config(source, fetch_weights=True)
     if source.weights == "pretrained":
+        if directory is None:
+            raise ModelError(f"model.from: {source.from_} has no trained weights; set model.weights=random")
         if (directory / "adapter_config.json").is_file():
             raise ModelError(
                 f"model.from: {directory} holds an adapter as well as the model (adapter_config.json), and transformers would "
@@ -98,12 +93,12 @@ def resolve_model(source: ModelSource) -> tuple[ModelSpec, Path | None]:
     return spec, directory
 
 
-def resolve_config(source: ModelSource) -> tuple[ModelSpec, Path | None]:
-    """`resolve_model` without looking at weights, nor fetching any: what `config.json` says, or the preset."""
+def resolve_config(source: ModelSource, *, fetch_weights: bool = False) -> tuple[ModelSpec, Path | None]:
+    """`resolve_model` without looking at weights: what `config.json` says, or the preset. Of `hub:` it fetches none by default."""
     kind, colon, name = source.from_.partition(":")
     if colon and kind == "preset":
         return preset(name), None
-    directory = _hub_directory(name, weights=False) if colon and kind == "hub" else Path(source.from_)
+    directory = _hub_directory(name, weights=fetch_weights) if colon and kind == "hub" else Path(source.from_)
     return read_model_spec(directory), directory
 
 
@@ -154,7 +149,7 @@ def _heads_differ(stamped: tuple[tuple[Path, int, int], ...], ends: tuple[str, s
 
 
 @cache
-def _hub_directory(name: str, *, weights: bool = True) -> Path:
+def _hub_directory(name: str, *, weights: bool) -> Path:
     # Cached, as it uses the network and a run resolves its model several times. Imported here, so that nothing that uses
     # the network is loaded unless the user named a hub id.
     from huggingface_hub import snapshot_download

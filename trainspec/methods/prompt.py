@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from trainspec.methods.adapter_config import check_type
-from trainspec.methods.virtual_tokens import PROMPT, VirtualTokensFromText, embedding_entry
+from trainspec.methods.virtual_tokens import VirtualTokensFromText, embedding_entry
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.points import Point
 
 
 class PromptTuning(VirtualTokensFromText, frozen=True):
@@ -36,10 +35,6 @@ class PromptTuning(VirtualTokensFromText, frozen=True):
         """The embeddings."""
         shape = (self.virtual_tokens, model.embed)
         return (embedding_entry(shape, ("virtual", "embed"), self.embedding_init()),)
-
-    def points(self, model: ModelSpec) -> tuple[Point, ...]:
-        """The virtual tokens, of every example."""
-        return (PROMPT,)
 
     def peft_config(self, model: ModelSpec) -> dict[str, Any]:
         """PEFT's prompt tuning."""

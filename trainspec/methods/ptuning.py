@@ -15,11 +15,10 @@ from pydantic import model_validator
 from trainspec.methods.adapter_config import check_setting, check_type
 from trainspec.methods.entries import linear_entries
 from trainspec.methods.method import Arrays, Count, Rate
-from trainspec.methods.virtual_tokens import ENCODER, PROMPT, VirtualTokens, embedding_entry, linear
+from trainspec.methods.virtual_tokens import ENCODER, VirtualTokens, embedding_entry, linear
 from trainspec.model import ModelSpec
 from trainspec.numpy_layers import sigmoid
 from trainspec.params import Normal, Param, UniformFanIn
-from trainspec.points import Point
 from trainspec.weight import Array
 
 # PEFT's default.
@@ -107,10 +106,6 @@ class PTuning(VirtualTokens, frozen=True):
             backwards = _lstm(weights, f"l{layer}_reverse", x[::-1])[::-1]
             x = np.concatenate([_lstm(weights, f"l{layer}", x), backwards], axis=-1)
         return linear(weights, "mlp_head.2", np.maximum(linear(weights, "mlp_head.0", x), 0))
-
-    def points(self, model: ModelSpec) -> tuple[Point, ...]:
-        """The virtual tokens, of every example."""
-        return (PROMPT,)
 
     def peft_config(self, model: ModelSpec) -> dict[str, Any]:
         """PEFT's P-tuning."""

@@ -47,6 +47,10 @@ class VirtualTokens(AddedWeights, frozen=True):
         """The number of virtual tokens."""
         return {"virtual tokens": float(self.virtual_tokens)}
 
+    def points(self, model: ModelSpec) -> tuple[Point, ...]:
+        """The virtual tokens, of every example, where they are embeddings."""
+        return (PROMPT,)
+
     def encode(self, weights: Arrays) -> Array:
         """The virtual tokens [V, width] that the method's weights, by canonical name, make: in float64, without dropout.
 

@@ -108,7 +108,10 @@ class Due:
 
 
 class TraceObserver(Observer[S]):
-    """Writes every update to a trace, and a step that ends the run before its update; `order` is the causal order of its names, `header` what the run is."""
+    """Writes every update to a trace, and a step that ends the run before its update.
+
+    `order` is the causal order of its names, `header` what the run is.
+    """
 
     def __init__(
         self,

@@ -174,11 +174,14 @@ def moved(view: View) -> Iterator[Fact]:
     real = np.pad(
         tokens.segments > 0, ((0, 0), (left.shape[1] - tokens.segments.shape[1], 0)), constant_values=True
     )
+
+    def is_moved(by: int, one: Array, other: Array) -> bool:
+        apart = np.abs(np.roll(one, by, axis=1) - other)[np.roll(real, by, axis=1)]
+        return bool(apart.max(initial=0.0) <= view.allowed)
+
     for by in range(1, left.shape[1]):
-        if (
-            np.abs(np.roll(left, by, axis=1) - right)[np.roll(real, by, axis=1)].max(initial=0.0)
-            <= view.allowed
-        ):
+        # All features only where the first one is moved.
+        if is_moved(by, left[..., :1], right[..., :1]) and is_moved(by, left, right):
             further = by if by <= left.shape[1] // 2 else by - left.shape[1]
             yield Fact("positions-moved", f"right's positions are left's, {further:+d}")
             return
@@ -188,10 +191,12 @@ def _reordered(left: Array, right: Array, allowed: float) -> list[int] | None:
     """For each entry of `right` the one of `left` that it equals, itself first; None if one equals none, or all themselves."""
     order = []
     for i, entry in enumerate(right):
-        same = [j for j in (i, *range(len(left))) if np.abs(left[j] - entry).max(initial=0.0) <= allowed]
-        if not same:
+        indices = (i, *range(len(left)))
+        # Only as far as the first: a vocabulary has many entries, most of which equal themselves.
+        same = next((j for j in indices if np.abs(left[j] - entry).max(initial=0.0) <= allowed), None)
+        if same is None:
             return None
-        order.append(same[0])
+        order.append(same)
     return order if order != list(range(len(order))) else None
 
 
