@@ -39,8 +39,11 @@ class Imported:
 
     def questions(self) -> dict[str, str]:
         """The answers that are missing, each with why it is needed."""
-        asked = [line.outcome for line in reversed(self.lines) if isinstance(line.outcome, Question)]
-        return {question.answer: question.reason for question in reversed(asked)}
+        reasons: dict[str, str] = {}
+        for line in self.lines:
+            if isinstance(line.outcome, Question):
+                reasons.setdefault(line.outcome.answer, line.outcome.reason)
+        return reasons
 
     def differences(self) -> list[Line]:
         """The settings that the recipe says as well as it can, with a difference that is named."""

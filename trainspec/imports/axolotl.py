@@ -86,7 +86,7 @@ def all_targets(value: Any, case: Case) -> Outcome:
 
 def count_updates(case: Case, examples: int, global_examples: int) -> int:
     """Updates of a run (`calculate_total_num_steps`): packed, every epoch is rounded down; else the whole run up."""
-    epochs = Fraction(str(case["num_epochs"]))
+    epochs = Fraction(str(case.number("num_epochs", least=0)))
     if case["sample_packing"]:
         return max(1, math.floor(max(1, examples // global_examples) * epochs))
     return math.ceil(examples * epochs / global_examples)
@@ -109,7 +109,9 @@ def warmup(value: Any, case: Case) -> Outcome:
         if total is None:
             answer = "--set schedule.warmup_ratio=R" if case.chose("run.epochs") else EXAMPLES
             return Question(answer, "the warm-up is a share of the updates, whose number is not known")
-        updates = int(number(ratio, least=0) * total) if ratio is not None else min(int(0.03 * total), 100)
+        updates = (
+            int(number(ratio, least=0, most=1) * total) if ratio is not None else min(int(0.03 * total), 100)
+        )
     return Translated({"schedule.warmup_steps": 2 if updates == 1 else updates})
 
 
@@ -260,7 +262,7 @@ def every(key: str, per_epoch: str) -> By:
 
     def decide(value: Any, case: Case) -> Outcome:
         total = case.ours.get("run.steps")
-        times = number(value) * number(case["num_epochs"])
+        times = number(value) * case.number("num_epochs")
         if not total or times <= 0:
             return NoEffect(f"{key} says how often")
         return Translated({key: max(1, math.ceil(total / times))})
@@ -492,6 +494,20 @@ OTHERS = (
     *idle("`--out` says it", "output_dir"),
     *idle("settings of the program, not of the training", "strict", "axolotl_config_path", "tokenizer_save_jinja_files",
           "experimental_skip_move_to_device"),
+    *only_off("experts", "quantize_moe_experts", "llama4_linearized_experts"),
+    *only_off("packed text whose records see one another", "pretraining_sample_concatenation", "max_packed_sequence_len"),
+    *only_off("the loss of another stage", "dpo_loss_type", "rpo_alpha", "dpo_norm_loss"),
+    *idle(_ONLY, "dpo_use_liger_kernel", "dpo_padding_free", "dpo_loss_weights", "dpo_use_logits_to_keep", "dpo_generate_during_eval",
+          "scaling_softmax_factor", "scaling_softmax_bias", "fp32_norm_classes", "experts_implementation", "gemma4_hybrid_attn_impl",
+          "dion_lr", "dion_momentum", "dion_rank_fraction", "dion_rank_multiple_of", "qgalore_rank", "qgalore_update_proj_gap",
+          "qgalore_scale", "qgalore_proj_type", "qgalore_proj_quant", "qgalore_proj_bits", "qgalore_proj_group_size",
+          "qgalore_cos_threshold", "qgalore_gamma_proj", "qgalore_queue_size", "peft"),
+    *idle(_SPEED, "flex_attn_compile_kwargs", "large_head_attention", "flash_attn_d512", "sdpa_varlen"),
+    *idle("only models of images have it", "freeze_mm_modules", "processor_kwargs", "image_size", "image_resize_algorithm", "role_boundaries"),
+    *idle("nothing is generated in training", "num_generation_samples", "generation_max_new_tokens", "generation_temperature",
+          "generation_top_p", "generation_top_k", "generation_prompt_ratio", "generation_do_sample", "gradio_title", "gradio_share",
+          "gradio_server_name", "gradio_server_port", "gradio_max_new_tokens", "gradio_temperature"),
+    *idle(_LOGS, "comet_api_key", "comet_experiment_key", "comet_online", "comet_experiment_config.*", "comet_experiment_config"),
 )  # fmt: skip
 
 AXOLOTL = Tool(

@@ -45,7 +45,7 @@ def is_lora(case: Case) -> bool:
 
 def alpha(value: Any, case: Case) -> Outcome:
     """Twice the rank, unless it is given (`FinetuningArguments.__post_init__`)."""
-    return Translated({"method.alpha": number(value) if value else 2 * number(case["lora_rank"])})
+    return Translated({"method.alpha": number(value) if value else 2 * case.number("lora_rank")})
 
 
 def targets(value: Any, case: Case) -> Outcome:
@@ -211,6 +211,15 @@ FEATURES = (
     *idle("how processes are started", "ray_run_name", "ray_storage_path", "ray_num_workers", "ray_init_kwargs.*", "ray_init_kwargs",
           "resources_per_worker.*", "placement_strategy", "master_addr", "master_port"),
     *idle("exporting is a command", "export_dir", "export_size", "export_device", "export_legacy_format", "export_hub_model_id"),
+    *idle(_GENERATION, "vllm_maxlen", "vllm_gpu_util", "vllm_enforce_eager", "vllm_max_lora_rank", "vllm_config", "sglang_maxlen",
+          "sglang_mem_fraction", "sglang_tp_size", "sglang_config", "sglang_lora_backend"),
+    *idle(_ONLY, "kt_cpu_activation", "kt_weight_path", "kt_non_expert_weight_path", "kt_expert_checkpoint_path",
+          "kt_use_lora_experts", "kt_lora_expert_num", "kt_lora_expert_intermediate_size"),
+    *idle("what is printed, measured and drawn", "profiler_output_dir", "profiler_wait_steps", "profiler_warmup_steps",
+          "profiler_active_steps", "profiler_repeat", "profiler_record_shapes", "profiler_profile_memory", "profiler_with_stack",
+          "profile_modules"),
+    *idle("exporting is a command", "export_quantization_bit", "export_quantization_dataset", "export_quantization_nsamples",
+          "export_quantization_maxlen"),
 )  # fmt: skip
 
 _REPLACED = (

@@ -61,12 +61,14 @@ class WrongValue(Exception):
     """A setting has a value that it cannot have; the text says what it should be."""
 
 
-def number(value: Any, *, least: float | None = None, whole: bool = False) -> Any:
+def number(value: Any, *, least: float | None = None, most: float | None = None, whole: bool = False) -> Any:
     """The value, where it is a finite number. Raises WrongValue."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise WrongValue(f"{format_theirs(value)} is not a number")
     if least is not None and value < least:
         raise WrongValue(f"{format_theirs(value)} is below {least:g}")
+    if most is not None and value > most:
+        raise WrongValue(f"{format_theirs(value)} is above {most:g}")
     if whole and value != int(value):
         raise WrongValue(f"{format_theirs(value)} is not a whole number")
     return int(value) if whole else value
@@ -90,10 +92,10 @@ class Case:
         )
         return setting.default if setting and known else None
 
-    def count(self, name: str) -> int:
-        """A setting's value as a whole number of at least 1. Raises WrongValue."""
+    def number(self, name: str, **limits: Any) -> Any:
+        """A setting's value as `number` checks it. Raises WrongValue, with the name."""
         try:
-            return number(self[name], least=1, whole=True)
+            return number(self[name], **limits)
         except WrongValue as error:
             raise WrongValue(f"{name}: {error}") from None
 
@@ -196,31 +198,30 @@ class Idle:
         return NoEffect(self.reason)
 
 
+OFF: tuple[Any, ...] = (False, 0, "", [], {})
+
+
 @dataclass(frozen=True)
 class Only:
     """One of some `values`, by default those that switch a feature off; any other is refused as `feature`."""
 
     feature: str
-    values: tuple[Any, ...] = (False, 0, "", [], {})
+    values: tuple[Any, ...] = OFF
     way_out: str = ""
     keys: ClassVar[tuple[str, ...]] = ()
 
     @property
     def page(self) -> str:
         """See `Rule`."""
-        shown = [format_theirs(value) for value in self.values]
-        allowed = (
-            "when it is off"
-            if False in self.values or "" in self.values
-            else " or ".join(f"`{v}`" for v in shown)
-        )
-        return f"accepted {allowed if allowed.startswith('when') else 'as ' + allowed}; else refused: {self.feature}"
+        if self.values == OFF or not self.values:
+            return self.feature
+        return f"{self.feature} ({' or '.join(f'`{format_theirs(value)}`' for value in self.values)} is accepted)"
 
     def __call__(self, value: Any, case: Case) -> Outcome:
-        """Without effect where it is off."""
-        if value in self.values:
-            return NoEffect(f"{self.feature}: off" if not value else "as it is here")
-        return Refused(self.feature, self.way_out)
+        """Without effect where it is one of the values."""
+        if value not in self.values:
+            return Refused(self.feature, self.way_out)
+        return NoEffect("as it is here" if value else f"{self.feature}: off")
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,8 @@ class Setting:
 
     def matches(self, name: str) -> bool:
         """Whether this is the entry of that setting: `*` is any part of a name, and at the end one or more."""
+        if "*" not in self.name:
+            return name == self.name
         pattern, parts = self.name.split("."), name.split(".")
         if pattern[-1] == "*" and len(parts) > len(pattern):
             parts = parts[: len(pattern)]

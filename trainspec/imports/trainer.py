@@ -120,9 +120,11 @@ _EPOCHS, _MAX_STEPS = steps(
     epochs="num_train_epochs",
     max_steps="max_steps",
     count=lambda case, examples, batch_size: (
-        max(1, int(case["num_train_epochs"] * (examples // batch_size)))
+        max(1, int(case.number("num_train_epochs", least=0) * (examples // batch_size)))
         if case["dataloader_drop_last"]
-        else steps_of_trainer(case["num_train_epochs"], examples=examples, global_examples=batch_size)
+        else steps_of_trainer(
+            case.number("num_train_epochs", least=0), examples=examples, global_examples=batch_size
+        )
     ),
     uneven="there they are an update of their own or are dropped, here the next epoch fills it up",
 )

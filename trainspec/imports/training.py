@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from trainspec.complaint import LARGEST
 from trainspec.imports.settings import (
     By,
     Case,
@@ -101,7 +102,9 @@ def batch(*, per_device: str, accumulation: str) -> By:
         if devices is None:
             return Question(DEVICES, f"{per_device}={value} counts the examples of one device")
         examples = number(value, least=1, whole=True)
-        return Translated({"batch.global_examples": examples * case.count(accumulation) * devices})
+        return Translated(
+            {"batch.global_examples": examples * case.number(accumulation, least=1, whole=True) * devices}
+        )
 
     return By(
         decide, f"`batch.global_examples`: × `{accumulation}` × `--devices`", ("batch.global_examples",)
@@ -123,7 +126,7 @@ def steps(
     keys = ("run.steps", "run.epochs")
 
     def of_epochs(value: Any, case: Case) -> Outcome:
-        if _is_positive(case[max_steps]):
+        if case[max_steps] is not None and case.number(max_steps) > 0:
             return NoEffect(f"{max_steps}={case[max_steps]} comes first")
         examples, batch_size = case.answers.examples, case.ours.get("batch.global_examples")
         if examples is None:
@@ -135,7 +138,12 @@ def steps(
             return Question(DEVICES, f"the updates of {epochs}={value} depend on the global batch")
         left = examples % batch_size
         note = f"differs: {left} of the {examples} examples do not fill an update; {uneven}" if left else ""
-        return Translated({"run.steps": count(case, examples, batch_size)}, note)
+        updates = count(case, examples, batch_size)
+        if updates > LARGEST:
+            return Refused(
+                f"{epochs}={value}: more updates than can be counted", "less, or --set run.steps=N"
+            )
+        return Translated({"run.steps": updates}, note)
 
     def of_steps(value: Any, case: Case) -> Outcome:
         return (
@@ -189,7 +197,7 @@ def schedule(value: Any, case: Case) -> Outcome:
             {
                 "schedule.kind": "cosine",
                 "schedule.final_ratio": float(
-                    share if share is not None else number(rate) / number(case["learning_rate"])
+                    share if share is not None else number(rate) / case.number("learning_rate")
                 ),
             }
         )
@@ -202,7 +210,7 @@ def betas(first: str, second: str) -> tuple[By, By]:
     """The rules of the two decay rates of the moments."""
 
     def decide(value: Any, case: Case) -> Outcome:
-        return Translated({"optimizer.betas": [number(case[first]), number(case[second])]})
+        return Translated({"optimizer.betas": [case.number(first), case.number(second)]})
 
     def other(value: Any, case: Case) -> Outcome:
         return Translated(note=f"read with {first}")

@@ -162,6 +162,7 @@ NOT_HERE = (
     *idle("held-out examples are made as those of training", "eval_packing"),
     *idle("how records are read and cached", "dataset_num_proc", "ignore_bias_buffers"),
     *idle("where activations are kept", "activation_offloading"),
+    *idle("empty, as if it were not there", "model_init_kwargs"),
     *idle("settings of the program, not of the training", "env", "env.*", "config"),
 )  # fmt: skip
 
