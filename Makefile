@@ -53,6 +53,7 @@ docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold resu
 	$(BIN)/python benchmarks/learning_curves.py --page docs/learning-curves.md
 	$(BIN)/parity faults --precision fp64 --precision fp32 --page docs/faults.md
 	$(BIN)/parity matrix --status docs/parity-status.md
+	$(BIN)/python -m trainspec.imports.page docs/migrate.md
 
 lint: setup ## ruff and pyright
 	$(BIN)/ruff check
