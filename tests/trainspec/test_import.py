@@ -192,6 +192,8 @@ def test_a_setting_is_translated(tmp_path: Path, settings: dict[str, Any], ours:
         ("--devices 4 --examples 9", {"max_steps": -1, "per_device_train_batch_size": 1, "num_train_epochs": 3}, {"run.steps": 9}),
         ("--devices 4 --examples 9", {"max_steps": -1, "per_device_train_batch_size": 1, "num_train_epochs": 3, "dataloader_drop_last": True}, {"run.steps": 6}),
         ("--devices 4 --set run.epochs=3", {"max_steps": -1}, {"run.epochs": 3}),
+        # one of the two settings that `packing` decides
+        ("--devices 4 --set data.too_long=skip", {}, {"data.packing": False, "data.too_long": "skip"}),
     ],
 )  # fmt: skip
 def test_an_answer_is_used(tmp_path: Path, options: str, settings: dict[str, Any], ours: dict[str, Any]):

@@ -100,19 +100,32 @@ _EPOCHS, _MAX_STEPS = steps(
 )
 
 
-def warmup(value: Any, case: Case) -> Outcome:
-    """The warm-up in updates (`_configure_warmup_and_logging`): a share is rounded down, one update becomes two."""
+def warmup_steps(value: Any, case: Case) -> Outcome:
+    """The warm-up in updates, by default 3 % of them and 100 at most (`_configure_warmup_and_logging`)."""
     if value is not None:
-        updates = number(value, least=0, whole=True)
-    else:
-        total, ratio = case.ours.get("run.steps"), case["warmup_ratio"]
-        if total is None:
-            answer = "--set schedule.warmup_ratio=R" if case.chose("run.epochs") else EXAMPLES
-            return Question(answer, "the warm-up is a share of the updates, whose number is not known")
-        updates = (
-            int(number(ratio, least=0, most=1) * total) if ratio is not None else min(int(0.03 * total), 100)
-        )
+        return _warmup(number(value, least=0, whole=True))
+    if case["warmup_ratio"] is not None:
+        return NoEffect("warmup_ratio says it")
+    total = case.ours.get("run.steps")
+    return _no_total(case) if total is None else _warmup(min(int(0.03 * total), 100))
+
+
+def warmup_ratio(value: Any, case: Case) -> Outcome:
+    """The warm-up as a share, rounded down."""
+    if case["warmup_steps"] is not None:
+        return NoEffect("warmup_steps says it")
+    total = case.ours.get("run.steps")
+    return _no_total(case) if total is None else _warmup(int(number(value, least=0, most=1) * total))
+
+
+def _warmup(updates: int) -> Outcome:
+    # A number of 1 would be read as a share by the Trainer.
     return Translated({"schedule.warmup_steps": 2 if updates == 1 else updates})
+
+
+def _no_total(case: Case) -> Outcome:
+    answer = "--set schedule.warmup_ratio=R" if case.chose("run.epochs") else EXAMPLES
+    return Question(answer, "the warm-up is a share of the updates, whose number is not known")
 
 
 def rates(value: Any, case: Case) -> Outcome:
@@ -367,8 +380,8 @@ NUMBERS = (
     *only_off("a schedule that starts again", "jagged_restart_steps", "jagged_restart_warmup_steps", "jagged_restart_anneal_steps"),
     Setting("lr_scheduler_kwargs", Only("arguments of the schedule")),
     Setting("lr_scheduler_kwargs.*", Only("arguments of the schedule")),
-    Setting("warmup_steps", By(warmup, "`schedule.warmup_steps`; by default 3 %, 100 at most", WARMUP), None, _BUILDER),
-    Setting("warmup_ratio", Read("warmup_steps")),
+    Setting("warmup_steps", By(warmup_steps, "`schedule.warmup_steps`; by default 3 %, 100 at most", WARMUP), None, _BUILDER),
+    Setting("warmup_ratio", By(warmup_ratio, "`schedule.warmup_steps`, rounded down", WARMUP)),
     Setting("(average_tokens_across_devices)", MEAN_OF_MEANS, False, _BUILDER),
     Setting("gradient_checkpointing", REMAT, False),
     Setting("seed", Same("run.seed", "random numbers are ours, not torch's"), 42, _TRAINER),

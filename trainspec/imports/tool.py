@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trainspec.imports.settings import (
@@ -86,7 +86,9 @@ class Tool:
             return Line(name, shown, Translated(note=f"--set {', '.join(chosen)}"), "replaced")
         outcome = self._outcome(setting, used, case)
         if isinstance(outcome, Translated):
-            case.ours.update(outcome.ours)
+            ours = {key: value for key, value in outcome.ours.items() if not case.chose(key)}
+            outcome = replace(outcome, ours=ours)
+            case.ours.update(ours)
         return Line(name, shown, outcome, origin, "" if is_given else setting.source)
 
     def _outcome(self, setting: Setting, value: Any, case: Case) -> Outcome:
