@@ -14,7 +14,7 @@ from trainspec.imports import TOOLS
 from trainspec.imports.deepspeed import SETTINGS as DEEPSPEED
 from trainspec.imports.page import page
 from trainspec.imports.peft import SETTINGS as PEFT
-from trainspec.imports.settings import UNSET, Question, Setting, idle, only_off
+from trainspec.imports.settings import UNSET, Answers, Question, Refused, Setting, idle, only_off
 
 ROOT = Path(__file__).parent.parent.parent
 BY_NAME = {tool.name: tool for tool in TOOLS}
@@ -138,6 +138,25 @@ def test_every_setting_of_zero_is_known():
         "save_muon_momentum_buffer_in_memory",
     }  # engines and optimizers of its own
     assert {key for key in theirs if not known(f"deepspeed.zero_optimization.{key}", DEEPSPEED)} == others
+
+
+ALL_DEFAULTS = {
+    "trainer": (TRAINER, fields("transformers.training_args", "TrainingArguments")),
+    **{name: (tool, CLASSES[name]["settings"]) for name, tool in TABLES.items()},
+}
+
+
+@pytest.mark.parametrize("name", ALL_DEFAULTS)
+def test_a_file_that_says_every_default_is_the_empty_file(name: str):
+    """As the Trainer writes it: nothing of it is refused, and the recipe is the same."""
+    tool, theirs = ALL_DEFAULTS[name]
+    given = {key: value for key, value in theirs.items() if value is not UNSET and value != "(not said here)"}
+    answers = Answers(devices=1, examples=100)
+    lines, whole = tool.translate(given, answers)
+    assert not [line for line in lines if isinstance(line.outcome, Refused)]
+    ours, empty = whole.ours, tool.translate({}, answers)[1].ours
+    assert {key: value for key, value in ours.items() if key != "model.weights"} == empty
+    assert ours.get("model.weights", "pretrained") == "pretrained"
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)

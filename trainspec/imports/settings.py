@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class Setting:
     `source` names where the default stands, if not where the tool's do. A `name` may have `*` for any part, and at its end
     for everything inside.
     `applies` says in which cases there is such a setting; in others a given one has no effect. `null_is_value`: null is
-    not the same as leaving it out. `takes` is the kind of its values.
+    not the same as leaving it out.
     """
 
     name: str
@@ -240,22 +240,14 @@ class Setting:
     source: str = ""
     applies: Callable[[Case], bool] | None = None
     null_is_value: bool = False
-    takes: Literal["any", "number", "text", "switch"] = "any"
-
-    def check(self, value: Any) -> None:
-        """Raises WrongValue where a value is not of the kind that it takes."""
-        if self.takes == "number":
-            number(value)
-        wanted = {"text": (str, "text"), "switch": (bool, "true or false")}.get(self.takes)
-        if wanted and not isinstance(value, wanted[0]):
-            raise WrongValue(f"{format_theirs(value)} is not {wanted[1]}")
 
     def matches(self, name: str) -> bool:
-        """Whether this is the entry of that setting: `*` is any part of a name, and at the end one or more."""
+        """Whether this is the entry of that setting: `*` is any part of a name, and at its end any number of them."""
         if "*" not in self.name:
             return name == self.name
         pattern, parts = self.name.split("."), name.split(".")
-        if pattern[-1] == "*" and len(parts) > len(pattern):
+        if pattern[-1] == "*":
+            pattern.pop()
             parts = parts[: len(pattern)]
         return len(parts) == len(pattern) and all(
             p in ("*", part) for p, part in zip(pattern, parts, strict=True)

@@ -95,7 +95,6 @@ class Tool:
         if isinstance(value, Question):
             return value
         try:
-            setting.check(value)
             return setting.rule(value, case)
         except WrongValue as error:
             return Refused(str(error), "a value that it can have")
