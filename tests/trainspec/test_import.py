@@ -17,6 +17,7 @@ from trainspec.errors import PlanError, RecipeError
 from trainspec.imports import Imported, import_configuration
 from trainspec.imports.command import answers
 from trainspec.imports.report import recipe_text
+from trainspec.imports.settings import Idle, Only, Read
 from trainspec.recipe import Recipe, load_recipe, recipe_from
 from trainspec.recipe_file import read_mapping
 from trainspec.runs.run import check_plan, resolve
@@ -304,16 +305,28 @@ def test_two_configurations_are_refused():
 
 
 ODD = ("x", -1, 0, 1e308, True, [], ["x"], {}, None, "auto")
-SAMPLES = ("axolotl/llama-2-fft_optimized", "llamafactory/qwen3_lora_sft_ds3", "trl/peft-sft-deepspeed")
+SAMPLES = (
+    "trl/fastchat-lora",
+    "trl/peft-sft-deepspeed",
+    "axolotl/llama-2-fft_optimized",
+    "llamafactory/qwen3_lora_sft_ds3",
+)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if name in SAMPLES[1:] else []) for name in SAMPLES]
+)
 def test_an_odd_value_is_a_recipe_or_one_line(name: str):
-    """Each setting of a configuration gets each odd value: none ends in a stack."""
+    """Each setting that is given or read gets each odd value: none ends in a stack."""
     sample = imported(files(name), PUBLISHED[name]["options"])
-    configuration, ended = sample.configuration, {"recipe": 0, "line": 0}
     args = parser().parse_args(["import", "", *shlex.split(PUBLISHED[name]["options"])])
-    for key in configuration.given:
+    configuration, ended = sample.configuration, {"recipe": 0, "line": 0}
+    read = [
+        s.name.replace("*", "0")
+        for s in configuration.tool.settings
+        if not isinstance(s.rule, Idle | Only | Read)
+    ]
+    for key in {*configuration.given, *read}:
         for value in ODD:
             lines, case = configuration.tool.translate(configuration.given | {key: value}, answers(args))
             try:

@@ -30,6 +30,7 @@ from trainspec.imports.training import (
     WEIGHT_DECAY,
     batch,
     betas,
+    every,
     model,
     optimizer,
     plan,
@@ -50,6 +51,8 @@ _PACKS = "how records are put together, not what they are"
 _CONFIG = "the checkpoint's own files say it"
 _ONLY = "only a feature that is not in use has it"
 _START = "how processes are started"
+_EVALUATION = "the held-out loss is measured every run.eval_every_steps"
+_CHECKPOINT = "checkpoints are written every checkpoint.every_steps"
 
 METHOD = (
     Setting("adapter", By(rules.method, "`method.kind`: lora, dora, or full without it; qlora is refused", ("method.kind",)), None),
@@ -116,11 +119,11 @@ NUMBERS = (
     Setting("gradient_checkpointing", REMAT, False),
     Setting("seed", Same("run.seed", "random numbers are ours, not torch's"), 42, _TRAINER),
     Setting("group_by_length", By(sampling, "no effect; where true a difference is named")),
-    Setting("save_steps", rules.every_steps("checkpoint.every_steps")),
-    Setting("saves_per_epoch", rules.every("checkpoint.every_steps", "saves_per_epoch")),
+    Setting("save_steps", every("checkpoint.every_steps", strategy="save_strategy", otherwise=_CHECKPOINT)),
+    Setting("saves_per_epoch", rules.per_epoch("checkpoint.every_steps")),
     Setting("save_total_limit", Same("checkpoint.keep"), 4, _BUILDER),
-    Setting("eval_steps", rules.every_steps("run.eval_every_steps")),
-    Setting("evals_per_epoch", rules.every("run.eval_every_steps", "evals_per_epoch")),
+    Setting("eval_steps", every("run.eval_every_steps", strategy="eval_strategy", otherwise=_EVALUATION)),
+    Setting("evals_per_epoch", rules.per_epoch("run.eval_every_steps")),
 )  # fmt: skip
 
 RECORDS_AND_LOSS = (
@@ -228,10 +231,10 @@ OTHERS = (
           "trackio_project_name", "trackio_run_name", "trackio_space_id", "use_otel_metrics", "otel_metrics_host", "otel_metrics_port",
           "profiler_steps", "profiler_steps_start", "include_tokens_per_second", "include_tkps", "debug"),
     *idle("nothing is uploaded", "hub_model_id", "hub_strategy", "hub_revision"),
-    *idle("the held-out loss is measured every run.eval_every_steps", "eval_strategy", "evaluation_strategy", "eval_batch_size",
+    *idle(_EVALUATION, "eval_strategy", "evaluation_strategy", "eval_batch_size",
           "eval_table_size", "eval_max_new_tokens", "do_causal_lm_eval", "eval_causal_lm_metrics", "do_bench_eval", "bench_dataset",
           "bench_split", "metric_for_best_model", "greater_is_better", "eval_table_max_new_tokens", "generate_samples"),
-    *idle("checkpoints are written every checkpoint.every_steps", "save_strategy", "save_only_model", "save_first_step", "save_safetensors",
+    *idle(_CHECKPOINT, "save_strategy", "save_only_model", "save_first_step", "save_safetensors",
           "dynamic_checkpoint.*"),
     *idle("a run resumes with `train --resume`", "resume_from_checkpoint", "auto_resume_from_checkpoints"),
     *idle("`--out` says it", "output_dir"),

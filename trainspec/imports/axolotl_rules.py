@@ -207,26 +207,22 @@ def data_type(value: Any, case: Case) -> Outcome:
 
 def text_field(value: Any, case: Case) -> Outcome:
     """The field of plain text."""
-    return (
-        NoEffect("the field is text, as here")
-        if value == "text"
-        else Translated({"data.columns": {"text": value}})
-    )
+    if value == "text":
+        return NoEffect("the field is text, as here")
+    return Translated({"data.columns": {"text": value}})
 
 
 def chat_field(value: Any, case: Case) -> Outcome:
     """The field of a chat: OpenAI's messages, or ShareGPT's conversations."""
     ours = "conversations" if case["datasets.0.message_property_mappings.role"] == "from" else "messages"
-    return (
-        NoEffect(f"the field is {ours}, as here")
-        if value == ours
-        else Translated({"data.columns": {ours: value}})
-    )
+    if value == ours:
+        return NoEffect(f"the field is {ours}, as here")
+    return Translated({"data.columns": {ours: value}})
 
 
 def roles(value: Any, case: Case) -> Outcome:
     """The turns that are trained on."""
-    if set(value) <= {"assistant", "gpt"}:
+    if all(role in ("assistant", "gpt") for role in (value if isinstance(value, list) else [value])):
         return NoEffect("the assistant's turns are trained, there as here")
     return Refused("a loss on turns that are not the assistant's", "--drop it")
 
@@ -241,8 +237,8 @@ def loss_on(value: Any, case: Case) -> Outcome:
     return Translated({"data.loss_on": "all" if value or is_text(case) else "completion"})
 
 
-def every(key: str, per_epoch: str) -> By:
-    """How often per epoch, as updates from one time to the next."""
+def per_epoch(key: str) -> By:
+    """How often in an epoch, as updates from one time to the next."""
 
     def decide(value: Any, case: Case) -> Outcome:
         total = case.ours.get("run.steps")
@@ -254,30 +250,9 @@ def every(key: str, per_epoch: str) -> By:
     return By(decide, f"`{key}`, in updates", (key,))
 
 
-def every_steps(key: str) -> By:
-    """How often in updates, of which a number below 1 is a share."""
-
-    def decide(value: Any, case: Case) -> Outcome:
-        total = case.ours.get("run.steps")
-        if number(value) >= 1:
-            return Translated({key: int(value)})
-        return (
-            Translated({key: max(1, math.ceil(total * value))})
-            if total and value > 0
-            else NoEffect(f"{key} says how often")
-        )
-
-    return By(decide, f"`{key}`", (key,))
-
-
 def plugins(value: Any, case: Case) -> Outcome:
     """Programs for the same arithmetic are passed over, any other plugin is refused."""
-    names = value if isinstance(value, list) else [value]
-    others = [
-        name
-        for name in names
-        if not any(known in str(name).lower() for known in ("liger", "cut_cross_entropy"))
-    ]
-    return (
-        Refused(f"the plugin {others[0]}") if others else NoEffect("another program for the same arithmetic")
-    )
+    for name in value if isinstance(value, list) else [value]:
+        if not any(known in str(name).lower() for known in ("liger", "cut_cross_entropy")):
+            return Refused(f"the plugin {name}")
+    return NoEffect("another program for the same arithmetic")

@@ -18,6 +18,7 @@ from trainspec.imports.settings import (
     Setting,
     Translated,
     idle,
+    number,
     only_off,
 )
 from trainspec.imports.tool import Tool
@@ -88,11 +89,9 @@ def bf16(value: Any, case: Case) -> Outcome:
 
 def save_limit(value: Any, case: Case) -> Outcome:
     """How many checkpoints are kept; no limit is not to be had."""
-    return (
-        Translated({"checkpoint.keep": int(value)})
-        if value
-        else NoEffect("the newest checkpoints are kept: checkpoint.keep")
-    )
+    if not value:
+        return NoEffect("the newest checkpoints are kept: checkpoint.keep")
+    return Translated({"checkpoint.keep": number(value, least=1, whole=True)})
 
 
 def dtype_of(name: str) -> By:
