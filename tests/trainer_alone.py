@@ -114,8 +114,9 @@ def main():
         "push_to_hub": False,
         "disable_tqdm": True,
     }
-    given |= {"remove_unused_columns": False, "fsdp": None, "fsdp_config": None}
+    given |= {"remove_unused_columns": False, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     if "deepspeed" in beside:
+        # accelerate starts DeepSpeed only where it was not told to use a CPU; without another device it does.
         os.environ |= {
             "RANK": "0",
             "LOCAL_RANK": "0",
@@ -123,7 +124,7 @@ def main():
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": os.environ["PORT"],
         }
-        given["deepspeed"] = beside["deepspeed"]
+        given |= {"deepspeed": beside["deepspeed"], "use_cpu": False}
     arguments = TrainingArguments(**given)  # first: under ZeRO 3 it decides how the model is made
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
     if lora:
