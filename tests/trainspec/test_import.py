@@ -254,6 +254,8 @@ def test_an_adapters_file_says_the_method(tmp_path: Path, adapter: dict[str, Any
         ({"torch_dtype": "bfloat16", "use_peft": True}, []),
         ({"tf32": True, "bf16": False}, ["tf32"]),
         ({"group_by_length": True}, ["group_by_length"]),
+        ({"optim": "paged_adamw_32bit", "weight_decay": 0.1}, ["optim"]),
+        ({"optim": "paged_adamw_32bit"}, []),
     ],
 )
 def test_what_a_recipe_cannot_say_is_named(tmp_path: Path, settings: dict[str, Any], differing: list[str]):

@@ -89,6 +89,16 @@ def accumulation_type(value: Any, case: Case) -> Outcome:
     return Refused(f"gradients summed in {value}", "fp32 or bf16")
 
 
+def communication_type(value: Any, case: Case) -> Outcome:
+    """The type in which gradients travel; here it is that of their sum."""
+    ours = case.ours.get("precision.reduce")
+    if {"fp32": "fp32", "bf16": "bf16"}.get(str(value)) == ours:
+        return Translated(note="with precision.reduce")
+    return Translated(
+        note=f"differs: there gradients travel in {value}, here in the type of their sum, {ours}"
+    )
+
+
 def shards(value: Any, case: Case) -> Outcome:
     """ZeRO's stage."""
     if value in tuple(ZERO):
@@ -169,7 +179,10 @@ SETTINGS = within(
             "data_types.grad_accum_dtype",
             By(accumulation_type, "`precision.reduce`; without it bf16 under bf16"),
         ),
-        Setting("communication_data_type", By(accumulation_type, "as `precision.reduce`")),
+        Setting(
+            "communication_data_type",
+            By(communication_type, "as `precision.reduce`; another type is named as a difference"),
+        ),
         Setting("torch_autocast.enabled", Only("autocast inside DeepSpeed")),
         Setting(
             "zero_optimization.stage", By(shards, "`plan.shards`: nothing, optimizer, gradients, params")

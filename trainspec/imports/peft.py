@@ -26,8 +26,8 @@ MARKS = ("peft_type",)
 # PEFT's types -> kinds of ours.
 KINDS = {"LORA": "lora", "PROMPT_TUNING": "prompt", "P_TUNING": "ptuning", "PREFIX_TUNING": "prefix"}
 TYPE = "adapter_config.peft_type"
-# What PEFT adapts where no target is named, in every family that is here
-# (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`).
+# What PEFT adapts where no target is named (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`): llama, mistral, qwen2 and
+# qwen3 have these, and for other families that are here it stops.
 DEFAULT_TARGETS = list(LoRA().targets)
 
 
@@ -111,7 +111,7 @@ SETTINGS = within(
             "target_modules",
             By(target_modules, "`method.targets`", ("method.targets",)),
             DEFAULT_TARGETS,
-            "PEFT's choice for these families",
+            "PEFT, by the model's type",
             _LORA,
         ),
         Setting("init_lora_weights", By(start, "as here where true; else refused")),

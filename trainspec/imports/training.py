@@ -21,14 +21,13 @@ from trainspec.imports.settings import (
     number,
 )
 
-# Names of AdamW whose arithmetic is ours: other programs for the same update, moments in float32 or the weights' type.
+# Names of AdamW whose arithmetic is ours: other programs for the same update. Not adamw_hf, whose eps is not corrected.
 ADAMW = (
     "adamw_torch",
     "adamw_torch_fused",
     "adamw_torch_xla",
     "adamw_torch_npu_fused",
     "adamw_apex_fused",
-    "adamw_hf",
     "paged_adamw_32bit",
 )
 # What ZeRO's stages split (arXiv 1910.02054).
@@ -249,6 +248,8 @@ def optimizer(name: str) -> By:
     """AdamW under any of its names; other optimizers and 8-bit moments are refused."""
 
     def decide(value: Any, case: Case) -> Outcome:
+        if value == "paged_adamw_32bit" and case["weight_decay"]:
+            return Translated(note="differs: bitsandbytes decays the weights after the update, not before it")
         if value in ADAMW:
             return Translated(note="AdamW, as here")
         what = "8-bit moments" if "8bit" in str(value) else f"the optimizer {value}"

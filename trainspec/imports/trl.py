@@ -118,7 +118,7 @@ METHOD = (
     Setting("lora_alpha", Same("method.alpha"), 32, _MODEL_CONFIG, is_peft),
     Setting("lora_dropout", Same("method.dropout"), 0.05, _MODEL_CONFIG, is_peft),
     Setting("use_rslora", Same("method.rslora"), False, _MODEL_CONFIG, is_peft),
-    Setting("lora_target_modules", By(target_modules, "`method.targets`", ("method.targets",)), peft.DEFAULT_TARGETS, "PEFT's choice for these families", is_peft),
+    Setting("lora_target_modules", By(target_modules, "`method.targets`", ("method.targets",)), peft.DEFAULT_TARGETS, "PEFT, by the model's type", is_peft),
 )  # fmt: skip
 
 RECORDS_AND_LOSS = (
