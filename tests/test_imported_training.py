@@ -153,7 +153,6 @@ def bound(found: dict[str, list[float]], step: int) -> float:
 def test_losses_are_those_of_the_tool(losses: dict[str, dict[str, list[float]]], tool: str, run: str):
     found = losses[tool]
     assert len(found[run]) == STEPS
-    assert found["torchtrain fp64"][-1] < found["torchtrain fp64"][0]
     for step, (loss, true) in enumerate(zip(found[run], found["torchtrain fp64"], strict=True)):
         assert abs(loss - true) <= bound(found, step), (step + 1, found)
 
