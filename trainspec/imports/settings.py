@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Read:
     """Read together with another setting, whose rule asks for it."""
 
     of: str
-    keys: ClassVar[tuple[str, ...]] = ()
+    keys: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def page(self) -> str:
@@ -186,7 +186,7 @@ class Idle:
     """Without effect here, whatever its value."""
 
     reason: str
-    keys: ClassVar[tuple[str, ...]] = ()
+    keys: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def page(self) -> str:
@@ -208,7 +208,7 @@ class Only:
     feature: str
     values: tuple[Any, ...] = OFF
     way_out: str = ""
-    keys: ClassVar[tuple[str, ...]] = ()
+    keys: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def page(self) -> str:
