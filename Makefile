@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := build/demo-model
+# Of `make model`: llama, qwen2, qwen3, mistral, smollm3 or glm.
+FAMILY := llama
 
 # Threads that spin while they wait take the core from those that work: on two busy cores
 # torch then took four times as long.
@@ -17,7 +19,7 @@ help: ## list the targets
 
 setup: .venv/.done ## make .venv with everything that training, checking and testing need
 
-model: $(MODEL)/made-with.json ## make the small Llama that the demo's recipe starts from
+model: $(if $(filter llama,$(FAMILY)),$(MODEL),build/$(FAMILY)-model)/made-with.json ## make the demo's small Llama, or with FAMILY=qwen3 another
 
 # What is proven is arithmetic, whatever device is there.
 demo: export JAX_PLATFORMS := cpu
@@ -74,4 +76,8 @@ clean: ## remove what was built and cached; runs/ and .venv stay
 
 $(MODEL)/made-with.json: scripts/make_demo_model.py configs/data/text-train.txt | .venv/.done
 	$(BIN)/python scripts/make_demo_model.py $(MODEL)
+	@touch $@
+
+build/%-model/made-with.json: scripts/make_demo_model.py configs/data/text-train.txt | .venv/.done
+	$(BIN)/python scripts/make_demo_model.py build/$*-model --family $*
 	@touch $@
