@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo test test-full test-share bench docs lint data clean
+.PHONY: help setup model vocabularies demo test test-full test-share bench docs lint data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ help: ## list the targets
 setup: .venv/.done ## make .venv with everything that training, checking and testing need
 
 model: $(if $(filter llama,$(FAMILY)),$(MODEL),build/$(FAMILY)-model)/made-with.json ## make the demo's small Llama, or with FAMILY=qwen3 another
+
+vocabularies: .venv/.done ## fetch the vocabularies of Qwen and Llama 3, for the long tests of tokenizers
+	$(BIN)/python scripts/fetch_vocabularies.py build/vocabularies
 
 # What is proven is arithmetic, whatever device is there.
 demo: export JAX_PLATFORMS := cpu
@@ -33,7 +36,7 @@ demo: $(MODEL)/made-with.json ## train a small model on both backends and prove 
 test: lint $(MODEL)/made-with.json ## lint, type-check and run the tests but the long ones
 	$(call run-tests,-m "not full")
 
-test-full: lint $(MODEL)/made-with.json ## the same with the long tests
+test-full: lint $(MODEL)/made-with.json vocabularies ## the same with the long tests
 	$(call run-tests,)
 
 test-share: lint $(MODEL)/made-with.json ## 25 minutes of the long tests: another share for each SHARE, a commit say
