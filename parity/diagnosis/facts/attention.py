@@ -230,7 +230,7 @@ def rotated(view: View) -> Iterator[Fact]:
         yield Fact("other-pairs", f"{name} rotates {words} against each other")
         return
     if bent[0]:  # by both: a GLM's way, neighbours in a part of the head
-        width = _rotated_width(before[0][real], [side[real] for side in view.sides])
+        width = _rotated_width(before[0][real], [side[real] for side in view.sides], view.allowed)
         of_pairs = _by_pairs(before[0][real][..., :width])
         pairs = [_angles(of_pairs, _by_pairs(side[real][..., :width])) for side in view.sides]
     if pairs[0] is None or pairs[1] is None:
@@ -251,9 +251,9 @@ def rotated(view: View) -> Iterator[Fact]:
         yield Fact("near-frequencies", f"frequencies differ by {share:.1e} of themselves at most")
 
 
-def _rotated_width(before: Array, sides: list[Array]) -> int:
+def _rotated_width(before: Array, sides: list[Array], allowed: float) -> int:
     """How many features at the beginning of a head are turned by either side, an even number."""
-    changed = np.any([np.abs(side - before).max(axis=(0, 1)) > 0 for side in sides], axis=0)
+    changed = np.any([np.abs(side - before).max(axis=(0, 1)) > allowed for side in sides], axis=0)
     last = int(np.flatnonzero(changed)[-1]) if changed.any() else -1
     return last + 1 + (last + 1) % 2
 
