@@ -145,8 +145,10 @@ KINDS: dict[str, str] = {
     "mix-of-scale": "one side mixes as if scores had another scale",
     "mix-of-bf16": "one side mixes as if the softmax were rounded to bfloat16",
     "other-pairs": "one side rotates other pairs of features",
+    "not-rotated": "one side does not rotate",
     "angle-offset": "one side rotates by a constant number of positions more",
     "other-frequencies": "the two sides rotate by other angles, which is no constant offset",
+    "near-frequencies": "the two sides' frequencies are equal but for the rounding of a coarser type",
     # Norm, clip, rate, moments, update.
     "norm-of-part": "one side's norm is that of some of the gradients",
     "norm-larger": "one side's norm is larger than that of its gradients",

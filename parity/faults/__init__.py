@@ -1,6 +1,6 @@
 """Named faults that a check must catch, each at the right location: the negative controls of the proof."""
 
-from parity.faults import forward, loss, methods, pipeline, precision, sharding, update, virtual
+from parity.faults import families, forward, loss, methods, pipeline, precision, sharding, update, virtual
 from parity.faults.fault import Fault, Where
 from parity.faults.shared import SHARED, SharedFault
 
@@ -13,6 +13,7 @@ FAULTS: tuple[Fault, ...] = (
     *precision.FAULTS,
     *sharding.FAULTS,
     *pipeline.FAULTS,
+    *families.FAULTS,
 )
 
 __all__ = ["FAULTS", "SHARED", "Fault", "SharedFault", "Where"]

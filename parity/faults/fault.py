@@ -85,6 +85,10 @@ SETUPS: dict[str, str] = {
     "remat": "the same, recomputed in the backward pass",
     "dora": "DoRA whose B and magnitudes are drawn, with dropout",
     "qwen3": "every weight of a Qwen3 is trained",
+    "qwen2": "every weight of a Qwen2 is trained: with biases, but of attention's output",
+    "mistral": "every weight of a Mistral is trained, whose window is shorter than a record",
+    "smollm3": "every weight of a SmolLM3 is trained, whose second layer does not rotate",
+    "glm": "every weight of a GLM is trained: half of each head rotated, gate and up in one matrix",
     "bottleneck": "bottleneck adapters, none of them zero, with gelu",
     "prompt": "three virtual tokens before the embedded ones",
     "ptuning-mlp": "the same, made by P-tuning's MLP",
@@ -123,6 +127,10 @@ _VARIANTS = {
     "qwen3": "qwen3",
     "tensor-qwen3": "qwen3",
     "data-tensor": "bias",
+    "qwen2": "qwen2",
+    "mistral": "mistral",
+    "smollm3": "smollm3",
+    "glm": "glm",
     "pipe-tied": "tied",
     "pipe-deep": "deep",
 }
@@ -139,6 +147,8 @@ def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backen
         case (
             "full" | "tied" | "bias" | "qwen3" | "tensor" | "tensor-qwen3" | "data" | "data-tensor" | "zero1"
         ):
+            pass
+        case "qwen2" | "mistral" | "smollm3" | "glm":
             pass
         case "pipe" | "pipe-tied" | "pipe-deep":
             sections["batch"] = {"accumulation": 1}  # the pipeline's microbatches are the only ones

@@ -387,6 +387,50 @@ def test_a_swapped_prefix_is_seen(is_swapped: bool, tmp_path: Path):
     assert ("swapped" in seen(diagnose(compare(pair, ProofBounds(pair)), traces))) == is_swapped
 
 
+def turned_heads(heads: np.ndarray, *, times: float = 1.0) -> np.ndarray:
+    """Heads [examples, tokens, heads, 4] rotated in two pairs of halves by their position and a tenth of it."""
+    turns = np.exp(1j * times * POSITIONS[:, :, None, None] * np.array([1.0, 0.1]))
+    both = (heads[..., :2] + 1j * heads[..., 2:]) * turns
+    return np.concatenate([both.real, both.imag], axis=-1)
+
+
+ROTATIONS = {
+    "rotated-layers": (0.0, {"not-rotated"}),
+    "rotation": (1.5, {"other-frequencies"}),
+    "rotation-precision": (1 + 2.0**-11, {"other-frequencies", "near-frequencies"}),
+}
+
+
+@pytest.mark.parametrize("is_partial", [False, True])
+@pytest.mark.parametrize("cause", ROTATIONS)
+def test_how_two_rotations_differ(cause: str, is_partial: bool, tmp_path: Path):
+    """Of two halves of a head, and of neighbours in its first part, as a GLM's."""
+    times, kinds = ROTATIONS[cause]
+    queries = np.random.default_rng(6).standard_normal((4, 16, HEADS, 6 if is_partial else 4))
+
+    def points(times: float):
+        rotated = queries.copy()
+        order = [0, 2, 1, 3] if is_partial else [0, 1, 2, 3]
+        rotated[..., order] = turned_heads(queries[..., order], times=times)
+        mixed = queries + times  # what attends by them differs, too
+        return lambda _: {
+            "layers.0.query": queries,
+            "layers.0.rotated_query": rotated,
+            "layers.0.mixed": mixed,
+        }
+
+    traces = (
+        leave(tmp_path / "a", activations=points(1.0), activation_gradients=lambda _: {}),
+        leave(tmp_path / "b", activations=points(times), activation_gradients=lambda _: {}),
+    )
+    pair = Pair(*traces)
+    found = diagnose(compare(pair, ProofBounds(pair)), traces)
+    told = {"not-rotated", "other-frequencies", "near-frequencies", "angle-offset", "other-pairs"}
+    assert set(seen(found)) & told == kinds
+    assert found
+    assert found.alike[0].name == cause
+
+
 def sections() -> dict[str, str]:
     """The text under each heading of the contract, its lines joined."""
     parts = re.split(r"^#{1,2} ", (ROOT / "docs/numerics.md").read_text(), flags=re.M)[1:]

@@ -43,7 +43,7 @@ CAUSES = (
         sentence="a projection within the layer is another one: its weight, its bias or its layout",
         contract=Contract("Model", "Canonical weights have Hugging Face's names"),
         phases=POINTS,
-        fits={"at-projection": 4, "features-moved": 3, "every-token": 1, "at-gate": 3},
+        fits={"at-projection": 4, "features-moved": 3, "same-everywhere": 3, "every-token": 1, "at-gate": 3},
         needs=("at-projection|at-gate|at-attention|at-mlp|at-logits",),
         excluded=(
             "first-tokens-agree",
