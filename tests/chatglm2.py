@@ -1,4 +1,4 @@
-"""A tiny ChatGLM2 as published, and its forward pass in numpy, from the facts alone: names, shapes, settings, arithmetic.
+"""A tiny ChatGLM2 as published, from the facts alone: its forward pass in numpy, and its tokens by sentencepiece.
 
 Sources: the model's config.json and weights; GLM-130B, arXiv 2210.02414 (rotation of half a head, in pairs of neighbours);
 multi-query attention, arXiv 1911.02150; SwiGLU, arXiv 2002.05202. Nothing of ours is imported.
@@ -6,11 +6,14 @@ multi-query attention, arXiv 1911.02150; SwiGLU, arXiv 2002.05202. Nothing of ou
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 from safetensors.numpy import save_file
 
 # Sizes are small and odd; the other settings are those of the published file.
@@ -93,6 +96,48 @@ def write_published(directory: Path, *, dtype: str = "float32", shards: int = 1)
     index = {"metadata": {"total_size": 0}, "weight_map": where}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return weights
+
+
+SENTENCES = (
+    "[Round 1]", "问：北京在哪里？", "答：在中国北方。", "今天天气很好，我们去公园散步。", "你好，世界！", "我在学习中文和英文。",
+    "What is the capital of France? It is Paris.", "Name a fruit. A pear, or an apple.", "sop eop gMASK MASK", "def f(x):  return x + 1",
+)  # fmt: skip
+
+
+def write_sentencepiece(
+    directory: Path, *, byte_fallback: bool = True
+) -> sentencepiece.SentencePieceProcessor:
+    """Its tokenizer files, with a small vocabulary of both languages; the numbers of the special tokens follow the pieces."""
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20), model_writer=made, model_type="bpe", vocab_size=420, byte_fallback=byte_fallback,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, split_digits=True,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.model").write_bytes(made.getvalue())
+    config = {
+        "name_or_path": "x/chatglm2-6b", "remove_space": False, "do_lower_case": False, "tokenizer_class": "ChatGLMTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
+
+
+def training_ids(
+    pieces: sentencepiece.SentencePieceProcessor,
+    question: str,
+    answer: str,
+    history: Sequence[tuple[str, str]] = (),
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of one record: rounds of the history, the question in front of the answer, labels -100 on padding's id."""
+    prompt = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, 1))
+    prompt += f"[Round {len(history) + 1}]\n\n问：{question}\n\n答："
+    # After the pieces: [MASK], [gMASK], [sMASK], sop, eop.
+    first = [pieces.vocab_size() + 1, pieces.vocab_size() + 3, *pieces.encode(prompt)]
+    second = [*pieces.encode(answer), pieces.eos_id()]
+    labels = [-100] * len(first) + [-100 if i == pieces.unk_id() else i for i in second]
+    return first + second, labels
 
 
 def logits(weights: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
