@@ -140,8 +140,18 @@ def training_ids(
     return first + second, labels
 
 
-def logits(weights: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
-    """[tokens, vocab], in float64, token by token."""
+def prefix_of(weights: dict[str, np.ndarray]) -> np.ndarray:
+    """What its prefix encoder makes, [pre_seq_len, 2 layers, groups, width]: of each layer the keys, then the values."""
+    encoder = "transformer.prefix_encoder"
+    made = weights[f"{encoder}.embedding.weight"]
+    if f"{encoder}.trans.0.weight" in weights:
+        made = np.tanh(made @ weights[f"{encoder}.trans.0.weight"].T + weights[f"{encoder}.trans.0.bias"])
+        made = made @ weights[f"{encoder}.trans.2.weight"].T + weights[f"{encoder}.trans.2.bias"]
+    return made.reshape(len(made), 2 * CONFIG["num_layers"], GROUPS, WIDTH)
+
+
+def logits(weights: dict[str, np.ndarray], ids: list[int], prefix: np.ndarray | None = None) -> np.ndarray:
+    """[tokens, vocab], in float64, token by token. The tokens after a `prefix` start at position 0, and all see all of it."""
     w = {name: array.astype(np.float64) for name, array in weights.items()}
     x = w["transformer.embedding.word_embeddings.weight"][ids]
     for i in range(3):
@@ -149,7 +159,8 @@ def logits(weights: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
         fused = norm(x, w[f"{layer}.input_layernorm.weight"])
         fused = fused @ w[f"{layer}.self_attention.query_key_value.weight"].T
         fused = fused + w[f"{layer}.self_attention.query_key_value.bias"]
-        x = x + attention(fused) @ w[f"{layer}.self_attention.dense.weight"].T
+        front = (None, None) if prefix is None else (prefix[:, 2 * i], prefix[:, 2 * i + 1])
+        x = x + attention(fused, *front) @ w[f"{layer}.self_attention.dense.weight"].T
         both = (
             norm(x, w[f"{layer}.post_attention_layernorm.weight"]) @ w[f"{layer}.mlp.dense_h_to_4h.weight"].T
         )
@@ -162,18 +173,27 @@ def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return weight * x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG["layernorm_epsilon"])
 
 
-def attention(fused: np.ndarray) -> np.ndarray:
-    """All query heads, then the groups' keys, then their values; each group serves HEADS / GROUPS queries in turn."""
+def attention(
+    fused: np.ndarray, front_keys: np.ndarray | None = None, front_values: np.ndarray | None = None
+) -> np.ndarray:
+    """All query heads, then the groups' keys, then their values; each group serves HEADS / GROUPS queries in turn.
+
+    What stands in front, [n, groups, width], is not turned.
+    """
     heads = [fused[:, at : at + WIDTH] for at in range(0, fused.shape[1], WIDTH)]
     queries, keys, values = heads[:HEADS], heads[HEADS : HEADS + GROUPS], heads[HEADS + GROUPS :]
-    keys = [turned(key) for key in keys]
+    keys, n = [turned(key) for key in keys], 0
+    if front_keys is not None:
+        n = len(front_keys)
+        keys = [np.concatenate([front_keys[:, g], key]) for g, key in enumerate(keys)]
+        values = [np.concatenate([front_values[:, g], value]) for g, value in enumerate(values)]
     mixed = np.zeros((len(fused), HEADS * WIDTH))
     for head, query in enumerate(queries):
         group = head // (HEADS // GROUPS)
         for at, row in enumerate(turned(query)):
-            scores = keys[group][: at + 1] @ row / math.sqrt(WIDTH)
+            scores = keys[group][: n + at + 1] @ row / math.sqrt(WIDTH)
             shares = np.exp(scores - scores.max())
-            mixed[at, head * WIDTH : (head + 1) * WIDTH] = shares / shares.sum() @ values[group][: at + 1]
+            mixed[at, head * WIDTH : (head + 1) * WIDTH] = shares / shares.sum() @ values[group][: n + at + 1]
     return mixed
 
 
