@@ -92,6 +92,46 @@ def test_a_published_prefix(make_recipe: Make, tmp_path: Path, left: str, right:
     assert verdict.holds, verdict.lines(colour=False)
 
 
+# One A of queries, keys and values, which peers and stages hold once.
+TIED = LORA | {"targets": ["query_key_value", "dense_4h_to_h"], "dropout": 0.1}
+TIED_PLANS: list[tuple[str, str, Policy]] = [
+    ("jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    (f"jax {PIPE} plan.remat=full", "torch plan.data=2", "fp64"),
+    ("jax plan.fsdp=2 plan.shards=params", "torch plan.remat=full", "fp64"),
+    (f"jax {PIPE}", f"torch {PIPE}", "fp32"),
+    ("jax plan.data=2 plan.tensor=2", "torch plan.fsdp=2 plan.shards=params plan.remat=full", "fp32"),
+    ("jax", "torch plan.fsdp=2 plan.shards=params plan.tensor=2", "bf16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "precision"), [pytest.param(*p, marks=() if p == TIED_PLANS[0] else pytest.mark.full) for p in TIED_PLANS]
+)  # fmt: skip
+def test_one_a_of_a_fused_matrix(make_recipe: Make, tmp_path: Path, left: str, right: str, precision: Policy):
+    verdict = checked(make_recipe, tmp_path, left, right, precision, TIED, family="chatglm2")
+    assert verdict.holds, verdict.lines(colour=False)
+
+
+@pytest.mark.full
+def test_an_a_that_learns_of_queries_alone_is_seen(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Control: keys and values use A, and their part of its gradient is lost."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch, torchtrain.layers\n"
+        "from torch.func import functional_call\n"
+        "torchtrain.layers.TiedLinear.forward = lambda self, x: functional_call(\n"
+        "    self.source, {'weight': self.weight.detach()}, (x,)\n"
+        ")\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    verdict = checked(make_recipe, tmp_path, "jax", "torch", "fp64", TIED, family="chatglm2")
+    first = verdict.comparison.first_divergence
+    assert first is not None
+    assert first.location.phase == "gradient"
+    assert first.location.tensor.endswith("self_attn.q_proj.lora_A.weight")
+
+
 @pytest.mark.full
 def test_masks_of_another_peer_s_heads_are_seen(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ from trainspec.errors import UserError, WeightsError
 from trainspec.files.hf import (
     CONFIG_PATTERNS,
     FLOATS,
+    WEIGHT_ENDINGS,
     check_reads_back,
     refuse_non_finite,
     replaced_directory,
@@ -118,7 +119,9 @@ def _companions(directory: Path) -> list[Path]:
         path.relative_to(directory) for pattern in CONFIG_PATTERNS for path in directory.glob(pattern)
     }
     chosen = {*settings, *tokenizer_files(directory)} - {Path(INDEX)}
-    return sorted(path for path in chosen if (directory / path).is_file())
+    return sorted(
+        path for path in chosen if (directory / path).is_file() and not path.name.endswith(WEIGHT_ENDINGS)
+    )
 
 
 def _converted(name: str) -> str:
