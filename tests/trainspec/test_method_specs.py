@@ -72,7 +72,7 @@ def test_as_many_numbers_as_chatglm2_s_own_scripts_train():
     assert shapes["embedding.weight"] == (128, 14336)
     assert shapes["transform.0.weight"] == (4096, 14336)
     assert shapes["transform.2.weight"] == (14336, 4096)
-    with pytest.raises(RecipeError, match="set method.positions=after_prefix"):
+    with pytest.raises(RecipeError, match=r"set method\.positions=after_prefix"):
         prefix.peft_config(spec)
 
 
