@@ -19,8 +19,6 @@ from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.weight import Array, Index, Weight
 
-_B = ".lora_B.weight"
-
 
 class LoRA(LowRank, frozen=True):
     """y = W x + scale B A dropout(x); only A and B are trained. A starts uniform in ±1/sqrt(in), B at zero."""
@@ -53,11 +51,9 @@ class LoRA(LowRank, frozen=True):
     def tied(self, module: str) -> str:
         """See the base class: the first of the modules that are one in the published code."""
         parent, _, leaf = module.rpartition(".")
-        family = self._published
-        for target in self.targets if family else ():
-            if leaf in family.published_modules[target]:
-                return f"{parent}.{family.published_modules[target][0]}"
-        return module
+        known = self._published.published_modules if self._published else {}
+        whole = next((parts for parts in known.values() if leaf in parts), None)
+        return f"{parent}.{whole[0]}" if whole else module
 
     def target_entries(self, base: Param) -> tuple[Param, ...]:
         """See the base class; a part of a fused matrix other than the first has a B alone."""
@@ -73,7 +69,7 @@ class LoRA(LowRank, frozen=True):
         """See the base class; names of the published code must be the recipe's."""
         super().check_peft_config(config, directory=directory, model=model)
         theirs, known = config.get("target_modules"), family_of(model).published_modules
-        named = sorted(set(theirs) & set(known)) if isinstance(theirs, list) else []
+        named = sorted(name for name in known if name in theirs) if isinstance(theirs, list) else []
         if named and set(named) != set(self.targets):
             raise WeightsError(
                 f"{directory}: target_modules={named} are names of the published code; set method.targets=[{', '.join(named)}]"
