@@ -84,9 +84,8 @@ def test_a_plan_changes_nothing(
     assert verdict.comparison.notes == ()  # both traces say their causal order
 
 
-@pytest.mark.parametrize(
-    ("left", "right", "precision"), [pytest.param(*p, marks=() if p == PREFIX_PLANS[0] else pytest.mark.full) for p in PREFIX_PLANS]
-)  # fmt: skip
+@pytest.mark.full
+@pytest.mark.parametrize(("left", "right", "precision"), PREFIX_PLANS)
 def test_a_published_prefix(make_recipe: Make, tmp_path: Path, left: str, right: str, precision: Policy):
     verdict = checked(make_recipe, tmp_path, left, right, precision, PUBLISHED, family="chatglm2")
     assert verdict.holds, verdict.lines(colour=False)
@@ -104,9 +103,8 @@ TIED_PLANS: list[tuple[str, str, Policy]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("left", "right", "precision"), [pytest.param(*p, marks=() if p == TIED_PLANS[0] else pytest.mark.full) for p in TIED_PLANS]
-)  # fmt: skip
+@pytest.mark.full
+@pytest.mark.parametrize(("left", "right", "precision"), TIED_PLANS)
 def test_one_a_of_a_fused_matrix(make_recipe: Make, tmp_path: Path, left: str, right: str, precision: Policy):
     verdict = checked(make_recipe, tmp_path, left, right, precision, TIED, family="chatglm2")
     assert verdict.holds, verdict.lines(colour=False)
