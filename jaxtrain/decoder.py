@@ -49,6 +49,10 @@ class Decoder(nnx.Module):
         """The embeddings [B, S, E] of token ids."""
         raise NotImplementedError
 
+    def drop_prefix(self, dropout: nnx.Module) -> str:
+        """Let every layer's attention take a prefix through `dropout`; returns its path in the model."""
+        raise NotImplementedError
+
     def normed(self, x_BSE: Array) -> Array:
         """The final norm of the residual stream."""
         raise NotImplementedError

@@ -142,6 +142,10 @@ class Llama(Decoder):
     def look_up(self, input_ids: Array) -> Array:
         return self.embed_tokens(input_ids)
 
+    def drop_prefix(self, dropout: nnx.Module) -> str:
+        self.layers.self_attn.prefix_dropout = nnx.data(dropout)
+        return "layers.self_attn.prefix_dropout"
+
     def normed(self, x_BSE: Array) -> Array:
         return self.norm(x_BSE)
 

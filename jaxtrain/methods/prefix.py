@@ -34,9 +34,9 @@ def attach(model: Decoder, method: PrefixTuning, site: Site) -> dict[str, np.nda
     model.prefix_is_before = method.positions == "after_prefix"
     if not method.dropout:
         return {}
-    model.layers.self_attn.prefix_dropout = nnx.data(PrefixDropout(len(site.order), rate=method.dropout))
+    path = model.drop_prefix(PrefixDropout(len(site.order), rate=method.dropout))
     return {
-        f"layers.self_attn.prefix_dropout.{which}": np.array(
+        f"{path}.{which}": np.array(
             [
                 (0, 0) if i is None else name_key(site.seed, "dropout", dropout_name(i, which))
                 for i in site.order
