@@ -54,7 +54,7 @@ LAYERS = {
     ),
     "torchtrain": (
         ("cli",),
-        ("train", "cost"),
+        ("train", "cost", "convert"),
         ("step",),
         ("engines",),
         ("methods", "model"),
