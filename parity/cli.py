@@ -12,7 +12,7 @@ from typing import assert_never, get_args
 from parity.check import DEFAULT_STEPS, check
 from parity.diff import diff
 from parity.faults import SHARED
-from parity.faults.run import BACKENDS, Precision, chosen, run_faults
+from parity.faults.run import BACKENDS, chosen, run_faults
 from parity.faults.table import help_summary, listed, listed_shared, page, result_lines, summary
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
@@ -94,7 +94,7 @@ def parser() -> ArgumentParser:
     faults.add_argument("--backend", choices=BACKENDS, help="plant them in this backend only")
     faults.add_argument(
         "--precision",
-        choices=get_args(Precision),
+        choices=get_args(Policy),
         action="append",
         help="fp64 (the proof) by default; may be repeated",
     )
@@ -188,7 +188,7 @@ def _faults(args: Namespace) -> int:
     if args.page and (args.only or args.backend):
         raise UserError("--page: a page holds the whole registry; leave --only and --backend out")
     backends, outcomes = [args.backend] if args.backend else BACKENDS, []
-    precisions: Sequence[Precision] = list(dict.fromkeys(args.precision or ["fp64"]))
+    precisions: Sequence[Policy] = list(dict.fromkeys(args.precision or ["fp64"]))
     for precision in precisions:
         outcomes += run_faults(faults, backends, args.out / precision, precision=precision, keep=args.keep)
     (args.out / "faults.json").write_text(

@@ -70,11 +70,17 @@ class CaseResult:
 
 
 def training(
-    recipe: Path, home: Path, *, devices: int, edits: Sequence[Edit] = (), activations: bool = False
+    recipe: Path,
+    home: Path,
+    *,
+    devices: int,
+    edits: Sequence[Edit] = (),
+    activations: bool = False,
+    trace: str = "trace",
 ) -> Case:
-    """A training of `recipe` that writes `home`/run and `home`/trace; an earlier `home` is removed."""
+    """A training of `recipe` that writes `home`/run and `home`/`trace`; an earlier `home` is removed."""
     shutil.rmtree(home, ignore_errors=True)
-    argv = ["train", str(recipe), "--out", str(home / "run"), "--trace", str(home / "trace")]
+    argv = ["train", str(recipe), "--out", str(home / "run"), "--trace", str(home / trace)]
     argv += ["--activations", "all"] if activations else []
     return Case(tuple(argv), devices, tuple(edits))
 

@@ -25,12 +25,12 @@ from parity.comparison.phases import PHASES, Location
 from parity.diagnosis.causes import CAUSES
 from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults.fault import SETUPS, setup_recipe
-from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
+from parity.faults.run import BACKENDS, Outcome, chosen, clean_pair, home_of, run_faults
 from parity.faults.table import help_summary, result_lines
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
 from parity.runs.fixture import TinySetup
-from trainspec.plans.plan import Backend
+from trainspec.plans.plan import Backend, Policy
 
 # One for each kind of location that a fault may have, and the most common mistakes of training runs.
 SAMPLE = (
@@ -216,7 +216,7 @@ def test_a_fault_out_of_reach_in_fp32_is_not_planted_there():
 
 def test_a_plan_that_a_backend_refuses_is_compared_with_one_device(tmp_path: Path):
     tiny = TinySetup(tmp_path)
-    devices: dict[Precision, list[int]] = {"fp64": [2, 1], "fp32": [2, 2]}
+    devices: dict[Policy, list[int]] = {"fp64": [2, 1], "fp32": [2, 2]}
     for setup in ("zero1", "pipe"):
         for precision, expected in devices.items():
             assert [setup_recipe(tiny, setup, precision, b).plan.devices for b in BACKENDS] == expected
@@ -260,8 +260,8 @@ def test_the_command_line(root: Path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("precision", get_args(Precision))
-def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Precision):
+@pytest.mark.parametrize("precision", get_args(Policy))
+def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Policy):
     command = [sys.executable, "-m", "parity", "faults", "--precision", precision, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
