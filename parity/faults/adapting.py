@@ -132,7 +132,7 @@ FAULTS = (
     Fault(
         name="embedding-frozen",
         imitates="the embedding is frozen, though every weight is to be trained",
-        source="huggingface/peft#1750 (embeddings are left frozen), hiyouga/LlamaFactory#4119",
+        source="kohjingyu/fromage#6 (an embedding that should be trained), nttcslab/byol-a#7",
         cause="gradient-stopped",
         where=Where("gradient", r"model\.embed_tokens\.weight"),
         edits=no_gradient('"embed_tokens" in __name', '"embed_tokens" in name'),
@@ -140,7 +140,7 @@ FAULTS = (
     Fault(
         name="biases-frozen",
         imitates="biases have no gradient",
-        source="huggingface/peft#807 (bias setting without effect)",
+        source="SeuTao/Humpback-Whale-Identification#9 (a bias with requires_grad False)",
         cause="gradient-stopped",
         where=Where("gradient", r"model\.layers\.1\.mlp\.down_proj\.bias"),
         edits=no_gradient('__name.endswith("bias")', 'name.endswith("bias")'),

@@ -22,7 +22,7 @@ FAULTS = (
     Fault(
         name="sorted-by-length",
         imitates="the examples of a batch are sorted by length",
-        source="huggingface/transformers#14319 (group_by_length), LengthGroupedSampler",
+        source="LengthGroupedSampler (group_by_length) of huggingface/transformers",
         cause="data-order",
         where=Where("batch", "input_ids"),
         edits=in_every_backend(
@@ -86,7 +86,7 @@ FAULTS = (
     Fault(
         name="attended-tokens-counted",
         imitates="the sum is divided by the number of tokens that are no padding, not of targets",
-        source="huggingface/transformers#24725 (num_items_in_batch), NovaSky-AI/SkyRL#467",
+        source="NovaSky-AI/SkyRL#467, huggingface/transformers#46204",
         cause="token-count",
         where=TOKENS,
         edits={
@@ -105,7 +105,7 @@ FAULTS = (
     Fault(
         name="end-token-not-counted",
         imitates="the end token is taken for padding: it is no target",
-        source="NVIDIA-NeMo/Megatron-Bridge#4660, huggingface/trl#1623",
+        source="NVIDIA-NeMo/Megatron-Bridge#4660, verl-project/verl#535",
         cause="token-count",
         where=TOKENS,
         edits={

@@ -44,7 +44,7 @@ FAULTS = (
     Fault(
         name="loss-averaged-over-replicas",
         imitates="the loss that is reported is the mean of the replicas' sums",
-        source="huggingface/transformers#46204, axolotl-ai-cloud/axolotl#2556 (reported loss over ranks)",
+        source="lightly-ai/lightly#1977 (off by 1 / world_size), meta-pytorch/torchtune#2172",
         cause="averaged-over-ranks",
         where=Where("loss", "loss_sum"),
         edits={

@@ -98,7 +98,7 @@ FAULTS = (
     Fault(
         name="resume-of-an-older-moment",
         imitates="the first moments are those of the checkpoint before",
-        source="deepspeedai/DeepSpeed#3810, NVIDIA/Megatron-LM#1240 (optimizer state of another step)",
+        source="NVIDIA/Megatron-LM#2016 (the optimizer has the steps 2250 and 1300)",
         cause="resume-state",
         where=Where("resume", r"moment1/.*", step=FIRST),
         edits=from_the_checkpoint_before("moment1"),
@@ -107,7 +107,7 @@ FAULTS = (
     Fault(
         name="resume-of-older-weights",
         imitates="the weights are those of the checkpoint before, the moments the newest",
-        source="pytorch/torchtitan#811, huggingface/accelerate#2016",
+        source="pytorch/pytorch#35047 (a resumed run goes another way)",
         cause="resume-state",
         where=Where("resume", r"weight/.*", step=FIRST),
         edits=from_the_checkpoint_before("weights"),
@@ -116,7 +116,7 @@ FAULTS = (
     Fault(
         name="resume-without-moments",
         imitates="the optimizer's state is not restored: both moments begin at zero",
-        source="huggingface/transformers#27749, axolotl-ai-cloud/axolotl#2089",
+        source="thinking-machines-lab/tinker-feedback#127, EvolvingLMMs-Lab/OneVision-Encoder#65",
         cause="resume-state",
         where=Where("resume", r"moment1/.*", step=FIRST),
         edits=loaded(moments="zeros"),

@@ -53,7 +53,7 @@ FAULTS = (
     Fault(
         name="beta2-of-another-recipe",
         imitates="beta2 is 0.95, a usual one for language models, not the recipe's 0.999",
-        source="karpathy/nanoGPT#233 (beta2 0.95 against torch's 0.999)",
+        source="GPT-3, arXiv 2005.14165, appendix B (0.95) against torch.optim.AdamW's default (0.999)",
         cause="betas",
         where=Where("moment2", EMBEDDING),
         edits={
@@ -76,7 +76,7 @@ FAULTS = (
     Fault(
         name="nesterov-momentum",
         imitates="the update looks ahead: it takes beta1 m + (1 - beta1) g for m (NAdam without its schedule)",
-        source="google-deepmind/optax adamw(nesterov=True); keras-team/keras#18370",
+        source="optax.nadamw against optax.adamw; NAdam (Dozat, ICLR workshop 2016)",
         cause="momentum",
         where=FIRST_UPDATE,
         edits={
@@ -124,7 +124,7 @@ FAULTS = (
     Fault(
         name="clip-at-the-default",
         imitates="gradients are clipped at 1.0, the default, not at the recipe's norm",
-        source="huggingface/accelerate#1269, deepspeedai/DeepSpeed#5149 (gradient_clipping of another config)",
+        source="NVIDIA-NeMo/Automodel#904 (1.0 where nothing is said), ultralytics/ultralytics#24320 (hard-coded)",
         cause="clip-size",
         where=CLIP,
         edits={
@@ -201,7 +201,7 @@ FAULTS = (
     Fault(
         name="rate-of-b-alone",
         imitates="the rate of an adapter's B is 16 times that of A",
-        source="LoRA+, arXiv 2402.12354; huggingface/peft#1915",
+        source="LoRA+, arXiv 2402.12354 (create_loraplus_optimizer of huggingface/peft)",
         cause="rate-applied",
         where=Where("update", r"base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_B\.weight"),
         edits={
@@ -230,7 +230,7 @@ FAULTS = (
     Fault(
         name="decay-missing",
         imitates="no weight decays: the optimizer's group has its own decay of zero",
-        source="huggingface/transformers#35927, Lightning-AI/litgpt#1137",
+        source="huggingface/transformers#35927 (which parameters decay)",
         cause="decay-size",
         where=FIRST_UPDATE,
         edits={
@@ -247,7 +247,7 @@ FAULTS = (
     Fault(
         name="embedding-not-decayed",
         imitates="the embedding does not decay, though other matrices do",
-        source="karpathy/minGPT's configure_optimizers; NVIDIA/Megatron-LM#1464",
+        source="configure_optimizers of karpathy/minGPT: embeddings do not decay",
         cause="decay-mask",
         where=FIRST_UPDATE,
         edits=in_every_backend(Edit("trainspec.families.llama:matrix", "True", 'role != "embedding"')),

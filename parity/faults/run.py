@@ -82,20 +82,16 @@ class Outcome:
         return "helpful" if self.fault.cause in named else "misleading" if named else "silent"
 
     def as_json(self) -> dict[str, Any]:
-        """Its entry in faults.json."""
+        """Its entry in faults.json, besides the words of `parity.faults.results`."""
         return {
-            "fault": self.fault.name,
-            "backend": self.backend,
-            "precision": self.precision,
-            "result": self.word.lower(),
             "as_expected": self.as_expected,
-            "said": asdict(self.divergence.location) | {"error": self.divergence.error}
+            "location": asdict(self.divergence.location) | {"error": self.divergence.error}
             if self.divergence
             else None,
             "true": asdict(self.fault.where) if self.fault.where else None,
             "cause": self.fault.cause,
             "diagnosis": self.diagnosis.as_json() if self.diagnosis else None,
-            "help": self.help,
+            "report": self.diagnosis.lines() if self.diagnosis else None,
             "crash": self.crash,
         }
 

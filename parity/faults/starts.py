@@ -48,7 +48,7 @@ FAULTS = (
     Fault(
         name="query-weight-scaled",
         imitates="a conversion has folded attention's scale into the weight of the queries",
-        source="google-deepmind/gemma's checkpoints in huggingface/transformers#37109; fairseq scales q, not the scores",
+        source="NeuraLegion/shainet#176 (where the query's scale is); fairseq scales q, not the scores",
         cause="weight-scaled",
         where=Where("initial", r"model\.layers\.0\.self_attn\.q_proj\.weight", 0),
         edits=starting("with_scaled_queries"),
