@@ -26,6 +26,7 @@ CAUSES = (
             "at-mixed",
             "only-some-examples",
             "adapter-agrees",
+            "at-adapter-input",
         ),
         next=NO_DROPOUT,
         alike=("adapter-dropout",),
@@ -38,6 +39,7 @@ CAUSES = (
         fits={"every-token": 2, "zero-elements": 4, "at-adapter": 2},
         needs=("low-rank", "dropout", INSIDE),
         excluded=(
+            "resumed",
             "first-tokens-agree",
             "factor",
             "forward-agrees",
@@ -129,5 +131,16 @@ CAUSES = (
         needs=("norm-larger|frozen-changes",),
         next="trainspec show RECIPE",
         alike=("norm-of-all",),
+    ),
+    Cause(
+        name="resume-dropout",
+        sentence="the resumed run draws other dropout masks than the one that goes on: those of its first steps, or a new generator's",
+        contract=MASKS,
+        phases=POINTS,
+        fits={"resumed": 3, "zero-elements": 4, "at-adapter": 2, "every-token": 1},
+        needs=("resumed", "dropout", INSIDE),
+        excluded=("first-tokens-agree", "factor", "forward-agrees", "at-rotated", "at-mixed"),
+        next="parity check RECIPE --resume-at left:1  # then right:1: the side that differs draws other masks",
+        alike=("adapter-dropout",),
     ),
 )

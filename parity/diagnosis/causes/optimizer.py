@@ -148,7 +148,7 @@ CAUSES = (
         phases=("update",),
         fits={"rate": 5, "factor": 1, "moments-agree": 1},
         needs=("rate",),
-        excluded=("no-correction", "count-of-another-step", "zero"),
+        excluded=("no-correction", "count-of-another-step", "zero", "nesterov"),
         next="parity check RECIPE --set schedule.kind=constant",
         alike=("bias-correction",),
     ),

@@ -20,6 +20,8 @@ def location(view: View) -> Iterator[Fact]:
         return
     if kind := operation(view.tensor):
         yield Fact(kind, f"first at {view.tensor}")
+    if view.tensor.endswith(".lora_A"):
+        yield Fact("at-adapter-input", f"first at {view.tensor}, before any scale")
     parts = [
         f
         for f in view.judged
@@ -31,6 +33,17 @@ def location(view: View) -> Iterator[Fact]:
         yield Fact("adapter-agrees", "what the adapter adds in this layer before that agrees")
     if view.layer(view.tensor) == 0:
         yield Fact("first-layer", "in the first layer")
+
+
+def recovery(view: View) -> Iterator[Fact]:
+    """Whether the error of a gradient is gone further back in the walk, as where shares are summed later than they should be."""
+    if view.phase != "activation_gradient" or view.first not in view.judged:
+        return
+    later = view.judged[view.judged.index(view.first) + 1 :]
+    if later and later[0].holds and sum(f.holds for f in later) > len(later) / 2:
+        yield Fact(
+            "agrees-further-back", f"the gradient of {later[0].location.tensor}, which comes of it, agrees"
+        )
 
 
 def agreement(view: View) -> Iterator[Fact]:
@@ -79,7 +92,8 @@ def tensors(view: View) -> Iterator[Fact]:
             "only-adapter",
             "only-encoder",
         )
-        if all(mine(view, name) for name in failing) and is_told_apart:
+        is_all_of_them = kind != "only-decaying" or not any(mine(view, name) for name in others)
+        if all(mine(view, name) for name in failing) and is_told_apart and is_all_of_them:
             yield Fact(kind, f"only {words}: {shown}")
 
 
