@@ -20,6 +20,7 @@ from parity.faults.fault import RESUMED, RESUMED_AFTER, Fault, in_every_backend,
 from parity.runs.fixture import LORA, write_tiny
 from parity.runs.join import join
 from parity.runs.launch_many import Case, run_cases, training
+from parity.runs.work import cores
 from trainspec import backends
 from trainspec.errors import UserError, nearest
 from trainspec.plans.plan import Backend, Policy
@@ -30,6 +31,8 @@ from trainspec.trace import Trace
 Help = Literal["helpful", "silent", "misleading"]
 # Of two compared backends, the first one here is on the left.
 BACKENDS: tuple[Backend, ...] = tuple(backends.BACKENDS)
+# Nearly all of the time goes into compiling JAX's programs, each in one thread.
+AT_ONCE = 2
 # The error of each failed run, by backend and fault.
 Crashes = dict[tuple[Backend, str], str]
 
@@ -175,12 +178,14 @@ def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Reci
     first = [fault for fault in faults if fault.setup not in RESUMED or not fault.source]
     second = [fault for fault in faults if fault.setup in RESUMED]
     cases = [_case(backend, fault, recipes[fault.setup], out) for fault in first]
-    results = [*zip(first, run_cases(backend, cases, home=out / "launches"), strict=True)]
+    at_once = min(AT_ONCE, cores())
+    results = [*zip(first, run_cases(backend, cases, home=out / "launches", at_once=at_once), strict=True)]
     stopped = {fault.setup for fault, result in results if result.wrong and fault.setup in RESUMED}
     second = [fault for fault in second if fault.setup not in stopped]
     cases = [_resumed_case(backend, fault, recipes[fault.setup], out) for fault in second]
     if cases:
-        results += zip(second, run_cases(backend, cases, home=out / "launches/resumed"), strict=True)
+        home = out / "launches/resumed"
+        results += zip(second, run_cases(backend, cases, home=home, at_once=at_once), strict=True)
     crashes = {(backend, fault.name): result.wrong for fault, result in results if result.wrong is not None}
     for fault in second:
         home = home_of(out, backend, fault)

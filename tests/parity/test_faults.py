@@ -31,6 +31,7 @@ from parity.faults.table import help_summary, page, result_lines
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
 from parity.runs.fixture import TinySetup
+from parity.runs.launch_many import Case, _shares
 from trainspec.errors import UserError
 from trainspec.plans.plan import Backend, Policy
 
@@ -253,6 +254,12 @@ def test_a_diff_of_the_traces_says_the_same(sampled: dict[tuple[str, str], Outco
         else:
             assert (result["code"], verdict["verdict"]) == (1, "fail")
             assert verdict["first_divergence"]["phase"] == fault.where.phase
+
+
+def test_cases_of_one_recipe_stay_together():
+    cases = [Case(("train", recipe, str(n))) for n, recipe in enumerate("aababcdb")]
+    assert _shares(cases, 2) == [[0, 1, 3, 6], [2, 4, 7, 5]]
+    assert _shares(cases[:2], 2) == [[0, 1]]
 
 
 def test_the_command_line(root: Path):

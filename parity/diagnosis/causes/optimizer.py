@@ -167,8 +167,8 @@ CAUSES = (
         sentence="the schedule's peak, warm-up, length or form is another one",
         contract=RATE,
         phases=("lr",),
-        fits={"rate-factor": 3, "batch-agrees": 3},
-        excluded=("rate-of-another-step",),
+        # A schedule of another length has the other's rate of another step as well, once the first has passed.
+        fits={"rate-factor": 3, "batch-agrees": 3, "later-step": 2},
         next="parity check RECIPE --set schedule.kind=constant",
         alike=("schedule-offset",),
     ),

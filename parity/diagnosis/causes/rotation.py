@@ -40,6 +40,7 @@ CAUSES = (
             "like-rounding",
             "at-head-norm",
             "forward-agrees",
+            "from-position",
         ),
         next=SHORT,
         alike=("attention-scale", "head-norm-order"),

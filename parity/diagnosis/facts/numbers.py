@@ -109,7 +109,7 @@ def rounded(view: View) -> Iterator[Fact]:
         return
     width = width_of(view)
     for name, side, other in view.named_sides():
-        if np.unique(side[side != 0]).size < ENOUGH:
+        if min(np.unique(each[each != 0]).size for each in (side, other)) < ENOUGH:
             continue
         if short(side, BF16_BITS) >= ALL and short(other, BF16_BITS) <= FEW:
             yield Fact("bf16-numbers", f"{name} has bfloat16 numbers only, the other side has not")

@@ -5,6 +5,7 @@ block = a · x + b · attention + c · mlp + d · input_norm      [examples, pos
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,20 +16,17 @@ from parity.diagnosis.facts.factors import MAX_RESIDUAL
 from parity.diagnosis.view import Array, View
 
 # Points at which a sum that is made otherwise shows first: the norm after it, or the sum itself.
-SHOWS = ("at-norm", "at-block")
+SHOWS = re.compile(r"layers\.(\d+)\.(?:post_norm|block)")
 # A coefficient is another one if it is off by this; bfloat16 streams fit to a thousandth.
 OFF = 0.02
 
 
 def sums(view: View) -> Iterator[Fact]:
     """A factor of what a layer adds, or a stream that goes on from the normed one."""
-    layer = view.layer(view.tensor)
-    if (
-        view.phase != "activation"
-        or layer is None
-        or view.tensor.rpartition(".")[2] not in ("post_norm", "block")
-    ):
+    point = SHOWS.fullmatch(view.tensor)
+    if view.phase != "activation" or point is None:
         return
+    layer = int(point[1])
     found = [_coefficients(view, layer, side) for side in (0, 1)]
     right = np.array([1.0, 1.0, 1.0, 0.0])
     for at, (mine, other) in enumerate(zip(found, found[::-1], strict=True)):

@@ -11,6 +11,7 @@ from parity.diagnosis.view import TOKEN_WISE, View, operation
 from trainspec.methods import ENCODER, PEFT_PREFIX
 
 DIGITS = re.compile(r"\.\d+\.")
+LORA_B = ".lora_B."
 BIAS = re.compile(r"\.bias$|\.bias_[ih]h_")
 
 
@@ -20,8 +21,6 @@ def location(view: View) -> Iterator[Fact]:
         return
     if kind := operation(view.tensor):
         yield Fact(kind, f"first at {view.tensor}")
-    if view.tensor.endswith(".lora_A"):
-        yield Fact("at-adapter-input", f"first at {view.tensor}, before any scale")
     parts = [
         f
         for f in view.judged
@@ -62,6 +61,8 @@ def agreement(view: View) -> Iterator[Fact]:
         has_points = any(f.location.phase == "activation" for f in view.comparison.findings)
         if not has_points or view.agrees("activation"):
             yield Fact("forward-agrees", "the forward pass agrees, loss included")
+            if any(pair[0].any() for name, pair in view.pair.weights(view.step).items() if LORA_B in name):
+                yield Fact("agrees-with-adapter", "it does so with an adapter whose B is not zero")
     if view.phase == "update" and view.agrees("moment1") and view.agrees("moment2"):
         yield Fact("moments-agree", "both moments agree")
 
