@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,7 +138,9 @@ def run_faults(
     # Of a resume each backend has a clean one, held to the other's run that was not stopped.
     pairs = [(f, b) for f in clean for b in (BACKENDS if f.setup in RESUMED else BACKENDS[1:])]
     cases = [*pairs, *((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])]
-    outcomes = [_judge(fault, b, recipes[b][fault.setup], crashes, out) for fault, b in cases]
+    with ProcessPoolExecutor(min(AT_ONCE, cores())) as pool:
+        judged = (pool.submit(_judge, f, b, recipes[b][f.setup], crashes, out) for f, b in cases)
+        outcomes = [each.result() for each in list(judged)]
     for outcome in outcomes[len(pairs) :]:
         if outcome.as_expected and not keep:
             shutil.rmtree(home_of(out, outcome.backend, outcome.fault))

@@ -160,8 +160,10 @@ CAUSES = (
         sentence="the optimizer leaves one rank's shard as it was",
         contract=Contract("Over many devices", "`shards` splits optimizer"),
         phases=("moment1", "moment2", "update"),
-        fits={"unchanged-block": 5, "optimizer-split": 2, "zero-block": 3},
-        needs=("unchanged-block|zero-block",),
+        # A shard may be a block of a weight, or some weights as wholes.
+        fits={"unchanged-block": 5, "optimizer-split": 2, "zero-block": 3, "unchanged": 2},
+        needs=("unchanged-block|zero-block|unchanged",),
+        excluded=("every-tensor",),
         next='parity check RECIPE --right "RIGHT plan.fsdp=1"',
         alike=("update-skipped",),
     ),
