@@ -42,6 +42,7 @@ CAUSES = (
             "forward-agrees",
             "not-rotated",
             "near-frequencies",
+            "from-position",
         ),
         next=SHORT,
         alike=("attention-scale", "head-norm-order"),

@@ -25,6 +25,8 @@ EXAMPLES, POSITIONS = 4, 256
 LOG_SCALES, HALVINGS = 4.0, 60
 # Frequencies are near each other up to this share: bfloat16's rounding, and float16's is less.
 NEAR = 2.0**-8
+# By how many heads a mistake may be off.
+MOST_SHIFTS = 4
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -48,6 +50,9 @@ class Form:
     documents: bool = True
     prefix: bool = True
     tiled: bool = False
+    shifted: int = 0
+    first_head: bool = False
+    offset: bool = True
     scale: float = 1.0
     rounded: bool = False
     window: int | None = None
@@ -127,12 +132,17 @@ def _mistakes(
     )
     if any(each.prefix for each in inputs):
         yield "mix-without-prefix", Form(prefix=False), "queries that do not see the prefix"
+        yield "mix-without-offset", Form(offset=False), "a causal mask that is not offset by the prefix"
     if inputs[0].query.shape[1] > inputs[0].key.shape[1] > 1:
         yield (
             "mix-of-tiled-heads",
             Form(tiled=True),
             "kv heads in turn (0 1 0 1), where neighbours share one (0 0 1 1)",
         )
+    if (kv := inputs[0].key.shape[1]) > 1:
+        yield "mix-of-other-heads", Form(first_head=True), "the first kv head for all query heads"
+        for by in range(1, min(kv, MOST_SHIFTS + 1)):
+            yield "mix-of-other-heads", Form(shifted=by), f"kv heads that are {by} further on"
     tokens = tokens_of(view)
     if tokens is not None and (tokens.differs & (tokens.segments > 0)).any():
         first = int(tokens.numbers()[tokens.differs & (tokens.segments > 0)].min())
@@ -176,9 +186,11 @@ def _apply(inputs: Inputs, form: Form) -> Array:
     if prefix is not None:
         key, value = np.concatenate([prefix[0], key]), np.concatenate([prefix[1], value])
         visible = np.pad(visible, ((0, 0), (len(prefix[0]), 0)), constant_values=form.prefix)
+        visible = visible if form.offset else np.tril(visible)
     times, kv = inputs.query.shape[1] // key.shape[1], key.shape[1]
     heads = np.arange(inputs.query.shape[1])
-    shared = heads % kv if form.tiled else heads // times
+    shared = heads % kv if form.tiled else (heads // times - form.shifted) % kv
+    shared = np.zeros_like(shared) if form.first_head else shared
     scores = (
         np.einsum("shd,thd->hst", inputs.query, key[:, shared])
         / math.sqrt(inputs.query.shape[-1])
