@@ -111,6 +111,11 @@ class Contraction:
         """x as the result of contractions of `terms` terms."""
         return _moved(self.sizes.wide * (terms / 3) ** 0.5, x, self._key_of(number))
 
+    def gradient(self, x: Array, terms: int | Array, number: int) -> Array:
+        """x as the result of contractions of `terms` terms that is the gradient of a weight."""
+        of_total = self.sizes.wide**2 * (terms / 3)
+        return _moved((of_total + self.sizes.summed**2) ** 0.5, x, self._key_of(number))
+
     def _key_of(self, number: int) -> Array:
         return self.key ^ jnp.uint32(number * _MIX_1 % 2**32)
 

@@ -119,7 +119,7 @@ def _backward(
         from_term, from_sum = _num_summed(operation, dy, x, like) if rounds else (0, 0)
         factor = rounds.factor(dy, from_term, 1) if rounds else dy
         dw = operation.weight_gradient(factor, x, like)
-        dw = rounds.total(dw, from_sum, 4) if rounds else dw
+        dw = rounds.gradient(dw, from_sum, 4) if rounds else dw
         # First as the weight is used, then split: going straight there, the partitioner moves activations instead.
         dw = lax.with_sharding_constraint(dw, sharding.in_use)
         dw = lax.with_sharding_constraint(dw, sharding.gradient)

@@ -38,7 +38,7 @@ class Job:
     """The input of `parity.runs.replay`: the reference's backend and recipe, and the runs (traces) that it repeats.
 
     `draws` is the number of repetitions of the first run with simulated roundings, of unit roundoffs `units` (of stored
-    results and of wide ones); step `activations_at` is recorded with activations. `computed` is the type that the runs
+    results, of wide ones and of weights' gradients); step `activations_at` is recorded with activations. `computed` is the type that the runs
     compute in, to which their weights are rounded. `ended` names a file for each run that is there once the run has ended:
     its trace may still grow until then. Without names all traces are whole.
     """
@@ -47,7 +47,7 @@ class Job:
     recipe: str
     overrides: list[str]
     computed: str
-    units: tuple[float, float]
+    units: tuple[float, float, float]
     draws: int
     activations_at: int | None
     runs: list[str]
@@ -84,7 +84,11 @@ class Replay:
             str(recipe),
             exact,
             COMPUTE_DTYPE[precision],
-            (UNIT[precision], UNIT["fp32"]),
+            (
+                UNIT[precision],
+                UNIT["fp32"],
+                UNIT[load_recipe(recipe, overrides).precision.reduce if precision == "bf16" else "fp32"],
+            ),
             self._draws,
             activations_at,
             [str(r) for r in runs],

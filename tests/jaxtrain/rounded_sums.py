@@ -26,7 +26,7 @@ def main() -> None:
     """Read CASES and write OUT."""
     jax.config.update("jax_enable_x64", True)
     cases, out = map(Path, sys.argv[1:])
-    found, sizes = {}, Roundings(0.4247 * 2.0**-24, 0.4247 * 2.0**-24)
+    found, sizes = {}, Roundings(*(3 * [0.4247 * 2.0**-24]))
     for name, numbers in json.loads(cases.read_text()).items():
         terms = np.array(numbers)
         n = terms.shape[1]
