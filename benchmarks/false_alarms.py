@@ -35,7 +35,7 @@ from parity.comparison.compare import Comparison, compare
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
 from parity.comparison.tolerance import Bounds, CheckedPair
-from parity.many import Asked, Made, make_runs
+from parity.many import CheckRequest, RunPair, make_runs
 from parity.runs.fixture import METHODS
 from parity.runs.sides import Side
 
@@ -182,7 +182,7 @@ def checked(groups: Sequence[Sequence[Case]], precision: Low, out: Path) -> Iter
     make_models({(case.variant, case.trained) for group in groups for case in group}, out)
     cases = [case for group in groups for case in group]
     asked = [
-        [Asked(ROOT / "configs/full.yaml", settings(case, out), home(case, out)) for case in group]
+        [CheckRequest(ROOT / "configs/full.yaml", settings(case, out), home(case, out)) for case in group]
         for group in groups
     ]
     made = make_runs(
@@ -195,7 +195,7 @@ def checked(groups: Sequence[Sequence[Case]], precision: Low, out: Path) -> Iter
         yield record
 
 
-def judged(runs: Made) -> Record:
+def judged(runs: RunPair) -> Record:
     """What a case uses of its bounds, and what it would use with thirty times its rounding."""
     comparison = runs.judged()
     first = comparison.first_divergence
@@ -210,7 +210,7 @@ def judged(runs: Made) -> Record:
     }
 
 
-def times_thirty(runs: Made) -> Comparison:
+def times_thirty(runs: RunPair) -> Comparison:
     """The case with thirty times its rounding, as the same bounds judge it."""
     left, right = (side.trace for side in runs.results)
     assert left is not None, "a clean run has a trace"

@@ -33,7 +33,7 @@ Groups = Sequence[Sequence[T]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckRequest:
     """One check: a recipe with overrides, and where its files go."""
 
     recipe: Path
@@ -42,7 +42,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Made:
+class RunPair:
     """A check whose runs are made, and the bounds that they are to be held to."""
 
     results: tuple[SideResult, ...]
@@ -78,14 +78,14 @@ class Series:
 
 
 def make_runs(
-    groups: Groups[Asked],
+    groups: Groups[CheckRequest],
     *,
     sides: tuple[Side, Side],
     precision: Policy,
     steps: int,
     home: Path,
     launcher: Launcher | None = None,
-) -> list[Made]:
+) -> list[RunPair]:
     """Train `steps` updates of every recipe on both sides, and in fp32 and bf16 repeat them in float64; in the order of `groups`.
 
     The recipes of a group differ in `model.from` and `data` alone, at equal shapes, and plans have one device. Raises
@@ -98,7 +98,7 @@ def make_runs(
     ]
     results = list(zip(*by_side, strict=True))
     if precision == "fp64":
-        return [Made(pair, ProofBounds) for pair in results]
+        return [RunPair(pair, ProofBounds) for pair in results]
     remaining, replays = iter(results), []
     for group in groups:
         replays.append([_replay(asked, next(remaining), precision) for asked in group])
@@ -107,13 +107,13 @@ def make_runs(
     for replay, ended in zip(chain(*present), series.run(REFERENCE, runs), strict=True):
         replay.ended(*ended)
     return [
-        Made(pair, partial(_bounds, precision=precision, asked=asked, sides=sides, replay=replay))
+        RunPair(pair, partial(_bounds, precision=precision, asked=asked, sides=sides, replay=replay))
         for pair, asked, replay in zip(results, chain(*groups), chain(*replays), strict=True)
     ]
 
 
 def _trained(
-    groups: Groups[Asked], name: str, side: Side, precision: Policy, steps: int, series: Series
+    groups: Groups[CheckRequest], name: str, side: Side, precision: Policy, steps: int, series: Series
 ) -> list[SideResult]:
     """One side of every check."""
     trainings = [
@@ -130,7 +130,7 @@ def _trained(
     ]
 
 
-def _replay(asked: Asked, results: Sequence[SideResult], precision: Low) -> Replay | None:
+def _replay(asked: CheckRequest, results: Sequence[SideResult], precision: Low) -> Replay | None:
     """What repeats both runs in float64; None if one of them has no trace."""
     traces = [result.trace.directory for result in results if result.trace]
     if len(traces) < len(results):
@@ -139,7 +139,7 @@ def _replay(asked: Asked, results: Sequence[SideResult], precision: Low) -> Repl
 
 
 def _bounds(
-    pair: Pair, *, precision: Low, asked: Asked, sides: tuple[Side, Side], replay: Replay | None
+    pair: Pair, *, precision: Low, asked: CheckRequest, sides: tuple[Side, Side], replay: Replay | None
 ) -> Bounds:
     left, right = (load_recipe(asked.recipe, (*asked.overrides, *side.overrides)) for side in sides)
     return measured_bounds(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from parity.check import check
-from parity.many import Asked, Series, make_runs
+from parity.many import CheckRequest, Series, make_runs
 from parity.runs.fixture import TinySetup, write_tiny
 from parity.runs.programs import Launcher
 from parity.runs.series import SharedPrograms
@@ -45,7 +45,7 @@ def test_each_is_what_a_check_of_its_own_is(tmp_path: Path):
         tiny.recipe(method=tiny.method("lora"), precision={"policy": "fp32"}, data=data).to_yaml()
     )
     asked = [
-        Asked(recipe, (f"data.packing={packing}",), tmp_path / f"many-{packing}")
+        CheckRequest(recipe, (f"data.packing={packing}",), tmp_path / f"many-{packing}")
         for packing in ("true", "false")
     ]
     made = make_runs([asked], sides=SIDES, precision="fp32", steps=STEPS, home=tmp_path / "launches")
@@ -100,7 +100,7 @@ def test_a_run_that_crashed_is_one_line(tmp_path: Path):
         def run(self, program: str, command: Sequence[str], *, log: Path) -> tuple[int, str]:
             return 1, f"{program} cannot be loaded"
 
-    asked = Asked(tmp_path / "r.yaml", (), tmp_path / "out")
+    asked = CheckRequest(tmp_path / "r.yaml", (), tmp_path / "out")
     with pytest.raises(UserError, match=r"left .jax.: crashed with exit code 70: jaxtrain cannot be loaded"):
         make_runs(
             [[asked]],
