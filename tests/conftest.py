@@ -13,14 +13,16 @@ from trainspec.recipe import Recipe
 
 pytest_plugins = ["share"]
 
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 # Tests of arithmetic take no GPU or TPU that happens to be there.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # Test processes share two cores, so waiting threads must not spin. Read when torch is loaded, and inherited.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Most of a JAX test is compilation: take the compiler's short way, and compile an equal program once.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of a JAX test is compilation: take the compiler's short ways, and compile an equal program once.
+os.environ.setdefault("XLA_FLAGS", QUICK_COMPILE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build/jax-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 

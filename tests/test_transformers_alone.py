@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from asked import asked_for
 from many import ROOT, run_many
 from model_shapes import SHAPES, make_model_shapes
 from oracle.conversations import CONVERSATIONS
@@ -33,8 +34,7 @@ BOUND = {"exact": 1e-12, "as-is": 1e-6}
 def home(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Traces of both backends and what transformers finds, for every directory that a selected test asks for."""
     home = tmp_path_factory.mktemp("alone")
-    selected = (getattr(item, "callspec", None) for item in request.session.items)
-    asked = {"tied"} | {spec.params["shape"] for spec in selected if spec and "shape" in spec.params}
+    asked = {"tied", *asked_for(request, "shape")}
     shapes = {name: path for name, path in make_model_shapes(home).items() if name in asked}
     records = [CONVERSATIONS[name] for name in CHATS]
     (home / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

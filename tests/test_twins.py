@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from asked import asked_for
 from many import run_many
 from small import recipe_maker
 
@@ -43,17 +44,14 @@ class Case:
         return f"{self.method}{some}-{self.variant}-accumulation{self.accumulation}-{rows}-remat-{self.remat}"
 
 
-# One of each: both ways to train, a family, a method of every kind of place in the model.
+# Of the fast tests: a family, and a method whose weights are in the layers.
+FAST = [Case("full", 2, True, "qwen3", remat="full"), Case("lora", 4, False)]
 CASES = [
-    Case("lora", 4, False),
-    Case("full", 1, True),
+    *FAST,
     Case("full", 2, True, "tied"),
     Case("lora", 2, True, "bias", remat="full"),
-    Case("full", 2, True, "qwen3", remat="full"),
     Case("adapter", 2, True, "bias", remat="full"),
     Case("dora", 2, True, "bias", remat="full"),
-]
-LONG_CASES = [
     *(Case(m, a, p) for m, a, p in itertools.product(("lora", "full"), (1, 4), (False, True))),
     Case("full", 2, False, "bias", padding_side="left"),
     Case("lora", 2, True, "llama3-rope"),
@@ -66,8 +64,6 @@ LONG_CASES = [
     Case("ptuning-lstm", 2, True, remat="full"),
     Case("prefix", 2, False, padding_side="left", remat="full"),
     Case("prefix-projection", 4, True),
-]
-LONG_CASES += [
     Case("full", 2, True, "qwen2"),
     Case("full", 2, True, "mistral", remat="full"),
     Case("full", 1, False, "mistral", padding_side="left"),
@@ -82,7 +78,6 @@ LONG_CASES += [
     Case("prefix", 2, True, "smollm3"),
     Case("prefix-projection", 2, True, "glm"),
 ]
-LONG_CASES = [case for case in LONG_CASES if case not in CASES]
 FP32_CASES = [Case("lora", 2, True), Case("full", 2, True, "tied", remat="full")]
 
 
@@ -126,40 +121,27 @@ def module_recipes(model_dirs, tmp_path_factory) -> Make:
     return recipe_maker(model_dirs)
 
 
-def prove_all(cases: list[Case], make: Make, root: Path) -> Path:
-    recipes = {str(case): recipe_of(make, case) for case in cases}
+@pytest.fixture(scope="module")
+def proof_runs(
+    module_recipes: Make, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    root = tmp_path_factory.mktemp("proof")
+    recipes = {str(case): recipe_of(module_recipes, case) for case in asked_for(request, "case")}
     for program in ("jaxtrain", "torchtrain"):
         train_all(program, recipes, root)
     return root
-
-
-@pytest.fixture(scope="module")
-def proof_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prove_all(CASES, module_recipes, tmp_path_factory.mktemp("proof"))
-
-
-@pytest.fixture(scope="module")
-def long_proof_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prove_all(LONG_CASES, module_recipes, tmp_path_factory.mktemp("long-proof"))
 
 
 def traces(root: Path, name: str) -> tuple[Path, Path]:
     return root / "jaxtrain" / name / "trace", root / "torchtrain" / name / "trace"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=str(c), marks=() if c in FAST else pytest.mark.full) for c in dict.fromkeys(CASES)],
+)
 def test_fp64_proof(proof_runs: Path, case: Case, tmp_path: Path, record_property):
-    prove(proof_runs, case, tmp_path, record_property)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("case", LONG_CASES, ids=str)
-def test_fp64_proof_of_the_others(long_proof_runs: Path, case: Case, tmp_path: Path, record_property):
-    prove(long_proof_runs, case, tmp_path, record_property)
-
-
-def prove(runs: Path, case: Case, tmp_path: Path, record_property) -> None:
-    left, right = traces(runs, str(case))
+    left, right = traces(proof_runs, str(case))
     verdict = diff(left, right, precision="fp64", out=tmp_path)
     found = json.loads((tmp_path / "verdict.json").read_text())
     assert verdict.holds, found["first_divergence"]
@@ -180,9 +162,9 @@ def fp32_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory) ->
     return root
 
 
-@pytest.mark.parametrize("case", FP32_CASES, ids=str)
-def test_fp32_under_deepspeed_is_within_its_bound(fp32_runs: Path, case: Case, tmp_path: Path):
-    left, right = traces(fp32_runs, str(case))
+@pytest.mark.parametrize("fp32_case", FP32_CASES, ids=str)
+def test_fp32_under_deepspeed_is_within_its_bound(fp32_runs: Path, fp32_case: Case, tmp_path: Path):
+    left, right = traces(fp32_runs, str(fp32_case))
     verdict = diff(left, right, precision="fp32", out=tmp_path)
     assert verdict.holds, (tmp_path / "verdict.json").read_text()
 
@@ -210,6 +192,7 @@ def planned_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory)
     return root
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", PLANNED)
 def test_split_over_devices_is_within_the_fp32_bound(planned_runs: Path, name: str, tmp_path: Path):
     verdict = diff(*traces(planned_runs, name), precision="fp32", out=tmp_path)

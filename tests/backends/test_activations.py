@@ -13,6 +13,8 @@ from trainspec.methods import leading_rows, virtual_tokens
 from trainspec.rope import inverse_frequencies
 
 METHODS = pytest.mark.parametrize("method", [FULL, LORA | {"dropout": 0.0}], ids=["full", "lora"])
+# One without and one with what a method adds to the layers, one with virtual tokens.
+FAST = ("full", "lora", "prefix-projection")
 ADDED = sections(
     {"lora": {"targets": r".*(layers\.0\..*(q|down)_proj|lm_head)", "dropout": 0.0}, "dora": {"dropout": 0.0}}
 )
@@ -50,7 +52,9 @@ def test_the_stream_adds_up(make_recipe, method):
         np.testing.assert_allclose(found[f"layers.{i}.block"], stream, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.full) for name in ADDED]
+)
 def test_every_point_of_a_run_is_there_in_its_shape(make_recipe, name):
     recipe = make_recipe("qwen3", method=ADDED[name], precision=FP64, data=PACKED)
     state, batch = prepare_method(recipe) if ADDED[name] != FULL else prepare(recipe)

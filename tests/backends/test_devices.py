@@ -113,6 +113,7 @@ def program(recipe_file: Path, out: Path, root: Path, **environment: str) -> sub
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_the_program_ends_with_the_reason_or_trains_where_it_was_told(make_recipe, tmp_path):
     file, root = tmp_path / "recipe.yaml", tmp_path / "machine"
     file.write_text(make_recipe(run={"steps": 1}).to_yaml())

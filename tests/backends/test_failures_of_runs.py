@@ -118,6 +118,7 @@ def limited(limit: str, make_recipe, tmp_path: Path, *, rows: str = "rows") -> t
 
 
 @LINUX
+@pytest.mark.full
 def test_a_real_lack_of_memory_is_one_line(make_recipe, tmp_path):
     """A batch of 8192 rows where 4 were asked for: its logits alone are 1.6 GiB."""
     limit = (

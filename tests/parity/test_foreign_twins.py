@@ -9,10 +9,12 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from asked import asked_for
 
 from parity.cli import main
 
@@ -93,23 +95,43 @@ LANGUAGE_MODEL = {
 PASSING = {"sgd:float32_rate": "computes its learning rate in float32", "lm:mask_value": ""}
 
 
+# Of the fast tests: one difference of the start, and of each phase that a port's mistake shows in.
+FAST = {
+    ("sgd", "float64"), ("adamw", "float64"), ("sgd:transposed", "float64"), ("adamw:tanh", "float64"), ("adamw:mean", "float64"), ("sgd:warmup", "float64"),
+    ("adamw:clip", "float64"), ("adamw:l2", "float64"), ("adamw:mask", "float64"), ("sgd:bn_momentum", "float64"), ("sgd:frozen", "float64"),
+}  # fmt: skip
+
+
+def cases_of(cases: Iterable[str]) -> pytest.MarkDecorator:
+    """The test with every case in both precisions."""
+    both = ((case, dtype) for case in cases for dtype in ("float64", "float32"))
+    return pytest.mark.parametrize(
+        ("case", "dtype"), [pytest.param(*c, marks=() if c in FAST else pytest.mark.full) for c in both]
+    )
+
+
 def torch_case(case: str) -> bool:
     return not case.startswith("lm:")
 
 
 @pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The traces of all cases, side-optimizer[-mistake]-dtype, and of the language models, lm-CASE."""
+def traces(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The traces of what is asked for, side-optimizer[-mistake]-dtype, and of the language models, lm-CASE."""
     home = tmp_path_factory.mktemp("twins")
-    torch_cases = (*OPTIMIZERS, *MISTAKES, *filter(torch_case, PASSING))
-    runs = [
-        (f"{program}_program.py", dtype, *cases)
-        for dtype in ("float64", "float32")
-        for program, cases in (("jax", OPTIMIZERS), ("torch", torch_cases))
-    ]
-    names = [case.partition(":")[2] for case in (*LANGUAGE_MODEL, *PASSING) if not torch_case(case)]
-    names.remove("softmax32")
-    runs += [("planted_lm.py", "torch", "torch", *names), ("planted_lm.py", "jax", "jax", "softmax32")]
+    asked = {*asked_for(request, "case", "dtype"), ("sgd", "float32"), ("sgd", "float64")}
+    asked |= {(case, "float64") for case in asked_for(request, "case") if case in PASSING}
+    runs: list[tuple[str, ...]] = []
+    for dtype in ("float64", "float32"):
+        cases = sorted(case for case, its in asked if its == dtype and torch_case(case))
+        optimizers = sorted({case.partition(":")[0] for case in cases})
+        runs += [("jax_program.py", dtype, *optimizers), ("torch_program.py", dtype, *{*optimizers, *cases})]
+    names = [case.partition(":")[2] for case in asked_for(request, "case") if not torch_case(case)]
+    if names:
+        torch_names = [name for name in names if name != "softmax32"]
+        runs += [
+            ("planted_lm.py", "torch", "torch", *torch_names),
+            ("planted_lm.py", "jax", "jax", "softmax32"),
+        ]
     for program, *rest in runs:
         argv = [sys.executable, str(HERE / program), str(home), *rest]
         subprocess.run(argv, check=True, timeout=500)
@@ -128,8 +150,7 @@ def twins_of(traces: Path, case: str, dtype: str) -> tuple[Path, Path]:
     return traces / f"jax-{optimizer}-{dtype}", traces / f"torch-{case.replace(':', '-')}-{dtype}"
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("case", OPTIMIZERS)
+@cases_of(OPTIMIZERS)
 def test_equal_programs_pass(traces: Path, case: str, dtype: str, tmp_path: Path):
     verdict = verdict_of(*twins_of(traces, case, dtype), tmp_path)
     assert verdict["first_divergence"] is None
@@ -143,8 +164,7 @@ def assert_shown(first: dict | None, shown: Shown) -> None:
     assert first["tensor"] in shown.tensors
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("case", MISTAKES)
+@cases_of(MISTAKES)
 def test_a_planted_difference_is_placed(traces: Path, case: str, dtype: str, tmp_path: Path):
     first = verdict_of(*twins_of(traces, case, dtype), tmp_path)["first_divergence"]
     if dtype == "float32" and case in FLOAT64_ONLY:
@@ -154,6 +174,7 @@ def test_a_planted_difference_is_placed(traces: Path, case: str, dtype: str, tmp
         assert_shown(first, MISTAKES[case]._replace(step=later or MISTAKES[case].step))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", LANGUAGE_MODEL)
 def test_a_difference_of_language_models_is_placed(traces: Path, case: str, tmp_path: Path):
     wrong = traces / case.replace(":", "-")
@@ -161,7 +182,9 @@ def test_a_difference_of_language_models_is_placed(traces: Path, case: str, tmp_
     assert_shown(verdict_of(left, right, tmp_path)["first_divergence"], LANGUAGE_MODEL[case])
 
 
-@pytest.mark.parametrize("case", PASSING)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if torch_case(case) else pytest.mark.full) for case in PASSING]
+)
 def test_what_is_no_difference_passes_with_its_note(traces: Path, case: str, tmp_path: Path):
     twins = twins_of(traces, case, "float64")
     if not torch_case(case):

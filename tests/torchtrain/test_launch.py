@@ -161,6 +161,7 @@ def test_another_number_of_processes_than_the_plan_takes_is_one_line(make_recipe
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.full
 def test_processes_are_started_and_a_mistake_that_they_find_is_one_line(make_recipe, tmp_path):
     file = plan_file(make_recipe, tmp_path, run={"steps": 1})
     done = run("train", file, "--out", tmp_path / "run")
