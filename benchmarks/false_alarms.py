@@ -191,7 +191,10 @@ def checked(groups: Sequence[Sequence[Case]], precision: Low, out: Path) -> Iter
     make_models({(case.variant, case.trained) for group in groups for case in group}, out)
     cases = [case for group in groups for case in group]
     asked = [
-        [CheckRequest(ROOT / "configs/full.yaml", settings(case, out), home(case, out)) for case in group]
+        [
+            CheckRequest(ROOT / "configs/full.yaml", settings(case, precision, out), home(case, out))
+            for case in group
+        ]
         for group in groups
     ]
     made = make_runs(
@@ -234,7 +237,7 @@ def shares(comparison: Comparison) -> dict[str, float | None]:
     return {phase: share if np.isfinite(share) else None for phase, share in worst.items()}
 
 
-def settings(case: Case, out: Path) -> tuple[str, ...]:
+def settings(case: Case, precision: Low, out: Path) -> tuple[str, ...]:
     """What the case changes in `configs/full.yaml`."""
     return (
         f"model.from={out / model_name(case.variant, case.trained)}",
@@ -247,6 +250,7 @@ def settings(case: Case, out: Path) -> tuple[str, ...]:
         "data.too_long=cut",
         "batch.global_examples=4",
         f"batch.accumulation={case.accumulation}",
+        f"precision.policy={precision}",
         f"precision.reduce={case.reduce}",
         "optimizer.lr=1e-3",
         "schedule.warmup_steps=0",
