@@ -214,7 +214,7 @@ def judged(runs: RunPair) -> Record:
     control = times_thirty(runs)
     return {
         "verdict": "pass" if comparison.holds else "fail",
-        "first": f"{first.location}: {first.reason or ''} {first.used:.3g} of the bound" if first else None,
+        "first": f"{first.location}: {first.reason or f"{first.used:.3g} of the bound"}" if first else None,
         "used": shares(comparison),
         "undetermined": comparison.undetermined,
         "times_30": shares(control),

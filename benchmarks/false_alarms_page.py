@@ -51,7 +51,7 @@ def share_of(record: Record, phase: str) -> float:
 def page(records: Sequence[Record]) -> str:
     """The page of docs/ that holds the results."""
     tested = [record for record in records if record["purpose"] == "test"]
-    parts = [INTRODUCTION, runs_table(records), phases_table(tested), trained_table(tested)]
+    parts = [INTRODUCTION, runs_table(records), *alarms(records), phases_table(tested), trained_table(tested)]
     return "\n".join(parts)
 
 
@@ -70,6 +70,20 @@ def runs_table(records: Sequence[Record]) -> str:
         )
         rows.append(f"| {purpose} | {precision} | {seeds} | {len(mine)} | {alarms} | {blind} |")
     return "\n".join([*rows, ""])
+
+
+def alarms(records: Sequence[Record]) -> list[str]:
+    """Each false alarm, with its first divergence under the bounds of its time."""
+    rows = [
+        f"- {r['precision']}, made to {r['purpose']}: {r['name']}: {r['first']}."
+        for r in records
+        if r["verdict"] != "pass"
+    ]
+    return (
+        ["\n".join(["False alarms, under the bounds that were there when the run was made:", "", *rows, ""])]
+        if rows
+        else []
+    )
 
 
 def phases_table(records: Sequence[Record]) -> str:
