@@ -55,7 +55,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 # Full training has the most tensors, so one group of each seed and precision is of it.
 OTHERS = tuple(name for name in METHODS if name != "full")
 LENGTHS = (32, 64, 96, 160)
-FILLED = ("packed", "padded-right", "padded-left", "chinese")
+# Texts are longer than most rows, so what is padded are questions and answers.
+FILLED = ("packed", "questions-padded-right", "questions-padded-left", "chinese")
 CHINESE = (
     "今天天气很好，我们去公园散步。",
     "机器翻译把一种语言的文字转换成另一种语言。",
@@ -211,10 +212,11 @@ def judged(runs: RunPair) -> Record:
     """What a case uses of its bounds, and what it would use with thirty times its rounding."""
     comparison = runs.judged()
     first = comparison.first_divergence
+    said = (first.reason or f"{first.used:.3g} of the bound") if first else None
     control = times_thirty(runs)
     return {
         "verdict": "pass" if comparison.holds else "fail",
-        "first": f"{first.location}: {first.reason or f"{first.used:.3g} of the bound"}" if first else None,
+        "first": f"{first.location}: {said}" if first else None,
         "used": shares(comparison),
         "undetermined": comparison.undetermined,
         "times_30": shares(control),
@@ -239,14 +241,15 @@ def shares(comparison: Comparison) -> dict[str, float | None]:
 
 def settings(case: Case, precision: Low, out: Path) -> tuple[str, ...]:
     """What the case changes in `configs/full.yaml`."""
+    is_padded = case.filled.startswith("questions")
     return (
         f"model.from={out / model_name(case.variant, case.trained)}",
         f"data.train={data(case, out)}",
         "data.heldout=null",
-        "data.task=text",
+        f"data.task={'question_answering' if is_padded else 'text'}",
         f"data.sequence_tokens={case.tokens}",
-        f"data.packing={str(case.filled in ('packed', 'chinese')).lower()}",
-        f"data.padding_side={'left' if case.filled == 'padded-left' else 'right'}",
+        f"data.packing={str(not is_padded).lower()}",
+        f"data.padding_side={'left' if case.filled.endswith('left') else 'right'}",
         "data.too_long=cut",
         "batch.global_examples=4",
         f"batch.accumulation={case.accumulation}",
@@ -305,9 +308,9 @@ def run_script(commands: Sequence[Sequence[str]]) -> None:
 
 
 def data(case: Case, out: Path) -> Path:
-    """Texts of the demo, or Chinese ones that are all byte tokens."""
+    """Records or texts of the demo, or Chinese texts that are all byte tokens."""
     if case.filled != "chinese":
-        return ROOT / "configs/data/text-train.txt"
+        return ROOT / "configs/data" / ("text-train.txt" if case.filled == "packed" else "qa-train.jsonl")
     path = out / "chinese.txt"
     path.write_text("\n\n".join(CHINESE * 16) + "\n", encoding="utf-8")
     return path
