@@ -58,6 +58,7 @@ def test_a_cluster_described_wrongly_is_one_line(recipe_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_two_processes_have_one_leader(recipe_file, tmp_path):
     """With a plan for one device as well: each would else train on its own, and write the same files."""
     out = str(tmp_path / "out")
