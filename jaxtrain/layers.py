@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.precision import accumulation_dtype
-from jaxtrain.rounding import Sums, in_sums, rounded, softmax
+from jaxtrain.rounding import Sums, in_sums, read_again, rounded, softmax
 from jaxtrain.sharding import Constrain
 from jaxtrain.weight_ops import lookup, matmul, matmul_transposed, scale, shift
 from trainspec.model import ModelSpec
@@ -155,6 +155,7 @@ def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Arra
     scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
     shares = rounded(softmax(scores).astype(v_BSKD.dtype), sums=Sums(factor=keys, back_total=D))
     mixed = jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD)
+    mixed = read_again(mixed, scores)
     return rounded(mixed, sums=Sums(total=keys, back_factor=max(D, group_queries))).reshape(B, S, H, D)
 
 

@@ -138,6 +138,22 @@ def softmax(scores: Array) -> Array:
     return shifted / denominator
 
 
+def read_again(mixed_BQKGD: Array, scores_BKGQS: Array) -> Array:
+    """What attention makes of its scores, where roundings are simulated with those of the stored value in the backward pass.
+
+    The backward pass of the softmax takes from every score's cotangent their mean under the shares, the same for all S. A fused
+    kernel computes that mean as the product of the output with its cotangent (FlashAttention, arXiv 2205.14135, appendix B.4), from
+    the *stored* output. Where scores are nearly uniform the mean is all but equal to what it is taken from, and its error remains.
+    The value is left as it is: the movement is times a zero whose derivative by the scores is the shares.
+    """
+    simulation = _active.get()
+    if simulation is None:
+        return mixed_BQKGD
+    moved = _moved(simulation.sizes.of("stored"), mixed_BQKGD, _next_key(simulation)) - mixed_BQKGD
+    log_sum = jnp.moveaxis(jax.nn.logsumexp(scores_BKGQS, axis=-1), -1, 1)[..., None]
+    return mixed_BQKGD + lax.stop_gradient(moved) * (log_sum - lax.stop_gradient(log_sum))
+
+
 def _next_key(simulation: _Simulation) -> Array:
     return simulation.key + jnp.uint32(next(simulation.operations) * _NEXT_OPERATION % 2**32)
 
