@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.precision import accumulation_dtype
-from jaxtrain.rounding import rounded, softmax, summand
+from jaxtrain.rounding import Sums, in_sums, read_again, rounded, softmax
 from jaxtrain.sharding import Constrain
 from jaxtrain.weight_ops import lookup, matmul, matmul_transposed, scale, shift
 from trainspec.model import ModelSpec
@@ -145,14 +145,18 @@ def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Arra
     """Grouped-query attention [B, S, H, D], softmax in the accumulation type, no copies of keys or values."""
     B, S, H, D = q_BSHD.shape
     K = k_BSKD.shape[2]
-    grouped, keys = summand(q_BSHD, D).reshape(B, S, K, H // K, D), k_BSKD.shape[1]
+    keys, group_queries = k_BSKD.shape[1], S * (H // K)
+    q_BSHD = in_sums(q_BSHD, Sums(factor=D, back_total=keys))
+    k_BSKD, v_BSKD = (in_sums(x, Sums(back_total=group_queries)) for x in (k_BSKD, v_BSKD))
+    grouped = q_BSHD.reshape(B, S, K, H // K, D)
     scores_dtype = accumulation_dtype(q_BSHD.dtype)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=scores_dtype) * D**-0.5
-    scores = summand(rounded(scores, "wide"), keys, back=True)
+    scores = rounded(scores, "wide", sums=Sums(total=D, back_factor=group_queries))
     scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    shares = summand(rounded(softmax(scores).astype(v_BSKD.dtype)), keys)
-    mixed = summand(jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD), max(D, S), back=True)
-    return rounded(mixed).reshape(B, S, H, D)
+    shares = rounded(softmax(scores).astype(v_BSKD.dtype), sums=Sums(factor=keys, back_total=D))
+    mixed = jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD)
+    mixed = read_again(mixed, scores)
+    return rounded(mixed, sums=Sums(total=keys, back_factor=max(D, group_queries))).reshape(B, S, H, D)
 
 
 def attention_mask(segments_BS: Array) -> Array:

@@ -1,9 +1,9 @@
 """Simulated roundings: the float64 model computes as if every result were stored in a narrower type, for `parity`'s bounds.
 
 Inside `simulate` every result that goes through `rounded` is moved up or down by one rounding, and so is its cotangent in
-the backward pass; the factors of a contraction (`summand`) are moved by the roundings of its partial sums. As in hardware,
-the direction is a function of the value: it is a hash of its bits and of the draw, so equal results of one operation move
-alike and no generator is needed. Outside `simulate` nothing is added to a program.
+the backward pass; the factors and the result of a contraction are moved by the roundings of its partial sums (`Sums`). As
+in hardware, the direction is a function of the value: it is a hash of its bits and of the draw, so equal results of one
+operation move alike and no generator is needed. Outside `simulate` nothing is added to a program.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,24 @@ class _Simulation:
     operations: Iterator[int]
 
 
+class Sums(NamedTuple):
+    """Of how many terms the contractions are that an array is a factor in or the result of, and those of its cotangent.
+
+    Terms of size u each are summed to s one after the other, and every partial sum is rounded. In a random order that ends at s,
+    the square of the i-th is (i s / n)² and, for how far it strays from that line, i (n - i) / n times the mean square of the
+    terms. Over all i that is n / 3 s² and n / 6 Σ terms². So the result is moved by u √(n/3) and, in place of every term, one of
+    its factors by u √(n/6). Where the terms have random signs s² is Σ terms², and both together are u √(n/2) of that; where
+    they have one sign the first is the larger by far, and no movement of single terms would show it.
+    """
+
+    factor: int = 0
+    total: int = 0
+    back_factor: int = 0
+    back_total: int = 0
+
+
+NO_SUMS = Sums()
+
 _active: ContextVar[_Simulation | None] = ContextVar("simulated roundings", default=None)
 
 
@@ -47,16 +66,17 @@ def simulate(sizes: Roundings, key: Array) -> Iterator[None]:
         _active.reset(token)
 
 
-def rounded(x: Array, kind: RoundingKind = "stored", *, terms: int = 0) -> Array:
+def rounded(x: Array, kind: RoundingKind = "stored", *, terms: int = 0, sums: Sums = NO_SUMS) -> Array:
     """x [...], where roundings are simulated as rounded to the type that such results have.
 
-    `terms` is how many positive terms x is the sum of, whose partial sums are rounded too.
+    `terms` is how many positive terms x is the sum of, whose partial sums are rounded too; `sums` the contractions around it.
     """
     simulation = _active.get()
     if simulation is None:
         return x
-    size = math.hypot(simulation.sizes.of(kind), _of_sum(simulation.sizes, terms))
-    return _moved_both_ways((size, size), x, _next_key(simulation))
+    size = math.hypot(simulation.sizes.of(kind), simulation.sizes.wide * math.sqrt(terms / 2))
+    forward, back = _of_sums(simulation.sizes, sums)
+    return _moved_both_ways((math.hypot(size, forward), math.hypot(size, back)), x, _next_key(simulation))
 
 
 def gradient_rounded(x: Array) -> Array:
@@ -67,18 +87,12 @@ def gradient_rounded(x: Array) -> Array:
     return _moved_both_ways((0.0, simulation.sizes.of("stored")), x, _next_key(simulation))
 
 
-def summand(x: Array, terms: int, *, back: bool = False) -> Array:
-    """x [...], a factor of the products in a contraction of `terms` products, where roundings are simulated as the partial
-    sums are rounded; with `back` the cotangent is such a factor, not x.
-
-    Partial sums of n terms of random sign grow as √i, so their roundings of size u add up to the n terms' own, each of size
-    u √(n/2).
-    """
+def in_sums(x: Array, sums: Sums) -> Array:
+    """x [...], where roundings are simulated moved as the partial sums of these contractions are rounded."""
     simulation = _active.get()
     if simulation is None:
         return x
-    size = _of_sum(simulation.sizes, terms)
-    return _moved_both_ways((0.0, size) if back else (size, 0.0), x, _next_key(simulation))
+    return _moved_both_ways(_of_sums(simulation.sizes, sums), x, _next_key(simulation))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("key",), meta_fields=("sizes",))
@@ -89,9 +103,21 @@ class Contraction:
     sizes: Roundings
     key: Array
 
-    def factor(self, x: Array, terms: int, number: int) -> Array:
-        """`summand` of x, of the operation's contraction `number` (from 0)."""
-        return _moved(_of_sum(self.sizes, terms), x, self.key ^ jnp.uint32(number * _MIX_1 % 2**32))
+    def factor(self, x: Array, terms: int | Array, number: int) -> Array:
+        """x as a factor in contractions of `terms` terms; `number` is another for each movement of the operation."""
+        return _moved(self.sizes.wide * (terms / 6) ** 0.5, x, self._key_of(number))
+
+    def total(self, x: Array, terms: int | Array, number: int) -> Array:
+        """x as the result of contractions of `terms` terms."""
+        return _moved(self.sizes.wide * (terms / 3) ** 0.5, x, self._key_of(number))
+
+    def gradient(self, x: Array, terms: int | Array, number: int) -> Array:
+        """x as the result of contractions of `terms` terms that is the gradient of a weight."""
+        of_total = self.sizes.wide**2 * (terms / 3)
+        return _moved((of_total + self.sizes.summed**2) ** 0.5, x, self._key_of(number))
+
+    def _key_of(self, number: int) -> Array:
+        return self.key ^ jnp.uint32(number * _MIX_1 % 2**32)
 
 
 def contraction() -> Contraction | None:
@@ -112,12 +138,30 @@ def softmax(scores: Array) -> Array:
     return shifted / denominator
 
 
+def read_again(mixed_BQKGD: Array, scores_BKGQS: Array) -> Array:
+    """What attention makes of its scores, where roundings are simulated with those of the stored value in the backward pass.
+
+    The backward pass of the softmax takes from every score's cotangent their mean under the shares, the same for all S. A fused
+    kernel computes that mean as the product of the output with its cotangent (FlashAttention, arXiv 2205.14135, appendix B.4), from
+    the *stored* output. Where scores are nearly uniform the mean is all but equal to what it is taken from, and its error remains.
+    The value is left as it is: the movement is times a zero whose derivative by the scores is the shares.
+    """
+    simulation = _active.get()
+    if simulation is None:
+        return mixed_BQKGD
+    moved = _moved(simulation.sizes.of("stored"), mixed_BQKGD, _next_key(simulation)) - mixed_BQKGD
+    log_sum = jnp.moveaxis(jax.nn.logsumexp(scores_BKGQS, axis=-1), -1, 1)[..., None]
+    return mixed_BQKGD + lax.stop_gradient(moved) * (log_sum - lax.stop_gradient(log_sum))
+
+
 def _next_key(simulation: _Simulation) -> Array:
     return simulation.key + jnp.uint32(next(simulation.operations) * _NEXT_OPERATION % 2**32)
 
 
-def _of_sum(sizes: Roundings, terms: int) -> float:
-    return sizes.wide * math.sqrt(terms / 2)
+def _of_sums(sizes: Roundings, sums: Sums) -> tuple[float, float]:
+    """By how much an array is moved, and its cotangent."""
+    forward, back = sums.factor / 6 + sums.total / 3, sums.back_factor / 6 + sums.back_total / 3
+    return sizes.wide * math.sqrt(forward), sizes.wide * math.sqrt(back)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -137,9 +181,9 @@ def _backward(sizes: tuple[float, float], key: Array, dx: Array) -> tuple[Array,
 _moved_both_ways.defvjp(_forward, _backward)
 
 
-def _moved(size: float, x: Array, key: Array) -> Array:
+def _moved(size: float | Array, x: Array, key: Array) -> Array:
     """x (1 ± size), x float64; zeros stay zero."""
-    if size == 0:
+    if isinstance(size, float) and size == 0:
         return x
     words = lax.bitcast_convert_type(x, jnp.uint32)
     mixed = (words[..., 0] ^ (words[..., 1] * jnp.uint32(_MIX_HIGH))) + key

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxtrain.precision import accumulation_dtype
-from jaxtrain.rounding import Contraction, contraction, rounded
+from jaxtrain.rounding import NO_SUMS, Contraction, Sums, contraction, rounded
 from jaxtrain.sharding import WeightSharding
 
 
@@ -47,7 +47,8 @@ class _Operation(NamedTuple):
     """forward(x, w), and its gradients: by x from (dy, w), by w from (dy, x, like); w is gathered.
 
     The weight's gradient has the shape and type of `like`, and is summed in that type. `contracts` says whether `forward`
-    and the gradient by x are sums over features, `sums_positions` whether that by w is one over positions.
+    and the gradient by x are sums over features, `sums_positions` whether that by w is one over positions, `sums_ids` whether a row
+    of it is one over the positions with its id.
     """
 
     forward: Callable[[Array, Array], Array]
@@ -55,6 +56,7 @@ class _Operation(NamedTuple):
     weight_gradient: Callable[[Array, Array, jax.ShapeDtypeStruct], Array]
     contracts: bool = False
     sums_positions: bool = False
+    sums_ids: bool = False
 
 
 def matmul(x: Array, weight: BoundWeight) -> Array:
@@ -88,7 +90,8 @@ def read(weight: BoundWeight) -> Array:
 
 
 def _run(operation: _Operation, x: Array, weight: BoundWeight) -> Array:
-    return rounded(_apply(operation, x, weight, contraction()))
+    sums = Sums(total=x.shape[-1]) if operation.contracts else NO_SUMS
+    return rounded(_apply(operation, x, weight, contraction()), sums=sums)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,20 +116,36 @@ def _backward(
     dw = None
     if sharding.gradient is not None:
         like = jax.ShapeDtypeStruct(value.shape, sharding.gradient_dtype)
-        positions = dy.size // dy.shape[-1]
-        factor = rounds.factor(dy, positions, 1) if rounds and operation.sums_positions else dy
+        from_term, from_sum = _num_summed(operation, dy, x, like) if rounds else (0, 0)
+        factor = rounds.factor(dy, from_term, 1) if rounds else dy
         dw = operation.weight_gradient(factor, x, like)
+        dw = rounds.gradient(dw, from_sum, 4) if rounds else dw
         # First as the weight is used, then split: going straight there, the partitioner moves activations instead.
         dw = lax.with_sharding_constraint(dw, sharding.in_use)
         dw = lax.with_sharding_constraint(dw, sharding.gradient)
         dw = _scatter_chunk(dw, weight.chunk, len(weight.value))
     factor = rounds.factor(dy, dy.shape[-1], 2) if rounds and operation.contracts else dy
     dx = operation.input_gradient(factor, _gathered(value, dy, sharding))
+    if rounds and operation.contracts:
+        dx = rounds.total(cast(Array, dx), dy.shape[-1], 3)
     # A cotangent of None is zero: only the placeholder's is wanted.
     return dx, BoundWeight(cast(Array, None), dw, None, sharding), None
 
 
 _apply.defvjp(_forward, _backward)
+
+
+def _num_summed(
+    operation: _Operation, dy: Array, x: Array, like: jax.ShapeDtypeStruct
+) -> tuple[int | Array, int | Array]:
+    """How many terms are summed to a weight's gradient, as seen from each term and from each result."""
+    if operation.sums_positions:
+        positions = dy.size // dy.shape[-1]
+        return positions, positions
+    if operation.sums_ids:  # as many as an id comes
+        count = jnp.zeros(like.shape[0]).at[x].add(1.0)
+        return count[x][..., None], count[:, None]
+    return 0, 0
 
 
 def select_chunk(chunks: Array, chunk: Array | None) -> Array:
@@ -199,6 +218,7 @@ _LOOKUP = _Operation(
     forward=lambda ids, w: w[ids],
     input_gradient=lambda dy, w: None,
     weight_gradient=lambda dy, ids, like: _sum_by_id(dy, ids, like),
+    sums_ids=True,
 )
 _READ = _Operation(
     forward=lambda zero, w: w.astype(zero.dtype),

@@ -15,7 +15,7 @@ from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.diagnosis import Diagnosis, counts_of, diagnose
 from parity.judge import compare_sides, traces_of, write_report_of
-from parity.measure import Replay, measured_bounds
+from parity.measure import Replay, measured_bounds, num_summands
 from parity.report.next import next_commands
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal
@@ -78,7 +78,7 @@ def check(
         tuple(overrides),
         precision,
         (left, right),
-        _summands(*sides),
+        num_summands(*sides),
         counts_of(recipe),
         _known_run(recipe),
         all(side.plan.devices == 1 for side in sides),
@@ -310,12 +310,6 @@ def _known_run(recipe: Recipe) -> Run | None:
         return resolve(recipe)
     except UserError:
         return None
-
-
-def _summands(left: Recipe, right: Recipe) -> tuple[int, int]:
-    """How many gradients each side sums: one for each accumulation slice and replica."""
-    one, other = (recipe.batch.accumulation * recipe.plan.replicas for recipe in (left, right))
-    return one, other
 
 
 def _step_to_refine(comparison: Comparison) -> int | None:

@@ -23,7 +23,7 @@ from parity.runs.roundings import DRAWS
 from parity.runs.work import REFERENCE as REFERENCE_PROGRAM
 from trainspec.errors import EXIT_DONE, UserError
 from trainspec.plans.plan import COMPUTE_DTYPE, Backend
-from trainspec.recipe import load_recipe
+from trainspec.recipe import Recipe, load_recipe
 from trainspec.runs.run import Run, resolve
 from trainspec.trace import Trace
 
@@ -38,7 +38,7 @@ class Job:
     """The input of `parity.runs.replay`: the reference's backend and recipe, and the runs (traces) that it repeats.
 
     `draws` is the number of repetitions of the first run with simulated roundings, of unit roundoffs `units` (of stored
-    results and of wide ones); step `activations_at` is recorded with activations. `computed` is the type that the runs
+    results, of wide ones and of weights' gradients); step `activations_at` is recorded with activations. `computed` is the type that the runs
     compute in, to which their weights are rounded. `ended` names a file for each run that is there once the run has ended:
     its trace may still grow until then. Without names all traces are whole.
     """
@@ -47,7 +47,7 @@ class Job:
     recipe: str
     overrides: list[str]
     computed: str
-    units: tuple[float, float]
+    units: tuple[float, float, float]
     draws: int
     activations_at: int | None
     runs: list[str]
@@ -84,22 +84,38 @@ class Replay:
             str(recipe),
             exact,
             COMPUTE_DTYPE[precision],
-            (UNIT[precision], UNIT["fp32"]),
+            (
+                UNIT[precision],
+                UNIT["fp32"],
+                UNIT[load_recipe(recipe, overrides).precision.reduce if precision == "bf16" else "fp32"],
+            ),
             self._draws,
             activations_at,
             [str(r) for r in runs],
             str(self._home),
             [str(file) for file in self._ended],
         )
-        (self._home / "job.json").write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
+        self.job_file.write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
+
+    @property
+    def job_file(self) -> Path:
+        """What `parity.runs.replay` is to do."""
+        return self._home / "job.json"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self._home / "log.txt"
 
     def run(self, launcher: Launcher) -> None:
         """Run the program to its end. A failure is raised by `measurement`, if anybody wants it."""
-        command = [sys.executable, "-m", "parity.runs.replay", str(self._home / "job.json")]
-        log = self._home / "log.txt"
-        code, last = launcher.run(REFERENCE_PROGRAM, command, log=log)
+        command = [sys.executable, "-m", "parity.runs.replay", str(self.job_file)]
+        self.ended(*launcher.run(REFERENCE_PROGRAM, command, log=self.log))
+
+    def ended(self, code: int, last: str) -> None:
+        """Note how the program ended: its exit code and its last line."""
         if code != EXIT_DONE:
-            self._failure = f"the fp64 reference ({REFERENCE}): {last}; the whole log is {log}"
+            self._failure = f"the fp64 reference ({REFERENCE}): {last}; the whole log is {self.log}"
 
     def tell_ended(self, number: int) -> None:
         """Say that run `number` (from 0) has ended, for a program that follows it."""
@@ -145,6 +161,12 @@ def measured_bounds(
     return MeasuredBounds(
         pair, precision, measurement=replay.measurement(), rule=rule_of(run), summation=summation
     )
+
+
+def num_summands(left: Recipe, right: Recipe) -> tuple[int, int]:
+    """How many gradients each side sums: one for each accumulation slice and replica."""
+    one, other = (recipe.batch.accumulation * recipe.plan.replicas for recipe in (left, right))
+    return one, other
 
 
 def rule_of(run: Run) -> AdamRule:

@@ -98,16 +98,19 @@ def records_of(trace: Path, ended: Path | None) -> Iterator[Record]:
 
 
 class Replayer:
-    """A backend in this process that trains the reference's recipe: float64, one device."""
+    """A backend in this process that trains the reference's recipe: float64, one device.
 
-    def __init__(self, job: Job) -> None:
+    It uses the compiled programs of `like`, whose recipe differs from this one's in weights and data alone.
+    """
+
+    def __init__(self, job: Job, like: Replayer | None = None) -> None:
         recipe = load_recipe(Path(job.recipe), job.overrides)
         self.recipe = recipe.model_copy(update={"plan": Plan(remat=recipe.plan.remat)})
         program = BACKENDS[job.backend].program
         self.run: Run = importlib.import_module(f"{program}.cluster").start(self.recipe)
         self.backend = cast(Reference[Any], importlib.import_module(f"{program}.step"))
         self.roundings = Roundings(*(size * RMS_ROUNDING for size in job.units))
-        self.state: Any = None
+        self.state: Any = like.state if like else None
         self.job = job
         self.dataset = open_dataset(self.run, "train")
         self.span = self.recipe.span(lambda: self.dataset.num_examples)
@@ -232,8 +235,13 @@ def _moved(metrics: Metrics, reference: Metrics) -> Iterator[tuple[str, Array]]:
 
 def main() -> None:
     """Run the job in the file named on the command line."""
-    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    replayer, out = Replayer(job), Path(job.out)
+    replay(Path(sys.argv[1]))
+
+
+def replay(file: Path, *, like: Replayer | None = None) -> Replayer:
+    """Run the job in `file`; `like` is the replayer of an earlier one, whose compiled programs are used."""
+    job = Job(**json.loads(file.read_text(encoding="utf-8")))
+    replayer, out = Replayer(job, like), Path(job.out)
     for number, run in enumerate(map(Path, job.runs)):
         ended = Path(job.ended[number]) if job.ended else None
         movement = out / "movement" if job.draws and number == 0 else None
@@ -245,6 +253,7 @@ def main() -> None:
             replayer, Trace(run), out / f"reference-{number}", movement=movement, records=chain(made, records),
             name=NAMES[number] if number < len(NAMES) else str(number),
         )  # fmt: skip
+    return replayer
 
 
 if __name__ == "__main__":

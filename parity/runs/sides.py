@@ -184,20 +184,35 @@ class SideTraining:
         resume: bool = False,
     ) -> SideResult:
         """Train up to step `steps` and read the trace; the log is log.txt, or log-2.txt of a second part."""
-        settings = [*self.overrides, *self.side.overrides]
-        settings += _check_settings(self.precision, steps, checkpoint_at)
         program, directory = BACKENDS[self.side.backend].program, self.home / trace
-        command = [sys.executable, "-m", program, "train", str(self.recipe)]
-        command += [word for setting in settings for word in ("--set", setting)]
-        command += ["--out", str(self.home / "run"), "--trace", str(directory)]
-        command += ["--resume"] if resume else []
-        command += ["--activations", str(activations_at)] if activations_at else []
+        command = [sys.executable, "-m", program]
+        command += self.arguments(
+            steps, directory, activations_at=activations_at, checkpoint_at=checkpoint_at, resume=resume
+        )
         self.home.mkdir(parents=True, exist_ok=True)
         log = self.home / ("log-2.txt" if resume else "log.txt")
         code, last = self.launcher.run(self.name, command, log=log)
-        return self._result(code, last, log=log, trace=directory)
+        return self.result(code, last, log=log, trace=directory)
 
-    def _result(self, code: int, last: str, *, log: Path, trace: Path) -> SideResult:
+    def arguments(
+        self,
+        steps: int,
+        trace: Path,
+        *,
+        activations_at: int | None = None,
+        checkpoint_at: int | None = None,
+        resume: bool = False,
+    ) -> list[str]:
+        """The command line of the backend's program that trains up to step `steps` and writes `trace`."""
+        settings = [*self.overrides, *self.side.overrides]
+        settings += _check_settings(self.precision, steps, checkpoint_at)
+        words = ["train", str(self.recipe), *(word for setting in settings for word in ("--set", setting))]
+        words += ["--out", str(self.home / "run"), "--trace", str(trace)]
+        words += ["--resume"] if resume else []
+        return [*words, "--activations", str(activations_at)] if activations_at else words
+
+    def result(self, code: int, last: str, *, log: Path, trace: Path) -> SideResult:
+        """What a program left that ended with `code`, `last` its last line. Raises UserError or MachineError for a failed one."""
         where, speaker = f"{self.name} ({self.side})", f"{BACKENDS[self.side.backend].program}: "
         # A check saves nothing before its last step, so this is no news to the user.
         said = last.removeprefix(speaker).removesuffix(f"; {NOTHING_SAVED}")

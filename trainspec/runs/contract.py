@@ -51,11 +51,13 @@ RoundingKind = Literal["stored", "wide"]
 class Roundings:
     """Relative sizes of the roundings that a float64 reference simulates.
 
-    `stored` is that of results in the type that is computed with, `wide` of those in the accumulation type.
+    `stored` is that of results in the type that is computed with, `wide` of those in the accumulation type, `summed` of weights'
+    gradients in the type that they are summed in.
     """
 
     stored: float
     wide: float
+    summed: float
 
     def of(self, kind: RoundingKind) -> float:
         """The size of a rounding of this kind."""
