@@ -189,7 +189,8 @@ def test_what_a_run_goes_on_with_is_known_by_content(program: str, place: Path):
         assert (place / name / "recipe.yaml").read_text() == (place / "half/recipe.yaml").read_text()
 
 
-@pytest.mark.parametrize("program", ["jaxtrain", pytest.param("torchtrain", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("program", ["jaxtrain", "torchtrain"])
 def test_a_run_may_be_as_long_as_its_data_say(program: str, place: Path):
     train = ["train", str(place / "r.yaml"), "--out", str(place / "out")]
     epochs = words("run.steps=null", "run.epochs=0.5", "schedule.warmup_steps=0", "schedule.warmup_ratio=0.3")

@@ -93,7 +93,7 @@ def wanted(judge: Judge, conversation: str) -> tuple[list[int], list[bool]]:
 
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(f, id=f.name, marks=pytest.mark.full if i > 1 else ()) for i, f in enumerate(SHARED)],
+    [pytest.param(f, id=f.name, marks=pytest.mark.full if i else ()) for i, f in enumerate(SHARED)],
 )
 def test_transformers_catches_it(fault: SharedFault, filled, judge: Judge, monkeypatch: pytest.MonkeyPatch):
     fix_clock(monkeypatch, DATE)

@@ -27,6 +27,7 @@ def test_it_passes_and_keeps_the_report_where_asked(recipe, tmp_path: Path):
     assert "Pass" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.full
 def test_a_planted_difference_is_an_assertion_error_with_its_location(recipe, tmp_path: Path):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())

@@ -182,6 +182,7 @@ def test_no_cell_of_that_name_is_a_persons_mistake():
         select("qlora")
 
 
+@pytest.mark.full
 def test_one_real_cell_runs_on_both_backends(tmp_path: Path, capsys):
     only = "tied/prefix-projection/packed-2/one-device/fp64"
     assert main(["matrix", "--only", only, "--out", str(tmp_path)]) == 0, capsys.readouterr().out

@@ -152,6 +152,7 @@ def test_what_overflows_on_both_sides_is_said_to_be_no_difference(checked, tiny,
     assert "both sides overflow here, so it is no difference between them" in first["reason"]
 
 
+@pytest.mark.full
 def test_a_run_that_is_finite_leaves_no_stopped_step(checked, tmp_path):
     verdict, _ = checked()
     assert verdict.holds

@@ -141,6 +141,7 @@ def checked(tiny: TinySetup, home: Path, left: str, right: str, at: str, *, othe
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_one_side_continues_from_the_other_s_checkpoint(tiny, tmp_path: Path):
     verdict = checked(tiny, tmp_path, "torch", "torch batch.accumulation=1", "right:2", other=True)
     assert verdict.holds, verdict.comparison.first_divergence
