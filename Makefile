@@ -56,8 +56,9 @@ docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold resu
 	$(BIN)/python benchmarks/memory_and_traffic.py --page docs/memory-and-traffic.md
 	$(BIN)/python benchmarks/pipeline_schedules.py --page docs/pipeline.md
 	$(BIN)/python benchmarks/learning_curves.py --page docs/learning-curves.md
-	$(BIN)/parity faults --precision fp64 --precision fp32 --page docs/faults.md
-	$(BIN)/parity matrix --status docs/parity-status.md
+	$(BIN)/parity faults --precision fp64 --precision fp32 --precision bf16 --page docs/faults.md
+	$(BIN)/parity matrix
+	$(BIN)/parity matrix --families
 	$(BIN)/python -m trainspec.imports.page docs/migrate.md
 
 lint: setup ## ruff and pyright

@@ -27,7 +27,7 @@ from trainspec.small import RECIPE_FILE, write_small_twin
 
 # Updates of a small twin that are compared where the user does not say.
 SMALL_STEPS = 4
-STATUS_PAGE = Path("docs/parity-status.md")
+STATUS_PAGE, FAMILIES_PAGE = Path("docs/parity-status.md"), Path("docs/parity-status-families.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +76,7 @@ def parser() -> ArgumentParser:
     )
     matrix = commands.add_parser("matrix", help="models, methods, plans and precisions, proven or refused")
     matrix.add_argument("--only", metavar="TEXT", help="only cells whose name contains TEXT, such as /lora/")
+    matrix.add_argument("--families", action="store_true", help="the families other than Llama, on their own page")
     matrix.add_argument(
         "--out",
         type=Path,
@@ -85,7 +86,7 @@ def parser() -> ArgumentParser:
     )
     matrix.add_argument(
         "--status", type=Path, metavar="FILE",
-        help=f"the page to write; {STATUS_PAGE} by default, with --only DIR/{STATUS_PAGE.name}",
+        help=f"the page to write; {STATUS_PAGE} or {FAMILIES_PAGE} by default, with --only one in DIR",
     )  # fmt: skip
     faults = commands.add_parser("faults", help="plant known mistakes; each must be caught at its location")
     faults.add_argument(
@@ -175,8 +176,9 @@ def _resumption(args: Namespace) -> Resumption | None:
 
 
 def _matrix(args: Namespace) -> int:
-    results = run_matrix(select(args.only), out=args.out)
-    page = args.status or (args.out / STATUS_PAGE.name if args.only else STATUS_PAGE)
+    results = run_matrix(select(args.only, families=args.families), out=args.out)
+    usual = FAMILIES_PAGE if args.families else STATUS_PAGE
+    page = args.status or (args.out / usual.name if args.only else usual)
     write_json(args.out / "matrix.json", results)
     write_status(page, results)
     print("\n".join(status_lines(results)))

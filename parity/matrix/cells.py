@@ -141,7 +141,7 @@ def cells() -> list[Cell]:
 
     What all methods share (models, batches, how weights are split) is run in every precision with full training and LoRA.
     The other methods are proven in fp64, in fp32 on one device and wherever torch has no fp64 (that is where DeepSpeed
-    works), and in bf16 on one device and the plans of `COARSE`. Families other than Llama: `_families`.
+    works), and in bf16 on one device and the plans of `COARSE`. Families other than Llama: `family_cells`.
     """
     base, plain = "packed-2", "plain"
     proofs, usual = ("fp64", "fp32"), ("fp64", "fp32", "bf16")
@@ -165,24 +165,25 @@ def cells() -> list[Cell]:
         matrix += [Cell(variant, a, base, "zero3-2-tensor-2", "fp32") for a in METHODS]
     tied_stages = "pipe-2-zero1-2-tensor-2"  # the first and the last stage share the embedding
     matrix += [Cell("tied", a, base, tied_stages, p) for a, p in itertools.product(shared, proofs)]
-    matrix += _families(base)
     summed = ("one-device", "zero1-2", "zero3-2", "tensor-2", "zero3-2-tensor-2")
     return [*matrix, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in shared)]
 
 
-def _families(batch: str) -> list[Cell]:
-    """Every family in fp64; in fp32 where torch has no fp64, and in bf16 at both ends, with full training and LoRA.
+def family_cells() -> list[Cell]:
+    """Every other family in fp64; in fp32 where torch has no fp64, and in bf16 at both ends, with full training and LoRA.
 
     ChatGLM2's layers are a GLM's: only its files differ, so that fp64 says it all.
     """
     proofs = [
-        Cell(f, a, batch, p, "fp64") for f, p, a in itertools.product(FAMILIES, FAMILY_PLANS, FAMILY_METHODS)
+        Cell(f, a, "packed-2", p, "fp64")
+        for f, p, a in itertools.product(FAMILIES, FAMILY_PLANS, FAMILY_METHODS)
     ]
     coarse = [(p, "fp32") for p in FAMILY_PLANS if refusal(PLANS[p], "fp64", "torch")]
     coarse += [(p, "bf16") for p in (FAMILY_PLANS[0], FAMILY_PLANS[-1])]
     others = [name for name in FAMILIES if name != "chatglm2"]
     return proofs + [
-        Cell(f, a, batch, plan, p) for f, (plan, p), a in itertools.product(others, coarse, ("full", "lora"))
+        Cell(f, a, "packed-2", plan, p)
+        for f, (plan, p), a in itertools.product(others, coarse, ("full", "lora"))
     ]
 
 
@@ -270,9 +271,10 @@ def _home(out: Path, backend: Backend, cell: Cell) -> Path:
     return out / backend / str(cell).replace("/", "-")
 
 
-def select(only: str | None) -> list[Cell]:
-    """The cells whose name contains `only`. Raises UserError if there is none."""
-    chosen = [cell for cell in cells() if only is None or only in str(cell)]
+def select(only: str | None, *, families: bool = False) -> list[Cell]:
+    """The cells of Llama or those of the other `families` whose name contains `only`. Raises UserError if there is none."""
+    every = family_cells() if families else cells()
+    chosen = [cell for cell in every if only is None or only in str(cell)]
     if not chosen:
-        raise UserError(f"--only {only}: no cell has that in its name; names are such as {cells()[0]}")
+        raise UserError(f"--only {only}: no cell has that in its name; names are such as {every[0]}")
     return chosen

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from parity.matrix.cells import STEPS, CellResult
+from parity.matrix.cells import STEPS, Cell, CellResult
 from parity.report.html import versions
 from parity.report.verdict import TITLES, finite, number
+from parity.runs.fixture import FAMILIES
 
 HEAD = """\
 # What is proven
@@ -20,9 +21,10 @@ on torch, from the same tiny model, and every gradient, moment and update was co
 on one device instead; its reason is listed below. `packed-2` has packed examples in two accumulation slices, `right-2` and
 `left-2` have padded ones; `zero1-2` splits the optimizer over two devices, `zero2-2` gradients as well, `zero3-2`
 everything; `pipe-2` and `pipe-4` are stages of a pipeline, under 1F1B unless another schedule is named; bf16 sums
-gradients in float32, `bf16-sums` in bfloat16. `deep` has five layers, the other models two; `qwen2` and the following are families other than
-Llama, of the same sizes. Adapters start from non-zero
-weights, so that all of them act from the first update.
+gradients in float32, `bf16-sums` in bfloat16. `deep` has five layers, the other models two. Adapters start from non-zero
+weights, so that all of them act from the first update. Llama and what its settings can be are on one page
+([parity-status.md](parity-status.md)), the other families on another
+([parity-status-families.md](parity-status-families.md), `parity matrix --families`).
 
 Error and bound are shares of the tensor's largest entry, at the location that uses most of its bound or, in a cell that
 fails, at the first divergence. Used is error / bound or, where a difference is inherited from earlier phases, the used
@@ -50,7 +52,10 @@ def status_page(results: Sequence[CellResult]) -> str:
     ran = [result for result in results if result.verdict != "unsupported"]
     refused = [result for result in results if result.verdict == "unsupported"]
     names = ("model", "method", "batch", "plan", "precision")
-    sections = [head, "## Methods and plans\n\n" + _methods_by_plans(results)]
+    sections = [head]
+    if any(result.cell.model in FAMILIES for result in results):
+        sections.append("## Families and plans\n\n" + _by_plans(results, lambda cell: cell.model))
+    sections.append("## Methods and plans\n\n" + _by_plans(results, lambda cell: cell.method))
     if ran:
         columns = (*names, "on one device", "verdict", "error", "bound", "used", "noise", "where")
         sections.append("## Run and compared\n\n" + _table(columns, map(_ran, ran)))
@@ -84,20 +89,20 @@ def _counts(results: Sequence[CellResult]) -> str:
     return ", ".join(f"{counts[word]} {word}" for word in ("pass", "fail", "unsupported"))
 
 
-def _methods_by_plans(results: Sequence[CellResult]) -> str:
-    """A row per plan: the precisions in which each method was run; those that failed with any model or batch are bold."""
-    methods = dict.fromkeys(result.cell.method for result in results)
+def _by_plans(results: Sequence[CellResult], column: Callable[[Cell], str]) -> str:
+    """A row per plan: the precisions in which each `column` was run; those that failed in any of its cells are bold."""
+    columns = dict.fromkeys(column(result.cell) for result in results)
 
-    def cell(plan: str, method: str) -> str:
+    def cell(plan: str, name: str) -> str:
         verdicts: dict[str, set[str]] = {}
         for result in results:
-            if (result.cell.plan, result.cell.method) == (plan, method):
+            if (result.cell.plan, column(result.cell)) == (plan, name):
                 verdicts.setdefault(result.cell.precision, set()).add(result.verdict)
         words = [p if v == {"pass"} else f"**{p}: {', '.join(sorted(v))}**" for p, v in verdicts.items()]
         return " ".join(words) or "**not run**"
 
     plans = dict.fromkeys(result.cell.plan for result in results)
-    return _table(("plan", *methods), ([plan, *(cell(plan, m) for m in methods)] for plan in plans))
+    return _table(("plan", *columns), ([plan, *(cell(plan, name) for name in columns)] for plan in plans))
 
 
 def _names(result: CellResult) -> list[str]:
