@@ -87,9 +87,11 @@ def test_the_leader_says_once_that_jax_is_another_version(recipe_file, tmp_path)
     leader, follower = results(launch("run_commands.py", cases, tmp_path / "scratch", processes=2))
     said, error = leader["first"]["err"].splitlines()
     assert said.startswith("jax 0.0.1 is installed; jaxtrain was written for and tested with ")
-    # The plan is for one device.
-    for found in (leader["second"], follower["first"], follower["second"]):
-        assert found["err"].splitlines() == [error]
+    assert leader["second"]["err"].splitlines() == [error]  # the plan is for one device
+    # Which may end the leader before the other one reaches it.
+    for found in (follower["first"], follower["second"]):
+        [line] = found["err"].splitlines()
+        assert line == error or "nobody answers" in line
 
 
 @pytest.mark.full

@@ -228,7 +228,7 @@ def test_a_fault_that_does_not_run_is_no_catch(sampled: dict[tuple[str, str], Ou
 def test_a_diff_of_the_traces_says_the_same(sampled: dict[tuple[str, str], Outcome], root: Path):
     """The verdict as a user gets it: exit code 1 and the location; 0 without a mistake."""
     faults = [*chosen([name for name in SAMPLE if sampled[name, "jax"].fault.where]), HARMLESS]
-    faults += [clean_pair("full"), clean_pair("tensor"), clean_pair("pipe")]
+    faults += [clean_pair(setup) for setup in dict.fromkeys(fault.setup for fault in faults)]
     cases = [(fault, backend) for fault in faults for backend in BACKENDS if fault.applies(backend, "fp64")]
     argvs = []
     for fault, backend in cases:
