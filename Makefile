@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := build/demo-model
+# Of `make model`: llama, qwen2, qwen3, mistral, smollm3 or glm.
+FAMILY := llama
 
 # Threads that spin while they wait take the core from those that work: on two busy cores
 # torch then took four times as long.
@@ -10,14 +12,17 @@ export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo test test-full test-share bench docs lint data clean
+.PHONY: help setup model vocabularies demo test test-full test-share bench docs lint data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.done ## make .venv with everything that training, checking and testing need
 
-model: $(MODEL)/made-with.json ## make the small Llama that the demo's recipe starts from
+model: $(if $(filter llama,$(FAMILY)),$(MODEL),build/$(FAMILY)-model)/made-with.json ## make the demo's small Llama, or with FAMILY=qwen3 another
+
+vocabularies: .venv/.done ## fetch the vocabularies of Qwen and Llama 3, for the long tests of tokenizers
+	$(BIN)/python scripts/fetch_vocabularies.py build/vocabularies
 
 # What is proven is arithmetic, whatever device is there.
 demo: export JAX_PLATFORMS := cpu
@@ -31,7 +36,7 @@ demo: $(MODEL)/made-with.json ## train a small model on both backends and prove 
 test: lint $(MODEL)/made-with.json ## lint, type-check and run the tests but the long ones
 	$(call run-tests,-m "not full")
 
-test-full: lint $(MODEL)/made-with.json ## the same with the long tests
+test-full: lint $(MODEL)/made-with.json vocabularies ## the same with the long tests
 	$(call run-tests,)
 
 test-share: lint $(MODEL)/made-with.json ## 25 minutes of the long tests: another share for each SHARE, a commit say
@@ -53,6 +58,7 @@ docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold resu
 	$(BIN)/python benchmarks/learning_curves.py --page docs/learning-curves.md
 	$(BIN)/parity faults --precision fp64 --precision fp32 --page docs/faults.md
 	$(BIN)/parity matrix --status docs/parity-status.md
+	$(BIN)/python -m trainspec.imports.page docs/migrate.md
 
 lint: setup ## ruff and pyright
 	$(BIN)/ruff check
@@ -74,4 +80,8 @@ clean: ## remove what was built and cached; runs/ and .venv stay
 
 $(MODEL)/made-with.json: scripts/make_demo_model.py configs/data/text-train.txt | .venv/.done
 	$(BIN)/python scripts/make_demo_model.py $(MODEL)
+	@touch $@
+
+build/%-model/made-with.json: scripts/make_demo_model.py configs/data/text-train.txt | .venv/.done
+	$(BIN)/python scripts/make_demo_model.py build/$*-model --family $*
 	@touch $@

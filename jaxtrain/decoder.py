@@ -42,9 +42,15 @@ class Decoder(nnx.Module):
     def __init__(self, spec: ModelSpec, *, remat: str, build: Build) -> None:
         self.spec, self.remat, self.build = spec, remat, build
         self.prompt_encoder: Encoder | None = None
+        # Whether a prefix has positions before those of the tokens, and leaves a window.
+        self.prefix_is_before = True
 
     def look_up(self, input_ids: Array) -> Array:
         """The embeddings [B, S, E] of token ids."""
+        raise NotImplementedError
+
+    def drop_prefix(self, dropout: nnx.Module) -> str:
+        """Let every layer's attention take a prefix through `dropout`; returns its path in the model."""
         raise NotImplementedError
 
     def normed(self, x_BSE: Array) -> Array:
@@ -109,13 +115,15 @@ class Decoder(nnx.Module):
         is given where some layers do not rotate queries and keys, and false for those.
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
-        mask_BSS = attention_mask(segments)
+        mask_BSS, window = attention_mask(segments), self.spec.window
+        if window is not None and not self.prefix_is_before:
+            mask_BSS = in_window(mask_BSS, positions, window)
         if virtual.prefix is not None:
             # Every query sees the whole prefix.
             widths = ((0, 0), (0, 0), (virtual.prefix.shape[1], 0))
             mask_BSS = jnp.pad(mask_BSS, widths, constant_values=True)
-        if self.spec.window is not None:
-            mask_BSS = in_window(mask_BSS, positions, self.spec.window)
+        if window is not None and self.prefix_is_before:
+            mask_BSS = in_window(mask_BSS, positions, window)
         definition, stacked = nnx.split(self.layers)
 
         def block(

@@ -18,7 +18,7 @@ from jaxtrain.activations import by_point
 from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
 from jaxtrain.mesh import make_mesh
-from jaxtrain.methods import attach, with_virtual_tokens
+from jaxtrain.methods import attach, tied, with_virtual_tokens
 from jaxtrain.model import build_model
 from jaxtrain.optim import Moments, Rates, clip, global_norm, make_optimizer, rates
 from jaxtrain.passes import passes_of
@@ -228,6 +228,7 @@ class Program:
             spec, policy=recipe.precision.policy, remat=recipe.plan.remat, constrain=self.shardings.constrain
         )
         self.constants = attach(model, spec, recipe.method, seed=recipe.run.seed, order=order)
+        self._tied = tied(spec, recipe.method)
         self._definition, self._template = nnx.split(model)
         self._passes = passes_of(
             recipe.plan, spec, self.shardings, self._bind_weights, self.storage.compute_dtype
@@ -252,6 +253,7 @@ class Program:
         """
 
         def leaf(name: str) -> Any:
+            name = self._tied.get(name, name)
             chunk_in_use = chunk if is_stacked(name) else None
             if name in self.constants:
                 constant = weights[name]

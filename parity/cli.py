@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from typing import assert_never, get_args
 from parity.check import DEFAULT_STEPS, check
 from parity.diff import diff
 from parity.faults import SHARED
-from parity.faults.run import BACKENDS, Precision, chosen, run_faults
+from parity.faults.results import Result, collected, result_of, store
+from parity.faults.run import BACKENDS, chosen, run_faults
 from parity.faults.table import help_summary, listed, listed_shared, page, result_lines, summary
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
@@ -94,7 +94,7 @@ def parser() -> ArgumentParser:
     faults.add_argument("--backend", choices=BACKENDS, help="plant them in this backend only")
     faults.add_argument(
         "--precision",
-        choices=get_args(Precision),
+        choices=get_args(Policy),
         action="append",
         help="fp64 (the proof) by default; may be repeated",
     )
@@ -106,11 +106,15 @@ def parser() -> ArgumentParser:
         "--page", type=Path, metavar="FILE", help="write the results as Markdown, such as docs/faults.md"
     )
     faults.add_argument(
+        "--from", dest="from_", nargs="+", type=Path, metavar="DIR",
+        help="with --page: run nothing, and write the page of the results that are kept in these --out directories",
+    )  # fmt: skip
+    faults.add_argument(
         "--out",
         type=Path,
         default=Path("runs/parity-faults"),
         metavar="DIR",
-        help="for traces and faults.json",
+        help="for traces and faults.json, to which a part of a run adds its results",
     )
     return parser
 
@@ -187,20 +191,29 @@ def _faults(args: Namespace) -> int:
         return EXIT_DONE
     if args.page and (args.only or args.backend):
         raise UserError("--page: a page holds the whole registry; leave --only and --backend out")
+    if args.from_:
+        if not args.page:
+            raise UserError("--from: says of which results a page is written; give --page FILE as well")
+        results = collected(args.from_)
+        args.page.write_text(page(results), encoding="utf-8")
+        return _count_up(results)
     backends, outcomes = [args.backend] if args.backend else BACKENDS, []
-    precisions: Sequence[Precision] = list(dict.fromkeys(args.precision or ["fp64"]))
+    precisions: Sequence[Policy] = list(dict.fromkeys(args.precision or ["fp64"]))
     for precision in precisions:
         outcomes += run_faults(faults, backends, args.out / precision, precision=precision, keep=args.keep)
-    (args.out / "faults.json").write_text(
-        json.dumps([o.as_json() for o in outcomes], indent=2) + "\n", encoding="utf-8"
-    )
+    store(args.out, outcomes)
+    results = [result_of(outcome) for outcome in outcomes]
     if args.page:
-        args.page.write_text(page(outcomes), encoding="utf-8")
+        args.page.write_text(page(results), encoding="utf-8")
     print("\n".join(result_lines(outcomes)))
-    print(summary(outcomes))
-    if helped := help_summary(outcomes):
+    return _count_up(results)
+
+
+def _count_up(results: Sequence[Result]) -> int:
+    print(summary(results))
+    if helped := help_summary(results):
         print(helped)
-    return EXIT_DONE if all(outcome.as_expected for outcome in outcomes) else EXIT_FAILED
+    return EXIT_DONE if all(result.is_expected for result in results) else EXIT_FAILED
 
 
 def _tell(verdict: Verdict, out: Path | None) -> int:

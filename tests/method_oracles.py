@@ -40,7 +40,8 @@ def _rows(method: VirtualTokens, spec: ModelSpec, weights: Weights, held: Weight
 
 def _prefix(method: PrefixTuning, spec: ModelSpec, weights: Weights, held: Weights) -> dict[str, Any]:
     made = _encoded(method, weights)
-    return {"prefix": made.reshape(len(made), 2 * spec.layers, spec.kv_heads, spec.head_dim)}
+    shape = (len(made), 2 * spec.layers, spec.kv_heads, spec.head_dim)
+    return {"prefix": made.reshape(shape), "from_zero": method.positions == "from_zero"}
 
 
 def _encoded(method: VirtualTokens, weights: Weights) -> np.ndarray:

@@ -42,6 +42,18 @@ PLANS: list[tuple[str, str, str, Policy]] = [
 ]  # fmt: skip
 # Of the fast tests: tensor peers on both sides, a pipeline whose stages have layers that do not rotate.
 FAST = (PLANS[0],)
+# P-Tuning v2 as published with ChatGLM2. A peer draws the masks of its own heads, a stage those of its own layers.
+PUBLISHED = {
+    "kind": "prefix", "virtual_tokens": 3, "positions": "from_zero", "dropout": 0.2, "projection": True, "projected": "all_layers",
+}  # fmt: skip
+PREFIX_PLANS: list[tuple[str, str, Policy]] = [
+    ("jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    (f"jax {PIPE} plan.remat=full", "torch plan.data=2", "fp64"),
+    ("jax plan.fsdp=2 plan.shards=params", "torch plan.remat=full", "fp64"),
+    (f"jax {PIPE}", f"torch {PIPE}", "fp32"),
+    ("jax plan.data=2 plan.tensor=2", "torch plan.fsdp=2 plan.shards=params plan.tensor=2", "fp32"),
+    ("jax", "torch plan.fsdp=2 plan.shards=params", "bf16"),
+]
 # On torch, a tensor peer that keeps the gradient of its own heads.
 NOT_SUMMED = """
 import torchtrain.tensor_parallel
@@ -70,6 +82,74 @@ def test_a_plan_changes_nothing(
     verdict = checked(make_recipe, tmp_path, left, right, precision, FULL, family=family)
     assert verdict.holds, verdict.lines(colour=False)
     assert verdict.comparison.notes == ()  # both traces say their causal order
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("left", "right", "precision"), PREFIX_PLANS)
+def test_a_published_prefix(make_recipe: Make, tmp_path: Path, left: str, right: str, precision: Policy):
+    verdict = checked(make_recipe, tmp_path, left, right, precision, PUBLISHED, family="chatglm2")
+    assert verdict.holds, verdict.lines(colour=False)
+
+
+# One A of queries, keys and values, which peers and stages hold once.
+TIED = LORA | {"targets": ["query_key_value", "dense_4h_to_h"], "dropout": 0.1}
+TIED_PLANS: list[tuple[str, str, Policy]] = [
+    ("jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    (f"jax {PIPE} plan.remat=full", "torch plan.data=2", "fp64"),
+    ("jax plan.fsdp=2 plan.shards=params", "torch plan.remat=full", "fp64"),
+    (f"jax {PIPE}", f"torch {PIPE}", "fp32"),
+    ("jax plan.data=2 plan.tensor=2", "torch plan.fsdp=2 plan.shards=params plan.remat=full", "fp32"),
+    ("jax", "torch plan.fsdp=2 plan.shards=params plan.tensor=2", "bf16"),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("left", "right", "precision"), TIED_PLANS)
+def test_one_a_of_a_fused_matrix(make_recipe: Make, tmp_path: Path, left: str, right: str, precision: Policy):
+    verdict = checked(make_recipe, tmp_path, left, right, precision, TIED, family="chatglm2")
+    assert verdict.holds, verdict.lines(colour=False)
+
+
+@pytest.mark.full
+def test_an_a_that_learns_of_queries_alone_is_seen(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Control: keys and values use A, and their part of its gradient is lost."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch, torchtrain.layers\n"
+        "from torch.func import functional_call\n"
+        "torchtrain.layers.TiedLinear.forward = lambda self, x: functional_call(\n"
+        "    self.source, {'weight': self.weight.detach()}, (x,)\n"
+        ")\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    verdict = checked(make_recipe, tmp_path, "jax", "torch", "fp64", TIED, family="chatglm2")
+    first = verdict.comparison.first_divergence
+    assert first is not None
+    assert first.location.phase == "gradient"
+    assert first.location.tensor.endswith("self_attn.q_proj.lora_A.weight")
+
+
+@pytest.mark.full
+def test_masks_of_another_peer_s_heads_are_seen(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Control: with the masks of the first heads on every peer, the values of the first layer's prefix differ."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torchtrain.methods.prefix as prefix\n"
+        "made = prefix.CounterDropout\n"
+        "def first(name, *, seed, rate, point):\n"
+        "    point.first_feature[name] = 0\n"
+        "    return made(name, seed=seed, rate=rate, point=point)\n"
+        "prefix.CounterDropout = first\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    verdict = checked(
+        make_recipe, tmp_path, "torch", "torch plan.tensor=2", "fp64", PUBLISHED, family="chatglm2"
+    )
+    first = verdict.comparison.first_divergence
+    assert first is not None
+    assert (first.location.phase, first.location.tensor) == ("activation", "layers.0.prefix_key")
 
 
 @pytest.mark.full

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from torchtrain.families import anatomy_of
+from torchtrain.layers import TiedLinear
 from torchtrain.mesh import Mesh
 from torchtrain.precision import to_numpy
 from torchtrain.tensor_parallel import WholeLinear, gather_axis, is_split
@@ -151,7 +152,8 @@ def _hooks(model: PreTrainedModel) -> Iterator[_Hooked]:
 def _hooks_of_lora(name: str, layer: LoraLayer) -> Iterator[_Hooked]:
     """A x, and the output of B, which PEFT multiplies by its scale as it adds it."""
     ((adapter, a),) = layer.lora_A.items()
-    yield _Hooked(f"{name}.lora_A", a, in_shares=isinstance(a, WholeLinear))
+    has_weight = a.source if isinstance(a, TiedLinear) else a
+    yield _Hooked(f"{name}.lora_A", a, in_shares=isinstance(has_weight, WholeLinear))
     yield _Hooked(f"{name}.lora_B", layer.lora_B[adapter], factor=layer.scaling[adapter])
 
 

@@ -1,4 +1,4 @@
-"""torchtrain train | eval | export RECIPE: the same commands and flags as jaxtrain."""
+"""torchtrain train | eval | export RECIPE: the same commands and flags as jaxtrain; and torchtrain convert DIR OUT."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torchtrain.cluster import (
     has_launcher,
     is_leader,
 )
+from torchtrain.convert import convert
 from torchtrain.launch import launch, report_to_launcher
 from torchtrain.train import evaluate, train
 from trainspec.backends import BACKENDS
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns one of the exit codes that `trainspec.command` lists."""
     words = list(sys.argv[1:] if argv is None else argv)
     tell = report_to_launcher()
-    command = partial(run_command, lambda args: _run(args, words), backend_parser(PROGRAM), words, tell=tell)
+    parser = backend_parser(PROGRAM, converts=True)
+    command = partial(run_command, lambda args: _run(args, words), parser, words, tell=tell)
     return command() if tell or is_leader() else _follow(command)
 
 
@@ -67,6 +69,10 @@ def _launch(recipe: Recipe, words: Sequence[str], out: Path, *, trains: bool) ->
 
 def _run(args: Namespace, words: Sequence[str]) -> None:
     count_processes(os.environ)  # raises for an environment that is no launcher's
+    if args.command == "convert":
+        if is_leader():
+            print(f"wrote {convert(args.directory, args.out)}")
+        return
     recipe = load_recipe(args.recipe, args.overrides)
     out = out_directory(args, PROGRAM)
     request = train_request(args, out) if args.command == "train" else TrainRequest(out)

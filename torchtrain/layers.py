@@ -24,6 +24,27 @@ class RMSNorm(nn.Module):
         return self.weight * (hidden_states * torch.rsqrt(mean_square + self.variance_epsilon))
 
 
+class TiedLinear(nn.Module):
+    """Another linear layer, which has the weight: its gradient is the sum of both uses."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self._source = (source,)  # in a tuple, so that its weight is no second parameter
+
+    @property
+    def source(self) -> nn.Module:
+        """The layer that has the weight."""
+        return self._source[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """That layer's weight."""
+        return self.source.get_parameter("weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.source(x)
+
+
 class RotaryTables(nn.Module):
     """cos and sin [B, S, D] of each position's angles, made in `dtype` (float32 or float64), cast to the type of x.
 

@@ -35,7 +35,7 @@ from trainspec.causal import activation_points
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
-from trainspec.methods import leading_rows
+from trainspec.methods import leading_rows, position_shift
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
 from trainspec.runs.checkpoint import Checkpoint
@@ -265,11 +265,17 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def _inputs(batch: Batch, run: Run) -> Inputs:
     method, window = run.recipe.method, run.spec.window
     positions_BT = all_positions(_tensor(batch.positions), method)
-    visible_B1TK = all_visible(attention_mask(_tensor(batch.segments)), method)
+    visible_B1SS = attention_mask(_tensor(batch.segments))
+    # Virtual tokens without positions are in every window.
+    if window is not None and not position_shift(method):
+        visible_B1SS = in_window(visible_B1SS, positions_BT, window)
+    visible_B1TK = all_visible(visible_B1SS, method)
+    if window is not None and position_shift(method):
+        visible_B1TK = in_window(visible_B1TK, positions_BT, window)
     return {
         "input_ids": _tensor(batch.input_ids),
         "position_ids": positions_BT,
-        "attention_mask": visible_B1TK if window is None else in_window(visible_B1TK, positions_BT, window),
+        "attention_mask": visible_B1TK,
     }
 
 

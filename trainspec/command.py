@@ -33,8 +33,8 @@ def add_recipe(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def backend_parser(program: str) -> ArgumentParser:
-    """`PROGRAM train|eval|export RECIPE ...`: the same for jaxtrain and torchtrain."""
+def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
+    """`PROGRAM train|eval|export RECIPE ...`: the same for jaxtrain and torchtrain; `converts` adds `convert DIR OUT`."""
     parser = ArgumentParser(prog=program)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     helps = {
@@ -79,6 +79,14 @@ def backend_parser(program: str) -> ArgumentParser:
                 choices=("float64", "float32", "bfloat16", "float16"),
                 help="stored type of a whole model (default: as trained; with --merge, as the base model)",
             )
+    if converts:
+        command = commands.add_parser(
+            "convert", help="write pickled weights (.bin) as safetensors, bit for bit"
+        )
+        command.add_argument(
+            "directory", type=Path, metavar="DIR", help="a model's or an adapter's directory"
+        )
+        command.add_argument("out", type=Path, metavar="OUT", help="the directory to write")
     return parser
 
 

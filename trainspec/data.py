@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.errors import DataError
-from trainspec.methods import virtual_tokens
+from trainspec.methods import position_shift
 from trainspec.model import ModelSpec
 from trainspec.recipe import Data, Recipe
 from trainspec.rng import name_key, threefry2x32
@@ -219,7 +219,7 @@ def open_dataset(run: Run, split: Literal["train", "heldout"]) -> Dataset:
 
 def check_positions(recipe: Recipe, model: ModelSpec) -> None:
     """Raises DataError where an example with its virtual tokens has more positions than the model."""
-    virtual = virtual_tokens(recipe.method)
+    virtual = position_shift(recipe.method)
     if recipe.data.sequence_tokens + virtual > model.max_positions:
         beside = f" and method.virtual_tokens={virtual}" if virtual else ""
         raise DataError(

@@ -107,7 +107,8 @@ class Data(Section):
     heldout: Source | None = None
     """The records to measure the held-out loss on, given as for `train`; null: it is not measured."""
     task: Task = "question_answering"
-    """The prompt that an instruction record is written with; `text` trains on plain text."""
+    """The prompt that an instruction record is written with; `conversation` makes it a question and an answer of the chat
+    template, `text` trains on plain text."""
     columns: Columns = ()
     """Which field of the file stands for which of ours: `{instruction: question}`."""
     ignore: Names = ()

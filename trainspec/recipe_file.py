@@ -15,21 +15,34 @@ from trainspec.errors import RecipeError
 
 def read_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The sections in a YAML file with `a.b=value` overrides on top. Raises RecipeError in one line."""
+    tree = read_mapping(
+        path,
+        advice="give the path of a recipe, such as configs/demo.yaml",
+        wanted="a recipe is a mapping of sections such as model, method and data",
+    )
+    for override in overrides:
+        apply_override(tree, override)
+    check_usable(tree, path)
+    return tree
+
+
+def read_mapping(path: Path, *, advice: str, wanted: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises RecipeError in one line, with `advice` for an unreadable file."""
     try:
         tree = _parse(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise RecipeError(
-            f"{path}: {error.strerror}; give the path of a recipe, such as configs/demo.yaml"
-        ) from None
+        raise RecipeError(f"{path}: {error.strerror}; {advice}") from None
     except _NOT_YAML as error:
         raise RecipeError(f"{path}: not YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections such as model, method and data")
-    for override in overrides:
-        _apply(tree, override)
+        raise RecipeError(f"{path}: {wanted}")
+    return tree
+
+
+def check_usable(tree: dict[str, Any], path: Path) -> None:
+    """Raises RecipeError for a value that no setting can have."""
     for key, what in _unusable(tree, "", set()):
         raise RecipeError(f"{path}: {key}: {what}")
-    return tree
 
 
 # For a scalar that does not fit its tag (2024-13-01, !!int x) PyYAML lets one of Python's own errors through.
@@ -59,20 +72,21 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str, *, flag: str = "--set") -> None:
+    """Give the setting `a.b` of `a.b=value` that value. Raises RecipeError, which names the `flag`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set {override!r}: write KEY=VALUE, such as --set run.steps=10")
+        raise RecipeError(f"{flag} {override!r}: write KEY=VALUE, such as --set run.steps=10")
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise RecipeError(f"--set {override}: {parent!r} is a value, not a section")
+            raise RecipeError(f"{flag} {override}: {parent!r} is a value, not a section")
     try:
         value = _parse(text)
     except _NOT_YAML as error:
-        raise RecipeError(f"--set {override}: {text!r} is not a YAML value: {_one_line(error)}") from None
+        raise RecipeError(f"{flag} {override}: {text!r} is not a YAML value: {_one_line(error)}") from None
     if key == "method.kind" and node.get("kind", value) != value:
         node.clear()  # another method has other settings: those of the old one do not carry over
     node[leaf] = value

@@ -36,6 +36,7 @@ class Attention(nnx.Module):
         self.k_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
         self.v_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
         self.o_proj = Linear(q_dim, embed, bias=bias and self.output_bias, stack=stack, build=build)
+        self.prefix_dropout: Callable[[Array, Array, DropoutPoint], tuple[Array, Array]] | None = None
 
     def __call__(
         self,
@@ -59,8 +60,10 @@ class Attention(nnx.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k = tap("rotated_query", q), tap("rotated_key", k)
         if prefix_N2KD is not None:
-            k = in_front(tap("prefix_key", repeated(prefix_N2KD[:, 0], k)), k)
-            v = in_front(tap("prefix_value", repeated(prefix_N2KD[:, 1], v)), v)
+            keys, values = repeated(prefix_N2KD[:, 0], k), repeated(prefix_N2KD[:, 1], v)
+            if self.prefix_dropout is not None and point is not None:
+                keys, values = self.prefix_dropout(keys, values, point)
+            k, v = in_front(tap("prefix_key", keys), k), in_front(tap("prefix_value", values), v)
         mixed = tap("mixed", attend(q, k, v, mask_BSS))
         return self.o_proj(mixed.reshape(B, S, -1), point)
 
@@ -138,6 +141,10 @@ class Llama(Decoder):
 
     def look_up(self, input_ids: Array) -> Array:
         return self.embed_tokens(input_ids)
+
+    def drop_prefix(self, dropout: nnx.Module) -> str:
+        self.layers.self_attn.prefix_dropout = nnx.data(dropout)
+        return "layers.self_attn.prefix_dropout"
 
     def normed(self, x_BSE: Array) -> Array:
         return self.norm(x_BSE)

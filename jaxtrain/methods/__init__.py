@@ -9,13 +9,14 @@ import numpy as np
 
 from jaxtrain.decoder import Decoder
 from jaxtrain.methods import bottleneck, dora, full, lora, prefix, prompt, ptuning
+from jaxtrain.methods.low_rank import tied_weights
 from jaxtrain.methods.site import Site
 from jaxtrain.methods.virtual_tokens import with_virtual_tokens
 from jaxtrain.weights import Order
-from trainspec.methods import Method
+from trainspec.methods import LowRank, Method
 from trainspec.model import ModelSpec
 
-__all__ = ["ATTACH", "attach", "with_virtual_tokens"]
+__all__ = ["ATTACH", "attach", "tied", "with_virtual_tokens"]
 
 # The registry: what changes a model, by kind of method.
 ATTACH: dict[str, Callable[[Decoder, Any, Site], dict[str, np.ndarray]]] = {
@@ -37,3 +38,8 @@ def attach(
     Differs from torchtrain, whose modules hold their constants themselves.
     """
     return ATTACH[method.kind](model, method, Site(spec, seed=seed, order=order))
+
+
+def tied(spec: ModelSpec, method: Method) -> dict[str, str]:
+    """Native names in the model whose weight is another one's, with that one's name: its gradient is the sum of all uses."""
+    return tied_weights(spec, method) if isinstance(method, LowRank) else {}

@@ -13,6 +13,7 @@ from jaxtrain.layers import Linear
 from jaxtrain.methods.site import Site
 from jaxtrain.weights import native_module
 from trainspec.methods import LowRank, target_modules
+from trainspec.model import ModelSpec
 from trainspec.rng import name_key
 
 
@@ -34,5 +35,16 @@ def replace_targets(
             parent, _, leaf = native.rpartition(".")
             setattr(modules[parent], leaf, layer_class(leaf, modules[native], method, keys))
         slot = ... if layer is None else site.order.index(layer)
-        constants[f"{native}.dropout_key"][slot] = name_key(site.seed, "dropout", target)
+        # Parts of a fused matrix take the same input, dropped alike.
+        constants[f"{native}.dropout_key"][slot] = name_key(site.seed, "dropout", method.tied(target))
     return constants
+
+
+def tied_weights(spec: ModelSpec, method: LowRank) -> dict[str, str]:
+    """The native names of every A that is another's, with that one's name."""
+    pairs = ((module, method.tied(module)) for module in target_modules(spec, method))
+    return {
+        f"{native_module(module)[0]}.lora_a": f"{native_module(owner)[0]}.lora_a"
+        for module, owner in pairs
+        if owner != module
+    }

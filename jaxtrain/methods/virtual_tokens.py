@@ -16,7 +16,7 @@ from jax import Array
 from jaxtrain.layers import VIRTUAL, Build, Dim, Linear
 from jaxtrain.weights import Arrays
 from trainspec.data import IGNORED
-from trainspec.methods import Method, leading_rows, virtual_tokens
+from trainspec.methods import Method, leading_rows, position_shift
 
 
 def with_virtual_tokens(batch: Arrays, method: Method) -> Arrays:
@@ -29,8 +29,8 @@ def with_virtual_tokens(batch: Arrays, method: Method) -> Arrays:
 
 
 def all_positions(positions: Array, method: Method) -> Array:
-    """Positions [..., N + S]: those of tokens are moved by the number of virtual tokens, also of a prefix."""
-    moved = positions + virtual_tokens(method)
+    """Positions [..., N + S]: those of tokens are moved by the number of virtual tokens, also of a prefix that has positions."""
+    moved = positions + position_shift(method)
     return _with_leading(jnp.arange(leading_rows(method)), moved)
 
 

@@ -1,6 +1,24 @@
 """Named faults that a check must catch, each at the right location: the negative controls of the proof."""
 
-from parity.faults import forward, loss, methods, pipeline, precision, sharding, update, virtual
+from parity.faults import (
+    adapting,
+    attending,
+    counting,
+    families,
+    forward,
+    loss,
+    methods,
+    pipeline,
+    precision,
+    ranks,
+    resumed,
+    rules,
+    sharding,
+    starts,
+    stream,
+    update,
+    virtual,
+)
 from parity.faults.fault import Fault, Where
 from parity.faults.shared import SHARED, SharedFault
 
@@ -13,6 +31,15 @@ FAULTS: tuple[Fault, ...] = (
     *precision.FAULTS,
     *sharding.FAULTS,
     *pipeline.FAULTS,
+    *families.FAULTS,
+    *attending.FAULTS,
+    *stream.FAULTS,
+    *starts.FAULTS,
+    *counting.FAULTS,
+    *adapting.FAULTS,
+    *rules.FAULTS,
+    *ranks.FAULTS,
+    *resumed.FAULTS,
 )
 
 __all__ = ["FAULTS", "SHARED", "Fault", "SharedFault", "Where"]

@@ -81,10 +81,15 @@ SETUPS: dict[str, str] = {
     "bias": "the same with biases",
     "warmup": "the same with a warm-up of three updates",
     "lora": "a fresh adapter (B is zero), with dropout",
+    "rslora": "the same, scaled by the root of its rank",
     "adapter": "an adapter whose B is not zero, with dropout",
     "remat": "the same, recomputed in the backward pass",
     "dora": "DoRA whose B and magnitudes are drawn, with dropout",
     "qwen3": "every weight of a Qwen3 is trained",
+    "qwen2": "every weight of a Qwen2 is trained: with biases, but of attention's output",
+    "mistral": "every weight of a Mistral is trained, whose window is shorter than a record",
+    "smollm3": "every weight of a SmolLM3 is trained, whose second layer does not rotate",
+    "glm": "every weight of a GLM is trained: half of each head rotated, gate and up in one matrix",
     "bottleneck": "bottleneck adapters, none of them zero, with gelu",
     "prompt": "three virtual tokens before the embedded ones",
     "ptuning-mlp": "the same, made by P-tuning's MLP",
@@ -101,7 +106,12 @@ SETUPS: dict[str, str] = {
     "pipe-tied": "the same with a head that is the embedding",
     "pipe-deep": "the same with five layers: stages of three and two",
     "pipe-prefix": "a prefix made by a projection, in the same two stages",
+    "resume": "every weight is trained; the run is resumed after its second step",
+    "resume-adapter": "an adapter whose B is not zero, with dropout; the run is resumed after its second step",
 }
+# A run of these set-ups is compared with one that is not stopped.
+RESUMED = ("resume", "resume-adapter")
+RESUMED_AFTER = 2
 _PIPE = Plan(pipe=2, microbatches=4)
 PLANS: dict[str, Plan] = {
     "remat": Plan(remat="full"),
@@ -123,6 +133,10 @@ _VARIANTS = {
     "qwen3": "qwen3",
     "tensor-qwen3": "qwen3",
     "data-tensor": "bias",
+    "qwen2": "qwen2",
+    "mistral": "mistral",
+    "smollm3": "smollm3",
+    "glm": "glm",
     "pipe-tied": "tied",
     "pipe-deep": "deep",
 }
@@ -140,6 +154,13 @@ def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backen
             "full" | "tied" | "bias" | "qwen3" | "tensor" | "tensor-qwen3" | "data" | "data-tensor" | "zero1"
         ):
             pass
+        case "qwen2" | "mistral" | "smollm3" | "glm":
+            pass
+        case "resume" | "resume-adapter":
+            # A checkpoint after each step: the one before the newest is there, too.
+            sections["checkpoint"] = {"every_steps": 1, "keep": 9}
+            if setup == "resume-adapter":
+                sections["method"] = tiny.method("lora")
         case "pipe" | "pipe-tied" | "pipe-deep":
             sections["batch"] = {"accumulation": 1}  # the pipeline's microbatches are the only ones
         case "pipe-prefix":
@@ -150,6 +171,8 @@ def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backen
             sections["schedule"] = {"kind": "cosine", "warmup_steps": 3}
         case "lora":
             sections["method"] = METHODS["lora"].model_dump()
+        case "rslora":
+            sections["method"] = METHODS["lora"].model_dump() | {"rslora": True}
         case "adapter" | "remat" | "tensor-adapter":
             sections["method"] = tiny.method("lora")
         case (

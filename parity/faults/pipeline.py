@@ -43,7 +43,11 @@ FAULTS = (
                     "__piece % __plan.pipe",
                     "(-1 - __piece) % __plan.pipe",
                 ),
-                Edit("torchtrain.engines.pipeline:_layers", "__model.layers", "reversed(__model.layers)"),
+                Edit(
+                    "torchtrain.engines.pipeline:_layers",
+                    "__anatomy.layers(__model)",
+                    "reversed(__anatomy.layers(__model))",
+                ),
             ),
         },
         setup="pipe",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,19 +16,23 @@ from parity.comparison.phases import Location
 from parity.comparison.tolerance import ProofBounds
 from parity.diagnosis import Diagnosis, counts_of, diagnose
 from parity.faults import FAULTS, SHARED
-from parity.faults.fault import Fault, in_every_backend, setup_recipe
+from parity.faults.fault import RESUMED, RESUMED_AFTER, Fault, in_every_backend, setup_recipe
 from parity.runs.fixture import LORA, write_tiny
-from parity.runs.launch_many import run_cases, training
+from parity.runs.join import join
+from parity.runs.launch_many import Case, run_cases, training
+from parity.runs.work import cores
 from trainspec import backends
 from trainspec.errors import UserError, nearest
 from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe
+from trainspec.runs.checkpoint import checkpoint_name
 from trainspec.trace import Trace
 
-Precision = Literal["fp64", "fp32"]
 Help = Literal["helpful", "silent", "misleading"]
 # Of two compared backends, the first one here is on the left.
 BACKENDS: tuple[Backend, ...] = tuple(backends.BACKENDS)
+# Nearly all of the time goes into compiling JAX's programs, each in one thread.
+AT_ONCE = 2
 # The error of each failed run, by backend and fault.
 Crashes = dict[tuple[Backend, str], str]
 
@@ -81,20 +85,16 @@ class Outcome:
         return "helpful" if self.fault.cause in named else "misleading" if named else "silent"
 
     def as_json(self) -> dict[str, Any]:
-        """Its entry in faults.json."""
+        """Its entry in faults.json, besides the words of `parity.faults.results`."""
         return {
-            "fault": self.fault.name,
-            "backend": self.backend,
-            "precision": self.precision,
-            "result": self.word.lower(),
             "as_expected": self.as_expected,
-            "said": asdict(self.divergence.location) | {"error": self.divergence.error}
+            "location": asdict(self.divergence.location) | {"error": self.divergence.error}
             if self.divergence
             else None,
             "true": asdict(self.fault.where) if self.fault.where else None,
             "cause": self.fault.cause,
             "diagnosis": self.diagnosis.as_json() if self.diagnosis else None,
-            "help": self.help,
+            "report": self.diagnosis.lines() if self.diagnosis else None,
             "crash": self.crash,
         }
 
@@ -117,12 +117,12 @@ def run_faults(
     backends: Sequence[Backend],
     out: Path,
     *,
-    precision: Precision = "fp64",
+    precision: Policy = "fp64",
     keep: bool = False,
 ) -> list[Outcome]:
     """Train everything under `out` and judge it: first the clean pairs, which must pass, then every fault.
 
-    fp64 is the proof; fp32 shows which faults exceed rounding, and which location is named then. Traces of faults that
+    fp64 is the proof; fp32 and bf16 show which faults exceed rounding, and which location is named then. Traces of faults that
     came out as expected are removed unless `keep`.
     """
     tiny = write_tiny(out / "tiny")
@@ -135,9 +135,12 @@ def run_faults(
     with ThreadPoolExecutor() as pool:
         trained = pool.map(lambda b: _train(b, [*clean, *planted[b]], recipes[b], out), BACKENDS)
         crashes: Crashes = {case: why for failed in trained for case, why in failed.items()}
-    pairs: list[tuple[Fault, Backend]] = [(fault, b) for fault in clean for b in BACKENDS[1:]]
+    # Of a resume each backend has a clean one, held to the other's run that was not stopped.
+    pairs = [(f, b) for f in clean for b in (BACKENDS if f.setup in RESUMED else BACKENDS[1:])]
     cases = [*pairs, *((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])]
-    outcomes = [_judge(fault, b, recipes[b][fault.setup], crashes, out) for fault, b in cases]
+    with ProcessPoolExecutor(min(AT_ONCE, cores())) as pool:
+        judged = (pool.submit(_judge, f, b, recipes[b][f.setup], crashes, out) for f, b in cases)
+        outcomes = [each.result() for each in list(judged)]
     for outcome in outcomes[len(pairs) :]:
         if outcome.as_expected and not keep:
             shutil.rmtree(home_of(out, outcome.backend, outcome.fault))
@@ -162,21 +165,55 @@ def home_of(out: Path, backend: Backend, fault: Fault) -> Path:
     return out / backend / fault.name.replace(", ", "-").replace(" ", "-")
 
 
+def whole_trace(out: Path, backend: Backend, setup: str) -> Path:
+    """The trace of a set-up's clean run, not stopped where others resume."""
+    return home_of(out, backend, clean_pair(setup)) / ("whole" if setup in RESUMED else "trace")
+
+
 def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Recipe], out: Path) -> Crashes:
-    """Train with each of `faults`; returns the errors of those that failed."""
-    cases = []
+    """Train with each of `faults`; returns the errors of those that failed.
+
+    A set-up that resumes is first trained as a whole; every run of it then resumes from a checkpoint of that one.
+    """
     for setup, recipe in recipes.items():
         (out / f"{setup}-{backend}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    for fault in faults:
-        home, devices = home_of(out, backend, fault), recipes[fault.setup].plan.devices
-        file, edits = out / f"{fault.setup}-{backend}.yaml", fault.edits[backend]
-        cases.append(training(file, home, devices=devices, edits=edits, activations=True))
-    results = run_cases(backend, cases, home=out / "launches")
-    return {
-        (backend, fault.name): result.wrong
-        for fault, result in zip(faults, results, strict=True)
-        if result.wrong is not None
-    }
+    first = [fault for fault in faults if fault.setup not in RESUMED or not fault.source]
+    second = [fault for fault in faults if fault.setup in RESUMED]
+    cases = [_case(backend, fault, recipes[fault.setup], out) for fault in first]
+    at_once = min(AT_ONCE, cores())
+    results = [*zip(first, run_cases(backend, cases, home=out / "launches", at_once=at_once), strict=True)]
+    stopped = {fault.setup for fault, result in results if result.wrong and fault.setup in RESUMED}
+    second = [fault for fault in second if fault.setup not in stopped]
+    cases = [_resumed_case(backend, fault, recipes[fault.setup], out) for fault in second]
+    if cases:
+        home = out / "launches/resumed"
+        results += zip(second, run_cases(backend, cases, home=home, at_once=at_once), strict=True)
+    crashes = {(backend, fault.name): result.wrong for fault, result in results if result.wrong is not None}
+    for fault in second:
+        home = home_of(out, backend, fault)
+        if (backend, fault.name) not in crashes:
+            join(Trace(whole_trace(out, backend, fault.setup)), Trace(home / "after"), home / "trace")
+    return crashes
+
+
+def _case(backend: Backend, fault: Fault, recipe: Recipe, out: Path) -> Case:
+    home, file = home_of(out, backend, fault), out / f"{fault.setup}-{backend}.yaml"
+    trace = "whole" if fault.setup in RESUMED else "trace"
+    edits = fault.edits[backend]
+    return training(file, home, devices=recipe.plan.devices, edits=edits, activations=True, trace=trace)
+
+
+def _resumed_case(backend: Backend, fault: Fault, recipe: Recipe, out: Path) -> Case:
+    """The second part of a run, from the checkpoint that the clean one left."""
+    home, clean = home_of(out, backend, fault), home_of(out, backend, clean_pair(fault.setup))
+    file, run = out / f"{fault.setup}-{backend}.yaml", "run" if fault.source else "resumed"
+    if fault.source:
+        shutil.rmtree(home, ignore_errors=True)
+    for step in range(1, RESUMED_AFTER + 1):
+        name = f"checkpoints/{checkpoint_name(step)}"
+        shutil.copytree(clean / "run" / name, home / run / name, dirs_exist_ok=True)
+    argv = ["train", str(file), "--out", str(home / run), "--trace", str(home / "after"), "--resume"]
+    return Case((*argv, "--activations", "all"), recipe.plan.devices, fault.edits[backend])
 
 
 def _judge(fault: Fault, backend: Backend, recipe: Recipe, crashes: Crashes, out: Path) -> Outcome:
@@ -189,7 +226,10 @@ def _judge(fault: Fault, backend: Backend, recipe: Recipe, crashes: Crashes, out
     for b, side in sides:
         if why := crashes.get((b, side.name)):
             return Outcome(fault, backend, precision, None, crash=why)
-    left, right = (Trace(home_of(out, b, side) / "trace") for b, side in sides)
+    left, right = (
+        Trace(home_of(out, b, side) / "trace" if b == backend else whole_trace(out, b, fault.setup))
+        for b, side in sides
+    )
     pair = Pair(left, right)
     # Estimated bounds need only the two traces; measured ones would need a further run for each fault.
     bounds = (

@@ -72,7 +72,7 @@ FAULTS = (
         imitates="the gradients of the norms' weights are not reduced over the tensor ranks",
         source="NVIDIA/TransformerEngine#435, NVIDIA/Megatron-LM#1446",
         cause="replicated-gradient-sum",
-        where=Where("gradient", r"model\.layers\.1\.post_attention_layernorm\.weight"),
+        where=Where("activation_gradient", r"layers\.1\.post_norm"),
         edits={
             "torch": (
                 Edit(
@@ -88,7 +88,7 @@ FAULTS = (
             )
         },
         setup="tensor",
-        note=COMPILER,
+        note=f"each rank has its share of the gradient of the norm's output, and the sum is made behind the norm; {COMPILER}",
     ),
     Fault(
         name="head-norm-gradient-not-reduced",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from parity.faults import FAULTS
 from parity.faults.fault import SETUPS, Fault
+from parity.faults.results import EXPECTED, Result, result_of
 from parity.faults.run import Outcome
 from parity.faults.shared import SharedFault
 
@@ -19,8 +21,12 @@ optimizer and no pipeline in fp64) runs on one device.
 A diagnosis (docs/diagnosis.md) is *helpful* if the cause it names, or the one it says looks the same, is that of the fault;
 *silent* if it names none; *misleading* if it names others.
 
-fp64 is the proof. In fp32 the two traces are compared with the estimated bounds of `parity diff`: a fault smaller than
-rounding is "below bound" there.
+fp64 is the proof. In fp32 and bf16 the two traces are compared with the estimated bounds of `parity diff`: a fault smaller
+than rounding is "below bound" there. In bf16 both sides compute in bfloat16, so most small faults are.
+
+A fault of a resume is planted in the second part of a run, which goes on from a clean run's checkpoint, and compared with the
+other backend's run that was not stopped. A whole run takes long; it can be made in parts, `parity faults --only NAME ... --out DIR`,
+and the page written of what they left, `parity faults --page FILE --from DIR`.
 """
 
 
@@ -49,31 +55,29 @@ def listed_shared(faults: Sequence[SharedFault]) -> Iterator[str]:
 def result_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """A line for each outcome, with the expectation if it is not met."""
     width = max(len(outcome.fault.name) for outcome in outcomes)
-    for outcome in outcomes:
+    for outcome, result in zip(outcomes, map(result_of, outcomes), strict=True):
         backend = outcome.backend if outcome.fault.source else "both"
-        line = f"{outcome.word:<11} {outcome.precision} {backend:<6} {outcome.fault.name:<{width}}  {_said(outcome)}"
+        line = f"{result.word:<11} {result.precision} {backend:<6} {result.fault:<{width}}  {result.said}"
         if not outcome.as_expected:
             line += f"; expected: {outcome.fault.where or 'a pass'}"
-        yield line + (f"; {outcome.help}: {_named(outcome)}" if outcome.help else "")
-        if outcome.help not in (None, "helpful"):
+        yield line + (f"; {result.help}: {result.named}" if result.help else "")
+        if result.help not in (None, "helpful"):
             yield f"{'':<{12}}expected cause: {outcome.fault.cause}"
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """The numbers of outcomes of each kind, in words."""
-    good = sum(outcome.as_expected for outcome in outcomes)
-    caught = sum(outcome.word == "caught" for outcome in outcomes)
-    passed = sum(outcome.word == "passes" for outcome in outcomes)
-    below = good - caught - passed
+def summary(results: Sequence[Result]) -> str:
+    """The numbers of results of each kind, in words."""
+    words = [result.word for result in results]
+    expected = [words.count(word) for word in EXPECTED]
     return (
-        f"{caught} caught at the right location, {passed} pass as they must, {below} below the bound, "
-        f"{len(outcomes) - good} not as expected"
+        f"{expected[0]} caught at the right location, {expected[1]} pass as they must, {expected[2]} below the bound, "
+        f"{len(words) - sum(expected)} not as expected"
     )
 
 
-def help_summary(outcomes: Sequence[Outcome]) -> str:
+def help_summary(results: Sequence[Result]) -> str:
     """How many diagnoses help, in words; empty if nothing was diagnosed."""
-    given = [outcome.help for outcome in outcomes if outcome.help]
+    given = [result.help for result in results if result.help]
     if not given:
         return ""
     share = given.count("helpful") / len(given)
@@ -83,38 +87,33 @@ def help_summary(outcomes: Sequence[Outcome]) -> str:
     )
 
 
-def page(outcomes: Sequence[Outcome]) -> str:
+def page(results: Sequence[Result]) -> str:
     """The results as a Markdown page: what each fault imitates, and what the check said about it."""
-    planted = [outcome for outcome in outcomes if outcome.fault.source]
-    faults = dict.fromkeys(outcome.fault for outcome in planted)
     lines = [PAGE_HEAD]
-    for precision in dict.fromkeys(outcome.precision for outcome in planted):
-        mine = [outcome for outcome in outcomes if outcome.precision == precision]
+    columns = (
+        "fault",
+        "backend",
+        "result",
+        "location named",
+        "location expected",
+        "cause named",
+        "diagnosis",
+    )
+    for precision in dict.fromkeys(result.precision for result in results):
+        mine = [result for result in results if result.precision == precision]
         rows = [
-            _row(
-                o.fault.name,
-                o.backend,
-                o.word,
-                _said(o),
-                str(o.fault.where or "none: must pass"),
-                _named(o),
-                o.help or "–",
-            )
-            for o in mine
-            if o.fault.source
+            _row(r.fault, r.backend, r.word, r.said, r.expected, r.named, r.help or "–")
+            for r in mine
+            if r.is_planted
         ]
-        columns = (
-            "fault",
-            "backend",
-            "result",
-            "location named",
-            "location expected",
-            "cause named",
-            "diagnosis",
-        )
         head = [_row(*columns), _row(*["---"] * len(columns))]
         lines += [f"## {precision}", "", f"{summary(mine)}; {help_summary(mine)}.", "", *head, *rows, ""]
-    about = [_row(f.name, f.imitates, f.source, f.cause or "–", f.setup, f.note or "–") for f in faults]
+    planted = {result.fault for result in results}
+    about = [
+        _row(f.name, f.imitates, f.source, f.cause or "–", f.setup, f.note or "–")
+        for f in FAULTS
+        if f.name in planted
+    ]
     head = [_row("fault", "imitates", "source", "cause", "set-up", "note"), _row(*["---"] * 6)]
     lines += ["## What they imitate", "", *head, *about, ""]
     lines += ["## Set-ups", "", *(f"- `{name}`: {words}." for name, words in SETUPS.items())]
@@ -124,20 +123,3 @@ def page(outcomes: Sequence[Outcome]) -> str:
 def _row(*cells: str) -> str:
     escaped = (cell.replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
-
-
-def _named(outcome: Outcome) -> str:
-    """The causes that a diagnosis names: the first, and what looks the same."""
-    if outcome.help is None:
-        return "–"
-    named = [cause.name for cause in outcome.diagnosis.alike] if outcome.diagnosis else []
-    return " or ".join(named) or "none"
-
-
-def _said(outcome: Outcome) -> str:
-    if outcome.crash is not None:
-        return outcome.crash
-    divergence = outcome.divergence
-    if divergence is None:
-        return "no divergence"
-    return f"{divergence.location} ({divergence.reason or f'error {divergence.error:.1e}'})"

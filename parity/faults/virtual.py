@@ -17,14 +17,14 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.methods.virtual_tokens:all_positions",
-                    "virtual_tokens(__method)",
+                    "position_shift(__method)",
                     "leading_rows(__method)",
                 ),
             ),
             "torch": (
                 Edit(
                     "torchtrain.methods.virtual_tokens:all_positions",
-                    "virtual_tokens(__method)",
+                    "position_shift(__method)",
                     "leading_rows(__method)",
                 ),
             ),
@@ -66,10 +66,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.families.llama:Attention.__call__",
-                    '__k = in_front(tap("prefix_key", repeated(__prefix[:, 0], __k)), __k)\n'
-                    '__v = in_front(tap("prefix_value", repeated(__prefix[:, 1], __v)), __v)',
-                    '__k = in_front(tap("prefix_key", repeated(__prefix[:, 1], __k)), __k)\n'
-                    '__v = in_front(tap("prefix_value", repeated(__prefix[:, 0], __v)), __v)',
+                    "repeated(__prefix[:, 0], __k), repeated(__prefix[:, 1], __v)",
+                    "repeated(__prefix[:, 1], __k), repeated(__prefix[:, 0], __v)",
                 ),
             ),
             "torch": (

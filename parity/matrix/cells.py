@@ -17,7 +17,7 @@ from parity.comparison.drift import lora_scale
 from parity.comparison.pair import Pair
 from parity.diff import bounds_for
 from parity.report.verdict import explained
-from parity.runs.fixture import METHODS, VARIANTS, TinySetup, write_tiny
+from parity.runs.fixture import FAMILIES, METHODS, VARIANTS, TinySetup, write_tiny
 from parity.runs.launch_many import CaseResult, run_cases, training
 from parity.runs.plans import refusal, runs_as
 from trainspec.backends import BACKENDS
@@ -72,6 +72,10 @@ PIPELINES: dict[str, tuple[str, str]] = {
 }
 # The plans on which every method is run in bf16: replicated, split as a weight, as a layer, and over stages.
 COARSE = ("zero2-2", "zero3-2", "tensor-2", "pipe-2-zero1-2-tensor-2")
+# What is run of each family: whole weights and adapters, and virtual tokens as rows and as keys and values; on one device,
+# sharded as a weight, split as a layer, over stages, and all three at once.
+FAMILY_METHODS = ("full", "lora", "prompt", "prefix")
+FAMILY_PLANS = ("one-device", "zero3-2", "tensor-2", "pipe-2", "pipe-2-zero1-2-tensor-2")
 # bf16 with its usual sums in float32, and with sums in bfloat16: DeepSpeed's default, and what XLA does where weights are
 # cast before use.
 PRECISIONS: dict[str, Precision] = {
@@ -137,7 +141,7 @@ def cells() -> list[Cell]:
 
     What all methods share (models, batches, how weights are split) is run in every precision with full training and LoRA.
     The other methods are proven in fp64, in fp32 on one device and wherever torch has no fp64 (that is where DeepSpeed
-    works), and in bf16 on one device and the plans of `COARSE`.
+    works), and in bf16 on one device and the plans of `COARSE`. Families other than Llama: `_families`.
     """
     base, plain = "packed-2", "plain"
     proofs, usual = ("fp64", "fp32"), ("fp64", "fp32", "bf16")
@@ -161,8 +165,25 @@ def cells() -> list[Cell]:
         matrix += [Cell(variant, a, base, "zero3-2-tensor-2", "fp32") for a in METHODS]
     tied_stages = "pipe-2-zero1-2-tensor-2"  # the first and the last stage share the embedding
     matrix += [Cell("tied", a, base, tied_stages, p) for a, p in itertools.product(shared, proofs)]
+    matrix += _families(base)
     summed = ("one-device", "zero1-2", "zero3-2", "tensor-2", "zero3-2-tensor-2")
     return [*matrix, *(Cell(plain, a, base, p, "bf16-sums") for p in summed for a in shared)]
+
+
+def _families(batch: str) -> list[Cell]:
+    """Every family in fp64; in fp32 where torch has no fp64, and in bf16 at both ends, with full training and LoRA.
+
+    ChatGLM2's layers are a GLM's: only its files differ, so that fp64 says it all.
+    """
+    proofs = [
+        Cell(f, a, batch, p, "fp64") for f, p, a in itertools.product(FAMILIES, FAMILY_PLANS, FAMILY_METHODS)
+    ]
+    coarse = [(p, "fp32") for p in FAMILY_PLANS if refusal(PLANS[p], "fp64", "torch")]
+    coarse += [(p, "bf16") for p in (FAMILY_PLANS[0], FAMILY_PLANS[-1])]
+    others = [name for name in FAMILIES if name != "chatglm2"]
+    return proofs + [
+        Cell(f, a, batch, plan, p) for f, (plan, p), a in itertools.product(others, coarse, ("full", "lora"))
+    ]
 
 
 def _telling(plan: str) -> list[str]:

@@ -20,7 +20,8 @@ on torch, from the same tiny model, and every gradient, moment and update was co
 on one device instead; its reason is listed below. `packed-2` has packed examples in two accumulation slices, `right-2` and
 `left-2` have padded ones; `zero1-2` splits the optimizer over two devices, `zero2-2` gradients as well, `zero3-2`
 everything; `pipe-2` and `pipe-4` are stages of a pipeline, under 1F1B unless another schedule is named; bf16 sums
-gradients in float32, `bf16-sums` in bfloat16. `deep` has five layers, the other models two. Adapters start from non-zero
+gradients in float32, `bf16-sums` in bfloat16. `deep` has five layers, the other models two; `qwen2` and the following are families other than
+Llama, of the same sizes. Adapters start from non-zero
 weights, so that all of them act from the first update.
 
 Error and bound are shares of the tensor's largest entry, at the location that uses most of its bound or, in a cell that

@@ -41,8 +41,17 @@ VARIANTS: dict[str, ModelSpec] = {
     # Divisible by neither two nor four pipeline stages, and enough for two stages of two model chunks each.
     "deep": replace(TINY, layers=5),
 }
-# The same sizes in the families other than Llama, for planted faults.
-FAMILIES: dict[str, ModelSpec] = {"qwen3": replace(TINY, family="qwen3")}
+_GLM = replace(TINY, family="glm", norm_eps=1.5625e-7, attention_bias=True, rotary_share=0.5)
+# The same sizes in the families other than Llama. The window is shorter than a record, and of two layers the second does not
+# rotate: in a pipeline it is a stage of its own.
+FAMILIES: dict[str, ModelSpec] = {
+    "qwen2": replace(TINY, family="qwen2", attention_bias=True),
+    "qwen3": replace(TINY, family="qwen3"),
+    "mistral": replace(TINY, family="mistral", window=8),
+    "smollm3": replace(TINY, family="smollm3", unrotated=(1,)),
+    "glm": _GLM,
+    "chatglm2": replace(_GLM, family="chatglm2", norm_eps=1e-5, rope_theta=1e4),
+}
 # Every method, and each of its encoders, by name.
 METHODS = EXAMPLES
 LORA = LoRA.examples()["lora"]
@@ -61,7 +70,7 @@ class TinySetup:
 
     def adapter(self, method: str, *, model: str = "plain") -> Path:
         """The directory of an adapter to start a method of `METHODS` from; none of it is zero, so all of it acts from step 1."""
-        return self.root / "adapters" / f"{method}-{VARIANTS[model].layers}"
+        return self.root / "adapters" / f"{method}-{(VARIANTS | FAMILIES)[model].layers}"
 
     def method(self, name: str, *, model: str = "plain") -> dict[str, Any]:
         """The recipe section for a method of `METHODS`, started from its adapter if it has one."""
@@ -116,6 +125,8 @@ def write_tiny(root: Path) -> TinySetup:
         write_model(root / variant, _weights(spec), companions_from=None, config=config)
         tokenizer.save(str(root / variant / "tokenizer.json"))
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        if variant in FAMILIES:  # whose own classes cut text up otherwise
+            special["tokenizer_class"] = "PreTrainedTokenizerFast"
         (root / variant / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     tiny = TinySetup(root)
     for name, method in METHODS.items():

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -71,17 +72,38 @@ class CaseResult:
 
 
 def training(
-    recipe: Path, home: Path, *, devices: int, edits: Sequence[Edit] = (), activations: bool = False
+    recipe: Path,
+    home: Path,
+    *,
+    devices: int,
+    edits: Sequence[Edit] = (),
+    activations: bool = False,
+    trace: str = "trace",
 ) -> Case:
-    """A training of `recipe` that writes `home`/run and `home`/trace; an earlier `home` is removed."""
+    """A training of `recipe` that writes `home`/run and `home`/`trace`; an earlier `home` is removed."""
     shutil.rmtree(home, ignore_errors=True)
-    argv = ["train", str(recipe), "--out", str(home / "run"), "--trace", str(home / "trace")]
+    argv = ["train", str(recipe), "--out", str(home / "run"), "--trace", str(home / trace)]
     argv += ["--activations", "all"] if activations else []
     return Case(tuple(argv), devices, tuple(edits))
 
 
-def run_cases(backend: Backend, cases: Sequence[Case], *, home: Path) -> list[CaseResult]:
-    """Run every case to its end; the results are in the order of `cases`. Logs and the launches' files go to `home`."""
+def run_cases(backend: Backend, cases: Sequence[Case], *, home: Path, at_once: int = 1) -> list[CaseResult]:
+    """Run every case to its end; the results are in the order of `cases`. Logs and the launches' files go to `home`.
+
+    A backend whose process holds all devices shares the cases out to `at_once` launches. Those of one recipe stay together,
+    as they have compiled programs in common.
+    """
+    if cases and at_once > 1 and not BACKENDS[backend].has_process_per_device:
+        shares = _shares(cases, at_once)
+        with ThreadPoolExecutor(len(shares)) as pool:
+            mine = [[cases[i] for i in share] for share in shares]
+            ended = pool.map(lambda n: run_cases(backend, mine[n], home=home / str(n)), range(len(shares)))
+            found = {
+                i: r
+                for share, some in zip(shares, ended, strict=True)
+                for i, r in zip(share, some, strict=True)
+            }
+        return [found[i] for i in range(len(cases))]
     home.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(cases)), key=lambda i: -cases[i].devices)
     results: dict[int, CaseResult] = {}
@@ -94,6 +116,17 @@ def run_cases(backend: Backend, cases: Sequence[Case], *, home: Path) -> list[Ca
             results |= dict(zip(remaining, ended, strict=False))
             remaining = remaining[len(ended) :]
     return [results[i] for i in range(len(cases))]
+
+
+def _shares(cases: Sequence[Case], count: int) -> list[list[int]]:
+    """The numbers of the cases in at most `count` shares of about the same size, none of them empty."""
+    by_recipe: dict[str, list[int]] = {}
+    for number, case in enumerate(cases):
+        by_recipe.setdefault(" ".join(case.argv[:2]), []).append(number)
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for numbers in sorted(by_recipe.values(), key=len, reverse=True):
+        min(shares, key=len).extend(numbers)
+    return [share for share in shares if share]
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,22 @@ def loss_sum(weights, spec: ModelSpec, batch: Batch, **method) -> float:
 
 
 def document_logits(
-    weights, spec: ModelSpec, ids, *, lora_scale: float = 0.0, held=None, act=None, rows=None, prefix=None
+    weights,
+    spec: ModelSpec,
+    ids,
+    *,
+    lora_scale: float = 0.0,
+    held=None,
+    act=None,
+    rows=None,
+    prefix=None,
+    from_zero=False,
 ):
     """Logits [len(ids), vocab] of one document.
 
     Adapters are those in `weights`, with `act` in the middle; DoRA's norms are those of the weights `held`. `rows` [n, embed] stand in front of the embedded tokens,
-    `prefix` [n, 2 layers, kv_heads, head_dim] has a layer's keys and, one further, its values.
+    `prefix` [n, 2 layers, kv_heads, head_dim] has a layer's keys and, one further, its values; the tokens after it are at
+    positions n and on, or `from_zero`.
     """
 
     def linear(x, module):
@@ -87,7 +97,7 @@ def document_logits(
         if spec.family == "qwen3":
             q, k = (head_norm(x, f"{layer}.self_attn.{name}_norm") for x, name in ((q, "q"), (k, "k")))
         before = () if prefix is None else (prefix[:, 2 * i], prefix[:, 2 * i + 1])
-        mixed = attention(q, k, v, spec, before, turns=i not in spec.unrotated)
+        mixed = attention(q, k, v, spec, before, turns=i not in spec.unrotated, from_zero=from_zero)
         x = x + adapted(linear(mixed, f"{layer}.self_attn.o_proj"), f"{layer}.attention_adapter")
         inner = norm(x, f"{layer}.post_attention_layernorm")
         if spec.family in GLM:
@@ -101,11 +111,11 @@ def document_logits(
     return x @ weights["model.embed_tokens.weight"].T if spec.tied_embeddings else linear(x, "lm_head")
 
 
-def attention(q, k, v, spec: ModelSpec, prefix=(), *, turns: bool):
+def attention(q, k, v, spec: ModelSpec, prefix=(), *, turns: bool, from_zero: bool = False):
     """Causal attention, head by head and query by query; q, k and v are [tokens, heads * head_dim].
 
-    The keys and values of a `prefix` are [n, kv_heads, head_dim]: not rotated, and seen by all that are in the window.
-    `turns` says whether the layer rotates.
+    The keys and values of a `prefix` are [n, kv_heads, head_dim]: not rotated, and seen by all that are in the window, or
+    by all where the tokens start at position 0. `turns` says whether the layer rotates.
     """
     mixed = np.zeros_like(q)
     d = spec.head_dim
@@ -115,14 +125,16 @@ def attention(q, k, v, spec: ModelSpec, prefix=(), *, turns: bool):
         n = len(prefix[0]) if prefix else 0
         queries, keys, values = q[:, mine], k[:, shared], v[:, shared]
         if turns:
-            queries, keys = rotated(queries, spec, n), rotated(keys, spec, n)
+            first = 0 if from_zero else n
+            queries, keys = rotated(queries, spec, first), rotated(keys, spec, first)
         if prefix:
             keys, values = (
                 np.concatenate([f[:, kv_head], own]) for f, own in zip(prefix, (keys, values), strict=True)
             )
         for query in range(len(q)):
             end = n + query + 1
-            seen = slice(0 if spec.window is None else max(0, end - spec.window), end)
+            start = 0 if spec.window is None else max(0, end - spec.window)
+            seen = [*range(n), *range(max(n, start), end)] if from_zero else slice(start, end)
             scores = keys[seen] @ queries[query] / math.sqrt(d)
             shares = np.exp(scores - scores.max())
             mixed[query, mine] = shares / shares.sum() @ values[seen]

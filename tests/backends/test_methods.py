@@ -33,6 +33,7 @@ METHODS = sections(
         "prefix-projection": {"hidden": 5},
     }
 ) | {f"adapter-{act}": {"kind": "adapter", "bottleneck": 5, "activation": act} for act in ("relu", "silu")}
+METHODS["prefix-from-zero"] = {"kind": "prefix", "virtual_tokens": 3, "positions": "from_zero"}
 del METHODS["full"]  # see test_model.py
 DATA = {
     "packed": {"packing": True, "sequence_tokens": 320},
@@ -49,6 +50,7 @@ FILLED = {
     "ptuning-mlp": ("plain", "left"),
     "prefix": ("llama3-rope", "packed"),
     "prefix-projection": ("tied", "left"),
+    "prefix-from-zero": ("mistral", "packed"),  # not even a window hides it
 }
 CASES = [(name, *FILLED.get(name, ("plain", "packed"))) for name in METHODS]
 FAST = ("dora", "adapter", "ptuning-lstm", "prefix")  # one of each way into the model

@@ -15,13 +15,21 @@ HERE = Path(__file__).parent
 DEVICES = 8
 
 
-def launch(script: str, cases: Any, scratch: Path, *, processes: int = 1, timeout: float = 900) -> list[Path]:
-    """Run `script CASES OUT` in each of `processes`; the OUT files, in their order."""
+def launch(
+    script: str,
+    cases: Any,
+    scratch: Path,
+    *,
+    processes: int = 1,
+    devices: int = DEVICES,
+    timeout: float = 900,
+) -> list[Path]:
+    """Run `script CASES OUT` in each of `processes`, `devices` in all; the OUT files, in their order."""
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "cases.json").write_text(json.dumps(cases))
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(DEVICES // processes),
+        "JAX_NUM_CPU_DEVICES": str(devices // processes),
         "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parent.parent}",
     }
     outs = [scratch / f"out-{i}.npz" for i in range(processes)]

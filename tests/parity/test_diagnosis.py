@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from small import ROOT
 from synthetic import ORDER, Q1, SHAPES, Sim, batch, write
 
@@ -157,6 +158,10 @@ PATTERNS = {
     ),
     "a slice lost": ({"activation_gradients": by_rows(1, 1, 0, 0)}, "slice-missing", {"activation_gradients": by_rows(1, 1, 2, 2)}),
     "a slice twice": ({"activation_gradients": by_rows(2, 2, 1, 1)}, "slice-doubled", {"activation_gradients": by_rows(1.1, 1.1, 0.8, 0.8)}),
+    "an error that is gone further back": (
+        {"activation_gradients": by_rows(1.1, 0.9, 1.1, 1.1)}, "agrees-further-back",
+        {"activation_gradients": lambda arrays: {p: all_noise(a) for p, a in arrays.items()}},
+    ),
     "one family": ({"gradients": in_tensors({n for n in SHAPES if "q_proj" in n}, all_noise)}, "one-family", GRADIENT_NOISE),
     "norms": ({"updates": in_tensors({NORM}, lambda u: u + 1e-3)}, "only-norms-and-biases", UPDATE_NOISE),
     "all but norms": ({"updates": in_tensors(set(SHAPES) - {NORM}, all_noise)}, "only-decaying", UPDATE_NOISE),
@@ -263,6 +268,10 @@ def test_several_counts_that_fit_are_said_to_be_several(tmp_path: Path):
         ({"clip": 1e9}, "clip-missing"),
         ({"lr_factor": 1.01}, "schedule"),
         ({"lr_factor": 1.01, "logs_true_lr": False}, "rate-applied"),
+        (
+            {"lr_factor": 1.9, "logs_true_lr": False},
+            "momentum",
+        ),  # 1 + beta1, as a look ahead is at the first step
         ({"betas": (0.9, 0.99)}, "betas"),
         ({"no_decay": True}, "decay-size"),
         ({"coupled_decay": True}, "decay-in-gradient"),
@@ -336,7 +345,10 @@ MIXES = {
     "mix-of-window": Form(window=4),
     "mix-of-scale": Form(scale=1.7),
     "mix-of-bf16": Form(rounded=True),
+    "mix-of-other-heads": Form(shifted=1),
+    "mix-without-offset": Form(offset=False),
 }
+WITH_PREFIX = ("mix-without-prefix", "mix-without-offset")
 
 
 @pytest.mark.parametrize("kind", [*MIXES, "none"])
@@ -344,7 +356,7 @@ def test_attention_is_made_again_from_its_inputs(kind: str, tmp_path: Path):
     segments = np.where(SEGMENTS == 0, 0, SEGMENTS)[:, ::-1] if kind == "mix-of-padding" else SEGMENTS
     inputs = [
         replace(each, segments=s)
-        for each, s in zip(attention_inputs(kind == "mix-without-prefix"), segments, strict=True)
+        for each, s in zip(attention_inputs(kind in WITH_PREFIX), segments, strict=True)
     ]
     right = np.stack([_apply(each, Form()) for each in inputs])
     wrong = (
@@ -373,6 +385,80 @@ def test_attention_is_made_again_from_its_inputs(kind: str, tmp_path: Path):
     assert kinds & set(MIXES) == {kind} & set(MIXES)
 
 
+STREAMS = {
+    "stream-factor": lambda x, normed, a, m: x + 0.22 * (a + m),
+    "stream-of-normed": lambda x, normed, a, m: normed + a + m,
+    "none": lambda x, normed, a, m: all_noise(x + a + m),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_is_made_again_from_what_is_added(kind: str, tmp_path: Path):
+    x, normed, attention, mlp = np.random.default_rng(7).standard_normal((4, 4, 16, E))
+    added = {
+        "embedding": x,
+        "layers.0.input_norm": normed,
+        "layers.0.attention": attention,
+        "layers.0.mlp": mlp,
+    }
+    right, wrong = x + attention + mlp, STREAMS[kind](x, normed, attention, mlp)
+    traces = (
+        leave(
+            tmp_path / "a",
+            activations=lambda _: added | {"layers.0.block": right},
+            activation_gradients=lambda _: {},
+        ),
+        leave(
+            tmp_path / "b",
+            activations=lambda _: added | {"layers.0.block": wrong},
+            activation_gradients=lambda _: {},
+        ),
+    )
+    pair = Pair(*traces)
+    found = diagnose(compare(pair, ProofBounds(pair)), traces)
+    assert set(seen(found)) & set(STREAMS) == {kind} & {"stream-factor", "stream-of-normed"}
+    assert found
+    assert ("residual" in [cause.name for cause in found.alike]) == (kind != "none")
+
+
+def altered(trace: Path, file: str, key: str, change) -> Trace:
+    arrays = load_file(trace / file)
+    save_file(arrays | {key: np.ascontiguousarray(change(arrays[key]))}, trace / file)
+    return Trace(trace)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_gradient_of_the_step_before_is_seen(is_kept: bool, tmp_path: Path):
+    left = write(Sim(steps=2), tmp_path / "a")
+    kept = Trace(left).read(1, f"gradient/{Q1}")
+    more = 0.4 * kept if is_kept else 0.4 * noise(kept.shape)
+    right = altered(
+        write(Sim(steps=2), tmp_path / "b"), "step-000002.safetensors", f"gradient/{Q1}", lambda g: g + more
+    )
+    pair = Pair(Trace(left), right)
+    found = diagnose(compare(pair, ProofBounds(pair)), (Trace(left), right))
+    assert ("adds-earlier-gradient" in seen(found)) == is_kept
+    assert found
+    assert ("stale-gradient" in [cause.name for cause in found.alike]) == is_kept
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_weight_of_another_layer_is_seen(is_first: bool, tmp_path: Path):
+    left = write(Sim(), tmp_path / "a")
+    other = Trace(left).read_initial(f"weight/{Q1.replace('.1.', '.0.')}")
+    right = altered(
+        write(Sim(), tmp_path / "b"),
+        "initial.safetensors",
+        f"weight/{Q1}",
+        lambda w: other if is_first else w[::-1],
+    )
+    pair = Pair(Trace(left), right)
+    found = diagnose(compare(pair, ProofBounds(pair)), (Trace(left), right))
+    assert ("of-another-layer" in seen(found)) == is_first
+    assert found
+    assert ("layer-order" in [cause.name for cause in found.alike]) == is_first
+
+
 @pytest.mark.parametrize("is_swapped", [True, False])
 def test_a_swapped_prefix_is_seen(is_swapped: bool, tmp_path: Path):
     keys, values, others = np.random.default_rng(4).standard_normal((3, 4, 2, KV, D))
@@ -385,6 +471,50 @@ def test_a_swapped_prefix_is_seen(is_swapped: bool, tmp_path: Path):
     )
     pair = Pair(*traces)
     assert ("swapped" in seen(diagnose(compare(pair, ProofBounds(pair)), traces))) == is_swapped
+
+
+def turned_heads(heads: np.ndarray, *, times: float = 1.0) -> np.ndarray:
+    """Heads [examples, tokens, heads, 4] rotated in two pairs of halves by their position and a tenth of it."""
+    turns = np.exp(1j * times * POSITIONS[:, :, None, None] * np.array([1.0, 0.1]))
+    both = (heads[..., :2] + 1j * heads[..., 2:]) * turns
+    return np.concatenate([both.real, both.imag], axis=-1)
+
+
+ROTATIONS = {
+    "rotated-layers": (0.0, {"not-rotated"}),
+    "rotation": (1.5, {"other-frequencies"}),
+    "rotation-precision": (1 + 2.0**-11, {"other-frequencies", "near-frequencies"}),
+}
+
+
+@pytest.mark.parametrize("is_partial", [False, True])
+@pytest.mark.parametrize("cause", ROTATIONS)
+def test_how_two_rotations_differ(cause: str, is_partial: bool, tmp_path: Path):
+    """Of two halves of a head, and of neighbours in its first part, as a GLM's."""
+    times, kinds = ROTATIONS[cause]
+    queries = np.random.default_rng(6).standard_normal((4, 16, HEADS, 6 if is_partial else 4))
+
+    def points(times: float):
+        rotated = queries.copy()
+        order = [0, 2, 1, 3] if is_partial else [0, 1, 2, 3]
+        rotated[..., order] = turned_heads(queries[..., order], times=times)
+        mixed = queries + times  # what attends by them differs, too
+        return lambda _: {
+            "layers.0.query": queries,
+            "layers.0.rotated_query": rotated,
+            "layers.0.mixed": mixed,
+        }
+
+    traces = (
+        leave(tmp_path / "a", activations=points(1.0), activation_gradients=lambda _: {}),
+        leave(tmp_path / "b", activations=points(times), activation_gradients=lambda _: {}),
+    )
+    pair = Pair(*traces)
+    found = diagnose(compare(pair, ProofBounds(pair)), traces)
+    told = {"not-rotated", "other-frequencies", "near-frequencies", "angle-offset", "other-pairs"}
+    assert set(seen(found)) & told == kinds
+    assert found
+    assert found.alike[0].name == cause
 
 
 def sections() -> dict[str, str]:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from many import run_many
@@ -25,14 +24,17 @@ from parity.comparison.phases import PHASES, Location
 from parity.diagnosis.causes import CAUSES
 from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults.fault import SETUPS, setup_recipe
-from parity.faults.run import BACKENDS, Outcome, Precision, chosen, clean_pair, home_of, run_faults
-from parity.faults.table import help_summary, result_lines
+from parity.faults.results import collected, result_of, store
+from parity.faults.run import BACKENDS, Outcome, chosen, clean_pair, home_of, run_faults, whole_trace
+from parity.faults.table import help_summary, page, result_lines
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
 from parity.runs.fixture import TinySetup
-from trainspec.plans.plan import Backend
+from parity.runs.launch_many import Case, _shares
+from trainspec.errors import UserError
+from trainspec.plans.plan import Backend, Policy
 
-# In the forward pass, the loss, the gradient and the update; one that must pass; one on two devices.
+# In the forward pass, the loss, the gradient and the update; one that must pass; one on two devices; one of a resume.
 SAMPLE = (
     "causal-off-by-one",
     "label-shift",
@@ -40,6 +42,7 @@ SAMPLE = (
     "update-lost",
     "rope-all-offset",
     "vocab-offset-in-loss",
+    "resume-casts-moments",
 )
 # No mistakes: unchanged substitutes for a library's code, and an edit without effect.
 HARMLESS = Fault(
@@ -161,7 +164,7 @@ def test_the_diagnosis_of_a_sample_names_its_cause(
 ):
     outcome = sampled[name, backend]
     assert outcome.help == ("helpful" if outcome.fault.where else None), outcome.diagnosis
-    assert outcome.as_json()["help"] == outcome.help
+    assert result_of(outcome).help == outcome.help
 
 
 def test_a_diagnosis_that_names_another_cause_misleads_and_one_that_names_none_is_silent(
@@ -172,7 +175,8 @@ def test_a_diagnosis_that_names_another_cause_misleads_and_one_that_names_none_i
     elsewhere = replace(shifted, fault=replace(shifted.fault, cause="data-order"))
     nothing = replace(shifted, diagnosis=replace(shifted.diagnosis, causes=()))
     assert (elsewhere.help, nothing.help) == ("misleading", "silent")
-    said = help_summary([shifted, elsewhere, nothing, sampled["harmless", "jax"]])
+    outcomes = (shifted, elsewhere, nothing, sampled["harmless", "jax"])
+    said = help_summary([result_of(outcome) for outcome in outcomes])
     assert said == "diagnosis: 1 of 3 helpful (33.3%), 1 silent, 1 misleading"
     lines = "\n".join(result_lines([elsewhere]))
     assert "misleading: label-shift" in lines
@@ -210,7 +214,7 @@ def test_a_fault_out_of_reach_in_fp32_is_not_planted_there():
 
 def test_a_plan_that_a_backend_refuses_is_compared_with_one_device(tmp_path: Path):
     tiny = TinySetup(tmp_path)
-    devices: dict[Precision, list[int]] = {"fp64": [2, 1], "fp32": [2, 2]}
+    devices: dict[Policy, list[int]] = {"fp64": [2, 1], "fp32": [2, 2]}
     for setup in ("zero1", "pipe"):
         for precision, expected in devices.items():
             assert [setup_recipe(tiny, setup, precision, b).plan.devices for b in BACKENDS] == expected
@@ -232,8 +236,10 @@ def test_a_diff_of_the_traces_says_the_same(sampled: dict[tuple[str, str], Outco
     cases = [(fault, backend) for fault in faults for backend in BACKENDS if fault.applies(backend, "fp64")]
     argvs = []
     for fault, backend in cases:
-        clean = clean_pair(fault.setup)
-        traces = [str(home_of(root, b, fault if b == backend else clean) / "trace") for b in BACKENDS]
+        traces = [
+            str(home_of(root, b, fault) / "trace" if b == backend else whole_trace(root, b, fault.setup))
+            for b in BACKENDS
+        ]
         argvs.append(["diff", *traces, "--out", str(root / "diff" / fault.name / backend)])
     for (fault, backend), result in zip(cases, run_many("parity", argvs, root / "many"), strict=True):
         verdict = json.loads((root / "diff" / fault.name / backend / "verdict.json").read_text())
@@ -242,6 +248,12 @@ def test_a_diff_of_the_traces_says_the_same(sampled: dict[tuple[str, str], Outco
         else:
             assert (result["code"], verdict["verdict"]) == (1, "fail")
             assert verdict["first_divergence"]["phase"] == fault.where.phase
+
+
+def test_cases_of_one_recipe_stay_together():
+    cases = [Case(("train", recipe, str(n))) for n, recipe in enumerate("aababcdb")]
+    assert _shares(cases, 2) == [[0, 1, 3, 5], [2, 4, 7, 6]]
+    assert _shares(cases[:2], 2) == [[0, 1]]
 
 
 def test_the_command_line(root: Path):
@@ -254,13 +266,61 @@ def test_the_command_line(root: Path):
     assert unknown["err"] == "parity: --only rope-tehta: no such fault; did you mean 'rope-theta'?\n"
 
 
+def missed(fault: Fault, backend: Backend, precision: Policy) -> Outcome:
+    return Outcome(fault, backend, precision, None)
+
+
+def every_outcome(precision: Policy) -> list[Outcome]:
+    return [missed(f, b, precision) for f in FAULTS for b in BACKENDS if f.applies(b, precision)]
+
+
+def test_results_of_parts_are_kept_together(tmp_path: Path):
+    outcomes = [missed(clean_pair("full"), "torch", "fp64"), *every_outcome("fp64")]
+    first, second = tmp_path / "a", tmp_path / "b"
+    for directory in (first, second):
+        directory.mkdir()
+    store(first, outcomes[:20])
+    store(first, outcomes[10:30])  # of which some are made again
+    store(second, outcomes[30:])
+    with pytest.raises(
+        UserError, match=rf"no result of {len(outcomes) - 30} of {len(outcomes) - 1} faults: "
+    ):
+        collected([first])
+    results = collected([second, first])
+    assert [(r.fault, r.backend) for r in results] == [(o.fault.name, o.backend) for o in outcomes]
+    text = page(results)
+    assert "## fp64" in text
+    assert "## fp32" not in text
+    assert text.count("| MISSED |") == sum(
+        f.where is not None for f in FAULTS for b in BACKENDS if f.applies(b, "fp64")
+    )
+
+
+def test_results_of_other_code_make_no_page(tmp_path: Path):
+    store(tmp_path, every_outcome("fp64"))
+    stored = json.loads((tmp_path / "faults.json").read_text())
+    other = stored | {"sources": stored["sources"][::-1]}
+    (tmp_path / "faults.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="of other code than this"):
+        collected([tmp_path])
+    store(tmp_path, every_outcome("fp32"))
+    kept = json.loads((tmp_path / "faults.json").read_text())
+    assert kept["sources"] == stored["sources"]
+    assert {entry["precision"] for entry in kept["results"]} == {"fp32"}
+    for text, said in (("{}", "not what parity faults"), (None, "missing")):
+        path = tmp_path / "faults.json"
+        path.unlink() if text is None else path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            collected([tmp_path])
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("precision", get_args(Precision))
-def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Precision):
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Policy):
     command = [sys.executable, "-m", "parity", "faults", "--precision", precision, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    outcomes = json.loads((tmp_path / "faults.json").read_text())
+    outcomes = json.loads((tmp_path / "faults.json").read_text())["results"]
     found = {(f["fault"], f["backend"]) for f in outcomes}
     assert found >= {(f.name, b) for f in FAULTS for b in BACKENDS if f.applies(b, precision)}
     given = [f["help"] for f in outcomes if f["help"]]

@@ -14,6 +14,8 @@ from synthetic import Q1, Sim, write
 from parity.cli import main
 from parity.matrix.cells import (
     BACKENDS,
+    FAMILY_METHODS,
+    FAMILY_PLANS,
     PLANS,
     PRECISIONS,
     Cell,
@@ -25,13 +27,15 @@ from parity.matrix.cells import (
     select,
 )
 from parity.matrix.status import status_page
-from parity.runs.fixture import METHODS, VARIANTS, TinySetup
+from parity.runs.fixture import FAMILIES, METHODS, VARIANTS, TinySetup
 from parity.runs.plans import refusal
 from trainspec.errors import UserError
+from trainspec.families import FAMILIES as ALL_FAMILIES
 from trainspec.plans.capabilities import check_fits
 from trainspec.plans.plan import Plan, Policy
 
 ROOT = Path(__file__).parent.parent.parent
+SPECS = VARIANTS | FAMILIES
 CELL = Cell("plain", "full", "packed-2", "one-device", "fp64")
 
 
@@ -54,7 +58,7 @@ def test_the_cells_are_distinct_and_cover_every_table_entry():
     assert {cell.precision for cell in cells()} == set(PRECISIONS)
     planned = {(cell.plan, cell.policy) for cell in cells()}
     assert planned == {(plan, p) for plan in PLANS for p in get_args(Policy)}
-    assert {cell.model for cell in cells()} == set(VARIANTS)
+    assert {cell.model for cell in cells()} == {*VARIANTS, *FAMILIES}
 
 
 def test_every_method_is_run_on_every_plan_and_none_is_left_out_silently():
@@ -70,6 +74,16 @@ def test_every_method_is_run_on_every_plan_and_none_is_left_out_silently():
     table = (ROOT / "docs/parity-status.md").read_text().split("## Methods and plans")[1].split("\n## ")[0]
     assert "not run" not in table
     assert table.count("\n| ") == len(PLANS) + 2
+
+
+def test_every_family_is_run_with_every_kind_of_method_on_every_kind_of_plan():
+    of_families = [cell for cell in cells() if cell.model in FAMILIES]
+    proven = {(c.model, c.method, c.plan) for c in of_families if c.precision == "fp64"}
+    assert proven == set(itertools.product(FAMILIES, FAMILY_METHODS, FAMILY_PLANS))
+    assert {spec.family for spec in FAMILIES.values()} == set(ALL_FAMILIES) - {"llama"}
+    used = [PLANS[name] for name in FAMILY_PLANS]
+    assert any(plan.pipe > 1 and plan.fsdp > 1 and plan.tensor > 1 for plan in used)
+    assert {"fp32", "bf16"} < {cell.precision for cell in of_families}
 
 
 def test_what_was_not_run_or_failed_stands_out(tmp_path: Path):
@@ -88,7 +102,7 @@ def test_every_plan_runs_on_jax_and_divides_model_and_batch(tmp_path: Path):
             recipe = cell.recipe(TinySetup(tmp_path), backend)
             check_fits(
                 recipe.plan,
-                VARIANTS[cell.model],
+                SPECS[cell.model],
                 global_examples=recipe.batch.global_examples,
                 accumulation=recipe.batch.accumulation,
                 backend=BACKENDS[backend],
@@ -96,7 +110,7 @@ def test_every_plan_runs_on_jax_and_divides_model_and_batch(tmp_path: Path):
 
 
 def test_pipelines_are_of_every_schedule_and_do_not_all_divide_the_layers():
-    pipes = [(PLANS[cell.plan], VARIANTS[cell.model].layers) for cell in cells() if PLANS[cell.plan].pipe > 1]
+    pipes = [(PLANS[cell.plan], SPECS[cell.model].layers) for cell in cells() if PLANS[cell.plan].pipe > 1]
     assert {plan.schedule for plan, _ in pipes} == {"gpipe", "1f1b", "interleaved"}
     assert any(layers % (plan.pipe * plan.chunks_per_stage) for plan, layers in pipes)
 

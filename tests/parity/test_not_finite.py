@@ -134,6 +134,30 @@ def test_a_token_that_first_comes_in_the_second_batch_is_placed_at_that_step(che
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("plan", "edit", "place", "reason"),
+    [
+        # Each tensor peer spoils its own third feature, each replica a token of its own first row.
+        ("plan.tensor=2", IN_A_PRODUCT, ("activation", "layers.1.product"), ("2 of ", "first at [0, 5, 3]")),
+        (
+            "plan.data=2",
+            IN_A_GRADIENT,
+            ("activation_gradient", "layers.0.mlp"),
+            ("2 of ", "first at [0, 7, 2]"),
+        ),
+    ],
+    ids=["tensor", "data"],
+)
+def test_what_is_not_finite_on_two_devices_is_placed_there(checked, plan, edit, place, reason, precision):
+    _, written = checked(precision, program="torchtrain", edits=[edit], right=f"torch {plan}")
+    first = written["first_divergence"]
+    assert (first["phase"], first["tensor"], first["step"]) == (*place, 1)
+    assert first["reason"].startswith(f"not finite in right: {reason[0]}")
+    assert first["reason"].endswith(reason[1])
+
+
+@pytest.mark.full
 def test_what_overflows_on_both_sides_is_said_to_be_no_difference(checked, tiny, tmp_path):
     """Gates and ups of 1e20, whose product a float32 cannot hold. A float64 can."""
     model = tmp_path / "huge"

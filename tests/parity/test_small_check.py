@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from recipes import RECIPES, name_of, offline
 from small import QA, ROOT
 
 from parity.cli import main
@@ -43,6 +44,17 @@ def test_a_large_recipe_is_proven_by_its_small_twin(tmp_path, model_dirs, capsys
     said = capsys.readouterr().out
     assert f"small twin of {file}" in said
     assert ("torch on one device" in said) == ("pipe" in plan or "params" in plan)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_every_shipped_recipe_is_proven_by_its_small_twin(tmp_path, capsys, path):
+    """In fp64, the models' sizes from their presets, as nothing is fetched."""
+    settings = [word for setting in offline(path) for word in ("--set", setting)]
+    assert (
+        main(["check", str(path), "--small", "--steps", "2", "--out", str(tmp_path / "out"), *settings]) == 0
+    )
+    assert "PASS" in capsys.readouterr().out
 
 
 @pytest.mark.full

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from small import SMALL
 
 from trainspec.errors import RecipeError, WeightsError
+from trainspec.families import PRESETS
 from trainspec.files.adapters import read_adapter, write_adapter
 from trainspec.from_text import keys_and_values
 from trainspec.init import starting_weights
@@ -58,6 +59,23 @@ def drawn(method: Method, dtype: str = "float32", model: ModelSpec = SMALL) -> d
     return {p.name: draws.normal(size=p.shape).astype(dtype) for p in adapter_table(model, method)}
 
 
+def test_as_many_numbers_as_chatglm2_s_own_scripts_train():
+    """1,835,008 of a prefix of 128 (its training script), 1,949,696 of LoRA of rank 8 on the fused projection (PEFT's count)."""
+    spec = PRESETS["chatglm2-6b"]
+    prefix = PrefixTuning(virtual_tokens=128, positions="from_zero", dropout=0.1)
+    fused, three = (LoRA(targets=t) for t in (("query_key_value",), ("q_proj", "k_proj", "v_proj")))
+    counts = [sum(p.size for p in method.table(spec)) for method in (prefix, fused, three)]
+    assert counts == [1_835_008, 1_949_696, 1_949_696 + 2 * 28 * 8 * 4096]
+    assert prefix.adapter_size(spec) == counts[0]
+    projected = prefix.model_copy(update={"projection": True, "projected": "all_layers"})
+    shapes = {p.name.removeprefix("prompt_encoder."): p.shape for p in projected.table(spec)}
+    assert shapes["embedding.weight"] == (128, 14336)
+    assert shapes["transform.0.weight"] == (4096, 14336)
+    assert shapes["transform.2.weight"] == (14336, 4096)
+    with pytest.raises(RecipeError, match=r"set method\.positions=after_prefix"):
+        prefix.peft_config(spec)
+
+
 @pytest.mark.parametrize("method", ADDED, ids=label)
 def test_a_recipe_keeps_its_method_and_trains_only_its_rows(make_recipe: Make, method: Method):
     recipe = make_recipe(method=method.model_dump())
@@ -93,6 +111,22 @@ def test_every_kind_is_a_method_of_its_own():
         ({"kind": "prefix", "init": "zero", "adapter": "a"}, "leave it out, or set method.init=random"),
         ({"kind": "prefix", "init": "text", "text": "words", "projection": True}, "projection=false"),
         ({"kind": "prefix", "hidden": 8}, "set method.projection=true"),
+        ({"kind": "prefix", "projected": "all_layers"}, "set method.projection=true"),
+        ({"kind": "prefix", "positions": "from_zero", "projection": True}, "set method.projected=all_layers"),
+        (
+            {"kind": "prefix", "positions": "from_zero", "init": "text", "text": "words"},
+            "set method.positions=after_prefix",
+        ),
+        (
+            {
+                "kind": "prefix",
+                "positions": "from_zero",
+                "projection": True,
+                "projected": "all_layers",
+                "hidden": 8,
+            },
+            "leave it out",
+        ),
         ({"kind": "ptuning", "dropout": 0.1}, "set method.encoder=lstm"),
         ({"kind": "adapter", "bottleneck": 0}, "method.bottleneck"),
         ({"kind": "full", "adapter": "d"}, "method.adapter: unknown key"),

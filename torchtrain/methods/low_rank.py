@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchtrain.dropout import CounterDropout
+from torchtrain.layers import TiedLinear
 from torchtrain.mesh import Peers
 from torchtrain.methods.site import Site
 from torchtrain.tensor_parallel import RowLinear, WholeLinear
@@ -34,20 +35,26 @@ def replace_targets(model: PreTrainedModel, method: LowRank, site: Site) -> list
     # shard of a layer, and no memory yet.
     with torch.device("meta"):
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
-    layers = []
+    layers: list[LoraLayer] = []
+    by_module: dict[str, LoraLayer] = {}
     for module in modules:
         layer = model.get_submodule(module)
         assert isinstance(layer, LoraLayer)
         base = layer.get_base_layer()
         assert isinstance(base, nn.Linear)
         layers.append(layer)
-        if tensor.size > 1:
+        by_module[module] = layer
+        owner = method.tied(module)
+        if owner != module:
+            layer.lora_A[_ADAPTER] = TiedLinear(by_module[owner].lora_A[_ADAPTER])
+        elif tensor.size > 1:
             _split_adapter(layer, base, rank=method.rank, tensor=tensor)
         if isinstance(base, RowLinear):
             point.first_feature[module] = tensor.index * base.in_features
         if method.dropout == 0.0:
             continue
-        layer.lora_dropout[_ADAPTER] = CounterDropout(module, seed=seed, rate=method.dropout, point=point)
+        # Parts of a fused matrix take the same input, dropped alike.
+        layer.lora_dropout[_ADAPTER] = CounterDropout(owner, seed=seed, rate=method.dropout, point=point)
     return layers
 
 

@@ -8,7 +8,7 @@ are recomputed in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from torchtrain.activations import tap
+from torchtrain.dropout import CounterDropout
 from torchtrain.families import anatomy_of
 from torchtrain.mesh import Peers, compute_device
 from torchtrain.methods.site import Site
 from torchtrain.tensor_parallel import own_shard
 from trainspec.methods import ENCODER, PrefixTuning
+from trainspec.methods.prefix import dropout_name
 from trainspec.model import ModelSpec
 
 # Keys and values [K, N, D] of every layer in turn: those of layer i are 2 i and 2 i + 1.
@@ -32,16 +34,21 @@ _ATTENTION = "sdpa_after_prefix"
 
 def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
     """Give every layer's attention the encoder's keys and values; the encoder's weights are on the meta device."""
-    spec = site.spec
+    spec, widths = site.spec, method.widths(site.spec)
     with torch.device("meta"):
         config = PrefixTuningConfig(
             num_virtual_tokens=method.virtual_tokens,
             token_dim=spec.kv_heads * spec.head_dim,
             num_layers=spec.layers,
             prefix_projection=method.projection,
-            encoder_hidden_size=method.hidden or spec.kv_heads * spec.head_dim,
+            encoder_hidden_size=widths.hidden,
         )
-        model.add_module(ENCODER, PrefixEncoder(config))
+        encoder = PrefixEncoder(config)
+        if method.projected == "all_layers":
+            encoder.embedding = nn.Embedding(method.virtual_tokens, widths.embedding)
+            encoder.transform[0] = nn.Linear(widths.embedding, widths.hidden)
+    encoder.add_module("dropouts", nn.ModuleList(_dropouts(method, site)))
+    model.add_module(ENCODER, encoder)
     AttentionInterface.register(_ATTENTION, attend_after_prefix)
     model.config._attn_implementation = _ATTENTION
 
@@ -58,7 +65,17 @@ def layer_inputs(
     model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers
 ) -> dict[str, Any]:
     """What every layer takes besides hidden states."""
-    return {"prefix": make_prefix(model, spec, method, tensor=tensor)}
+    dropouts = model.get_submodule(f"{ENCODER}.dropouts") if method.dropout else None
+    return {"prefix": make_prefix(model, spec, method, tensor=tensor), "prefix_dropouts": dropouts}
+
+
+def _dropouts(method: PrefixTuning, site: Site) -> Iterator[CounterDropout]:
+    """Dropout of the keys and the values of every layer in turn, of this process's heads."""
+    spec, tensor = site.spec, site.tensor
+    names = [dropout_name(i, which) for i in range(spec.layers) for which in ("key", "value")]
+    for name in names if method.dropout else ():
+        site.point.first_feature[name] = tensor.index * spec.kv_heads * spec.head_dim // tensor.size
+        yield CounterDropout(name, seed=site.seed, rate=method.dropout, point=site.point)
 
 
 def make_prefix(model: PreTrainedModel, spec: ModelSpec, method: PrefixTuning, *, tensor: Peers) -> Prefix:
@@ -79,13 +96,20 @@ def attend_after_prefix(
     attention_mask: Tensor,
     *,
     prefix: Prefix,
+    prefix_dropouts: Sequence[nn.Module] | None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention's output [B, S, H, D]. Keys and queries come rotated; the prefix is not."""
-    keys_KND, values_KND = prefix[2 * module.layer_idx], prefix[2 * module.layer_idx + 1]
+    i = module.layer_idx
+    pair: Sequence[Tensor] = [
+        each_KND.transpose(0, 1).expand(len(key_BKSD), -1, -1, -1)
+        for each_KND in (prefix[2 * i], prefix[2 * i + 1])
+    ]
+    if prefix_dropouts is not None:
+        drops = prefix_dropouts[2 * i : 2 * i + 2]
+        pair = [drop(x.flatten(2)).view(x.shape) for drop, x in zip(drops, pair, strict=True)]
     keys_BNKD, values_BNKD = (
-        tap(f"layers.{module.layer_idx}.{name}", each_KND.transpose(0, 1).expand(len(key_BKSD), -1, -1, -1))
-        for name, each_KND in (("prefix_key", keys_KND), ("prefix_value", values_KND))
+        tap(f"layers.{i}.{name}", x) for name, x in zip(("prefix_key", "prefix_value"), pair, strict=True)
     )
     key_BKTD = torch.cat((keys_BNKD.transpose(1, 2), key_BKSD), 2)
     value_BKTD = torch.cat((values_BNKD.transpose(1, 2), value_BKSD), 2)

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from torchtrain.activations import tap
 from torchtrain.families import anatomy_of
 from trainspec.data import IGNORED
-from trainspec.methods import ENCODER, Method, leading_rows, virtual_tokens
+from trainspec.methods import ENCODER, Method, leading_rows, position_shift, virtual_tokens
 
 
 def all_positions(positions_BS: Tensor, method: Method) -> Tensor:
     """Positions [B, T] in a layer, from those of the tokens in their segments."""
-    moved_BS = positions_BS + virtual_tokens(method)
+    moved_BS = positions_BS + position_shift(method)
     leading_N = torch.arange(leading_rows(method), device=positions_BS.device)
     return torch.cat((leading_N.expand(len(moved_BS), -1), moved_BS), 1)
 

@@ -79,6 +79,12 @@ class ChatGLM2(Glm):
     model_type = "chatglm"
     architectures = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
     derived: ClassVar[tuple[str, ...]] = ("transformer.rotary_pos_emb.inv_freq",)
+    published_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "query_key_value": ("q_proj", "k_proj", "v_proj"),
+        "dense": ("o_proj",),
+        "dense_h_to_4h": ("gate_up_proj",),
+        "dense_4h_to_h": ("down_proj",),
+    }
     # Sizes of the published model (its config.json).
     presets: ClassVar[Mapping[str, ModelSpec]] = {
         "chatglm2-6b": ModelSpec(

@@ -43,6 +43,8 @@ class Family(ABC):
     head: ClassVar[str]
     # Tensors in its files that are no weights but computed from its settings; an export copies them.
     derived: ClassVar[tuple[str, ...]] = ()
+    # The linear modules of a layer by the names of its published code, each with the table's; of several an adapter has one A.
+    published_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     # The modules of a layer, those that methods add, and the points of `points.LAYER_POINTS` that it has, in causal order:
     # a point comes after the modules that its value depends on.
     within_layer: ClassVar[tuple[str, ...]]

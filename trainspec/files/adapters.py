@@ -2,6 +2,7 @@
 
     adapter_config.json            the method's settings, in PEFT's words
     adapter_model.safetensors      the weights: PEFT's names, or for a bottleneck adapter the table's
+    config.json, model.safetensors for a prefix of `positions: from_zero`: as ChatGLM2's training script leaves them
     prompt_encoder.safetensors     the weights of the encoder that makes virtual tokens, by canonical name: PEFT's file
                                    has only the encoder's output, from which training cannot resume
 
@@ -28,8 +29,8 @@ from trainspec.files.hf import (
     replaced_directory,
 )
 from trainspec.files.tensors import save_tensors
-from trainspec.methods import ADAPTER_FILE, MethodSpec
-from trainspec.methods.adapter_config import ADAPTER_CONFIG
+from trainspec.files.weight_files import convert
+from trainspec.methods import MethodSpec
 from trainspec.methods.method import Arrays
 from trainspec.model import ModelSpec
 from trainspec.params import Param
@@ -63,10 +64,10 @@ def write_adapter(
     files = method.files({param.name: weights[param.name] for param in table})
     for tensors in files.values():  # an encoder's output may overflow
         refuse_non_finite(tensors, directory)
-    config = method.peft_config(model) | {"base_model_name_or_path": base}
+    config = method.adapter_config(model) | {"base_model_name_or_path": base}
     with replaced_directory(directory) as temporary:
         copy_tokenizer(tokenizer_from, temporary, chat_template=chat_template)
-        (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / method.settings_file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, tensors in files.items():
             save_tensors(tensors, temporary / name, metadata={"format": "pt"})
             check_reads_back(tensors, temporary / name)
@@ -79,39 +80,40 @@ def read_adapter(
 
     Raises WeightsError, before the first read, where its settings are not those of `method` or its tensors do not fit.
     """
-    method.check_peft_config(_read_config(directory), directory=directory, model=model)
-    return method.read(_Files(directory), table, dtype=dtype)
+    config = _read_config(directory, method)
+    method.check_peft_config(config, directory=directory, model=model)
+    return method.read(_Files(directory, method.weights_file), table, dtype=dtype)
 
 
 class _Files:
     """An adapter directory as a method reads it: a `trainspec.methods.AdapterFiles`."""
 
-    def __init__(self, directory: Path) -> None:
-        path, older = directory / ADAPTER_FILE, directory / "adapter_model.bin"
-        if older.is_file() and not path.is_file():
-            raise WeightsError(
-                f"{older}: is not supported, only {ADAPTER_FILE} is; convert it: python -c "
-                f'"from peft import AutoPeftModelForCausalLM as M; '
-                f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
-            )
+    def __init__(self, directory: Path, weights_file: str) -> None:
+        path = directory / weights_file
+        for older in ("adapter_model.bin", "pytorch_model.bin"):
+            if (directory / older).is_file() and not path.is_file():
+                raise WeightsError(
+                    f"{directory / older}: is not supported, only {weights_file} is; {convert(directory)}"
+                )
         self.directory, self.tensors = directory, TensorFiles([path])
 
     def entries(
         self, table: Sequence[Param], *, dtype: DTypeLike, file: str | None = None
     ) -> Iterator[tuple[Param, Weight]]:
-        """The weight of each entry of `table`, from `ADAPTER_FILE` or `file`."""
+        """The weight of each entry of `table`, from the weights' file or `file`."""
         if file is None:
             return read_entries(self.tensors, table, dtype=dtype, where=self.directory)
         path = self.directory / file
         return read_entries(TensorFiles([path]), table, dtype=dtype, where=path)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / ADAPTER_CONFIG
+def _read_config(directory: Path, method: MethodSpec) -> dict[str, Any]:
+    path = directory / method.settings_file
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise WeightsError(f"method.adapter: {path}: missing; give an adapter directory") from None
+        way_out = method.missing_settings(directory)
+        raise WeightsError(f"method.adapter: {path}: missing; {way_out}") from None
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"method.adapter: {path}: not JSON: {error}") from None
     if not isinstance(config, dict):

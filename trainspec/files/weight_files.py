@@ -34,15 +34,16 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def convert(directory: Path) -> str:
+    """How to get safetensors of the pickled weights in a directory."""
+    return f"convert it: torchtrain convert {directory} {directory}-safetensors"
+
+
 def _no_weights(directory: Path) -> str:
     other = sorted(p.name for p in directory.glob("*") if p.name.endswith((".bin", ".pth", ".pt", ".gguf")))
     weights = next((name for name in other if name.startswith("pytorch_model")), None)
     if weights:
-        return (
-            f"{directory}: {weights} is not supported, only safetensors are; convert it: python -c "
-            f'"from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
-        )
+        return f"{directory}: {weights} is not supported, only safetensors are; {convert(directory)}"
     beside = f" (there is {other[0]!r}, another format)" if other else ""
     return (
         f"{directory}: neither {MODEL_FILE} nor {MODEL_INDEX}{beside}; weights are read from safetensors only "

@@ -46,6 +46,7 @@ __all__ = [
     "adapter_table",
     "full_table",
     "leading_rows",
+    "position_shift",
     "target_modules",
     "trainable_table",
     "virtual_tokens",
@@ -64,8 +65,13 @@ EXAMPLES: dict[str, Method] = {
 
 
 def virtual_tokens(method: MethodSpec) -> int:
-    """Number of virtual tokens; real positions are shifted by it."""
+    """Number of virtual tokens, which every token sees."""
     return method.num_virtual_tokens
+
+
+def position_shift(method: MethodSpec) -> int:
+    """The position of a record's first token: the number of virtual tokens, or 0 where they have no positions."""
+    return method.position_shift
 
 
 def leading_rows(method: MethodSpec) -> int:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainspec.errors import WeightsError
-from trainspec.methods.method import MethodSpec
-
-ADAPTER_CONFIG = "adapter_config.json"
+from trainspec.methods.method import ADAPTER_CONFIG, MethodSpec
 
 
 def check_type(directory: Path, config: Mapping[str, Any], method: MethodSpec, types: Sequence[str]) -> None:

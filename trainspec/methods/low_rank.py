@@ -36,7 +36,10 @@ EXAMPLE_TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
 class LowRank(AddedWeights, frozen=True):
-    """The base class: A [rank, in] and B [out, rank] in every target, with `low_rank_scale` as a factor of B A."""
+    """The base class: A [rank, in] and B [out, rank] in every target, with `low_rank_scale` as a factor of B A.
+
+    Parts of a fused matrix may have one A (`tied`); the table then has that of the first part only.
+    """
 
     rank: Count = 8
     """The rows of A and the columns of B."""
@@ -48,12 +51,17 @@ class LowRank(AddedWeights, frozen=True):
     """Whether to scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, arXiv 2312.03732)."""
     targets: tuple[str, ...] | str = ("q_proj", "v_proj")
     """The adapted linear layers: a list of module names (the last parts of the dotted name), a regular expression for the
-    whole dotted name, or `all-linear` (every one but the head)."""
+    whole dotted name, or `all-linear` (every one but the head). LoRA of ChatGLM2 also takes the names of its published code,
+    such as `query_key_value`, which gives queries, keys and values one A."""
 
     @field_validator("targets", mode="before")
     @classmethod
     def _freeze(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+    def published_targets(self, model: ModelSpec) -> tuple[str, ...]:
+        """The table's names of the targets where these are names of the model's published code, else none."""
+        return ()
 
     @property
     def scale(self) -> float:
@@ -69,6 +77,10 @@ class LowRank(AddedWeights, frozen=True):
         """The entries of every target, one target after the other."""
         base = {p.module: p for p in param_table(model) if p.name.endswith(".weight")}
         return tuple(p for module in target_modules(model, self) for p in self.target_entries(base[module]))
+
+    def tied(self, module: str) -> str:
+        """The module whose A is that of `module`, too: itself, but for a part of a fused matrix."""
+        return module
 
     def target_entries(self, base: Param) -> tuple[Param, ...]:
         """A and B of one target, named as in PEFT's files; each has one axis of `base`, and the rank is never split."""
@@ -139,7 +151,10 @@ class LowRank(AddedWeights, frozen=True):
 
     def merged(self, param: Param, weight: Array, trained: Arrays) -> Array:
         """The sum of W and the low-rank product where `param` is the weight of a target."""
-        names = [f"{PEFT_PREFIX}{param.module}.lora_{x}.weight" for x in "AB"]
+        names = [
+            f"{PEFT_PREFIX}{module}.lora_{x}.weight"
+            for x, module in (("A", self.tied(param.module)), ("B", param.module))
+        ]
         if not param.name.endswith(".weight") or any(name not in trained for name in names):
             return weight
         a, b = (trained[name].astype(np.float64) for name in names)
@@ -158,6 +173,8 @@ def target_modules(model: ModelSpec, method: LowRank) -> tuple[str, ...]:
     linear = {
         p.module: p for p in param_table(model) if p.role in ("linear", "head") and p.name.endswith("weight")
     }
+    if published := method.published_targets(model):
+        return tuple(m for m in linear if m.rpartition(".")[2] in published)
     if isinstance(method.targets, str):
         if method.targets == "all-linear":
             return tuple(m for m, p in linear.items() if p.role == "linear")

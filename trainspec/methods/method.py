@@ -22,6 +22,7 @@ from trainspec.weight import Array, Weight
 Arrays = Mapping[str, Array]
 PEFT_PREFIX = "base_model.model."
 # The files of an adapter's directory (docs/adapter-files.md).
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE, ENCODER_FILE = "adapter_model.safetensors", "prompt_encoder.safetensors"
 
 Count = Annotated[int, Field(ge=1)]
@@ -52,13 +53,13 @@ class AdapterFiles(Protocol):
 
     @property
     def tensors(self) -> Tensors:
-        """The tensors of `ADAPTER_FILE`."""
+        """The tensors of the method's `weights_file`."""
         ...
 
     def entries(
         self, table: Sequence[Param], *, dtype: DTypeLike, file: str | None = None
     ) -> Iterator[tuple[Param, Weight]]:
-        """The weight of each entry of `table` by its name, from `ADAPTER_FILE` or `file`.
+        """The weight of each entry of `table` by its name, from the method's `weights_file` or `file`.
 
         Raises WeightsError before the first read where one is missing or misshapen or a tensor is unexpected.
         """
@@ -99,8 +100,13 @@ class MethodSpec(BaseModel, frozen=True):
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Number of virtual tokens; real positions are shifted by it."""
+        """Number of virtual tokens, which every token sees."""
         return 0
+
+    @property
+    def position_shift(self) -> int:
+        """The position of a record's first token: virtual tokens come before it."""
+        return self.num_virtual_tokens
 
     @property
     def leading_rows(self) -> int:
@@ -128,6 +134,24 @@ class MethodSpec(BaseModel, frozen=True):
     def counts(self) -> dict[str, float]:
         """Numbers of the spec by name, any of which may turn up as a wrong factor between two runs."""
         return {}
+
+    @property
+    def settings_file(self) -> str:
+        """The file of an adapter's directory that has its settings."""
+        return ADAPTER_CONFIG
+
+    @property
+    def weights_file(self) -> str:
+        """The file of an adapter's directory that has its weights."""
+        return ADAPTER_FILE
+
+    def missing_settings(self, directory: Path) -> str:
+        """The way out where `directory` has no `settings_file`."""
+        return "give an adapter directory"
+
+    def adapter_config(self, model: ModelSpec) -> dict[str, Any]:
+        """The settings that are written: PEFT's, where it has the method. Raises RecipeError for a method without an adapter."""
+        return self.peft_config(model)
 
     def peft_config(self, model: ModelSpec) -> dict[str, Any]:
         """The `adapter_config.json` in PEFT's words, without the base model. Raises RecipeError for a method without one."""

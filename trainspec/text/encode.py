@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,21 +30,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainspec.errors import DataError
 from trainspec.text.locate import Style, Unlocated, assistant_spans
-from trainspec.text.records import DATE, BadRecord, Chat, Message, Text
+from trainspec.text.records import DATE, BadRecord, Chat, Encoded, Message, Text
 
-__all__ = ["Encoded", "Encoder", "Unlocated"]
+__all__ = ["Encoder", "Unlocated"]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass
-class Encoded:
-    """A record as tokens: `counts` marks the targets; `turns` are the tokens that begin a turn; `notes` are for the user."""
-
-    ids: list[int]
-    counts: list[bool]
-    turns: list[int] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class _Calendar(datetime.datetime):

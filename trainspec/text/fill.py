@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from trainspec.errors import DataError
 from trainspec.parent import end_with
+from trainspec.text.chatglm import ChatGLMEncoder, is_chatglm
 from trainspec.text.encode import Encoder
 from trainspec.text.files import Raw, is_hub, read_raw
 from trainspec.text.locate import Unlocated
@@ -69,7 +70,7 @@ class _Tokenised:
 class _BatchEncoder:
     """Encodes batches of raw records; copied into every helper process."""
 
-    def __init__(self, encoder: Encoder, reader: Reader) -> None:
+    def __init__(self, encoder: Encoder | ChatGLMEncoder, reader: Reader) -> None:
         self.encoder, self.reader = encoder, reader
 
     def encode(self, batch: list[Raw]) -> _Tokenised:
@@ -110,8 +111,10 @@ class _BatchEncoder:
 
 
 @lru_cache(maxsize=4)
-def encoder_of(directory: str, chat_template: str | None, date: str, digest: str) -> Encoder:
+def encoder_of(directory: str, chat_template: str | None, date: str, digest: str) -> Encoder | ChatGLMEncoder:
     """The encoder, cached by the digest of its files."""
+    if is_chatglm(Path(directory)):
+        return ChatGLMEncoder(Path(directory), chat_template)
     return Encoder(Path(directory), chat_template, date=datetime.date.fromisoformat(date))
 
 

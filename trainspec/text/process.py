@@ -27,7 +27,8 @@ def versions() -> str:
     """The versions of the libraries that determine a text's tokens. Raises DataError where one is missing."""
     try:
         return " ".join(
-            f"{name} {metadata.version(name)}" for name in ("transformers", "tokenizers", "jinja2")
+            f"{name} {metadata.version(name)}"
+            for name in ("transformers", "tokenizers", "jinja2", "sentencepiece")
         )
     except metadata.PackageNotFoundError as error:
         raise DataError(

@@ -19,7 +19,9 @@ from typing import Any, Literal
 
 from trainspec.errors import nearest
 
-Task = Literal["question_answering", "summarisation", "translation", "reading_comprehension", "text"]
+Task = Literal[
+    "question_answering", "summarisation", "translation", "reading_comprehension", "conversation", "text"
+]
 Message = dict[str, Any]
 
 # The date that templates get as today's, so that a run does not depend on the day.
@@ -93,6 +95,16 @@ class Text:
         return not any(text.strip() for text, _ in self.stretches)
 
 
+@dataclass
+class Encoded:
+    """A record as tokens: `counts` marks the targets; `turns` are the tokens that begin a turn; `notes` are for the user."""
+
+    ids: list[int]
+    counts: list[bool]
+    turns: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads the records of a file, by the settings of `data` that matter for it. Raises BadRecord."""
@@ -121,7 +133,7 @@ class Reader:
                 self._no_system(shape)
                 return Text([(_text(fields, "text"), True)])
             case _:
-                return self._instruction(fields)
+                return self._instruction(fields, template)
 
     def _renamed(self, record: dict[str, Any]) -> dict[str, Any]:
         """A record under our names, without ignored fields."""
@@ -185,15 +197,19 @@ class Reader:
         if self.system is not None:
             raise BadRecord(f"data.system is given, and a record of {shape!r} cannot have one; leave it out")
 
-    def _instruction(self, fields: Mapping[str, Any]) -> Text:
+    def _instruction(self, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
         texts = {
             key: _text(fields, key) if key in fields else "" for key in ("instruction", "input", "system")
         }
         output = _text(fields, "output")
+        if not texts["instruction"].strip() and not texts["input"].strip():
+            return Text([])
+        if self.task == "conversation":
+            question = "\n".join(text for text in (texts["instruction"], texts["input"]) if text)
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+            return self._chat(turns, {key: fields[key] for key in fields if key == "system"}, template)
         texts = {key: value.strip() for key, value in texts.items()}
         system = texts["system"] or (self.system or "").strip()
-        if not texts["instruction"] and not texts["input"]:
-            return Text([])
         lines = [line for line in PROMPTS[self.task] if texts["input"] or line != "{input}"]
         prompt = "".join(line.format(**texts) + "\n" for line in lines)
         return Text([(f"{system}\n" * bool(system) + prompt, False), (output, True)])

@@ -16,9 +16,9 @@ ELSEWHERE = (
 # Attention made again with a known mistake, which leaves no room for another.
 MIXES = (
     "mix-of-later-keys", "mix-of-padding", "mix-of-documents", "mix-without-prefix", "mix-of-tiled-heads", "mix-of-window",
-    "mix-of-scale", "mix-of-bf16",
+    "mix-of-scale", "mix-of-bf16", "mix-of-other-heads", "mix-without-offset",
 )  # fmt: skip
-OTHER_MIXES = tuple(kind for kind in MIXES if kind != "mix-of-tiled-heads")
+OTHER_MIXES = tuple(kind for kind in MIXES if kind not in ("mix-of-tiled-heads", "mix-of-other-heads"))
 
 CAUSES = (
     Cause(
@@ -26,8 +26,8 @@ CAUSES = (
         sentence="a query sees keys after it, or not its own: the causal mask is off",
         contract=Contract("Model", "its own document at or before itself"),
         phases=POINTS,
-        fits={"mix-of-later-keys": 6, "last-tokens-agree": 5},
-        needs=("last-tokens-agree|mix-of-later-keys", MIXED),
+        fits={"mix-of-later-keys": 6, "mix-without-offset": 6, "last-tokens-agree": 5},
+        needs=("last-tokens-agree|mix-of-later-keys|mix-without-offset", MIXED),
         excluded=ELSEWHERE,
         next="parity check RECIPE --set data.sequence_tokens=16",
     ),
@@ -46,6 +46,7 @@ CAUSES = (
             "forward-agrees",
             "first-tokens-agree",
             "last-tokens-agree",
+            "same-everywhere",
             "small",
             *ELSEWHERE,
         ),
@@ -85,6 +86,7 @@ CAUSES = (
             "only-padded-examples",
             "only-later-documents",
             "like-rounding",
+            "from-position",
             "prefix",
         ),
         next="parity check RECIPE --set data.sequence_tokens=16  # at short distances a wrong frequency hardly shows, a scale does",
@@ -97,6 +99,7 @@ CAUSES = (
         phases=POINTS,
         fits={
             "mix-of-tiled-heads": 6,
+            "mix-of-other-heads": 6,
             "every-token": 1,
             "only-some-heads": 3,
             "heads-moved": 3,
@@ -152,5 +155,16 @@ CAUSES = (
         excluded=("at-rotated", "only-padded-examples"),
         next="parity check RECIPE --set method.virtual_tokens=1",
         alike=("virtual-mask", "virtual-positions"),
+    ),
+    Cause(
+        name="attention-gradient",
+        sentence="attention's backward pass is not that of its forward pass: a part of the softmax is taken for a constant",
+        contract=Contract("Model", "softmax in float32"),
+        phases=("activation_gradient",),
+        fits={"at-rotated": 4, "at-projection": 2, "forward-agrees": 2},
+        needs=("forward-agrees", "at-rotated|at-projection|at-head-norm"),
+        excluded=("factor", "agrees-further-back", "slice-missing", "factor-by-slice"),
+        next="parity check RECIPE --set plan.remat=none  # then attention without a fused kernel",
+        alike=("recomputed-dropout",),
     ),
 )

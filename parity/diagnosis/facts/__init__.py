@@ -15,6 +15,7 @@ from parity.diagnosis.facts import (
     resume,
     settings,
     spread,
+    stream,
     walk,
 )
 from parity.diagnosis.view import View
@@ -41,10 +42,12 @@ FINDERS: tuple[Callable[[View], Iterator[Fact]], ...] = (
     numbers.rounded,
     numbers.size,
     numbers.layout,
+    numbers.other_layer,
     numbers.remainder,
     attention.mixed,
     attention.rotated,
     attention.swapped_prefix,
+    stream.sums,
     loss.made_again,
     optimizer.norm,
     optimizer.clip,
@@ -54,6 +57,7 @@ FINDERS: tuple[Callable[[View], Iterator[Fact]], ...] = (
     optimizer.momentum,
     resume.restored,
     walk.agreement,
+    walk.recovery,
     settings.settings,
     settings.model,
     settings.batch,

@@ -23,6 +23,10 @@ EXPLAINS, OF_A_ROUNDING = 0.02, 0.35
 EXAMPLES, POSITIONS = 4, 256
 # The scale is looked for between these powers of e, in so many halvings.
 LOG_SCALES, HALVINGS = 4.0, 60
+# Frequencies are near each other up to this share: bfloat16's rounding, and float16's is less.
+NEAR = 2.0**-8
+# By how many heads a mistake may be off.
+MOST_SHIFTS = 4
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -46,6 +50,9 @@ class Form:
     documents: bool = True
     prefix: bool = True
     tiled: bool = False
+    shifted: int = 0
+    first_head: bool = False
+    offset: bool = True
     scale: float = 1.0
     rounded: bool = False
     window: int | None = None
@@ -125,12 +132,17 @@ def _mistakes(
     )
     if any(each.prefix for each in inputs):
         yield "mix-without-prefix", Form(prefix=False), "queries that do not see the prefix"
+        yield "mix-without-offset", Form(offset=False), "a causal mask that is not offset by the prefix"
     if inputs[0].query.shape[1] > inputs[0].key.shape[1] > 1:
         yield (
             "mix-of-tiled-heads",
             Form(tiled=True),
             "kv heads in turn (0 1 0 1), where neighbours share one (0 0 1 1)",
         )
+    if (kv := inputs[0].key.shape[1]) > 1:
+        yield "mix-of-other-heads", Form(first_head=True), "the first kv head for all query heads"
+        for by in range(1, min(kv, MOST_SHIFTS + 1)):
+            yield "mix-of-other-heads", Form(shifted=by), f"kv heads that are {by} further on"
     tokens = tokens_of(view)
     if tokens is not None and (tokens.differs & (tokens.segments > 0)).any():
         first = int(tokens.numbers()[tokens.differs & (tokens.segments > 0)].min())
@@ -174,9 +186,11 @@ def _apply(inputs: Inputs, form: Form) -> Array:
     if prefix is not None:
         key, value = np.concatenate([prefix[0], key]), np.concatenate([prefix[1], value])
         visible = np.pad(visible, ((0, 0), (len(prefix[0]), 0)), constant_values=form.prefix)
+        visible = visible if form.offset else np.tril(visible)
     times, kv = inputs.query.shape[1] // key.shape[1], key.shape[1]
     heads = np.arange(inputs.query.shape[1])
-    shared = heads % kv if form.tiled else heads // times
+    shared = heads % kv if form.tiled else (heads // times - form.shifted) % kv
+    shared = np.zeros_like(shared) if form.first_head else shared
     scores = (
         np.einsum("shd,thd->hst", inputs.query, key[:, shared])
         / math.sqrt(inputs.query.shape[-1])
@@ -207,6 +221,14 @@ def rotated(view: View) -> Iterator[Fact]:
         return
     cut = before[0].shape[1] - segments.shape[1]
     real = np.pad(segments > 0, ((0, 0), (cut, 0)), constant_values=True)
+    still = [
+        np.abs(was - turned)[real].max() <= view.allowed
+        for was, turned in zip(before, view.sides, strict=True)
+    ]
+    if still[0] != still[1]:
+        kept = "queries" if what == "query" else "keys"
+        yield Fact("not-rotated", f"{NAMES[0 if still[0] else 1]} does not rotate {kept}")
+        return
     pairs = [_angles(before[0][real], side[real]) for side in view.sides]
     bent = [each is None for each in pairs]
     if bent[0] != bent[1]:
@@ -219,6 +241,10 @@ def rotated(view: View) -> Iterator[Fact]:
         )
         yield Fact("other-pairs", f"{name} rotates {words} against each other")
         return
+    if bent[0]:  # by both: a GLM's way, neighbours in a part of the head
+        width = _rotated_width(before[0][real], [side[real] for side in view.sides], view.allowed)
+        of_pairs = _by_pairs(before[0][real][..., :width])
+        pairs = [_angles(of_pairs, _by_pairs(side[real][..., :width])) for side in view.sides]
     if pairs[0] is None or pairs[1] is None:
         return
     apart = np.angle(np.exp(1j * (pairs[1] - pairs[0])))
@@ -226,12 +252,32 @@ def rotated(view: View) -> Iterator[Fact]:
         yield Fact(
             "angle-offset", f"right's {what} is rotated by a constant number of positions more or less"
         )
-    else:
-        off = np.flatnonzero(np.abs(apart).max(axis=0) > 1e-9)
-        yield Fact(
-            "other-frequencies",
-            f"angles differ in {len(off)} of {apart.shape[1]} frequencies, by another number at each position",
-        )
+        return
+    off = np.flatnonzero(np.abs(apart).max(axis=0) > 1e-9)
+    yield Fact(
+        "other-frequencies",
+        f"angles differ in {len(off)} of {apart.shape[1]} frequencies, by another number at each position",
+    )
+    positions = view.batch("positions")
+    if positions is not None and not cut and (share := _of_frequencies(apart, pairs[0], positions[real])):
+        yield Fact("near-frequencies", f"frequencies differ by {share:.1e} of themselves at most")
+
+
+def _rotated_width(before: Array, sides: list[Array], allowed: float) -> int:
+    """How many features at the beginning of a head are turned by either side, an even number."""
+    changed = np.any([np.abs(side - before).max(axis=(0, 1)) > allowed for side in sides], axis=0)
+    last = int(np.flatnonzero(changed)[-1]) if changed.any() else -1
+    return last + 1 + (last + 1) % 2
+
+
+def _of_frequencies(apart: Array, angles: Array, positions: Array) -> float | None:
+    """By what share of themselves frequencies differ, if at most by `NEAR`; the angles at position 1 are the frequencies."""
+    frequencies = np.abs(angles[positions == 1][:1])
+    if not len(frequencies) or not frequencies.all():
+        return None
+    later = positions >= 1
+    share = float((np.abs(apart[later]) / positions[later, None] / frequencies).max())
+    return share if share <= NEAR else None
 
 
 def swapped_prefix(view: View) -> Iterator[Fact]:

@@ -40,7 +40,9 @@ def multiple(view: View) -> Iterator[Fact]:
         return
     shown = " or ".join(names[:MOST_NAMES]) + (f", one of {len(names)} that fit" if len(names) > 1 else "")
     named = f": {shown} (of {tried} counts and ratios)" if names else ""
-    yield Fact("factor", f"right is {factor:.7g} times left{named}")
+    # The product of A with its input comes before any scale: what multiplies it is dropout's.
+    kind = "factor-of-input" if view.phase == "activation" and view.tensor.endswith(".lora_A") else "factor"
+    yield Fact(kind, f"right is {factor:.7g} times left{named}")
     if names:
         yield Fact("count-factor", f"right is {factor:.7g} times left{named}")
 

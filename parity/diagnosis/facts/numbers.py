@@ -109,7 +109,7 @@ def rounded(view: View) -> Iterator[Fact]:
         return
     width = width_of(view)
     for name, side, other in view.named_sides():
-        if np.unique(side[side != 0]).size < ENOUGH:
+        if min(np.unique(each[each != 0]).size for each in (side, other)) < ENOUGH:
             continue
         if short(side, BF16_BITS) >= ALL and short(other, BF16_BITS) <= FEW:
             yield Fact("bf16-numbers", f"{name} has bfloat16 numbers only, the other side has not")
@@ -182,6 +182,26 @@ def layout(view: View) -> Iterator[Fact]:
         yield Fact("rows-moved", "one side's rows are the other's in another order")
 
 
+def other_layer(view: View) -> Iterator[Fact]:
+    """A starting weight that is the other side's of another layer."""
+    layer = view.layer(view.tensor)
+    if view.phase != "initial" or view.sides is None or layer is None or view.sides[0].size < ENOUGH:
+        return
+    group = view.first.location.group
+    for number in sorted({n for name in view.names if (n := view.layer(name)) is not None} - {layer}):
+        both = view.both(group, view.tensor.replace(f".{layer}.", f".{number}.", 1))
+        for at, name in enumerate(NAMES):
+            if (
+                both
+                and both[1 - at].shape == view.sides[at].shape
+                and np.array_equal(view.sides[at], both[1 - at])
+            ):
+                yield Fact(
+                    "of-another-layer", f"{name}'s {view.tensor} is {NAMES[1 - at]}'s of layer {number}"
+                )
+                return
+
+
 def remainder(view: View) -> Iterator[Fact]:
     """What the difference is a multiple of: the weight, the gradient, the sign of the first moment."""
     if view.sides is None or view.phase not in (*WEIGHT_SHAPED, "slot") or view.sides[0].size < ENOUGH // 4:
@@ -193,6 +213,12 @@ def remainder(view: View) -> Iterator[Fact]:
         columns.append(("adds-weight", "the weight", weights[name][0]))
     if view.phase != "gradient" and (gradient := view.both("gradient", name)):
         columns.append(("adds-gradient", "the gradient", gradient[0]))
+    if (
+        view.phase == "gradient"
+        and view.step > view.pair.first_step
+        and (earlier := view.both("gradient", name, view.step - 1))
+    ):
+        columns.append(("adds-earlier-gradient", "the gradient of the step before", earlier[0]))
     if view.phase == "update" and (moment := view.both("moment1", name)):
         columns.append(("adds-sign", "the sign of the first moment", np.sign(moment[0])))
     for kind, words, column in columns:

@@ -278,6 +278,16 @@ def _rates(view: View, left: Rule, right: Rule, clear: float) -> Iterator[Fact]:
         for p in ("moment1", "moment2")
     ]
     stated = view.pair.scalar(view.step, "lr")
+    ratio = right.rate / left.rate if left.rate else 0.0
+    if betas[0] and view.step == view.pair.first_step:
+        # m is (1 - beta) g then, so beta m + (1 - beta) g is (1 + beta) m.
+        for at, times in ((1, ratio), (0, 1.0 / ratio if ratio else 0.0)):
+            if math.isclose(times, 1.0 + betas[0], rel_tol=FITS):
+                yield Fact(
+                    "nesterov",
+                    f"{NAMES[at]}'s first update is 1 + beta1 = {times:.6g} times the other's: it looks ahead",
+                )
+                return
     if all(betas) and all(stated):
         corrections = {
             t: math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)

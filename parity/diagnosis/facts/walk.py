@@ -11,6 +11,7 @@ from parity.diagnosis.view import TOKEN_WISE, View, operation
 from trainspec.methods import ENCODER, PEFT_PREFIX
 
 DIGITS = re.compile(r"\.\d+\.")
+LORA_B = ".lora_B."
 BIAS = re.compile(r"\.bias$|\.bias_[ih]h_")
 
 
@@ -33,6 +34,17 @@ def location(view: View) -> Iterator[Fact]:
         yield Fact("first-layer", "in the first layer")
 
 
+def recovery(view: View) -> Iterator[Fact]:
+    """Whether the error of a gradient is gone further back in the walk, as where shares are summed later than they should be."""
+    if view.phase != "activation_gradient" or view.first not in view.judged:
+        return
+    later = view.judged[view.judged.index(view.first) + 1 :]
+    if later and later[0].holds and sum(f.holds for f in later) > len(later) / 2:
+        yield Fact(
+            "agrees-further-back", f"the gradient of {later[0].location.tensor}, which comes of it, agrees"
+        )
+
+
 def agreement(view: View) -> Iterator[Fact]:
     """What agrees at its step although something else does not."""
     for kind, phase, words in (
@@ -49,6 +61,8 @@ def agreement(view: View) -> Iterator[Fact]:
         has_points = any(f.location.phase == "activation" for f in view.comparison.findings)
         if not has_points or view.agrees("activation"):
             yield Fact("forward-agrees", "the forward pass agrees, loss included")
+            if any(pair[0].any() for name, pair in view.pair.weights(view.step).items() if LORA_B in name):
+                yield Fact("agrees-with-adapter", "it does so with an adapter whose B is not zero")
     if view.phase == "update" and view.agrees("moment1") and view.agrees("moment2"):
         yield Fact("moments-agree", "both moments agree")
 
@@ -79,7 +93,8 @@ def tensors(view: View) -> Iterator[Fact]:
             "only-adapter",
             "only-encoder",
         )
-        if all(mine(view, name) for name in failing) and is_told_apart:
+        is_all_of_them = kind != "only-decaying" or not any(mine(view, name) for name in others)
+        if all(mine(view, name) for name in failing) and is_told_apart and is_all_of_them:
             yield Fact(kind, f"only {words}: {shown}")
 
 
