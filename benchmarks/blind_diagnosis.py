@@ -57,7 +57,8 @@ def items() -> list[Item]:
             found.append(Item(section, range(start, end), " ".join(words)))
         words.clear()
 
-    for number, line in enumerate(CONTRACT.read_text(encoding="utf-8").splitlines(), 1):
+    lines = CONTRACT.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
         heading = re.match(r"#+ (.*)", line)
         if heading or not line.strip() or line.startswith(("- ", "| ")):
             close(number)
@@ -65,7 +66,7 @@ def items() -> list[Item]:
         section = heading[1] if heading else section
         if line.strip() and not heading:
             words.append(line.strip())
-    close(number + 1)
+    close(len(lines) + 1)
     return found
 
 
@@ -77,7 +78,9 @@ def item_of(contract: Contract, every: Sequence[Item]) -> Item:
 
 def draw(seed: int, count: int, precision: Policy) -> list[Drawn]:
     """Faults that a check must catch, each with a backend; no fault twice."""
-    able = [(f, [b for b in BACKENDS if f.applies(b, precision)]) for f in FAULTS if f.where]
+    able: list[tuple[Fault, list[Backend]]] = [
+        (f, [b for b in BACKENDS if f.applies(b, precision)]) for f in FAULTS if f.where
+    ]
     able = [
         (fault, backends) for fault, backends in able if backends and precision not in fault.below_bound_in
     ]

@@ -76,7 +76,9 @@ def parser() -> ArgumentParser:
     )
     matrix = commands.add_parser("matrix", help="models, methods, plans and precisions, proven or refused")
     matrix.add_argument("--only", metavar="TEXT", help="only cells whose name contains TEXT, such as /lora/")
-    matrix.add_argument("--families", action="store_true", help="the families other than Llama, on their own page")
+    matrix.add_argument(
+        "--families", action="store_true", help="the families other than Llama, on their own page"
+    )
     matrix.add_argument(
         "--out",
         type=Path,

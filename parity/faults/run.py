@@ -136,7 +136,9 @@ def run_faults(
         trained = pool.map(lambda b: _train(b, [*clean, *planted[b]], recipes[b], out), BACKENDS)
         crashes: Crashes = {case: why for failed in trained for case, why in failed.items()}
     # Of a resume each backend has a clean one, held to the other's run that was not stopped.
-    pairs = [(f, b) for f in clean for b in (BACKENDS if f.setup in RESUMED else BACKENDS[1:])]
+    pairs: list[tuple[Fault, Backend]] = [
+        (f, b) for f in clean for b in (BACKENDS if f.setup in RESUMED else BACKENDS[1:])
+    ]
     cases = [*pairs, *((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])]
     with ProcessPoolExecutor(min(AT_ONCE, cores())) as pool:
         judged = (pool.submit(_judge, f, b, recipes[b][f.setup], crashes, out) for f, b in cases)
@@ -188,7 +190,9 @@ def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Reci
     if cases:
         home = out / "launches/resumed"
         results += zip(second, run_cases(backend, cases, home=home, at_once=at_once), strict=True)
-    crashes = {(backend, fault.name): result.wrong for fault, result in results if result.wrong is not None}
+    crashes: Crashes = {
+        (backend, fault.name): result.wrong for fault, result in results if result.wrong is not None
+    }
     for fault in second:
         home = home_of(out, backend, fault)
         if (backend, fault.name) not in crashes:

@@ -13,18 +13,16 @@ from small import ROOT
 
 from damage.case import Case, Tree, Whole
 from damage.values import ODD, damage_text, damage_values, near, written
+from trainspec.methods import EXAMPLES
 from trainspec.recipe import recipe_from
 
 TRAIN = str(ROOT / "configs/data/qa-heldout.jsonl")
+# Every method's examples, and settings that these leave at their defaults.
 METHODS: tuple[Tree, ...] = (
-    {"kind": "full"},
-    {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj", "v_proj"]},
-    {"kind": "lora", "rslora": True, "targets": "all-linear", "adapter": None},
-    {"kind": "adapter", "bottleneck": 4, "activation": "gelu"},
+    *(spec.model_dump(mode="json") for spec in EXAMPLES.values()),
+    {"kind": "lora", "rslora": True, "dropout": 0.1, "targets": ["q_proj", "v_proj"], "adapter": None},
     {"kind": "prompt", "virtual_tokens": 3, "init": "text", "text": "Name a fruit."},
-    {"kind": "ptuning", "virtual_tokens": 3, "encoder": "lstm", "hidden": 8, "dropout": 0.1},
-    {"kind": "prefix", "virtual_tokens": 3, "projection": True, "hidden": 8},
-)  # fmt: skip
+)
 PLANS: tuple[Tree, ...] = (
     {"plan": {}},
     {"plan": {"data": 2, "fsdp": 2, "shards": "params"}, "precision": {"policy": "bf16", "reduce": "fp32"}},

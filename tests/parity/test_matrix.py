@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from synthetic import Q1, Sim, write
 
-from parity.cli import main
+from parity.cli import FAMILIES_PAGE, STATUS_PAGE, main
 from parity.matrix.cells import (
     BACKENDS,
     FAMILY_METHODS,
@@ -21,6 +21,7 @@ from parity.matrix.cells import (
     Cell,
     CellResult,
     cells,
+    family_cells,
     judge,
     refusals,
     run_matrix,
