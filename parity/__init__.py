@@ -5,8 +5,8 @@ For other programs and test suites: `assert_parity` checks a recipe, `Recorder` 
 """
 
 from parity.assertion import assert_parity
-from parity.name_map import Join, Split
-from parity.record import Recorder
+from parity.recording.name_map import Join, Split
+from parity.recording.recorder import Recorder
 from parity.report.verdict import read_results
 
 __all__ = ["Join", "Recorder", "Split", "assert_parity", "read_results"]

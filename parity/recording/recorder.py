@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from parity.name_map import Array, Arrays, Join, NamedArrays, NameMap, Split, copied
-from parity.record_header import RecordedHeader
+from parity.recording.header import RecordedHeader
+from parity.recording.name_map import Array, Arrays, Join, NamedArrays, NameMap, Split, copied
 from trainspec.errors import TraceError
 from trainspec.plans.plan import Policy
 from trainspec.trace import StepTrace, TraceName, TraceWriter

@@ -9,7 +9,7 @@ from typing import get_args
 
 import numpy as np
 
-from parity.name_map import Arrays
+from parity.recording.name_map import Arrays
 from trainspec.errors import TraceError, nearest
 from trainspec.plans.plan import Policy
 from trainspec.trace_header import OrderOrigin, TraceHeader
