@@ -32,7 +32,7 @@ from trainspec.causal import activation_points
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
-from trainspec.methods import leading_rows
+from trainspec.methods import leading_positions
 from trainspec.params import Param
 from trainspec.plans.pipeline import stack_order
 from trainspec.rng import name_key
@@ -272,7 +272,7 @@ class Program:
 
     def _logits(self, weights: Arrays, batch: Arrays) -> Array:
         logits = self._passes.logits(weights, with_virtual_tokens(batch, self.recipe.method))
-        return logits[:, leading_rows(self.recipe.method) :]
+        return logits[:, leading_positions(self.recipe.method) :]
 
     def _train(
         self,

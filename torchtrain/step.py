@@ -35,7 +35,7 @@ from trainspec.causal import activation_points
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
-from trainspec.methods import leading_rows, position_shift
+from trainspec.methods import leading_positions, position_shift
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
 from trainspec.runs.checkpoint import Checkpoint
@@ -193,7 +193,7 @@ def logits(state: State, batch: Batch) -> NDArray[Any]:
     shards = [mesh.tensor.gather(shard_BTV, -1) for _, shard_BTV in _inferred(state, batch)]
     whole = torch.cat([mesh.replicas.gather(shard_BTV, 0) for shard_BTV in shards]) if shards else None
     logits_BTV = to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))
-    return logits_BTV[:, leading_rows(state.run.recipe.method) :]
+    return logits_BTV[:, leading_positions(state.run.recipe.method) :]
 
 
 def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:

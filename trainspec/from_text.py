@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trainspec.errors import RecipeError
 from trainspec.families import family_of
-from trainspec.methods import leading_rows
+from trainspec.methods import leading_positions
 from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
 from trainspec.text.store import find_tokenizer
@@ -34,7 +34,7 @@ def text_start(
     Embeddings for a method that puts embeddings in front of the tokens, else the keys and values of every layer.
     """
     ids = _text_ids(recipe, model, directory)
-    if leading_rows(recipe.method):
+    if leading_positions(recipe.method):
         return family_of(model).embedded(weights, ids)
     return keys_and_values(model, weights, ids).reshape(len(ids), -1)
 

@@ -16,7 +16,7 @@ from jax import Array
 from jaxtrain.layers import VIRTUAL, Build, Dim, Linear
 from jaxtrain.weights import Arrays
 from trainspec.data import IGNORED
-from trainspec.methods import Method, leading_rows, position_shift
+from trainspec.methods import Method, leading_positions, position_shift
 
 
 def with_virtual_tokens(batch: Arrays, method: Method) -> Arrays:
@@ -31,17 +31,17 @@ def with_virtual_tokens(batch: Arrays, method: Method) -> Arrays:
 def all_positions(positions: Array, method: Method) -> Array:
     """Positions [..., N + S]: those of tokens are moved by the number of virtual tokens, also of a prefix that has positions."""
     moved = positions + position_shift(method)
-    return _with_leading(jnp.arange(leading_rows(method)), moved)
+    return _with_leading(jnp.arange(leading_positions(method)), moved)
 
 
 def all_labels(labels: Array, method: Method) -> Array:
     """Labels [..., N + S]: a virtual token is no target."""
-    return _with_leading(jnp.full(leading_rows(method), IGNORED), labels)
+    return _with_leading(jnp.full(leading_positions(method), IGNORED), labels)
 
 
 def all_segments(segments: Array, method: Method) -> Array:
     """Segments [..., N + S]: virtual tokens have one of their own, which all others see."""
-    return _with_leading(jnp.full(leading_rows(method), VIRTUAL), segments)
+    return _with_leading(jnp.full(leading_positions(method), VIRTUAL), segments)
 
 
 def _with_leading(leading_N: Array, x: Array) -> Array:

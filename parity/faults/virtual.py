@@ -18,14 +18,14 @@ FAULTS = (
                 Edit(
                     "jaxtrain.methods.virtual_tokens:all_positions",
                     "position_shift(__method)",
-                    "leading_rows(__method)",
+                    "leading_positions(__method)",
                 ),
             ),
             "torch": (
                 Edit(
                     "torchtrain.methods.virtual_tokens:all_positions",
                     "position_shift(__method)",
-                    "leading_rows(__method)",
+                    "leading_positions(__method)",
                 ),
             ),
         },

@@ -9,7 +9,7 @@ from test_model import FP64, FULL, LORA, PACKED, prepare
 
 from trainspec.causal import activation_points
 from trainspec.data import IGNORED
-from trainspec.methods import leading_rows, virtual_tokens
+from trainspec.methods import leading_positions, virtual_tokens
 from trainspec.rope import inverse_frequencies
 
 METHODS = pytest.mark.parametrize("method", [FULL, LORA | {"dropout": 0.0}], ids=["full", "lora"])
@@ -33,7 +33,7 @@ def sizes_of(recipe, batch) -> dict[str, int]:
     """The size of every axis of a point."""
     spec, method = spec_of(recipe), recipe.method
     return {
-        "positions": batch.input_ids.shape[1] + leading_rows(method),
+        "positions": batch.input_ids.shape[1] + leading_positions(method),
         "virtual": virtual_tokens(method),
         "rank": getattr(method, "rank", 0),
         "bottleneck": getattr(method, "bottleneck", 0),

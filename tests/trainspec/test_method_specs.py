@@ -32,7 +32,7 @@ from trainspec.methods import (
     PTuning,
     adapter_table,
     full_table,
-    leading_rows,
+    leading_positions,
     trainable_table,
     virtual_tokens,
 )
@@ -91,8 +91,8 @@ def test_a_recipe_keeps_its_method_and_trains_only_its_rows(make_recipe: Make, m
 def test_every_kind_is_a_method_of_its_own():
     assert list(METHODS) == ["full", "lora", "dora", "adapter", "prompt", "ptuning", "prefix"]
     assert adapter_table(SMALL, Full()) == ()
-    assert (virtual_tokens(PrefixTuning()), leading_rows(PrefixTuning())) == (20, 0)
-    assert (virtual_tokens(PTuning()), leading_rows(PTuning())) == (20, 20)
+    assert (virtual_tokens(PrefixTuning()), leading_positions(PrefixTuning())) == (20, 0)
+    assert (virtual_tokens(PTuning()), leading_positions(PTuning())) == (20, 20)
     assert virtual_tokens(LoRA()) == 0
     assert LoRA(rank=4, alpha=8.0).scale == 2.0
     assert LoRA(rank=4, alpha=8.0, rslora=True).scale == 4.0

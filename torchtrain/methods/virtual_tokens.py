@@ -19,26 +19,26 @@ from transformers import PreTrainedModel
 from torchtrain.activations import tap
 from torchtrain.families import anatomy_of
 from trainspec.data import IGNORED
-from trainspec.methods import ENCODER, Method, leading_rows, position_shift, virtual_tokens
+from trainspec.methods import ENCODER, Method, leading_positions, position_shift, virtual_tokens
 
 
 def all_positions(positions_BS: Tensor, method: Method) -> Tensor:
     """Positions [B, T] in a layer, from those of the tokens in their segments."""
     moved_BS = positions_BS + position_shift(method)
-    leading_N = torch.arange(leading_rows(method), device=positions_BS.device)
+    leading_N = torch.arange(leading_positions(method), device=positions_BS.device)
     return torch.cat((leading_N.expand(len(moved_BS), -1), moved_BS), 1)
 
 
 def all_labels(labels_BS: Tensor, method: Method) -> Tensor:
     """Labels [B, T]: a virtual token is never a target."""
-    return F.pad(labels_BS, (leading_rows(method), 0), value=IGNORED)
+    return F.pad(labels_BS, (leading_positions(method), 0), value=IGNORED)
 
 
 def all_visible(visible_B1SS: Tensor, method: Method) -> Tensor:
     """Which keys [B, 1, T, N + S] each position may see, from which tokens each token may see."""
     tokens_B1SK = F.pad(visible_B1SS, (virtual_tokens(method), 0), value=True)  # K: N + S keys
     # Virtual tokens see those before them.
-    leading_NK = tokens_B1SK.new_ones(leading_rows(method), tokens_B1SK.shape[-1]).tril()
+    leading_NK = tokens_B1SK.new_ones(leading_positions(method), tokens_B1SK.shape[-1]).tril()
     return torch.cat((leading_NK.expand(len(tokens_B1SK), 1, -1, -1), tokens_B1SK), 2)
 
 

@@ -45,7 +45,7 @@ __all__ = [
     "VirtualTokens",
     "adapter_table",
     "full_table",
-    "leading_rows",
+    "leading_positions",
     "position_shift",
     "target_modules",
     "trainable_table",
@@ -74,9 +74,9 @@ def position_shift(method: MethodSpec) -> int:
     return method.position_shift
 
 
-def leading_rows(method: MethodSpec) -> int:
+def leading_positions(method: MethodSpec) -> int:
     """Number of embeddings put in front of an example's."""
-    return method.leading_rows
+    return method.leading_positions
 
 
 def adapter_table(model: ModelSpec, method: MethodSpec) -> tuple[Param, ...]:

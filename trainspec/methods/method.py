@@ -109,7 +109,7 @@ class MethodSpec(BaseModel, frozen=True):
         return self.num_virtual_tokens
 
     @property
-    def leading_rows(self) -> int:
+    def leading_positions(self) -> int:
         """Number of embeddings put in front of an example's."""
         return 0
 

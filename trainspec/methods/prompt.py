@@ -27,7 +27,7 @@ class PromptTuning(VirtualTokensFromText, frozen=True):
         return {"prompt": cls(virtual_tokens=3)}
 
     @property
-    def leading_rows(self) -> int:
+    def leading_positions(self) -> int:
         """See the base class."""
         return self.virtual_tokens
 

@@ -58,7 +58,7 @@ class PTuning(VirtualTokens, frozen=True):
         }
 
     @property
-    def leading_rows(self) -> int:
+    def leading_positions(self) -> int:
         """See the base class."""
         return self.virtual_tokens
 
