@@ -306,6 +306,149 @@ def test_two_configurations_are_refused():
         imported([HOME / "axolotl/llama-3-lora-8b.yaml", HOME / "trl/handbook-smollm2.yaml"])
 
 
+def tool_recipe(tmp_path: Path, text: str, options: str) -> Imported:
+    (tmp_path / "theirs.yaml").write_text(text)
+    return imported([tmp_path / "theirs.yaml"], options)
+
+
+AXOLOTL = (
+    "base_model: org/model\nlearning_rate: 1.0e-4\nsequence_len: 64\nbf16: true\nmax_steps: 10\n"
+    "datasets: [{path: org/records, type: chat_template}]\n"
+)
+AXOLOTL_LORA = f"{AXOLOTL}adapter: lora\nlora_r: 8\nlora_alpha: 16\n"
+LLAMAFACTORY = "model_name_or_path: org/model\nstage: sft\nfinetuning_type: lora\ndataset: d\nlearning_rate: 1.0e-4\nmax_steps: 10\n"
+EPOCHS = AXOLOTL.replace("max_steps: 10\n", "num_epochs: 2\n")
+CHATS = AXOLOTL.replace("template}", "template, message_property_mappings: {role: from, content: value}}")
+OF_LLAMAFACTORY = "--devices 1 --set data.train=r.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "ours"),
+    [
+        # One of the settings that a rule decides is chosen: the others are the tool's still.
+        (AXOLOTL, "--devices 1 --set precision.reduce=fp32", {"precision.policy": "bf16", "precision.reduce": "fp32"}),
+        (AXOLOTL, "--devices 1 --set precision.policy=fp32", {"precision.policy": "fp32", "precision.reduce": "fp32"}),
+        (AXOLOTL, "--devices 1 --set precision.policy=fp64", {"precision.reduce": "fp64"}),
+        (AXOLOTL, "--devices 8 --set plan.shards=params", {"plan.data": 1, "plan.fsdp": 8, "plan.shards": "params"}),
+        (AXOLOTL, "--devices 8 --set plan.shards=nothing", {"plan.data": 8, "plan.fsdp": 1}),
+        (AXOLOTL, "--devices 8 --set plan.data=2", {"plan.fsdp": 4, "plan.shards": "optimizer"}),
+        (AXOLOTL, "--devices 8 --set plan.data=8", {"plan.fsdp": 1, "plan.shards": "nothing"}),
+        (AXOLOTL, "--devices 8 --set plan.fsdp=4", {"plan.data": 2, "plan.shards": "optimizer"}),
+        (AXOLOTL, "--devices 8 --set plan.tensor=2", {"plan.data": 1, "plan.fsdp": 4}),
+        (f"{AXOLOTL}fsdp: hybrid_shard", "--devices 8 --set plan.data=2 --set plan.fsdp=4", {"plan.shards": "params"}),
+        (AXOLOTL, "--devices 1 --set schedule.final_ratio=0.1", {"schedule.kind": "cosine", "schedule.final_ratio": 0.1}),
+        (f"{AXOLOTL}lr_scheduler: polynomial", "--devices 1 --set schedule.kind=linear", {"schedule.kind": "linear"}),
+        (f"{AXOLOTL}warmup_steps: 5", "--devices 1 --set schedule.warmup_ratio=0.1", {"schedule.warmup_steps": None}),
+        (GOOD, "--devices 1 --set data.packing=true", {"data.packing": True, "data.too_long": "cut"}),
+        (f"{GOOD}packing: true\npacking_strategy: bfd_split", "--devices 1 --set data.packing=false", {"data.too_long": "cut"}),
+        (f"{GOOD}packing: true\npacking_strategy: wrapped", "--devices 1 --set data.packing=true", {"data.too_long": "split"}),
+        (f"{GOOD}dataset_text_field: body", "--devices 1 --set data.task=text", {"data.columns": {"text": "body"}}),
+        (f"{GOOD}dataset_text_field: body", "--devices 1 --set data.task=conversation", {"data.columns": None}),
+        (LLAMAFACTORY, f"{OF_LLAMAFACTORY} --set data.packing=true", {"data.packing": True, "data.too_long": "cut"}),
+        (f"{LLAMAFACTORY}packing: true", f"{OF_LLAMAFACTORY} --set data.packing=false", {"data.too_long": "cut"}),
+        # The types of sums and weights.
+        (f"{GOOD}fsdp_config: {{version: 2}}", ON_ONE, {"precision.reduce": "fp32"}),
+        (f"{GOOD}fsdp: full_shard", ON_ONE, {"precision.reduce": "bf16"}),
+        (f"{AXOLOTL_LORA}fsdp_config: {{fsdp_version: 2}}", ON_ONE, {"precision.reduce": "bf16"}),
+        (AXOLOTL.replace("bf16: true", "bf16:"), ON_ONE, {"precision.policy": "fp32"}),
+        (AXOLOTL.replace("bf16: true", "bf16:\nbfloat16: true"), ON_ONE, {"precision.policy": "bf16"}),
+        (AXOLOTL.replace("bf16: true\n", ""), ON_ONE, {"precision.policy": "bf16"}),
+        # Records.
+        (AXOLOTL.replace("chat_template", "chat_template, split: 'train[:9]'"), ON_ONE, {"data.train": "hub:org/records:train[:9]"}),
+        (AXOLOTL.replace("org/records", "r.jsonl, split: train"), ON_ONE, {"data.train": "r.jsonl"}),
+        (CHATS, ON_ONE, {"data.columns": {"conversations": "messages"}}),
+        (CHATS.replace("from, content: value", "role, content: content"), ON_ONE, {"data.columns": None}),
+        (CHATS.replace("path", "field_messages: turns, path"), ON_ONE, {"data.columns": {"conversations": "turns"}}),
+        (CHATS.replace("path", "field_messages: conversations, path"), ON_ONE, {"data.columns": None}),
+        # Targets.
+        (f"{AXOLOTL_LORA}lora_target_linear: true\nlora_target_modules: [q_proj]", ON_ONE, {"method.targets": "all-linear"}),
+        (f"{AXOLOTL_LORA}lora_target_modules: [q_proj, lm_head]", ON_ONE, {"method.targets": ["q_proj", "lm_head"]}),
+        (f"{GOOD}use_peft: true\nlora_target_modules: [all-linear]", ON_ONE, {"method.targets": "all-linear"}),
+        (f"{GOOD}use_peft: true\nlora_target_modules: [q_proj]", ON_ONE, {"method.targets": ["q_proj"]}),
+        (f"{GOOD}use_peft: true\nlora_target_modules: ['.*_proj']", ON_ONE, {"method.targets": ".*_proj"}),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_of_several_settings(tmp_path: Path, text: str, options: str, ours: dict[str, Any]):
+    result = tool_recipe(tmp_path, text, options)
+    result.recipe()
+    assert {key: result.ours.get(key) for key in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "wanted"),
+    [
+        # What a choice does not concern is refused still.
+        (f"{AXOLOTL}lr_scheduler: polynomial", "--devices 1 --set schedule.final_ratio=0.1", "lr_scheduler: the schedule polynomial"),
+        (f"{AXOLOTL}fsdp: hybrid_shard", "--devices 8", "fsdp: FSDP's hybrid_shard"),
+        (f"{GOOD}packing: true\npacking_strategy: wrapped", "--devices 1 --set data.too_long=skip", "packing: packing by wrapped"),
+        (f"{LLAMAFACTORY}packing: true", f"{OF_LLAMAFACTORY} --set data.too_long=skip", "packing: packing where records"),
+        (EPOCHS, "--devices 1 --examples 9 --set batch.global_examples=many", "num_epochs: many is not a number"),
+        (f"{EPOCHS}sample_packing: true\nsample_packing_eff_est: 0.9", "--devices 1 --examples 9", "--drop sample_packing_eff_est, and --set run.steps=N"),
+        (AXOLOTL.replace("org/records", "r.jsonl, split: 'train[:9]'"), ON_ONE, "give --set data.train=FILE"),
+        (f"{GOOD}dataset_train_split: 'train[:9]'", ON_ONE, "give --set data.train=FILE"),
+        (CHATS.replace("from", "speaker"), ON_ONE, "give --set data.train=FILE"),
+        (CHATS.replace("from", "[from]"), ON_ONE, "give --set data.train=FILE"),
+        (CHATS.replace("role: from", "role: from, tools: calls"), ON_ONE, "give --set data.train=FILE"),
+        (f"{AXOLOTL_LORA}lora_target_linear: true\nlora_target_modules: [lm_head]", ON_ONE, "lora_target_modules: targets beside every linear layer"),
+        (f"{GOOD}lr_scheduler_type: cosine\nlr_scheduler_kwargs: {{min_lr: 1.0e-5}}", ON_ONE, "lr_scheduler_kwargs.min_lr: min_lr without"),
+        (f"{GOOD}lr_scheduler_kwargs: {{min_lr_rate: 0.1}}", ON_ONE, "lr_scheduler_kwargs.min_lr_rate: min_lr without"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_said_is_refused_or_asked_for(tmp_path: Path, text: str, options: str, wanted: str):
+    with pytest.raises(RecipeError) as error:
+        tool_recipe(tmp_path, text, options).recipe()
+    assert wanted in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "steps"),
+    [
+        # Passes of 2 examples, of which an update has 2: five passes are three updates, 11 // 4 would be 2.
+        ("per_device_train_batch_size: 1\ngradient_accumulation_steps: 2\ndataloader_drop_last: true\nnum_train_epochs: 1", "--devices 2 --examples 11", 3),
+        ("per_device_train_batch_size: 1\ngradient_accumulation_steps: 2\ndataloader_drop_last: true\nnum_train_epochs: 1", "--devices 2 --examples 9", 2),
+        ("per_device_train_batch_size: 1\ngradient_accumulation_steps: 2\nnum_train_epochs: 1", "--devices 2 --examples 9", 3),
+        ("per_device_train_batch_size: 8\ndataloader_drop_last: true\nnum_train_epochs: 3", "--devices 1 --examples 7", 3),
+        ("per_device_train_batch_size: 1\nnum_train_epochs: 1.1", "--devices 1 --examples 100", 111),
+    ],
+)  # fmt: skip
+def test_the_trainers_updates_are_counted_as_it_does(tmp_path: Path, settings: str, options: str, steps: int):
+    text = GOOD.replace("max_steps: 10\n", settings)
+    assert tool_recipe(tmp_path, text, options).ours["run.steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ("num_epochs: 1.1", 111),
+        ("num_epochs: 1.1\nsample_packing: true", 110),
+        ("num_epochs: 2\nsample_packing: true\ndataloader_drop_last: true", 198),
+        ("num_epochs: 1.5\nsample_packing: true\ndataloader_drop_last: true", 148),
+        ("num_epochs: 2\ndataloader_drop_last: true", 200),
+        ("num_epochs: 2\nsample_packing_eff_est: 0.9", 200),
+    ],
+)
+def test_axolotls_updates_are_counted_as_it_does(tmp_path: Path, settings: str, steps: int):
+    text = AXOLOTL.replace("max_steps: 10\n", f"{settings}\n")
+    assert tool_recipe(tmp_path, text, "--devices 1 --examples 100").ours["run.steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "differs"),
+    [
+        ("", "", True),
+        ("bf16: false", "", True),
+        ("bf16: true", "", False),
+        ("finetuning_type: full", "", False),
+        ("", "--set precision.policy=fp32", False),
+    ],
+)
+def test_a_frozen_model_without_bf16_is_named(tmp_path: Path, settings: str, options: str, differs: bool):
+    text = LLAMAFACTORY.replace("finetuning_type: lora\n", "") + settings
+    result = tool_recipe(tmp_path, text, f"{OF_LLAMAFACTORY} {options}")
+    result.recipe()
+    assert ("bf16" in [line.name for line in result.differences()]) == differs
+
+
 ODD = ("x", -1, 0, 1e308, True, [], ["x"], {}, None, "auto")
 SAMPLES = (
     "trl/fastchat-lora",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import Any
 
+from trainspec.families import FAMILIES
 from trainspec.imports import deepspeed
 from trainspec.imports.settings import (
     By,
@@ -43,11 +43,25 @@ def is_lora(case: Case) -> bool:
     return bool(case["adapter"])
 
 
+# The embedding and the head of every family, as a target names them.
+ENDS = {
+    weight.removesuffix(".weight").rpartition(".")[2]
+    for family in FAMILIES.values()
+    for weight in (family.embedding, family.head)
+}
+
+
 def targets(value: Any, case: Case) -> Outcome:
-    """The list, unless every linear layer but the head is adapted (`find_all_linear_names`)."""
-    if case["lora_target_linear"]:
-        return NoEffect("lora_target_linear has them all")
-    return Translated({"method.targets": value})
+    """The list; with `lora_target_linear` every linear layer but the head besides (`_build_peft_lora_config`)."""
+    if not case["lora_target_linear"]:
+        return Translated({"method.targets": value})
+    names = {str(name).rpartition(".")[2] for name in (value if isinstance(value, list) else [value])}
+    if names & ENDS:
+        return Refused(
+            "targets beside every linear layer",
+            "name all of them in lora_target_modules, without lora_target_linear",
+        )
+    return NoEffect("lora_target_linear has them all")
 
 
 def all_targets(value: Any, case: Case) -> Outcome:
@@ -56,11 +70,15 @@ def all_targets(value: Any, case: Case) -> Outcome:
 
 
 def count_updates(case: Case, examples: int, global_examples: int) -> int:
-    """Updates of a run (`calculate_total_num_steps`): packed, every epoch is rounded down; else the whole run up."""
-    epochs = Fraction(str(case.number("num_epochs", least=0)))
-    if case["sample_packing"]:
-        return max(1, math.floor(max(1, examples // global_examples) * epochs))
-    return math.ceil(examples * epochs / global_examples)
+    """Updates of a run (`calculate_total_num_steps`): packed, every epoch is rounded down; else the whole run up.
+
+    Packed, `dataloader_drop_last` takes one more from every epoch.
+    """
+    epochs = case.number("num_epochs", least=0)
+    if not case["sample_packing"]:
+        return math.ceil(examples * epochs / global_examples)
+    dropped = math.ceil(epochs) if case["dataloader_drop_last"] else 0
+    return max(1, math.floor(max(1, examples // global_examples) * epochs) - dropped)
 
 
 EPOCHS, MAX_STEPS = steps(
@@ -113,11 +131,14 @@ def rates(value: Any, case: Case) -> Outcome:
 
 
 def bf16(value: Any, case: Case) -> Outcome:
-    """bf16, by default where the device has it. The model is loaded in bfloat16, and what an adapter trains in float32."""
-    if value not in (True, False, "auto", "full"):
+    """bf16, by default where the device has it; null is float32.
+
+    The model is loaded in bfloat16, and what an adapter trains in float32.
+    """
+    if value not in (True, False, "auto", "full", None):
         return Refused(f"bf16={value}", "true, false or auto")
-    policy = "bf16" if value or case["bfloat16"] else "fp32"
-    ours = {"precision.policy": policy, "precision.reduce": summed_in(policy, case)}
+    policy = case.choice("precision.policy", "bf16" if value or case["bfloat16"] else "fp32")
+    ours = {"precision.policy": policy, "precision.reduce": summed_in(policy, case, is_fsdp=is_fsdp(case))}
     no_masters = policy == "bf16" and not case["adapter"] and not case.has("deepspeed") and not is_fsdp(case)
     if no_masters:
         ours["precision.reduce"] = "bf16"
@@ -162,6 +183,16 @@ def packing(value: Any, case: Case) -> Outcome:
     return Translated({"data.packing": bool(value)})
 
 
+def estimate(value: Any, case: Case) -> Outcome:
+    """How full packed examples are, from which the updates are then estimated (`calculate_total_num_steps`)."""
+    has_length = case["max_steps"] is not None and case.number("max_steps") > 0
+    if not value or not case["sample_packing"] or has_length or case.chose("run.steps", "run.epochs"):
+        return NoEffect("no number of updates is estimated from it")
+    return Refused(
+        "a number of updates that is estimated", "--drop sample_packing_eff_est, and --set run.steps=N"
+    )
+
+
 # Kinds of data sets whose records are ours without a prompt of Axolotl's around them.
 _CHAT, _TEXT = "chat_template", "completion"
 
@@ -188,7 +219,9 @@ def data_set(value: Any, case: Case) -> Outcome:
     if not plain or case.has("datasets.0.data_files") or case.has("datasets.0.name"):
         return records(value, case)
     named, split = source(str(value)), case["datasets.0.split"]
-    return Translated({"data.train": f"{named}:{split}" if named.startswith("hub:") and split else named})
+    if named.startswith("hub:"):
+        return Translated({"data.train": f"{named}:{split}" if split else named})
+    return Translated({"data.train": named}) if split in (None, "train") else records(value, case)
 
 
 def data_type(value: Any, case: Case) -> Outcome:
@@ -212,9 +245,36 @@ def text_field(value: Any, case: Case) -> Outcome:
     return Translated({"data.columns": {"text": value}})
 
 
+def chat_form(case: Case) -> str | None:
+    """Our field for turns of theirs: OpenAI's messages, ShareGPT's conversations; None where they are neither."""
+    mapped = "datasets.0.message_property_mappings."
+    fields = {"role": "role", "content": "content"}
+    fields |= {
+        name.removeprefix(mapped): value
+        for name, value in case.given.items()
+        if name.startswith(mapped) and value is not None
+    }
+    pair = str(fields.pop("role")), str(fields.pop("content"))
+    if any(name != value for name, value in fields.items()):
+        return None
+    return {("role", "content"): "messages", ("from", "value"): "conversations"}.get(pair)
+
+
+def mapping(value: Any, case: Case) -> Outcome:
+    """The fields of a turn. Without `field_messages` the turns are in the field `messages`, whatever their form."""
+    form = chat_form(case)
+    if form is None or case.chose("data.train"):
+        return records(value, case)
+    if form == "messages" or case.has("datasets.0.field_messages"):
+        return Translated(note="read with datasets.*.field_messages")
+    return Translated({"data.columns": {form: "messages"}})
+
+
 def chat_field(value: Any, case: Case) -> Outcome:
     """The field of a chat: OpenAI's messages, or ShareGPT's conversations."""
-    ours = "conversations" if case["datasets.0.message_property_mappings.role"] == "from" else "messages"
+    ours = chat_form(case)
+    if ours is None:
+        return records(value, case)
     if value == ours:
         return NoEffect(f"the field is {ours}, as here")
     return Translated({"data.columns": {ours: value}})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from trainspec.imports import trainer
 from trainspec.imports.settings import (
     By,
     Case,
@@ -24,7 +26,7 @@ from trainspec.imports.settings import (
 )
 from trainspec.imports.tool import Tool
 from trainspec.imports.trainer import NUMBERS, OTHERS
-from trainspec.imports.training import FILE, RECORDS, VALIDATION, records
+from trainspec.imports.training import FILE, PRECISION, RECORDS, VALIDATION, records
 
 SOURCE = "LLaMA-Factory ff6d4d1 (hparams/) and TrainingArguments, transformers 5.23.0"
 
@@ -66,8 +68,8 @@ def stage(value: Any, case: Case) -> Outcome:
 def packing(value: Any, case: Case) -> Outcome:
     """Packing whose records do not see one another is `neat_packing`; plain text is packed by default."""
     neat, is_text = case["neat_packing"], case["stage"] == "pt"
-    packs = bool(neat) or (is_text if value is None else bool(value))
-    if packs and not neat:
+    packs = case.choice("data.packing", bool(neat) or (is_text if value is None else bool(value)))
+    if packs and not neat and not case.chose("data.packing"):
         way_out = "--their packing=false" if is_text else "--their neat_packing=true"
         return Refused("packing where records see the ones before them", way_out)
     return Translated({"data.packing": packs, "data.too_long": "cut"})
@@ -102,6 +104,16 @@ def remat(value: Any, case: Case) -> Outcome:
 def random_weights(value: Any, case: Case) -> Outcome:
     """Whether training starts from random weights."""
     return Translated({"model.weights": "random" if value else "pretrained"})
+
+
+def bf16(value: Any, case: Case) -> Outcome:
+    """As the Trainer's. Without it and fp16 a frozen model keeps the type of its checkpoint (`model/patcher.py`)."""
+    outcome = trainer.bf16(value, case)
+    keeps_type = is_lora(case) and not value and not case.chose("precision.policy")
+    if not keeps_type or not isinstance(outcome, Translated):
+        return outcome
+    note = "differs: there the frozen model has the checkpoint's type; --their bf16=true if that is bfloat16"
+    return replace(outcome, note=note)
 
 
 def heldout(value: Any, case: Case) -> Outcome:
@@ -142,7 +154,7 @@ RECORDS_AND_LOSS = (
     Setting("template", By(template, "asked for: `--set data.chat_template=FILE`", ("data.chat_template",)), None),
     Setting("default_system", Same("data.system")),
     Setting("cutoff_len", By(cutoff, "`data.sequence_tokens`; one less with `neat_packing`", ("data.sequence_tokens",)), 2048),
-    Setting("packing", By(packing, "`data.packing`, `data.too_long`; refused without `neat_packing`", ("data.packing",)), None),
+    Setting("packing", By(packing, "`data.packing`, `data.too_long`; refused without `neat_packing`", ("data.packing", "data.too_long")), None),
     Setting("neat_packing", Read("packing")),
     Setting("train_on_prompt", By(loss_on, "`data.loss_on`: all or completion", ("data.loss_on",)), False),
     *only_off("the loss of the last turn alone", "mask_history", way_out="--drop mask_history, and `train: false` on turns of the records"),
@@ -223,9 +235,10 @@ FEATURES = (
 )  # fmt: skip
 
 _REPLACED = (
+    Setting("bf16", By(bf16, "`precision.policy`, `precision.reduce`; LoRA without it and fp16: a difference is named", PRECISION), False),
     Setting("gradient_checkpointing", Idle("disable_gradient_checkpointing says it")),
     Setting("activation_checkpointing", Idle("disable_gradient_checkpointing says it")),
-)
+)  # fmt: skip
 
 LLAMAFACTORY = Tool(
     name="LLaMA-Factory",

@@ -63,7 +63,8 @@ class WrongValue(Exception):
 
 def number(value: Any, *, least: float | None = None, most: float | None = None, whole: bool = False) -> Any:
     """The value, where it is a finite number. Raises WrongValue."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
         raise WrongValue(f"{format_theirs(value)} is not a number")
     if least is not None and value < least:
         raise WrongValue(f"{format_theirs(value)} is below {least:g}")
@@ -110,13 +111,21 @@ class Case:
         """Whether the user has set one of these settings of ours."""
         return any(key in self.answers.chosen for key in keys)
 
+    def choice(self, key: str, otherwise: Any) -> Any:
+        """What the user has set `key` of ours to, or what it is `otherwise`."""
+        return self.answers.chosen.get(key, otherwise)
+
 
 class Rule(Protocol):
     """What becomes of a setting's value."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The settings of ours that it decides; where the user has chosen one of them, the rule is not asked."""
+        """The settings of ours that it decides; the first is what theirs is about.
+
+        Those that the user has chosen are his. The rule decides the others, and is not asked where there are none, or
+        where one that is chosen stands for all (`tool.ALTERNATIVES`). What it refuses is replaced by a choice of the first.
+        """
         ...
 
     @property

@@ -21,6 +21,8 @@ from trainspec.imports.settings import (
 )
 
 Origin = Literal["given", "default", "replaced"]
+# Settings of ours of which a recipe has one: a choice of either stands for both.
+ALTERNATIVES = (("run.steps", "run.epochs"), ("schedule.warmup_steps", "schedule.warmup_ratio"))
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,14 @@ class Tool:
             return Line(name, value, NoEffect("belongs to a feature that is not in use"), "given")
         used = value if is_given else setting.default
         shown = None if isinstance(used, Question) else used
-        if chosen := [key for key in setting.rule.keys if case.chose(key)]:
-            return Line(name, shown, Translated(note=f"--set {', '.join(chosen)}"), "replaced")
+        keys = setting.rule.keys
+        chosen = [key for key in keys if case.chose(key)]
+        replaced = Line(name, shown, Translated(note=f"--set {', '.join(chosen)}"), "replaced")
+        if chosen and (len(chosen) == len(keys) or keys in ALTERNATIVES):
+            return replaced
         outcome = self._outcome(setting, used, case)
+        if isinstance(outcome, Refused) and chosen and chosen[0] == keys[0]:
+            return replaced
         if isinstance(outcome, Translated):
             ours = {key: value for key, value in outcome.ours.items() if not case.chose(key)}
             outcome = replace(outcome, ours=ours)

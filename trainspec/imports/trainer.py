@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from trainspec.imports import deepspeed, peft
@@ -24,6 +25,7 @@ from trainspec.imports.settings import (
 from trainspec.imports.tool import Tool
 from trainspec.imports.training import (
     CLIP_NORM,
+    END_OF_SCHEDULE,
     MEAN_OF_MEANS,
     NO_FP16,
     NO_MODEL,
@@ -43,7 +45,6 @@ from trainspec.imports.training import (
     sampling,
     schedule,
     steps,
-    steps_of_trainer,
     tf32,
     warmup_ratio,
     warmup_steps,
@@ -114,17 +115,23 @@ def dtype_of(name: str) -> By:
     return By(decide, "no effect, but for a full model updated in bfloat16: a difference is named")
 
 
+def count_updates(case: Case, examples: int, global_examples: int) -> int:
+    """Updates of a run (`Trainer.set_initial_training_values`): every epoch is rounded up to whole updates.
+
+    `dataloader_drop_last` drops what does not fill a pass over the devices, not what does not fill an update.
+    """
+    accumulation = number(case.ours.get("batch.accumulation", 1), least=1, whole=True)
+    pass_examples = max(1, global_examples // accumulation)
+    dropped = examples % pass_examples if case["dataloader_drop_last"] else 0
+    passes = -(-(examples - dropped) // pass_examples)
+    return math.ceil(case.number("num_train_epochs", least=0) * max(1, -(-passes // accumulation)))
+
+
 _BETAS, _BETA2 = betas("adam_beta1", "adam_beta2")
 _EPOCHS, _MAX_STEPS = steps(
     epochs="num_train_epochs",
     max_steps="max_steps",
-    count=lambda case, examples, batch_size: (
-        max(1, int(case.number("num_train_epochs", least=0) * (examples // batch_size)))
-        if case["dataloader_drop_last"]
-        else steps_of_trainer(
-            case.number("num_train_epochs", least=0), examples=examples, global_examples=batch_size
-        )
-    ),
+    count=count_updates,
     uneven="there they are an update of their own or are dropped, here the next epoch fills it up",
 )
 _LOGS = "what is printed, logged and reported"
@@ -160,8 +167,8 @@ NUMBERS = (
     Setting("optim", optimizer("optim"), "adamw_torch_fused"),
     *only_off("arguments of another optimizer", "optim_args", "optim_target_modules"),
     Setting("lr_scheduler_type", By(schedule, "`schedule.kind`, `schedule.final_ratio`: linear, cosine, cosine_with_min_lr, constant, constant_with_warmup", ("schedule.kind", "schedule.final_ratio")), "linear"),
-    Setting("lr_scheduler_kwargs.min_lr_rate", Read("lr_scheduler_type")),
-    Setting("lr_scheduler_kwargs.min_lr", Read("lr_scheduler_type")),
+    Setting("lr_scheduler_kwargs.min_lr_rate", END_OF_SCHEDULE),
+    Setting("lr_scheduler_kwargs.min_lr", END_OF_SCHEDULE),
     Setting("lr_scheduler_kwargs.num_cycles", Only("another number of waves of the cosine", (0.5,))),
     Setting("lr_scheduler_kwargs", Only("arguments of the schedule")),
     Setting("warmup_steps", By(warmup_steps, "`schedule.warmup_steps`, or below 1 `schedule.warmup_ratio`", WARMUP), 0),
@@ -187,7 +194,7 @@ OTHERS = (
     *only_off("apex or SageMaker", "fp16_opt_level", "mp_parameters", "sharded_ddp", way_out="--drop it"),
     Setting("accelerator_config.split_batches", Only("a global batch given as a device's")),
     Setting("split_batches", Only("a global batch given as a device's")),
-    Setting("fsdp", By(fsdp, "`plan.shards`: params, or gradients for shard_grad_op")),
+    Setting("fsdp", By(fsdp, "`plan.shards`: params, or gradients for shard_grad_op", ("plan.data", "plan.fsdp"))),
     *idle("how FSDP wraps, loads and moves; the numbers are the same", "fsdp_config.*", "fsdp_config", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap"),
     Setting("deepspeed", Read("deepspeed.*")),
     *deepspeed.SETTINGS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +109,12 @@ def batch(*, per_device: str, accumulation: str) -> By:
     )
 
 
-def steps_of_trainer(epochs: float, *, examples: int, global_examples: int) -> int:
-    """Updates of the Trainer: every epoch is rounded up to whole updates (`Trainer.set_initial_training_values`)."""
-    return math.ceil(Fraction(str(epochs)) * max(1, -(-examples // global_examples)))
-
-
 def steps(
     *, epochs: str, max_steps: str, count: Callable[[Case, int, int], int], uneven: str
 ) -> tuple[By, By]:
     """The rules of `epochs` and `max_steps`. `count(case, examples, global_examples)` is the tool's own number of updates.
 
+    It multiplies in floating point, as the tools do: 1.1 epochs of 100 updates are 110.00000000000001, rounded up 111.
     `uneven` says what happens there to the examples that do not fill an update.
     """
     keys = ("run.steps", "run.epochs")
@@ -135,14 +130,14 @@ def steps(
             )
         if batch_size is None:
             return Question(DEVICES, f"the updates of {epochs}={value} depend on the global batch")
+        batch_size = number(batch_size, least=1, whole=True)
         left = examples % batch_size
         note = f"differs: {left} of the {examples} examples do not fill an update; {uneven}" if left else ""
-        updates = count(case, examples, batch_size)
-        if updates > LARGEST:
+        if examples > LARGEST or number(value, least=0) * examples > LARGEST:
             return Refused(
                 f"{epochs}={value}: more updates than can be counted", "less, or --set run.steps=N"
             )
-        return Translated({"run.steps": updates}, note)
+        return Translated({"run.steps": count(case, examples, batch_size)}, note)
 
     def of_steps(value: Any, case: Case) -> Outcome:
         return (
@@ -205,6 +200,20 @@ def schedule(value: Any, case: Case) -> Outcome:
     )
 
 
+def end_of_schedule(value: Any, case: Case) -> Outcome:
+    """The rate at the end, an argument of one schedule alone."""
+    if case["lr_scheduler_type"] == "cosine_with_min_lr":
+        return Translated(note="read with lr_scheduler_type")
+    return Refused("min_lr without cosine_with_min_lr", "--their lr_scheduler_type=cosine_with_min_lr")
+
+
+END_OF_SCHEDULE = By(
+    end_of_schedule,
+    "read with `lr_scheduler_type=cosine_with_min_lr`; else refused",
+    ("schedule.final_ratio",),
+)
+
+
 def betas(first: str, second: str) -> tuple[By, By]:
     """The rules of the two decay rates of the moments."""
 
@@ -259,20 +268,26 @@ def optimizer(name: str) -> By:
 
 
 def precision(value: Any, case: Case) -> Outcome:
-    """bf16, or float32. Under DeepSpeed gradients are summed in bfloat16 unless it says otherwise."""
-    policy = "bf16" if value in (True, "auto", "full") else "fp32"
-    return Translated({"precision.policy": policy, "precision.reduce": summed_in(policy, case)})
+    """bf16, or float32. Under DeepSpeed gradients are summed in bfloat16 unless it says otherwise.
+
+    The Trainer reads `fsdp_config` only where `fsdp` is on.
+    """
+    policy = case.choice("precision.policy", "bf16" if value in (True, "auto", "full") else "fp32")
+    reduce = summed_in(policy, case, is_fsdp=bool(case["fsdp"]))
+    return Translated({"precision.policy": policy, "precision.reduce": reduce})
 
 
-def summed_in(policy: str, case: Case) -> str:
+def summed_in(policy: str, case: Case, *, is_fsdp: bool) -> str:
     """The type in which gradients are summed over microbatches and devices.
 
     Under autocast that is the weights', float32. DeepSpeed takes the type of the computation unless `data_types` says
     otherwise (`DeepSpeedEngine.get_data_types`), and accelerate has FSDP reduce in it
     (`FullyShardedDataParallelPlugin.set_mixed_precision`).
     """
+    if policy == "fp64":
+        return policy
     in_fp32 = case["deepspeed.data_types.grad_accum_dtype"] in ("fp32", "float32")
-    is_engine = case.has("deepspeed") or bool(case["fsdp"]) or case.has("fsdp_config")
+    is_engine = case.has("deepspeed") or is_fsdp
     return "bf16" if policy == "bf16" and is_engine and not in_fp32 else "fp32"
 
 
@@ -280,22 +295,31 @@ PRECISION = ("precision.policy", "precision.reduce")
 NO_FP16 = "float16 with a scaled loss"
 
 
+# The axes of a plan: it needs as many devices as their product.
+AXES = ("plan.data", "plan.fsdp", "plan.tensor", "plan.pipe")
+
+
 def plan(shards_of: Callable[[Case], str]) -> Setting:
-    """The entry that spreads the run over `--devices`; `shards_of(case)` is what the tool shards."""
+    """The entry that spreads the run over `--devices`; `shards_of(case)` is what the tool shards.
+
+    Where the user chooses an axis of the plan, the others have the devices that are left.
+    """
 
     def decide(value: Any, case: Case) -> Outcome:
-        devices, shards = case.answers.devices, shards_of(case)
+        devices, shards, note = case.answers.devices, case.choice("plan.shards", shards_of(case)), ""
         assert devices is not None  # else the default asks
-        if devices == 1:
-            return Translated({"plan.data": 1, "plan.fsdp": 1, "plan.shards": "nothing"})
-        if shards == "nothing" and case.ours.get("precision.policy") != "bf16":
-            return Translated({"plan.data": devices, "plan.fsdp": 1, "plan.shards": "nothing"})
-        if shards == "nothing":
-            return Translated(
-                {"plan.data": 1, "plan.fsdp": devices, "plan.shards": "optimizer"},
-                "replicas, whose optimizer is sharded as DeepSpeed's bf16 needs it: the same updates",
-            )
-        return Translated({"plan.data": 1, "plan.fsdp": devices, "plan.shards": shards})
+        is_bf16 = case.ours.get("precision.policy") == "bf16"
+        if shards == "nothing" and is_bf16 and not case.chose("plan.shards"):
+            shards = "optimizer"
+            note = "replicas, whose optimizer is sharded as DeepSpeed's bf16 needs it: the same updates"
+        sizes = {axis: number(case.choice(axis, 1), least=1, whole=True) for axis in AXES}
+        order = ("plan.data", "plan.fsdp") if shards == "nothing" else ("plan.fsdp", "plan.data")
+        if free := [axis for axis in order if not case.chose(axis)]:
+            sizes[free[0]] = max(1, devices // math.prod(sizes.values()))
+        if sizes["plan.fsdp"] == 1:
+            shards, note = "nothing", ""
+        spread = {"plan.data": sizes["plan.data"], "plan.fsdp": sizes["plan.fsdp"]}
+        return Translated({**spread, "plan.shards": shards}, note)
 
     keys = ("plan.data", "plan.fsdp", "plan.shards")
     page = "`plan.data`, or `plan.fsdp` and `plan.shards` where ZeRO or FSDP shards"

@@ -23,7 +23,16 @@ from trainspec.imports.settings import (
 )
 from trainspec.imports.tool import Tool
 from trainspec.imports.trainer import BESIDE, NUMBERS, OTHERS, bf16, dtype_of
-from trainspec.imports.training import NO_RECORDS, PRECISION, RECORDS, REMAT, SPECIAL_TOKEN, source, template
+from trainspec.imports.training import (
+    NO_RECORDS,
+    PRECISION,
+    RECORDS,
+    REMAT,
+    SPECIAL_TOKEN,
+    records,
+    source,
+    template,
+)
 
 SOURCE = "SFTConfig, trl f2cd577, transformers 5.23.0"
 _MODEL_CONFIG, _SCRIPT = "ModelConfig, trl f2cd577", "ScriptArguments, trl f2cd577"
@@ -44,8 +53,10 @@ def is_peft(case: Case) -> bool:
 
 
 def target_modules(value: Any, case: Case) -> Outcome:
-    """A list of one element is taken for a pattern by ModelConfig; a single name means the same both ways."""
-    return Translated({"method.targets": peft.targets(value)})
+    """A list of one element is taken for a pattern by ModelConfig, or for all-linear; a name means the same both ways."""
+    return Translated(
+        {"method.targets": peft.targets(value[0] if isinstance(value, list) and len(value) == 1 else value)}
+    )
 
 
 def data_set(value: Any, case: Case) -> Outcome:
@@ -57,8 +68,10 @@ def data_set(value: Any, case: Case) -> Outcome:
         )
     split = case["dataset_train_split"]
     named = source(str(value))
-    return Translated(
-        {"data.train": f"{named}:{split}" if named.startswith("hub:") and split != "train" else named}
+    if split == "train":
+        return Translated({"data.train": named})
+    return (
+        Translated({"data.train": f"{named}:{split}"}) if named.startswith("hub:") else records(value, case)
     )
 
 
@@ -76,10 +89,10 @@ def loss_on(value: Any, case: Case) -> Outcome:
 
 def packing(value: Any, case: Case) -> Outcome:
     """Packing whose records do not see one another: best fit, with or without splitting."""
-    strategy = case["packing_strategy"]
-    if not value:
+    strategy, packs = case["packing_strategy"], case.choice("data.packing", bool(value))
+    if not packs:
         return Translated({"data.packing": False, "data.too_long": "cut"})
-    if strategy not in ("bfd", "bfd_split", "bfd-requeue"):
+    if strategy not in ("bfd", "bfd_split", "bfd-requeue") and not case.chose("data.packing"):
         return Refused(f"packing by {strategy}", "--their packing_strategy=bfd")
     return Translated({"data.packing": True, "data.too_long": "cut" if strategy == "bfd" else "split"})
 
@@ -93,7 +106,7 @@ def max_length(value: Any, case: Case) -> Outcome:
 
 def text_field(value: Any, case: Case) -> Outcome:
     """The field of plain text."""
-    if value == "text" or case.chose("data.columns"):
+    if value == "text" or case.chose("data.columns") or case.choice("data.task", "text") != "text":
         return NoEffect(
             "the field `text` is that of plain text, there as here; with it give --set data.task=text"
         )
@@ -125,10 +138,10 @@ RECORDS_AND_LOSS = (
     Setting("dataset_name", By(data_set, "`data.train`: hub:NAME:SPLIT", ("data.train",)), NO_RECORDS),
     Setting("dataset_train_split", Read("dataset_name"), "train", _SCRIPT, lambda case: case.has("dataset_name")),
     Setting("dataset_config", Read("dataset_name")),
-    Setting("dataset_text_field", By(text_field, "`data.task`, `data.columns`", ("data.task",))),
+    Setting("dataset_text_field", By(text_field, "`data.task`, `data.columns`", ("data.task", "data.columns"))),
     Setting("max_length", By(max_length, "`data.sequence_tokens`", ("data.sequence_tokens",)), 1024, null_is_value=True, applies=lambda case: not case.has("max_seq_length")),
     Setting("max_seq_length", Same("data.sequence_tokens")),
-    Setting("packing", By(packing, "`data.packing`, `data.too_long`", ("data.packing",)), False),
+    Setting("packing", By(packing, "`data.packing`, `data.too_long`", ("data.packing", "data.too_long")), False),
     Setting("packing_strategy", Read("packing"), "bfd"),
     Setting("completion_only_loss", By(loss_on, "`data.loss_on`; asked for where neither it nor `assistant_only_loss` says", ("data.loss_on",)), None),
     Setting("assistant_only_loss", Read("completion_only_loss")),
