@@ -432,6 +432,31 @@ def test_axolotls_updates_are_counted_as_it_does(tmp_path: Path, settings: str, 
     assert tool_recipe(tmp_path, text, "--devices 1 --examples 100").ours["run.steps"] == steps
 
 
+def test_what_deepspeeds_file_leaves_out_is_deepspeeds_own(tmp_path: Path):
+    """Only `auto` is what the training arguments say: without the key DeepSpeed clips at 1 and accelerate does not accumulate."""
+    zero = {"zero_optimization": {"stage": 2}}
+    recipe_of(tmp_path, ON_ONE, {"ds": zero}).recipe()
+    for name, key, value in (
+        ("max_grad_norm", "gradient_clipping", 0.3),
+        ("max_grad_norm", "gradient_clipping", 0),
+        ("gradient_accumulation_steps", "gradient_accumulation_steps", 4),
+    ):
+        recipe_of(tmp_path, ON_ONE, {"ds": zero | {key: "auto"}}, **{name: value}).recipe()
+        with pytest.raises(RecipeError, match=rf"refused: deepspeed\.{key}: 1"):
+            recipe_of(tmp_path, ON_ONE, {"ds": zero}, **{name: value}).recipe()
+        recipe_of(tmp_path, f"{ON_ONE} --their deepspeed.{key}=auto", {"ds": zero}, **{name: value}).recipe()
+    (tmp_path / "ds.json").unlink()
+    assert recipe_of(tmp_path, ON_ONE, max_grad_norm=0.3).ours["optimizer.clip_norm"] == 0.3
+
+
+def test_a_chosen_batch_takes_the_place_of_deepspeeds(tmp_path: Path):
+    zero = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 8, "train_batch_size": 8}
+    chosen = recipe_of(tmp_path, f"{ON_ONE} --set batch.global_examples=64", {"ds": zero})
+    assert chosen.recipe().batch.global_examples == 64
+    with pytest.raises(RecipeError, match="refused: deepspeed"):
+        recipe_of(tmp_path, ON_ONE, {"ds": zero}, per_device_train_batch_size=64).recipe()
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "differs"),
     [
@@ -447,6 +472,16 @@ def test_a_frozen_model_without_bf16_is_named(tmp_path: Path, settings: str, opt
     result = tool_recipe(tmp_path, text, f"{OF_LLAMAFACTORY} {options}")
     result.recipe()
     assert ("bf16" in [line.name for line in result.differences()]) == differs
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"), [("task_type", "CAUSAL_LM", "SEQ_CLS"), ("revision", "main", "v2")]
+)
+def test_an_adapter_of_another_task_or_revision_is_refused(tmp_path: Path, name: str, good: str, bad: str):
+    for value in (good, None):
+        recipe_of(tmp_path, ON_ONE, {"adapter_config": {"peft_type": "LORA", name: value}}).recipe()
+    with pytest.raises(RecipeError, match=rf"refused: adapter_config\.{name}"):
+        recipe_of(tmp_path, ON_ONE, {"adapter_config": {"peft_type": "LORA", name: bad}}).recipe()
 
 
 ODD = ("x", -1, 0, 1e308, True, [], ["x"], {}, None, "auto")

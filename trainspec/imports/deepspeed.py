@@ -37,6 +37,11 @@ def stage(case: Case) -> int | None:
     return (value if value in tuple(ZERO) else 0) if case.has("deepspeed") else None
 
 
+def is_used(case: Case) -> bool:
+    """Whether there is a DeepSpeed file: what it leaves out is then not what the training arguments say."""
+    return any(name.startswith("deepspeed.") for name in case.given)
+
+
 def agrees(key: str, *, element: int | None = None) -> By:
     """`auto`, or the value that the Trainer's own setting has given `key`: with another one the Trainer does not start."""
 
@@ -57,7 +62,7 @@ def agrees(key: str, *, element: int | None = None) -> By:
 def micro_batch(value: Any, case: Case) -> Outcome:
     """Examples of one device and pass."""
     devices = case.answers.devices
-    if value == "auto" or devices is None:
+    if value == "auto" or devices is None or case.chose("batch.global_examples", "batch.accumulation"):
         return Translated(note="with batch.global_examples")
     whole, parts = case.ours.get("batch.global_examples", 0), case.ours.get("batch.accumulation", 1) * devices
     if number(value) * parts == whole:
@@ -144,8 +149,16 @@ SETTINGS = within(
         Setting(
             "train_micro_batch_size_per_gpu", By(micro_batch, "as the global batch; `auto`, or the same")
         ),
-        Setting("gradient_accumulation_steps", agrees("batch.accumulation")),
-        Setting("gradient_clipping", agrees("optimizer.clip_norm")),
+        Setting(
+            "gradient_accumulation_steps",
+            agrees("batch.accumulation"),
+            1,
+            "DeepSpeedPlugin, accelerate",
+            is_used,
+        ),
+        Setting(
+            "gradient_clipping", agrees("optimizer.clip_norm"), 1.0, "GRADIENT_CLIPPING_DEFAULT", is_used
+        ),
         Setting("bf16.enabled", By(bf16, "as `precision.policy`; `auto`, or the same")),
         Setting("bfloat16.enabled", By(bf16, "as `precision.policy`; `auto`, or the same")),
         Setting(

@@ -156,9 +156,9 @@ SETTINGS = within(
             "inference_mode",
             "auto_mapping",
             "peft_version",
-            "revision",
-            "task_type",
         ),
+        Setting("task_type", Only("a model that writes no text", ("CAUSAL_LM",))),
+        Setting("revision", Only("another revision of the model", ("main",))),
         *idle("model.from says it", "base_model_name_or_path"),
         Setting("num_virtual_tokens", Same("method.virtual_tokens"), applies=_VIRTUAL),
         Setting(
