@@ -5,7 +5,7 @@
 
 Draws faults from the registry by the seed, each with a backend that it is planted in, and writes OUT/cases.txt: for each
 what the report says (first divergence and diagnosis), under a number. Which fault it is stands in OUT/key.json alone.
-With --from the reports are those of an earlier `parity faults --out DIR`; otherwise the faults are trained.
+With --from the reports are those of an earlier `parity faults --out DIR` of the same code; otherwise the faults are trained.
 
 `--score` compares with the key: the line that the diagnosis names first, and that of the cause which it says looks the same.
 A reader's own answers are scored with --answers: a file with a line `NUMBER LINE` for each case, LINE being that of
@@ -29,8 +29,9 @@ from parity.diagnosis.cause import Contract
 from parity.diagnosis.causes import CAUSES
 from parity.faults import FAULTS
 from parity.faults.fault import Fault
-from parity.faults.results import FILE, entry_of
+from parity.faults.results import entries_in, entry_of
 from parity.faults.run import BACKENDS, run_faults
+from trainspec.errors import EXIT_USER_ERROR, UserError
 from trainspec.plans.plan import Backend, Policy
 
 CONTRACT = Path(__file__).parent.parent / "docs/numerics.md"
@@ -92,8 +93,7 @@ def reports(drawn: Sequence[Drawn], precision: Policy, kept: Path | None, out: P
     """The entry of faults.json for each drawn fault: kept ones, or made now."""
     entries: dict[tuple[str, str], dict[str, Any]] = {}
     if kept is not None:
-        stored = json.loads((kept / FILE).read_text(encoding="utf-8"))["results"]
-        entries = {(e["fault"], e["backend"]): e for e in stored if e["precision"] == precision}
+        entries = {(e["fault"], e["backend"]): e for e in entries_in(kept) if e["precision"] == precision}
     else:
         for backend in BACKENDS:
             faults = [fault for fault, b in drawn if b == backend]
@@ -101,7 +101,7 @@ def reports(drawn: Sequence[Drawn], precision: Policy, kept: Path | None, out: P
             entries |= {(o.fault.name, o.backend): entry_of(o) for o in outcomes}
     missing = [f"{fault.name} ({b})" for fault, b in drawn if (fault.name, b) not in entries]
     if missing:
-        sys.exit(f"no result of {', '.join(missing)} in {precision} under {kept}")
+        raise UserError(f"--from {kept}: no result of {', '.join(missing)} in {precision}")
     return [entries[fault.name, b] for fault, b in drawn]
 
 
@@ -153,6 +153,17 @@ def main() -> int:
     args = parser.parse_args()
     if args.score:
         return score(args.score, args.answers)
+    try:
+        return write(args)
+    except UserError as error:
+        print(f"blind_diagnosis: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def write(args: argparse.Namespace) -> int:
+    """Draw cases; write what their reports say, and the key."""
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: draw at least 1")
     drawn = draw(args.seed, args.count, args.precision)
     args.out.mkdir(parents=True, exist_ok=True)
     entries = reports(drawn, args.precision, args.kept, args.out)

@@ -8,10 +8,12 @@ of model, a method, a length, an accumulation and a seed, so that all of them us
 weights, those of `scripts/make_demo_model.py` after 0 to 200 steps (after 40, attention is still nearly uniform: there
 rounding is amplified the most), and in how rows are filled. Every case is judged a second time with thirty times its rounding,
 which must fail. A seed draws the cases: seeds whose cases were looked at while bounds were chosen are run with `--purpose find`,
-others test them.
+others test them. A seed has one purpose, whatever the precision and the code; once a test has failed and its bounds are mended,
+other seeds test them.
 
-Every case's result is appended to DIR/results.jsonl, and a case that is there is not run again. The traces of a case that fails
-are kept. Exit code 1 after a false alarm, or where thirty times the rounding passes.
+Every case's result is appended to DIR/results.jsonl with the digest of the code that made it, and a case that is there is not run
+again by the same code. The page keeps results of different code apart. The traces of a case that fails are kept. Exit code 1
+after a false alarm, or where thirty times the rounding passes.
 """
 
 from __future__ import annotations
@@ -24,21 +26,23 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from false_alarms_page import SHOWN, Record, largest, number, page
+from false_alarms_page import KEYS, SHOWN, Record, largest, number, page
 from numpy.typing import NDArray
 
 from parity.comparison.compare import Comparison, compare
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
 from parity.comparison.tolerance import Bounds, CheckedPair
+from parity.faults.results import sources
 from parity.many import CheckRequest, RunPair, make_runs
 from parity.runs.fixture import METHODS
 from parity.runs.sides import Side
+from trainspec.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
 
 ROOT = Path(__file__).parent.parent
 MODEL_SCRIPT = ROOT / "scripts/make_demo_model.py"
@@ -114,8 +118,8 @@ class Amplified:
         ]
 
 
-def main() -> None:
-    """Draw the cases, check those that were not, and print what they use; or write the page."""
+def main() -> int:
+    """Draw the cases, check those that were not, and print what they use; or write the page. Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--precision", choices=POLICIES, default="fp32")
@@ -128,13 +132,35 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
-    if arguments.page:
-        arguments.page.write_text(page(read(out)), encoding="utf-8")
-        return
+    try:
+        if arguments.page:
+            arguments.page.write_text(page(read(out), sources()), encoding="utf-8")
+            return EXIT_DONE
+        return run(arguments, out)
+    except UserError as error:
+        print(f"false_alarms: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def run(arguments: argparse.Namespace, out: Path) -> int:
+    """Draw the cases, check those that were not, and print what they use."""
+    if min(arguments.groups, arguments.each) < 1:
+        raise UserError("--groups and --each: at least 1")
+    asked: Record = {
+        "sources": sources(),
+        "purpose": arguments.purpose,
+        "precision": arguments.precision,
+        "drawn_by": arguments.seed,
+        "updates": STEPS,
+    }
+    before = read(out)
+    if any(r["drawn_by"] == asked["drawn_by"] and r["purpose"] != asked["purpose"] for r in before):
+        raise UserError(
+            f"--seed {arguments.seed} --purpose {arguments.purpose}: the seed has the other purpose in {out}; choose another seed"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    asked = {"purpose": arguments.purpose, "precision": arguments.precision, "drawn_by": arguments.seed}
     groups = drawn(arguments.groups, arguments.each, arguments.seed, arguments.precision)
-    known = {record["name"] for record in read(out) if asked.items() <= record.items()}
+    known = {record["name"] for record in before if asked.items() <= record.items()}
     missing = [left for group in groups if (left := [case for case in group if str(case) not in known])]
     for batch in batches(missing):
         for record in checked(batch, arguments.precision, out):
@@ -143,7 +169,8 @@ def main() -> None:
             print("\n".join(lines(record)), flush=True)
     records = [record for record in read(out) if asked.items() <= record.items()]
     print("\n".join(summary(records)))
-    sys.exit(0 if all(r["verdict"] == "pass" and not r["control_passes"] for r in records) else 1)
+    good = all(r["verdict"] == "pass" and not r["control_passes"] for r in records)
+    return EXIT_DONE if good else EXIT_FAILED
 
 
 def drawn(groups: int, each: int, seed: int, precision: Low) -> list[list[Case]]:
@@ -155,7 +182,7 @@ def drawn(groups: int, each: int, seed: int, precision: Low) -> list[list[Case]]
 
     def dealt(values: Sequence[Any], count: int, order: np.random.Generator) -> list[Any]:
         rounds = [order.permutation(len(values)) for _ in range(-(-count // len(values)))]
-        return [values[i] for i in np.concatenate(rounds)[:count]]
+        return [values[i] for i in chain(*rounds)][:count]
 
     def of_precision(values: Sequence[Any], count: int = groups) -> list[Any]:
         start = count * POLICIES.index(precision)
@@ -317,11 +344,15 @@ def data(case: Case, out: Path) -> Path:
 
 
 def read(out: Path) -> list[Record]:
-    """The records of earlier runs."""
+    """The records of earlier runs. Raises UserError for one that does not say by which code and how it was made."""
     path = out / "results.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    )
+    records: list[Record] = []
+    for row, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), 1):
+        record = json.loads(line)
+        if missing := [key for key in KEYS if key not in record]:
+            raise UserError(f"{path}:{row}: the record has no {missing[0]}; move the file away")
+        records.append(record)
+    return records
 
 
 def lines(record: Record) -> list[str]:
@@ -348,4 +379,4 @@ def summary(records: Sequence[Record]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
 
+from trainspec.errors import UserError
+
 Record = dict[str, Any]
+# What a record says of its making: a digest of the code, the seed's purpose, the precision, the seed, the number of updates.
+KEYS = ("sources", "purpose", "precision", "drawn_by", "updates")
+# Digits of a digest that a reader sees.
+DIGITS = 8
 SHOWN = ("loss", "gradient", "grad_norm", "clip", "moment1", "moment2", "update")
 PROPERTIES = {
     "trained": "steps trained before",
@@ -22,13 +27,16 @@ PROPERTIES = {
 INTRODUCTION = """\
 # False alarms: what clean runs use of their bounds
 
-Checks in fp32 and bf16 of JAX against torch where nothing is wrong, two updates each: a share of a bound above 1 is a false
-alarm. Models are those of `scripts/make_demo_model.py` after 0 to 200 steps; each case has its method, rows, seed and data drawn.
-Cases were run with one set of seeds to find what bounds lack, and with others to test them. The errors that were made, times
+Checks of JAX against torch where nothing is wrong: a share of a bound above 1 is a false alarm. Models are those of
+`scripts/make_demo_model.py` after 0 to 200 steps; each case has its method, rows, seed and data drawn. Cases were run with one
+set of seeds to find what bounds lack, and with others to test them; no seed is in both. The errors that were made, times
 thirty, are judged by the same bounds, and must fail in every phase of many numbers (gradient, moments, update); a single number,
 such as the loss, may be right by chance. Made by `python benchmarks/false_alarms.py --seed S --precision P --groups G --each E
 --purpose find|test` for every row of the first table, and `--page docs/false-alarms.md`. What each bound is:
 [numerics.md](numerics.md).
+
+A run is of the code whose digest begins as its row says (`sources()` of `parity/faults/results.py`). The tables after the first
+are of the runs made to test with {code}, the code that this page was written by.
 """
 
 
@@ -49,42 +57,59 @@ def share_of(record: Record, phase: str) -> float:
     return np.inf if share is None else share
 
 
-def page(records: Sequence[Record]) -> str:
-    """The page of docs/ that holds the results."""
+def page(records: Sequence[Record], now: str) -> str:
+    """The page of docs/ that holds the results; `now` is the digest of this code.
+
+    Raises UserError where no test is of this code, or a seed has two purposes.
+    """
+    purposes = {(r["drawn_by"], r["purpose"]) for r in records}
+    if both := sorted(seed for seed, purpose in purposes if purpose == "find" and (seed, "test") in purposes):
+        raise UserError(f"--page: seed {both[0]} was run both to find and to test; remove the tests with it")
     # Where rows are shorter than every text, packed ones and padded ones are the same: such runs count once.
-    different = {json.dumps([r["precision"], r["purpose"], r["used"], r["times_30"]]): r for r in records}
+    different = {json.dumps([[r[key] for key in KEYS], r["used"], r["times_30"]]): r for r in records}
     records = list(different.values())
-    tested = [record for record in records if record["purpose"] == "test"]
-    parts = [INTRODUCTION, runs_table(records), *alarms(records), phases_table(tested), trained_table(tested)]
+    tested = [r for r in records if (r["purpose"], r["sources"]) == ("test", now)]
+    if not tested:
+        raise UserError("--page: there are no tests of this code; run some with --purpose test")
+    introduction = INTRODUCTION.format(code=short(now))
+    parts = [introduction, runs_table(records), *alarms(records), phases_table(tested), trained_table(tested)]
     return "\n".join(parts)
 
 
+def short(digest: str) -> str:
+    """The digest of code as the page has it."""
+    return f"`{digest[:DIGITS]}`"
+
+
 def runs_table(records: Sequence[Record]) -> str:
-    """How many runs were made, to find and to test, and how many of them failed."""
+    """How many runs were made by each code, to find and to test, and how many of them failed; the newest code last."""
     rows = [
-        "| made to | precision | seeds | runs | false alarms | thirty times the rounding passes |",
-        "|---|---|---|---|---|---|",
+        "| code | made to | precision | updates | seeds | runs | false alarms | thirty times the rounding passes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for purpose, precision in product(("find", "test"), ("fp32", "bf16")):
-        mine = [r for r in records if (r["purpose"], r["precision"]) == (purpose, precision)]
-        seeds = ", ".join(map(str, sorted({r["drawn_by"] for r in mine}))) or "–"
+    parts: dict[tuple[Any, ...], list[Record]] = {}
+    for r in records:
+        parts.setdefault((r["sources"], r["purpose"], r["precision"], r["updates"]), []).append(r)
+    for (code, purpose, precision, updates), mine in parts.items():
+        seeds = ", ".join(map(str, sorted({r["drawn_by"] for r in mine})))
         alarms, blind = (
             sum(r["verdict"] != "pass" for r in mine),
             sum(bool(r["control_passes"]) for r in mine),
         )
-        rows.append(f"| {purpose} | {precision} | {seeds} | {len(mine)} | {alarms} | {blind} |")
+        made = f"{short(code)} | {purpose} | {precision} | {updates} | {seeds}"
+        rows.append(f"| {made} | {len(mine)} | {alarms} | {blind} |")
     return "\n".join([*rows, ""])
 
 
 def alarms(records: Sequence[Record]) -> list[str]:
-    """Each false alarm, with its first divergence under the bounds of its time."""
+    """Each false alarm, with its code and its first divergence."""
     rows = [
-        f"- {r['precision']}, made to {r['purpose']}: {r['name']}: {r['first']}."
+        f"- {short(r['sources'])}, {r['precision']}, made to {r['purpose']}: {r['name']}: {r['first']}."
         for r in records
         if r["verdict"] != "pass"
     ]
     return (
-        ["\n".join(["False alarms, under the bounds that were there when the run was made:", "", *rows, ""])]
+        ["\n".join(["False alarms, under the bounds of the code that is named:", "", *rows, ""])]
         if rows
         else []
     )

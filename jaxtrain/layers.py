@@ -151,7 +151,7 @@ def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Arra
     grouped = q_BSHD.reshape(B, S, K, H // K, D)
     scores_dtype = accumulation_dtype(q_BSHD.dtype)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=scores_dtype) * D**-0.5
-    scores = rounded(scores, "wide", sums=Sums(total=D, back_factor=group_queries))
+    scores = rounded(scores, "wide", sums=Sums(total=D, back_factor=max(keys, group_queries)))
     scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
     shares = rounded(softmax(scores).astype(v_BSKD.dtype), sums=Sums(factor=keys, back_total=D))
     mixed = jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD)

@@ -33,10 +33,12 @@ def main() -> None:
         return
     extras = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
-        subprocess.run([*command, *extras["vocabularies"]], check=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*command, "--dest", scratch, *extras["vocabularies"]], check=False)
         for wheel in Path(scratch).glob("*.whl"):
             keep(wheel, out)
+    if missing := [name for _, name in FILES.values() if not (out / name).is_file()]:
+        sys.exit(f"{out}: pip fetched no wheel with {', '.join(missing)}")
 
 
 def keep(wheel: Path, out: Path) -> None:

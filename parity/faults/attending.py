@@ -29,8 +29,8 @@ FAULTS = (
             "torch": (
                 Edit(
                     "torchtrain.step:_inputs",
-                    "__visible if __window is None else in_window(__visible, __positions, __window)",
-                    f"in_window(__visible, __positions, {REACH})",
+                    "attention_mask(__segments)",
+                    f"in_window(__it, positions_BT, {REACH})",
                 ),
             ),
         },

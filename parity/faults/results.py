@@ -105,17 +105,22 @@ def collected(directories: Iterable[Path]) -> list[Result]:
     Raises UserError where they are of other code, or where the registry has a fault without a result in a precision of which
     there are results.
     """
-    now, found = sources(), {}
+    found = {}
     for directory in directories:
-        stored = _read(directory)
-        if stored["sources"] != now:
-            raise UserError(
-                f"--from {directory}: its results are of other code than this; run parity faults --out {directory} again"
-            )
-        for entry in stored["results"]:
+        for entry in entries_in(directory):
             result = Result(**{name: entry[name] for name in Result.__dataclass_fields__})
             found[result.fault, result.backend, result.precision] = result
     return list(_in_order(found))
+
+
+def entries_in(directory: Path) -> list[dict[str, Any]]:
+    """The entries of a directory's faults.json. Raises UserError where they are of other code than this."""
+    stored = _read(directory)
+    if stored["sources"] != sources():
+        raise UserError(
+            f"--from {directory}: its results are of other code than this; run parity faults --out {directory} again"
+        )
+    return stored["results"]
 
 
 def _in_order(found: Mapping[tuple[str, str, str], Result]) -> Iterable[Result]:

@@ -193,6 +193,11 @@ def _train(backend: Backend, faults: Sequence[Fault], recipes: Mapping[str, Reci
     crashes: Crashes = {
         (backend, fault.name): result.wrong for fault, result in results if result.wrong is not None
     }
+    crashes |= {
+        (backend, fault.name): "the clean run that it resumes failed"
+        for fault in faults
+        if fault.setup in stopped and fault.source
+    }
     for fault in second:
         home = home_of(out, backend, fault)
         if (backend, fault.name) not in crashes:

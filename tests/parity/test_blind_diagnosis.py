@@ -83,5 +83,23 @@ def test_a_reader_sees_no_name_and_is_scored_by_lines(kept: Path, capsys, monkey
     assert "20 of 20 answers" in capsys.readouterr().out
     answers.write_text("".join(f"{n} 1\n" for n in range(1, 21)))
     assert run("--score", str(out), "--answers", str(answers)) == 1
-    with pytest.raises(SystemExit, match="no result of "):
-        run("--seed", "6", "--from", str(kept), "--out", str(out))
+
+
+def test_what_cannot_be_drawn_is_refused_in_one_line(kept: Path, capsys, monkeypatch):
+    def said(*words: str) -> str:
+        argv = ["blind_diagnosis.py", "--from", str(kept), "--out", str(kept / "out"), *words]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert BLIND.main() == 2
+        shown = capsys.readouterr()
+        assert not shown.out
+        assert shown.err.count("\n") == 1
+        return shown.err
+
+    assert "no result of " in said("--seed", "6")
+    assert "--count 0: draw at least 1" in said("--seed", "5", "--count", "0")
+    stored = json.loads((kept / "faults.json").read_text())
+    (kept / "faults.json").write_text(json.dumps(stored | {"sources": stored["sources"][::-1]}))
+    assert "of other code than this" in said("--seed", "5")
+    (kept / "faults.json").unlink()
+    assert "missing" in said("--seed", "5")
+    assert not (kept / "out/cases.txt").exists()

@@ -23,6 +23,7 @@ from parity.comparison.compare import Finding
 from parity.comparison.phases import PHASES, Location
 from parity.diagnosis.causes import CAUSES
 from parity.faults import FAULTS, SHARED, Fault, Where
+from parity.faults import run as faults_run
 from parity.faults.fault import SETUPS, setup_recipe
 from parity.faults.results import collected, result_of, store
 from parity.faults.run import BACKENDS, Outcome, chosen, clean_pair, home_of, run_faults, whole_trace
@@ -30,7 +31,7 @@ from parity.faults.table import help_summary, page, result_lines
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
 from parity.runs.fixture import TinySetup
-from parity.runs.launch_many import Case, _shares
+from parity.runs.launch_many import Case, CaseResult, _shares
 from trainspec.errors import UserError
 from trainspec.plans.plan import Backend, Policy
 
@@ -226,6 +227,33 @@ def test_a_fault_that_does_not_run_is_no_catch(sampled: dict[tuple[str, str], Ou
     assert outcome.crash
     assert "ZeroDivisionError" in outcome.crash
     assert (NO_RUN.name, "torch") not in sampled  # a backend that a fault does not apply to
+
+
+def test_a_fault_whose_clean_run_failed_is_no_catch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing of such a fault is trained, so there is no trace to judge; other set-ups go on."""
+    [resumed], [other] = chosen(["resume-casts-moments"]), chosen(["label-shift"])
+    clean = clean_pair(resumed.setup)
+    recipes = {f.setup: setup_recipe(TinySetup(tmp_path), f.setup, "fp64", "jax") for f in (resumed, other)}
+    launched: list[Case] = []
+
+    def run_cases(_: Backend, cases: Sequence[Case], **__: object) -> list[CaseResult]:
+        launched.extend(cases)
+        return [
+            CaseResult(3, "no memory")
+            if str(home_of(tmp_path, "jax", clean)) in case.argv[3]
+            else CaseResult(0)
+            for case in cases
+        ]
+
+    monkeypatch.setattr(faults_run, "run_cases", run_cases)
+    crashes = faults_run._train("jax", [clean, resumed, other], recipes, tmp_path)
+    assert len(launched) == 2
+    assert crashes == {
+        ("jax", clean.name): "no memory",
+        ("jax", resumed.name): "the clean run that it resumes failed",
+    }
+    outcome = faults_run._judge(resumed, "jax", recipes[resumed.setup], crashes, tmp_path)
+    assert (outcome.word, outcome.crash) == ("CRASHED", "the clean run that it resumes failed")
 
 
 @pytest.mark.full
