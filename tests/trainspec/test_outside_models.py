@@ -286,6 +286,11 @@ def test_an_index_that_names_absent_shards_is_one_line(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
+def run_named_python(message: str) -> None:
+    """Runs what stands after `python -c` in an error."""
+    exec(message.split('python -c "')[1].removesuffix('"'), {})
+
+
 def run_named_command(message: str) -> Path:
     """Runs what stands after `convert it:` in an error; returns the directory that it writes."""
     from torchtrain.cli import main
@@ -555,7 +560,7 @@ def test_a_tokenizer_that_would_be_another_class_is_refused_and_the_named_comman
     with pytest.raises(RecipeError, match="model_type 'qwen2', by which transformers chooses") as caught:
         export(recipe, out=tmp_path, merge=True)
     monkeypatch.chdir(tmp_path)
-    run_named_command(str(caught.value).split(", and set data")[0])
+    run_named_python(str(caught.value).split(", and set data")[0])
     kept = trained_lora(make_recipe, base, tmp_path / "again", tokenizer=str(tmp_path / "NEW"))
     for merge in (False, True):
         assert ids_of(export(kept, out=tmp_path / "again", merge=merge)) == ids_of(other)
