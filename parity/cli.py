@@ -204,8 +204,9 @@ def _faults(args: Namespace) -> int:
     backends, outcomes = [args.backend] if args.backend else BACKENDS, []
     precisions: Sequence[Policy] = list(dict.fromkeys(args.precision or ["fp64"]))
     for precision in precisions:
-        outcomes += run_faults(faults, backends, args.out / precision, precision=precision, keep=args.keep)
-    store(args.out, outcomes)
+        made = run_faults(faults, backends, args.out / precision, precision=precision, keep=args.keep)
+        store(args.out, made)  # what comes next may be stopped
+        outcomes += made
     results = [result_of(outcome) for outcome in outcomes]
     if args.page:
         args.page.write_text(page(results), encoding="utf-8")
