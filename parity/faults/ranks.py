@@ -30,16 +30,11 @@ FAULTS = (
                     REPLICAS_SUM,
                     "__mesh.replicas.sum_(__it)",
                 ),
-                Edit(
-                    "torchtrain.engines.deepspeed:DeepSpeedEngine.accumulate",
-                    "__loss * self.loss_scale",
-                    "__it * self.loss_scale",
-                ),
             ),
         },
         setup="data",
-        note="in fp32 DeepSpeed takes a mean that the loss's factor undoes: the torch edit multiplies by it once more, so "
-        "the gradients of activations are doubled as well",
+        fp64_only=("torch",),
+        note="in fp32 DeepSpeed takes a mean that the loss's factor undoes: there is no sum to make twice",
     ),
     Fault(
         name="loss-averaged-over-replicas",
