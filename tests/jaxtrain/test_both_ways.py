@@ -21,6 +21,12 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _as_users_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused loops as by default: the older way contracts sums and products differently in one program and in two."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
 def check(scratch: Path, *names: str) -> None:
     (out,) = launch("both_ways.py", {name: CASES[name] for name in names}, scratch)
     for name, found in json.loads(out.read_text()).items():
