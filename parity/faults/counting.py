@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.faults.fault import Fault, Where, in_every_backend
-from parity.faults.loss import DIVIDED, LOGITS_GRADIENT, PASSED, TARGETS, TORCH_DIVIDED
+from parity.faults.loss import DIVIDED, EACH_AVERAGED, LOGITS_GRADIENT, TARGETS, TORCH_DIVIDED
 from parity.runs.edit import Edit
 
 LOSS, TOKENS = Where("loss", "loss_sum"), Where("tokens", "tokens")
@@ -186,11 +186,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit("jaxtrain.step:Program._gradients", DIVIDED, "__sum"),
-                Edit(
-                    "jaxtrain.step:Program._gradients.add",
-                    PASSED,
-                    "__it\n__gradients, __by_probe = jax.tree.map(lambda g: _mean(g, __tokens), (__gradients, __by_probe))",
-                ),
+                EACH_AVERAGED,
             ),
             "torch": (
                 Edit(

@@ -8,6 +8,12 @@ from parity.runs.edit import Edit
 TARGETS = "int((__labels != __ignored).sum())"
 DIVIDED, TORCH_DIVIDED = "_mean(__sum, __tokens)", "__loss / __batch.target_tokens"
 PASSED = "__loss_sum, __tokens, __gradients, __seen, __by_probe = __passed"
+# Each microbatch's gradients are divided by its own tokens.
+EACH_AVERAGED = Edit(
+    "jaxtrain.step:Program._gradients.add",
+    PASSED,
+    "__it\n__gradients, __by_probe = jax.tree.map(lambda g: _mean(g, __tokens), (__gradients, __by_probe))",
+)
 # The reported loss is right; a wrong divisor first changes the gradient of the logits.
 LOGITS_GRADIENT = Where("activation_gradient", "logits")
 
@@ -115,11 +121,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit("jaxtrain.step:Program._gradients", DIVIDED, "_mean(__sum, len(stacked['labels']))"),
-                Edit(
-                    "jaxtrain.step:Program._gradients.add",
-                    PASSED,
-                    "__it\n__gradients, __by_probe = jax.tree.map(lambda g: _mean(g, __tokens), (__gradients, __by_probe))",
-                ),
+                EACH_AVERAGED,
             ),
             "torch": (
                 Edit(
