@@ -62,6 +62,12 @@ torchtrain.tensor_parallel.HeadNorm.forward = lambda self, x: functional_call(se
 """
 
 
+def plant(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every Python process that a check starts run `code` first."""
+    (directory / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", f"{directory}:{Path.cwd()}")
+
+
 def checked(
     make: Make, home: Path, left: str, right: str, precision: Policy, method: dict, *, family: str = "qwen3"
 ) -> Verdict:
@@ -115,14 +121,15 @@ def test_an_a_that_learns_of_queries_alone_is_seen(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Control: keys and values use A, and their part of its gradient is lost."""
-    (tmp_path / "sitecustomize.py").write_text(
+    plant(
         "import torch, torchtrain.layers\n"
         "from torch.func import functional_call\n"
         "torchtrain.layers.TiedLinear.forward = lambda self, x: functional_call(\n"
         "    self.source, {'weight': self.weight.detach()}, (x,)\n"
-        ")\n"
+        ")\n",
+        tmp_path,
+        monkeypatch,
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     verdict = checked(make_recipe, tmp_path, "jax", "torch", "fp64", TIED, family="chatglm2")
     first = verdict.comparison.first_divergence
     assert first is not None
@@ -135,15 +142,16 @@ def test_masks_of_another_peer_s_heads_are_seen(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Control: with the masks of the first heads on every peer, the values of the first layer's prefix differ."""
-    (tmp_path / "sitecustomize.py").write_text(
+    plant(
         "import torchtrain.methods.prefix as prefix\n"
         "made = prefix.CounterDropout\n"
         "def first(name, *, seed, rate, point):\n"
         "    point.first_feature[name] = 0\n"
         "    return made(name, seed=seed, rate=rate, point=point)\n"
-        "prefix.CounterDropout = first\n"
+        "prefix.CounterDropout = first\n",
+        tmp_path,
+        monkeypatch,
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     verdict = checked(
         make_recipe, tmp_path, "torch", "torch plan.tensor=2", "fp64", PUBLISHED, family="chatglm2"
     )
@@ -172,11 +180,12 @@ def test_halves_that_are_split_as_one_are_seen(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Control: with a contiguous half of gate and up, one peer has all of gate and the other all of up."""
-    (tmp_path / "sitecustomize.py").write_text(
+    plant(
         "import torchtrain.tensor_parallel, torchtrain.weights\n"
-        "torchtrain.tensor_parallel.PARTS = torchtrain.weights.PARTS = {}\n"
+        "torchtrain.tensor_parallel.PARTS = torchtrain.weights.PARTS = {}\n",
+        tmp_path,
+        monkeypatch,
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
     verdict = checked(make_recipe, tmp_path, "torch", "torch plan.tensor=2", "fp64", FULL, family="glm")
     first = verdict.comparison.first_divergence
     assert first is not None
@@ -188,8 +197,7 @@ def test_a_gradient_of_own_heads_only_is_seen(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Control: without the sum over peers the first to differ is a norm of the last layer's heads."""
-    (tmp_path / "sitecustomize.py").write_text(NOT_SUMMED)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    plant(NOT_SUMMED, tmp_path, monkeypatch)
     verdict = checked(make_recipe, tmp_path, "torch", "torch plan.tensor=2", "fp64", FULL)
     first = verdict.comparison.first_divergence
     assert first is not None
