@@ -64,7 +64,7 @@ docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold resu
 lint: setup ## ruff and pyright
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --threads 2
 
 data: setup ## make configs/data again from this Python's docstrings
 	$(BIN)/python scripts/make_demo_data.py
