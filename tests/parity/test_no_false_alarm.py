@@ -1,4 +1,6 @@
-"""Clean runs must pass: every method, five seeds each (Full and LoRA ten), examples of up to 512 tokens, in fp64 and in fp32.
+"""Clean runs must pass: every method with two seeds (Full and LoRA five), examples of up to 512 tokens, in fp64 and in fp32.
+
+`benchmarks/false_alarms.py` makes many more of them, and `docs/false-alarms.md` has what those found.
 
 Each prints the largest share of its bounds that it uses (`pytest -m full -s tests/parity/test_no_false_alarm.py`).
 """
@@ -16,6 +18,7 @@ from parity.runs.sides import Side
 from trainspec.methods import virtual_tokens
 
 LENGTHS = (64, 128, 256, 384, 512)
+MORE_SEEDS = {"full": range(0, 10, 2), "lora": range(1, 10, 2)}
 ALL_LINEAR = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"}
 
 
@@ -23,7 +26,7 @@ ALL_LINEAR = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets"
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
 @pytest.mark.parametrize(
     ("method", "seed"),
-    [(name, seed) for name in METHODS for seed in range(10 if name in ("full", "lora") else len(LENGTHS))],
+    [(name, seed) for i, name in enumerate(METHODS) for seed in MORE_SEEDS.get(name, (i % 5, (i + 3) % 5))],
 )
 def test_a_clean_run_passes(model_dirs, tmp_path: Path, capsys, method: str, seed: int, precision):
     variant = list(VARIANTS)[seed % len(VARIANTS)]
