@@ -78,6 +78,11 @@ class Plan(BaseModel):
     """Model chunks per stage, of the schedule `interleaved`."""
     remat: Literal["none", "full"] = "none"
     """Whether the backward pass recomputes the activations of each layer instead of keeping them."""
+    attention: Literal["auto", "reference", "fused"] = "auto"
+    """How attention is computed: `reference` is the definition, with all scores [S, S] in memory, `fused` a kernel that keeps
+    none of them. `auto` is `fused` where the device and the precision have such a kernel, and `reference` in fp64."""
+    loss_chunk: Literal["auto"] | Count = "auto"
+    """For how many positions of each row the loss makes logits at once; `auto` takes as many as make 64 Mi logits."""
 
     @property
     def devices(self) -> int:
