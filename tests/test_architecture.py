@@ -41,6 +41,7 @@ FORBIDDEN = {
 LAYERS = {
     "jaxtrain": (
         ("cli",),
+        ("commands",),
         ("train", "cost"),
         ("step",),
         ("passes",),
@@ -54,15 +55,16 @@ LAYERS = {
     ),
     "torchtrain": (
         ("cli",),
+        ("commands",),
         ("train", "cost", "convert"),
         ("step",),
         ("engines",),
         ("methods", "model"),
         ("weights",),
         ("layers", "activations", "tensor_parallel", "loss"),
-        ("mesh", "launch"),
-        ("cluster",),
-        ("families", "dropout", "optim", "precision", "_deepspeed"),
+        ("mesh",),
+        ("cluster", "launch"),
+        ("families", "dropout", "optim", "precision", "_deepspeed", "processes"),
     ),
 }
 

@@ -124,8 +124,12 @@ class Cluster(Protocol):
         """The recipe's run, with this process set up for it. Raises PlanError."""
         ...
 
+    def set_up(self, run: Run) -> None:
+        """Set this process up for a run whose plan the backend runs. Raises PlanError."""
+        ...
+
     def finish(self) -> None:
-        """Undo `start`."""
+        """Undo `set_up`."""
         ...
 
     def check_accelerators(self) -> None:
@@ -144,11 +148,11 @@ class Cluster(Protocol):
 class Program(Protocol):
     """`train`: what the command line calls."""
 
-    def train(self, recipe: Recipe, request: TrainRequest) -> None:
+    def train(self, run: Run, request: TrainRequest) -> None:
         """Train to the recipe's last step."""
         ...
 
-    def evaluate(self, recipe: Recipe, *, out: Path) -> tuple[float, str]:
+    def evaluate(self, run: Run, *, out: Path) -> tuple[float, str]:
         """The held-out loss, and whose it is."""
         ...
 

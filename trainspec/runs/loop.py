@@ -36,14 +36,15 @@ from trainspec.runs.observers import (
     needs_of,
     trace_header,
 )
+from trainspec.runs.opening import describe, opening
 from trainspec.runs.prefetch import prefetch
-from trainspec.runs.report import NullReporter, Reporter, describe, opening
+from trainspec.runs.prepare import check_output
+from trainspec.runs.report import NullReporter, Reporter
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.resume import check_resumable
 from trainspec.runs.run import Run
 from trainspec.runs.run_data import RunData, open_data
 from trainspec.schedule import learning_rate
-from trainspec.trace import check_free
 
 
 def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bool, devices: Devices) -> None:
@@ -52,9 +53,7 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
     Raises UserError for mistakes in the recipe or its files, NonFiniteLossError for a loss that is not finite.
     """
     out, program = request.out, BACKENDS[devices.backend].program
-    saved = checkpoint.resumable_checkpoint(out, resume=request.resume)
-    if request.trace:
-        check_free(request.trace.directory, resumes=request.resume)
+    saved = check_output(request)
     if is_leader:  # before anything that takes long
         lines = opening(run.recipe, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)

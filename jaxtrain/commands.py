@@ -1,0 +1,43 @@
+"""The commands of jaxtrain. A recipe is checked before JAX is loaded, which takes longer than all the checks."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from types import ModuleType
+
+from trainspec.backends import BACKENDS
+from trainspec.recipe import load_recipe
+from trainspec.runs.export import export
+from trainspec.runs.prepare import prepare, prepare_evaluation
+from trainspec.runs.request import out_directory, train_request
+
+BACKEND = BACKENDS["jax"]
+
+
+def run(args: Namespace) -> None:
+    """Run one command."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    out = out_directory(args, BACKEND.program)
+    match args.command:
+        case "train":
+            request = train_request(args, out)
+            run = prepare(recipe, BACKEND, request)
+            _jax().train(run, request)
+        case "eval":
+            run = prepare_evaluation(recipe, BACKEND)
+            loss, whose = _jax().evaluate(run, out=out)
+            if _jax().is_leader():
+                print(f"held-out loss {loss:.6f} of {whose}")
+        case "export":
+            # Needs only files: the leader does it alone, and waits for no other process.
+            if _jax().is_leader():
+                print(f"wrote {export(recipe, out=out, merge=args.merge, dtype=args.dtype)}")
+        case other:
+            raise AssertionError(f"the parser let {other!r} through")
+
+
+def _jax() -> ModuleType:
+    """`jaxtrain.train`, loaded with JAX at the first call."""
+    from jaxtrain import train
+
+    return train
