@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain import _jax
+from jaxtrain.compilation import use_cache
 from jaxtrain.precision import use_precision
 from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
@@ -59,6 +60,7 @@ def set_up(run: Run) -> None:
     recipe = run.recipe
     atexit.unregister(_leave)
     use_precision(recipe.precision.policy)
+    use_cache()
     cluster = _cluster()
     if cluster.process == 0:
         _jax.report_version()

@@ -22,7 +22,10 @@ def run(args: Namespace) -> None:
         case "train":
             request = train_request(args, out)
             run = prepare(recipe, BACKEND, request)
-            _jax().train(run, request)
+            request.clock.lap("recipe read and checked")
+            train = _jax().train
+            request.clock.lap("JAX loaded")
+            train(run, request)
         case "eval":
             run = prepare_evaluation(recipe, BACKEND)
             loss, whose = _jax().evaluate(run, out=out)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxtrain import step
 from jaxtrain.cluster import describe_devices, finish, is_leader, set_up
+from jaxtrain.compilation import told_to
 from trainspec.failures import explained
 from trainspec.runs import loop
 from trainspec.runs.request import TrainRequest
@@ -23,7 +24,9 @@ def train(run: Run, request: TrainRequest) -> None:
         set_up(run)
         try:
             devices = describe_devices(plan)
-            loop.train(step, run, request, is_leader=is_leader(), devices=devices)
+            request.clock.lap("devices and processes")
+            with told_to(request.clock):
+                loop.train(step, run, request, is_leader=is_leader(), devices=devices)
         finally:
             finish()
 

@@ -39,8 +39,11 @@ def run(args: Namespace, words: Sequence[str]) -> None:
             run = prepare(recipe, BACKEND, request)
             if _needs_launch(run):
                 _launch(run, words, logs=out / "logs", out=out)
-            else:
-                _torch().train(run, request)
+                return
+            request.clock.lap("recipe read and checked")
+            train = _torch().train
+            request.clock.lap("torch loaded")
+            train(run, request)
         case "eval":
             run = prepare_evaluation(recipe, BACKEND)
             if _needs_launch(run):

@@ -23,6 +23,7 @@ def train(run: Run, request: TrainRequest) -> None:
         set_up(run)
         try:
             devices = describe_devices(plan)
+            request.clock.lap("devices and processes")
             loop.train(step, run, request, is_leader=is_leader(), devices=devices)
         finally:
             finish()

@@ -67,6 +67,11 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
                 metavar="WHAT",
                 help=f"with --resume: what may differ from the checkpoint's recipe: {', '.join(ALLOWABLE)}",
             )
+            command.add_argument(
+                "--timings",
+                action="store_true",
+                help="print where the time went, to the first update and in the later ones, and write timings.json",
+            )
         if name == "export":
             command.add_argument(
                 "--merge", action="store_true", help="merge the adapter into the model's weights"

@@ -59,9 +59,14 @@ class Batch:
         """How many tokens the loss is taken on."""
         return int((self.labels != IGNORED).sum())
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are, without padding."""
+        return int(np.count_nonzero(self.segments))
+
     def split(self, count: int) -> tuple[Batch, ...]:
         """`count` equal batches of consecutive examples."""
-        columns = [np.split(getattr(self, f.name), count) for f in fields(self)]
+        columns = [np.split(getattr(self, f.name), count) for f in fields(Batch)]
         return tuple(Batch(*arrays) for arrays in zip(*columns, strict=True))
 
 

@@ -47,6 +47,10 @@ class SharedPrograms:
         self._first = self._first or state
         return state
 
+    def feed(self, state: Any, batch: Batch) -> Batch:
+        """The backend's."""
+        return self._backend.feed(state, batch)
+
     def train_step(
         self, state: Any, batch: Batch, *, lr: float, keep: Keep = "nothing"
     ) -> tuple[Any, Metrics]:

@@ -83,6 +83,10 @@ class Backend(Protocol[S]):
         """The run before its first update. Reuses what was compiled for `like`, a state of an equal recipe."""
         ...
 
+    def feed(self, state: S, batch: Batch) -> Batch:
+        """The same batch, near the devices: called in a thread while `train_step` makes another update of the run."""
+        ...
+
     def train_step(self, state: S, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[S, Metrics]:
         """One update; consumes `state`.
 

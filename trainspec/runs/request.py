@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainspec.errors import UserError, nearest
 from trainspec.runs.allow import ALLOWABLE
+from trainspec.runs.clock import Clock, process_start
 from trainspec.trace import TraceRequest
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Where a run writes, whether it writes a trace, and whether it resumes.
+    """Where a run writes, whether it writes a trace, whether it resumes, and whether it says where its time went.
 
     With `resume` it starts from the newest checkpoint in `out`; `allow` names the groups of settings that may have changed.
+    `clock` has the run's time.
     """
 
     out: Path
     trace: TraceRequest | None = None
     resume: bool = False
     allow: Collection[str] = ()
+    timings: bool = False
+    clock: Clock = field(default_factory=Clock, compare=False)
 
 
 def out_directory(args: Namespace, program: str) -> Path:
@@ -34,8 +38,15 @@ def out_directory(args: Namespace, program: str) -> Path:
 
 
 def train_request(args: Namespace, out: Path) -> TrainRequest:
-    """The request that the options of `train` make."""
-    return TrainRequest(out, trace=_trace_request(args), resume=args.resume, allow=_allowed(args))
+    """The request that the options of `train` make. Its clock has run since this process began."""
+    return TrainRequest(
+        out,
+        trace=_trace_request(args),
+        resume=args.resume,
+        allow=_allowed(args),
+        timings=args.timings,
+        clock=Clock(process_start()),
+    )
 
 
 def _trace_request(args: Namespace) -> TraceRequest | None:
