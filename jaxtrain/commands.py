@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from types import ModuleType
 
 from trainspec.backends import BACKENDS
+from trainspec.plans.accelerators import accelerators
 from trainspec.recipe import load_recipe
 from trainspec.runs.export import export
 from trainspec.runs.prepare import prepare, prepare_evaluation
@@ -41,6 +43,9 @@ def run(args: Namespace) -> None:
 
 def _jax() -> ModuleType:
     """`jaxtrain.train`, loaded with JAX at the first call."""
+    if any(accelerator.kind == "GPU" for accelerator in accelerators()):
+        # When a GPU's memory is full XLA warns with a page; the error that follows has the figures.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from jaxtrain import train
 
     return train
