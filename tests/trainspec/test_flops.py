@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import SMALL
 
@@ -67,6 +67,7 @@ def test_a_batch_by_hand():
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
 
+@settings(deadline=None, max_examples=50)
 @given(lengths, st.integers(0, 3), st.booleans(), st.booleans(), st.sampled_from([None, 1, 2, 5]))
 def test_pairs_are_those_of_the_mask(
     parts: list[int], virtual: int, has_positions: bool, leads: bool, window
