@@ -114,7 +114,7 @@ def check_times(out: Path, printed: list[str]) -> None:
     assert all(lap["seconds"] > 0 for lap in laps.values())
     compiling = laps["first update"].get("of_which", {})
     assert set(compiling) == ({"traced", "lowered", "compiled"} if PROGRAM == "jaxtrain" else set())
-    assert laps["first update"]["seconds"] > first["seconds"] > sum(compiling.values())
+    assert laps["first update"]["seconds"] > max(first["seconds"], sum(compiling.values()))
     spans = ["input", "weights read", "update", "trace", "evaluation", "report", "checkpoint"]
     assert list(timings["per_update"]) == spans
     assert timings["per_update"]["update"]["total"] == pytest.approx(second["seconds"])
