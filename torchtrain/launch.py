@@ -28,6 +28,7 @@ from typing import IO, NamedTuple
 from torchtrain.processes import STORE
 from trainspec.errors import MachineError, ProcessError
 from trainspec.parent import end_with
+from trainspec.runs.clock import BEGAN, command_start
 
 _POLL_SECONDS = 0.05
 # How long processes may take to end by themselves once one has, before they are ended.
@@ -72,6 +73,7 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
         # torch's words for "do not open a store": the leader does it before it joins.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
+        BEGAN: repr(command_start()),
         # Processes share the cores: each takes one, unless a user says otherwise.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }

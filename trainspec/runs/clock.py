@@ -19,6 +19,8 @@ T = TypeVar("T")
 # The spans of an update that are not an observer's: until the batch is there, the update, and reading weights for observers.
 INPUT, UPDATE, READ = "input", "update", "weights read"
 FIRST = "first update"
+# Set by a process that launches others for the same command.
+BEGAN = "TWINTRAIN_BEGAN"
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,14 @@ def table(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def process_start() -> float:
-    """When this process began, as a reading of `time.perf_counter`; where the system does not say it, now."""
+def command_start() -> float:
+    """When the command began, as a reading of `time.perf_counter`: this process, or the one that launched it and set `BEGAN`.
+
+    That clock is the machine's. Where the system does not say when a process began, it is now.
+    """
     now, stat = time.perf_counter(), Path("/proc/self/stat")
+    if BEGAN in os.environ:
+        return float(os.environ[BEGAN])
     if not stat.is_file():
         return now
     # The 22nd field (proc(5)), in ticks since boot. The second one, in parentheses, may hold blanks.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainspec.errors import UserError, nearest
 from trainspec.runs.allow import ALLOWABLE
-from trainspec.runs.clock import Clock, process_start
+from trainspec.runs.clock import Clock, command_start
 from trainspec.trace import TraceRequest
 
 
@@ -38,14 +38,14 @@ def out_directory(args: Namespace, program: str) -> Path:
 
 
 def train_request(args: Namespace, out: Path) -> TrainRequest:
-    """The request that the options of `train` make. Its clock has run since this process began."""
+    """The request that the options of `train` make. Its clock has run since the command began."""
     return TrainRequest(
         out,
         trace=_trace_request(args),
         resume=args.resume,
         allow=_allowed(args),
         timings=args.timings,
-        clock=Clock(process_start()),
+        clock=Clock(command_start()),
     )
 
 
