@@ -25,9 +25,9 @@ main = _cli.main
 finish, check_accelerators, describe_devices = (
     getattr(_cluster, name) for name in ("finish", "check_accelerators", "describe_devices")
 )
-eval_step, logits, moments_of, restore, train_step, weights_of = (
+eval_step, feed, logits, moments_of, restore, train_step, weights_of = (
     getattr(_step, name)
-    for name in ("eval_step", "logits", "moments_of", "restore", "train_step", "weights_of")
+    for name in ("eval_step", "feed", "logits", "moments_of", "restore", "train_step", "weights_of")
 )
 
 
