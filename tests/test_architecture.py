@@ -136,7 +136,7 @@ def test_the_neutral_half_runs_without_a_framework():
     code = (
         "import sys\n"
         f"for name in {sorted(JAX_WORLD | TORCH_WORLD)!r}: sys.modules[name] = None\n"
-        "import trainspec.cli, trainspec.runs.loop, trainspec.runs.export, trainspec.backends, parity.cli\n"
+        "import trainspec.commands, trainspec.runs.loop, trainspec.runs.export, trainspec.backends, parity.commands\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -144,7 +144,7 @@ def test_the_neutral_half_runs_without_a_framework():
 @pytest.mark.parametrize(("package", "other"), [("jaxtrain", "torch"), ("torchtrain", "jax")])
 def test_a_backend_does_not_load_the_other_framework(package: str, other: str):
     """Not through a third package either: JAX and torch never share a process."""
-    code = f"import sys, {package}.cli; sys.exit({other!r} in sys.modules)"
+    code = f"import sys, {package}.commands, {package}.train; sys.exit({other!r} in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
