@@ -62,7 +62,7 @@ def time_run(backend: str, recipe: Path, steps: int) -> Timing:
         command += [word for setting in settings for word in ("--set", setting)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seconds = [row["tokens"] / row["tokens_per_second"] for row in rows]
+    seconds = [row["seconds"] for row in rows]
     warm = slice(WARM_UP_STEPS, None)
     return Timing(
         first_seconds=seconds[0],

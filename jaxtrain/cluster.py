@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain import _jax
+from jaxtrain.compilation import use_cache
 from jaxtrain.precision import use_precision
 from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
@@ -45,13 +46,21 @@ _ALONE = _Cluster("", 1, 0)
 
 
 def start(recipe: Recipe) -> Run:
-    """Set this process up for a recipe, before JAX makes its first array, and return the recipe's run.
+    """The recipe's run, with this process set up for it. Raises PlanError, also for an unsupported plan."""
+    run = resolve_on(recipe, BACKENDS["jax"])
+    set_up(run)
+    return run
+
+
+def set_up(run: Run) -> None:
+    """Set this process up for a run, before JAX makes its first array.
 
     Raises PlanError if the devices that are there do not fit the plan.
     """
-    run = resolve_on(recipe, BACKENDS["jax"])
+    recipe = run.recipe
     atexit.unregister(_leave)
     use_precision(recipe.precision.policy)
+    use_cache()
     cluster = _cluster()
     if cluster.process == 0:
         _jax.report_version()
@@ -65,11 +74,10 @@ def start(recipe: Recipe) -> Run:
             f"the plan takes {devices} devices, {processes} process(es) have {available} ({jax.default_backend()}); "
             "make plan.pipe × plan.data × plan.fsdp × plan.tensor what there is"
         )
-    return run
 
 
 def finish() -> None:
-    """End what `start` began. Differs from torchtrain: JAX leaves its cluster when the process ends."""
+    """End what `set_up` began. Differs from torchtrain: JAX leaves its cluster when the process ends."""
     error = sys.exc_info()[1]
     if error is not None and jax.distributed.is_initialized():
         atexit.register(_leave, outcome(error)[0])

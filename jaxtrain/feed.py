@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,6 +19,13 @@ from trainspec.data import Batch
 from trainspec.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class FedBatch(Batch):
+    """A batch whose `slices` are on the devices, or on their way."""
+
+    slices: Arrays
+
+
 class Feeder:
     """Puts host arrays, which every process has whole, on the devices as the programs of one recipe take them."""
 
@@ -28,8 +36,14 @@ class Feeder:
         """The arrays of a batch, [B, S]; in a pipeline with microbatches in front, [M, B, S]."""
         return self._fed((batch,), self._recipe.plan.microbatches_of(len(batch.rows)), leading=())
 
+    def ahead(self, batch: Batch) -> FedBatch:
+        """A batch with its `slices`."""
+        return FedBatch(**vars(batch), slices=self.slices(batch))
+
     def slices(self, batch: Batch) -> Arrays:
         """The arrays of a batch with accumulation slices in front: [A, B, S], in a pipeline [A, M, B, S]."""
+        if isinstance(batch, FedBatch):
+            return batch.slices
         slices = batch.split(self._recipe.batch.accumulation)
         return self._fed(slices, self._recipe.plan.microbatches, leading=(len(slices),))
 

@@ -84,6 +84,11 @@ def init_state(run: Run, *, like: State | None = None) -> State:
     return State(0, trainable, frozen, master, moments, program)
 
 
+def feed(state: State, batch: Batch) -> Batch:
+    """The batch on the devices, as `train_step` takes it."""
+    return state.program.feeder.ahead(batch)
+
+
 def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[State, Metrics]:
     """One update on a global batch; consumes `state`.
 
@@ -104,9 +109,11 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
     )
     metrics = _metrics(program, result, keep)
     _check_finite(metrics, state.step + 1)
-    trainable, master, moments = program.update(
+    updated = program.update(
         state.trainable, state.master, state.moments, result.gradients, result.norm, scalars
     )
+    # Nothing of the update is left to the next one's time.
+    trainable, master, moments = jax.block_until_ready(updated)
     return replace(state, step=state.step + 1, trainable=trainable, master=master, moments=moments), metrics
 
 

@@ -6,31 +6,35 @@ from functools import partial
 from pathlib import Path
 
 from jaxtrain import step
-from jaxtrain.cluster import describe_devices, finish, is_leader, start
+from jaxtrain.cluster import describe_devices, finish, is_leader, set_up
+from jaxtrain.compilation import told_to
 from trainspec.failures import explained
-from trainspec.recipe import Recipe
 from trainspec.runs import loop
 from trainspec.runs.request import TrainRequest
+from trainspec.runs.run import Run
 
 
-def train(recipe: Recipe, request: TrainRequest) -> None:
+def train(run: Run, request: TrainRequest) -> None:
     """Train to the recipe's last step; writes metrics and checkpoints, and on request a trace.
 
     Raises UserError for mistakes in the recipe or its files, NonFiniteLossError if the loss is not finite.
     """
-    with explained(recipe, partial(describe_devices, recipe.plan), out=request.out):
-        run = start(recipe)
+    plan = run.recipe.plan
+    with explained(run.recipe, partial(describe_devices, plan), out=request.out):
+        set_up(run)
         try:
-            devices = describe_devices(recipe.plan)
-            loop.train(step, run, request, is_leader=is_leader(), devices=devices)
+            devices = describe_devices(plan)
+            request.clock.lap("devices and processes")
+            with told_to(request.clock):
+                loop.train(step, run, request, is_leader=is_leader(), devices=devices)
         finally:
             finish()
 
 
-def evaluate(recipe: Recipe, *, out: Path) -> tuple[float, str]:
+def evaluate(run: Run, *, out: Path) -> tuple[float, str]:
     """Held-out loss per target token, and of which weights: the newest checkpoint's in `out`, else the starting ones."""
-    with explained(recipe, partial(describe_devices, recipe.plan)):
-        run = start(recipe)
+    with explained(run.recipe, partial(describe_devices, run.recipe.plan)):
+        set_up(run)
         try:
             return loop.evaluate(step, run, out=out)
         finally:

@@ -23,14 +23,13 @@ from parity.runs.programs import Launcher, Watcher
 from parity.runs.roundings import DRAWS
 from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, resolved_recipe
 from parity.runs.work import Size, Work, fit_at_once, size_of
+from parity.steps import DEFAULT_STEPS
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe, RunLength, load_recipe
 from trainspec.runs.run import Run, resolve
 from trainspec.schedule import learning_rate
-
-DEFAULT_STEPS = 10
 
 
 def check(

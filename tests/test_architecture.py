@@ -41,6 +41,7 @@ FORBIDDEN = {
 LAYERS = {
     "jaxtrain": (
         ("cli",),
+        ("commands",),
         ("train", "cost"),
         ("step",),
         ("passes",),
@@ -50,19 +51,20 @@ LAYERS = {
         ("feed", "storage", "weight_ops"),
         ("sharding",),
         ("cluster", "mesh", "weights", "optim", "loss", "dropout"),
-        ("precision", "rounding", "_jax"),
+        ("precision", "rounding", "compilation", "_jax"),
     ),
     "torchtrain": (
         ("cli",),
+        ("commands",),
         ("train", "cost", "convert"),
         ("step",),
         ("engines",),
         ("methods", "model"),
         ("weights",),
         ("layers", "activations", "tensor_parallel", "loss"),
-        ("mesh", "launch"),
-        ("cluster",),
-        ("families", "dropout", "optim", "precision", "_deepspeed"),
+        ("mesh",),
+        ("cluster", "launch"),
+        ("families", "dropout", "optim", "precision", "_deepspeed", "processes"),
     ),
 }
 
@@ -134,7 +136,7 @@ def test_the_neutral_half_runs_without_a_framework():
     code = (
         "import sys\n"
         f"for name in {sorted(JAX_WORLD | TORCH_WORLD)!r}: sys.modules[name] = None\n"
-        "import trainspec.cli, trainspec.runs.loop, trainspec.runs.export, trainspec.backends, parity.cli\n"
+        "import trainspec.commands, trainspec.runs.loop, trainspec.runs.export, trainspec.backends, parity.commands\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -142,7 +144,7 @@ def test_the_neutral_half_runs_without_a_framework():
 @pytest.mark.parametrize(("package", "other"), [("jaxtrain", "torch"), ("torchtrain", "jax")])
 def test_a_backend_does_not_load_the_other_framework(package: str, other: str):
     """Not through a third package either: JAX and torch never share a process."""
-    code = f"import sys, {package}.cli; sys.exit({other!r} in sys.modules)"
+    code = f"import sys, {package}.commands, {package}.train; sys.exit({other!r} in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 

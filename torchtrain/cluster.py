@@ -1,6 +1,6 @@
-"""The processes of a run: what a launcher says of them, joining them, their devices, and letting them go.
+"""The processes of a run: joining them, their devices, and letting them go.
 
-Starting them where no launcher has is in launch.py.
+What a launcher says of them is in processes.py, starting them where no launcher has in launch.py.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from torchtrain import _deepspeed
+from torchtrain import _deepspeed, processes
 from torchtrain.precision import use_exact_matmul
 from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
@@ -36,11 +35,15 @@ _ONE_PROCESS = {
 
 
 class Session:
-    """What a run opens in this process: engines, by the functions that close them, and process groups."""
+    """What a run opens in this process: engines, by the functions that close them, and process groups.
+
+    `store` is where the processes meet, if this one has opened it: it lasts as long as the process.
+    """
 
     def __init__(self) -> None:
         self.engines: list[Callable[[], None]] = []
         self.groups: list[Any] = []
+        self.store: Any = None
 
     def close(self) -> None:
         """Close all of it, the last one first."""
@@ -61,21 +64,30 @@ class Session:
 
 
 SESSION = Session()
+# Known before torch is loaded.
+is_leader = processes.is_leader
 
 
 def start(recipe: Recipe) -> Run:
-    """The recipe's run, with this process set up for it: matmul precision, device, and the group of all processes.
-
-    Raises PlanError for an unsupported plan, if a launcher started another number of processes than the plan takes, or
-    if they do not find each other or a GPU each.
-    """
+    """The recipe's run, with this process set up for it. Raises PlanError, also for an unsupported plan."""
     run = resolve_on(recipe, BACKENDS["torch"])
-    os.environ.update(describe_cluster(os.environ))
-    processes = count_processes(os.environ)
-    if processes != recipe.plan.devices:
+    set_up(run)
+    return run
+
+
+def set_up(run: Run) -> None:
+    """Set this process up for a run: matmul precision, device, and the group of all processes.
+
+    Raises PlanError if a launcher started another number of processes than the plan takes, or if they do not find each
+    other or a GPU each.
+    """
+    recipe = run.recipe
+    os.environ.update(processes.describe_cluster(os.environ))
+    count = processes.count_processes(os.environ)
+    if count != recipe.plan.devices:
         raise PlanError(
-            f"the launcher started {processes} processes, the plan takes {recipe.plan.devices}; start as many, or make "
-            f"plan.pipe × plan.data × plan.fsdp × plan.tensor {processes}"
+            f"the launcher started {count} processes, the plan takes {recipe.plan.devices}; start as many, or make "
+            f"plan.pipe × plan.data × plan.fsdp × plan.tensor {count}"
         )
     check_accelerators()
     use_exact_matmul()
@@ -84,7 +96,7 @@ def start(recipe: Recipe) -> Run:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         check_gpus(max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         torch.cuda.set_device(local_rank)
-    if processes > 1:
+    if count > 1:
         _join()
     if _deepspeed.runs_on_deepspeed(recipe):
         for name, value in _ONE_PROCESS.items():
@@ -92,13 +104,20 @@ def start(recipe: Recipe) -> Run:
         _deepspeed.import_deepspeed().init_distributed(verbose=False)
         if is_leader():
             _deepspeed.report_version()
-    return run
 
 
 def _join() -> None:
     """Join the other processes, once: a launcher's store keeps the addresses of a first meeting."""
     if dist.is_initialized():
         return
+    if processes.STORE in os.environ:
+        SESSION.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=int(os.environ.pop(processes.STORE)),
+        )
     try:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     except dist.DistError as error:
@@ -108,59 +127,8 @@ def _join() -> None:
 
 
 def finish() -> None:
-    """Undo `start`, except for the group of several processes, which the next run in them uses again."""
+    """Undo `set_up`, except for the group of several processes, which the next run in them uses again."""
     SESSION.close()
-
-
-def is_leader() -> bool:
-    """Whether this is the one process that has the console and writes files."""
-    return (os.environ | describe_cluster(os.environ)).get("RANK", "0") == "0"
-
-
-def describe_cluster(environment: Mapping[str, str]) -> dict[str, str]:
-    """torch's names for what Slurm says of a job step of several tasks; nothing where a launcher said it already."""
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if "RANK" in environment or tasks == "1":
-        return {}
-    job = int(environment.get("SLURM_JOB_ID", "0"))
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": tasks,
-        "MASTER_ADDR": environment.get("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"])),
-        # Jobs that share a node differ in their number.
-        "MASTER_PORT": environment.get("MASTER_PORT", str(20_000 + job % 10_000)),
-    }
-
-
-def _first_host(nodes: str) -> str:
-    """`gpu[03-05,09],login1` -> `gpu03`."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
-    assert match, nodes
-    return match[1] + (match[2] or "")
-
-
-def count_processes(environment: Mapping[str, str]) -> int:
-    """How many processes the launcher has started; 1 where there was none.
-
-    Raises PlanError for what no launcher says, such as a WORLD_SIZE that another run's shell kept.
-    """
-    group = {**environment, **describe_cluster(environment)}
-    values = {name: group[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in group}
-    processes, rank = values.get("WORLD_SIZE", "1"), values.get("RANK", "0")
-    said = " ".join(f"{name}={value}" for name, value in values.items())
-    way_out = f"unset {' '.join(values)}, or start with torchrun"
-    if not all(value.isdecimal() for value in values.values()) or not int(rank) < int(processes):
-        raise PlanError(f"{said}: not what a launcher says; {way_out}")
-    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in group]
-    if int(processes) > 1 and missing:
-        raise PlanError(f"{said} without {', '.join(missing)}: not what a launcher says; {way_out}")
-    return int(processes)
-
-
-def has_launcher(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher started this process as one of a group."""
-    return count_processes(environment) > 1 or "TORCHELASTIC_RUN_ID" in environment
 
 
 def check_gpus(processes: int) -> None:

@@ -1,7 +1,8 @@
 """Starting the processes of a run, where no launcher has: one for every device of the plan, on this machine.
 
 With torchrun, DeepSpeed's launcher or Slurm nothing is started here. torch's own elastic launcher is not used: a kill of
-it leaves its processes running, and it prints a page about a user's mistake.
+it leaves its processes running, and it prints a page about a user's mistake. This process does not load torch: the others
+would wait for it.
 
 Of several processes the first to fail is the cause; the others fail because it is gone. So none prints why it failed:
 each sends its line to this process through a pipe, and writes its stack and its libraries' messages to a log.
@@ -13,6 +14,7 @@ import faulthandler
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,11 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-from torchtrain.cluster import check_gpus
+from torchtrain.processes import STORE
 from trainspec.errors import MachineError, ProcessError
 from trainspec.parent import end_with
+from trainspec.runs.clock import BEGAN, command_start
 
 _POLL_SECONDS = 0.05
 # How long processes may take to end by themselves once one has, before they are ended.
@@ -38,7 +39,8 @@ _INTERRUPT_SECONDS = 1.0
 _SETTLE_SECONDS = 0.5
 # How long a process that hangs may take to write its stack.
 _STACK_SECONDS = 0.5
-# File descriptors of a process that `launch` started: the pipe for its line and, in the leader, the console.
+# File descriptors of a process that `launch` started: the pipe for its line and, in the leader, the console. The leader
+# has a third, the socket of `processes.STORE`.
 _REPORTS, _CONSOLE = "TWINTRAIN_REPORTS_FD", "TWINTRAIN_CONSOLE_FD"
 # Writes of several processes to a pipe do not mix up to 4096 bytes (POSIX asks for 512).
 _LONGEST_BYTES = 3900
@@ -58,20 +60,20 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
     All of them end with the first that fails, and with this process, however it ends. Their output goes to the directory
     `logs`, except for what the leader's Python prints.
 
-    Raises ProcessError with the line of the first that failed, MachineError if it ended without one, PlanError if there
-    are not enough GPUs, and KeyboardInterrupt after all have ended of it.
+    Raises ProcessError with the line of the first that failed, MachineError if it ended without one, and KeyboardInterrupt
+    after all have ended of it.
     """
-    check_gpus(processes)
-    # Opened here, on a port that the system chooses.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # On a port that the system chooses; whoever comes before the leader has opened its store waits in the socket's queue.
+    store = socket.create_server(("127.0.0.1", 0), backlog=max(128, processes))
     group = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        # torch's words for "the store is there already".
+        "MASTER_PORT": str(store.getsockname()[1]),
+        # torch's words for "do not open a store": the leader does it before it joins.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
+        BEGAN: repr(command_start()),
         # Processes share the cores: each takes one, unless a user says otherwise.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
@@ -79,9 +81,11 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
     children: list[subprocess.Popen[bytes]] = []
     with _pipe() as (reports, end), _logs(logs, processes) as files:
         try:
-            for rank, log in enumerate(files):
-                member = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                children.append(_start(command, member, log, reports=end, leads=rank == 0))
+            with store:
+                for rank, log in enumerate(files):
+                    member = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    meeting = store.fileno() if rank == 0 else None
+                    children.append(_start(command, member, log, reports=end, store=meeting))
             first, told = _first_failure(children, reports)
             if first is None:
                 return
@@ -134,22 +138,24 @@ def report_to_launcher() -> Callable[[int, str], None] | None:
 
 
 def _start(
-    command: Sequence[str], member: Mapping[str, str], log: IO[bytes], *, reports: int, leads: bool
+    command: Sequence[str], member: Mapping[str, str], log: IO[bytes], *, reports: int, store: int | None
 ) -> subprocess.Popen[bytes]:
-    console = os.dup(2) if leads else None
-    descriptors = {_REPORTS: str(reports)} | ({_CONSOLE: str(console)} if leads else {})
+    """Start one process; the leader is the one that has the socket of the `store`."""
+    descriptors = {_REPORTS: reports}
+    if store is not None:
+        descriptors |= {_CONSOLE: os.dup(2), STORE: store}
     try:
         return subprocess.Popen(
             command,
-            env=os.environ | member | descriptors,
-            stdout=None if leads else log,
+            env=os.environ | member | {name: str(number) for name, number in descriptors.items()},
+            stdout=log if store is None else None,
             stderr=log,
-            pass_fds=[reports] if console is None else [reports, console],
+            pass_fds=list(descriptors.values()),
             preexec_fn=partial(end_with, os.getpid()),
         )
     finally:
-        if console is not None:
-            os.close(console)
+        if store is not None:
+            os.close(descriptors[_CONSOLE])
 
 
 @contextmanager

@@ -6,31 +6,33 @@ from functools import partial
 from pathlib import Path
 
 from torchtrain import step
-from torchtrain.cluster import describe_devices, finish, is_leader, start
+from torchtrain.cluster import describe_devices, finish, is_leader, set_up
 from trainspec.failures import explained
-from trainspec.recipe import Recipe
 from trainspec.runs import loop
 from trainspec.runs.request import TrainRequest
+from trainspec.runs.run import Run
 
 
-def train(recipe: Recipe, request: TrainRequest) -> None:
+def train(run: Run, request: TrainRequest) -> None:
     """Train to the recipe's last step; leaves metrics and checkpoints, and a trace where `request` asks for one.
 
     Raises UserError for a mistake in the recipe or its files, NonFiniteLossError where the loss is not finite.
     """
-    with explained(recipe, partial(describe_devices, recipe.plan), out=request.out):
-        run = start(recipe)
+    plan = run.recipe.plan
+    with explained(run.recipe, partial(describe_devices, plan), out=request.out):
+        set_up(run)
         try:
-            devices = describe_devices(recipe.plan)
+            devices = describe_devices(plan)
+            request.clock.lap("devices and processes")
             loop.train(step, run, request, is_leader=is_leader(), devices=devices)
         finally:
             finish()
 
 
-def evaluate(recipe: Recipe, *, out: Path) -> tuple[float, str]:
+def evaluate(run: Run, *, out: Path) -> tuple[float, str]:
     """Held-out loss per target token, and whose: that of the newest checkpoint in `out`, or of the starting weights."""
-    with explained(recipe, partial(describe_devices, recipe.plan)):
-        run = start(recipe)
+    with explained(run.recipe, partial(describe_devices, run.recipe.plan)):
+        set_up(run)
         try:
             return loop.evaluate(step, run, out=out)
         finally:

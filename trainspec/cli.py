@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainspec.command import add_recipe, run_command
-from trainspec.data import open_dataset
-from trainspec.imports.command import run_import
-from trainspec.preview import preview
-from trainspec.recipe import Recipe, load_recipe
-from trainspec.runs.run import resolve
-from trainspec.show import show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,19 +66,7 @@ def _add_import(parser: ArgumentParser) -> None:
 
 
 def _run(args: Namespace) -> None:
-    match args.command:
-        case "schema":
-            print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
-        case "show":
-            show(load_recipe(args.recipe, args.overrides))
-        case "import":
-            run_import(args)
-        case "data":
-            recipe = load_recipe(args.recipe, args.overrides)
-            dataset = open_dataset(resolve(recipe), args.split)
-            preview(dataset, dataset.batch(0, args.rows))
-            if args.split == "train":
-                span = recipe.span(lambda: dataset.num_examples)
-                print(
-                    span.describe(examples=dataset.num_examples, global_examples=recipe.batch.global_examples)
-                )
+    # What --help does without.
+    from trainspec import commands
+
+    commands.run(args)

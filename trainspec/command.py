@@ -1,4 +1,4 @@
-"""The command line that both backends share, and how errors are reported.
+"""The command line that both backends share, and how errors are reported. Light: `--help` loads nothing but this.
 
 Exit codes of every program: 0 done, or the verdict is pass; 1 the verdict is fail, or training stopped itself; 2 a
 mistake of the user; 3 the machine failed (an OSError, its memory, a device, a driver, the network); 130 interrupted;
@@ -17,11 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, ProcessError, UserError, nearest
-from trainspec.failures import notes_of, outcome
-from trainspec.runs.request import TrainRequest
-from trainspec.runs.resume import ALLOWABLE
-from trainspec.trace import TraceRequest
+from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, ProcessError
+from trainspec.runs.allow import ALLOWABLE
 
 
 def add_recipe(parser: ArgumentParser) -> None:
@@ -70,6 +67,11 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
                 metavar="WHAT",
                 help=f"with --resume: what may differ from the checkpoint's recipe: {', '.join(ALLOWABLE)}",
             )
+            command.add_argument(
+                "--timings",
+                action="store_true",
+                help="print where the time went, to the first update and in the later ones, and write timings.json",
+            )
         if name == "export":
             command.add_argument(
                 "--merge", action="store_true", help="merge the adapter into the model's weights"
@@ -88,38 +90,6 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
         )
         command.add_argument("out", type=Path, metavar="OUT", help="the directory to write")
     return parser
-
-
-def out_directory(args: Namespace, program: str) -> Path:
-    """The directory of the run: `--out`, or `runs/RECIPE-PROGRAM`. Raises UserError where that is a file."""
-    out = args.out or Path("runs") / f"{args.recipe.stem}-{program}"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; give a directory")
-    return out
-
-
-def train_request(args: Namespace, out: Path) -> TrainRequest:
-    """The request that the options of `train` make."""
-    return TrainRequest(out, trace=_trace_request(args), resume=args.resume, allow=_allowed(args))
-
-
-def _trace_request(args: Namespace) -> TraceRequest | None:
-    """The trace that `--trace` and `--activations` ask for."""
-    if args.trace is None and args.activations is not None:
-        raise UserError("--activations: needs a directory to write to; give --trace DIR as well")
-    return TraceRequest(args.trace, args.activations) if args.trace else None
-
-
-def _allowed(args: Namespace) -> frozenset[str]:
-    """The groups that `--allow` names, such as `data,schedule`."""
-    words = frozenset(args.allow.replace(",", " ").split())
-    for word in sorted(words - set(ALLOWABLE)):
-        raise UserError(f"--allow {word}: unknown{nearest(word, ALLOWABLE)}")
-    if words and not args.resume:
-        raise UserError(
-            f"--allow {args.allow}: says what may change when a run resumes; give --resume as well"
-        )
-    return words
 
 
 def _step_or_all(text: str) -> int | Literal["all"]:
@@ -155,6 +125,9 @@ def run_command(
 
 def _ended(error: BaseException, program: str, tell: Callable[[int, str], None] | None) -> int:
     """Report the error that ended a command, and return the exit code."""
+    # Knows recipes and checkpoints, which --help does without.
+    from trainspec.failures import notes_of, outcome
+
     code, line = outcome(error)
     notes = notes_of(error)
     if isinstance(error, BrokenPipeError) and _reader_is_gone():

@@ -22,7 +22,15 @@ from trainspec.model import ModelSpec
 from trainspec.recipe import Data, Recipe
 from trainspec.rng import name_key, threefry2x32
 from trainspec.runs.run import Run
-from trainspec.text.store import COUNTS, TURN, Tokenizer, TokenStore, find_tokenizer, tokenise
+from trainspec.text.store import (
+    COUNTS,
+    TURN,
+    Tokenizer,
+    TokenStore,
+    check_tokens,
+    find_tokenizer,
+    tokenise,
+)
 
 # Hugging Face's and torch's mark for a position without loss.
 IGNORED = -100
@@ -51,9 +59,14 @@ class Batch:
         """How many tokens the loss is taken on."""
         return int((self.labels != IGNORED).sum())
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are, without padding."""
+        return int(np.count_nonzero(self.segments))
+
     def split(self, count: int) -> tuple[Batch, ...]:
         """`count` equal batches of consecutive examples."""
-        columns = [np.split(getattr(self, f.name), count) for f in fields(self)]
+        columns = [np.split(getattr(self, f.name), count) for f in fields(Batch)]
         return tuple(Batch(*arrays) for arrays in zip(*columns, strict=True))
 
 
@@ -192,6 +205,15 @@ class Dataset:
         pad = self._store.special("pad")
         if pad is not None and pad >= vocab:
             yield f"padding is {self._pad}: the tokenizer's padding token has id {pad}, the model {vocab} tokens (padding takes no part in training)"
+
+
+def check_data(run: Run) -> None:
+    """Raises DataError where the data of a run cannot be there, without reading it."""
+    recipe, data = run.recipe, run.recipe.data
+    check_positions(recipe, run.spec)
+    tokenizer = find_tokenizer(data, run.directory, recipe.model.from_)
+    for source in filter(None, (data.train, data.heldout)):
+        check_tokens(source, tokenizer, data)
 
 
 def open_dataset(run: Run, split: Literal["train", "heldout"]) -> Dataset:

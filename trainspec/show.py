@@ -15,7 +15,7 @@ from trainspec.files.hf import model_notes, read_model
 from trainspec.params import Param
 from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe, idle_settings
-from trainspec.runs.report import describe
+from trainspec.runs.opening import describe
 from trainspec.runs.run import Run, check_plan, cost_of, resolve
 
 

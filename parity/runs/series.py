@@ -23,13 +23,14 @@ from typing import Any, cast
 
 from parity.runs.replay import Replayer, replay
 from parity.runs.work import REFERENCE
-from trainspec.command import backend_parser, out_directory, run_command, train_request
+from trainspec.command import backend_parser, run_command
 from trainspec.data import Batch
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE
 from trainspec.recipe import load_recipe
 from trainspec.runs import loop
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Arrays, Backend, Cluster, Metrics
+from trainspec.runs.request import out_directory, train_request
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
 
@@ -45,6 +46,10 @@ class SharedPrograms:
         state = self._backend.init_state(run, like=like or self._first)
         self._first = self._first or state
         return state
+
+    def feed(self, state: Any, batch: Batch) -> Batch:
+        """The backend's."""
+        return self._backend.feed(state, batch)
 
     def train_step(
         self, state: Any, batch: Batch, *, lr: float, keep: Keep = "nothing"

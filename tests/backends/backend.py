@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from trainspec.backends import BACKENDS
 from trainspec.files.hf import resolve_model
 from trainspec.recipe import Recipe
 from trainspec.runs.request import TrainRequest
+from trainspec.runs.run import resolve_on
 
 NAME = os.environ.get("TWINTRAIN_BACKEND", "jax")
 PROGRAM = f"{NAME}train"
@@ -23,15 +25,18 @@ main = _cli.main
 finish, check_accelerators, describe_devices = (
     getattr(_cluster, name) for name in ("finish", "check_accelerators", "describe_devices")
 )
-eval_step, logits, moments_of, restore, train_step, weights_of = (
+eval_step, feed, logits, moments_of, restore, train_step, weights_of = (
     getattr(_step, name)
-    for name in ("eval_step", "logits", "moments_of", "restore", "train_step", "weights_of")
+    for name in ("eval_step", "feed", "logits", "moments_of", "restore", "train_step", "weights_of")
 )
-evaluate = _train.evaluate
 
 
 def train(recipe: Recipe, out: Path, **options: Any) -> None:
-    _train.train(recipe, TrainRequest(out, **options))
+    _train.train(resolve_on(recipe, BACKENDS[NAME]), TrainRequest(out, **options))
+
+
+def evaluate(recipe: Recipe, *, out: Path) -> tuple[float, str]:
+    return _train.evaluate(resolve_on(recipe, BACKENDS[NAME]), out=out)
 
 
 def spec_of(recipe: Recipe):

@@ -64,6 +64,23 @@ def test_jax_says_why_it_cannot_use_what_is_there(machine):
         (machine / "dev" / file).unlink()
 
 
+@pytest.mark.skipif(NAME == "torch", reason="torch has no such warnings")
+def test_warnings_of_xla_are_off_where_there_is_a_gpu(machine, monkeypatch):
+    """Its page about full memory is one. JAX itself asks for level 1, which shows them."""
+    from jaxtrain import commands
+
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "")
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    commands._jax()
+    assert "TF_CPP_MIN_LOG_LEVEL" not in os.environ
+    (machine / "dev/nvidia0").touch()
+    commands._jax()
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    commands._jax()
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
+
+
 @pytest.mark.skipif(NAME == "jax", reason="its line is above")
 def test_torch_says_why_it_cannot_use_what_is_there(machine, monkeypatch):
     import torch

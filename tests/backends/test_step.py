@@ -1,15 +1,17 @@
 """One update in float64: its gradient, its independence of the split, the clip, AdamW, and what stays put."""
 
 import json
+from dataclasses import fields, replace
 
 import numpy as np
 import numpy_llama
 import pytest
-from backend import PROGRAM, moments_of, restore, spec_of, train_step, weights_of
+from backend import PROGRAM, feed, moments_of, restore, spec_of, train_step, weights_of
 from many import run_many
 from small import FAMILIES, VARIANTS
 from test_model import FP64, FULL, LORA, PACKED, prepare
 
+from trainspec.data import IGNORED, Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.methods import trainable_table
 from trainspec.runs.checkpoint import Checkpoint, latest
@@ -76,6 +78,21 @@ def test_the_split_into_microbatches_does_not_matter(make_recipe, method, data):
         assert relative(moments_of(split)[1], moments_of(whole)[1]) < SPLIT_ROUNDING
         assert split_metrics.loss_sum == pytest.approx(metrics.loss_sum, rel=1e-14)
         assert split_metrics.tokens == metrics.tokens
+
+
+def test_a_fed_batch_is_the_same_batch(make_recipe):
+    """Three updates that change nothing: of a batch, of the same one fed ahead, and of one with fewer targets."""
+    state, batch = prepare(
+        make_recipe(method=FULL, precision=FP64, data=PACKED, batch={"global_examples": 4, "accumulation": 2})
+    )
+    fed, labels = feed(state, batch), batch.labels.copy()
+    assert all(np.array_equal(getattr(fed, f.name), getattr(batch, f.name)) for f in fields(Batch))
+    labels[:, ::2] = IGNORED
+    losses = []
+    for each in (batch, fed, feed(state, replace(batch, labels=labels))):
+        state, metrics = train_step(state, each, lr=0.0)
+        losses.append(metrics.loss_sum)
+    assert losses[0] == losses[1] > losses[2]
 
 
 @METHODS

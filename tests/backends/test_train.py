@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ from test_model import FP64, FULL, LORA
 
 MEASURED = {"heldout": str(ROOT / "configs/data/qa-heldout.jsonl")}
 FP32 = {"policy": "fp32", "reduce": "fp32"}
+# What is measured of an update's time; the first update has no speed.
+SPEED = {"tokens_per_second", "all_tokens_per_second", "model_tflops_per_second", "input_share"}
+TIMES = {"seconds", *SPEED}
 
 
 def metrics_of(out: Path):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -62,21 +66,60 @@ def test_the_program_as_a_person_starts_it(make_recipe, tmp_path):
     file, out = tmp_path / "small.yaml", tmp_path / "run"
     file.write_text(recipe.to_yaml())
     shared = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
-    command = [sys.executable, "-m", PROGRAM, "train", file, "--out", out, "--trace", tmp_path / "trace"]
+    command = [
+        sys.executable,
+        "-m",
+        PROGRAM,
+        "train",
+        file,
+        "--out",
+        out,
+        "--trace",
+        tmp_path / "trace",
+        "--timings",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    *first, model, data, length, one, two, wrote = done.stdout.splitlines()
-    assert wrote == f"wrote {out / 'checkpoints/step-000002'}"
+    lines = done.stdout.splitlines()
+    wrote = lines.index(f"wrote {out / 'checkpoints/step-000002'}")
+    *first, model, data, length, one, two, speed = lines[:wrote]
     assert first[-1] == f"writes: {out}"
     assert "lora trains" in model
     assert "records" in data
     assert length.startswith("2 updates: ")
     assert [line.split()[:2] for line in (one, two)] == [["step", "1"], ["step", "2"]]
+    assert "first update" in one
     assert "held-out" in two
+    assert re.match(
+        r"after the first update: [\d,]+ target tokens/s  [\d,]+ tokens/s  .* TFLOP/s  input ", speed
+    )
+    check_times(out, lines[wrote + 1 :])
     assert len(list((tmp_path / "trace").glob("step-*.safetensors"))) == 2
     if Path("/dev/shm").is_dir():
         assert not {name for name in set(os.listdir("/dev/shm")) - shared if "deepspeed" in name}
+
+
+def check_times(out: Path, printed: list[str]) -> None:
+    """What `--timings` says: the laps to the first update, in their order, and all that a later one is made of."""
+    first, second = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    assert first.keys() & TIMES == {"seconds"}
+    assert second.keys() & TIMES == TIMES
+    timings = json.loads((out / "timings.json").read_text())
+    laps = {lap["what"]: lap for lap in timings["laps"]}
+    loaded = {"jaxtrain": "JAX loaded", "torchtrain": "torch loaded"}[PROGRAM]
+    assert list(laps) == [
+        "recipe read and checked", loaded, "devices and processes", "data opened", "weights read", "first update"
+    ]  # fmt: skip
+    assert all(lap["seconds"] > 0 for lap in laps.values())
+    compiling = laps["first update"].get("of_which", {})
+    assert set(compiling) == ({"traced", "lowered", "compiled"} if PROGRAM == "jaxtrain" else set())
+    assert laps["first update"]["seconds"] > max(first["seconds"], sum(compiling.values()))
+    spans = ["input", "weights read", "update", "trace", "evaluation", "report", "checkpoint"]
+    assert list(timings["per_update"]) == spans
+    assert timings["per_update"]["update"]["total"] == pytest.approx(second["seconds"])
+    assert printed[0].startswith("to the end of the first update ")
+    assert [line.split("  ")[1] for line in printed[-len(spans) :]] == spans
 
 
 def test_exit_codes(make_recipe, tmp_path, capsys):

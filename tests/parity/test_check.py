@@ -378,7 +378,7 @@ def test_a_check_measures_no_held_out_loss(check, tmp_path):
 
 
 def test_parity_imports_no_framework():
-    code = "import sys, parity.cli, parity.check; sys.exit(bool({'jax', 'torch'} & set(sys.modules)))"
+    code = "import sys, parity.commands, parity.check; sys.exit(bool({'jax', 'torch'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

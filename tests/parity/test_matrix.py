@@ -147,7 +147,7 @@ def planted(tmp_path: Path) -> CellResult:
 
 def run(results: list[CellResult], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """`parity matrix`, with the training already done."""
-    monkeypatch.setattr("parity.cli.run_matrix", lambda chosen, out: results)
+    monkeypatch.setattr("parity.commands.run_matrix", lambda chosen, out: results)
     out.mkdir(exist_ok=True)
     return main(["matrix", "--only", str(CELL), "--out", str(out)])
 

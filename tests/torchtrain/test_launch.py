@@ -16,8 +16,9 @@ import pytest
 from small import ROOT
 
 from torchtrain.cli import main
-from torchtrain.cluster import check_gpus, count_processes, describe_cluster, has_launcher
+from torchtrain.cluster import check_gpus
 from torchtrain.launch import _Failure, _first_failure, _received
+from torchtrain.processes import count_processes, describe_cluster, has_launcher
 from trainspec.errors import PlanError
 
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -125,7 +126,7 @@ def test_who_follows_says_only_why_it_failed(make_recipe, tmp_path, monkeypatch,
             if outcome is not None:
                 raise outcome
 
-        monkeypatch.setattr("torchtrain.cli.train", train)
+        monkeypatch.setattr("torchtrain.train.train", train)
         main(["train", str(file), "--out", str(out)])
         return capsys.readouterr().err
 

@@ -184,9 +184,9 @@ def test_nothing_is_said_when_nobody_reads_the_output_any_more():
     os.close(write)
     assert (closed.returncode, closed.stderr) == (1, "")
     elsewhere = subprocess.run(
-        [sys.executable, "-c", "import os, trainspec.cli as cli\n"
+        [sys.executable, "-c", "import os, trainspec.cli as cli, trainspec.commands as commands\n"
          "def show(recipe):\n    read, write = os.pipe()\n    os.close(read)\n    os.write(write, b'x')\n"
-         "cli.show = show\nraise SystemExit(cli.main(['show', 'configs/demo.yaml']))"],
+         "commands.show = show\nraise SystemExit(cli.main(['show', 'configs/demo.yaml']))"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (elsewhere.returncode, elsewhere.stderr) == (3, "trainspec: Broken pipe\n")
@@ -196,7 +196,7 @@ def test_an_out_that_is_a_file_is_a_mistake(tmp_path):
     file = tmp_path / "taken"
     file.touch()
     done = subprocess.run(
-        [sys.executable, "-c", "from trainspec.command import *\np = backend_parser('program')\n"
+        [sys.executable, "-c", "from trainspec.command import *\nfrom trainspec.runs.request import out_directory\np = backend_parser('program')\n"
          "run_command(lambda args: out_directory(args, 'program') and None, p, None) and exit(2)",
          "train", "configs/demo.yaml", "--out", str(file)],
         cwd=ROOT, capture_output=True, text=True, check=False,

@@ -24,9 +24,10 @@ from trainspec.methods import LoRA, PromptTuning, adapter_table, trainable_table
 from trainspec.recipe import ModelSource, Recipe, load_recipe, recipe_from
 from trainspec.rope import LinearScaling, Llama3Scaling
 from trainspec.runs import checkpoint
+from trainspec.runs.allow import ALLOWABLE
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.identity import RANDOM, Identity, identity_of, model_digest, start_digest, weights_digest
-from trainspec.runs.resume import ALLOWABLE, FIXED, CheckpointOrigin, check_resumable
+from trainspec.runs.resume import FIXED, CheckpointOrigin, check_resumable
 from trainspec.runs.run import Run, resolve, run_of
 
 Make = Callable[..., Recipe]

@@ -137,6 +137,12 @@ def test_only_what_is_not_there_already_helps(make_recipe):
     ]
     one_part = full | {"fsdp": 2, "shards": "optimizer"}
     assert what_helps(make_recipe(plan=one_part, batch=batch), "torch")[0] == "plan.shards=params"
+    # What costs nothing comes first. In fp64 there is no other attention.
+    dear = {"attention": "reference", "loss_chunk": 4096}
+    free = ["plan.attention=auto", "plan.loss_chunk=auto", "plan.remat=full"]
+    assert what_helps(make_recipe(plan=dear, batch=batch), "jax")[:3] == free
+    exact = make_recipe(plan=dear, batch=batch, precision={"policy": "fp64"})
+    assert what_helps(exact, "jax")[:2] == free[1:]
     # DeepSpeed has no float64: no advice that would be refused.
     fp64 = make_recipe(plan=full, batch=batch, precision={"policy": "fp64"})
     assert not any("shards" in line for line in what_helps(fp64, "torch"))

@@ -42,7 +42,7 @@ from trainspec.recipe import Recipe, load_recipe
 from trainspec.runs import checkpoint
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.export import export
-from trainspec.runs.report import describe
+from trainspec.runs.opening import describe
 from trainspec.runs.run import resolve, run_of
 
 Make = Callable[..., Recipe]

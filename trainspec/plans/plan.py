@@ -11,10 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainspec.params import Param
+from trainspec.plans.names import Backend as Backend
+from trainspec.plans.names import Policy as Policy
 
-# The names of `trainspec.backends.BACKENDS`.
-Backend = Literal["jax", "torch"]
-Policy = Literal["fp64", "fp32", "bf16"]
 StateKind = Literal["weights", "gradients", "optimizer"]
 Count = Annotated[int, Field(ge=1)]
 

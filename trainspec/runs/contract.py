@@ -83,6 +83,10 @@ class Backend(Protocol[S]):
         """The run before its first update. Reuses what was compiled for `like`, a state of an equal recipe."""
         ...
 
+    def feed(self, state: S, batch: Batch) -> Batch:
+        """The same batch, near the devices: called in a thread while `train_step` makes another update of the run."""
+        ...
+
     def train_step(self, state: S, batch: Batch, *, lr: float, keep: Keep = "nothing") -> tuple[S, Metrics]:
         """One update; consumes `state`.
 
@@ -124,8 +128,12 @@ class Cluster(Protocol):
         """The recipe's run, with this process set up for it. Raises PlanError."""
         ...
 
+    def set_up(self, run: Run) -> None:
+        """Set this process up for a run whose plan the backend runs. Raises PlanError."""
+        ...
+
     def finish(self) -> None:
-        """Undo `start`."""
+        """Undo `set_up`."""
         ...
 
     def check_accelerators(self) -> None:
@@ -144,11 +152,11 @@ class Cluster(Protocol):
 class Program(Protocol):
     """`train`: what the command line calls."""
 
-    def train(self, recipe: Recipe, request: TrainRequest) -> None:
+    def train(self, run: Run, request: TrainRequest) -> None:
         """Train to the recipe's last step."""
         ...
 
-    def evaluate(self, recipe: Recipe, *, out: Path) -> tuple[float, str]:
+    def evaluate(self, run: Run, *, out: Path) -> tuple[float, str]:
         """The held-out loss, and whose it is."""
         ...
 

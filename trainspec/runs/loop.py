@@ -10,7 +10,6 @@ first collective.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +22,7 @@ from trainspec.files.hf import model_notes
 from trainspec.plans.accelerators import Devices
 from trainspec.recipe import idle_settings
 from trainspec.runs import checkpoint
+from trainspec.runs.clock import INPUT, READ, UPDATE, Clock
 from trainspec.runs.contract import Backend, Metrics, S
 from trainspec.runs.observers import (
     CheckpointObserver,
@@ -30,20 +30,22 @@ from trainspec.runs.observers import (
     EvaluationObserver,
     Observer,
     ReportObserver,
+    StepTime,
     TraceObserver,
     Update,
     heldout_loss,
     needs_of,
     trace_header,
 )
+from trainspec.runs.opening import describe, opening
 from trainspec.runs.prefetch import prefetch
-from trainspec.runs.report import NullReporter, Reporter, describe, opening
+from trainspec.runs.prepare import check_output
+from trainspec.runs.report import NullReporter, Reporter
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.resume import check_resumable
-from trainspec.runs.run import Run
+from trainspec.runs.run import Run, arithmetic_of
 from trainspec.runs.run_data import RunData, open_data
 from trainspec.schedule import learning_rate
-from trainspec.trace import check_free
 
 
 def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bool, devices: Devices) -> None:
@@ -52,15 +54,15 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
     Raises UserError for mistakes in the recipe or its files, NonFiniteLossError for a loss that is not finite.
     """
     out, program = request.out, BACKENDS[devices.backend].program
-    saved = checkpoint.resumable_checkpoint(out, resume=request.resume)
-    if request.trace:
-        check_free(request.trace.directory, resumes=request.resume)
+    saved = check_output(request)
     if is_leader:  # before anything that takes long
         lines = opening(run.recipe, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)
     run, data = open_data(run)
     lines = _summary(run, data, saved, request.allow)
+    request.clock.lap("data opened")
     state, last = _started(backend, run, out, saved, is_leader=is_leader), data.span.last
+    request.clock.lap("weights read")
     with (
         Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else NullReporter()
     ) as reporter:
@@ -72,42 +74,61 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
             data,
             state,
             _observers(backend, run, data, reporter, request, is_leader=is_leader, devices=devices),
+            clock=request.clock,
         )
         reporter.say(f"wrote {checkpoint.latest(out) or out}")
+        if request.timings:
+            reporter.timings(request.clock.report())
 
 
-def follow(backend: Backend[S], run: Run, data: RunData, state: S, observers: Sequence[Observer[S]]) -> S:
-    """Make the run's remaining updates, notifying the observers; the next batch is prepared during an update."""
-    recipe, span = run.recipe, data.span
+def follow(
+    backend: Backend[S],
+    run: Run,
+    data: RunData,
+    state: S,
+    observers: Sequence[Observer[S]],
+    *,
+    clock: Clock | None = None,
+) -> S:
+    """Make the run's remaining updates, notifying the observers; the next batch is prepared and fed during an update."""
+    recipe, span, clock = run.recipe, data.span, clock or Clock()
     steps, examples = range(state.step, span.last), recipe.batch.global_examples
-    with ExitStack() as stack, prefetch(lambda step: data.train.batch(step, examples), steps) as batches:
+
+    def fed(step: int, start: S = state) -> Batch:
+        return backend.feed(start, data.train.batch(step, examples))
+
+    with ExitStack() as stack, prefetch(fed, steps) as batches:
         for observer in observers:
             stack.callback(observer.finished)
             observer.started(state)
-        for batch in batches:
+        for batch in clock.awaited(batches):
             lr = learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=state.step, steps=span.steps)
             try:
-                state, update = _update(backend, state, batch, lr, observers)
+                state, update = _update(backend, state, batch, lr, observers, clock)
             except NonFiniteLossError as error:
                 _stopped(state.step + 1, batch, lr, error.metrics, observers)
                 raise
             for observer in observers:
-                update = observer.updated(state, update)
+                with clock.during(observer.name):
+                    update = observer.updated(state, update)
     return state
 
 
 def _update(
-    backend: Backend[S], state: S, batch: Batch, lr: float, observers: Sequence[Observer[S]]
+    backend: Backend[S], state: S, batch: Batch, lr: float, observers: Sequence[Observer[S]], clock: Clock
 ) -> tuple[S, Update]:
+    """One update, with what the observers need of it. Its time is that of `train_step` alone."""
     needs = needs_of(observers, state.step + 1)
-    before = backend.weights_of(state) if needs.before else {}
-    began = time.perf_counter()
-    state, metrics = backend.train_step(state, batch, lr=lr, keep=needs.keep)
-    seconds = time.perf_counter() - began
-    weights, moments = (
-        (backend.weights_of(state), backend.moments_of(state)) if needs.after else ({}, ({}, {}))
-    )
-    return state, Update(state.step, batch, lr, metrics, seconds, before, weights, moments)
+    with clock.during(READ):
+        before = backend.weights_of(state) if needs.before else {}
+    with clock.during(UPDATE):
+        state, metrics = backend.train_step(state, batch, lr=lr, keep=needs.keep)
+    with clock.during(READ):
+        weights, moments = (
+            (backend.weights_of(state), backend.moments_of(state)) if needs.after else ({}, ({}, {}))
+        )
+    time = StepTime(clock.seconds(UPDATE), waited=clock.seconds(INPUT), is_first=clock.is_first)
+    return state, Update(state.step, batch, lr, metrics, time, before, weights, moments)
 
 
 def _stopped(
@@ -115,7 +136,7 @@ def _stopped(
 ) -> None:
     if metrics is not None:
         for observer in observers:
-            observer.stopped(Update(step, batch, lr, metrics, 0.0, {}, {}, ({}, {})))
+            observer.stopped(Update(step, batch, lr, metrics, StepTime(0.0), {}, {}, ({}, {})))
 
 
 def _observers(
@@ -138,7 +159,7 @@ def _observers(
     if data.heldout:
         due = Due(recipe.run.eval_every_steps, last)
         observers.append(EvaluationObserver(backend, data.heldout, examples=_heldout_examples(run), due=due))
-    observers.append(ReportObserver(reporter))
+    observers.append(ReportObserver(reporter, arithmetic_of(run), last=last))
     due = Due(recipe.checkpoint.every_steps, last)
     return [*observers, CheckpointObserver(request.out, recipe, data.identity, due=due, is_leader=is_leader)]
 

@@ -16,12 +16,13 @@ from typing import Generic, Protocol, TypeVar, get_args
 
 from trainspec.data import Batch, Dataset
 from trainspec.plans.accelerators import Devices
+from trainspec.plans.flops import Arithmetic
 from trainspec.recipe import Recipe
 from trainspec.runs import checkpoint
 from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Arrays, Backend, Metrics, S
 from trainspec.runs.identity import Identity
-from trainspec.runs.report import NullReporter, Reporter, StepReport
+from trainspec.runs.report import NullReporter, Reporter, StepReport, Work
 from trainspec.trace import Keep, StepTrace, TraceName, TraceRequest, TraceWriter
 from trainspec.trace_header import TraceHeader
 
@@ -49,6 +50,18 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class StepTime:
+    """How many seconds an update took, and how many its batch was waited for before it.
+
+    The process's first compiles programs and takes memory: it is no measure of the others.
+    """
+
+    seconds: float
+    waited: float = 0.0
+    is_first: bool = True
+
+
+@dataclass(frozen=True)
 class Update:
     """One finished update, `step` counted from 1, with the requested arrays by canonical name.
 
@@ -59,7 +72,7 @@ class Update:
     batch: Batch
     lr: float
     metrics: Metrics
-    seconds: float
+    time: StepTime
     weights_before: Arrays
     weights: Arrays
     moments: tuple[Arrays, Arrays]
@@ -67,7 +80,12 @@ class Update:
 
 
 class Observer(Protocol[State]):
-    """Is notified of a run's progress. A subclass overrides the methods that it needs; these do nothing."""
+    """Is notified of a run's progress. A subclass overrides the methods that it needs; these do nothing.
+
+    `name` is what its time is listed as.
+    """
+
+    name: str = "observer"
 
     def started(self, state: State) -> None:
         """Called before the first update; `state` may come from a checkpoint."""
@@ -112,6 +130,8 @@ class TraceObserver(Observer[S]):
 
     `order` is the causal order of its names, `header` what the run is.
     """
+
+    name = "trace"
 
     def __init__(
         self,
@@ -185,6 +205,8 @@ def step_trace(update: Update) -> StepTrace:
 class EvaluationObserver(Observer[S]):
     """Measures the held-out loss after due updates."""
 
+    name = "evaluation"
+
     def __init__(self, backend: Backend[S], heldout: Dataset, *, examples: int, due: Due) -> None:
         self._backend, self._heldout, self._examples, self._due = backend, heldout, examples, due
 
@@ -202,25 +224,49 @@ def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, examples: int)
 
 
 class ReportObserver(Observer[S], Generic[S]):
-    """Reports every update, with the held-out loss where it was measured."""
+    """Reports every update, with the held-out loss where it was measured, and after the last one the average speed."""
 
-    def __init__(self, reporter: Reporter | NullReporter) -> None:
-        self._reporter = reporter
+    name = "report"
+
+    def __init__(self, reporter: Reporter | NullReporter, arithmetic: Arithmetic, *, last: int) -> None:
+        self._reporter, self._arithmetic, self._last = reporter, arithmetic, last
+        self._total = Work()
 
     def updated(self, state: S, update: Update) -> Update:
         """Reports the update."""
-        metrics = update.metrics
-        loss, speed = metrics.loss_sum / metrics.tokens, metrics.tokens / update.seconds
+        metrics, time, batch = update.metrics, update.time, update.batch
+        work = Work(
+            metrics.tokens,
+            batch.tokens,
+            self._arithmetic.operations(batch.segments),
+            time.seconds,
+            time.waited,
+        )
+        speed = None if time.is_first else work.speed()
+        loss = metrics.loss_sum / metrics.tokens
         self._reporter.step(
             StepReport(
-                update.step, loss, metrics.tokens, metrics.grad_norm, update.lr, speed, update.heldout_loss
+                update.step,
+                loss,
+                metrics.tokens,
+                metrics.grad_norm,
+                update.lr,
+                time.seconds,
+                speed,
+                update.heldout_loss,
             )
         )
+        if speed:
+            self._total += work
+        if update.step == self._last and self._total.seconds:
+            self._reporter.say(f"after the first update: {self._total.speed()}")
         return update
 
 
 class CheckpointObserver(Observer[S], Generic[S]):
     """Saves a checkpoint after due updates."""
+
+    name = "checkpoint"
 
     def __init__(self, out: Path, recipe: Recipe, identity: Identity, *, due: Due, is_leader: bool) -> None:
         self._out, self._recipe, self._identity = out, recipe, identity

@@ -3,39 +3,85 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
-
-import numpy as np
+from typing import Any, Self
 
 # tensorboard's own writer: tensorboardX would import torch, where it is installed, into JAX's process.
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-from trainspec.plans.accelerators import Devices
-from trainspec.plans.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan
-from trainspec.recipe import Recipe
-from trainspec.runs.memory import host_memory
-from trainspec.runs.run import Run
+from trainspec.runs.clock import table
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was done in a second of updates, and how much of the time went on waiting for batches.
+
+    `all_tokens_per_second` counts every token but padding, `tokens_per_second` target tokens; `model_tflops_per_second` is that
+    of all devices together, by `trainspec.plans.flops`.
+    """
+
+    tokens_per_second: float
+    all_tokens_per_second: float
+    model_tflops_per_second: float
+    input_share: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_second:,.0f} target tokens/s  {self.all_tokens_per_second:,.0f} tokens/s"
+            f"  {self.model_tflops_per_second:,.3g} TFLOP/s  input {self.input_share:.1%}"
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What updates did, in how many seconds, and for how many more their batches were waited for."""
+
+    targets: int = 0
+    tokens: int = 0
+    operations: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        """Both."""
+        return Work(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
+
+    def speed(self) -> Speed:
+        """Per second."""
+        return Speed(
+            self.targets / self.seconds,
+            self.tokens / self.seconds,
+            self.operations / self.seconds / 1e12,
+            self.waited / (self.waited + self.seconds),
+        )
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One update, `step` counted from 1; `loss` is the mean over the batch's target tokens."""
+    """One update, `step` counted from 1; `loss` is the mean over the batch's target tokens.
+
+    The process's first update has no `speed`: most of its time went on what later ones do not do again.
+    """
 
     step: int
     loss: float
     tokens: int
     grad_norm: float
     lr: float
-    tokens_per_second: float
+    seconds: float
+    speed: Speed | None = None
     heldout_loss: float | None = None
+
+    def values(self) -> dict[str, float]:
+        """What there is of it by name, as a line of metrics.jsonl."""
+        given = asdict(self)
+        speed = given.pop("speed") or {}
+        return {name: value for name, value in (given | speed).items() if value is not None}
 
 
 class Reporter:
@@ -46,6 +92,7 @@ class Reporter:
         metrics = out / "metrics.jsonl"
         _drop_steps_after(metrics, resumed_at)
         self._metrics = metrics.open("a", encoding="utf-8")
+        self._timings, self._program = out / "timings.json", backend
         self._events = Writer(str(out))
         self._bar = tqdm(
             total=steps,
@@ -73,7 +120,7 @@ class Reporter:
 
     def step(self, report: StepReport) -> None:
         """Show and record one update."""
-        values = {k: v for k, v in asdict(report).items() if v is not None}
+        values = report.values()
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
         for name, value in values.items():
@@ -83,8 +130,15 @@ class Reporter:
         heldout = "" if report.heldout_loss is None else f"  held-out {report.heldout_loss:.4f}"
         self.say(
             f"step {report.step:>5}  loss {report.loss:.4f}  |g| {report.grad_norm:.3e}  lr {report.lr:.2e}"
-            f"  {report.tokens} tokens  {report.tokens_per_second:,.0f} target tokens/s{heldout}"
+            f"  {report.tokens} tokens  {report.speed or f'first update {report.seconds:.2f} s'}{heldout}"
         )
+
+    def timings(self, report: Mapping[str, Any]) -> None:
+        """Show and record where the time went."""
+        self._timings.write_text(
+            json.dumps({"program": self._program} | dict(report), indent=1), encoding="utf-8"
+        )
+        self.say("\n".join(table(report)))
 
 
 class NullReporter:
@@ -102,47 +156,8 @@ class NullReporter:
     def step(self, report: StepReport) -> None:
         """Do nothing."""
 
-
-def opening(recipe: Recipe, devices: Devices, *, name: str, out: Path) -> list[str]:
-    """The first lines of a run: versions, platform, devices, plan, precision, and where it writes."""
-    packages = ", ".join(f"{package} {version(package)}" for package in devices.packages)
-    memory, _ = host_memory()
-    policy = recipe.precision.policy
-    system = " ".join((platform.system(), platform.release(), platform.machine()))
-    return [
-        f"{name} {version('twintrain')} with {packages} on Python {platform.python_version()}",
-        f"host: {platform.node()}, {system}, {os.cpu_count()} cores, {memory / 2**30:,.1f} GiB of memory",
-        f"devices: {devices}",
-        f"plan: {_plan_in_words(recipe.plan)}",
-        f"precision: {policy}, stored in {STORED_DTYPE[policy]}, computed in {COMPUTE_DTYPE[policy]}, "
-        f"gradients summed in {COMPUTE_DTYPE[recipe.precision.reduce]}",
-        f"writes: {out}",
-    ]
-
-
-def _plan_in_words(plan: Plan) -> str:
-    axes = [f"{axis} {size}" for axis in MESH_AXES if (size := getattr(plan, axis)) > 1]
-    words = [" × ".join(axes) or "one device", f"shards {plan.shards}", f"remat {plan.remat}"]
-    if plan.pipe > 1:
-        chunks = f" of {plan.chunks} chunks a stage" if plan.chunks_per_stage > 1 else ""
-        words.append(f"schedule {plan.schedule}{chunks}, {plan.microbatches} microbatches")
-    return ", ".join(words)
-
-
-def describe(run: Run) -> str:
-    """The sizes of the model, of the trained weights and of the adapter's files, in one line."""
-    model, method, policy = run.spec, run.recipe.method, run.recipe.precision.policy
-    tables = (run.model_table, run.trained, run.method_table)
-    total, trained, extra = (sum(p.size for p in table) for table in tables)
-    line = (
-        f"{model.name}: {total:,} parameters; {method.kind} trains {trained:,} "
-        f"({100 * trained / (total + extra):.2f} %)"
-    )
-    if method.trains_model:
-        return line
-    mebi = np.dtype(STORED_DTYPE[policy]).itemsize / 2**20
-    line = f"{line}; its adapter has {method.adapter_size(model) * mebi:,.2f} MiB"
-    return f"{line}, its encoder {trained * mebi:,.2f}" if method.has_encoder else line
+    def timings(self, report: Mapping[str, Any]) -> None:
+        """Do nothing."""
 
 
 def _drop_steps_after(metrics: Path, step: int) -> None:

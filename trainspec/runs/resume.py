@@ -14,21 +14,11 @@ from typing import Any
 from trainspec.complaint import format_value
 from trainspec.errors import RecipeError
 from trainspec.recipe import Recipe
+from trainspec.runs.allow import ALLOWABLE
 from trainspec.runs.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
 
-# The groups of `--allow`: settings that may change on request.
-ALLOWABLE: dict[str, tuple[str, ...]] = {
-    "data": ("data.sequence_tokens", "data.packing", "data.padding_side", "data.loss_on", "data.too_long"),
-    "schedule": (
-        "schedule.kind",
-        "schedule.warmup_steps",
-        "schedule.warmup_ratio",
-        "schedule.final_ratio",
-        "optimizer.lr",
-    ),
-}
 # Settings that may not change.
 FIXED = (
     "model.weights",

@@ -11,6 +11,7 @@ from trainspec.model import ModelSpec
 from trainspec.params import Param, param_table
 from trainspec.plans.capabilities import Capabilities, check_fits, check_supported, check_trains
 from trainspec.plans.cost import Cost
+from trainspec.plans.flops import Arithmetic, arithmetic
 from trainspec.recipe import Recipe
 
 
@@ -74,6 +75,11 @@ def check_plan(run: Run, backend: Capabilities) -> None:
         backend=backend,
     )
     check_trains(plan, run.spec, run.trained, backend)
+
+
+def arithmetic_of(run: Run) -> Arithmetic:
+    """The operations of the run's updates."""
+    return arithmetic(run.spec, run.recipe.method, trained=run.trained, frozen=run.frozen)
 
 
 def cost_of(run: Run, backend: Capabilities) -> Cost:

@@ -38,15 +38,18 @@ class Tokenizer:
     template: str | None
     date: str
 
+    def files(self) -> list[Path]:
+        """Its files, relative to the directory. Raises DataError where it has none."""
+        if files := tokenizer_files(self.directory):
+            return files
+        raise DataError(f"{self.directory}: has no tokenizer; set data.tokenizer to a directory that has one")
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the tokenizer's files and of the replacing template."""
-        files = tokenizer_files(self.directory)
-        if not files:
-            raise DataError(
-                f"{self.directory}: has no tokenizer; set data.tokenizer to a directory that has one"
-            )
-        contents = [item for f in files for item in (str(f).encode(), (self.directory / f).read_bytes())]
+        contents = [
+            item for f in self.files() for item in (str(f).encode(), (self.directory / f).read_bytes())
+        ]
         return _digest(*contents, repr(self.template).encode(), self._class_in_config().encode())
 
     def _class_in_config(self) -> str:
@@ -128,8 +131,8 @@ def read_template(file: str | None) -> str | None:
         ) from None
 
 
-def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
-    """The tokens of a source, from the cache if it is there. Raises DataError."""
+def check_tokens(source: str, tokenizer: Tokenizer, data: Data) -> None:
+    """Raises DataError for what is wrong with a source, its columns or its tokenizer before a record is read."""
     check_source(source, data.task)
     for name, _ in data.columns:
         if name not in FIELDS:
@@ -137,6 +140,12 @@ def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
     doubled = [theirs for _, theirs in data.columns if [t for _, t in data.columns].count(theirs) > 1]
     if doubled:
         raise DataError(f"data.columns: two fields of ours cannot both come from {doubled[0]!r}")
+    tokenizer.files()
+
+
+def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
+    """The tokens of a source, from the cache if it is there. Raises DataError."""
+    check_tokens(source, tokenizer, data)
     settings = {
         "task": data.task,
         "columns": data.columns,

@@ -1,0 +1,51 @@
+"""The commands of jaxtrain. A recipe is checked before JAX is loaded, which takes longer than all the checks."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from types import ModuleType
+
+from trainspec.backends import BACKENDS
+from trainspec.plans.accelerators import accelerators
+from trainspec.recipe import load_recipe
+from trainspec.runs.export import export
+from trainspec.runs.prepare import prepare, prepare_evaluation
+from trainspec.runs.request import out_directory, train_request
+
+BACKEND = BACKENDS["jax"]
+
+
+def run(args: Namespace) -> None:
+    """Run one command."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    out = out_directory(args, BACKEND.program)
+    match args.command:
+        case "train":
+            request = train_request(args, out)
+            run = prepare(recipe, BACKEND, request)
+            request.clock.lap("recipe read and checked")
+            train = _jax().train
+            request.clock.lap("JAX loaded")
+            train(run, request)
+        case "eval":
+            run = prepare_evaluation(recipe, BACKEND)
+            loss, whose = _jax().evaluate(run, out=out)
+            if _jax().is_leader():
+                print(f"held-out loss {loss:.6f} of {whose}")
+        case "export":
+            # Needs only files: the leader does it alone, and waits for no other process.
+            if _jax().is_leader():
+                print(f"wrote {export(recipe, out=out, merge=args.merge, dtype=args.dtype)}")
+        case other:
+            raise AssertionError(f"the parser let {other!r} through")
+
+
+def _jax() -> ModuleType:
+    """`jaxtrain.train`, loaded with JAX at the first call."""
+    if any(accelerator.kind == "GPU" for accelerator in accelerators()):
+        # When a GPU's memory is full XLA warns with a page; the error that follows has the figures.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from jaxtrain import train
+
+    return train

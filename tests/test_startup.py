@@ -1,0 +1,78 @@
+"""What `--help` and a refusal load: nothing that takes long. Times are not looked at, a machine may be busy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from small import ROOT
+
+FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "torch", "deepspeed", "peft", "transformers"}
+# Of what `--help` does without. A refusal needs numpy and pydantic; parity also knows how to write a page.
+HEAVY = {*FRAMEWORKS, "pydantic", "yaml", "safetensors", "tokenizers", "jinja2", "tensorboard", "tqdm"}
+DEMO = "configs/demo.yaml"
+REFUSALS = {
+    "trainspec": (
+        ["show", DEMO, "--set", "method.rnk=4"],
+        ["data", DEMO, "--set", "data.train=nothing.jsonl"],
+    ),
+    "parity": (["check", DEMO, "--set", "method.rnk=4"], ["check", DEMO, "--steps", "1000"]),
+    "jaxtrain": (
+        ["train", DEMO, "--set", "method.rnk=4"],
+        ["train", DEMO, "--set", "plan.tensor=3"],
+        ["train", DEMO, "--set", "data.train=nothing.jsonl"],
+        ["train", DEMO, "--set", "data.tokenizer=configs"],
+        ["train", DEMO, "--trace", "configs"],
+        ["eval", DEMO, "--set", "model.from=nowhere"],
+    ),
+}
+REFUSALS["torchtrain"] = REFUSALS["jaxtrain"]
+
+# Prints what is loaded after each command line, and how it ended.
+PROBE = """
+import contextlib, importlib, io, json, sys
+program, heavy, lines = json.load(sys.stdin)
+def ended(argv):
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            code = importlib.import_module(program + ".cli").main(argv)
+        except SystemExit as error:
+            code = error.code
+    return [code, told.getvalue(), sorted(set(heavy) & set(sys.modules))]
+print(json.dumps([ended(argv) for argv in lines]))
+"""
+
+
+def probed(program: str, *lines: list[str]) -> list[tuple[int, str, list[str]]]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], input=json.dumps([program, sorted(HEAVY), lines]),
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("program", REFUSALS)
+def test_nothing_heavy_is_loaded_for_help_or_a_refusal(program: str):
+    (code, told, loaded), *refused = probed(program, ["--help"], *REFUSALS[program])
+    assert (code, loaded) == (0, [])
+    assert told.startswith(f"usage: {program}")
+    for argv, (code, told, loaded) in zip(REFUSALS[program], refused, strict=True):
+        assert (code, told.count("\n")) == (2, 1), (argv, told)
+        assert not FRAMEWORKS & set(loaded), (argv, loaded)
+        assert "tensorboard" not in loaded or program == "parity", argv
+    assert "pydantic" in refused[0][2]  # control: the probe sees what is loaded
+
+
+def test_who_starts_the_processes_of_a_run_loads_no_framework(tmp_path):
+    """They load it themselves, and would wait for it."""
+    code = (
+        "import sys\nfrom torchtrain import commands\nfrom torchtrain.cli import main\n"
+        "commands.launch = lambda program, words, *, processes, logs: print(processes, *words)\n"
+        f"code = main(['train', {DEMO!r}, '--set', 'plan.data=2', '--out', {str(tmp_path / 'run')!r}])\n"
+        f"print(code, sorted({FRAMEWORKS!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"2 train {DEMO} --set plan.data=2 --out {tmp_path}/run", "0 []"]

@@ -1,0 +1,38 @@
+"""What is refused before a backend is loaded: all that a recipe, the names of its files and the options say.
+
+Loading a framework takes many times as long, and a run on several devices starts as many processes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainspec.data import check_data
+from trainspec.plans.capabilities import Capabilities
+from trainspec.recipe import Recipe
+from trainspec.runs import checkpoint
+from trainspec.runs.request import TrainRequest
+from trainspec.runs.run import Run, resolve_on
+from trainspec.trace import check_free
+
+
+def prepare(recipe: Recipe, backend: Capabilities, request: TrainRequest) -> Run:
+    """The run of a recipe. Raises UserError for what can be known to be wrong with it or with the request."""
+    run = prepare_evaluation(recipe, backend)
+    check_output(request)
+    return run
+
+
+def prepare_evaluation(recipe: Recipe, backend: Capabilities) -> Run:
+    """The run of a recipe that writes nothing. Raises UserError."""
+    run = resolve_on(recipe, backend)
+    check_data(run)
+    return run
+
+
+def check_output(request: TrainRequest) -> Path | None:
+    """The checkpoint that a run resumes from, if any. Raises UserError where it would overwrite something."""
+    saved = checkpoint.resumable_checkpoint(request.out, resume=request.resume)
+    if request.trace:
+        check_free(request.trace.directory, resumes=request.resume)
+    return saved
