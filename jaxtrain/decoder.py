@@ -5,7 +5,7 @@ B batch, S sequence, N virtual tokens of a prompt, T = N + S positions, E embed,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,11 +19,14 @@ from jaxtrain.activations import IN_LAYERS, NO_PROBES, Probes, recording, tap
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import (
     Build,
+    Embedding,
     Encoder,
+    Linear,
     VirtualTokens,
     attention_mask,
     in_front,
     in_window,
+    project,
     repeated,
     rotary_tables,
 )
@@ -57,9 +60,13 @@ class Decoder(nnx.Module):
         """The final norm of the residual stream."""
         raise NotImplementedError
 
+    def head_layer(self) -> Embedding | Linear:
+        """The layer that makes logits of the normed residual stream."""
+        raise NotImplementedError
+
     def projected(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
         """The head's logits [B, T, vocab] of the normed residual stream."""
-        raise NotImplementedError
+        return project(self.head_layer(), x_BSE, point)
 
     def __call__(
         self,
@@ -69,8 +76,12 @@ class Decoder(nnx.Module):
         segments: Array,
         point: DropoutPoint | None = None,
         probes: Probes = NO_PROBES,
-    ) -> tuple[Array, dict[str, Array]]:
-        """Logits, and the activations that `probes` asks for, those of layers with the layers in front."""
+        end: Callable[[Array], Any] | None = None,
+    ) -> tuple[Any, dict[str, Array]]:
+        """Logits, and the activations that `probes` asks for, those of layers with the layers in front.
+
+        `end` makes something else of the last layer's output than logits.
+        """
         virtual = self.virtual(None if point is None else point.step)
         with recording(probes) as recorded:
             x_BSE = self.embed(input_ids, virtual)
@@ -83,8 +94,8 @@ class Decoder(nnx.Module):
                 probes=probes,
                 is_rotated=rotated_layers(self.spec, range(self.spec.layers)),
             )
-            logits = self.head(x_BSE, point)
-        return logits, recorded | in_layers
+            made = self.head(x_BSE, point) if end is None else end(x_BSE)
+        return made, recorded | in_layers
 
     def virtual(self, step: Array | None) -> VirtualTokens:
         """The virtual tokens of update `step`, the same for every example; None is without dropout."""

@@ -107,6 +107,11 @@ class Embedding(nnx.Module):
         return self.constrain(matmul_transposed(x_BSE, self.embedding.get_value()), ("batch", "seq", "vocab"))
 
 
+def project(layer: Embedding | Linear, x_BSE: Array, point: DropoutPoint | None) -> Array:
+    """Logits [B, S, vocab] of a head, which may be the embedding."""
+    return layer.attend(x_BSE) if isinstance(layer, Embedding) else layer(x_BSE, point)
+
+
 class RMSNorm(nnx.Module):
     """x * rsqrt(mean(x²) + eps) over the last dimension in the accumulation type, cast to the compute type, times the weight."""
 

@@ -25,6 +25,7 @@ from torchtrain.engines.engine import Engine, Inputs, Stored
 from torchtrain.engines.pipeline import placeholder
 from torchtrain.layers import attention_mask, in_window
 from torchtrain.loss import token_loss
+from torchtrain.loss_chunks import HeadLoss
 from torchtrain.mesh import Mesh, compute_device, make_mesh
 from torchtrain.methods import all_labels, all_positions, all_visible, attach
 from torchtrain.model import build_model
@@ -56,6 +57,7 @@ class State:
     engine: Engine
     optimizer: torch.optim.AdamW
     point: DropoutPoint
+    head: HeadLoss
 
 
 def init_state(run: Run, *, like: State | None = None) -> State:
@@ -76,8 +78,9 @@ def init_state(run: Run, *, like: State | None = None) -> State:
         shard=Partitioner(run, mesh),
     )
     optimizer = _optimizer(run, model)
+    head = HeadLoss(model, point=point, tensor=mesh.tensor)
     engine = make_engine(run, model, optimizer, mesh=mesh)
-    state = State(0, run, mesh, model, engine, optimizer, point)
+    state = State(0, run, mesh, model, engine, optimizer, point, head)
     if policy == "bf16":
         # DeepSpeed has made its float32 masters from rounded weights; the other backend's are not rounded.
         names = {p.name for p in run.trained}
@@ -130,7 +133,7 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
 class _Microbatches:
     """What an engine asks of a batch: this process's examples of each microbatch, and the loss, summed over them.
 
-    Each microbatch's forward pass appends to `recordings`, if there is such a list.
+    Each microbatch's forward pass appends to `recordings`, if there is such a list: then all logits are made at once.
     """
 
     def __init__(self, state: State, batch: Batch, recordings: list[Recording] | None) -> None:
@@ -144,15 +147,17 @@ class _Microbatches:
 
     def forward(self, index: int) -> Inputs:
         """What the next forward pass takes."""
-        if self._recordings is not None:
+        if self._recordings is None:
+            _expect_loss(self._state, self._microbatches[index], divisor=self._batch.target_tokens)
+        else:
             self._recordings.append(Recording())
         self._move_dropout(index)
         return _inputs(self._microbatches[index], self._state.run)
 
-    def loss(self, index: int, logits: Tensor) -> Tensor:
+    def loss(self, index: int, output: Tensor) -> Tensor:
         """The microbatch's share of the batch's loss."""
         microbatch, batch = self._microbatches[index], self._batch
-        loss_sum = _loss_sum(self._state, microbatch, logits)
+        loss_sum = _loss_sum(self._state, microbatch, output)
         self.loss_sum += loss_sum.detach()
         return loss_sum / batch.target_tokens
 
@@ -181,8 +186,8 @@ def _with_activations(metrics: Metrics, state: State, recordings: Sequence[Recor
 def eval_step(state: State, batch: Batch) -> tuple[float, int]:
     """(loss sum, target tokens) of a batch, without dropout."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=compute_device())
-    for microbatch, logits_BTV in _inferred(state, batch):
-        loss_sum += _loss_sum(state, microbatch, logits_BTV)
+    for microbatch, output in _inferred(state, batch, of_loss=True):
+        loss_sum += _loss_sum(state, microbatch, output)
     return state.mesh.total(loss_sum).item(), batch.target_tokens
 
 
@@ -190,19 +195,27 @@ def eval_step(state: State, batch: Batch) -> tuple[float, int]:
 def logits(state: State, batch: Batch) -> NDArray[Any]:
     """The model's output [B, S, V] at the tokens, without dropout."""
     mesh = state.mesh
-    shards = [mesh.tensor.gather(shard_BTV, -1) for _, shard_BTV in _inferred(state, batch)]
+    shards = [mesh.tensor.gather(shard_BTV, -1) for _, shard_BTV in _inferred(state, batch, of_loss=False)]
     whole = torch.cat([mesh.replicas.gather(shard_BTV, 0) for shard_BTV in shards]) if shards else None
     logits_BTV = to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))
     return logits_BTV[:, leading_positions(state.run.recipe.method) :]
 
 
-def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
-    """This replica's examples of each microbatch, with their logits; none where the process has no logits."""
+def _inferred(state: State, batch: Batch, *, of_loss: bool) -> Iterator[tuple[Batch, Tensor]]:
+    """This replica's examples of each microbatch, with the head's output; none where the process has none.
+
+    With `of_loss` that may be the loss sum, else it is logits.
+    """
     state.model.eval()
     count = state.run.recipe.plan.microbatches_of(len(batch.rows))
     microbatches = [_own_examples(state, microbatch) for microbatch in batch.split(count)]
-    inputs = [_inputs(microbatch, state.run) for microbatch in microbatches]
-    return zip(microbatches, state.engine.infer(inputs), strict=False)
+
+    def inputs(index: int) -> Inputs:
+        if of_loss:
+            _expect_loss(state, microbatches[index], divisor=1)
+        return _inputs(microbatches[index], state.run)
+
+    return zip(microbatches, state.engine.infer(count, inputs), strict=False)
 
 
 def weights_of(state: State, *, frozen: bool = False) -> Arrays:
@@ -279,9 +292,24 @@ def _inputs(batch: Batch, run: Run) -> Inputs:
     }
 
 
-def _loss_sum(state: State, batch: Batch, logits_BTV: Tensor) -> Tensor:
-    labels_BT = all_labels(_tensor(batch.labels), state.run.recipe.method)
-    return token_loss(logits_BTV, labels_BT, tensor=state.mesh.tensor)[0]
+def _expect_loss(state: State, batch: Batch, *, divisor: int) -> None:
+    """Have the head make the loss of `batch` in the next forward pass, where the plan makes it in chunks."""
+    labels_BT = _labels(state, batch)
+    rows, positions = labels_BT.shape
+    chunk = state.run.recipe.plan.positions_at_once(rows, positions, state.run.spec.vocab)
+    if chunk < positions:
+        state.head.expect(labels_BT, divisor=divisor, chunk=chunk)
+
+
+def _loss_sum(state: State, batch: Batch, output: Tensor) -> Tensor:
+    """The loss sum of `batch` from the head's output, which it is already where the head has made it."""
+    if output.dim() == 0:
+        return output
+    return token_loss(output, _labels(state, batch), tensor=state.mesh.tensor)[0]
+
+
+def _labels(state: State, batch: Batch) -> Tensor:
+    return all_labels(_tensor(batch.labels), state.run.recipe.method)
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

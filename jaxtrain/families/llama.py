@@ -149,5 +149,5 @@ class Llama(Decoder):
     def normed(self, x_BSE: Array) -> Array:
         return self.norm(x_BSE)
 
-    def projected(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
-        return self.embed_tokens.attend(x_BSE) if self.lm_head is None else self.lm_head(x_BSE, point)
+    def head_layer(self) -> Embedding | Linear:
+        return self.embed_tokens if self.lm_head is None else self.lm_head

@@ -7,6 +7,7 @@ from parity.faults import (
     families,
     forward,
     loss,
+    loss_chunks,
     methods,
     pipeline,
     precision,
@@ -25,6 +26,7 @@ from parity.faults.shared import SHARED, SharedFault
 FAULTS: tuple[Fault, ...] = (
     *forward.FAULTS,
     *loss.FAULTS,
+    *loss_chunks.FAULTS,
     *update.FAULTS,
     *methods.FAULTS,
     *virtual.FAULTS,

@@ -77,6 +77,7 @@ _LEFT = {"padding_side": "left"}
 SETUPS: dict[str, str] = {
     "full": "every weight is trained, two accumulation slices, examples padded on the left, with clipping and decay",
     "packed": "the same with several documents packed into an example",
+    "chunked": "the same, the loss made for seven positions of each row at a time; no activations are recorded",
     "tied": "the same with a head that is the embedding",
     "bias": "the same with biases",
     "warmup": "the same with a warm-up of three updates",
@@ -112,8 +113,11 @@ SETUPS: dict[str, str] = {
 # A run of these set-ups is compared with one that is not stopped.
 RESUMED = ("resume", "resume-adapter")
 RESUMED_AFTER = 2
+# Recording would change what these run.
+UNRECORDED = ("chunked",)
 _PIPE = Plan(pipe=2, microbatches=4)
 PLANS: dict[str, Plan] = {
+    "chunked": Plan(loss_chunk=7),
     "remat": Plan(remat="full"),
     "tensor": Plan(tensor=2),
     "tensor-qwen3": Plan(tensor=2),
@@ -154,7 +158,7 @@ def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backen
             "full" | "tied" | "bias" | "qwen3" | "tensor" | "tensor-qwen3" | "data" | "data-tensor" | "zero1"
         ):
             pass
-        case "qwen2" | "mistral" | "smollm3" | "glm":
+        case "chunked" | "qwen2" | "mistral" | "smollm3" | "glm":
             pass
         case "resume" | "resume-adapter":
             # A checkpoint after each step: the one before the newest is there, too.

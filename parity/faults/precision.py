@@ -62,13 +62,13 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.loss:token_loss",
+                    "jaxtrain.loss:target_loss",
                     "__logits.astype(__wide)",
                     "lax.reduce_precision(__logits, 8, 7)",
                 ),
             ),
             "torch": (
-                Edit("torchtrain.loss:token_loss", "__logits.to(__wide)", "__logits.to(torch.bfloat16)"),
+                Edit("torchtrain.loss:target_loss", "__logits.to(__wide)", "__logits.to(torch.bfloat16)"),
             ),
         },
     ),

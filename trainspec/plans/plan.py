@@ -6,6 +6,7 @@ of a batch, `fsdp` the training state that `shards` names, `tensor` the wide dim
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,6 +26,8 @@ COMPUTE_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16"
 
 MESH_AXES = ("pipe", "data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# As many logits the loss makes at once where the plan leaves it open: 256 MiB in float32.
+AUTO_LOGITS = 64 * 2**20
 # Logical axis of a weight -> mesh axis; one that is not listed (rank) is replicated.
 WEIGHT_AXES = {
     "embed": "fsdp",
@@ -82,7 +85,8 @@ class Plan(BaseModel):
     """How attention is computed: `reference` is the definition, with all scores [S, S] in memory, `fused` a kernel that keeps
     none of them. `auto` is `fused` where the device and the precision have such a kernel, and `reference` in fp64."""
     loss_chunk: Literal["auto"] | Count = "auto"
-    """For how many positions of each row the loss makes logits at once; `auto` takes as many as make 64 Mi logits."""
+    """For how many positions of each row the loss makes logits at once; `auto` takes as many as make 64 Mi logits on a
+    device in one forward pass, and all of them where they are no more (`positions_at_once`)."""
 
     @property
     def devices(self) -> int:
@@ -102,6 +106,17 @@ class Plan(BaseModel):
     def microbatches_of(self, examples: int) -> int:
         """How many microbatches a batch of evaluation makes: one where its examples do not divide."""
         return self.microbatches if examples % (self.microbatches * self.replicas) == 0 else 1
+
+    def positions_at_once(self, rows: int, positions: int, vocab: int) -> int:
+        """For how many of a row's `positions` the loss makes logits at once, where a pass of one replica has `rows` rows.
+
+        `auto` cuts a row into the fewest chunks of equal length whose logits, rows × chunk × vocab / tensor on each device,
+        are at most AUTO_LOGITS. All positions at once is the plain loss.
+        """
+        if self.loss_chunk != "auto":
+            return min(self.loss_chunk, positions)
+        most = max(1, AUTO_LOGITS * self.tensor // (rows * vocab))
+        return math.ceil(positions / math.ceil(positions / most))
 
     def splits(self, kind: StateKind) -> bool:
         """Whether that kind of training state is sharded over fsdp."""
