@@ -55,7 +55,8 @@ def keep_mask(
     if stretch is not None:
         position, sequence_tokens = position + stretch.first.astype(jnp.uint32), stretch.positions
     token = rows.astype(jnp.uint32)[:, None] * jnp.uint32(sequence_tokens) + position
-    feature = jnp.arange(features, dtype=jnp.uint32)
+    # Plus nothing, so that under a vmap over rows both words of a counter have its dimension.
+    feature = jnp.arange(features, dtype=jnp.uint32) + (token - token)[..., None]
     shape = (*token.shape, features)
     words = (key0, key1, feature, token[..., None])
     bits, _ = threefry2x32_p.bind(*(jnp.broadcast_to(word, shape) for word in words))

@@ -171,7 +171,12 @@ def _forward(
             totals_R, gradients, dx_RBTE = jax.vmap(of_replica, spmd_axis_name=head.batch_axes)(*split)
         totals, dx_BTE = jax.tree.map(lambda each: each.sum(0), totals_R), dx_RBTE.reshape(B, T, E)
     of_leaves = tuple(
-        replace(leaf, value=None, grad_placeholder=reduced(gradients[i], leaf) if i in gradients else None)
+        # A cotangent of None is zero: only the placeholder's is wanted.
+        replace(
+            leaf,
+            value=cast(Array, None),
+            grad_placeholder=reduced(gradients[i], leaf) if i in gradients else None,
+        )
         if isinstance(leaf, BoundWeight)
         else None
         for i, leaf in enumerate(leaves)
