@@ -7,10 +7,11 @@ of a batch, `fsdp` the training state that `shards` names, `tensor` the wide dim
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from trainspec.complaint import format_value
 from trainspec.params import Param
 
 # The names of `trainspec.backends.BACKENDS`.
@@ -87,6 +88,13 @@ class Plan(BaseModel):
     loss_chunk: Literal["auto"] | Count = "auto"
     """For how many positions of each row the loss makes logits at once; `auto` takes as many as make 64 Mi logits on a
     device in one forward pass, and all of them where they are no more (`positions_at_once`)."""
+
+    @field_validator("loss_chunk", mode="before")
+    @classmethod
+    def _positions(cls, value: Any) -> Any:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"{format_value(value)} is no number of positions; write auto, or 1 or more")
 
     @property
     def devices(self) -> int:
