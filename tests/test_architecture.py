@@ -59,7 +59,7 @@ LAYERS = {
         ("engines",),
         ("methods", "model"),
         ("weights",),
-        ("layers", "activations", "tensor_parallel", "loss"),
+        ("layers", "activations", "attention", "tensor_parallel", "loss"),
         ("mesh", "launch"),
         ("cluster",),
         ("families", "dropout", "optim", "precision", "_deepspeed"),

@@ -28,9 +28,9 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.step:_inputs",
+                    "torchtrain.attention.visible:Visible.mask",
                     "attention_mask(__segments)",
-                    f"in_window(__it, positions_BT, {REACH})",
+                    f"in_window(__it, self.positions_BT, {REACH})",
                 ),
             ),
         },
@@ -94,7 +94,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.methods.virtual_tokens:all_visible",
+                    "torchtrain.attention.visible:Visible.mask",
                     "F.pad(__visible, __widths, value=True)",
                     "__it.tril()",
                 ),
@@ -122,8 +122,8 @@ FAULTS = (
             "torch": (
                 Edit(
                     "torchtrain.step:_Microbatches.forward",
-                    "_inputs(__microbatch, __run)",
-                    "__it | {'attention_mask': _inputs(self._microbatches[0], __run)['attention_mask']}",
+                    "_inputs(__microbatch, __run, is_recorded=__recorded)",
+                    "__it | {'visible': _inputs(self._microbatches[0], __run, is_recorded=__recorded)['visible']}",
                 ),
             ),
         },

@@ -48,7 +48,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.methods.virtual_tokens:all_visible",
+                    "torchtrain.attention.visible:Visible.mask",
                     "F.pad(__visible, __widths, value=True)",
                     "F.pad(__visible, __widths)",
                 ),
