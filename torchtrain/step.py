@@ -286,4 +286,8 @@ def _loss_sum(state: State, batch: Batch, logits_BTV: Tensor) -> Tensor:
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array).to(compute_device(), torch.int64)
+    """On the device. A GPU copies from pinned memory: the host waits neither for the copy nor for what was asked before."""
+    host, device = torch.from_numpy(array), compute_device()
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True).to(torch.int64)
