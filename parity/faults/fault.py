@@ -147,7 +147,9 @@ def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backen
     sections: dict[str, Mapping[str, Any]] = {
         "data": _LEFT,
         "precision": {"policy": precision},
-        "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump(),
+        # Faults of attention are edits of its definition.
+        "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump()
+        | {"attention": "reference"},
     }
     match setup:
         case (
