@@ -1,6 +1,6 @@
 """What a chip of a TPU pod holds with fused attention and with the reference: compiled here for pods that are not here.
 
-    python benchmarks/attention_on_tpu.py [7b] [70b] [--attention fused reference]
+    python benchmarks/attention_on_tpu.py [--case 7b 70b] [--attention fused reference]
 
 The two programs of a step (gradients, update) of full fine-tuning in bfloat16, gradients summed in float32, everything
 recomputed, are compiled by TPU's own compiler from shapes alone, on a CPU: Llama-2-7B on 64 chips of v5e, 64 rows of 4096, and
@@ -48,7 +48,7 @@ def main() -> None:
     print(f"python {' '.join(sys.argv)} on {os.cpu_count()} cores, {platform.machine()}; GiB per chip")
     print(HEAD, flush=True)
     try:
-        for name in arguments.case or CASES:
+        for name in arguments.case:
             for attention in arguments.attention:
                 report(name, attention)
     except UserError as error:
@@ -57,7 +57,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("case", nargs="*", default=[], metavar="CASE", help="7b, 70b; both if none is named")
+    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument(
         "--attention", nargs="+", choices=("fused", "reference"), default=["fused", "reference"]
     )

@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
-from jaxtrain.attention import REFERENCE, choose
-from jaxtrain.attention.kernel import Site
+from jaxtrain.attention import REFERENCE, choose, site_of
 from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
 from jaxtrain.mesh import make_mesh
@@ -226,8 +225,7 @@ class Program:
         self.shardings = Shardings(mesh, recipe.plan, run.full_table)
         self.storage = Storage(recipe.precision, self.shardings, order)
         self.feeder = Feeder(recipe, self.shardings)
-        is_causal = not recipe.data.packing and recipe.data.padding_side == "right"
-        site = Site(mesh, recipe.precision.policy, spec.head_dim, has_causal_rows=is_causal)
+        site = site_of(run, mesh)
         self.attention = choose(recipe.plan, site)
         model = build_model(
             spec,

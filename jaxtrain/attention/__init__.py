@@ -5,9 +5,12 @@ A kernel is given queries, keys, values and what a query may see (`visible.Visib
 
 from __future__ import annotations
 
+from jax.sharding import Mesh
+
 from jaxtrain.attention import blocks, cudnn, reference, splash
 from jaxtrain.attention.kernel import Kernel, Site
 from trainspec.plans.plan import Plan
+from trainspec.runs.run import Run
 
 REFERENCE = Kernel("reference", lambda _: None, lambda _: reference.attend)
 # Those that keep no scores: the first that a site lacks nothing for is its own. The last one runs anywhere.
@@ -23,3 +26,10 @@ def choose(plan: Plan, site: Site) -> Kernel:
     if plan.attention == "reference" or (plan.attention == "auto" and site.policy == "fp64"):
         return REFERENCE
     return next(kernel for kernel in FUSED if kernel.lack(site) is None)
+
+
+def site_of(run: Run, mesh: Mesh) -> Site:
+    """Where a run computes attention."""
+    data = run.recipe.data
+    has_causal_rows = not data.packing and data.padding_side == "right"
+    return Site(mesh, run.recipe.precision.policy, run.spec.head_dim, has_causal_rows)
