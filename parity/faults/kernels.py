@@ -56,8 +56,8 @@ FAULTS = (
                 Edit(GRADIENTS, "", "from parity.faults.substitutes.jax_attention import means_of_parts"),
                 Edit(
                     GRADIENTS,
-                    "__d_shares - __mean[..., None]",
-                    "__d_shares - means_of_parts(shares, __d_shares, operands.visible.prefix)",
+                    "__shares * (__d_shares - __mean[..., None])",
+                    "__shares * (__d_shares - means_of_parts(__shares, __d_shares, operands.visible.prefix))",
                 ),
             )
         },
