@@ -112,8 +112,8 @@ SETUPS: dict[str, str] = {
     "resume": "every weight is trained; the run is resumed after its second step",
     "resume-adapter": "an adapter whose B is not zero, with dropout; the run is resumed after its second step",
 }
-# The backends that run a set-up named "fused-" with a fused kernel; others with the definition, as all do in other set-ups.
-FUSED_IN: tuple[Backend, ...] = ("jax",)
+# The set-ups whose attention is fused; elsewhere faults of attention are edits of its definition, which all run.
+FUSED = ("fused-packed", "fused-prefix", "fused-window")
 # A run of these set-ups is compared with one that is not stopped.
 RESUMED = ("resume", "resume-adapter")
 RESUMED_AFTER = 2
@@ -153,9 +153,8 @@ def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backen
     sections: dict[str, Mapping[str, Any]] = {
         "data": _LEFT,
         "precision": {"policy": precision},
-        # Faults of attention are edits of its definition.
         "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump()
-        | {"attention": "reference"},
+        | {"attention": "fused" if setup in FUSED else "reference"},
     }
     match setup:
         case (

@@ -8,7 +8,7 @@ from parity.runs.edit import Edit
 SCORES = "jaxtrain.attention.blocks:_Operands.scores"
 GRADIENTS = "jaxtrain.attention.blocks:_gradients"
 MASK = "__visible.mask(__queries, end=__end)"
-NOTE = "torch's kernels are its own: there is no source of ours to edit"
+JOIN = "torchtrain joins nothing: a prefix's keys stand before the others"
 
 FAULTS = (
     Fault(
@@ -26,10 +26,10 @@ FAULTS = (
                     "    __queries[:, None] >= jnp.arange(__end), (len(__visible.segments_BS), len(__queries), __end)\n"
                     ")",
                 ),
-            )
+            ),
+            "torch": (Edit("torchtrain.attention.fused:attend", "__visible.is_causal", "True"),),
         },
         setup="fused-packed",
-        note=NOTE,
     ),
     Fault(
         name="kernel-causal-from-the-first-key",
@@ -40,10 +40,10 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(SCORES, MASK, "__it & (__queries[:, None] >= jnp.arange(__visible.prefix + __end))"),
-            )
+            ),
+            "torch": (Edit("torchtrain.attention.causal:attend_causally", "", "front = 0"),),
         },
         setup="fused-prefix",
-        note=NOTE,
     ),
     Fault(
         name="kernel-joins-a-detached-prefix",
@@ -62,7 +62,7 @@ FAULTS = (
             )
         },
         setup="fused-prefix",
-        note=NOTE,
+        note=JOIN,
     ),
     Fault(
         name="kernel-window-off-by-one",
@@ -78,9 +78,15 @@ FAULTS = (
                     MASK,
                     "replace(__visible, window=__visible.window + 1).mask(__queries, end=__end)",
                 ),
-            )
+            ),
+            "torch": (
+                Edit(
+                    "torchtrain.attention.segments:_in_window",
+                    "__mask.triu(__chunk - __window + 1)",
+                    "__mask.triu(__chunk - __window)",
+                ),
+            ),
         },
         setup="fused-window",
-        note=NOTE,
     ),
 )
