@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchtrain.activations import Recording, by_point, point_stages, recorded
+from torchtrain.attention.visible import Visible, rows_of
 from torchtrain.cluster import is_leader
 from torchtrain.dropout import DropoutPoint
 from torchtrain.engines import make_engine
 from torchtrain.engines.deepspeed import Partitioner
 from torchtrain.engines.engine import Engine, Inputs, Stored
 from torchtrain.engines.pipeline import placeholder
-from torchtrain.layers import attention_mask, in_window
 from torchtrain.loss import token_loss
 from torchtrain.loss_chunks import HeadLoss
 from torchtrain.mesh import Mesh, compute_device, make_mesh
-from torchtrain.methods import all_labels, all_positions, all_visible, attach
+from torchtrain.methods import all_labels, all_positions, all_segments, attach
 from torchtrain.model import build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
 from torchtrain.precision import compute_dtype, to_numpy
@@ -36,7 +36,7 @@ from trainspec.causal import activation_points
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
-from trainspec.methods import leading_positions, position_shift
+from trainspec.methods import leading_positions, position_shift, virtual_tokens
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
 from trainspec.runs.checkpoint import Checkpoint
@@ -66,15 +66,15 @@ def init_state(run: Run, *, like: State | None = None) -> State:
     Differs from jaxtrain: nothing is compiled, so nothing of `like` is used again.
     """
     recipe, spec, weights = run.recipe, run.spec, list(starting_weights(run))
-    policy, mesh = recipe.precision.policy, make_mesh(recipe.plan)
-    model = build_model(spec, policy=policy, remat=recipe.plan.remat, tensor=mesh.tensor)
+    policy, plan, mesh = recipe.precision.policy, recipe.plan, make_mesh(recipe.plan)
+    model = build_model(spec, policy=policy, remat=plan.remat, attention=plan.attention, tensor=mesh.tensor)
     point = attach(model, spec, recipe.method, seed=recipe.run.seed, tensor=mesh.tensor)
     allocate(
         model,
         weights,
         dtype=compute_dtype(policy),
         tensor=mesh.tensor,
-        is_mine=lambda p: mesh.stages.index in stages_of(p, recipe.plan, spec),
+        is_mine=lambda p: mesh.stages.index in stages_of(p, plan, spec),
         shard=Partitioner(run, mesh),
     )
     optimizer = _optimizer(run, model)
@@ -147,12 +147,13 @@ class _Microbatches:
 
     def forward(self, index: int) -> Inputs:
         """What the next forward pass takes."""
+        is_recorded = self._recordings is not None
         if self._recordings is None:
             _expect_loss(self._state, self._microbatches[index], divisor=self._batch.target_tokens)
         else:
             self._recordings.append(Recording())
         self._move_dropout(index)
-        return _inputs(self._microbatches[index], self._state.run)
+        return _inputs(self._microbatches[index], self._state.run, is_recorded=is_recorded)
 
     def loss(self, index: int, output: Tensor) -> Tensor:
         """The microbatch's share of the batch's loss."""
@@ -275,30 +276,30 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _inputs(batch: Batch, run: Run) -> Inputs:
-    method, window = run.recipe.method, run.spec.window
+def _inputs(batch: Batch, run: Run, *, is_recorded: bool = False) -> Inputs:
+    method, shift = run.recipe.method, position_shift(run.recipe.method)
     positions_BT = all_positions(_tensor(batch.positions), method)
-    visible_B1SS = attention_mask(_tensor(batch.segments))
-    # Virtual tokens without positions are in every window.
-    if window is not None and not position_shift(method):
-        visible_B1SS = in_window(visible_B1SS, positions_BT, window)
-    visible_B1TK = all_visible(visible_B1SS, method)
-    if window is not None and position_shift(method):
-        visible_B1TK = in_window(visible_B1TK, positions_BT, window)
-    return {
-        "input_ids": _tensor(batch.input_ids),
-        "position_ids": positions_BT,
-        "attention_mask": visible_B1TK,
-    }
+    leading = leading_positions(method)
+    visible = Visible(
+        segments_BT=all_segments(_tensor(batch.segments), method),
+        positions_BT=positions_BT,
+        rows=rows_of(batch.segments, batch.positions, shift=shift),
+        prompt=leading,
+        prefix=virtual_tokens(method) - leading,
+        window=run.spec.window,
+        prefix_has_positions=shift > 0,
+        is_recorded=is_recorded,
+    )
+    return {"input_ids": _tensor(batch.input_ids), "position_ids": positions_BT, "visible": visible}
 
 
 def _expect_loss(state: State, batch: Batch, *, divisor: int) -> None:
     """Have the head make the loss of `batch` in the next forward pass, where the plan makes it in chunks."""
-    labels_BT = _labels(state, batch)
-    rows, positions = labels_BT.shape
-    chunk = state.run.recipe.plan.positions_at_once(rows, positions, state.run.spec.vocab)
+    run, (rows, tokens) = state.run, batch.labels.shape
+    positions = leading_positions(run.recipe.method) + tokens
+    chunk = run.recipe.plan.positions_at_once(rows, positions, run.spec.vocab)
     if chunk < positions:
-        state.head.expect(labels_BT, divisor=divisor, chunk=chunk)
+        state.head.expect(_labels(state, batch), divisor=divisor, chunk=chunk)
 
 
 def _loss_sum(state: State, batch: Batch, output: Tensor) -> Tensor:
@@ -313,4 +314,8 @@ def _labels(state: State, batch: Batch) -> Tensor:
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array).to(compute_device(), torch.int64)
+    """On the device. A GPU copies from pinned memory: the host waits neither for the copy nor for what was asked before."""
+    host, device = torch.from_numpy(array), compute_device()
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True).to(torch.int64)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torchtrain import step
+from torchtrain.attention import choose_kernel
 from torchtrain.cluster import describe_devices, finish, is_leader, start
+from torchtrain.mesh import compute_device
 from trainspec.failures import explained
 from trainspec.recipe import Recipe
 from trainspec.runs import loop
@@ -21,7 +24,10 @@ def train(recipe: Recipe, request: TrainRequest) -> None:
     with explained(recipe, partial(describe_devices, recipe.plan), out=request.out):
         run = start(recipe)
         try:
-            devices = describe_devices(recipe.plan)
+            kernel = choose_kernel(
+                recipe.plan.attention, policy=recipe.precision.policy, device=compute_device()
+            )
+            devices = replace(describe_devices(recipe.plan), attention=kernel)
             loop.train(step, run, request, is_leader=is_leader(), devices=devices)
         finally:
             finish()

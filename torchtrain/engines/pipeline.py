@@ -135,7 +135,7 @@ class PipelineEngine:
     def _forward_pass(self, buffer: int) -> None:
         inputs = self._inputs(self._forwards)
         self._layer_arguments.update(
-            attention_mask=inputs["attention_mask"],
+            visible=inputs["visible"],
             position_ids=inputs["position_ids"],
             # Of the first argument only the type counts.
             position_embeddings=self._rotary(self._norm.weight, inputs["position_ids"]),
