@@ -82,7 +82,8 @@ class _ChunkedLoss(torch.autograd.Function):
         of_weights: list[Tensor] = []
         for first in range(0, positions, expected.chunk):
             here = slice(first, first + expected.chunk)
-            hidden_BNE = hidden_BTE[:, here].detach().requires_grad_(hidden_wanted)
+            # Contiguous, so that its product with the weight is one of matrices and not one for each example.
+            hidden_BNE = hidden_BTE[:, here].detach().contiguous().requires_grad_(hidden_wanted)
             with torch.set_grad_enabled(wanted):
                 loss = head.chunk_loss(
                     hidden_BNE, expected.targets_BT[:, here], first=first, positions=positions
