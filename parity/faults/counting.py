@@ -114,7 +114,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.loss:target_loss",
+                    "torchtrain.loss:targets_of",
                     "F.pad(__labels[:, 1:], (0, 1), value=__ignored)",
                     f"F.pad(__labels[:, 1:].masked_fill(__labels[:, 1:] == {END}, __ignored), (0, 1), value=__ignored)",
                 ),
@@ -168,7 +168,7 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.loss:target_loss",
-                    "__logits[:, :-1].astype(__type)",
+                    "__logits.astype(__type)",
                     "30.0 * jnp.tanh(__it / 30.0)",
                 ),
             ),

@@ -133,8 +133,9 @@ def test_nothing_of_the_logits_is_kept_for_the_backward_pass(make_recipe, monkey
             return tensor
 
         def count(*_, saved=saved, held=held):
-            for tensor in filter(None, (reference() for reference in saved)):
-                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            for tensor in (reference() for reference in saved):
+                if tensor is not None:
+                    held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
 
         monkeypatch.setattr(_Microbatches, "backward", count)
         state = started(make_recipe, tokens, chunk)
