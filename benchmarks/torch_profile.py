@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +32,7 @@ WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchr
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--rows", type=int, default=15, help="how many operators are listed")
@@ -39,7 +40,9 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run = start(recipe)
     try:
-        print(f"{arguments.recipe} {' '.join(arguments.overrides)}on {describe_devices(recipe.plan)}")
+        print(
+            f"{' '.join([str(arguments.recipe), *arguments.overrides])}, on {describe_devices(recipe.plan)}"
+        )
         state, dataset = init_state(run), open_dataset(run, "train")
         state = updated(state, dataset, WARM_UP_UPDATES)
         with phases_timed(state) as seconds:

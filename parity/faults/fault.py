@@ -108,7 +108,7 @@ SETUPS: dict[str, str] = {
     "pipe-deep": "the same with five layers: stages of three and two",
     "pipe-prefix": "a prefix made by a projection, in the same two stages",
     "fused-packed": "several documents packed into a row of more than one block, with a fused kernel of attention",
-    "fused-prefix": "three keys and values before every layer's own, with a fused kernel of attention",
+    "fused-prefix": "three keys and values before every layer's own, examples padded on the right, with a fused kernel of attention",
     "fused-window": "a Mistral, whose window is shorter than a record, with a fused kernel of attention",
     "resume": "every weight is trained; the run is resumed after its second step",
     "resume-adapter": "an adapter whose B is not zero, with dropout; the run is resumed after its second step",
@@ -170,7 +170,7 @@ def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backen
         case "fused-packed":
             sections["data"] = {"packing": True, "sequence_tokens": 200}
         case "fused-prefix":
-            sections["method"] = tiny.method("prefix")
+            sections |= {"method": tiny.method("prefix"), "data": {"padding_side": "right"}}
         case "resume" | "resume-adapter":
             # A checkpoint after each step: the one before the newest is there, too.
             sections["checkpoint"] = {"every_steps": 1, "keep": 9}

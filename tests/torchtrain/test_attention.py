@@ -122,14 +122,22 @@ def test_a_kernel_is_the_reference(kernel: Kernel, is_recorded: bool):
         assert distance(results(kernel, visible), results(reference, visible)) < ROUNDING, (rows, fields)
 
 
-@pytest.mark.parametrize(
-    "rows", [pytest.param(rows, marks=() if rows == "packed" else pytest.mark.full) for rows in ROWS]
-)
-def test_flex_attention_is_the_reference(rows: str):
+# Each call of torch's unfused arithmetic costs a tenth of a second and more.
+FLEX = [
+    pytest.param(rows, kind, window, marks=() if case == ("packed", "prefix", 7) else pytest.mark.full)
+    for case in product(ROWS, VIRTUAL_TOKENS, WINDOWS[:2])
+    for rows, kind, window in [case]
+]
+
+
+@pytest.mark.parametrize(("rows", "kind", "window"), FLEX)
+def test_flex_attention_is_the_reference(rows: str, kind: str, window: int | None):
+    visible = visible_of(ROWS[rows], is_recorded=True, window=window, **VIRTUAL_TOKENS[kind])
     with flex_on_a_cpu():
-        for kind, window in product(VIRTUAL_TOKENS, WINDOWS[:2]):
-            visible = visible_of(ROWS[rows], is_recorded=True, window=window, **VIRTUAL_TOKENS[kind])
-            assert distance(results(flex, visible), results(reference, visible)) < ROUNDING, (kind, window)
+        assert distance(results(flex, visible), results(reference, visible)) < ROUNDING
+        if window is not None:  # control
+            smaller = replace(visible, window=window - 1)
+            assert distance(results(flex, smaller), results(reference, visible)) > 1e-2
 
 
 @pytest.mark.parametrize(("policy", "unit"), [("float32", 2.0**-24), ("bfloat16", 2.0**-8)])
@@ -197,7 +205,7 @@ def test_a_block_mask_leaves_out_only_what_no_query_sees():
         covered = blocks.repeat_interleave(128, 1).repeat_interleave(128, 2)
         mask = visible.mask()
         assert not (mask & ~covered[:, : mask.shape[1], : mask.shape[2]]).any()
-        assert blocks.float().mean() < 0.7  # of 3 × 3 blocks, 3 are above the diagonal
+        assert not blocks.all()  # control
 
 
 def test_a_dense_mask_is_made_once_for_all_layers():

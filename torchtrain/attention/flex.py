@@ -1,6 +1,6 @@
 """Attention by torch's flex_attention: rows of several segments, windows, a prefix, in blocks of which empty ones are skipped.
 
-For a GPU, where it is compiled; torch has it for no backward pass on a CPU.
+For a GPU, where it is compiled. On a CPU torch has no backward pass of it.
 """
 
 # B examples, T queries, X keys (P of a prefix in front), H heads, K kv heads, D head dim

@@ -63,7 +63,7 @@ class Visible:
     window: int | None = None
     prefix_has_positions: bool = True
     is_recorded: bool = False
-    _made: dict[Callable[[Visible], Tensor], Any] = field(default_factory=dict)
+    _made: dict[Callable[[Visible], Any], Any] = field(default_factory=dict, init=False)
 
     def once(self, make: Callable[[Visible], Any]) -> Any:
         """What `make` gives for this microbatch: for its first layer it is made, for the others it is there."""
