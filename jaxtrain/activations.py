@@ -33,10 +33,13 @@ class _Recorder:
         self._probes, self._prefix = probes, prefix
         self.recorded: dict[str, Array] = {}
 
+    def records(self, point: str) -> bool:
+        return self._probes is None or f"{self._prefix}{point}" in self._probes
+
     def __call__(self, point: str, x: Array) -> Array:
-        name = f"{self._prefix}{point}"
-        if self._probes is not None and name not in self._probes:
+        if not self.records(point):
             return x
+        name = f"{self._prefix}{point}"
         if self._probes is not None:
             # The gradient that is recorded is a stored number, too: that of the logits is nothing else.
             x = gradient_rounded(x + self._probes[name])
@@ -62,6 +65,12 @@ def tap(point: str, x: Array) -> Array:
     """x, an activation at a point of `trainspec.points`, where it is recorded if that is asked for."""
     recorder = _active.get()
     return x if recorder is None else recorder(point, x)
+
+
+def is_recorded(point: str) -> bool:
+    """Whether that activation is recorded where this is called."""
+    recorder = _active.get()
+    return recorder is not None and recorder.records(point)
 
 
 def zero_probes(record: Callable[[], Tree]) -> Tree:

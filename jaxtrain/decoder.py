@@ -5,7 +5,7 @@ B batch, S sequence, N virtual tokens of a prompt, T = N + S positions, E embed,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,14 +16,16 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from jaxtrain.activations import IN_LAYERS, NO_PROBES, Probes, recording, tap
+from jaxtrain.attention.visible import Visible
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import (
     Build,
+    Embedding,
     Encoder,
+    Linear,
     VirtualTokens,
-    attention_mask,
     in_front,
-    in_window,
+    project,
     repeated,
     rotary_tables,
 )
@@ -42,6 +44,8 @@ class Decoder(nnx.Module):
     def __init__(self, spec: ModelSpec, *, remat: str, build: Build) -> None:
         self.spec, self.remat, self.build = spec, remat, build
         self.prompt_encoder: Encoder | None = None
+        # Of a prompt.
+        self.prompt_tokens = 0
         # Whether a prefix has positions before those of the tokens, and leaves a window.
         self.prefix_is_before = True
 
@@ -57,9 +61,13 @@ class Decoder(nnx.Module):
         """The final norm of the residual stream."""
         raise NotImplementedError
 
+    def head_layer(self) -> Embedding | Linear:
+        """The layer that makes logits of the normed residual stream."""
+        raise NotImplementedError
+
     def projected(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
         """The head's logits [B, T, vocab] of the normed residual stream."""
-        raise NotImplementedError
+        return project(self.head_layer(), x_BSE, point)
 
     def __call__(
         self,
@@ -69,8 +77,12 @@ class Decoder(nnx.Module):
         segments: Array,
         point: DropoutPoint | None = None,
         probes: Probes = NO_PROBES,
-    ) -> tuple[Array, dict[str, Array]]:
-        """Logits, and the activations that `probes` asks for, those of layers with the layers in front."""
+        end: Callable[[Array], Any] | None = None,
+    ) -> tuple[Any, dict[str, Array]]:
+        """Logits, and the activations that `probes` asks for, those of layers with the layers in front.
+
+        `end` makes something else of the last layer's output than logits.
+        """
         virtual = self.virtual(None if point is None else point.step)
         with recording(probes) as recorded:
             x_BSE = self.embed(input_ids, virtual)
@@ -83,8 +95,8 @@ class Decoder(nnx.Module):
                 probes=probes,
                 is_rotated=rotated_layers(self.spec, range(self.spec.layers)),
             )
-            logits = self.head(x_BSE, point)
-        return logits, recorded | in_layers
+            made = self.head(x_BSE, point) if end is None else end(x_BSE)
+        return made, recorded | in_layers
 
     def virtual(self, step: Array | None) -> VirtualTokens:
         """The virtual tokens of update `step`, the same for every example; None is without dropout."""
@@ -115,15 +127,15 @@ class Decoder(nnx.Module):
         is given where some layers do not rotate queries and keys, and false for those.
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
-        mask_BSS, window = attention_mask(segments), self.spec.window
-        if window is not None and not self.prefix_is_before:
-            mask_BSS = in_window(mask_BSS, positions, window)
-        if virtual.prefix is not None:
-            # Every query sees the whole prefix.
-            widths = ((0, 0), (0, 0), (virtual.prefix.shape[1], 0))
-            mask_BSS = jnp.pad(mask_BSS, widths, constant_values=True)
-        if window is not None and self.prefix_is_before:
-            mask_BSS = in_window(mask_BSS, positions, window)
+        visible = Visible(
+            segments_BS=segments,
+            positions_BS=positions,
+            prompt=self.prompt_tokens,
+            prefix=0 if virtual.prefix is None else virtual.prefix.shape[1],
+            window=self.spec.window,
+            prefix_has_positions=self.prefix_is_before,
+            is_recorded=probes is None or len(probes) > 0,
+        )
         definition, stacked = nnx.split(self.layers)
 
         def block(
@@ -132,7 +144,7 @@ class Decoder(nnx.Module):
             weights, layer_probes, prefix, rotated = layer
             own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
             with recording(layer_probes, prefix=IN_LAYERS) as recorded:
-                x_BSE = nnx.merge(definition, weights)(x_BSE, own_cos, own_sin, mask_BSS, point, prefix)
+                x_BSE = nnx.merge(definition, weights)(x_BSE, own_cos, own_sin, visible, point, prefix)
             return x_BSE, recorded
 
         if self.remat == "full":

@@ -19,8 +19,17 @@ def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
     `labels` [B, S] stand at their token's own position; the logits at s predict the label at s + 1. Labels equal
     to IGNORED do not count. Computed in the accumulation type.
     """
-    wide = logits[:, :-1].astype(accumulation_dtype(logits.dtype))
-    targets = labels[:, 1:]
+    return target_loss(logits[:, :-1], labels[:, 1:])
+
+
+def targets_of(labels: Array) -> Array:
+    """What the logits of each position [B, S] predict: the next one's label; the last ones predict nothing."""
+    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+
+
+def target_loss(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """`token_loss` where `targets` [B, S] stand at the positions whose logits predict them."""
+    wide = logits.astype(accumulation_dtype(logits.dtype))
     counted = targets != IGNORED
     # Picked by comparing, not by indexing: so every device looks at its own shard of a split vocabulary.
     vocab = lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1)

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtrain.activations import NO_PROBES, Probes, zero_probes
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import VirtualTokens
-from jaxtrain.loss import token_loss
+from jaxtrain.loss_chunks import head_loss
 from jaxtrain.pipeline import (
     Inputs,
     ModelFactory,
@@ -55,16 +55,17 @@ class PassOutput(NamedTuple):
 class SingleStage:
     """The whole model on every device, all examples at a time: batches are [B, T], input ids [B, S] (`methods.virtual_tokens`)."""
 
-    def __init__(self, bind_weights: ModelFactory) -> None:
-        self._bind_weights = bind_weights
+    def __init__(self, plan: Plan, bind_weights: ModelFactory) -> None:
+        self._plan, self._bind_weights = plan, bind_weights
 
     def logits(self, weights: Arrays, batch: Arrays) -> Array:
         """The model's output [examples, T, vocab], without dropout."""
-        return self._forward(weights, {}, batch, None, NO_PROBES)[0]
+        model, inputs = self._bind_weights(weights, {}), _model_inputs(batch)
+        return model(**inputs)[0]
 
     def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         """Loss sum and target tokens, without dropout."""
-        return token_loss(self.logits(weights, batch), batch["labels"])
+        return self._forward(weights, {}, batch, None, NO_PROBES)[0]
 
     def gradients(
         self,
@@ -81,8 +82,7 @@ class SingleStage:
             probes = zero_probes(lambda: self._forward(weights, {}, batch, point, None)[1])
 
         def loss(grad_placeholders: Arrays, probes: Probes) -> tuple[Array, tuple[Array, Arrays]]:
-            logits, activations = self._forward(weights, grad_placeholders, batch, point, probes)
-            loss_sum, tokens = token_loss(logits, batch["labels"])
+            (loss_sum, tokens), activations = self._forward(weights, grad_placeholders, batch, point, probes)
             return loss_sum, (tokens, activations)
 
         loss_and_gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -96,10 +96,14 @@ class SingleStage:
         batch: Arrays,
         point: DropoutPoint | None,
         probes: Probes,
-    ) -> tuple[Array, Arrays]:
-        inputs = {name: batch[name] for name in ("positions", "segments")}
+    ) -> tuple[tuple[Array, Array], Arrays]:
+        """Loss sum and target tokens, and recorded activations."""
         model = self._bind_weights(weights, grad_placeholders)
-        return model(batch["input_ids"], **inputs, point=point, probes=probes)
+
+        def end(x_BTE: Array) -> tuple[Array, Array]:
+            return head_loss(model, x_BTE, batch["labels"], point, self._plan)
+
+        return model(**_model_inputs(batch), point=point, probes=probes, end=end)
 
 
 class AutodiffPipeline:
@@ -158,7 +162,7 @@ class AutodiffPipeline:
     def _loss(
         self, grad_placeholders: Arrays, probes: Recorded, inputs: Inputs
     ) -> tuple[Array, tuple[Array, Recorded]]:
-        """Loss sum, target tokens and recorded activations; logits exist for one microbatch at a time."""
+        """Loss sum, target tokens and recorded activations; logits exist for one microbatch at a time, or a chunk of it."""
         inputs = self._stages.encode(grad_placeholders, inputs)
         x_MBTE, recorded = self._forward(grad_placeholders, probes, inputs)
 
@@ -353,6 +357,10 @@ class OneFOneB(AutodiffPipeline):
         )
 
 
+def _model_inputs(batch: Arrays) -> Arrays:
+    return {name: batch[name] for name in ("input_ids", "positions", "segments")}
+
+
 def _times(count: int, probes: Probes) -> Probes:
     """Probes [count, ...], all zero."""
     return jax.tree.map(lambda probe: jnp.zeros((count, *probe.shape), probe.dtype), probes)
@@ -363,6 +371,6 @@ def passes_of(
 ) -> SingleStage | AutodiffPipeline:
     """The passes that the plan asks for."""
     if plan.pipe == 1:
-        return SingleStage(bind_weights)
+        return SingleStage(plan, bind_weights)
     stages = Stages(plan, spec, shardings, bind_weights, dtype)
     return OneFOneB(stages) if plan.schedule == "1f1b" else AutodiffPipeline(stages)

@@ -23,7 +23,7 @@ from jaxtrain.activations import NO_PROBES, Probes, recording, zero_probes
 from jaxtrain.decoder import Decoder, rotated_layers
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import VirtualTokens
-from jaxtrain.loss import token_loss
+from jaxtrain.loss_chunks import head_loss
 from jaxtrain.sharding import Shardings
 from jaxtrain.weight_ops import select_chunk
 from jaxtrain.weights import Arrays, is_stacked
@@ -235,9 +235,10 @@ class Stages:
         """
         batch = inputs.batch
         point = inputs.dropout_point(batch["rows"][microbatch])
+        labels_BT = jnp.where(is_work, batch["labels"][microbatch], IGNORED)
+        model = self._bind_weights(inputs.weights, grad_placeholders)
         with recording(probes) as recorded:
-            logits = self.logits(grad_placeholders, x_BTE, inputs, point)
-        loss_sum, tokens = token_loss(logits, jnp.where(is_work, batch["labels"][microbatch], IGNORED))
+            loss_sum, tokens = head_loss(model, self.constrain(x_BTE), labels_BT, point, self.plan)
         return loss_sum, (tokens, recorded)
 
     def logits(

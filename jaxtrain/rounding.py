@@ -66,6 +66,11 @@ def simulate(sizes: Roundings, key: Array) -> Iterator[None]:
         _active.reset(token)
 
 
+def is_simulated() -> bool:
+    """Whether roundings are simulated where this is called."""
+    return _active.get() is not None
+
+
 def rounded(x: Array, kind: RoundingKind = "stored", *, terms: int = 0, sums: Sums = NO_SUMS) -> Array:
     """x [...], where roundings are simulated as rounded to the type that such results have.
 

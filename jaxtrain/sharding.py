@@ -5,7 +5,9 @@ The plan says it in logical axes; `NamedSharding`s say it to the compiler, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -18,10 +20,22 @@ from numpy.typing import NDArray
 
 from jaxtrain.weights import native_name, native_spec
 from trainspec.params import Param
-from trainspec.plans.plan import ACTIVATION_AXES, Plan, StateKind, weight_axes
+from trainspec.plans.plan import ACTIVATION_AXES, BATCH_AXES, Plan, StateKind, weight_axes
 
 # Shards an activation, given the logical axis of each of its dimensions.
 Constrain = Callable[[Array, tuple[str, ...]], Array]
+
+_taken: ContextVar[tuple[str, ...]] = ContextVar("mesh axes of a vmap", default=())
+
+
+@contextmanager
+def batch_axes_taken() -> Iterator[None]:
+    """Trace what follows under a vmap over replicas: its dimension is split over the batch's mesh axes, and no other."""
+    token = _taken.set(BATCH_AXES)
+    try:
+        yield
+    finally:
+        _taken.reset(token)
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,8 @@ class Shardings:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._activation(axes))
 
     def _activation(self, axes: tuple[str, ...]) -> NamedSharding:
-        split = (tuple(a for a in ACTIVATION_AXES.get(axis, ()) if self._mesh.shape[a] > 1) for axis in axes)
+        free = {axis for axis, size in self._mesh.shape.items() if size > 1}.difference(_taken.get())
+        split = (tuple(a for a in ACTIVATION_AXES.get(axis, ()) if a in free) for axis in axes)
         return NamedSharding(self._mesh, PartitionSpec(*(dim or None for dim in split)))
 
     def _spec(self, param: Param, kind: StateKind) -> PartitionSpec:

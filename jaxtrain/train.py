@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from jaxtrain import step
+from jaxtrain.attention import choose, site_of
 from jaxtrain.cluster import describe_devices, finish, is_leader, set_up
 from jaxtrain.compilation import told_to
+from jaxtrain.mesh import make_mesh
 from trainspec.failures import explained
 from trainspec.runs import loop
 from trainspec.runs.request import TrainRequest
@@ -23,7 +26,8 @@ def train(run: Run, request: TrainRequest) -> None:
     with explained(run.recipe, partial(describe_devices, plan), out=request.out):
         set_up(run)
         try:
-            devices = describe_devices(plan)
+            attention = choose(plan, site_of(run, make_mesh(plan))).name
+            devices = replace(describe_devices(plan), attention=attention)
             request.clock.lap("devices and processes")
             with told_to(request.clock):
                 loop.train(step, run, request, is_leader=is_leader(), devices=devices)

@@ -89,6 +89,31 @@ def read(weight: BoundWeight) -> Array:
     return _run(_READ, jnp.zeros((), weight.sharding.gradient_dtype), weight)
 
 
+def hold(weight: BoundWeight, beside: Array) -> BoundWeight:
+    """`weight` gathered for several operations in a row, not before `beside` is computed.
+
+    Their gradients are those of one device's examples, sharded as the weight is in use, for `reduced`.
+    """
+    sharding = weight.sharding
+    held = WeightSharding(
+        sharding.in_use,
+        needs_gather=False,
+        gradient=None if sharding.gradient is None else sharding.in_use,
+        gradient_dtype=accumulation_dtype(sharding.gradient_dtype),
+    )
+    return replace(weight, value=_gathered(weight.value, beside, sharding), sharding=held)
+
+
+def reduced(gradients_R: Array, weight: BoundWeight) -> Array:
+    """The gradient of `weight`, as an operation on it gives it, from those of R replicas' examples by `hold`'s."""
+    sharding = weight.sharding
+    zero = jnp.zeros((), sharding.gradient_dtype)
+    # Not jnp.sum, which would sum over the devices in float32 whatever the recipe says.
+    total = lax.reduce(gradients_R.astype(sharding.gradient_dtype), zero, lax.add, (0,))
+    total = lax.with_sharding_constraint(total, sharding.in_use)
+    return lax.with_sharding_constraint(total, sharding.gradient)
+
+
 def _run(operation: _Operation, x: Array, weight: BoundWeight) -> Array:
     sums = Sums(total=x.shape[-1]) if operation.contracts else NO_SUMS
     return rounded(_apply(operation, x, weight, contraction()), sums=sums)

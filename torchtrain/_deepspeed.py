@@ -102,6 +102,20 @@ def shard_parameter(init: Any, parameter: nn.Parameter) -> None:
     init._convert_to_zero_parameters([parameter])
 
 
+def gather_whole(module: nn.Module) -> None:
+    """Gather the weights of an adapted layer for the whole of its passes, not those of each layer in it as that is called.
+
+    They are reduced when its input's gradient is there: an input that needs none is made to.
+    """
+
+    def needs_gradient(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled() and not args[0].requires_grad:
+            args[0].requires_grad_()
+
+    import_deepspeed().utils.set_z3_leaf_module(module, True)
+    module.register_forward_pre_hook(needs_gradient)
+
+
 # Stages 1 and 2: float32 master weights, gradients and moments are flat buffers, of which each replica has a stretch.
 # BF16_Optimizer has stage 1 in bf16 with gradients in float32, ZeRO's own optimizer the rest.
 

@@ -9,6 +9,7 @@ logical, and flipping the top bit makes a signed comparison unsigned.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,19 @@ from torch import Tensor, nn
 from trainspec.rng import PARITY_CONSTANT, ROTATIONS, drop_threshold, fold, name_key
 
 
+class Stretch(NamedTuple):
+    """Positions [first, first + S) of rows that have `positions`: what a module sees that is given a part of each row."""
+
+    first: int
+    positions: int
+
+
 @dataclass
 class DropoutPoint:
     """Where a run is: the update (from 0) and the rows [B] of the global batch that are in the model now.
 
-    `first_feature` is, for each module whose input is split, the first feature of this process's shard.
+    `first_feature` is, for each module whose input is split, the first feature of this process's shard. `stretch` says which
+    positions of the rows a module is given; None is all of them.
 
     Differs from jaxtrain, where it is an argument of the forward pass: here PEFT's layers call dropout, so one shared
     object is moved before each microbatch.
@@ -29,22 +38,26 @@ class DropoutPoint:
     step: int = 0
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
     first_feature: dict[str, int] = field(default_factory=dict)
+    stretch: Stretch | None = None
 
 
 def keep_mask(
     key: tuple[int, int], *, step: int, rows: Tensor, sequence_tokens: int, features: int, rate: float,
-    first_feature: int = 0,
+    first_feature: int = 0, stretch: Stretch | None = None,
 ) -> Tensor:  # fmt: skip
     """True where an element of a module's input is kept; bool [B, S, F].
 
     `key` is of (seed, module); `step` counts from 0; `rows` [B] are the examples' rows in the global batch. An element's
     bits depend on (key, step, row, position, feature) alone: a mask is the same however the batch is split into
     microbatches or over processes, and when it is recomputed. A process that holds features [first_feature,
-    first_feature + F) of an input draws the mask of those. Differs from jaxtrain, where the compiler splits whole masks.
+    first_feature + F) of an input draws the mask of those. Differs from jaxtrain, where the compiler splits whole masks. x is
+    S positions of each row: a `stretch` of them, or all.
     """
     device = rows.device
     feature_F = torch.arange(first_feature, first_feature + features, dtype=torch.int32, device=device)
     position_S = torch.arange(sequence_tokens, dtype=torch.int32, device=device)
+    if stretch is not None:
+        position_S, sequence_tokens = position_S + stretch.first, stretch.positions
     element_BS = rows.to(torch.int32)[:, None] * sequence_tokens + position_S
     bits_BSF = _threefry_first_word(fold(key, step), feature_F, element_BS[:, :, None])
     return bits_BSF.bitwise_xor_(_int32(1 << 31)) >= drop_threshold(rate) - (1 << 31)
@@ -80,6 +93,7 @@ class CounterDropout(nn.Module):
             features=features,
             rate=self.rate,
             first_feature=self._point.first_feature.get(self._module, 0),
+            stretch=self._point.stretch,
         )
         return torch.where(keep_BSF, x_BSF / (1.0 - self.rate), 0.0)
 

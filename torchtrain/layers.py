@@ -1,6 +1,6 @@
 """What replaces a family's own in its torch module: norms in float64, rotary tables, the mask."""
 
-# B examples, S sequence, T positions of a layer, N virtual keys, D rotated elements of a head
+# B examples, S sequence, T positions of a layer, P keys of a prefix, X = P + T keys, D rotated elements of a head
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torchtrain.mesh import compute_device
 from trainspec.model import ModelSpec
 from trainspec.rope import inverse_frequencies, table_factor
+
+# The segment of virtual tokens in front, which every query sees.
+VIRTUAL = -1
 
 
 class RMSNorm(nn.Module):
@@ -82,20 +85,21 @@ def rotary_tables(spec: ModelSpec, dtype: torch.dtype) -> RotaryTables:
 
 
 def attention_mask(segments_BS: Tensor) -> Tensor:
-    """True where a query may see a key: same segment, and not later. Bool [B, 1, S, S].
+    """True [B, S, S] where a query sees a key: at or before itself, of its own segment or a virtual token.
 
-    Padding (segment 0) sees earlier padding, so that no row of the softmax is empty.
+    Padding (segment 0) sees padding, so no row of the softmax is empty.
     """
-    same_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
-    return same_BSS.tril()[:, None]
+    is_own = segments_BS[:, :, None] == segments_BS[:, None, :]
+    is_virtual = segments_BS[:, None, :] == VIRTUAL
+    return (is_own | is_virtual).tril()
 
 
-def in_window(visible_B1TK: Tensor, positions_BT: Tensor, window: int) -> Tensor:
-    """`visible_B1TK` [B, 1, T, N + T] where a key's position is less than `window` before the query's.
+def in_window(mask_BTX: Tensor, positions_BT: Tensor, window: int) -> Tensor:
+    """`mask_BTX` [B, T, P + T] where a key's position is less than `window` before the query's.
 
     Keys before those of the T positions are a prefix, at positions 0, 1, ...
     """
-    virtual_N = torch.arange(visible_B1TK.shape[-1] - positions_BT.shape[1], device=positions_BT.device)
-    keys_BK = torch.cat((virtual_N.expand(len(positions_BT), -1), positions_BT), 1)
-    distance_BTK = positions_BT[:, :, None] - keys_BK[:, None, :]
-    return visible_B1TK & (distance_BTK < window)[:, None]
+    prefix_P = torch.arange(mask_BTX.shape[-1] - positions_BT.shape[1], device=positions_BT.device)
+    keys_BX = torch.cat((prefix_P.expand(len(positions_BT), -1), positions_BT), 1)
+    distance_BTX = positions_BT[:, :, None] - keys_BX[:, None, :]
+    return mask_BTX & (distance_BTX < window)

@@ -24,7 +24,16 @@ def token_loss(logits: Tensor, labels: Tensor, *, tensor: Peers) -> tuple[Tensor
     split: here each of the `tensor` peers has its shard of V.
     """
     # Shifting the labels instead of the logits saves a copy of the largest tensor of the step.
-    targets_BS = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return target_loss(logits, targets_of(labels), tensor=tensor)
+
+
+def targets_of(labels_BS: Tensor) -> Tensor:
+    """What the logits of each position predict: the next one's label; the last ones predict nothing."""
+    return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
+
+
+def target_loss(logits: Tensor, targets_BS: Tensor, *, tensor: Peers) -> tuple[Tensor, Tensor]:
+    """`token_loss` where `targets_BS` stand at the positions whose logits predict them."""
     wide_BSV = logits.to(accumulation_dtype(logits.dtype))
     loss_sum = cross_entropy_sum(wide_BSV.flatten(0, 1), targets_BS.flatten(), tensor)
     return loss_sum, (targets_BS != IGNORED).sum()

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchtrain.activations import Recording, by_point, point_stages, recorded
+from torchtrain.attention.visible import Visible, rows_of
 from torchtrain.cluster import is_leader
 from torchtrain.dropout import DropoutPoint
 from torchtrain.engines import make_engine
 from torchtrain.engines.deepspeed import Partitioner
 from torchtrain.engines.engine import Engine, Inputs, Stored
 from torchtrain.engines.pipeline import placeholder
-from torchtrain.layers import attention_mask, in_window
 from torchtrain.loss import token_loss
+from torchtrain.loss_chunks import HeadLoss
 from torchtrain.mesh import Mesh, compute_device, make_mesh
-from torchtrain.methods import all_labels, all_positions, all_visible, attach
+from torchtrain.methods import all_labels, all_positions, all_segments, attach
 from torchtrain.model import build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
 from torchtrain.precision import compute_dtype, to_numpy
@@ -35,7 +36,7 @@ from trainspec.causal import activation_points
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
-from trainspec.methods import leading_positions, position_shift
+from trainspec.methods import leading_positions, position_shift, virtual_tokens
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
 from trainspec.runs.checkpoint import Checkpoint
@@ -56,6 +57,7 @@ class State:
     engine: Engine
     optimizer: torch.optim.AdamW
     point: DropoutPoint
+    head: HeadLoss
 
 
 def init_state(run: Run, *, like: State | None = None) -> State:
@@ -64,20 +66,21 @@ def init_state(run: Run, *, like: State | None = None) -> State:
     Differs from jaxtrain: nothing is compiled, so nothing of `like` is used again.
     """
     recipe, spec, weights = run.recipe, run.spec, list(starting_weights(run))
-    policy, mesh = recipe.precision.policy, make_mesh(recipe.plan)
-    model = build_model(spec, policy=policy, remat=recipe.plan.remat, tensor=mesh.tensor)
+    policy, plan, mesh = recipe.precision.policy, recipe.plan, make_mesh(recipe.plan)
+    model = build_model(spec, policy=policy, remat=plan.remat, attention=plan.attention, tensor=mesh.tensor)
     point = attach(model, spec, recipe.method, seed=recipe.run.seed, tensor=mesh.tensor)
     allocate(
         model,
         weights,
         dtype=compute_dtype(policy),
         tensor=mesh.tensor,
-        is_mine=lambda p: mesh.stages.index in stages_of(p, recipe.plan, spec),
+        is_mine=lambda p: mesh.stages.index in stages_of(p, plan, spec),
         shard=Partitioner(run, mesh),
     )
     optimizer = _optimizer(run, model)
+    head = HeadLoss(model, point=point, tensor=mesh.tensor)
     engine = make_engine(run, model, optimizer, mesh=mesh)
-    state = State(0, run, mesh, model, engine, optimizer, point)
+    state = State(0, run, mesh, model, engine, optimizer, point, head)
     if policy == "bf16":
         # DeepSpeed has made its float32 masters from rounded weights; the other backend's are not rounded.
         names = {p.name for p in run.trained}
@@ -142,7 +145,7 @@ def train_step(state: State, batch: Batch, *, lr: float, keep: Keep = "nothing")
 class _Microbatches:
     """What an engine asks of a batch: this process's examples of each microbatch, and the loss, summed over them.
 
-    Each microbatch's forward pass appends to `recordings`, if there is such a list.
+    Each microbatch's forward pass appends to `recordings`, if there is such a list: then all logits are made at once.
     """
 
     def __init__(self, state: State, batch: Batch, recordings: list[Recording] | None) -> None:
@@ -156,15 +159,18 @@ class _Microbatches:
 
     def forward(self, index: int) -> Inputs:
         """What the next forward pass takes."""
-        if self._recordings is not None:
+        is_recorded = self._recordings is not None
+        if self._recordings is None:
+            _expect_loss(self._state, self._microbatches[index], divisor=self._batch.target_tokens)
+        else:
             self._recordings.append(Recording())
         self._move_dropout(index)
-        return _inputs(self._microbatches[index], self._state.run)
+        return _inputs(self._microbatches[index], self._state.run, is_recorded=is_recorded)
 
-    def loss(self, index: int, logits: Tensor) -> Tensor:
+    def loss(self, index: int, output: Tensor) -> Tensor:
         """The microbatch's share of the batch's loss."""
         microbatch, batch = self._microbatches[index], self._batch
-        loss_sum = _loss_sum(self._state, microbatch, logits)
+        loss_sum = _loss_sum(self._state, microbatch, output)
         self.loss_sum += loss_sum.detach()
         return loss_sum / batch.target_tokens
 
@@ -193,8 +199,8 @@ def _with_activations(metrics: Metrics, state: State, recordings: Sequence[Recor
 def eval_step(state: State, batch: Batch) -> tuple[float, int]:
     """(loss sum, target tokens) of a batch, without dropout."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=compute_device())
-    for microbatch, logits_BTV in _inferred(state, batch):
-        loss_sum += _loss_sum(state, microbatch, logits_BTV)
+    for microbatch, output in _inferred(state, batch, of_loss=True):
+        loss_sum += _loss_sum(state, microbatch, output)
     return state.mesh.total(loss_sum).item(), batch.target_tokens
 
 
@@ -202,19 +208,27 @@ def eval_step(state: State, batch: Batch) -> tuple[float, int]:
 def logits(state: State, batch: Batch) -> NDArray[Any]:
     """The model's output [B, S, V] at the tokens, without dropout."""
     mesh = state.mesh
-    shards = [mesh.tensor.gather(shard_BTV, -1) for _, shard_BTV in _inferred(state, batch)]
+    shards = [mesh.tensor.gather(shard_BTV, -1) for _, shard_BTV in _inferred(state, batch, of_loss=False)]
     whole = torch.cat([mesh.replicas.gather(shard_BTV, 0) for shard_BTV in shards]) if shards else None
     logits_BTV = to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))
     return logits_BTV[:, leading_positions(state.run.recipe.method) :]
 
 
-def _inferred(state: State, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
-    """This replica's examples of each microbatch, with their logits; none where the process has no logits."""
+def _inferred(state: State, batch: Batch, *, of_loss: bool) -> Iterator[tuple[Batch, Tensor]]:
+    """This replica's examples of each microbatch, with the head's output; none where the process has none.
+
+    With `of_loss` that may be the loss sum, else it is logits.
+    """
     state.model.eval()
     count = state.run.recipe.plan.microbatches_of(len(batch.rows))
     microbatches = [_own_examples(state, microbatch) for microbatch in batch.split(count)]
-    inputs = [_inputs(microbatch, state.run) for microbatch in microbatches]
-    return zip(microbatches, state.engine.infer(inputs), strict=False)
+
+    def inputs(index: int) -> Inputs:
+        if of_loss:
+            _expect_loss(state, microbatches[index], divisor=1)
+        return _inputs(microbatches[index], state.run)
+
+    return zip(microbatches, state.engine.infer(count, inputs), strict=False)
 
 
 def weights_of(state: State, *, frozen: bool = False) -> Arrays:
@@ -274,27 +288,46 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _inputs(batch: Batch, run: Run) -> Inputs:
-    method, window = run.recipe.method, run.spec.window
+def _inputs(batch: Batch, run: Run, *, is_recorded: bool = False) -> Inputs:
+    method, shift = run.recipe.method, position_shift(run.recipe.method)
     positions_BT = all_positions(_tensor(batch.positions), method)
-    visible_B1SS = attention_mask(_tensor(batch.segments))
-    # Virtual tokens without positions are in every window.
-    if window is not None and not position_shift(method):
-        visible_B1SS = in_window(visible_B1SS, positions_BT, window)
-    visible_B1TK = all_visible(visible_B1SS, method)
-    if window is not None and position_shift(method):
-        visible_B1TK = in_window(visible_B1TK, positions_BT, window)
-    return {
-        "input_ids": _tensor(batch.input_ids),
-        "position_ids": positions_BT,
-        "attention_mask": visible_B1TK,
-    }
+    leading = leading_positions(method)
+    visible = Visible(
+        segments_BT=all_segments(_tensor(batch.segments), method),
+        positions_BT=positions_BT,
+        rows=rows_of(batch.segments, batch.positions, shift=shift),
+        prompt=leading,
+        prefix=virtual_tokens(method) - leading,
+        window=run.spec.window,
+        prefix_has_positions=shift > 0,
+        is_recorded=is_recorded,
+    )
+    return {"input_ids": _tensor(batch.input_ids), "position_ids": positions_BT, "visible": visible}
 
 
-def _loss_sum(state: State, batch: Batch, logits_BTV: Tensor) -> Tensor:
-    labels_BT = all_labels(_tensor(batch.labels), state.run.recipe.method)
-    return token_loss(logits_BTV, labels_BT, tensor=state.mesh.tensor)[0]
+def _expect_loss(state: State, batch: Batch, *, divisor: int) -> None:
+    """Have the head make the loss of `batch` in the next forward pass, where the plan makes it in chunks."""
+    run, (rows, tokens) = state.run, batch.labels.shape
+    positions = leading_positions(run.recipe.method) + tokens
+    chunk = run.recipe.plan.positions_at_once(rows, positions, run.spec.vocab)
+    if chunk < positions:
+        state.head.expect(_labels(state, batch), divisor=divisor, chunk=chunk)
+
+
+def _loss_sum(state: State, batch: Batch, output: Tensor) -> Tensor:
+    """The loss sum of `batch` from the head's output, which it is already where the head has made it."""
+    if output.dim() == 0:
+        return output
+    return token_loss(output, _labels(state, batch), tensor=state.mesh.tensor)[0]
+
+
+def _labels(state: State, batch: Batch) -> Tensor:
+    return all_labels(_tensor(batch.labels), state.run.recipe.method)
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array).to(compute_device(), non_blocking=True).to(torch.int64)
+    """On the device. A GPU copies from pinned memory: the host waits neither for the copy nor for what was asked before."""
+    host, device = torch.from_numpy(array), compute_device()
+    if device.type == "cuda" and not host.is_pinned():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True).to(torch.int64)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torchtrain import step
+from torchtrain.attention import choose_kernel
 from torchtrain.cluster import describe_devices, finish, is_leader, set_up
+from torchtrain.mesh import compute_device
 from trainspec.failures import explained
 from trainspec.runs import loop
 from trainspec.runs.request import TrainRequest
@@ -22,7 +25,9 @@ def train(run: Run, request: TrainRequest) -> None:
     with explained(run.recipe, partial(describe_devices, plan), out=request.out):
         set_up(run)
         try:
-            devices = describe_devices(plan)
+            policy = run.recipe.precision.policy
+            attention = choose_kernel(plan.attention, policy=policy, device=compute_device())
+            devices = replace(describe_devices(plan), attention=attention)
             request.clock.lap("devices and processes")
             loop.train(step, run, request, is_leader=is_leader(), devices=devices)
         finally:

@@ -48,7 +48,14 @@ class LoRALinear(Linear):
         return self.constrain(matmul(low, self.lora_b.get_value()), ("batch", "seq", self.out_axis))
 
     def _dropout(self, x: Array, point: DropoutPoint) -> Array:
-        x = dropped(x, self.dropout_key[...], step=point.step, rows=point.rows, rate=self.rate)
+        x = dropped(
+            x,
+            self.dropout_key[...],
+            step=point.step,
+            rows=point.rows,
+            rate=self.rate,
+            stretch=point.stretch,
+        )
         return self.constrain(x, ("batch", "seq", self.in_axis))
 
 

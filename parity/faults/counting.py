@@ -7,7 +7,7 @@ from parity.faults.loss import DIVIDED, EACH_AVERAGED, LOGITS_GRADIENT, TARGETS,
 from parity.runs.edit import Edit
 
 LOSS, TOKENS = Where("loss", "loss_sum"), Where("tokens", "tokens")
-JAX_LOSS = ("jaxtrain.loss:token_loss", 'rounded(jax.nn.logsumexp(__wide, axis=-1), "wide") - __picked')
+JAX_LOSS = ("jaxtrain.loss:target_loss", 'rounded(jax.nn.logsumexp(__wide, axis=-1), "wide") - __picked')
 TORCH_LOSS = (
     "torchtrain.loss:cross_entropy_sum",
     'F.cross_entropy(__logits, __targets, ignore_index=__ignored, reduction="sum")',
@@ -77,8 +77,8 @@ FAULTS = (
             "torch": (
                 Edit(
                     "torchtrain.step:_Microbatches.forward",
-                    "_inputs(self._microbatches[__index], __run)",
-                    "_inputs(self._microbatches[0], __run)",
+                    "_inputs(self._microbatches[__index], __run, is_recorded=__recorded)",
+                    "_inputs(self._microbatches[0], __run, is_recorded=__recorded)",
                 ),
             ),
         },
@@ -110,11 +110,11 @@ FAULTS = (
         where=TOKENS,
         edits={
             "jax": (
-                Edit("jaxtrain.loss:token_loss", "__targets != __ignored", f"__it & (__targets != {END})"),
+                Edit("jaxtrain.loss:target_loss", "__targets != __ignored", f"__it & (__targets != {END})"),
             ),
             "torch": (
                 Edit(
-                    "torchtrain.loss:token_loss",
+                    "torchtrain.loss:targets_of",
                     "F.pad(__labels[:, 1:], (0, 1), value=__ignored)",
                     f"F.pad(__labels[:, 1:].masked_fill(__labels[:, 1:] == {END}, __ignored), (0, 1), value=__ignored)",
                 ),
@@ -167,13 +167,13 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.loss:token_loss",
-                    "__logits[:, :-1].astype(__type)",
+                    "jaxtrain.loss:target_loss",
+                    "__logits.astype(__type)",
                     "30.0 * jnp.tanh(__it / 30.0)",
                 ),
             ),
             "torch": (
-                Edit("torchtrain.loss:token_loss", "__logits.to(__type)", "30.0 * torch.tanh(__it / 30.0)"),
+                Edit("torchtrain.loss:target_loss", "__logits.to(__type)", "30.0 * torch.tanh(__it / 30.0)"),
             ),
         },
     ),

@@ -77,6 +77,7 @@ _LEFT = {"padding_side": "left"}
 SETUPS: dict[str, str] = {
     "full": "every weight is trained, two accumulation slices, examples padded on the left, with clipping and decay",
     "packed": "the same with several documents packed into an example",
+    "chunked": "the same, the loss made for seven positions of each row at a time; no activations are recorded",
     "tied": "the same with a head that is the embedding",
     "bias": "the same with biases",
     "warmup": "the same with a warm-up of three updates",
@@ -106,14 +107,22 @@ SETUPS: dict[str, str] = {
     "pipe-tied": "the same with a head that is the embedding",
     "pipe-deep": "the same with five layers: stages of three and two",
     "pipe-prefix": "a prefix made by a projection, in the same two stages",
+    "fused-packed": "several documents packed into a row of more than one block, with a fused kernel of attention",
+    "fused-prefix": "three keys and values before every layer's own, examples padded on the right, with a fused kernel of attention",
+    "fused-window": "a Mistral, whose window is shorter than a record, with a fused kernel of attention",
     "resume": "every weight is trained; the run is resumed after its second step",
     "resume-adapter": "an adapter whose B is not zero, with dropout; the run is resumed after its second step",
 }
+# The set-ups whose attention is fused; elsewhere faults of attention are edits of its definition, which all run.
+FUSED = ("fused-packed", "fused-prefix", "fused-window")
 # A run of these set-ups is compared with one that is not stopped.
 RESUMED = ("resume", "resume-adapter")
 RESUMED_AFTER = 2
+# Recording would change what these run.
+UNRECORDED = ("chunked",)
 _PIPE = Plan(pipe=2, microbatches=4)
 PLANS: dict[str, Plan] = {
+    "chunked": Plan(loss_chunk=7),
     "remat": Plan(remat="full"),
     "tensor": Plan(tensor=2),
     "tensor-qwen3": Plan(tensor=2),
@@ -139,6 +148,7 @@ _VARIANTS = {
     "glm": "glm",
     "pipe-tied": "tied",
     "pipe-deep": "deep",
+    "fused-window": "mistral",
 }
 
 
@@ -147,15 +157,20 @@ def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backen
     sections: dict[str, Mapping[str, Any]] = {
         "data": _LEFT,
         "precision": {"policy": precision},
-        "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump(),
+        "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump()
+        | {"attention": "fused" if setup in FUSED else "reference"},
     }
     match setup:
         case (
             "full" | "tied" | "bias" | "qwen3" | "tensor" | "tensor-qwen3" | "data" | "data-tensor" | "zero1"
         ):
             pass
-        case "qwen2" | "mistral" | "smollm3" | "glm":
+        case "chunked" | "qwen2" | "mistral" | "smollm3" | "glm" | "fused-window":
             pass
+        case "fused-packed":
+            sections["data"] = {"packing": True, "sequence_tokens": 200}
+        case "fused-prefix":
+            sections |= {"method": tiny.method("prefix"), "data": {"padding_side": "right"}}
         case "resume" | "resume-adapter":
             # A checkpoint after each step: the one before the newest is there, too.
             sections["checkpoint"] = {"every_steps": 1, "keep": 9}

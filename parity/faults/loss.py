@@ -69,7 +69,7 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.loss:token_loss",
+                    "torchtrain.loss:targets_of",
                     "F.pad(__labels[:, 1:], (0, 1), value=__ignored)",
                     "F.pad(__labels[:, 2:], (0, 2), value=__ignored)",
                 ),
@@ -85,13 +85,15 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.loss:token_loss",
+                    "jaxtrain.loss:target_loss",
                     "jnp.sum(jnp.where(__counted, __losses, 0.0))",
                     "jnp.sum(__losses)",
                 ),
             ),
             "torch": (
-                Edit("torchtrain.loss:token_loss", "__targets.flatten()", "__targets.clamp(min=0).flatten()"),
+                Edit(
+                    "torchtrain.loss:target_loss", "__targets.flatten()", "__targets.clamp(min=0).flatten()"
+                ),
             ),
         },
     ),
@@ -104,7 +106,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.loss:token_loss",
+                    "jaxtrain.loss:target_loss",
                     "return __loss_sum, jnp.sum(__counted)",
                     "return __loss_sum, jnp.asarray(__counted.size)",
                 ),

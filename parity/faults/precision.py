@@ -37,8 +37,9 @@ FAULTS = (
         where=at_point("mixed"),
         edits={
             "jax": (
+                Edit("jaxtrain.attention.reference:attend", "", "from jax import lax"),
                 Edit(
-                    "jaxtrain.layers:attend",
+                    "jaxtrain.attention.reference:attend",
                     "softmax(__scores)",
                     "lax.reduce_precision(softmax(lax.reduce_precision(__scores, 8, 7)), 8, 7)",
                 ),
@@ -62,13 +63,13 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.loss:token_loss",
+                    "jaxtrain.loss:target_loss",
                     "__logits.astype(__wide)",
                     "lax.reduce_precision(__logits, 8, 7)",
                 ),
             ),
             "torch": (
-                Edit("torchtrain.loss:token_loss", "__logits.to(__wide)", "__logits.to(torch.bfloat16)"),
+                Edit("torchtrain.loss:target_loss", "__logits.to(__wide)", "__logits.to(torch.bfloat16)"),
             ),
         },
     ),

@@ -10,7 +10,7 @@ from parity.runs.edit import Edit
 JAX_ROOT = ("jaxtrain.optim:make_optimizer", "jnp.sqrt(__v) / jnp.sqrt(__correction) + __eps")
 TORCH_OPTIMIZER = (
     "torchtrain.optim:make_optimizer",
-    "torch.optim.AdamW(__groups, lr=__lr, betas=__betas, eps=__eps, foreach=False)",
+    "torch.optim.AdamW(__groups, lr=__lr, betas=__betas, eps=__eps, fused=True)",
 )
 SCHEDULE = (
     "trainspec.runs.loop:follow",
@@ -31,7 +31,7 @@ FAULTS = (
             "torch": (
                 Edit(
                     *TORCH_OPTIMIZER,
-                    "torch.optim.AdamW(__groups, lr=__lr, betas=__betas, eps=1e-6, foreach=False)",
+                    "torch.optim.AdamW(__groups, lr=__lr, betas=__betas, eps=1e-6, fused=True)",
                 ),
             ),
         },
@@ -68,7 +68,7 @@ FAULTS = (
             "torch": (
                 Edit(
                     *TORCH_OPTIMIZER,
-                    "torch.optim.AdamW(__groups, lr=__lr, betas=(__betas[0], 0.95), eps=__eps, foreach=False)",
+                    "torch.optim.AdamW(__groups, lr=__lr, betas=(__betas[0], 0.95), eps=__eps, fused=True)",
                 ),
             ),
         },
@@ -209,14 +209,14 @@ FAULTS = (
             "torch": (
                 Edit(
                     "torchtrain.optim:make_optimizer",
-                    "return torch.optim.AdamW(__groups, lr=__lr, betas=__betas, eps=__eps, foreach=False)",
+                    "return torch.optim.AdamW(__groups, lr=__lr, betas=__betas, eps=__eps, fused=True)",
                     "fast = {id(p) for name, p in parameters.items() if '.lora_B.' in name}\n"
                     "split = [\n"
                     "    {**g, 'params': [p for p in g['params'] if (id(p) in fast) == yes], 'times': 16 if yes else 1}\n"
                     "    for g in __groups for yes in (True, False)\n"
                     "]\n"
                     "split = [g for g in split if g['params']]\n"
-                    "return torch.optim.AdamW(split, lr=__lr, betas=__betas, eps=__eps, foreach=False)",
+                    "return torch.optim.AdamW(split, lr=__lr, betas=__betas, eps=__eps, fused=True)",
                 ),
                 Edit(
                     "torchtrain.optim:set_learning_rate",

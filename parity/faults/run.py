@@ -16,7 +16,7 @@ from parity.comparison.phases import Location
 from parity.comparison.tolerance import ProofBounds
 from parity.diagnosis import Diagnosis, counts_of, diagnose
 from parity.faults import FAULTS, SHARED
-from parity.faults.fault import RESUMED, RESUMED_AFTER, Fault, in_every_backend, setup_recipe
+from parity.faults.fault import RESUMED, RESUMED_AFTER, UNRECORDED, Fault, in_every_backend, setup_recipe
 from parity.runs.fixture import LORA, write_tiny
 from parity.runs.join import join
 from parity.runs.launch_many import Case, run_cases, training
@@ -209,7 +209,14 @@ def _case(backend: Backend, fault: Fault, recipe: Recipe, out: Path) -> Case:
     home, file = home_of(out, backend, fault), out / f"{fault.setup}-{backend}.yaml"
     trace = "whole" if fault.setup in RESUMED else "trace"
     edits = fault.edits[backend]
-    return training(file, home, devices=recipe.plan.devices, edits=edits, activations=True, trace=trace)
+    return training(
+        file,
+        home,
+        devices=recipe.plan.devices,
+        edits=edits,
+        activations=fault.setup not in UNRECORDED,
+        trace=trace,
+    )
 
 
 def _resumed_case(backend: Backend, fault: Fault, recipe: Recipe, out: Path) -> Case:

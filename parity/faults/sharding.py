@@ -135,7 +135,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.loss:token_loss",
+                    "jaxtrain.loss:target_loss",
                     "__vocab = lax.broadcasted_iota(__dtype, __logits.shape, __dim)",
                     "__it\n__vocab = __vocab + (__vocab >= __logits.shape[-1] // 2)",
                 ),

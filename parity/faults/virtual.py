@@ -41,14 +41,14 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.decoder:Decoder.blocks",
+                    "jaxtrain.attention.visible:Visible.mask",
                     "jnp.pad(__mask, __widths, constant_values=True)",
                     "jnp.pad(__mask, __widths, constant_values=False)",
                 ),
             ),
             "torch": (
                 Edit(
-                    "torchtrain.methods.virtual_tokens:all_visible",
+                    "torchtrain.attention.visible:Visible.mask",
                     "F.pad(__visible, __widths, value=True)",
                     "F.pad(__visible, __widths)",
                 ),

@@ -2,7 +2,7 @@
 
     python tests/jaxtrain/run_plans.py CASES.json OUT.npz      CASES: {name: {"variant": ..., sections of a recipe ...}}
 
-A case with "first_plan" makes its first update under that plan, and resumes from the checkpoint under its own.
+A case with "keep" keeps that of its metrics in place of "activations". One with "first_plan" makes its first update under that plan, and resumes from the checkpoint under its own.
 
 OUT has `NAME/KIND/STEP/TENSOR` for losses, norms, gradients, updates and activations, and what was read of the start.
 """
@@ -43,7 +43,7 @@ def recipe_of(scratch: Path, variant: str, sections: dict[str, Any]) -> Any:
     return recipe_maker({variant: directory})(variant, **sections)
 
 
-def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:
+def run(recipe: Any, first: Any, out: Path, keep: Any) -> dict[str, Any]:
     """`STEPS` updates from the start, the first one of the recipe `first`, and the held-out loss."""
     reading = Reading()
     state = started(first)
@@ -54,14 +54,14 @@ def run(recipe: Any, first: Any, out: Path) -> dict[str, Any]:
             state = resumed(state, first, recipe, out)
         before = step.weights_of(state)
         batch = dataset.batch(i, recipe.batch.global_examples)
-        state, metrics = step.train_step(state, batch, lr=1e-3, keep="activations")
+        state, metrics = step.train_step(state, batch, lr=1e-3, keep=keep)
         found |= {f"loss/{i}/loss": metrics.loss_sum / metrics.tokens, f"norm/{i}/norm": metrics.grad_norm}
         updates = {name: after - before[name] for name, after in step.weights_of(state).items()}
         for kind, arrays in {
             "gradient": metrics.gradients,
             "update": updates,
-            "activation": metrics.activations,
-            "activation_gradient": metrics.activation_gradients,
+            "activation": metrics.activations or {},
+            "activation_gradient": metrics.activation_gradients or {},
             "moment2": step.moments_of(state)[1],
         }.items():
             found |= {f"{kind}/{i}/{name}": array for name, array in arrays.items()}
@@ -110,9 +110,10 @@ def main() -> None:
     for name, case in json.loads(cases.read_text()).items():
         sections = dict(case)
         first_plan, variant = sections.pop("first_plan", None), sections.pop("variant", "plain")
+        keep = sections.pop("keep", "activations")
         recipe = recipe_of(cases.parent, variant, sections)
         first = recipe_of(cases.parent, variant, sections | {"plan": first_plan}) if first_plan else recipe
-        for key, value in run(recipe, first, out.with_suffix("") / name).items():
+        for key, value in run(recipe, first, out.with_suffix("") / name, keep).items():
             wide = np.asarray(value)
             arrays[f"{name}/{key}"] = wide if wide.dtype.kind in "fi" else wide.astype(np.float32)
     np.savez(out, **arrays)

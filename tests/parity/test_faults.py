@@ -126,7 +126,7 @@ def test_what_is_put_in_names_what_is_there(tmp_path: Path):
     every = [(f"{f.name}-{backend}", edits) for f in FAULTS for backend, edits in f.edits.items()]
     every += [(f.name, (f.edit,)) for f in SHARED]
     assert undefined(tmp_path, every) == "All checks passed!\n"
-    wrong = Edit("jaxtrain.loss:token_loss", "__logits.astype(__wide)", "__it + not_there")
+    wrong = Edit("jaxtrain.loss:target_loss", "__logits.astype(__wide)", "__it + not_there")
     assert "`not_there`" in undefined(tmp_path, [("wrong", (wrong,))])
 
 

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = sections(
     }
 ) | {
     "lora-head": {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": ["lm_head", "k_proj"]},
+    "only-head": {"kind": "lora", "rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": ["lm_head"]},
     # Nothing in the later stages of a pipeline.
     "lora-first": {
         "kind": "lora",
@@ -161,7 +162,7 @@ _THREE_D = {"pipe": 2, "fsdp": 2, "tensor": 2, "shards": "optimizer"}
 PIPES_MORE = [
     *(case(m, k, p, pipe=2, microbatches=4) for m, k in (("deep-tied", "full"), ("wide", "lora-head"))
       for p in ("fp32", "bf16", "bf16-bf16") if (m, p) != ("deep-tied", "bf16")),
-    *(case("deep-tied", k, "fp32", pipe=2, microbatches=m) for k in METHODS if k != "lora-head" for m in (1, 2)),
+    *(case("deep-tied", k, "fp32", pipe=2, microbatches=m) for k in METHODS if not k.endswith("-head") for m in (1, 2)),
     *(case("deep-tied", k, "fp32", pipe=4, microbatches=6, remat="full") for k in ("full", "lora")),
     case("deep-tied", "full", "bf16-bf16", pipe=4, microbatches=4),
     case("deep", "full", "fp32", pipe=2, tensor=2, microbatches=4),

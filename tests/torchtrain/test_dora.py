@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from parity.runs.edit import Edit
+from torchtrain.attention.visible import Visible, rows_of
 from torchtrain.cluster import start
 from torchtrain.dropout import CounterDropout
 from torchtrain.step import State, init_state
@@ -85,9 +86,10 @@ def pefts(state: State) -> nn.Module:
 
 def loss_and_gradients(model: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
     ids = torch.arange(3, 27).reshape(2, 12)
-    mask = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12)
-    positions = torch.arange(12).expand(2, 12)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    positions, segments = torch.arange(12).expand(2, 12), torch.ones(2, 12)
+    rows = rows_of(segments.numpy(), positions.numpy())
+    visible = Visible(segments_BT=segments, positions_BT=positions, rows=rows)
+    logits = model(input_ids=ids, position_ids=positions, visible=visible).logits
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), (ids + 1).flatten())
     loss.backward()
     trained = {canonical_name(n): p.grad for n, p in model.named_parameters() if p.requires_grad}

@@ -24,7 +24,8 @@ def built(recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
     """The elements of each weight on the last of the tensor peers, and of those that are trained."""
     run, plan = resolve(recipe), recipe.plan
     peers = Peers(None, plan.tensor - 1, plan.tensor)
-    model = build_model(run.spec, policy=recipe.precision.policy, remat="none", tensor=peers)
+    policy = recipe.precision.policy
+    model = build_model(run.spec, policy=policy, remat="none", attention="auto", tensor=peers)
     attach(model, run.spec, recipe.method, seed=recipe.run.seed, tensor=peers)
     parameters = {canonical_name(name): p for name, p in model.named_parameters()}
     assert all(p.is_meta for p in parameters.values())

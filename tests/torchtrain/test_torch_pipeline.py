@@ -55,12 +55,12 @@ PLANTED = {
         Edit("torchtrain.engines.pipeline:_layers", "__config.tie_word_embeddings and __is_trained", "False"),
         "gradient",
     ),
-    "attention mask of the first microbatch": (
+    "what the first microbatch may see": (
         PIPES[0],
         Edit(
             "torchtrain.engines.pipeline:PipelineEngine._forward_pass",
-            '__inputs["attention_mask"]',
-            'self._layer_arguments.get("attention_mask", __it)',
+            '__inputs["visible"]',
+            'self._layer_arguments.get("visible", __it)',
         ),
         "activation",
     ),

@@ -1,5 +1,6 @@
 """The plan's rules: what splits what, what is refused and what is said then."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from trainspec.errors import PlanError
 from trainspec.methods import LoRA, adapter_table
 from trainspec.params import param_table
 from trainspec.plans.capabilities import check_fits, check_supported
-from trainspec.plans.plan import Plan, local_size, weight_axes
+from trainspec.plans.plan import AUTO_LOGITS, Plan, local_size, weight_axes
 
 ROWS = {p.name: p for p in param_table(replace(SMALL, attention_bias=True))}
 ADAPTER = {p.name.split(".", 2)[2]: p for p in adapter_table(SMALL, LoRA(targets=("q_proj", "o_proj")))}
@@ -98,6 +99,27 @@ def test_examples_that_do_not_divide_are_one_microbatch():
     plan = Plan(pipe=2, data=2, microbatches=4)
     assert [plan.microbatches_of(rows) for rows in (8, 16, 4, 10)] == [4, 4, 1, 1]
     assert Plan(data=2).microbatches_of(7) == 1
+
+
+def test_a_loss_makes_as_many_logits_at_once_as_the_plan_says():
+    assert [Plan(loss_chunk=n).positions_at_once(2, 48, 320) for n in (1, 7, 48, 50)] == [1, 7, 48, 48]
+
+
+@pytest.mark.parametrize(
+    ("plan", "rows", "vocab", "chunk"),
+    [
+        (Plan(), 4, 32_000, 512),  # the whole row of 512: 62.5 Mi logits
+        (Plan(), 5, 32_000, 256),
+        (Plan(tensor=2), 5, 32_000, 512),
+        (Plan(), 1000, 128_256, 1),
+    ],
+)
+def test_chunks_of_equal_length_make_64_mi_logits_at_most(plan: Plan, rows: int, vocab: int, chunk: int):
+    assert plan.positions_at_once(rows, 512, vocab) == chunk
+    logits_of_a_position = rows * vocab // plan.tensor
+    assert chunk == 1 or chunk * logits_of_a_position <= AUTO_LOGITS
+    # One chunk less would make more than that.
+    assert chunk == 512 or math.ceil(512 / (512 // chunk - 1)) * logits_of_a_position > AUTO_LOGITS
 
 
 def test_interleaved_microbatches_go_in_groups():

@@ -115,6 +115,11 @@ def test_the_schema_describes_every_setting():
         ("optimizer.lr=.nan", "optimizer.lr: must be a finite number"),
         ("optimizer.betas=[0.9]", "optimizer.betas: missing (element 2)"),
         ("optimizer.clip_norm=0", "for no clipping write optimizer.clip_norm=null"),
+        ("plan.loss_chunk=0", "plan.loss_chunk: 0 is no number of positions; write auto, or 1 or more"),
+        (
+            "plan.loss_chunk=half",
+            "plan.loss_chunk: 'half' is no number of positions; write auto, or 1 or more",
+        ),
         ("optimizer.clip_norm=-1", "for no clipping write optimizer.clip_norm=null"),
         ("optimizer=", "optimizer: must be a mapping of settings, not null"),
         (

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torchtrain import _deepspeed
 from torchtrain._deepspeed import import_deepspeed, quiet, runs_on_deepspeed
 from torchtrain.engines.engine import Inputs, Microbatches, Store, Stored, by_kind
 from torchtrain.engines.plain import WholeStore
+from torchtrain.families import anatomy_of
 from torchtrain.mesh import Mesh, Peers, compute_device
 from torchtrain.optim import MOMENTS, start_moments
 from trainspec.model import ModelSpec
@@ -152,6 +153,9 @@ class DeepSpeedEngine:
     def __init__(self, run: Run, model: PreTrainedModel, optimizer: torch.optim.AdamW, *, mesh: Mesh) -> None:
         plan = run.recipe.plan
         mpu = Mpu(mesh) if plan.devices > 1 else None
+        head = anatomy_of(model).head(model)
+        if _stage(run.recipe) == 3 and [*head.children()]:
+            _deepspeed.gather_whole(head)
         self._engine = initialize(run, model, optimizer, mpu=mpu)
         self._model = model
         # DeepSpeed takes the mean over the replicas, of gradients that are shares of one batch.
@@ -170,15 +174,15 @@ class DeepSpeedEngine:
         """Each loss is a share of the batch's: its gradient is added as it is."""
         last = len(microbatches) - 1
         for index in range(last + 1):
-            logits = self._engine(**microbatches.forward(index)).logits
-            loss = microbatches.loss(index, logits)
+            output = self._engine(**microbatches.forward(index)).logits
+            loss = microbatches.loss(index, output)
             microbatches.backward(index)
             self._engine.set_gradient_accumulation_boundary(index == last)
             self._engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
-    def infer(self, microbatches: Sequence[Inputs]) -> list[Tensor]:
-        """Logits [B, T, V] of each microbatch."""
-        return [self._model(**inputs).logits for inputs in microbatches]
+    def infer(self, count: int, inputs: Callable[[int], Inputs]) -> list[Tensor]:
+        """The head's output of each microbatch."""
+        return [self._model(**inputs(index)).logits for index in range(count)]
 
     def step(self) -> None:
         """Clip, update and clear the gradients."""

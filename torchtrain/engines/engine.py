@@ -4,21 +4,29 @@ Plain torch, DeepSpeed and DeepSpeed's pipeline are alike to a step. They differ
 microbatches' passes, and in which shards of the model and its training state a process holds.
 """
 
-# B examples, S sequence, T positions of a layer, N + S keys with those of N virtual tokens (`methods.virtual_tokens`), V vocabulary
+# B examples, S sequence, T positions of a layer (`methods.virtual_tokens`), V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable
+from typing import Literal, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from torchtrain.attention.visible import Visible
 from torchtrain.optim import MOMENTS
 
-# `input_ids` [B, S], `position_ids` [B, T] and `attention_mask` [B, 1, T, N + S] of this process's examples of a microbatch.
-Inputs = dict[str, Tensor]
+# The head's output is logits [B, T, V] of this process's shard of the vocabulary, or a loss sum (`loss_chunks.HeadLoss`).
 Stored = Literal["weight", "gradient", "moment1", "moment2"]
+
+
+class Inputs(TypedDict):
+    """`input_ids` [B, S] and `position_ids` [B, T] of this process's examples of a microbatch, and what each may see."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    visible: Visible
 
 
 class Microbatches(Protocol):
@@ -36,8 +44,8 @@ class Microbatches(Protocol):
         """What the forward pass of microbatch `index` takes, which comes next."""
         ...
 
-    def loss(self, index: int, logits: Tensor) -> Tensor:
-        """Its share of the batch's loss, from `logits` [B, T, V] of this process's shard of the vocabulary."""
+    def loss(self, index: int, output: Tensor) -> Tensor:
+        """Its share of the batch's loss, from the head's output."""
         ...
 
     def backward(self, index: int) -> None:
@@ -58,8 +66,11 @@ class Engine(Protocol):
         """Leave the batch's gradients in `store`: the sum over the microbatches and the replicas."""
         ...
 
-    def infer(self, microbatches: Sequence[Inputs]) -> list[Tensor]:
-        """Logits [B, T, V] of each microbatch; none where the process is not of the pipeline's last stage."""
+    def infer(self, count: int, inputs: Callable[[int], Inputs]) -> list[Tensor]:
+        """The head's output of each of `count` microbatches, whose `inputs` are asked for before its pass.
+
+        None where the process is not of the pipeline's last stage.
+        """
         ...
 
     def step(self) -> None:

@@ -8,7 +8,7 @@ pass which microbatch is in the model. The update is not the schedule's: it come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class PipelineEngine:
         self._layer_arguments: dict[str, Any] = {}
         layers = _layers(model, self._layer_arguments)
         module = pipeline_module(
-            layers, plan=plan, bounds=_bounds(len(layers), plan), loss=lambda logits, _: self._at_end(logits)
+            layers, plan=plan, bounds=_bounds(len(layers), plan), loss=lambda output, _: self._at_end(output)
         )
         _add_trained(module, model, optimizer)
         self._stages = mesh.stages
@@ -100,24 +100,24 @@ class PipelineEngine:
     def accumulate(self, microbatches: Microbatches) -> None:
         """One run of the pipeline, with its reductions over tied stages and replicas."""
 
-        def loss(logits_BTV: Tensor) -> Tensor:
-            return microbatches.loss(self._forwards, logits_BTV) * self.loss_scale
+        def loss(output: Tensor) -> Tensor:
+            return microbatches.loss(self._forwards, output) * self.loss_scale
 
         self._microbatches = microbatches
         self._begin(microbatches.forward, loss)
         self._pipeline.train(len(microbatches))
 
-    def infer(self, microbatches: Sequence[Inputs]) -> list[Tensor]:
-        """Logits [B, T, V] of each microbatch, on the last stage. The others end before it: a caller waits for all."""
-        logits: list[Tensor] = []
+    def infer(self, count: int, inputs: Callable[[int], Inputs]) -> list[Tensor]:
+        """The head's output of each microbatch, on the last stage. The others end before it: a caller waits for all."""
+        outputs: list[Tensor] = []
 
-        def collect(logits_BTV: Tensor) -> Tensor:
-            logits.append(logits_BTV)
-            return logits_BTV.new_zeros(())
+        def collect(output: Tensor) -> Tensor:
+            outputs.append(output)
+            return output.new_zeros(())
 
-        self._begin(microbatches.__getitem__, collect)
-        self._pipeline.infer(len(microbatches))
-        return logits
+        self._begin(inputs, collect)
+        self._pipeline.infer(count)
+        return outputs
 
     def step(self) -> None:
         """Clip, update and clear the gradients."""
@@ -128,14 +128,14 @@ class PipelineEngine:
         release(self._engine)
 
     def _begin(self, inputs: Callable[[int], Inputs], at_end: Callable[[Tensor], Tensor]) -> None:
-        """`inputs` of each microbatch go in at the first stage; `at_end` is called with the logits at the last."""
+        """`inputs` of each microbatch go in at the first stage; `at_end` is called with the head's output at the last."""
         self._inputs, self._at_end = inputs, at_end
         self._forwards = self._backwards = 0
 
     def _forward_pass(self, buffer: int) -> None:
         inputs = self._inputs(self._forwards)
         self._layer_arguments.update(
-            attention_mask=inputs["attention_mask"],
+            visible=inputs["visible"],
             position_ids=inputs["position_ids"],
             # Of the first argument only the type counts.
             position_embeddings=self._rotary(self._norm.weight, inputs["position_ids"]),

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -73,17 +73,17 @@ class PlainEngine:
     def accumulate(self, microbatches: Microbatches) -> None:
         """Sum gradients over the microbatches, and after the last one over the replicas."""
         for index in range(len(microbatches)):
-            logits = self._model(**microbatches.forward(index)).logits
-            loss = microbatches.loss(index, logits)
+            output = self._model(**microbatches.forward(index)).logits
+            loss = microbatches.loss(index, output)
             microbatches.backward(index)
             loss.backward()
         for parameter in self._model.parameters():
             if parameter.grad is not None:
                 self._mesh.replicas.sum_(parameter.grad)
 
-    def infer(self, microbatches: Sequence[Inputs]) -> list[Tensor]:
-        """Logits [B, T, V] of each microbatch."""
-        return [self._model(**inputs).logits for inputs in microbatches]
+    def infer(self, count: int, inputs: Callable[[int], Inputs]) -> list[Tensor]:
+        """The head's output of each microbatch."""
+        return [self._model(**inputs(index)).logits for index in range(count)]
 
     def step(self) -> None:
         """Clip, update and clear the gradients."""

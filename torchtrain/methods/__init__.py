@@ -12,12 +12,12 @@ from torchtrain.dropout import DropoutPoint
 from torchtrain.mesh import Peers
 from torchtrain.methods import bottleneck, dora, full, lora, prefix, prompt, ptuning
 from torchtrain.methods.site import Site
-from torchtrain.methods.virtual_tokens import all_labels, all_positions, all_visible
+from torchtrain.methods.virtual_tokens import all_labels, all_positions, all_segments
 from torchtrain.tensor_parallel import copy_inputs
 from trainspec.methods import Method
 from trainspec.model import ModelSpec
 
-__all__ = ["ATTACH", "all_labels", "all_positions", "all_visible", "attach", "layer_inputs"]
+__all__ = ["ATTACH", "all_labels", "all_positions", "all_segments", "attach", "layer_inputs"]
 
 # The registry: what changes a model for each kind of method.
 ATTACH: dict[str, Callable[[PreTrainedModel, Any, Site], None]] = {

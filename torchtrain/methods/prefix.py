@@ -4,18 +4,19 @@ They are not rotated, and the layers keep S positions. PEFT passes them as a cac
 are recomputed in the backward pass.
 """
 
-# B examples, S sequence, N virtual tokens, T keys of a layer, H heads, K kv heads, D head dim
+# B examples, S sequence, N virtual tokens, X = N + S keys of a layer, H heads, K kv heads, D head dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PrefixEncoder, PrefixTuningConfig
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from torchtrain.activations import tap
 from torchtrain.dropout import CounterDropout
@@ -29,7 +30,7 @@ from trainspec.model import ModelSpec
 
 # Keys and values [K, N, D] of every layer in turn: those of layer i are 2 i and 2 i + 1.
 Prefix = Sequence[Tensor]
-_ATTENTION = "sdpa_after_prefix"
+_ATTENTION = "torchtrain_after_prefix"
 
 
 def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
@@ -49,7 +50,9 @@ def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
             encoder.transform[0] = nn.Linear(widths.embedding, widths.hidden)
     encoder.add_module("dropouts", nn.ModuleList(_dropouts(method, site)))
     model.add_module(ENCODER, encoder)
-    AttentionInterface.register(_ATTENTION, attend_after_prefix)
+    own: Any = model.config._attn_implementation
+    attention = partial(attend_after_prefix, attend=ALL_ATTENTION_FUNCTIONS[own])
+    AttentionInterface.register(_ATTENTION, attention)
     model.config._attn_implementation = _ATTENTION
 
     def give(
@@ -93,13 +96,14 @@ def attend_after_prefix(
     query_BHSD: Tensor,
     key_BKSD: Tensor,
     value_BKSD: Tensor,
-    attention_mask: Tensor,
+    attention_mask: None,
     *,
+    attend: Callable[..., tuple[Tensor, None]],
     prefix: Prefix,
     prefix_dropouts: Sequence[nn.Module] | None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention's output [B, S, H, D]. Keys and queries come rotated; the prefix is not."""
+    """What the function `attend` of the kernel gives. Keys and queries come rotated; the prefix is not."""
     i = module.layer_idx
     pair: Sequence[Tensor] = [
         each_KND.transpose(0, 1).expand(len(key_BKSD), -1, -1, -1)
@@ -111,6 +115,6 @@ def attend_after_prefix(
     keys_BNKD, values_BNKD = (
         tap(f"layers.{i}.{name}", x) for name, x in zip(("prefix_key", "prefix_value"), pair, strict=True)
     )
-    key_BKTD = torch.cat((keys_BNKD.transpose(1, 2), key_BKSD), 2)
-    value_BKTD = torch.cat((values_BNKD.transpose(1, 2), value_BKSD), 2)
-    return sdpa_attention_forward(module, query_BHSD, key_BKTD, value_BKTD, attention_mask, **rest)
+    key_BKXD = torch.cat((keys_BNKD.transpose(1, 2), key_BKSD), 2)
+    value_BKXD = torch.cat((values_BNKD.transpose(1, 2), value_BKSD), 2)
+    return attend(module, query_BHSD, key_BKXD, value_BKXD, attention_mask, **rest)

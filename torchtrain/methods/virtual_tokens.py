@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from torchtrain.activations import tap
 from torchtrain.families import anatomy_of
+from torchtrain.layers import VIRTUAL
 from trainspec.data import IGNORED
-from trainspec.methods import ENCODER, Method, leading_positions, position_shift, virtual_tokens
+from trainspec.methods import ENCODER, Method, leading_positions, position_shift
 
 
 def all_positions(positions_BS: Tensor, method: Method) -> Tensor:
@@ -34,12 +35,9 @@ def all_labels(labels_BS: Tensor, method: Method) -> Tensor:
     return F.pad(labels_BS, (leading_positions(method), 0), value=IGNORED)
 
 
-def all_visible(visible_B1SS: Tensor, method: Method) -> Tensor:
-    """Which keys [B, 1, T, N + S] each position may see, from which tokens each token may see."""
-    tokens_B1SK = F.pad(visible_B1SS, (virtual_tokens(method), 0), value=True)  # K: N + S keys
-    # Virtual tokens see those before them.
-    leading_NK = tokens_B1SK.new_ones(leading_positions(method), tokens_B1SK.shape[-1]).tril()
-    return torch.cat((leading_NK.expand(len(tokens_B1SK), 1, -1, -1), tokens_B1SK), 2)
+def all_segments(segments_BS: Tensor, method: Method) -> Tensor:
+    """Segments [B, T]: virtual tokens have one of their own, which all others see."""
+    return F.pad(segments_BS, (leading_positions(method), 0), value=VIRTUAL)
 
 
 def put_in_front(model: PreTrainedModel, encoder: nn.Module, count: int) -> None:

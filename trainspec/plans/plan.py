@@ -6,10 +6,12 @@ of a batch, `fsdp` the training state that `shards` names, `tensor` the wide dim
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from trainspec.complaint import format_value
 from trainspec.params import Param
 from trainspec.plans.names import Backend as Backend
 from trainspec.plans.names import Policy as Policy
@@ -24,6 +26,8 @@ COMPUTE_DTYPE: dict[Policy, str] = {"fp64": "float64", "fp32": "float32", "bf16"
 
 MESH_AXES = ("pipe", "data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# As many logits the loss makes at once where the plan leaves it open: 256 MiB in float32.
+AUTO_LOGITS = 64 * 2**20
 # Logical axis of a weight -> mesh axis; one that is not listed (rank) is replicated.
 WEIGHT_AXES = {
     "embed": "fsdp",
@@ -81,7 +85,15 @@ class Plan(BaseModel):
     """How attention is computed: `reference` is the definition, with all scores [S, S] in memory, `fused` a kernel that keeps
     none of them. `auto` is `fused` where the device and the precision have such a kernel, and `reference` in fp64."""
     loss_chunk: Literal["auto"] | Count = "auto"
-    """For how many positions of each row the loss makes logits at once; `auto` takes as many as make 64 Mi logits."""
+    """For how many positions of each row the loss makes logits at once; `auto` takes as many as make 64 Mi logits on a
+    device in one forward pass, and all of them where they are no more (`positions_at_once`)."""
+
+    @field_validator("loss_chunk", mode="before")
+    @classmethod
+    def _positions(cls, value: Any) -> Any:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"{format_value(value)} is no number of positions; write auto, or 1 or more")
 
     @property
     def devices(self) -> int:
@@ -101,6 +113,17 @@ class Plan(BaseModel):
     def microbatches_of(self, examples: int) -> int:
         """How many microbatches a batch of evaluation makes: one where its examples do not divide."""
         return self.microbatches if examples % (self.microbatches * self.replicas) == 0 else 1
+
+    def positions_at_once(self, rows: int, positions: int, vocab: int) -> int:
+        """For how many of a row's `positions` the loss makes logits at once, where a pass of one replica has `rows` rows.
+
+        `auto` cuts a row into the fewest chunks of equal length whose logits, rows × chunk × vocab / tensor on each device,
+        are at most AUTO_LOGITS. All positions at once is the plain loss.
+        """
+        if self.loss_chunk != "auto":
+            return min(self.loss_chunk, positions)
+        most = max(1, AUTO_LOGITS * self.tensor // (rows * vocab))
+        return math.ceil(positions / math.ceil(positions / most))
 
     def splits(self, kind: StateKind) -> bool:
         """Whether that kind of training state is sharded over fsdp."""

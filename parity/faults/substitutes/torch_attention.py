@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchtrain.activations import tap
+from torchtrain.attention.visible import Visible
 
 
 def put_into(model: Any) -> None:
@@ -23,7 +24,7 @@ def attention(
     self: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, ...],
-    attention_mask: Tensor,
+    visible: Visible,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The method `forward` of LlamaAttention and Qwen3Attention: its output, and None for the attention weights."""
@@ -40,7 +41,7 @@ def attention(
     )
     k, v = (t.repeat_interleave(self.num_key_value_groups, dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * self.scaling
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~visible.mask()[:, None], torch.finfo(scores.dtype).min)
     shares = scores.softmax(-1)
     return self.o_proj((shares @ v).transpose(1, 2).reshape(B, S, -1)), None
 
