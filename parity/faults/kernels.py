@@ -50,7 +50,7 @@ FAULTS = (
         imitates="attention to a prefix and to tokens is joined by a log-sum-exp that has no gradient",
         source="jax.nn.dot_product_attention(return_residual=True) stops it; SHI-Labs/NATTEN#299",
         cause="attention-gradient",
-        where=Where("activation_gradient", r"layers\.1\.rotated_key"),
+        where=Where("activation_gradient", r"layers\.1\.prefix_key"),
         edits={
             "jax": (
                 Edit(GRADIENTS, "", "from parity.faults.substitutes.jax_attention import means_of_parts"),
