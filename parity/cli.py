@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import assert_never, get_args
 
@@ -17,6 +18,7 @@ from parity.faults.table import help_summary, listed, listed_shared, page, resul
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
+from parity.runs.devices import DEVICES
 from parity.runs.plans import refusal, runs_as
 from parity.runs.progress import Progress
 from parity.runs.sides import Resumption, Side, parse_resumption, parse_side
@@ -45,7 +47,7 @@ def parser() -> ArgumentParser:
         "--left",
         default="jax",
         metavar="SIDE",
-        help='a backend and its own settings, such as "jax plan.data=2" (jax)',
+        help='a backend and its own settings, such as "jax plan.data=2" or jax@gpu (jax)',
     )
     run.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
     run.add_argument(
@@ -65,6 +67,11 @@ def parser() -> ArgumentParser:
     run.add_argument(
         "--small", action="store_true",
         help="prove a small twin of the recipe: the same family, flags, method, data and plan axes, small sizes",
+    )  # fmt: skip
+    run.add_argument(
+        "--device", choices=DEVICES, default="cpu",
+        help="where both sides and the float64 reference compute, one after the other: on the cores (cpu, the default), or on what "
+        "is there (auto); a side may name its own, such as --right torch@cpu",
     )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default")
     compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")
@@ -134,7 +141,7 @@ def _run(args: Namespace) -> int:
             left, right = sides
             verdict = check(
                 recipe, left=left, right=right, precision=args.precision,
-                steps=steps, overrides=overrides, out=out, resumption=_resumption(args),
+                steps=steps, overrides=overrides, out=out, device=args.device, resumption=_resumption(args),
                 watcher=Progress(),
             )  # fmt: skip
         case "diff":
@@ -165,7 +172,7 @@ def _able(side: Side, plan: Plan, precision: Policy) -> Side:
     print(f"{side} on one device: {why}")
     alone = runs_as(plan, precision, side.backend)
     changed = {name: value for name, value in alone if value != getattr(plan, name)}
-    return Side(side.backend, tuple(f"plan.{name}={value}" for name, value in changed.items()))
+    return replace(side, overrides=tuple(f"plan.{name}={value}" for name, value in changed.items()))
 
 
 def _resumption(args: Namespace) -> Resumption | None:

@@ -7,7 +7,7 @@ float64 reference; `estimated_bounds.EstimatedBounds` compares two traces withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,10 +109,10 @@ class Bounds(Protocol):
         """Why the two arrays, in the types of the traces, cannot be compared; None if they can."""
         ...
 
-    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
-        """The pairs that must agree; the worst of them is the location's result.
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Iterable[CheckedPair]:
+        """The pairs that must agree, one after the other; the worst of them is the location's result.
 
-        `left` and `right` are float64 copies of equal shape.
+        `left` and `right` are in float64, of equal shape, and not changed.
         """
         ...
 
@@ -202,8 +202,8 @@ def is_counter(pair: Pair, location: Location) -> bool:
     """Whether it is a change of integers, or a slot of them, which have no rounding."""
     if location.phase not in ("change", "slot"):
         return False
-    sides = pair.read(location.step, location.phase, location.tensor)
-    return all(side is None or side.dtype.kind in "iu" for side in sides)
+    sides = pair.forms(location.step, location.phase, location.tensor)
+    return all(side is None or side.dtype.startswith(("int", "uint")) for side in sides)
 
 
 def _is_coarse(array: Array) -> bool:
@@ -213,4 +213,9 @@ def _is_coarse(array: Array) -> bool:
 
 def largest(left: Array, right: Array) -> float:
     """The largest magnitude in either array; 0 if both are empty."""
-    return float(max(np.abs(left).max(initial=0.0), np.abs(right).max(initial=0.0)))
+    return max(_size(left), _size(right))
+
+
+def _size(array: Array) -> float:
+    """The largest magnitude, without an array of magnitudes."""
+    return abs(float(max(array.max(initial=0.0), -array.min(initial=0.0))))

@@ -11,6 +11,8 @@ from typing import Literal
 
 from trainspec.plans.plan import Backend
 
+# What a run computes on.
+DeviceKind = Literal["cpu", "gpu", "tpu"]
 # Where to look for device files and the kernel's list of PCI devices.
 ROOT = Path("/")
 # Google's PCI vendor id, and the device ids of its TPUs, v2 to v7 (jax._src.hardware_utils); its network cards and disks
