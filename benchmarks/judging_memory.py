@@ -28,9 +28,9 @@ from parity.comparison import measured_bounds
 from parity.comparison.adam import AdamRule
 from parity.comparison.compare import Comparison, compare
 from parity.comparison.estimated_bounds import EstimatedBounds
-from parity.comparison.held import HELD_BYTES
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation
 from parity.comparison.pair import Pair
+from parity.comparison.recent import HELD_BYTES
 from parity.comparison.tolerance import Bounds, ProofBounds
 from trainspec.recipe import AdamW
 from trainspec.trace import StepTrace, Trace, TraceName, TraceWriter

@@ -24,7 +24,7 @@ from parity.runs.devices import (
     Device,
     Look,
     Placement,
-    Wanted,
+    Program,
     look_for,
     placed,
 )
@@ -124,11 +124,11 @@ def _placed(
 ) -> Placement:
     """The device of each program. Raises UserError where there is no such device, or not as many as a plan takes."""
     wanted = [
-        Wanted(name, f"{name} ({side})", side.backend, side.device or device, recipe.plan.devices)
+        Program(name, f"{name} ({side})", side.backend, side.device or device, recipe.plan.devices)
         for name, side, recipe in zip(NAMES, sides, recipes, strict=True)
     ]
     if precision != "fp64":
-        wanted.append(Wanted(REFERENCE_PROGRAM, f"the float64 reference ({REFERENCE})", REFERENCE, device))
+        wanted.append(Program(REFERENCE_PROGRAM, f"the float64 reference ({REFERENCE})", REFERENCE, device))
     return placed(wanted, float64=precision == "fp64", look=look)
 
 

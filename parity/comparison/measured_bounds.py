@@ -55,9 +55,9 @@ from parity.comparison.estimated_bounds import (
     gaussian_max_quantile,
     rms_upper_factor,
 )
-from parity.comparison.held import HELD_BYTES, Held
 from parity.comparison.pair import Pair, Sides, as_float64
 from parity.comparison.phases import CLIP, Location
+from parity.comparison.recent import HELD_BYTES, RecentArrays
 from parity.comparison.tolerance import (
     EXACT_PHASES,
     FLOAT32_TINY,
@@ -146,7 +146,7 @@ class MeasuredBounds:
         self._summed = UNIT["fp32"]
         self._coarse = EstimatedBounds(pair, precision)
         # A gradient's bound is needed again at its update.
-        self._gradient_bounds = Held(HELD_BYTES)
+        self._gradient_bounds = RecentArrays(HELD_BYTES)
         self._factors = cache(self._factors_at)
         self._shapes = lru_cache(2)(lambda step: measurement.references[0].forms(step))
 

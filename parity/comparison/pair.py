@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.held import HELD_BYTES, Held, Spilled
 from parity.comparison.phases import RESUME
+from parity.comparison.recent import HELD_BYTES, ArraysOnDisk, RecentArrays
 from parity.comparison.structure import Structure
 from trainspec.errors import TraceError
 from trainspec.trace import Form, Trace
@@ -39,10 +39,10 @@ class Pair:
                 "that start at the same step can be compared; trace both from there, or both from step 1"
             )
         self.first_step = left.first_step
-        self._read_last, self._newest = Held(held_bytes), 0
+        self._read_last, self._newest = RecentArrays(held_bytes), 0
         self._keys: dict[int, tuple[frozenset[str], frozenset[str]]] = {}
         self._forms: dict[int, tuple[Mapping[str, Form], Mapping[str, Form]]] = {}
-        self._weights, self._moved_to = Spilled(held_bytes), dict[str, int]()
+        self._weights, self._moved_to = ArraysOnDisk(held_bytes), dict[str, int]()
         self._sizes: dict[str, float] = {}
 
     @property

@@ -87,10 +87,10 @@ ON_CORES = Placement()
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Program:
     """A program of a check: its name, its words for the user, its backend, the device that is asked for, and how many."""
 
-    program: str
+    name: str
     words: str
     backend: Backend
     device: Device
@@ -98,7 +98,7 @@ class Wanted:
 
 
 def placed(
-    wanted: Iterable[Wanted],
+    wanted: Iterable[Program],
     *,
     float64: bool,
     look: Look,
@@ -115,12 +115,12 @@ def placed(
         seen = dict(zip(asking, threads.map(lambda each: look(*each), asking), strict=True))
     for each in wanted:
         kind, count = seen.get((each.backend, each.device), ("cpu", 0))
-        if each.program == "reference":
+        if each.name == "reference":
             if "tpu" in (kind, each.device):
                 kind, reason = "cpu", "a TPU has no float64, so the reference is computed on the cores"
         elif kind == "tpu" and float64:
             raise UserError(
-                f"{each.words}: a TPU has no float64; use --precision fp32 or bf16, or {_on_cores(each)}"
+                f"{each.words}: a TPU has no float64; use --precision fp32 or bf16, or {_way_out(each)}"
             )
         if each.device not in ("auto", kind) and not reason:
             raise UserError(
@@ -128,16 +128,16 @@ def placed(
                 f"{_way_out(each)}"
             )
         if kind != "cpu" and count < each.devices:
+            are = f"is 1 {IN_WORDS[kind]}" if count == 1 else f"are {count} {IN_WORDS[kind]}s"
             raise UserError(
-                f"{each.words}: the plan takes {each.devices} devices, and here {'is' if count == 1 else 'are'} {count} "
-                f"{IN_WORDS[kind]}{'' if count == 1 else 's'}; use a plan of {count}, or {_on_cores(each)}, which takes as many "
-                "processes or fake devices"
+                f"{each.words}: the plan takes {each.devices} devices, and here {are}; use a plan of {count}, or "
+                f"{_way_out(each)}, which are as many devices as a plan takes"
             )
-        kinds[each.program] = kind
+        kinds[each.name] = kind
     return Placement(**kinds, reason=reason)
 
 
-def _must_look(wanted: Wanted) -> bool:
+def _must_look(wanted: Program) -> bool:
     """Whether its backend must say what it finds. Raises UserError where it cannot find what is asked for."""
     here = {accelerator.kind.lower() for accelerator in accelerators()}
     runs_on = BACKENDS[wanted.backend].runs_on
@@ -147,7 +147,7 @@ def _must_look(wanted: Wanted) -> bool:
         case "auto":
             return bool(here & set(runs_on))
         case kind:
-            if wanted.program == "reference" and kind == "tpu":
+            if wanted.name == "reference" and kind == "tpu":
                 return False
             if kind not in runs_on:
                 program = BACKENDS[wanted.backend].program
@@ -159,14 +159,11 @@ def _must_look(wanted: Wanted) -> bool:
             return True
 
 
-def _on_cores(wanted: Wanted) -> str:
-    return (
-        "--device cpu" if wanted.program == "reference" else f'--{wanted.program} "{wanted.backend}@cpu ..."'
+def _way_out(wanted: Program) -> str:
+    alone = (
+        "" if wanted.name == "reference" else f", or this side alone (--{wanted.name} {wanted.backend}@cpu)"
     )
-
-
-def _way_out(wanted: Wanted) -> str:
-    return f"compute it on the cores: {_on_cores(wanted)}"
+    return f"compute on the cores (--device cpu){alone}"
 
 
 def look_for(backend: Backend, device: Device) -> tuple[DeviceKind, int]:

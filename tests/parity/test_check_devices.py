@@ -12,7 +12,7 @@ from parity.assertion import assert_parity
 from parity.cli import main
 from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.measure import Replay
-from parity.runs.devices import DEVICES, ON_CORES, Placement, Wanted, environment, placed
+from parity.runs.devices import DEVICES, ON_CORES, Placement, Program, environment, placed
 from parity.runs.plans import runs_as
 from parity.runs.sides import Side, parse_side
 from trainspec.errors import UserError
@@ -68,12 +68,12 @@ def found(kind: str, count: int = 1):
     return lambda backend, device: (kind, count)
 
 
-def wanted(*devices: str, backends=("jax", "torch"), plan_devices: int = 1) -> list[Wanted]:
+def wanted(*devices: str, backends=("jax", "torch"), plan_devices: int = 1) -> list[Program]:
     sides = [
-        Wanted(name, f"{name} ({backend})", backend, device, plan_devices)
+        Program(name, f"{name} ({backend})", backend, device, plan_devices)
         for name, backend, device in zip(("left", "right"), backends, devices, strict=False)
     ]
-    reference = [Wanted("reference", "the float64 reference (jax)", "jax", device) for device in devices[2:]]
+    reference = [Program("reference", "the float64 reference (jax)", "jax", device) for device in devices[2:]]
     return sides + reference
 
 
@@ -106,7 +106,9 @@ def test_without_accelerators_nothing_is_asked_and_all_is_on_the_cores(machine):
         assert placed(wanted(device, device, device), float64=False, look=never) == ON_CORES
     assert ON_CORES.on_cores
     for device in ("gpu", "tpu"):
-        with pytest.raises(UserError, match=f"this machine has no {device.upper()}; compute it on the cores"):
+        with pytest.raises(
+            UserError, match=f"this machine has no {device.upper()}; compute on the cores .--device cpu."
+        ):
             placed(wanted(device, "cpu", device), float64=False, look=never)
 
 
@@ -148,9 +150,7 @@ def test_a_tpu_has_no_torch_and_no_float64(machine):
     of_auto = placed(wanted("auto", "auto", "auto"), float64=False, look=found("tpu", 4))
     assert (of_auto.left, of_auto.right, of_auto.reference) == ("tpu", "cpu", "cpu")
     assert of_auto.reason
-    with pytest.raises(
-        UserError, match='torchtrain does not run on a TPU; compute it on the cores: --right "torch@cpu'
-    ):
+    with pytest.raises(UserError, match=r"torchtrain does not run on a TPU; .*--right torch@cpu"):
         placed(wanted("tpu", "tpu", "tpu"), float64=False, look=found("tpu", 4))
     with pytest.raises(UserError, match="a TPU has no float64; use --precision fp32 or bf16, or"):
         placed(wanted("tpu", "cpu"), float64=True, look=found("tpu", 4))

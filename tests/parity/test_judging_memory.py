@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_blind_diagnosis import script
 
-from parity.comparison.held import Held, Spilled
 from parity.comparison.pair import Pair
+from parity.comparison.recent import ArraysOnDisk, RecentArrays
 from trainspec.trace import Form, Trace
 
 MEMORY = script("judging_memory")
@@ -41,7 +41,7 @@ def test_judging_holds_a_few_tensors(traces: Path, kind: str):
 
 def test_what_is_held_is_what_was_used_last():
     dropped = []
-    held = Held(100, dropped=lambda key, _: dropped.append(key))
+    held = RecentArrays(100, dropped=lambda key, _: dropped.append(key))
     one = np.zeros(5)
     for key in ("a", "b"):
         assert held.get(key, lambda: (one,))[0] is one
@@ -56,7 +56,7 @@ def test_what_is_held_is_what_was_used_last():
 
 
 def test_what_is_spilled_comes_back_to_the_last_bit():
-    spilled = Spilled(0)
+    spilled = ArraysOnDisk(0)
     arrays = {
         key: (np.random.default_rng(i).standard_normal((3, 2)), np.full(2, i)) for i, key in enumerate("abc")
     }

@@ -18,7 +18,7 @@ A = TypeVar("A", bound=Arrays)
 HELD_BYTES = 256 * 2**20
 
 
-class Held:
+class RecentArrays:
     """Arrays by key, the ones used last. The last is kept whatever its size, the others while all fit in `limit` bytes."""
 
     def __init__(self, limit: int, *, dropped: Callable[[Hashable, Arrays], None] | None = None) -> None:
@@ -54,11 +54,11 @@ class Held:
             self._dropped(key, arrays)
 
 
-class Spilled:
+class ArraysOnDisk:
     """Pairs of arrays of which only the last used are in memory; the others are in files, in TMPDIR, that go with this object."""
 
     def __init__(self, limit: int) -> None:
-        self._held = Held(limit, dropped=self._write)
+        self._held = RecentArrays(limit, dropped=self._write)
         self._directory: TemporaryDirectory[str] | None = None
         self._numbers: dict[Hashable, int] = {}
         self._unsaved: set[Hashable] = set()
