@@ -31,17 +31,12 @@ from parity.comparison.phases import (
 )
 from parity.comparison.recorded import one_sided, recorded
 from parity.comparison.restored import restored_pairs, restored_tensors
-from parity.comparison.tolerance import Bounds, CheckedPair, largest
+from parity.comparison.tolerance import DETERMINED, Bounds, CheckedPair, largest
 from parity.comparison.untrained import frozen_on_one_side, untouched
 from trainspec.points import TURNED
 
 Array = NDArray[Any]
 
-# The largest share of a gradient's or update's elements whose bounds may reach their own size. At one half the median
-# element is still determined, so an error as large as the elements shows in most of them. Clean fp32 runs stay below one
-# in a thousand. If more elements are undetermined, the tensor still counts as tested when the bound on its whole is below
-# this share of its norm: an error as large as the tensor would exceed it.
-DETERMINED = 0.5
 # Elements of a tensor that are judged at a time.
 BLOCK = 2**16
 
@@ -54,7 +49,7 @@ class Finding:
     largest entry; None if the arrays could not be compared, and `reason` says why. `used` is error / bound or, where
     differences are inherited from earlier phases, the used share of the phase's own bound; infinite if undefined.
     `undetermined` of the `elements` have a bound as large as themselves, so the comparison says nothing about them. If
-    that is most of them and the tensor as a whole has no tighter bound, nothing is `proven`. `values` are those of the
+    that is most of them and neither the tensor as a whole nor what it is along itself has a tighter bound, nothing is `proven`. `values` are those of the
     worst element, at `index`; `names` says whose they are.
     """
 
@@ -282,15 +277,16 @@ def _entries(mask: Array) -> str:
 
 def _worst(location: Location, checked_pairs: Iterable[CheckedPair]) -> Finding:
     """The finding of the pair that uses most of its bound, with the undetermined elements of all."""
-    measured = [(_measure(location, checked), checked.norm is None) for checked in checked_pairs]
-    findings = [f for f, _ in measured]
-    elementwise = [f for f, is_elementwise in measured if is_elementwise]
-    whole = [f for f, is_elementwise in measured if not is_elementwise]
+    measured = [(_measure(location, checked), checked.way) for checked in checked_pairs]
+    by_way: dict[str, list[Finding]] = {}
+    for finding, way in measured:
+        by_way.setdefault(way, []).append(finding)
+    findings, elementwise = [f for f, _ in measured], by_way.get(CheckedPair.way, [])
     # A failing element tells more than the tensor as a whole: which one, and by how much.
     failing = [f for f in elementwise if not f.holds]
     worst = max(failing or findings, key=lambda finding: finding.used)
     count = max(elementwise, key=lambda f: f.undetermined, default=worst)
-    proven = all(f.proven for f in elementwise) or (bool(whole) and all(f.proven for f in whole))
+    proven = any(all(f.proven for f in each) for each in by_way.values())
     return replace(worst, undetermined=count.undetermined, elements=count.elements, proven=proven)
 
 
@@ -377,7 +373,7 @@ def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Findin
     added, scale = max(distance - inherited, 0.0), norm or 1.0
     used = added / own if own > 0 else inf if added > 0 else 0.0
     error, bound = distance / scale, float(f"{(own + inherited) / scale:.9g}")
-    over = f"the tensor as a whole is off by {error:.2e} of its norm, over the bound {bound:.2e}"
+    over = f"the tensor {checked.way} is off by {error:.2e} of its norm, over the bound {bound:.2e}"
     return Finding(
         location,
         error=error,

@@ -16,6 +16,9 @@ forward and backward pass: measured. `parity.runs.replay` repeats every step of 
               a million. Each draw gives a tensor at least EFFECTIVE_DOF degrees of freedom.
            The tensor as a whole: its distance from the reference (Frobenius norm) is held to V · U · |σ|. The squared
            distance has at least EFFECTIVE_DOF degrees of freedom and exceeds V² times its mean once in a million.
+           Along itself, where that bound is no smaller than half of a gradient: its distance in the reference's own direction is
+           held to T · U(ν) · σ, σ² the larger of the movement's mean square in that direction and its share of the whole
+           movement's in the mean over all gradients of the step, ν = draws · gradients.
 
 loss       the same, ν = one per draw and step (the larger of the step's σ and that of all steps), and the rounding of
            one sum over the targets: T · u · sqrt(1 + n/2) · loss.
@@ -30,9 +33,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -59,6 +62,7 @@ from parity.comparison.pair import Pair, Sides, as_float64
 from parity.comparison.phases import CLIP, Location
 from parity.comparison.recent import HELD_BYTES, RecentArrays
 from parity.comparison.tolerance import (
+    DETERMINED,
     EXACT_PHASES,
     FLOAT32_TINY,
     SAME_DOUBLE,
@@ -66,6 +70,7 @@ from parity.comparison.tolerance import (
     WEIGHT_ROUNDINGS,
     Bound,
     CheckedPair,
+    along_itself,
     as_a_whole,
     largest,
 )
@@ -80,6 +85,13 @@ NAMES = (("left", "fp64 from left"), ("right", "fp64 from right"))
 OWN_NAMES = (("left", "its own rule"), ("right", "its own rule"))
 
 
+class _Squares(NamedTuple):
+    """Mean squares of a tensor's movement: along the tensor itself, and of the whole."""
+
+    along: float
+    whole: float
+
+
 @dataclass(frozen=True)
 class Measurement:
     """The output of `parity.runs.replay`: a reference for each run, and the movement of the first run's tensors."""
@@ -89,9 +101,12 @@ class Measurement:
     draws: int
 
     def mean_squares(
-        self, step: int, key: str, *kinds: Literal["rows", "columns", "elements"]
+        self, step: int, key: str, *kinds: Literal["rows", "columns", "elements", "along"]
     ) -> list[Array]:
-        """Mean squares of a folded tensor's rows, columns or elements, over all draws; NaN if a draw did not reach `step`."""
+        """Mean squares of the movement of a folded tensor's rows, columns or elements, or along itself, over all draws.
+
+        NaN if a draw did not reach `step`.
+        """
         path = self.movement / f"step-{step:06d}.safetensors"
         if not path.is_file():
             return [np.full(1, np.nan) for _ in kinds]
@@ -110,6 +125,24 @@ class Measurement:
         squares[still] = 0.0
         np.maximum(squares, elements, out=squares)
         return np.sqrt(squares, out=squares).reshape(shape)
+
+    def along_sigma(self, step: int, key: str) -> float:
+        """σ of a gradient along itself, see the module docstring."""
+        own = self._squares_along(step, key)
+        shares = [
+            along / whole
+            for along, whole in map(partial(self._squares_along, step), self.gradients(step))
+            if whole
+        ]
+        return math.sqrt(max(own.along, own.whole * float(np.mean(shares)))) if own.whole else 0.0
+
+    def gradients(self, step: int) -> list[str]:
+        """The keys of all gradients of a step."""
+        return sorted(key for key in self.references[0].names(step) if key.startswith("gradient/"))
+
+    def _squares_along(self, step: int, key: str) -> _Squares:
+        rows, columns, along = self.mean_squares(step, key, "rows", "columns", "along")
+        return _Squares(float(along[0]), rows.size * columns.size * float(rows.mean()))
 
     def loss_sigma(self, step: int) -> float:
         """σ of the mean loss: the larger of the step's own and that of all steps."""
@@ -204,7 +237,12 @@ class MeasuredBounds:
         expected = [trace.read(location.step, key).reshape(left.shape) for trace in references]
         each = list(zip((left, right), expected, NAMES, strict=True))
         yield from (CheckedPair(side, wanted, own, names) for side, wanted, names in each)
-        yield from (as_a_whole(side, wanted, whole, names) for side, wanted, names in each)
+        for side, wanted, names in each:
+            yield as_a_whole(side, wanted, whole, names)
+        smallest = min(float(np.linalg.norm(wanted)) for wanted in expected)
+        if location.phase == "gradient" and whole.own > DETERMINED * smallest > 0:
+            along = Bound(self._along_bound(location))
+            yield from (along_itself(side, wanted, along, names) for side, wanted, names in each)
 
     def _gradient_bound(self, location: Location) -> Array:
         """The bound of every element of a gradient or an activation."""
@@ -231,6 +269,13 @@ class MeasuredBounds:
         size = math.prod(shape)
         margin = rms_upper_factor(EFFECTIVE_DOF) * rms_lower_factor(EFFECTIVE_DOF * self.measurement.draws)
         return np.asarray(margin * math.sqrt(size * rows.mean()) + FLOAT32_TINY * math.sqrt(size))
+
+    def _along_bound(self, location: Location) -> Array:
+        """T · U · σ along the tensor itself."""
+        step, key = location.step, f"{location.phase}/{location.tensor}"
+        dof = self.measurement.draws * len(self.measurement.gradients(step))
+        margin = gaussian_max_quantile(1) * rms_lower_factor(dof)
+        return np.asarray(margin * self.measurement.along_sigma(step, key) + FLOAT32_TINY)
 
     def _loss(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """A reference that ended before this step had a non-finite loss on weights that the run itself could use.
