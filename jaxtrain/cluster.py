@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 
@@ -18,6 +18,7 @@ from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
 from trainspec.failures import outcome
 from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
+from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
 from trainspec.runs.run import Run, resolve_on
@@ -114,6 +115,12 @@ def check_accelerators() -> None:
                 f"{accelerator}, and JAX cannot use it: {error}; pip install '{package}=={jax.__version__}', or what that says "
                 "is missing, or set JAX_PLATFORMS=cpu to train on the cores"
             ) from None
+
+
+def default_devices() -> tuple[DeviceKind, int]:
+    """The kind of device that a run in this process computes on, and how many are here. Raises PlanError as `start` does."""
+    check_accelerators()
+    return cast(DeviceKind, jax.default_backend()), jax.local_device_count()
 
 
 def describe_devices(plan: Plan) -> Devices:

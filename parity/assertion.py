@@ -11,7 +11,7 @@ from parity.check import check
 from parity.report.verdict import Verdict, explained, values_at
 from parity.runs.sides import parse_side
 from trainspec.errors import UserError, nearest
-from trainspec.plans.plan import Policy
+from trainspec.plans.names import DEVICES, Device, Policy
 from trainspec.recipe import Recipe
 
 
@@ -23,23 +23,26 @@ def assert_parity(
     precision: Policy = "fp64",
     steps: int = 5,
     overrides: Sequence[str] = (),
+    device: Device = "cpu",
     out: Path | str | None = None,
 ) -> None:
     """Train `recipe` on both sides and raise AssertionError, with the first divergence, if they differ.
 
     A side is a backend and its own overrides, such as "torch optimizer.eps=1e-6"; `overrides` such as "run.seed=3"
-    apply to both. Each side runs as a separate program: the caller's process loads neither framework. `out` keeps
+    apply to both. `device` is cpu, gpu, tpu or auto. Each side runs as a separate program: the caller's process loads neither framework. `out` keeps
     verdict.json, report.html and both traces. Raises UserError for a mistake in the recipe or its files, MachineError
     if a side's machine failed.
     """
     __tracebackhide__ = True
     if precision not in get_args(Policy):
         raise UserError(f"precision {precision!r}{nearest(precision, get_args(Policy))}")
+    if device not in DEVICES:
+        raise UserError(f"device {device!r}{nearest(device, DEVICES)}")
     with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
         home = Path(out) if out else Path(scratch) / "check"
         verdict = check(
             _recipe_file(recipe, Path(scratch)), left=parse_side(left), right=parse_side(right), precision=precision,
-            steps=steps, overrides=overrides, out=home,
+            steps=steps, overrides=overrides, device=device, out=home,
         )  # fmt: skip
     if not verdict.holds:
         raise AssertionError(message(verdict, report=Path(out) / "report.html" if out else None))

@@ -18,15 +18,25 @@ from parity.judge import compare_sides, traces_of, write_report_of
 from parity.measure import Replay, measured_bounds, num_summands
 from parity.report.next import next_commands
 from parity.report.verdict import Verdict
+from parity.runs.devices import (
+    ON_CORES,
+    REFERENCE,
+    Look,
+    Placement,
+    Program,
+    look_for,
+    placed,
+)
 from parity.runs.plans import refusal
 from parity.runs.programs import Launcher, Watcher
 from parity.runs.roundings import DRAWS
 from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, resolved_recipe
+from parity.runs.work import REFERENCE as REFERENCE_PROGRAM
 from parity.runs.work import Size, Work, fit_at_once, size_of
 from parity.steps import DEFAULT_STEPS
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
-from trainspec.plans.plan import Backend, Policy
+from trainspec.plans.names import Backend, Device, Policy
 from trainspec.recipe import Recipe, RunLength, load_recipe
 from trainspec.runs.run import Run, resolve
 from trainspec.schedule import learning_rate
@@ -41,12 +51,15 @@ def check(
     steps: int | None,
     overrides: Sequence[str],
     out: Path,
+    device: Device = "cpu",
     resumption: Resumption | None = None,
     watcher: Watcher | None = None,
+    look: Look = look_for,
 ) -> Verdict:
     """Train the recipe on both sides and judge their traces. Writes `out`/verdict.json and report.html.
 
-    `watcher` is told what runs and how far it is.
+    `device` is that of the reference, and of each side that names none; `look` finds what there is of it. `watcher` is told what
+    runs and how far it is.
 
     `steps` None compares the first ten updates, or all of a shorter run. If loss or gradients differ, both sides are
     trained again up to that step, with its activations, to locate the first divergence. `resumption` has sides train in two
@@ -67,6 +80,7 @@ def check(
     for name, side, resolved in zip(NAMES, (left, right), sides, strict=True):
         if line := refusal(resolved.plan, precision, side.backend):
             raise UserError(f"{name} ({side}): {line}")
+    placement = _placed((left, right), sides, device, precision, look)
     if (out / "checkpoints").exists() or (out / "recipe.yaml").exists():
         raise UserError(f"--out {out}: holds a training run; give the check its own directory")
     for old in ("first-divergence", "measured"):  # of an earlier check
@@ -82,6 +96,8 @@ def check(
         _known_run(recipe),
         all(side.plan.devices == 1 for side in sides),
         launcher,
+        device,
+        placement,
         resumption,
     )
     closer: Sequence[SideResult] = ()
@@ -90,6 +106,7 @@ def check(
         verdict = Verdict(precision, *request.labels, comparison, request.diagnose(comparison, results))
         if step := _step_to_refine(comparison):
             verdict, closer = request.refined(verdict, step, out=out / "first-divergence")
+        verdict = _with_note(verdict, placement.reason)
     finally:
         launcher.watcher.finished()
     recipes = [resolved_recipe(out, name) for name in NAMES]
@@ -98,6 +115,26 @@ def check(
         heads=request.heads, following=next_commands(verdict, request.arguments, out),
     )  # fmt: skip
     return verdict
+
+
+def _placed(
+    sides: tuple[Side, Side], recipes: Sequence[Recipe], device: Device, precision: Policy, look: Look
+) -> Placement:
+    """The device of each program. Raises UserError where there is no such device, or not as many as a plan takes."""
+    wanted = [
+        Program(name, f"{name} ({side})", side.backend, side.device or device, recipe.plan.devices)
+        for name, side, recipe in zip(NAMES, sides, recipes, strict=True)
+    ]
+    if precision != "fp64":
+        wanted.append(Program(REFERENCE_PROGRAM, f"the float64 reference ({REFERENCE})", REFERENCE, device))
+    return placed(wanted, float64=precision == "fp64", look=look)
+
+
+def _with_note(verdict: Verdict, note: str | None) -> Verdict:
+    if note is None:
+        return verdict
+    comparison = verdict.comparison
+    return replace(verdict, comparison=replace(comparison, notes=(*comparison.notes, note)))
 
 
 def _check_rates(recipe: Recipe, span: RunLength, steps: int) -> None:
@@ -123,16 +160,22 @@ class _Request:
     run: Run | None
     single: bool
     launcher: Launcher
+    device: Device = "cpu"
+    placement: Placement = ON_CORES
     resumption: Resumption | None = None
 
     @property
     def labels(self) -> tuple[str, str]:
         """Both sides as the verdict names them."""
         left, right = (
-            f"{side}{self.resumption.describe(name) if self.resumption else ''}"
+            f"{side}{self._told_device(name)}{self.resumption.describe(name) if self.resumption else ''}"
             for side, name in zip(self.sides, NAMES, strict=True)
         )
         return left, right
+
+    def _told_device(self, name: str) -> str:
+        """Where a side computes, to go after its settings; empty where all is on the cores."""
+        return "" if self.placement.on_cores else f" on {self.placement.of(name)}"
 
     @property
     def heads(self) -> dict[str, tuple[int, int]]:
@@ -156,6 +199,7 @@ class _Request:
     def arguments(self) -> list[str]:
         """Those of the command line that ask for the same check, but for precision and steps."""
         words = [*self._recipe_arguments, "--left", str(self.sides[0]), "--right", str(self.sides[1])]
+        words += ["--device", self.device] if self.device != "cpu" else []
         if self.resumption:
             one = [f"{side}:" for side in self.resumption.sides if len(self.resumption.sides) == 1]
             words += ["--resume-at", f"{''.join(one)}{self.resumption.after}"]
@@ -170,10 +214,9 @@ class _Request:
         self, steps: int, *, out: Path, activations_at: int | None = None
     ) -> tuple[list[SideResult], Comparison]:
         """Train both sides, in fp32 and bf16 repeat every step in float64, and compare."""
+        common = self.recipe, self.overrides, self.precision, out, self.launcher
         trainings = {
-            name: SideTraining(
-                side, name, self.recipe, self.overrides, self.precision, out, launcher=self.launcher
-            )
+            name: SideTraining(side, name, *common, device=self.placement.of(name))
             for side, name in zip(self.sides, NAMES, strict=True)
         }
         for training in trainings.values():
@@ -191,8 +234,11 @@ class _Request:
         draws = 0 if self.precision == "fp64" else DRAWS[self.precision]
         resumption = self._resumption_within(steps)
         work = Work(
-            str(self.recipe), self._labelled, self._size, self.precision, steps, draws, closer=closer
+            str(self.recipe), self._labelled, self._size, self.precision, steps, draws, closer=closer,
+            on_cores=self.placement.on_cores,
         )  # fmt: skip
+        if not self.placement.on_cores:  # they share a device
+            return work
         if self._size is None or not self.single or (resumption and resumption.from_other):
             return work
         return replace(work, at_once=fit_at_once(self._size, self.precision, programs=2 + bool(draws)))
@@ -263,7 +309,8 @@ class _Request:
                 case "fp32" | "bf16" as low:
                     made = measured_bounds(
                         pair, low, recipe=self.recipe, overrides=self.overrides, out=out,
-                        summands=self.summands, activations_at=activations_at, launcher=self.launcher, replay=replay,
+                        summands=self.summands, activations_at=activations_at, launcher=self.launcher,
+                        device=self.placement.reference, replay=replay,
                     )  # fmt: skip
                 case other:
                     assert_never(other)

@@ -9,7 +9,7 @@ from typing import get_args
 
 from parity.steps import DEFAULT_STEPS
 from trainspec.command import add_recipe, run_command
-from trainspec.plans.names import Backend, Policy
+from trainspec.plans.names import DEVICES, Backend, Policy
 
 STATUS_PAGE, FAMILIES_PAGE = Path("docs/parity-status.md"), Path("docs/parity-status-families.md")
 
@@ -29,7 +29,7 @@ def parser() -> ArgumentParser:
         "--left",
         default="jax",
         metavar="SIDE",
-        help='a backend and its own settings, such as "jax plan.data=2" (jax)',
+        help='a backend and its own settings, such as "jax plan.data=2" or jax@gpu (jax)',
     )
     run.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
     run.add_argument(
@@ -49,6 +49,11 @@ def parser() -> ArgumentParser:
     run.add_argument(
         "--small", action="store_true",
         help="prove a small twin of the recipe: the same family, flags, method, data and plan axes, small sizes",
+    )  # fmt: skip
+    run.add_argument(
+        "--device", choices=DEVICES, default="cpu",
+        help="where both sides and the float64 reference compute, one after the other: on the cores (cpu, the default), or on what "
+        "is there (auto); a side may name its own, such as --right torch@cpu",
     )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default")
     compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")

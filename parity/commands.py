@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
@@ -40,7 +41,7 @@ def run(args: Namespace) -> int:
             left, right = sides
             verdict = check(
                 recipe, left=left, right=right, precision=args.precision,
-                steps=steps, overrides=overrides, out=out, resumption=_resumption(args),
+                steps=steps, overrides=overrides, out=out, device=args.device, resumption=_resumption(args),
                 watcher=Progress(),
             )  # fmt: skip
         case "diff":
@@ -71,7 +72,7 @@ def _able(side: Side, plan: Plan, precision: Policy) -> Side:
     print(f"{side} on one device: {why}")
     alone = runs_as(plan, precision, side.backend)
     changed = {name: value for name, value in alone if value != getattr(plan, name)}
-    return Side(side.backend, tuple(f"plan.{name}={value}" for name, value in changed.items()))
+    return replace(side, overrides=tuple(f"plan.{name}={value}" for name, value in changed.items()))
 
 
 def _resumption(args: Namespace) -> Resumption | None:

@@ -20,12 +20,13 @@ from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.judge import compare_sides
 from parity.measure import Low, Replay, measured_bounds, num_summands
+from parity.runs.devices import ON_CORES, Placement
 from parity.runs.programs import Launcher
 from parity.runs.sides import NAMES, Side, SideResult, SideTraining
 from parity.runs.work import REFERENCE
 from trainspec.backends import BACKENDS
 from trainspec.errors import EXIT_CRASHED
-from trainspec.plans.plan import Policy
+from trainspec.plans.names import DeviceKind, Policy
 from trainspec.recipe import load_recipe
 
 T = TypeVar("T")
@@ -60,7 +61,9 @@ class Series:
     home: Path
     launcher: Launcher
 
-    def run(self, program: str, groups: Groups[tuple[list[str], Path]]) -> list[tuple[int, str]]:
+    def run(
+        self, program: str, groups: Groups[tuple[list[str], Path]], *, device: DeviceKind = "cpu"
+    ) -> list[tuple[int, str]]:
         """How each run, a command line and its log, ended: its exit code and its last line.
 
         Those that the program did not come to, because it died, have its last line.
@@ -71,7 +74,7 @@ class Series:
         asked = [[{"argv": argv, "log": str(log)} for argv, log in group] for group in groups]
         work.write_text(json.dumps({"program": program, "groups": asked}) + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "parity.runs.series", str(work), str(ended)]
-        _, last = self.launcher.run(program, command, log=self.home / f"{program}.log")
+        _, last = self.launcher.run(program, command, log=self.home / f"{program}.log", device=device)
         lines = ended.read_text(encoding="utf-8").splitlines() if ended.is_file() else []
         codes = [(record["code"], record["last"]) for record in map(json.loads, lines)]
         return codes + [(EXIT_CRASHED, last)] * (sum(map(len, groups)) - len(codes))
@@ -85,6 +88,7 @@ def make_runs(
     steps: int,
     home: Path,
     launcher: Launcher | None = None,
+    placement: Placement = ON_CORES,
 ) -> list[RunPair]:
     """Train `steps` updates of every recipe on both sides, and in fp32 and bf16 repeat them in float64; in the order of `groups`.
 
@@ -93,7 +97,7 @@ def make_runs(
     """
     series = Series(home, launcher or Launcher())
     by_side = [
-        _trained(groups, name, side, precision, steps, series)
+        _trained(groups, name, side, precision, steps, series, placement.of(name))
         for name, side in zip(NAMES, sides, strict=True)
     ]
     results = list(zip(*by_side, strict=True))
@@ -104,7 +108,9 @@ def make_runs(
         replays.append([_replay(asked, next(remaining), precision) for asked in group])
     present = [[replay for replay in group if replay] for group in replays]
     runs = [[([str(replay.job_file)], replay.log) for replay in group] for group in present]
-    for replay, ended in zip(chain(*present), series.run(REFERENCE, runs), strict=True):
+    for replay, ended in zip(
+        chain(*present), series.run(REFERENCE, runs, device=placement.reference), strict=True
+    ):
         replay.ended(*ended)
     return [
         RunPair(pair, partial(_bounds, precision=precision, asked=asked, sides=sides, replay=replay))
@@ -113,7 +119,13 @@ def make_runs(
 
 
 def _trained(
-    groups: Groups[CheckRequest], name: str, side: Side, precision: Policy, steps: int, series: Series
+    groups: Groups[CheckRequest],
+    name: str,
+    side: Side,
+    precision: Policy,
+    steps: int,
+    series: Series,
+    device: DeviceKind,
 ) -> list[SideResult]:
     """One side of every check."""
     trainings = [
@@ -123,7 +135,7 @@ def _trained(
     for training in chain(*trainings):
         training.clear()
     runs = [[(t.arguments(steps, t.trace), t.home / "log.txt") for t in group] for group in trainings]
-    ended = series.run(BACKENDS[side.backend].program, runs)
+    ended = series.run(BACKENDS[side.backend].program, runs, device=device)
     return [
         training.result(code, last, log=log, trace=training.trace)
         for training, (_, log), (code, last) in zip(chain(*trainings), chain(*runs), ended, strict=True)

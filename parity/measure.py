@@ -18,18 +18,18 @@ from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import UNIT, Bounds
+from parity.runs.devices import REFERENCE
 from parity.runs.programs import Launcher
 from parity.runs.roundings import DRAWS
 from parity.runs.work import REFERENCE as REFERENCE_PROGRAM
 from trainspec.errors import EXIT_DONE, UserError
+from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import COMPUTE_DTYPE, Backend
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.runs.run import Run, resolve
 from trainspec.trace import Trace
 
 Low = Literal["fp32", "bf16"]
-# The backend that computes the reference of both sides, on one device.
-REFERENCE: Backend = "jax"
 ESTIMATED = "the bounds are estimated, not measured: the runs do not start from the recipe's weights, or train other ones"
 
 
@@ -78,7 +78,9 @@ class Replay:
         shutil.rmtree(self._home, ignore_errors=True)
         self._home.mkdir(parents=True)
         self._ended = [self._home / f"ended-{number}" for number in range(len(runs))] if follows else []
-        exact = [*overrides, "precision.policy=fp64", "precision.reduce=fp64"]
+        exact = [
+            *overrides, "precision.policy=fp64", "precision.reduce=fp64", "plan.attention=reference",
+        ]  # fmt: skip
         job = Job(
             REFERENCE,
             str(recipe),
@@ -107,10 +109,10 @@ class Replay:
         """What it prints."""
         return self._home / "log.txt"
 
-    def run(self, launcher: Launcher) -> None:
-        """Run the program to its end. A failure is raised by `measurement`, if anybody wants it."""
+    def run(self, launcher: Launcher, device: DeviceKind = "cpu") -> None:
+        """Run the program to its end, on that device. A failure is raised by `measurement`, if anybody wants it."""
         command = [sys.executable, "-m", "parity.runs.replay", str(self.job_file)]
-        self.ended(*launcher.run(REFERENCE_PROGRAM, command, log=self.log))
+        self.ended(*launcher.run(REFERENCE_PROGRAM, command, log=self.log, device=device))
 
     def ended(self, code: int, last: str) -> None:
         """Note how the program ended: its exit code and its last line."""
@@ -140,6 +142,7 @@ def measured_bounds(
     summands: tuple[int, int] = (1, 1),
     activations_at: int | None = None,
     launcher: Launcher | None = None,
+    device: DeviceKind = "cpu",
     replay: Replay | None = None,
 ) -> Bounds:
     """Bounds for two runs of `recipe`, measured under `out`/measured; `replay` has measured them already.
@@ -156,7 +159,7 @@ def measured_bounds(
         replay = Replay(
             runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
         )
-        replay.run(launcher or Launcher())
+        replay.run(launcher or Launcher(), device)
     summation = Summation(run.recipe.precision.reduce, summands)
     return MeasuredBounds(
         pair, precision, measurement=replay.measurement(), rule=rule_of(run), summation=summation

@@ -20,6 +20,7 @@ from torchtrain.precision import use_exact_matmul
 from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
 from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
+from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
 from trainspec.runs.run import Run, resolve_on
@@ -157,6 +158,12 @@ def check_accelerators() -> None:
             f"{accelerator}, and torch {torch.__version__} cannot use it: {reason}; install a driver and a build of torch "
             f"that go with each other, {way_out}"
         )
+
+
+def default_devices() -> tuple[DeviceKind, int]:
+    """The kind of device that a run in this process computes on, and how many are here. Raises PlanError as `start` does."""
+    check_accelerators()
+    return ("gpu", torch.cuda.device_count()) if torch.cuda.is_available() else ("cpu", 1)
 
 
 def describe_devices(plan: Plan) -> Devices:

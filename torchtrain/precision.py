@@ -13,8 +13,9 @@ from trainspec.plans.plan import COMPUTE_DTYPE, Policy
 
 
 def use_exact_matmul() -> None:
-    """No TF32: fp32 means fp32."""
+    """No TF32: fp32 means fp32, in an LSTM of cuDNN's too."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def compute_dtype(policy: Policy) -> torch.dtype:

@@ -57,7 +57,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,23 @@ ROLES = (*get_args(WeightRole), "point")
 ORDER_KEY = "causal_order"
 STEP_KEYS = ("step", "loss_sum", "tokens", "loss", "grad_norm", "lr")
 STOPPED_FILE = "stopped.safetensors"
+# numpy's names for the types of a safetensors file.
+_TYPES = {"BF16": "bfloat16", "BOOL": "bool"} | {
+    f"{letter}{bits}": f"{word}{bits}"
+    for letter, word, sizes in (
+        ("F", "float", (16, 32, 64)),
+        ("I", "int", (8, 16, 32, 64)),
+        ("U", "uint", (8, 16, 32, 64)),
+    )
+    for bits in sizes
+}
+
+
+class Form(NamedTuple):
+    """Type, by numpy's name, and shape of a tensor that need not be read."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -238,6 +255,10 @@ class Trace:
         """One tensor of one step."""
         return _read(self._path(step), key)
 
+    def forms(self, step: int) -> dict[str, Form]:
+        """Type and shape of the step's tensors by key; none is read."""
+        return _forms(self._path(step))
+
     def _path(self, step: int) -> Path:
         is_stopped = self.stopped is not None and step == self.stopped["step"]
         return self.directory / (STOPPED_FILE if is_stopped else step_file(step))
@@ -254,6 +275,10 @@ class Trace:
     def initial_names(self) -> list[str]:
         """Keys of the starting weights, such as `weight/model.norm.weight`, and after a resume of the moments."""
         return _keys(self.directory / "initial.safetensors")
+
+    def initial_forms(self) -> dict[str, Form]:
+        """Type and shape of what `initial_names` names; nothing is read."""
+        return _forms(self.directory / "initial.safetensors")
 
     def causal_order(self) -> tuple[TraceName, ...]:
         """The names of the trace in causal order; empty where it was written without one."""
@@ -372,6 +397,18 @@ def _keys(path: Path) -> list[str]:
     try:
         with safe_open(path, "numpy") as file:
             return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise TraceError(f"{path}: {error}; the trace is incomplete, write it again") from None
+
+
+def _forms(path: Path) -> dict[str, Form]:
+    try:
+        with safe_open(path, "numpy") as file:
+            slices = {key: file.get_slice(key) for key in list(file.keys())}
+            return {
+                key: Form(_TYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape()))
+                for key, s in slices.items()
+            }
     except (OSError, SafetensorError) as error:
         raise TraceError(f"{path}: {error}; the trace is incomplete, write it again") from None
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from parity.comparison.pair import Pair, as_float64
 from parity.comparison.phases import Location
 from trainspec.recipe import AdamW
+from trainspec.trace import Form
 
 Array = NDArray[Any]
 MOMENTS = ("moment1", "moment2")
@@ -37,8 +38,11 @@ def fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
         moment = pair.read(step, phase, name)[0]
         if moment is None:
             continue
-        gradient, before = gradient_and_before(pair, Location(step, phase, name))
-        columns = np.stack([before[0].ravel(), gradient[0].ravel() ** power])
+        columns = np.empty((2, moment.size))
+        columns[1], columns[0] = (
+            each.ravel() for each in side_and_before(pair, Location(step, phase, name), 0)
+        )
+        columns[1] **= power
         normal += columns @ columns.T
         target += columns @ as_float64(moment).ravel()
     size = np.sqrt(np.maximum(np.diag(normal), np.finfo(np.float64).tiny))
@@ -69,23 +73,33 @@ def fit_update(pair: Pair, step: int) -> float:
 
 def gradient_and_before(pair: Pair, location: Location) -> tuple[Array, Array]:
     """[2, ...] gradients of both sides at the location, and its moments one step earlier (zero before step 1)."""
-    shape = next(
-        side for side in pair.read(location.step, location.phase, location.tensor) if side is not None
+    sides = [side_and_before(pair, location, side) for side in range(2)]
+    gradient, before = (np.stack(each) for each in zip(*sides, strict=True))
+    return gradient, before
+
+
+def side_and_before(pair: Pair, location: Location, side: int) -> tuple[Array, Array]:
+    """The same of one side."""
+    like = next(
+        form for form in pair.forms(location.step, location.phase, location.tensor) if form is not None
     )
-    gradient = float64_sides(pair.read(location.step, "gradient", location.tensor), shape)
     # Only a run that resumed has moments before its first step.
     before = 0 if location.step == pair.first_step else location.step - 1
-    return gradient, float64_sides(pair.read(before, location.phase, location.tensor), shape)
+    gradient = float64_side(pair.read(location.step, "gradient", location.tensor)[side], like)
+    return gradient, float64_side(pair.read(before, location.phase, location.tensor)[side], like)
 
 
 def float64_sides(sides: Iterable[Array | None], like: Array) -> Array:
     """[2, ...] of both sides. A missing or misshapen one fails at its own location and counts as zero."""
-    return np.stack(
-        [
-            np.zeros(like.shape) if side is None or side.shape != like.shape else as_float64(side)
-            for side in sides
-        ]
-    )
+    both = np.zeros((2, *like.shape))
+    for made, side in zip(both, sides, strict=True):
+        made[...] = float64_side(side, like)
+    return both
+
+
+def float64_side(side: Array | None, like: Array | Form) -> Array:
+    """One side in float64; zero where it is missing or misshapen."""
+    return np.zeros(like.shape) if side is None or side.shape != like.shape else as_float64(side)
 
 
 @dataclass(frozen=True)
@@ -151,9 +165,9 @@ def clip_condition(pair: Pair, step: int) -> float:
     keep, take = fit_moment(pair, "moment1", step)
     kept = added = 0.0
     for name in pair.names(step, "moment1"):
-        gradient, before = gradient_and_before(pair, Location(step, "moment1", name))
-        kept += float(np.sum(np.abs(before[0] * gradient[0])))
-        added += float(np.sum(np.square(gradient[0])))
+        gradient, before = side_and_before(pair, Location(step, "moment1", name), 0)
+        kept += float(np.sum(np.abs(before * gradient)))
+        added += float(np.sum(np.square(gradient)))
     return 1.0 + (keep * kept / (take * added) if take * added else 0.0)
 
 
@@ -162,20 +176,30 @@ def _fit_sums(pair: Pair, phase: str, step: int, keep: float) -> dict[str, Array
 
     `added` is moment - keep · previous moment; the first sum divided by the second is its factor.
     """
-    power, sums = (1 if phase == "moment1" else 2), {}
-    for name in pair.names(step, phase):
-        gradient, before = gradient_and_before(pair, Location(step, phase, name))
-        moment = float64_sides(pair.read(step, phase, name), gradient[0])
-        powers = gradient.reshape(2, -1) ** power
-        added = (moment - keep * before).reshape(2, -1)
-        both = np.stack([np.sum(added * powers, axis=1), np.sum(powers * powers, axis=1)])
-        residual = added - _ratio(both)[:, None] * powers
-        sums[name] = np.stack([*both, np.sum(residual**2, axis=1)])
-    return sums
+    power = 1 if phase == "moment1" else 2
+    return {
+        name: np.stack(
+            [_sums_of_side(pair, Location(step, phase, name), side, keep, power) for side in range(2)], axis=1
+        )
+        for name in pair.names(step, phase)
+    }
+
+
+def _sums_of_side(pair: Pair, location: Location, side: int, keep: float, power: int) -> Array:
+    """[3] of one side and one tensor."""
+    powers, added = side_and_before(pair, location, side)
+    powers **= power
+    added *= keep
+    moment = float64_side(pair.read(location.step, location.phase, location.tensor)[side], added)
+    np.subtract(moment, added, out=added)
+    product = np.multiply(added, powers, out=moment)
+    both = np.array([np.sum(product), np.sum(np.multiply(powers, powers, out=product))])
+    residual = np.subtract(added, np.multiply(_ratio(both), powers, out=product), out=product)
+    return np.array([*both, np.sum(np.multiply(residual, residual, out=residual))])
 
 
 def _ratio(sums: Array) -> Array:
-    return np.divide(sums[0], sums[1], out=np.zeros(2), where=sums[1] > 0)
+    return np.divide(sums[0], sums[1], out=np.zeros(np.shape(sums[0])), where=sums[1] > 0)
 
 
 @dataclass(frozen=True)
@@ -196,15 +220,25 @@ class AdamRule:
         """The new moment, and the sum of its terms' magnitudes, at whose size it is rounded."""
         first = phase == "moment1"
         beta = self.spec.betas[0 if first else 1]
-        clipped = factor * gradient
-        kept, added = beta * before, (1.0 - beta) * (clipped if first else clipped * clipped)
-        return kept + added, np.abs(kept) + np.abs(added)
+        kept, added = beta * before, factor * gradient
+        if not first:
+            added *= added
+        added *= 1.0 - beta
+        moment = kept + added
+        return moment, np.add(np.abs(kept, out=kept), np.abs(added, out=added), out=kept)
 
     def update(
         self, name: str, weight: Array, moment1: Array, moment2: Array, *, lr: float, step: int
     ) -> Array:
         """What is added to the weight at `step` (counted from 1)."""
         correction1, correction2 = (1.0 - beta**step for beta in self.spec.betas)
-        root = np.sqrt(np.maximum(moment2, 0.0) / correction2) + self.spec.eps
+        root = np.maximum(moment2, 0.0)
+        root /= correction2
+        np.sqrt(root, out=root)
+        root += self.spec.eps
+        added = moment1 / correction1
+        added /= root
         decay = self.spec.weight_decay if name in self.decayed else 0.0
-        return -lr * (moment1 / correction1 / root + decay * weight)
+        added += np.multiply(decay, weight, out=root)
+        added *= -lr
+        return added

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import inf, isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,17 +31,14 @@ from parity.comparison.phases import (
 )
 from parity.comparison.recorded import one_sided, recorded
 from parity.comparison.restored import restored_pairs, restored_tensors
-from parity.comparison.tolerance import Bounds, CheckedPair, largest
+from parity.comparison.tolerance import DETERMINED, Bounds, CheckedPair, largest
 from parity.comparison.untrained import frozen_on_one_side, untouched
 from trainspec.points import TURNED
 
 Array = NDArray[Any]
 
-# The largest share of a gradient's or update's elements whose bounds may reach their own size. At one half the median
-# element is still determined, so an error as large as the elements shows in most of them. Clean fp32 runs stay below one
-# in a thousand. If more elements are undetermined, the tensor still counts as tested when the bound on its whole is below
-# this share of its norm: an error as large as the tensor would exceed it.
-DETERMINED = 0.5
+# Elements of a tensor that are judged at a time.
+BLOCK = 2**16
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Finding:
     largest entry; None if the arrays could not be compared, and `reason` says why. `used` is error / bound or, where
     differences are inherited from earlier phases, the used share of the phase's own bound; infinite if undefined.
     `undetermined` of the `elements` have a bound as large as themselves, so the comparison says nothing about them. If
-    that is most of them and the tensor as a whole has no tighter bound, nothing is `proven`. `values` are those of the
+    that is most of them and neither the tensor as a whole nor what it is along itself has a tighter bound, nothing is `proven`. `values` are those of the
     worst element, at `index`; `names` says whose they are.
     """
 
@@ -243,14 +240,14 @@ def _judge(location: Location, pair: Pair, bounds: Bounds) -> Finding:
     if left.shape != right.shape:
         return _failure(location, f"shape {list(left.shape)} in left, {list(right.shape)} in right")
     if location.phase in WEIGHT_SHAPED:
-        weight = pair.read(0, "weight", location.tensor)[0]
+        weight = pair.forms(0, "weight", location.tensor)[0]
         if weight is not None and weight.shape != left.shape:
             return _failure(
                 location, f"shape {list(left.shape)}, its starting weight has {list(weight.shape)}"
             )
     if reason := frozen_on_one_side(location, pair) or bounds.incomparable(location, left, right):
         return _failure(location, reason)
-    a, b = left.astype(np.float64), right.astype(np.float64)
+    a, b = (side.astype(np.float64, copy=False) for side in (left, right))
     if reason := _not_finite(a, b):
         return _failure(location, reason)
     worst = _worst(location, bounds.checked_pairs(location, a, b))
@@ -278,16 +275,18 @@ def _entries(mask: Array) -> str:
     return f"{count}, first at {first}" if mask.ndim else count
 
 
-def _worst(location: Location, checked_pairs: Sequence[CheckedPair]) -> Finding:
+def _worst(location: Location, checked_pairs: Iterable[CheckedPair]) -> Finding:
     """The finding of the pair that uses most of its bound, with the undetermined elements of all."""
-    findings = [_measure(location, checked) for checked in checked_pairs]
-    elementwise = [f for f, c in zip(findings, checked_pairs, strict=True) if c.norm is None]
-    whole = [f for f, c in zip(findings, checked_pairs, strict=True) if c.norm is not None]
+    measured = [(_measure(location, checked), checked.way) for checked in checked_pairs]
+    by_way: dict[str, list[Finding]] = {}
+    for finding, way in measured:
+        by_way.setdefault(way, []).append(finding)
+    findings, elementwise = [f for f, _ in measured], by_way.get(CheckedPair.way, [])
     # A failing element tells more than the tensor as a whole: which one, and by how much.
     failing = [f for f in elementwise if not f.holds]
     worst = max(failing or findings, key=lambda finding: finding.used)
     count = max(elementwise, key=lambda f: f.undetermined, default=worst)
-    proven = all(f.proven for f in elementwise) or (bool(whole) and all(f.proven for f in whole))
+    proven = any(all(f.proven for f in each) for each in by_way.values())
     return replace(worst, undetermined=count.undetermined, elements=count.elements, proven=proven)
 
 
@@ -305,30 +304,64 @@ def _measure(location: Location, checked: CheckedPair) -> Finding:
     ):
         if not np.isfinite(array).all():
             return _failure(location, f"nothing is proven: {name} is not finite")
-    error, size = np.abs(left - right), np.maximum(np.abs(left), np.abs(right))
-    inherited, own = np.asarray(allowed.inherited), np.broadcast_to(allowed.own, error.shape)
-    bound = own + inherited
-    # Where no difference is allowed, any difference uses infinitely much of the bound and equality uses nothing.
-    added = np.maximum(error - inherited, 0.0)
-    used = np.divide(added, own, out=np.where(added > 0, inf, 0.0), where=own > 0)
-    worst = tuple(int(i) for i in np.unravel_index(np.argmax(used), used.shape))
-    scale = largest(left, right) or 1.0
-    differing = int(np.count_nonzero(error))
-    elements, beyond = int(np.count_nonzero(size)), int(np.count_nonzero((bound >= size) & (size > 0)))
-    noise = checked.undetermined
+    worst, differing, elements, beyond, noisy = _Element(-inf), 0, 0, 0, 0
+    for start, block in _blocks(checked):
+        one, other, own, inherited, noise = block
+        error, size = np.abs(one - other), np.maximum(np.abs(one), np.abs(other))
+        bound = own + inherited
+        # Where no difference is allowed, any difference uses infinitely much of the bound and equality uses nothing.
+        added = np.maximum(error - inherited, 0.0)
+        used = np.divide(added, own, out=np.where(added > 0, inf, 0.0), where=own > 0)
+        at = int(np.argmax(used))
+        if used[at] > worst.used:
+            worst = _Element(float(used[at]), float(error[at]), float(bound[at]), start + at)
+        differing += int(np.count_nonzero(error))
+        elements += int(np.count_nonzero(size))
+        beyond += int(np.count_nonzero((bound >= size) & (size > 0)))
+        noisy += int(np.count_nonzero(noise & (size > 0)))
+    index, scale = tuple(int(i) for i in np.unravel_index(worst.at, left.shape)), largest(left, right) or 1.0
     return Finding(
         location,
-        error=float(error[worst]) / scale,
-        bound=float(f"{float(bound[worst]) / scale:.9g}"),
-        used=float(used[worst]),
-        reason=f"{differing} of {error.size} entries differ" if used[worst] == inf else None,
-        undetermined=beyond if noise is None else int(np.count_nonzero(noise & (size > 0))),
+        error=worst.error / scale,
+        bound=float(f"{worst.bound / scale:.9g}"),
+        used=worst.used,
+        reason=f"{differing} of {left.size} entries differ" if worst.used == inf else None,
+        undetermined=beyond if checked.undetermined is None else noisy,
         elements=elements,
         proven=beyond <= DETERMINED * elements,
-        values=(float(left[worst]), float(right[worst])),
-        index=worst,
+        values=(float(left[index]), float(right[index])),
+        index=index,
         names=checked.names,
     )
+
+
+class _Element(NamedTuple):
+    """An element: the share of its bound that it uses, its error and bound, and where it is in the flattened tensor."""
+
+    used: float
+    error: float = 0.0
+    bound: float = 0.0
+    at: int = 0
+
+
+def _blocks(checked: CheckedPair) -> Iterator[tuple[int, list[Array]]]:
+    """Two flattened arrays, their bound and the mask of noise, block by block: an intermediate array is never a whole one."""
+    shape, noise = checked.first.shape, checked.undetermined
+    everywhere = (
+        checked.first,
+        checked.second,
+        checked.bound.own,
+        checked.bound.inherited,
+        noise if noise is not None else False,
+    )
+    flat = [
+        np.broadcast_to(array, shape).reshape(-1)
+        if np.size(array) > 1
+        else np.broadcast_to(np.reshape(array, ()), checked.first.size)
+        for array in everywhere
+    ]
+    for start in range(0, checked.first.size, BLOCK):
+        yield start, [array[start : start + BLOCK] for array in flat]
 
 
 def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Finding:
@@ -340,7 +373,7 @@ def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Findin
     added, scale = max(distance - inherited, 0.0), norm or 1.0
     used = added / own if own > 0 else inf if added > 0 else 0.0
     error, bound = distance / scale, float(f"{(own + inherited) / scale:.9g}")
-    over = f"the tensor as a whole is off by {error:.2e} of its norm, over the bound {bound:.2e}"
+    over = f"the tensor {checked.way} is off by {error:.2e} of its norm, over the bound {bound:.2e}"
     return Finding(
         location,
         error=error,

@@ -186,7 +186,7 @@ class EstimatedBounds:
         """Zero, or one rounding if the sides store the starting weight in different types."""
         if location.phase != "initial":
             return 0.0
-        left, right = self._pair.read(0, "weight", location.tensor)
+        left, right = self._pair.forms(0, "weight", location.tensor)
         return 0.0 if left is not None and right is not None and left.dtype == right.dtype else self._stored
 
     def _loss(self, location: Location) -> Bound:

@@ -16,6 +16,9 @@ forward and backward pass: measured. `parity.runs.replay` repeats every step of 
               a million. Each draw gives a tensor at least EFFECTIVE_DOF degrees of freedom.
            The tensor as a whole: its distance from the reference (Frobenius norm) is held to V · U · |σ|. The squared
            distance has at least EFFECTIVE_DOF degrees of freedom and exceeds V² times its mean once in a million.
+           Along itself, where that bound is no smaller than half of a gradient: its distance in the reference's own direction is
+           held to T · U(ν) · σ, σ² the larger of the movement's mean square in that direction and its share of the whole
+           movement's in the mean over all gradients of the step, ν = draws · gradients.
 
 loss       the same, ν = one per draw and step (the larger of the step's σ and that of all steps), and the rounding of
            one sum over the targets: T · u · sqrt(1 + n/2) · loss.
@@ -28,18 +31,25 @@ gradient norm, clip factor, moments, update: computed in numpy float64 from the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from parity.comparison.adam import AdamRule, clip_condition, fit_factors, float64_sides, gradient_and_before
+from parity.comparison.adam import (
+    MOMENTS,
+    AdamRule,
+    clip_condition,
+    fit_factors,
+    float64_side,
+    side_and_before,
+)
 from parity.comparison.estimated_bounds import (
     EFFECTIVE_DOF,
     FALSE_ALARM,
@@ -48,9 +58,11 @@ from parity.comparison.estimated_bounds import (
     gaussian_max_quantile,
     rms_upper_factor,
 )
-from parity.comparison.pair import Pair, as_float64
+from parity.comparison.pair import Pair, Sides, as_float64
 from parity.comparison.phases import CLIP, Location
+from parity.comparison.recent import HELD_BYTES, RecentArrays
 from parity.comparison.tolerance import (
+    DETERMINED,
     EXACT_PHASES,
     FLOAT32_TINY,
     SAME_DOUBLE,
@@ -58,6 +70,7 @@ from parity.comparison.tolerance import (
     WEIGHT_ROUNDINGS,
     Bound,
     CheckedPair,
+    along_itself,
     as_a_whole,
     largest,
 )
@@ -72,6 +85,13 @@ NAMES = (("left", "fp64 from left"), ("right", "fp64 from right"))
 OWN_NAMES = (("left", "its own rule"), ("right", "its own rule"))
 
 
+class _Squares(NamedTuple):
+    """Mean squares of a tensor's movement: along the tensor itself, and of the whole."""
+
+    along: float
+    whole: float
+
+
 @dataclass(frozen=True)
 class Measurement:
     """The output of `parity.runs.replay`: a reference for each run, and the movement of the first run's tensors."""
@@ -81,9 +101,12 @@ class Measurement:
     draws: int
 
     def mean_squares(
-        self, step: int, key: str, *kinds: Literal["rows", "columns", "elements"]
+        self, step: int, key: str, *kinds: Literal["rows", "columns", "elements", "along"]
     ) -> list[Array]:
-        """Mean squares of a folded tensor's rows, columns or elements, over all draws; NaN if a draw did not reach `step`."""
+        """Mean squares of the movement of a folded tensor's rows, columns or elements, or along itself, over all draws.
+
+        NaN if a draw did not reach `step`.
+        """
         path = self.movement / f"step-{step:06d}.safetensors"
         if not path.is_file():
             return [np.full(1, np.nan) for _ in kinds]
@@ -96,9 +119,30 @@ class Measurement:
         mean = rows.mean()
         if not mean or not math.isfinite(mean):
             return np.full(shape, mean)
-        product = np.outer(rows, columns / mean)
-        squares = np.where(product > 0, np.maximum(product, mean), 0.0)
-        return np.sqrt(np.maximum(squares, elements)).reshape(shape)
+        squares = np.outer(rows, columns / mean)
+        still = ~(squares > 0)
+        np.maximum(squares, mean, out=squares)
+        squares[still] = 0.0
+        np.maximum(squares, elements, out=squares)
+        return np.sqrt(squares, out=squares).reshape(shape)
+
+    def along_sigma(self, step: int, key: str) -> float:
+        """σ of a gradient along itself, see the module docstring."""
+        own = self._squares_along(step, key)
+        shares = [
+            along / whole
+            for along, whole in map(partial(self._squares_along, step), self.gradients(step))
+            if whole
+        ]
+        return math.sqrt(max(own.along, own.whole * float(np.mean(shares)))) if own.whole else 0.0
+
+    def gradients(self, step: int) -> list[str]:
+        """The keys of all gradients of a step."""
+        return sorted(key for key in self.references[0].names(step) if key.startswith("gradient/"))
+
+    def _squares_along(self, step: int, key: str) -> _Squares:
+        rows, columns, along = self.mean_squares(step, key, "rows", "columns", "along")
+        return _Squares(float(along[0]), rows.size * columns.size * float(rows.mean()))
 
     def loss_sigma(self, step: int) -> float:
         """σ of the mean loss: the larger of the step's own and that of all steps."""
@@ -134,8 +178,10 @@ class MeasuredBounds:
         self._pair, self.measurement, self._rule, self._summation = pair, measurement, rule, summation
         self._summed = UNIT["fp32"]
         self._coarse = EstimatedBounds(pair, precision)
-        self._gradient_bound = cache(self._measured_bound)
+        # A gradient's bound is needed again at its update.
+        self._gradient_bounds = RecentArrays(HELD_BYTES)
         self._factors = cache(self._factors_at)
+        self._shapes = lru_cache(2)(lambda step: measurement.references[0].forms(step))
 
     def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
         """A gradient that one side summed in bfloat16 against the recipe, which no bound of bf16 would detect.
@@ -155,7 +201,7 @@ class MeasuredBounds:
             f"the recipe says precision.reduce={self._summation.asked}"
         )
 
-    def checked_pairs(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
+    def checked_pairs(self, location: Location, left: Array, right: Array) -> Iterable[CheckedPair]:
         """Each side against its reference or rule, as the module docstring says for the phase."""
         match location.phase:
             case phase if phase in EXACT_PHASES:
@@ -179,36 +225,57 @@ class MeasuredBounds:
         left, right = self.measurement.references
         return (left, right) if min(len(left.steps), len(right.steps)) >= step else None
 
-    def _against_reference(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
+    def _against_reference(self, location: Location, left: Array, right: Array) -> Iterable[CheckedPair]:
         references, key = self._reference(location.step), f"{location.phase}/{location.tensor}"
         if references is None or any(key not in trace.names(location.step) for trace in references):
-            return self._coarse.checked_pairs(location, left, right)
+            yield from self._coarse.checked_pairs(location, left, right)
+            return
         own, whole = (
             Bound(self._gradient_bound(location).reshape(left.shape)),
             Bound(self._whole_bound(location)),
         )
         expected = [trace.read(location.step, key).reshape(left.shape) for trace in references]
         each = list(zip((left, right), expected, NAMES, strict=True))
-        return [
-            *(CheckedPair(side, wanted, own, names) for side, wanted, names in each),
-            *(as_a_whole(side, wanted, whole, names) for side, wanted, names in each),
-        ]
+        yield from (CheckedPair(side, wanted, own, names) for side, wanted, names in each)
+        for side, wanted, names in each:
+            yield as_a_whole(side, wanted, whole, names)
+        smallest = min(float(np.linalg.norm(wanted)) for wanted in expected)
+        if location.phase == "gradient" and whole.own > DETERMINED * smallest > 0:
+            along = Bound(self._along_bound(location))
+            yield from (along_itself(side, wanted, along, names) for side, wanted, names in each)
+
+    def _gradient_bound(self, location: Location) -> Array:
+        """The bound of every element of a gradient or an activation."""
+        return self._gradient_bounds.get(location, lambda: (self._measured_bound(location),))[0]
 
     def _measured_bound(self, location: Location) -> Array:
         key = f"{location.phase}/{location.tensor}"
-        shape = self.measurement.references[0].read(location.step, key).shape
-        sigma = self.measurement.sigma(location.step, key, shape)
+        sigma = self.measurement.sigma(location.step, key, self._shape(location))
         dof = EFFECTIVE_DOF * self.measurement.draws
-        return gaussian_max_quantile(sigma.size) * rms_lower_factor(dof) * sigma + FLOAT32_TINY
+        sigma *= gaussian_max_quantile(sigma.size) * rms_lower_factor(dof)
+        sigma += FLOAT32_TINY
+        return sigma
+
+    def _shape(self, location: Location) -> tuple[int, ...]:
+        """That of the left side's reference."""
+        key = f"{location.phase}/{location.tensor}"
+        return self._shapes(location.step)[key].shape
 
     def _whole_bound(self, location: Location) -> Array:
         """V · U · |σ| of the tensor as a whole."""
         key = f"{location.phase}/{location.tensor}"
-        shape = self.measurement.references[0].read(location.step, key).shape
+        shape = self._shape(location)
         (rows,) = self.measurement.mean_squares(location.step, key, "rows")
         size = math.prod(shape)
         margin = rms_upper_factor(EFFECTIVE_DOF) * rms_lower_factor(EFFECTIVE_DOF * self.measurement.draws)
         return np.asarray(margin * math.sqrt(size * rows.mean()) + FLOAT32_TINY * math.sqrt(size))
+
+    def _along_bound(self, location: Location) -> Array:
+        """T · U · σ along the tensor itself."""
+        step, key = location.step, f"{location.phase}/{location.tensor}"
+        dof = self.measurement.draws * len(self.measurement.gradients(step))
+        margin = gaussian_max_quantile(1) * rms_lower_factor(dof)
+        return np.asarray(margin * self.measurement.along_sigma(step, key) + FLOAT32_TINY)
 
     def _loss(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
         """A reference that ended before this step had a non-finite loss on weights that the run itself could use.
@@ -289,42 +356,45 @@ class MeasuredBounds:
             float(c.first if abs(c.first - c.second) <= c.bound.own else c.second) for c in self._clip(step)
         ]
 
-    def _moment(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
-        gradient, before = gradient_and_before(self._pair, location)
-        roundings, checked_pairs = MOMENT_ROUNDINGS[location.phase] / 2 * self._summed, []
+    def _moment(self, location: Location, left: Array, right: Array) -> Iterable[CheckedPair]:
+        roundings = MOMENT_ROUNDINGS[location.phase] / 2 * self._summed
         for side, factor in enumerate(self._factors(location.step)):
-            wanted, size = self._rule.moment(location.phase, gradient[side], before[side], factor=factor)
-            bound = Bound(roundings * size + FLOAT32_TINY)
-            checked_pairs.append(CheckedPair((left, right)[side], wanted, bound, OWN_NAMES[side]))
-        return checked_pairs
+            gradient, before = side_and_before(self._pair, location, side)
+            wanted, own = self._rule.moment(location.phase, gradient, before, factor=factor)
+            own *= roundings
+            own += FLOAT32_TINY
+            yield CheckedPair((left, right)[side], wanted, Bound(own), OWN_NAMES[side])
 
-    def _update(self, location: Location, left: Array, right: Array) -> Sequence[CheckedPair]:
-        moment1 = float64_sides(self._pair.read(location.step, "moment1", location.tensor), left)
-        moment2 = float64_sides(self._pair.read(location.step, "moment2", location.tensor), left)
+    def _update(self, location: Location, left: Array, right: Array) -> Iterable[CheckedPair]:
+        moments = [self._pair.read(location.step, phase, location.tensor) for phase in MOMENTS]
         weights = self._pair.weights(location.step).get(location.tensor, (np.zeros(left.shape),) * 2)
-        lr = max(self._pair.scalar(location.step, "lr"))
-        noise, checked_pairs = self._noise(location, moment1), []
+        lr, noise = max(self._pair.scalar(location.step, "lr")), self._noise(location, moments[0], left)
         for side, names in enumerate(OWN_NAMES):
+            moment1, moment2 = (float64_side(sides[side], left) for sides in moments)
             wanted = self._rule.update(
-                location.tensor, weights[side], moment1[side], moment2[side], lr=lr, step=location.step
+                location.tensor, weights[side], moment1, moment2, lr=lr, step=location.step
             )
-            size = np.abs(weights[side]) + np.abs(wanted)  # of the weight before and after
-            own = UPDATE_ROUNDINGS * np.abs(wanted) + WEIGHT_ROUNDINGS * size
-            bound = Bound(self._summed * own + FLOAT32_TINY)
-            checked_pairs.append(CheckedPair((left, right)[side], wanted, bound, names, noise))
-        return checked_pairs
+            moved = np.abs(wanted)
+            own = np.abs(weights[side])
+            own += moved  # the size of the weight before and after
+            own *= WEIGHT_ROUNDINGS
+            moved *= UPDATE_ROUNDINGS
+            own += moved
+            own *= self._summed
+            own += FLOAT32_TINY
+            yield CheckedPair((left, right)[side], wanted, Bound(own), names, noise)
 
-    def _noise(self, location: Location, moment1: Array) -> Array:
+    def _noise(self, location: Location, moment1: Sides, like: Array) -> Array:
         """Mask of the elements whose gradient's bound reaches the first moment."""
         gradient = Location(location.step, "gradient", location.tensor)
         if self._reference(location.step) is None:
-            return np.zeros(moment1.shape[1:], bool)
-        if f"gradient/{location.tensor}" not in self.measurement.references[0].names(location.step):
-            return np.zeros(moment1.shape[1:], bool)
+            return np.zeros(like.shape, bool)
+        if f"gradient/{location.tensor}" not in self._shapes(location.step):
+            return np.zeros(like.shape, bool)
         beta, factor = self._rule.spec.betas[0], max(self._factors(location.step))
-        reach = (1.0 - beta) * factor * self._gradient_bound(gradient)
-        reach = reach.reshape(moment1.shape[1:])
-        size = np.abs(moment1).max(axis=0)
+        reach = ((1.0 - beta) * factor * self._gradient_bound(gradient)).reshape(like.shape)
+        left, right = (np.abs(float64_side(side, like)) for side in moment1)
+        size = np.maximum(left, right, out=left)
         # A gradient that cannot move (of A, while B is zero) or is exactly zero on both sides (after a ReLU) is no noise:
         # Adam makes no step of it.
         return (reach >= size) & (reach > FLOAT32_TINY) & (size > 0)
@@ -345,4 +415,4 @@ def rms_lower_factor(dof: int) -> float:
 
 
 def _size(pair: Pair, step: int, name: str) -> int:
-    return max(side.size for side in pair.read(step, "gradient", name) if side is not None)
+    return max(math.prod(side.shape) for side in pair.forms(step, "gradient", name) if side is not None)

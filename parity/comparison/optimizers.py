@@ -15,6 +15,7 @@ update     gain · (d + the slots' d + R - 1) · max|update|, in the gain's own 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ STORED_UNIT = {"bfloat16": UNIT["bf16"], "float16": 2.0**-11}
 
 def stored_unit(pair: Pair, location: Location) -> float:
     """The unit of the type that both sides store an array in, if it is coarser than float32; else 0."""
-    sides = pair.read(location.step, location.phase, location.tensor)
-    return max(STORED_UNIT.get(str(side.dtype), 0.0) if side is not None else 0.0 for side in sides)
+    sides = pair.forms(location.step, location.phase, location.tensor)
+    return max(STORED_UNIT.get(side.dtype, 0.0) if side is not None else 0.0 for side in sides)
 
 
 def other_types(location: Location, left: Array, right: Array) -> str | None:
@@ -59,8 +60,8 @@ def slot_bound(pair: Pair, location: Location, left: Array, right: Array, *, dri
     name = location.tensor.partition("/")[2]
     before = _sides(pair, location.step - 1, "slot", location.tensor, like=left)
     scale = largest(left, right) + largest(*before)
-    gradient = pair.read(location.step, "gradient", name)[0]
-    terms = 1.0 if gradient is None or not left.size else gradient.size / left.size
+    gradient = pair.forms(location.step, "gradient", name)[0]
+    terms = 1.0 if gradient is None or not left.size else math.prod(gradient.shape) / left.size
     moved = (
         2 * (_share(pair, location.step, "gradient", name) + clip_ratio(pair, location.step) + drift) * scale
     )
@@ -95,7 +96,7 @@ def update_bound(pair: Pair, location: Location, left: Array, right: Array) -> B
 
 def has_moments(pair: Pair, step: int, name: str) -> bool:
     """Whether Adam's rule applies: both sides recorded both moments of a weight."""
-    return all(side is not None for phase in ("moment1", "moment2") for side in pair.read(step, phase, name))
+    return all(side is not None for phase in ("moment1", "moment2") for side in pair.forms(step, phase, name))
 
 
 def clip_ratio(pair: Pair, step: int) -> float:

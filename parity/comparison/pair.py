@@ -1,7 +1,12 @@
-"""Two traces side by side. A comparison reads through here, and each array is read once."""
+"""Two traces side by side. A comparison reads through here, tensor by tensor.
+
+What is in memory does not grow with the model: the tensors that were read last, up to `HELD_BYTES`, and the one at hand. So
+those of a small model are read once; of a large one a tensor is read again where a later location needs it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -9,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity.comparison.phases import RESUME
+from parity.comparison.recent import HELD_BYTES, ArraysOnDisk, RecentArrays
 from parity.comparison.structure import Structure
 from trainspec.errors import TraceError
-from trainspec.trace import Trace
+from trainspec.trace import Form, Trace
 
 Array = NDArray[Any]
 Sides = tuple[Array | None, Array | None]
@@ -23,9 +29,9 @@ MOVEMENTS = ("update", "change")
 
 
 class Pair:
-    """Reads left and right together. Arrays of the current and the previous step stay in memory."""
+    """Reads left and right together. Up to `held_bytes` of what was read stay in memory, and as many of the weights."""
 
-    def __init__(self, left: Trace, right: Trace) -> None:
+    def __init__(self, left: Trace, right: Trace, *, held_bytes: int = HELD_BYTES) -> None:
         self.traces = (left, right)
         if left.first_step != right.first_step:
             raise TraceError(
@@ -33,10 +39,10 @@ class Pair:
                 "that start at the same step can be compared; trace both from there, or both from step 1"
             )
         self.first_step = left.first_step
-        self._cache: dict[tuple[int, str], Sides] = {}
+        self._read_last, self._newest = RecentArrays(held_bytes), 0
         self._keys: dict[int, tuple[frozenset[str], frozenset[str]]] = {}
-        self._weights: dict[str, tuple[Array, Array]] = {}
-        self._weights_step = self.first_step
+        self._forms: dict[int, tuple[Mapping[str, Form], Mapping[str, Form]]] = {}
+        self._weights, self._moved_to = ArraysOnDisk(held_bytes), dict[str, int]()
         self._sizes: dict[str, float] = {}
 
     @property
@@ -92,38 +98,61 @@ class Pair:
             key.removeprefix(prefix) for keys in self.keys(step) for key in keys if key.startswith(prefix)
         }
 
+    def forms(self, step: int, group: str, name: str) -> tuple[Form | None, Form | None]:
+        """Type and shape of the two arrays of `group/name`, which are not read; None for a side that lacks it."""
+        if step not in self._forms:
+            left, right = (trace.forms(step) if step else trace.initial_forms() for trace in self.traces)
+            kept = {old: forms for old, forms in self._forms.items() if old in (0, step - 1)}
+            self._forms = kept | {step: (left, right)}
+        left, right = (forms.get(f"{group}/{name}") for forms in self._forms[step])
+        return left, right
+
     def read(self, step: int, group: str, name: str) -> Sides:
         """The two arrays of `group/name`, None for a side that lacks it; step 0 reads the starting weights."""
         key = (step, f"{group}/{name}")
-        if key not in self._cache:
-            self._forget(before=step - 1)
-            self._cache[key] = (self._read(0, *key), self._read(1, *key))
-        return self._cache[key]
+        if step > self._newest:  # no later location reads what is older than the step before
+            self._newest = step
+            self._read_last.forget(lambda old: old[0] < step - 1)
+        return self._read_last.get(key, lambda: (self._read(0, *key), self._read(1, *key)))
 
     def scalar(self, step: int, key: str) -> tuple[float, float]:
         """A scalar of the step, of both sides. Raises TraceError if it is not a number."""
         left, right = (_number(trace, step, key) for trace in self.traces)
         return left, right
 
-    def weights(self, step: int) -> dict[str, tuple[Array, Array]]:
+    def weights(self, step: int) -> Mapping[str, tuple[Array, Array]]:
         """Weights that the run may change, of both sides, before update `step` (float64), for the names that both have.
 
-        Call it with ascending steps: the weights are the starting ones plus the updates so far.
+        Call it with ascending steps: the weights are the starting ones plus the updates so far, which each is when it is
+        asked for.
         """
-        if not self._weights:
-            moving = set().union(*(self.names(i, group) for i in self.step_numbers for group in MOVEMENTS))
-            for name in sorted(moving):
-                left, right = self.read(0, "weight", name)
-                if left is not None and right is not None and left.shape == right.shape:
-                    self._weights[name] = (as_float64(left), as_float64(right))
-        while self._weights_step < step:
-            for name, (left, right) in self._weights.items():
-                for group in MOVEMENTS:
-                    moved = self.read(self._weights_step, group, name)
-                    left, right = _updated(left, moved[0]), _updated(right, moved[1])
-                self._weights[name] = left, right
-            self._weights_step += 1
-        return self._weights
+        return _Weights(self, step)
+
+    @cached_property
+    def moving(self) -> tuple[str, ...]:
+        """The names of those weights."""
+        found = set().union(*(self.names(i, group) for i in self.step_numbers for group in MOVEMENTS))
+        both = {name: self.forms(0, "weight", name) for name in sorted(found)}
+        return tuple(
+            name for name, (left, right) in both.items() if left and right and left.shape == right.shape
+        )
+
+    def weight_before(self, step: int, name: str) -> tuple[Array, Array]:
+        """A weight of `moving` before update `step`."""
+        if name not in self._weights:
+            left, right = (as_float64(side) for side in self.read(0, "weight", name) if side is not None)
+            self._moved_to[name] = self.first_step
+            self._weights.put(name, (left, right))
+        left, right = self._weights.get(name)
+        if self._moved_to[name] >= step:
+            return left, right
+        for made in range(self._moved_to[name], step):
+            for group in MOVEMENTS:
+                moved = self.read(made, group, name)
+                left, right = _updated(left, moved[0]), _updated(right, moved[1])
+        self._moved_to[name] = step
+        self._weights.put(name, (left, right))
+        return left, right
 
     def starting_size(self, name: str) -> float:
         """The Frobenius norm of a starting weight of the left side; 0 if it has no such weight."""
@@ -134,7 +163,7 @@ class Pair:
 
     def starting_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the starting weights that either side has, the left side's first."""
-        sides = {name: self.read(0, "weight", name) for name in self.names(0, "weight")}
+        sides = {name: self.forms(0, "weight", name) for name in self.names(0, "weight")}
         return {name: next(s.shape for s in both if s is not None) for name, both in sides.items()}
 
     def _read(self, side: int, step: int, key: str) -> Array | None:
@@ -145,15 +174,31 @@ class Pair:
             return trace.read_resumed(step, key.removeprefix(_RESTORED))
         return trace.read(step, key) if step else trace.read_initial(key)
 
-    def _forget(self, *, before: int) -> None:
-        """Drop what no later location reads, so that memory does not grow with the number of steps."""
-        for key in [key for key in self._cache if key[0] < before]:
-            del self._cache[key]
+
+class _Weights(Mapping[str, tuple[Array, Array]]):
+    """The weights of both sides before an update, each made when it is asked for."""
+
+    def __init__(self, pair: Pair, step: int) -> None:
+        self._pair, self._step, self._names = pair, step, frozenset(pair.moving)
+
+    def __getitem__(self, name: str) -> tuple[Array, Array]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._pair.weight_before(self._step, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pair.moving)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 def as_float64(array: Array) -> Array:
     """A float64 copy for the arithmetic of bounds. Non-finite values fail at their own location and count as zero."""
-    return np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    return np.nan_to_num(array.astype(np.float64), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _number(trace: Trace, step: int, key: str) -> float:

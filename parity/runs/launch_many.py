@@ -22,9 +22,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from parity.runs.devices import COMPILE_CACHE, FORCED, QUIET_THREADS
 from parity.runs.edit import Edit
 from parity.runs.plant import CRASHED
-from parity.runs.programs import COMPILE_CACHE, CPU_ONLY, QUIET_THREADS
 from trainspec.backends import BACKENDS
 from trainspec.errors import EXIT_DONE
 from trainspec.plans.plan import Backend
@@ -167,7 +167,7 @@ class _Launch:
         with self._log.open("a", encoding="utf-8") as log:
             # The user's environment overrides these defaults.
             cache = {"JAX_COMPILATION_CACHE_DIR": str(self.home / "jax-cache")}
-            environment = ENVIRONMENT | cache | os.environ | CPU_ONLY
+            environment = ENVIRONMENT | cache | os.environ | FORCED["cpu"]
             child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
             size, since = 0, time.monotonic()
             try:

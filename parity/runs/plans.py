@@ -19,4 +19,6 @@ def refusal(plan: Plan, policy: Policy, backend: Backend) -> str | None:
 
 def runs_as(plan: Plan, policy: Policy, backend: Backend) -> Plan:
     """The plan, or one device if the backend refuses it; the other backend's run of the plan is compared with that."""
-    return Plan(remat=plan.remat) if refusal(plan, policy, backend) else plan
+    if refusal(plan, policy, backend) is None:
+        return plan
+    return Plan(remat=plan.remat, attention=plan.attention, loss_chunk=plan.loss_chunk)

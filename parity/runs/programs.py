@@ -5,7 +5,6 @@ A watcher is told what they do: `parity.runs.progress` shows it, `benchmarks/che
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import threading
@@ -14,18 +13,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
+from parity.runs.devices import environment
 from parity.runs.work import Work
+from trainspec.plans.names import DeviceKind
 
 T = TypeVar("T")
-# The proof is about arithmetic, not devices: both sides run on the CPU, whatever this machine has.
-CPU_ONLY = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-# A check runs the same programs again, for its reference or a failing step, so slow compilations are cached.
-COMPILE_CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": str(Path("build/jax-cache").absolute()),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-}
-# Threads that spin while waiting take the cores from working ones: up to five times the wall time in torch.
-QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 class Watcher:
@@ -58,10 +50,15 @@ class Launcher:
         self._children: set[subprocess.Popen[str]] = set()
         self._lock, self._stopped = threading.Lock(), False
 
-    def run(self, program: str, command: Sequence[str], *, log: Path) -> tuple[int, str]:
-        """The exit code of `command`, known to the watcher as `program`, and its last non-empty line."""
-        last, environment = "", QUIET_THREADS | COMPILE_CACHE | os.environ | CPU_ONLY
-        with log.open("w", encoding="utf-8") as file, self._start(command, environment) as child:
+    def run(
+        self, program: str, command: Sequence[str], *, log: Path, device: DeviceKind = "cpu"
+    ) -> tuple[int, str]:
+        """The exit code of `command`, known to the watcher as `program`, and its last non-empty line.
+
+        It has ended when this returns, so that the next program has the whole `device`.
+        """
+        last = ""
+        with log.open("w", encoding="utf-8") as file, self._start(command, environment(device)) as child:
             assert child.stdout is not None
             self.watcher.started(program, child.pid)
             file.write(f"$ {shlex.join(command)}\n")

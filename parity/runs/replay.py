@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from parity.comparison.pair import NAMES
+from parity.comparison.tolerance import component_along
 from parity.measure import Job
 from parity.runs.roundings import RMS_ROUNDING, folded
 from trainspec.backends import BACKENDS
@@ -105,6 +106,7 @@ class Replayer:
 
     def __init__(self, job: Job, like: Replayer | None = None) -> None:
         recipe = load_recipe(Path(job.recipe), job.overrides)
+        # A fused kernel is held to the definition.
         self.recipe = recipe.model_copy(update={"plan": Plan(remat=recipe.plan.remat, attention="reference")})
         program = BACKENDS[job.backend].program
         self.run: Run = importlib.import_module(f"{program}.cluster").start(self.recipe)
@@ -208,29 +210,30 @@ def _say(line: str) -> None:
 
 
 def mean_squares(reference: Metrics, drawn: Iterator[Metrics], draws: int) -> Arrays:
-    """Mean squares of every tensor's movement over all draws, by row, by column and by element."""
+    """Mean squares of every tensor's movement over all draws, by row, by column and by element, and along the tensor itself."""
     sums: Arrays = {}
     for metrics in drawn:
-        for key, moved in _moved(metrics, reference):
+        for key, before, moved in _moved(metrics, reference):
             square = np.square(folded(moved)) / draws
             means = {
                 "rows": square.mean(axis=1),
                 "columns": square.mean(axis=0),
                 "elements": square.astype(np.float32),
+                "along": np.square(component_along(moved, before))[None] / draws,
             }
             for name, mean in means.items():
                 sums[f"{key}/{name}"] = sums.get(f"{key}/{name}", 0.0) + mean
     return sums
 
 
-def _moved(metrics: Metrics, reference: Metrics) -> Iterator[tuple[str, Array]]:
-    """(key, movement) of every tensor of a step, and of the mean loss."""
-    losses = [each.loss_sum / each.tokens for each in (metrics, reference)]
-    yield "loss", np.asarray(losses[0] - losses[1])
+def _moved(metrics: Metrics, reference: Metrics) -> Iterator[tuple[str, Array, Array]]:
+    """(key, value, its movement) of every tensor of a step, and of the mean loss."""
+    losses = [np.asarray(each.loss_sum / each.tokens) for each in (metrics, reference)]
+    yield "loss", losses[1], losses[0] - losses[1]
     for group, field in GROUPS.items():
         before: Arrays = getattr(reference, field) or {}
         for name, array in (getattr(metrics, field) or {}).items():
-            yield f"{group}/{name}", array - before[name]
+            yield f"{group}/{name}", before[name], array - before[name]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """A side of a comparison: a backend with its own overrides, run as a separate program.
 
-JAX and torch never share a process: each side is `python -m jaxtrain` or `python -m torchtrain`, on CPU (with as
-many fake devices or processes as its plan needs), and only its trace is read afterwards.
+JAX and torch never share a process: each side is `python -m jaxtrain` or `python -m torchtrain`, on the cores (with as
+many fake devices or processes as its plan needs) or on a device, and only its trace is read afterwards.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import Signals
-from typing import assert_never
+from typing import assert_never, cast
 
 from parity.comparison.pair import NAMES
 from parity.runs.join import join
@@ -29,7 +29,7 @@ from trainspec.errors import (
     nearest,
 )
 from trainspec.failures import NOTHING_SAVED
-from trainspec.plans.plan import Backend, Policy
+from trainspec.plans.names import DEVICES, Backend, Device, DeviceKind, Policy
 from trainspec.runs.checkpoint import checkpoint_name
 from trainspec.trace import STOPPED_FILE, Trace
 
@@ -43,13 +43,15 @@ NEVER = 10**9
 
 @dataclass(frozen=True)
 class Side:
-    """A backend and the `a.b=c` overrides that only this side gets."""
+    """A backend and the `a.b=c` overrides that only this side gets; `device` is its own, None that of the check."""
 
     backend: Backend
     overrides: tuple[str, ...] = ()
+    device: Device | None = None
 
     def __str__(self) -> str:
-        return " ".join((self.backend, *self.overrides))
+        own = f"@{self.device}" if self.device else ""
+        return " ".join((f"{self.backend}{own}", *self.overrides))
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,20 @@ class SideResult:
 
 
 def parse_side(text: str) -> Side:
-    """`jax plan.data=2 plan.tensor=2` -> Side. Raises UserError unless it is a backend followed by KEY=VALUE."""
+    """`jax plan.data=2`, `torch@cpu` -> Side. Raises UserError unless it is a backend, perhaps @DEVICE, and KEY=VALUE."""
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise UserError(f"side {text!r}: {error}; write it like 'jax plan.data=2'") from None
-    if not words or words[0] not in PROGRAMS:
-        first = words[0] if words else ""
+    first, at, device = (words or [""])[0].partition("@")
+    if first not in PROGRAMS:
         raise UserError(f"side {text!r}: the first word is the backend{nearest(first, tuple(BACKENDS))}")
+    if at and device not in DEVICES:
+        raise UserError(f"side {text!r}: after @ comes the device{nearest(device, DEVICES)}")
     for word in words[1:]:
         if "=" not in word:
             raise UserError(f"side {text!r}: {word!r} is not KEY=VALUE, such as plan.data=2")
-    return Side(PROGRAMS[words[0]], tuple(words[1:]))
+    return Side(PROGRAMS[first], tuple(words[1:]), cast(Device, device) if at else None)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class SideTraining:
     precision: Policy
     out: Path
     launcher: Launcher = field(default_factory=Launcher)
+    device: DeviceKind = "cpu"
 
     @property
     def home(self) -> Path:
@@ -191,7 +196,7 @@ class SideTraining:
         )
         self.home.mkdir(parents=True, exist_ok=True)
         log = self.home / ("log-2.txt" if resume else "log.txt")
-        code, last = self.launcher.run(self.name, command, log=log)
+        code, last = self.launcher.run(self.name, command, log=log, device=self.device)
         return self.result(code, last, log=log, trace=directory)
 
     def arguments(

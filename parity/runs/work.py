@@ -108,6 +108,7 @@ class Work:
     """What a check runs: `steps` updates on each side (label, backend), and with `draws` the float64 reference of both.
 
     `at_once`: the programs run at the same time. With `closer` the check has found a difference, and looks at the step again.
+    How long it takes is guessed only `on_cores`.
     """
 
     recipe: str
@@ -118,6 +119,7 @@ class Work:
     draws: int
     at_once: bool = False
     closer: bool = False
+    on_cores: bool = True
 
     def passes(self, program: str) -> int:
         """How many updates a side makes, or how often the reference repeats one."""
@@ -155,9 +157,9 @@ class Work:
         if self.size is None:
             return []
         if self.closer:
+            guess = f" (a guess: {self._guess()})" if self.on_cores else ""
             return [
-                f"parity: they differ; looks closer: both sides again up to update {self.steps}, with its activations"
-                f" (a guess: {self._guess()})"
+                f"parity: they differ; looks closer: both sides again up to update {self.steps}, with its activations{guess}"
             ]
         size, (left, right) = self.size, (label for label, _ in self.sides)
         lines = [
@@ -165,9 +167,13 @@ class Work:
             f" {_millions(size.trained)} of {_millions(size.parameters)} weights trained, in {self.precision}",
             f"parity: left ({left}) and right ({right})"
             f" {'at the same time' if self.at_once else 'one after the other'}{self._of_the_reference()}",
-            f"parity: a guess from sizes: {self._guess()} on {cores()} idle cores; where loss or gradients differ, at most as"
-            " long again for a closer look",
         ]
+        if not self.on_cores:
+            return lines
+        lines.append(
+            f"parity: a guess from sizes: {self._guess()} on {cores()} idle cores; where loss or gradients differ, at most as"
+            " long again for a closer look"
+        )
         if cheaper := [*self._cheaper()]:
             lines.append(f"parity: cheaper: {'; '.join(cheaper)}")
         return lines

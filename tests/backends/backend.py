@@ -22,8 +22,9 @@ _cli, _dropout, _cluster, _step, _train = (
     importlib.import_module(f"{PROGRAM}.{name}") for name in ("cli", "dropout", "cluster", "step", "train")
 )
 main = _cli.main
-finish, check_accelerators, describe_devices = (
-    getattr(_cluster, name) for name in ("finish", "check_accelerators", "describe_devices")
+finish, check_accelerators, describe_devices, default_devices = (
+    getattr(_cluster, name)
+    for name in ("finish", "check_accelerators", "describe_devices", "default_devices")
 )
 eval_step, feed, logits, moments_of, restore, train_step, weights_of = (
     getattr(_step, name)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from backend import NAME, PROGRAM, check_accelerators, describe_devices
+from backend import NAME, PROGRAM, check_accelerators, default_devices, describe_devices
 from small import ROOT
 
 from trainspec.errors import PlanError
@@ -42,6 +42,15 @@ def machine(tmp_path: Path, monkeypatch) -> Path:
 
 def test_a_machine_without_any_needs_no_word(machine):
     check_accelerators()
+    kind, count = default_devices()
+    assert (kind, count > 0) == ("cpu", True)
+
+
+def test_what_cannot_be_used_is_not_passed_over(machine):
+    """A check that is told to take what is there must not take the cores instead."""
+    (machine / "dev/nvidia0").touch()
+    with pytest.raises(PlanError, match="cannot use it"):
+        default_devices()
 
 
 @pytest.mark.skipif(NAME == "torch", reason="its line is below")

@@ -40,6 +40,7 @@ def few(tmp_path_factory) -> dict:
     cases = {
         "fsdp": ROWS | {"method": FULL, "precision": FP64, "plan": PLANS["fsdp8-params"]},
         "tensor": ROWS | {"method": FULL, "precision": BF16, "plan": PLANS["fsdp4-tensor2-optimizer"]},
+        "frozen": ROWS | {"method": LORA, "precision": BF16, "plan": PLANS["fsdp8-params"]},
         "ptuning": ROWS | {"method": PTUNING, "precision": FP64, "plan": PLANS["data8"], "held_only": True},
     }
     return facts(tmp_path_factory.mktemp("few"), cases)
@@ -78,6 +79,25 @@ def test_gradients_travel_in_the_type_of_reduce(few):
     # Of the update only the copy to compute with travels.
     gathered = {c["dtype"] for c in few["tensor"]["moved"] if c["program"] == "update"}
     assert gathered == {"bf16"}
+
+
+def types_gathered(found: dict) -> set[str]:
+    """Types in which split weights are gathered for a pass."""
+    return {
+        c["dtype"]
+        for c in found["moved"]
+        if (c["program"], c["kind"]) == ("gradients", "all-gather") and c["payload_bytes"] > 1000
+    }
+
+
+def test_frozen_weights_travel_in_the_type_that_they_are_stored_in(few):
+    """Most of what LoRA gathers under `shards: params` is frozen; nothing is widened on its way."""
+    found = few["frozen"]
+    assert types_gathered(found) == {"bf16"}
+    frozen = found["elements"]["weights"] - found["elements"]["optimizer"]
+    assert traffic(found)["gradients", "all-gather"] > MICROBATCHES * 8 * frozen * 2
+    # The control: the type is read from the program.
+    assert types_gathered(few["fsdp"]) == {"f64"}
 
 
 MICROBATCHES = 2

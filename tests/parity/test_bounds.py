@@ -15,20 +15,23 @@ import pytest
 from safetensors.numpy import save_file
 from synthetic import Q1, Sim, write
 
-from parity.comparison.compare import DETERMINED, _measure, compare
+from parity.comparison.adam import AdamRule
+from parity.comparison.compare import _measure, _worst, compare
 from parity.comparison.estimated_bounds import gaussian_max_quantile, rms_upper_factor
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation, rms_lower_factor
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
-from parity.comparison.tolerance import Bound, CheckedPair, as_a_whole
+from parity.comparison.tolerance import DETERMINED, Bound, CheckedPair, as_a_whole
 from parity.measure import measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
 from parity.runs.fixture import METHODS, TinySetup, write_tiny
+from parity.runs.replay import mean_squares
 from parity.runs.roundings import RMS_ROUNDING, folded
 from parity.runs.sides import Side, SideTraining
-from trainspec.recipe import load_recipe
+from trainspec.recipe import AdamW, load_recipe
+from trainspec.runs.contract import Metrics
 from trainspec.runs.run import resolve
-from trainspec.trace import Trace
+from trainspec.trace import StepTrace, Trace, TraceWriter
 
 Low = Literal["fp32", "bf16"]
 PACKED = {"packing": True, "sequence_tokens": 64}
@@ -241,6 +244,59 @@ def test_a_whole_bound_as_large_as_the_tensor_proves_nothing():
     assert not _measure(
         Location(1, "gradient", "w"), as_a_whole(np.ones(4), np.ones(4), Bound(np.asarray(1.9)))
     ).proven
+
+
+DRAWN, SHAPE = 8, (24, 32)
+
+
+@pytest.fixture(scope="module")
+def noisy_gradient(tmp_path_factory: pytest.TempPathFactory) -> tuple[MeasuredBounds, np.ndarray]:
+    """Bounds of a step whose gradients are moved by rounding half as far as they are large; and the gradient of `w`."""
+    home, rng = tmp_path_factory.mktemp("noisy"), np.random.default_rng(0)
+    names = ["w", *(f"other{i}" for i in range(20))]
+    gradients = {name: rng.standard_normal(SHAPE) for name in names}
+    drawn = [
+        Metrics(1.0, 1, 1.0, {name: g + 0.5 * rng.standard_normal(SHAPE) for name, g in gradients.items()})
+        for _ in range(DRAWN)
+    ]
+    save_file(
+        mean_squares(Metrics(1.0, 1, 1.0, gradients), iter(drawn), DRAWN), home / "step-000001.safetensors"
+    )
+    writer = TraceWriter(home / "trace")
+    writer.initial({})
+    writer.step(StepTrace(1, {}, 1.0, 1, 1.0, 1e-3, gradients, updates={}, moment1={}, moment2={}))
+    trace = Trace(home / "trace")
+    measurement = Measurement((trace, trace), home, DRAWN)
+    rule = AdamRule(AdamW(lr=1e-3), frozenset())
+    return MeasuredBounds(
+        Pair(trace, trace), "bf16", measurement=measurement, rule=rule, summation=Summation("bf16")
+    ), gradients["w"]
+
+
+def test_a_gradient_of_mostly_noise_is_proven_along_itself(noisy_gradient):
+    """Rounding reaches half of it in every element; one that is missing, scaled, turned or another's shows all the same."""
+    bounds, gradient = noisy_gradient
+    location, rng = Location(1, "gradient", "w"), np.random.default_rng(1)
+    moved = gradient + 0.5 * rng.standard_normal(SHAPE)
+    judged = _worst(location, bounds.checked_pairs(location, moved, gradient))
+    assert judged.holds
+    assert judged.proven
+    assert judged.undetermined > DETERMINED * judged.elements
+    mistakes = {
+        "missing": np.zeros(SHAPE),
+        "halved": gradient / 2,
+        "turned": -gradient,
+        "another's": rng.standard_normal(SHAPE),
+    }
+    for name, mistake in mistakes.items():
+        found = _worst(location, bounds.checked_pairs(location, moved, mistake))
+        assert not found.holds, name
+    # What the other two ways make of the smaller ones: nothing.
+    ways = ("element by element", "as a whole")
+    pairs = [c for c in bounds.checked_pairs(location, moved, mistakes["halved"]) if c.way in ways]
+    blind = _worst(location, pairs)
+    assert blind.holds
+    assert not blind.proven
 
 
 def test_an_absent_row_must_be_equal_and_a_quiet_one_has_the_tensor_s_own_movement(tmp_path: Path):

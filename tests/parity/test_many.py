@@ -78,7 +78,7 @@ def test_a_backend_s_states_share_the_programs_of_the_first():
 class Dies(Launcher):
     """A program that ends after its first run."""
 
-    def run(self, program: str, command: Sequence[str], *, log: Path) -> tuple[int, str]:
+    def run(self, program: str, command: Sequence[str], *, log: Path, device: str = "cpu") -> tuple[int, str]:
         assert command[:3] == [sys.executable, "-m", "parity.runs.series"]
         asked = json.loads(Path(command[3]).read_text())
         assert asked == {
@@ -97,7 +97,9 @@ def test_runs_that_a_program_did_not_come_to_are_crashed(tmp_path: Path):
 
 def test_a_run_that_crashed_is_one_line(tmp_path: Path):
     class CrashesAtOnce(Launcher):
-        def run(self, program: str, command: Sequence[str], *, log: Path) -> tuple[int, str]:
+        def run(
+            self, program: str, command: Sequence[str], *, log: Path, device: str = "cpu"
+        ) -> tuple[int, str]:
             return 1, f"{program} cannot be loaded"
 
     asked = CheckRequest(tmp_path / "r.yaml", (), tmp_path / "out")

@@ -78,4 +78,5 @@ BACKEND = Capabilities(
     lockstep_schedules=("1f1b",),
     has_process_per_device=False,
     cost=JaxCost,
+    runs_on=("cpu", "gpu", "tpu"),
 )

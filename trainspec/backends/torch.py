@@ -120,4 +120,5 @@ BACKEND = Capabilities(
     lockstep_schedules=(),
     has_process_per_device=True,
     cost=TorchCost,
+    runs_on=("cpu", "gpu"),
 )

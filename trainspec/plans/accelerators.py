@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainspec.plans.plan import Backend
+from trainspec.plans.names import Backend
 
+# What a run computes on.
 # Where to look for device files and the kernel's list of PCI devices.
 ROOT = Path("/")
 # Google's PCI vendor id, and the device ids of its TPUs, v2 to v7 (jax._src.hardware_utils); its network cards and disks

@@ -13,6 +13,7 @@ from trainspec.errors import PlanError
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.plans.cost import Cost
+from trainspec.plans.names import DeviceKind
 from trainspec.plans.pipeline import stages_of
 from trainspec.plans.plan import Backend, Plan, Policy
 
@@ -58,6 +59,7 @@ class Capabilities:
     - `lockstep_schedules`: schedules under which every tick has room for a forward and a backward pass on all stages.
     - `has_process_per_device`: whether a launcher starts one process per device, or one process has them all.
     - `cost`: the arithmetic of memory and traffic.
+    - `runs_on`: the kinds of devices.
     """
 
     name: Backend
@@ -68,6 +70,7 @@ class Capabilities:
     lockstep_schedules: tuple[str, ...]
     has_process_per_device: bool
     cost: type[Cost]
+    runs_on: tuple[DeviceKind, ...]
 
 
 def check_supported(plan: Plan, policy: Policy, backend: Capabilities) -> None:

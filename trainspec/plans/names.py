@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 # The names of `trainspec.backends.BACKENDS`.
 Backend = Literal["jax", "torch"]
 Policy = Literal["fp64", "fp32", "bf16"]
+DeviceKind = Literal["cpu", "gpu", "tpu"]
+# What a user may ask for; `auto` is what a backend takes by itself.
+Device = DeviceKind | Literal["auto"]
+DEVICES = (*get_args(DeviceKind), "auto")

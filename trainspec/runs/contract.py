@@ -18,6 +18,7 @@ from trainspec.data import Batch
 from trainspec.methods import METHODS, Method
 from trainspec.model import ModelSpec
 from trainspec.plans.accelerators import Devices
+from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import Plan, Policy
 from trainspec.recipe import AdamW, Recipe
 from trainspec.runs.checkpoint import Checkpoint
@@ -138,6 +139,10 @@ class Cluster(Protocol):
 
     def check_accelerators(self) -> None:
         """Raises PlanError for an accelerator of this machine that the framework cannot use."""
+        ...
+
+    def default_devices(self) -> tuple[DeviceKind, int]:
+        """The kind of device that a run in this process computes on, and how many there are here; on the cores any number."""
         ...
 
     def describe_devices(self, plan: Plan) -> Devices:
