@@ -115,14 +115,14 @@ def placed(
         seen = dict(zip(asking, threads.map(lambda each: look(*each), asking), strict=True))
     for each in wanted:
         kind, count = seen.get((each.backend, each.device), ("cpu", 0))
-        if each.name == "reference":
-            if "tpu" in (kind, each.device):
-                kind, reason = "cpu", "a TPU has no float64, so the reference is computed on the cores"
-        elif kind == "tpu" and float64:
+        if each.name == "reference" and "tpu" in (kind, each.device):
+            reason = "a TPU has no float64, so the reference is computed on the cores"
+            continue
+        if kind == "tpu" and float64:
             raise UserError(
                 f"{each.words}: a TPU has no float64; use --precision fp32 or bf16, or {_way_out(each)}"
             )
-        if each.device not in ("auto", kind) and not reason:
+        if each.device not in ("auto", kind):
             raise UserError(
                 f"{each.words}: {BACKENDS[each.backend].program} finds no {IN_WORDS[each.device]} here, only the cores; "
                 f"{_way_out(each)}"

@@ -13,8 +13,8 @@ from parity.comparison.recent import ArraysOnDisk, RecentArrays
 from trainspec.trace import Form, Trace
 
 MEMORY = script("judging_memory")
-SIZES = {"tensors": 60, "rows": 96, "columns": 96, "steps": 2}
-TENSOR_BYTES = 4 * 96 * 96
+SIZES = {"tensors": 12, "rows": 160, "columns": 160, "steps": 2}
+TENSOR_BYTES = 4 * 160 * 160
 # float64 copies of both sides, their reference or rule, bounds and masks of one tensor, in tensors of float32; Python's own
 # objects beside them.
 FEW, OBJECTS_BYTES = 45, 2_000_000
@@ -27,14 +27,14 @@ def traces(tmp_path_factory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("kind", ["proof", "estimated", "measured"])
+@pytest.mark.parametrize("kind", ["proof", pytest.param("estimated", marks=pytest.mark.full), "measured"])
 def test_judging_holds_a_few_tensors(traces: Path, kind: str):
     bounds = MEMORY.bounds_of(traces)[kind]
     few, peak = MEMORY.judged(traces, bounds, held_bytes=0)
     assert peak < FEW * TENSOR_BYTES + OBJECTS_BYTES
     # The control: one that keeps what it reads has many tensors, and finds the same.
     all_of_them, whole = MEMORY.judged(traces, bounds, held_bytes=2**40)
-    assert whole > 2 * SIZES["tensors"] * TENSOR_BYTES > 2 * peak - OBJECTS_BYTES
+    assert whole > 10 * SIZES["tensors"] * TENSOR_BYTES > 3 * peak
     assert few == all_of_them
     assert kind == "proof" or few.holds, few.first_divergence
 
