@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from test_blind_diagnosis import script
 
+from parity.comparison.compare import _measure
 from parity.comparison.pair import Pair
+from parity.comparison.phases import Location
 from parity.comparison.recent import ArraysOnDisk, RecentArrays
+from parity.comparison.tolerance import Bound, CheckedPair
 from trainspec.trace import Form, Trace
 
 MEMORY = script("judging_memory")
@@ -89,3 +92,33 @@ def test_type_and_shape_are_known_without_reading(traces: Path):
     for key in ("batch/input_ids", "gradient/layers.3.linear.weight"):
         array = trace.read(1, key)
         assert forms[key] == Form(str(array.dtype), array.shape)
+
+
+@pytest.mark.parametrize(
+    "own", [np.asarray(0.5), np.full((7, 5), 0.5), np.linspace(0.1, 0.9, 5), np.zeros(())]
+)
+@pytest.mark.parametrize("inherited", [0.0, np.full((7, 1), 0.25)])
+@pytest.mark.parametrize("has_noise", [False, True])
+def test_blocks_find_what_the_whole_finds(own, inherited, has_noise, monkeypatch):
+    """The first of equal elements, and every count; blocks end in the middle of a row."""
+    random = np.random.default_rng(4)
+    left, right = random.integers(-2, 3, (2, 7, 5)).astype(np.float64)
+    noise = random.random((7, 5)) < 0.3 if has_noise else None
+    checked = CheckedPair(left, right, Bound(own, inherited), undetermined=noise)
+    location, found = Location(1, "gradient", "w"), []
+    for block in (3, 4, 35, 100):
+        monkeypatch.setattr("parity.comparison.compare.BLOCK", block)
+        found.append(_measure(location, checked))
+    assert found[0] == found[1] == found[2] == found[3]
+    error = np.abs(left - right)
+    beyond = np.maximum(error - inherited, 0.0)
+    used = np.divide(
+        beyond, own, out=np.where(beyond > 0, np.inf, 0.0), where=np.broadcast_to(own, (7, 5)) > 0
+    )
+    assert found[0].index == np.unravel_index(np.argmax(used), (7, 5))
+    assert found[0].used == used.max()
+    assert found[0].undetermined == np.count_nonzero(
+        ((own + inherited) >= np.maximum(abs(left), abs(right)) if noise is None else noise)
+        & (np.maximum(abs(left), abs(right)) > 0)
+    )
+    assert found[0].elements == np.count_nonzero(np.maximum(abs(left), abs(right)))
