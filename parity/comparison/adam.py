@@ -92,8 +92,8 @@ def side_and_before(pair: Pair, location: Location, side: int) -> tuple[Array, A
 def float64_sides(sides: Iterable[Array | None], like: Array) -> Array:
     """[2, ...] of both sides. A missing or misshapen one fails at its own location and counts as zero."""
     both = np.zeros((2, *like.shape))
-    for made, side in zip(both, sides, strict=True):
-        made[...] = float64_side(side, like)
+    for at, side in enumerate(sides):
+        both[at] = float64_side(side, like)
     return both
 
 
