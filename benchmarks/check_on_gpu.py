@@ -28,12 +28,12 @@ from parity.runs.devices import REFERENCE, Placement, Program, look_for, placed
 from parity.runs.fixture import METHODS, TINY, TinySetup, write_tiny
 from parity.runs.sides import NAMES, Side
 from parity.runs.work import in_words
-from trainspec.errors import UserError
+from trainspec.errors import EXIT_MACHINE, EXIT_USER_ERROR, MachineError, UserError
 from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
 from trainspec.init import initial_value
 from trainspec.params import param_table
-from trainspec.plans.names import DEVICES, Policy
+from trainspec.plans.names import DEVICES, Device, Policy
 
 # Grouped heads of a size that every kernel takes (a multiple of 8), and rows of several of their blocks.
 SPEC = replace(TINY, name="grouped", embed=128, heads=8, kv_heads=2, head_dim=32, mlp=256, max_positions=1024)
@@ -94,11 +94,9 @@ def write_grouped(tiny: TinySetup, directory: Path) -> Path:
     return directory
 
 
-def placement(device: str, precision: Policy) -> Placement:
+def placement(device: Device, precision: Policy) -> Placement:
     """Both sides and the reference on that device."""
-    wanted: list[Any] = [
-        Program(n, f"{n} ({s})", s.backend, device, 1) for n, s in zip(NAMES, SIDES, strict=True)
-    ]  # pyright: ignore[reportArgumentType]: argparse has checked it
+    wanted = [Program(n, f"{n} ({s})", s.backend, device) for n, s in zip(NAMES, SIDES, strict=True)]
     if precision != "fp64":
         wanted.append(replace(wanted[0], name="reference", words="the float64 reference", backend=REFERENCE))
     return placed(wanted, float64=precision == "fp64", look=look_for)
@@ -131,27 +129,29 @@ def main() -> int:
         print("\n".join(f"{case.name:<9}{case.precision:<6}{case.attention}" for case in asked))
         return 0
     print(f"$ {shlex.join(['python', *sys.argv])}\n{platform.platform()}, {args.steps} updates each")
+    of_precision = {case.precision: [c for c in asked if c.precision == case.precision] for case in asked}
     try:
-        places = {
-            precision: placement(args.device, precision) for precision in {c.precision: None for c in asked}
-        }
-    except UserError as error:
+        places = {precision: placement(args.device, precision) for precision in of_precision}
+    except (UserError, MachineError) as error:
         print(f"check_on_gpu: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_MACHINE
     tiny = write_tiny(args.out / "tiny")
     model = write_grouped(tiny, args.out / "model")
-    print(
-        f"{'case':<9}{'in':<6}{'attention':<11}{'':<6}"
-        + "".join(f"{phase:>10}" for phase in SHOWN)
-        + "  (share of the bound)"
-    )
+    phases = "".join(f"{phase:>10}" for phase in SHOWN)
+    print(f"{'case':<9}{'in':<6}{'attention':<11}{'':<6}{phases}  (share of the bound)")
     fails = 0
-    for precision, place in places.items():
-        began, mine = time.monotonic(), [case for case in asked if case.precision == precision]
+    for precision, mine in of_precision.items():
+        began, place = time.monotonic(), places[precision]
         groups = [[case.request(tiny, model, args.out)] for case in mine]
-        runs = make_runs(
-            groups, sides=SIDES, precision=precision, steps=args.steps, home=args.out / f"launches-{precision}", placement=place,
-        )  # fmt: skip
+        try:
+            runs = make_runs(
+                groups, sides=SIDES, precision=precision, steps=args.steps, home=args.out / f"launches-{precision}",
+                placement=place,
+            )  # fmt: skip
+        except (UserError, MachineError) as error:
+            fails += 1
+            print(f"{precision}: {error}", flush=True)
+            continue
         for case, pair in zip(mine, runs, strict=True):
             comparison = pair.judged()
             fails += not comparison.holds

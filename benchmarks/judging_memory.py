@@ -1,6 +1,6 @@
 """How much memory judging two traces takes: its peak, beside the largest tensor and beside what a trace holds of a step.
 
-    python benchmarks/judging_memory.py [--tensors 100] [--rows 1024] [--columns 1024] [--steps 3] [--held-mib 0]
+    python benchmarks/judging_memory.py [--tensors 100] [--rows 256] [--columns 256] [--steps 3] [--held-mib 0]
 
 Two traces of that many float32 tensors of equal size are written, without a model, with a float64 reference and its draws, and
 judged under the bounds of each precision. The peak is that of Python's own allocations, numpy's arrays among them (tracemalloc).
@@ -147,8 +147,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tensors", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--columns", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--columns", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--held-mib", type=float, default=0.0, help=f"of a check: {HELD_BYTES >> 20}")
     args = parser.parse_args()

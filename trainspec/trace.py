@@ -406,7 +406,7 @@ def _forms(path: Path) -> dict[str, Form]:
         with safe_open(path, "numpy") as file:
             slices = {key: file.get_slice(key) for key in list(file.keys())}
             return {
-                key: Form(_TYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape()))
+                key: Form(_TYPES.get(str(s.get_dtype()), str(s.get_dtype())), tuple(s.get_shape()))
                 for key, s in slices.items()
             }
     except (OSError, SafetensorError) as error:

@@ -35,7 +35,7 @@ def fit_moment(pair: Pair, phase: str, step: int) -> tuple[float, float]:
     power = 1 if phase == "moment1" else 2
     normal, target = np.zeros((2, 2)), np.zeros(2)
     for name in pair.names(step, phase):
-        moment = pair.read(step, phase, name)[0]
+        moment = pair.read_side(step, phase, name, 0)
         if moment is None:
             continue
         columns = np.empty((2, moment.size))
@@ -58,7 +58,7 @@ def fit_update(pair: Pair, step: int) -> float:
     top = bottom = 0.0
     weights = pair.weights(step)
     for name in pair.names(step, "update"):
-        sides = [pair.read(step, group, name)[0] for group in ("update", "moment1", "moment2")]
+        sides = [pair.read_side(step, group, name, 0) for group in ("update", "moment1", "moment2")]
         if any(side is None or sides[0] is None or side.shape != sides[0].shape for side in sides):
             continue
         update, moment1, moment2 = (as_float64(side) for side in sides if side is not None)
@@ -85,15 +85,15 @@ def side_and_before(pair: Pair, location: Location, side: int) -> tuple[Array, A
     )
     # Only a run that resumed has moments before its first step.
     before = 0 if location.step == pair.first_step else location.step - 1
-    gradient = float64_side(pair.read(location.step, "gradient", location.tensor)[side], like)
-    return gradient, float64_side(pair.read(before, location.phase, location.tensor)[side], like)
+    gradient = float64_side(pair.read_side(location.step, "gradient", location.tensor, side), like)
+    return gradient, float64_side(pair.read_side(before, location.phase, location.tensor, side), like)
 
 
 def float64_sides(sides: Iterable[Array | None], like: Array) -> Array:
     """[2, ...] of both sides. A missing or misshapen one fails at its own location and counts as zero."""
     both = np.zeros((2, *like.shape))
-    for made, side in zip(both, sides, strict=True):
-        made[...] = float64_side(side, like)
+    for at, side in enumerate(sides):
+        both[at] = float64_side(side, like)
     return both
 
 
@@ -190,7 +190,7 @@ def _sums_of_side(pair: Pair, location: Location, side: int, keep: float, power:
     powers, added = side_and_before(pair, location, side)
     powers **= power
     added *= keep
-    moment = float64_side(pair.read(location.step, location.phase, location.tensor)[side], added)
+    moment = float64_side(pair.read_side(location.step, location.phase, location.tensor, side), added)
     np.subtract(moment, added, out=added)
     product = np.multiply(added, powers, out=moment)
     both = np.array([np.sum(product), np.sum(np.multiply(powers, powers, out=product))])

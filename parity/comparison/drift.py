@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from parity.comparison.pair import Pair
 from trainspec.methods import ENCODER, PEFT_PREFIX, Method
 
 Array = NDArray[Any]
-Weights = dict[str, tuple[Array, Array]]
+Weights = Mapping[str, tuple[Array, Array]]
 # Name suffixes of the two halves of a pair.
 INNER, OUTER = (".lora_A.weight", "_adapter.down.weight"), (".lora_B.weight", "_adapter.up.weight")
 _ADAPTER = re.compile(r"(attention_adapter|mlp_adapter)\.(down|up)$")

@@ -180,7 +180,7 @@ class MeasuredBounds:
         self._coarse = EstimatedBounds(pair, precision)
         # A gradient's bound is needed again at its update.
         self._gradient_bounds = RecentArrays(HELD_BYTES)
-        self._factors = cache(self._factors_at)
+        self._clips, self._factors = cache(self._clip), cache(self._factors_at)
         self._shapes = lru_cache(2)(lambda step: measurement.references[0].forms(step))
 
     def incomparable(self, location: Location, left: Array, right: Array) -> str | None:
@@ -213,7 +213,7 @@ class MeasuredBounds:
             case "grad_norm":
                 return self._norm(location.step, left, right)
             case phase if phase == CLIP:
-                return self._clip(location.step)
+                return self._clips(location.step)
             case "moment1" | "moment2":
                 return self._moment(location, left, right)
             case "update":
@@ -314,7 +314,7 @@ class MeasuredBounds:
         for side, (reported, names) in enumerate(zip((left, right), OWN_NAMES, strict=True)):
             squares = 0.0
             for name in self._pair.names(step, "gradient"):
-                gradient = self._pair.read(step, "gradient", name)[side]
+                gradient = self._pair.read_side(step, "gradient", name, side)
                 if gradient is not None:
                     squares += float(np.sum(np.square(as_float64(gradient))))
             norm = math.sqrt(squares)
@@ -353,7 +353,7 @@ class MeasuredBounds:
     def _factors_at(self, step: int) -> list[float]:
         """Each side's clip factor: the one fitted to its moments if that is within bounds, else the rule's."""
         return [
-            float(c.first if abs(c.first - c.second) <= c.bound.own else c.second) for c in self._clip(step)
+            float(c.first if abs(c.first - c.second) <= c.bound.own else c.second) for c in self._clips(step)
         ]
 
     def _moment(self, location: Location, left: Array, right: Array) -> Iterable[CheckedPair]:

@@ -39,7 +39,7 @@ class Pair:
                 "that start at the same step can be compared; trace both from there, or both from step 1"
             )
         self.first_step = left.first_step
-        self._read_last, self._newest = RecentArrays(held_bytes), 0
+        self._recent, self._newest = RecentArrays(held_bytes), 0
         self._keys: dict[int, tuple[frozenset[str], frozenset[str]]] = {}
         self._forms: dict[int, tuple[Mapping[str, Form], Mapping[str, Form]]] = {}
         self._weights, self._moved_to = ArraysOnDisk(held_bytes), dict[str, int]()
@@ -109,11 +109,15 @@ class Pair:
 
     def read(self, step: int, group: str, name: str) -> Sides:
         """The two arrays of `group/name`, None for a side that lacks it; step 0 reads the starting weights."""
-        key = (step, f"{group}/{name}")
+        return self.read_side(step, group, name, 0), self.read_side(step, group, name, 1)
+
+    def read_side(self, step: int, group: str, name: str, side: int) -> Array | None:
+        """The array of one side."""
         if step > self._newest:  # no later location reads what is older than the step before
             self._newest = step
-            self._read_last.forget(lambda old: old[0] < step - 1)
-        return self._read_last.get(key, lambda: (self._read(0, *key), self._read(1, *key)))
+            self._recent.forget(lambda old: old[0] < step - 1)
+        key = f"{group}/{name}"
+        return self._recent.get((step, key, side), lambda: (self._read(side, step, key),))[0]
 
     def scalar(self, step: int, key: str) -> tuple[float, float]:
         """A scalar of the step, of both sides. Raises TraceError if it is not a number."""

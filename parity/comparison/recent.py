@@ -58,7 +58,7 @@ class ArraysOnDisk:
     """Pairs of arrays of which only the last used are in memory; the others are in files, in TMPDIR, that go with this object."""
 
     def __init__(self, limit: int) -> None:
-        self._held = RecentArrays(limit, dropped=self._write)
+        self._recent = RecentArrays(limit, dropped=self._write)
         self._directory: TemporaryDirectory[str] | None = None
         self._numbers: dict[Hashable, int] = {}
         self._unsaved: set[Hashable] = set()
@@ -67,15 +67,15 @@ class ArraysOnDisk:
         """Whether `key` has arrays."""
         return key in self._numbers
 
-    def get(self, key: Hashable) -> Arrays:
+    def get(self, key: Hashable) -> tuple[Array, Array]:
         """The arrays of `key`."""
-        return self._held.get(key, lambda: self._read(key))
+        return self._recent.get(key, lambda: self._read(key))
 
-    def put(self, key: Hashable, arrays: Arrays) -> None:
+    def put(self, key: Hashable, arrays: tuple[Array, Array]) -> None:
         """Keep `arrays` instead of what was kept of `key`."""
         self._numbers.setdefault(key, len(self._numbers))
         self._unsaved.add(key)
-        self._held.put(key, arrays)
+        self._recent.put(key, arrays)
 
     def _files(self, key: Hashable) -> Path:
         if self._directory is None:
@@ -88,8 +88,9 @@ class ArraysOnDisk:
             for side, array in enumerate(arrays):
                 np.save(f"{self._files(key)}-{side}.npy", np.asarray(array))
 
-    def _read(self, key: Hashable) -> Arrays:
-        return tuple(np.load(f"{self._files(key)}-{side}.npy") for side in range(2))
+    def _read(self, key: Hashable) -> tuple[Array, Array]:
+        left, right = (np.load(f"{self._files(key)}-{side}.npy") for side in range(2))
+        return left, right
 
 
 def _bytes(arrays: Arrays) -> int:

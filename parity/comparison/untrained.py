@@ -57,7 +57,7 @@ def followed_weight(pair: Pair, location: Location, change: Array) -> tuple[str,
         return None
     best: tuple[float, str, float] | None = None
     for name in sorted(pair.names(location.step, "update")):
-        update = pair.read(location.step, "update", name)[0]
+        update = pair.read_side(location.step, "update", name, 0)
         if update is None or update.shape != change.shape or name not in weights:
             continue
         away = weights[name][0] + as_float64(update) - weights[location.tensor][0]

@@ -1,30 +1,20 @@
-"""The devices that the programs of a check compute on: who gets which, what is here, and the environment of each.
-
-    python -m parity.runs.devices BACKEND      prints what that backend finds here, such as ["gpu", 8]
-
-A check asks each backend by a program of its own: JAX and torch never share a process.
-"""
+"""The devices that the programs of a check compute on: who gets which, what is here, and the environment of each."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from trainspec.backends import BACKENDS
-from trainspec.command import run_command
 from trainspec.errors import EXIT_DONE, EXIT_MACHINE, MachineError, UserError
 from trainspec.plans.accelerators import accelerators
 from trainspec.plans.names import Backend, Device, DeviceKind
-from trainspec.runs.contract import Cluster
 
 # The backend that computes the float64 reference of both sides, on one device.
 REFERENCE: Backend = "jax"
@@ -112,14 +102,14 @@ def placed(
         seen = dict(zip(asking, threads.map(lambda each: look(*each), asking), strict=True))
     for each in wanted:
         kind, count = seen.get((each.backend, each.device), ("cpu", 0))
-        if each.name == "reference":
-            if "tpu" in (kind, each.device):
-                kind, reason = "cpu", "a TPU has no float64, so the reference is computed on the cores"
-        elif kind == "tpu" and float64:
+        if each.name == "reference" and "tpu" in (kind, each.device):
+            reason = "a TPU has no float64, so the reference is computed on the cores"
+            continue
+        if kind == "tpu" and float64:
             raise UserError(
                 f"{each.words}: a TPU has no float64; use --precision fp32 or bf16, or {_way_out(each)}"
             )
-        if each.device not in ("auto", kind) and not reason:
+        if each.device not in ("auto", kind):
             raise UserError(
                 f"{each.words}: {BACKENDS[each.backend].program} finds no {IN_WORDS[each.device]} here, only the cores; "
                 f"{_way_out(each)}"
@@ -167,31 +157,15 @@ def look_for(backend: Backend, device: Device) -> tuple[DeviceKind, int]:
     """The kind of device that a backend finds here, told to look for `device`, and how many; asked of a program of its own."""
     program = BACKENDS[backend].program
     asked = dict(os.environ) if device == "auto" else environment(device)
-    command = [sys.executable, "-m", "parity.runs.devices", backend]
+    command = [sys.executable, "-m", "parity.runs.find_devices", backend]
     ended = subprocess.run(
         command, capture_output=True, text=True, errors="replace", env={**QUIET_THREADS, **asked}, check=False
     )
-    last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix(f"{program}: ")
+    last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("find_devices: ")
     if ended.returncode == EXIT_DONE:
-        kind, count = json.loads(ended.stdout.strip().splitlines()[-1])
+        # Libraries may print before it, and as they end.
+        found = next(line for line in reversed(ended.stdout.splitlines()) if line.startswith("["))
+        kind, count = json.loads(found)
         return kind, count
     line = f"{program} cannot say what devices are here: {last}"
     raise MachineError(line) if ended.returncode == EXIT_MACHINE or ended.returncode < 0 else UserError(line)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print what a backend finds; the exit code."""
-    parser = ArgumentParser()
-    parser.add_argument("backend", choices=tuple(BACKENDS))
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser.prog = BACKENDS[cast(Backend, words[0])].program if words and words[0] in BACKENDS else "devices"
-
-    def tell(args: Namespace) -> None:
-        cluster = cast(Cluster, importlib.import_module(f"{parser.prog}.cluster"))
-        print(json.dumps(cluster.default_devices()))
-
-    return run_command(tell, parser, words)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

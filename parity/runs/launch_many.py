@@ -167,7 +167,7 @@ class _Launch:
         with self._log.open("a", encoding="utf-8") as log:
             # The user's environment overrides these defaults.
             cache = {"JAX_COMPILATION_CACHE_DIR": str(self.home / "jax-cache")}
-            environment = ENVIRONMENT | cache | os.environ | FORCED["cpu"]
+            environment = {**ENVIRONMENT, **cache, **os.environ, **FORCED["cpu"]}
             child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
             size, since = 0, time.monotonic()
             try:

@@ -53,11 +53,11 @@ def norm(view: View) -> Iterator[Fact]:
 
 
 def _squares(view: View, side: int) -> dict[str, float]:
-    arrays = {
-        name: view.pair.read(view.step, "gradient", name)[side]
+    arrays = (
+        (name, view.pair.read_side(view.step, "gradient", name, side))
         for name in view.pair.names(view.step, "gradient")
-    }
-    return {name: float(np.sum(as_float64(a) ** 2)) for name, a in arrays.items() if a is not None}
+    )
+    return {name: float(np.sum(as_float64(a) ** 2)) for name, a in arrays if a is not None}
 
 
 def _part(view: View, squares: dict[str, float], stated: float) -> str | None:

@@ -61,7 +61,8 @@ def agreement(view: View) -> Iterator[Fact]:
         has_points = any(f.location.phase == "activation" for f in view.comparison.findings)
         if not has_points or view.agrees("activation"):
             yield Fact("forward-agrees", "the forward pass agrees, loss included")
-            if any(pair[0].any() for name, pair in view.pair.weights(view.step).items() if LORA_B in name):
+            weights = view.pair.weights(view.step)
+            if any(weights[name][0].any() for name in weights if LORA_B in name):
                 yield Fact("agrees-with-adapter", "it does so with an adapter whose B is not zero")
     if view.phase == "update" and view.agrees("moment1") and view.agrees("moment2"):
         yield Fact("moments-agree", "both moments agree")
