@@ -129,7 +129,9 @@ def main() -> int:
         print("\n".join(f"{case.name:<9}{case.precision:<6}{case.attention}" for case in asked))
         return 0
     print(f"$ {shlex.join(['python', *sys.argv])}\n{platform.platform()}, {args.steps} updates each")
-    of_precision = {case.precision: [c for c in asked if c.precision == case.precision] for case in asked}
+    of_precision: dict[Policy, list[Case]] = {}
+    for case in asked:
+        of_precision.setdefault(case.precision, []).append(case)
     try:
         places = {precision: placement(args.device, precision) for precision in of_precision}
     except (UserError, MachineError) as error:
