@@ -1,0 +1,171 @@
+"""Programs that work in turns, each in a process of its own: what a benchmark that compares them is made of.
+
+A busy machine is busy for all of them alike: one round gives every program its turn, while the others wait without using a
+core, and ratios are taken within a round. A program says what it did as one line of JSON, and waits for the next turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+LAST_LINES = 3
+
+
+class TurnError(Exception):
+    """A program that ended before its turn did, with the last lines that it wrote."""
+
+
+class Program:
+    """A process that takes turns. Its first line comes after its first update, without being asked for."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], *, log: Path, environment: Mapping[str, str]
+    ) -> None:
+        self.name, self._log = name, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._began = time.monotonic()
+        with log.open("w", encoding="utf-8") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env=os.environ | environment,
+            )  # fmt: skip
+        self._read()
+        self.first_seconds = time.monotonic() - self._began
+
+    def turn(self, updates: int) -> dict[str, Any]:
+        """Let it make so many updates; what it says of them. Raises TurnError."""
+        return self._ask(str(updates))
+
+    def end(self) -> dict[str, Any]:
+        """Its last words, after which it is gone. Raises TurnError."""
+        words = self._ask("end")
+        self._process.wait()
+        return words
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # reading says why
+            print(line, file=self._process.stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise TurnError(f"{self.name} ended with code {code}: " + " / ".join(said[-LAST_LINES:]))
+
+
+@dataclass
+class Measured:
+    """One program: seconds to its first update, seconds per update of every round, and what it said last."""
+
+    first_seconds: float
+    rounds: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """The median round's seconds per update."""
+        return median(self.rounds)
+
+    def times_as_fast_as(self, other: Measured) -> tuple[float, float, float]:
+        """The median ratio within a round, the smallest and the largest."""
+        ratios = [theirs / ours for ours, theirs in zip(self.rounds, other.rounds, strict=True)]
+        return median(ratios), min(ratios), max(ratios)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a program is started."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def measure(
+    launches: Sequence[Launch], *, rounds: int, updates: int, warm_up: int, at_once: bool, logs: Path
+) -> dict[str, Measured | str]:
+    """Each program's figures, or why it has none, after `warm_up` updates and `rounds` turns of `updates`.
+
+    With `at_once` all are there together and take turns; without, as where they would not fit a device, one after another.
+    """
+    groups = [launches] if at_once else [[launch] for launch in launches]
+    found: dict[str, Measured | str] = {}
+    for group in groups:
+        found |= _measure(group, rounds=rounds, updates=updates, warm_up=warm_up, logs=logs)
+    return found
+
+
+def _measure(
+    launches: Sequence[Launch], *, rounds: int, updates: int, warm_up: int, logs: Path
+) -> dict[str, Measured | str]:
+    programs: dict[str, Program] = {}
+    found: dict[str, Measured] = {}
+    failed: dict[str, str] = {}
+    try:
+        for launch in launches:
+            try:
+                program = Program(
+                    launch.name,
+                    launch.command,
+                    log=logs / f"{launch.name.replace(' ', '-')}.log",
+                    environment=launch.environment,
+                )
+                programs[launch.name] = program
+                program.turn(warm_up)
+                found[launch.name] = Measured(program.first_seconds)
+            except TurnError as error:
+                failed[launch.name] = str(error)
+        for number in range(rounds):
+            order = list(found) if number % 2 == 0 else list(found)[::-1]
+            for name in order:
+                found[name].rounds.append(programs[name].turn(updates)["seconds"] / updates)
+        for name, measured in found.items():
+            measured.last = programs[name].end()
+    finally:
+        for program in programs.values():
+            program.kill()
+    return {**found, **failed}
+
+
+def machine() -> str:
+    """The machine and what runs on it besides, in a line."""
+    cores, busy = os.cpu_count() or 1, os.getloadavg()[0]
+    return f"{cores} cores ({_processor()}), load {busy:.1f} at the start; Python {platform.python_version()}"
+
+
+def _processor() -> str:
+    """The processor's name and the vector instructions that decide how fast bfloat16 is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    flags = facts.get("flags", "").split()
+    best = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags), "")
+    return " ".join(filter(None, (facts.get("model name", platform.machine()), best)))
+
+
+def command_line() -> str:
+    """This program as it was called."""
+    return " ".join(["python", *sys.argv])
