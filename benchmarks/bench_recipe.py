@@ -126,6 +126,16 @@ def model_directory(sizes: Sizes) -> Path:
     return directory
 
 
+def model_config(sizes: Sizes) -> Path:
+    """A directory with no more than the configuration of a Llama of these sizes: enough to compile for."""
+    directory = HOME / f"config-{hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]}"
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **sizes}
+    config |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
 def rows_file() -> Path:
     """The demo's text as one document: every row is full and holds one, and attention is causal in all programs."""
     path = HOME / "one-document.txt"

@@ -4,7 +4,8 @@
     python benchmarks/beside_trainer.py --only 28m --programs jaxtrain eager --methods full --policies bf16
 
 On a CPU the programs of a case are all there and take turns; on a GPU, which holds one of them, they come one after
-another. A ratio is taken within a round; its median, smallest and largest are printed. A recipe and what a program wrote
+another. `÷ eager` is how many times as fast as eager a program is, by the wall's seconds and by core seconds: a ratio is taken
+within a round, and its median, smallest and largest are printed. A recipe and what a program wrote
 are in build/bench. `loss` is that of the last update: in fp32 the same for all, so that all are seen to do the same work.
 """
 
@@ -110,28 +111,30 @@ def table(case: Case, run: Run, found: Mapping[str, Measured | str]) -> list[str
     heads = [
         "",
         "s/update",
+        "core s",
         "tokens/s",
         "model TFLOP/s",
         "first update, s",
         "peak GiB",
         "loss",
-        *(f"÷ {o}" for o in others),
+        *(f"÷ {o}{kind}" for o in others for kind in ("", ", core")),
     ]
     lines = [title, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, figures in found.items():
         if isinstance(figures, str):
             lines.append(f"| {name} | {figures} |")
             continue
-        ratios = (figures.times_as_fast_as(measured[other]) for other in others)
+        ratios = (ratio for other in others for ratio in figures.speed_beside(measured[other]))
         cells = [
             name,
             f"{figures.seconds:.3f}",
+            f"{figures.core_seconds:.3f}",
             f"{case.tokens / figures.seconds:,.0f}",
             f"{model_flops(run, case.tokens) / figures.seconds / 1e12:.3g}",
             f"{figures.first_seconds:.1f}",
             f"{figures.last['peak_bytes'] / GIB:.2f}",
             f"{figures.last['loss']:.4f}",
-            *(f"{middle:.2f} ({least:.2f} to {most:.2f})" for middle, least, most in ratios),
+            *map(str, ratios),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -34,14 +34,16 @@ class Turns:
     """Waits for its turn after every update that ends one, and says how long the turn took."""
 
     def __init__(self, answers: TextIO) -> None:
-        self._answers, self._left, self._updates, self._began = answers, 1, 1, time.perf_counter()
+        self._answers, self._left, self._updates = answers, 1, 1
+        self._began, self._used = time.perf_counter(), time.process_time()
 
     def updated(self, loss: float | Any, peak_bytes: int | None) -> None:
         """Called when an update is complete. Raises SystemExit at the end."""
         self._left -= 1
         if self._left:
             return
-        self._say(seconds=time.perf_counter() - self._began)
+        seconds, used = time.perf_counter() - self._began, time.process_time() - self._used
+        self._say(seconds=seconds, core_seconds=used)
         line = sys.stdin.readline().strip()
         if not line.isdecimal():
             process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -49,7 +51,7 @@ class Turns:
             raise SystemExit
         self._left = int(line)
         self._updates += self._left
-        self._began = time.perf_counter()
+        self._began, self._used = time.perf_counter(), time.process_time()
 
     def _say(self, **words: float) -> None:
         print(json.dumps(words), file=self._answers, flush=True)

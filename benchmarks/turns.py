@@ -1,7 +1,8 @@
 """Programs that work in turns, each in a process of its own: what a benchmark that compares them is made of.
 
 A busy machine is busy for all of them alike: one round gives every program its turn, while the others wait without using a
-core, and ratios are taken within a round. A program says what it did as one line of JSON, and waits for the next turn.
+core, and ratios are taken within a round. Core seconds, which other load hardly changes, stand beside those of the wall. A
+program says what it did as one line of JSON, and waits for the next turn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 LAST_LINES = 3
 
@@ -74,23 +75,48 @@ class Program:
         raise TurnError(f"{self.name} ended with code {code}: " + " / ".join(said[-LAST_LINES:]))
 
 
+class Turn(NamedTuple):
+    """Of one turn, seconds per update: on the wall, and of all cores together."""
+
+    seconds: float
+    core_seconds: float
+
+
+class Ratio(NamedTuple):
+    """A ratio of every round: the median, the smallest and the largest."""
+
+    middle: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.2f} ({self.least:.2f} to {self.most:.2f})"
+
+
 @dataclass
 class Measured:
-    """One program: seconds to its first update, seconds per update of every round, and what it said last."""
+    """One program: seconds to its first update, its turn of every round, and what it said last."""
 
     first_seconds: float
-    rounds: list[float] = field(default_factory=list)
+    rounds: list[Turn] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
         """The median round's seconds per update."""
-        return median(self.rounds)
+        return median(turn.seconds for turn in self.rounds)
 
-    def times_as_fast_as(self, other: Measured) -> tuple[float, float, float]:
-        """The median ratio within a round, the smallest and the largest."""
-        ratios = [theirs / ours for ours, theirs in zip(self.rounds, other.rounds, strict=True)]
-        return median(ratios), min(ratios), max(ratios)
+    @property
+    def core_seconds(self) -> float:
+        """The median round's core seconds per update."""
+        return median(turn.core_seconds for turn in self.rounds)
+
+    def speed_beside(self, other: Measured) -> tuple[Ratio, Ratio]:
+        """How many times as fast as the other it is: on the wall, and in core seconds."""
+        pairs = list(zip(self.rounds, other.rounds, strict=True))
+        wall = [theirs.seconds / ours.seconds for ours, theirs in pairs]
+        core = [theirs.core_seconds / ours.core_seconds for ours, theirs in pairs]
+        return Ratio(median(wall), min(wall), max(wall)), Ratio(median(core), min(core), max(core))
 
 
 @dataclass(frozen=True)
@@ -139,7 +165,8 @@ def _measure(
         for number in range(rounds):
             order = list(found) if number % 2 == 0 else list(found)[::-1]
             for name in order:
-                found[name].rounds.append(programs[name].turn(updates)["seconds"] / updates)
+                took = programs[name].turn(updates)
+                found[name].rounds.append(Turn(took["seconds"] / updates, took["core_seconds"] / updates))
         for name, measured in found.items():
             measured.last = programs[name].end()
     finally:

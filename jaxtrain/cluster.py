@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain import _jax
+from jaxtrain.allocator import keep_freed_memory
 from jaxtrain.precision import use_precision
 from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
@@ -59,6 +60,8 @@ def start(recipe: Recipe) -> Run:
     devices, processes = recipe.plan.devices, cluster.processes
     _make_cpu_devices(devices, processes=processes)
     check_accelerators()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     available = jax.device_count()
     if available < devices or (processes > 1 and available != devices):
         raise PlanError(
