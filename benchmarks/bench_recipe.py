@@ -45,7 +45,7 @@ METHODS = {
     "full": {"kind": "full"},
     "lora": {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all-linear"},
 }
-PROGRAMS = ("jaxtrain", "torchtrain", "eager", "trainer", "trainer-liger")
+PROGRAMS = ("jaxtrain", "torchtrain", "eager", "compiled", "trainer", "trainer-liger")
 
 
 @dataclass(frozen=True)

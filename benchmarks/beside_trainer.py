@@ -39,7 +39,13 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=("28m", "8b-widths", "8b"), help="default: what fits the device"
     )
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(available()))
+    parser.add_argument(
+        "--programs",
+        nargs="+",
+        choices=PROGRAMS,
+        default=list(available()),
+        help="default: all that are installed but compiled",
+    )
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="of 28m")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="of 28m")
     parser.add_argument(
@@ -77,7 +83,7 @@ def main() -> None:
 def available() -> Iterator[str]:
     """The programs that this installation has."""
     needs = {"trainer-liger": "liger_kernel", "jaxtrain": "jax"}
-    return (p for p in PROGRAMS if importlib.util.find_spec(needs.get(p, "torch")))
+    return (p for p in PROGRAMS if p != "compiled" and importlib.util.find_spec(needs.get(p, "torch")))
 
 
 def launches(programs: Sequence[str], recipe: Path, before: Path | None) -> list[Launch]:

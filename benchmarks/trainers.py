@@ -1,10 +1,10 @@
 """One trainer on one recipe, in turns that `turns.py` gives it: ours and those that it is compared with.
 
-    python benchmarks/trainers.py jaxtrain|torchtrain|eager|trainer|trainer-liger RECIPE
+    python benchmarks/trainers.py jaxtrain|torchtrain|eager|compiled|trainer|trainer-liger RECIPE
     python benchmarks/trainers.py model SIZES DIR       a checkpoint of that size, with random weights
 
 All read the same recipe and train on the same rows in the same order. `eager` is a loop written by hand around Hugging
-Face's model, `trainer` their Trainer with PEFT's LoRA, `trainer-liger` the same with Liger's kernels. In bf16 both do what
+Face's model, `compiled` the same with `torch.compile`, `trainer` their Trainer with PEFT's LoRA, `trainer-liger` the same with Liger's kernels. In bf16 both do what
 their users do: autocast, over a base in bfloat16 where it is frozen and in float32 where it is trained. Their causal
 attention knows no documents: the benchmark's rows hold one each, so all compute the same loss.
 """
@@ -70,8 +70,8 @@ def main() -> None:
     match kind:
         case "jaxtrain" | "torchtrain":
             train_ours(kind, recipe, turns)
-        case "eager":
-            train_eager(recipe, turns)
+        case "eager" | "compiled":
+            train_eager(recipe, turns, is_compiled=kind == "compiled")
         case "trainer" | "trainer-liger":
             train_with_trainer(recipe, turns, with_liger=kind == "trainer-liger")
         case _:
@@ -156,8 +156,8 @@ def microbatches(recipe: Recipe, updates: range) -> Iterator[list[tuple[Any, Any
         yield [(part.input_ids.astype("int64"), part.labels.astype("int64")) for part in parts]
 
 
-def train_eager(recipe: Recipe, turns: Turns) -> None:
-    """A loop written by hand: forward and backward pass, clip, fused AdamW."""
+def train_eager(recipe: Recipe, turns: Turns, *, is_compiled: bool) -> None:
+    """A loop written by hand: forward and backward pass, clip, fused AdamW; the model as it is or compiled."""
     import torch
 
     model, settings = hugging_face_model(recipe), recipe.optimizer
@@ -176,12 +176,13 @@ def train_eager(recipe: Recipe, turns: Turns) -> None:
     autocast = torch.autocast(
         model.device.type, dtype=torch.bfloat16, enabled=recipe.precision.policy == "bf16"
     )
+    forward = torch.compile(model) if is_compiled else model
     for parts in microbatches(recipe, range(UPDATES)):
         loss_sum = torch.zeros((), device=model.device)
         for part in parts:
             ids, labels = (torch.from_numpy(array).to(model.device) for array in part)
             with autocast:
-                loss = model(input_ids=ids, labels=labels).loss / len(parts)
+                loss = forward(input_ids=ids, labels=labels).loss / len(parts)
             loss.backward()
             loss_sum += loss.detach()
         if settings.clip_norm is not None:
