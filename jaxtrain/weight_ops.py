@@ -171,6 +171,23 @@ def _gathered(value: Array, beside: Array, sharding: WeightSharding) -> Array:
     return lax.with_sharding_constraint(value, sharding.in_use)
 
 
+def _product(x: Array, w: Array) -> Array:
+    """x [..., in] times w [in, out], in the type of both.
+
+    XLA's kernels for a CPU take bfloat16 numbers where the sums are stored in float32, as they are made; asked for bfloat16, the
+    compiler makes float32 copies of x and w first. Other devices round the sums as they store them.
+    """
+    wide = accumulation_dtype(x.dtype)
+    if wide == x.dtype:
+        return x @ w
+    return lax.platform_dependent(
+        x,
+        w,
+        cpu=lambda x, w: jnp.matmul(x, w, preferred_element_type=wide).astype(x.dtype),
+        default=lambda x, w: x @ w,
+    )
+
+
 def _sum_of_products(a: Array, b: Array, dtype: DTypeLike) -> Array:
     """a [..., m] and b [..., n] contracted over all leading dimensions: [m, n], summed in `dtype`."""
     leading = tuple(range(a.ndim - 1))
@@ -189,15 +206,15 @@ def _sum_by_id(vectors: Array, ids: Array, like: jax.ShapeDtypeStruct) -> Array:
 
 
 _MATMUL = _Operation(
-    forward=lambda x, w: x @ w,
-    input_gradient=lambda dy, w: dy @ w.T,
+    forward=_product,
+    input_gradient=lambda dy, w: _product(dy, w.T),
     weight_gradient=lambda dy, x, like: _sum_of_products(x, dy, like.dtype),
     contracts=True,
     sums_positions=True,
 )
 _MATMUL_TRANSPOSED = _Operation(
-    forward=lambda x, w: x @ w.T,
-    input_gradient=lambda dy, w: dy @ w,
+    forward=lambda x, w: _product(x, w.T),
+    input_gradient=_product,
     weight_gradient=lambda dy, x, like: _sum_of_products(dy, x, like.dtype),
     contracts=True,
     sums_positions=True,
