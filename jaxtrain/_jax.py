@@ -9,9 +9,11 @@ from functools import cache
 from typing import Any
 
 import jax
+from jax import Array
 from jax._src import distributed, xla_bridge
 from jax._src.clusters import ClusterEnv
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.extend.backend import clear_backends
 
 from trainspec.versions import report_other_version
@@ -70,3 +72,23 @@ def use_compilation_cache(enabled: bool) -> None:
     """Switch the persistent compilation cache. JAX reads that setting once, unless its cache is reset."""
     jax.config.update("jax_enable_compilation_cache", enabled)
     reset_cache()
+
+
+def splash_gradients(
+    kernel: splash.SplashAttentionKernel,
+    q_HLD: Array,
+    k_KLD: Array,
+    v_KLD: Array,
+    segments: splash.SegmentIds,
+    mixed_HLD: Array,
+    log_sum_HL: Array,
+    d_mixed_HLD: Array,
+) -> tuple[Array, Array, Array]:
+    """The gradients of queries, keys and values of a row where they are a part of attention, the result of which is `mixed`.
+
+    `log_sum` is that of all its scores. The kernel's own differentiation would take both from this part alone.
+    """
+    masks = (kernel.dq_mask_info, kernel.dkv_mask_info)
+    kept = (q_HLD, k_KLD, v_KLD, segments, None, mixed_HLD, log_sum_HL, *masks)
+    _, _, _, dq, dk, dv, *_ = splash._splash_attention_bwd(**kernel.kwargs, res=kept, do=d_mixed_HLD)
+    return dq, dk, dv

@@ -16,14 +16,13 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from jaxtrain.activations import IN_LAYERS, NO_PROBES, Probes, recording, tap
+from jaxtrain.attention.visible import Visible
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import (
     Build,
     Encoder,
     VirtualTokens,
-    attention_mask,
     in_front,
-    in_window,
     repeated,
     rotary_tables,
 )
@@ -42,6 +41,8 @@ class Decoder(nnx.Module):
     def __init__(self, spec: ModelSpec, *, remat: str, build: Build) -> None:
         self.spec, self.remat, self.build = spec, remat, build
         self.prompt_encoder: Encoder | None = None
+        # Of a prompt.
+        self.prompt_tokens = 0
         # Whether a prefix has positions before those of the tokens, and leaves a window.
         self.prefix_is_before = True
 
@@ -115,15 +116,15 @@ class Decoder(nnx.Module):
         is given where some layers do not rotate queries and keys, and false for those.
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
-        mask_BSS, window = attention_mask(segments), self.spec.window
-        if window is not None and not self.prefix_is_before:
-            mask_BSS = in_window(mask_BSS, positions, window)
-        if virtual.prefix is not None:
-            # Every query sees the whole prefix.
-            widths = ((0, 0), (0, 0), (virtual.prefix.shape[1], 0))
-            mask_BSS = jnp.pad(mask_BSS, widths, constant_values=True)
-        if window is not None and self.prefix_is_before:
-            mask_BSS = in_window(mask_BSS, positions, window)
+        visible = Visible(
+            segments_BS=segments,
+            positions_BS=positions,
+            prompt=self.prompt_tokens,
+            prefix=0 if virtual.prefix is None else virtual.prefix.shape[1],
+            window=self.spec.window,
+            prefix_has_positions=self.prefix_is_before,
+            is_recorded=probes is None or len(probes) > 0,
+        )
         definition, stacked = nnx.split(self.layers)
 
         def block(
@@ -132,7 +133,7 @@ class Decoder(nnx.Module):
             weights, layer_probes, prefix, rotated = layer
             own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
             with recording(layer_probes, prefix=IN_LAYERS) as recorded:
-                x_BSE = nnx.merge(definition, weights)(x_BSE, own_cos, own_sin, mask_BSS, point, prefix)
+                x_BSE = nnx.merge(definition, weights)(x_BSE, own_cos, own_sin, visible, point, prefix)
             return x_BSE, recorded
 
         if self.remat == "full":

@@ -1,14 +1,15 @@
-"""What the families' models are built from, as flax.nnx modules and functions: layers, norms, rotation, attention.
+"""What the families' models are built from, as flax.nnx modules and functions: layers, norms, rotation, masks.
 
-B batch, S sequence (with the virtual tokens of a prompt), E embed, H query heads, K kv heads, G query heads per kv head,
-D head dim, N virtual tokens. Weights are [in, out]; those of a stack of layers have its length in front. Modules are
+B batch, S sequence (with the virtual tokens of a prompt), E embed, H query heads, K kv heads,
+D head dim, N virtual tokens, T keys (those of a prefix in front), Q queries. Weights are [in, out]; those of a stack of layers have its length in front. Modules are
 created abstract (shapes only), and merged with weights (`weight_ops.BoundWeight`) for each call: so everything around
 them is a function of plain dicts.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.typing import DTypeLike
 
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.precision import accumulation_dtype, computed_wide
-from jaxtrain.rounding import Sums, in_sums, read_again, rounded, softmax
+from jaxtrain.rounding import rounded
 from jaxtrain.sharding import Constrain
 from jaxtrain.weight_ops import lookup, matmul, matmul_transposed, scale, shift
 from trainspec.model import ModelSpec
@@ -36,11 +37,16 @@ class Dim(NamedTuple):
     size: int
 
 
+# Attention [B, S, H, D] of queries [B, S, H, D] to keys and values [B, T, K, D]; last what they see, an `attention.Visible`.
+Attend = Callable[[Array, Array, Array, Any], Array]
+
+
 class Build(NamedTuple):
-    """What every module is built with: the compute type, and what shards its activations."""
+    """What every module is built with: the compute type, what shards its activations, and what computes attention."""
 
     dtype: np.dtype
     constrain: Constrain
+    attend: Attend
 
 
 def abstract(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
@@ -150,41 +156,35 @@ def swiglu(gate: Array, up: Array) -> Array:
     return rounded(rounded(jax.nn.silu(gate)) * up)
 
 
-def attend(q_BSHD: Array, k_BSKD: Array, v_BSKD: Array, mask_BSS: Array) -> Array:
-    """Grouped-query attention [B, S, H, D], softmax in the accumulation type, no copies of keys or values."""
-    B, S, H, D = q_BSHD.shape
-    K = k_BSKD.shape[2]
-    keys, group_queries = k_BSKD.shape[1], S * (H // K)
-    q_BSHD = in_sums(q_BSHD, Sums(factor=D, back_total=keys))
-    k_BSKD, v_BSKD = (in_sums(x, Sums(back_total=group_queries)) for x in (k_BSKD, v_BSKD))
-    grouped = q_BSHD.reshape(B, S, K, H // K, D)
-    scores_dtype = accumulation_dtype(q_BSHD.dtype)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k_BSKD, preferred_element_type=scores_dtype) * D**-0.5
-    scores = rounded(scores, "wide", sums=Sums(total=D, back_factor=max(keys, group_queries)))
-    scores = jnp.where(mask_BSS[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    shares = rounded(softmax(scores).astype(v_BSKD.dtype), sums=Sums(factor=keys, back_total=D))
-    mixed = jnp.einsum("bkgqs,bskd->bqkgd", shares, v_BSKD)
-    mixed = read_again(mixed, scores)
-    return rounded(mixed, sums=Sums(total=keys, back_factor=max(D, group_queries))).reshape(B, S, H, D)
+def attention_mask(segments_BS: Array, queries: Array | None = None, end: int | None = None) -> Array:
+    """True [B, Q, E] where a query sees a key: at or before itself, of its own segment or a virtual token.
 
-
-def attention_mask(segments_BS: Array) -> Array:
-    """True [B, S, S] where a query sees a key: at or before itself, of its own segment or a virtual token.
-
-    Padding (segment 0) sees padding, so no row of the softmax is empty.
+    Padding (segment 0) sees padding, so no row of the softmax is empty. `queries` [Q] are the places in the row of those that
+    are asked for, and `end` is the place of the first key that is not; None asks for all.
     """
     order = jnp.arange(segments_BS.shape[1])
-    is_own = segments_BS[:, :, None] == segments_BS[:, None, :]
-    is_virtual = segments_BS[:, None, :] == VIRTUAL
-    return (order[:, None] >= order[None, :]) & (is_own | is_virtual)
+    query_order = order if queries is None else queries
+    own_BQ, keys_BE = _of_queries(segments_BS, queries), segments_BS[:, :end]
+    is_own = own_BQ[:, :, None] == keys_BE[:, None, :]
+    is_virtual = keys_BE[:, None, :] == VIRTUAL
+    return (query_order[:, None] >= order[None, :end]) & (is_own | is_virtual)
 
 
-def in_window(mask_BST: Array, positions_BS: Array, window: int) -> Array:
-    """`mask_BST` [B, S, T] where a key's position is less than `window` before the query's.
+def in_window(
+    mask_BQT: Array, positions_BS: Array, window: int, queries: Array | None = None, end: int | None = None
+) -> Array:
+    """`mask_BQT` [B, Q, T] where a key's position is less than `window` before the query's.
 
-    Keys before those of the S tokens are a prefix, at positions 0, 1, ...
+    Keys before those of the tokens are a prefix, at positions 0, 1, ... `queries` and `end` are as in `attention_mask`.
     """
-    B, S, T = mask_BST.shape
-    prefix = jnp.broadcast_to(jnp.arange(T - S, dtype=positions_BS.dtype), (B, T - S))
-    positions_BT = jnp.concatenate([prefix, positions_BS], axis=1)
-    return mask_BST & (positions_BS[:, :, None] - positions_BT[:, None, :] < window)
+    keys_BE = positions_BS[:, :end]
+    prefix_tokens = mask_BQT.shape[2] - keys_BE.shape[1]
+    prefix = jnp.broadcast_to(jnp.arange(prefix_tokens, dtype=keys_BE.dtype), (len(keys_BE), prefix_tokens))
+    positions_BT = jnp.concatenate([prefix, keys_BE], axis=1)
+    distance = _of_queries(positions_BS, queries)[:, :, None] - positions_BT[:, None, :]
+    return mask_BQT & (distance < window)
+
+
+def _of_queries(x_BS: Array, queries: Array | None) -> Array:
+    """x [B, Q]: that of each query; all S are queries where none are named."""
+    return x_BS if queries is None else x_BS[:, queries]

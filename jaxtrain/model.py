@@ -6,16 +6,18 @@ import jax.numpy as jnp
 
 from jaxtrain.decoder import Decoder
 from jaxtrain.families import FAMILIES
-from jaxtrain.layers import Build
+from jaxtrain.layers import Attend, Build
 from jaxtrain.sharding import Constrain
 from trainspec.model import ModelSpec
 from trainspec.plans.plan import COMPUTE_DTYPE, Policy
 
 
-def build_model(spec: ModelSpec, *, policy: Policy, remat: str, constrain: Constrain) -> Decoder:
+def build_model(
+    spec: ModelSpec, *, policy: Policy, remat: str, constrain: Constrain, attend: Attend
+) -> Decoder:
     """The abstract model; its arrays are made by `weights.from_canonical`.
 
-    The model calls `constrain(x, axes)` with the logical axis of each dimension of an activation x.
+    The model calls `constrain(x, axes)` with the logical axis of each dimension of an activation x, and `attend` for attention.
     """
-    build = Build(jnp.dtype(COMPUTE_DTYPE[policy]), constrain)
+    build = Build(jnp.dtype(COMPUTE_DTYPE[policy]), constrain, attend)
     return FAMILIES[spec.family](spec, remat=remat, build=build)

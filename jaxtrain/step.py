@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
+from jaxtrain.attention import REFERENCE, choose, site_of
 from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
 from jaxtrain.mesh import make_mesh
@@ -224,8 +225,14 @@ class Program:
         self.shardings = Shardings(mesh, recipe.plan, run.full_table)
         self.storage = Storage(recipe.precision, self.shardings, order)
         self.feeder = Feeder(recipe, self.shardings)
+        site = site_of(run, mesh)
+        self.attention = choose(recipe.plan, site)
         model = build_model(
-            spec, policy=recipe.precision.policy, remat=recipe.plan.remat, constrain=self.shardings.constrain
+            spec,
+            policy=recipe.precision.policy,
+            remat=recipe.plan.remat,
+            constrain=self.shardings.constrain,
+            attend=self.attention.make(site),
         )
         self.constants = attach(model, spec, recipe.method, seed=recipe.run.seed, order=order)
         self._tied = tied(spec, recipe.method)
@@ -336,6 +343,7 @@ class Program:
         roundings: Roundings,
         record_activations: bool,
     ) -> StepGradients:
+        assert self.attention is REFERENCE, "only the reference's roundings are simulated"
         with simulate(roundings, key):
             return self._gradients(trainable, frozen, stacked, step, record_activations=record_activations)
 

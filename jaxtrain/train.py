@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from jaxtrain import step
+from jaxtrain.attention import choose, site_of
 from jaxtrain.cluster import describe_devices, finish, is_leader, start
+from jaxtrain.mesh import make_mesh
 from trainspec.failures import explained
 from trainspec.recipe import Recipe
 from trainspec.runs import loop
@@ -21,7 +24,8 @@ def train(recipe: Recipe, request: TrainRequest) -> None:
     with explained(recipe, partial(describe_devices, recipe.plan), out=request.out):
         run = start(recipe)
         try:
-            devices = describe_devices(recipe.plan)
+            attention = choose(recipe.plan, site_of(run, make_mesh(recipe.plan))).name
+            devices = replace(describe_devices(recipe.plan), attention=attention)
             loop.train(step, run, request, is_leader=is_leader(), devices=devices)
         finally:
             finish()

@@ -46,6 +46,7 @@ LAYERS = {
         ("passes",),
         ("pipeline", "methods", "model"),
         ("families", "decoder"),
+        ("attention",),
         ("layers", "activations"),
         ("feed", "storage", "weight_ops"),
         ("sharding",),

@@ -12,9 +12,10 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.activations import tap
+from jaxtrain.attention.visible import Visible
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import Build, Dim, Embedding, Linear, RMSNorm, attend, in_front, repeated, rotate, swiglu
+from jaxtrain.layers import Build, Dim, Embedding, Linear, RMSNorm, in_front, repeated, rotate, swiglu
 from jaxtrain.rounding import rounded
 from trainspec.model import ModelSpec
 
@@ -30,7 +31,7 @@ class Attention(nnx.Module):
         q_dim = Dim("heads", spec.heads * spec.head_dim)
         kv_dim = Dim("kv_heads", spec.kv_heads * spec.head_dim)
         bias = spec.attention_bias
-        self.head_dim, self.constrain = spec.head_dim, build.constrain
+        self.head_dim, self.constrain, self.attend = spec.head_dim, build.constrain, build.attend
         self.q_proj = Linear(embed, q_dim, bias=bias, stack=stack, build=build)
         self.k_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
         self.v_proj = Linear(embed, kv_dim, bias=bias, stack=stack, build=build)
@@ -42,7 +43,7 @@ class Attention(nnx.Module):
         x_BSE: Array,
         cos: Array,
         sin: Array,
-        mask_BSS: Array,
+        visible: Visible,
         point: DropoutPoint | None,
         prefix_N2KD: Array | None,
     ) -> Array:
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
             if self.prefix_dropout is not None and point is not None:
                 keys, values = self.prefix_dropout(keys, values, point)
             k, v = in_front(tap("prefix_key", keys), k), in_front(tap("prefix_value", values), v)
-        mixed = tap("mixed", attend(q, k, v, mask_BSS))
+        mixed = tap("mixed", self.attend(q, k, v, visible))
         return self.o_proj(mixed.reshape(B, S, -1), point)
 
     def rotate(self, x_BSHD: Array, cos: Array, sin: Array) -> Array:
@@ -109,12 +110,12 @@ class Block(nnx.Module):
         x_BSE: Array,
         cos: Array,
         sin: Array,
-        mask_BSS: Array,
+        visible: Visible,
         point: DropoutPoint | None,
         prefix_N2KD: Array | None,
     ) -> Array:
         normed = tap("input_norm", self.input_layernorm(x_BSE))
-        mixed = self.self_attn(normed, cos, sin, mask_BSS, point, prefix_N2KD)
+        mixed = self.self_attn(normed, cos, sin, visible, point, prefix_N2KD)
         if self.attention_adapter is not None:
             mixed = self.attention_adapter(mixed)
         x_BSE = rounded(x_BSE + tap("attention", mixed))

@@ -31,5 +31,6 @@ class PromptEmbedding(nnx.Module):
 
 def attach(model: Decoder, method: PromptTuning, site: Site) -> dict[str, np.ndarray]:
     """Let `model` put the prompt before its embeddings; returns no constants."""
+    model.prompt_tokens = method.virtual_tokens
     model.prompt_encoder = nnx.data(PromptEmbedding(site.spec, method, build=model.build))
     return {}

@@ -26,6 +26,7 @@ from trainspec.rng import name_key
 def attach(model: Decoder, method: PTuning, site: Site) -> dict[str, np.ndarray]:
     """Let `model` put the encoder's prompt before its embeddings; returns the LSTM's dropout key."""
     encoder = PromptEncoder(site.spec, method, build=model.build)
+    model.prompt_tokens = method.virtual_tokens
     model.prompt_encoder = nnx.data(encoder)
     if encoder.lstm_head is None:
         return {}

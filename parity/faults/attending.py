@@ -8,7 +8,7 @@ from parity.runs.edit import Edit
 
 # Positions of a document that the window, and the table, of a fault hold; the set-ups' documents are longer.
 REACH = 12
-ATTEND = ("jaxtrain.families.llama:Attention.__call__", "attend(__q, __k, __v, __mask)")
+ATTEND = ("jaxtrain.families.llama:Attention.__call__", "self.attend(__q, __k, __v, __visible)")
 REPEAT = (f"{ATTENTION}:attention", "__x.repeat_interleave(__times, dim=1)")
 
 FAULTS = (
@@ -22,8 +22,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.decoder:Decoder.blocks",
-                    "attention_mask(__segments)",
-                    f"in_window(__it, positions, {REACH})",
+                    "self.spec.window",
+                    str(REACH),
                 ),
             ),
             "torch": (
@@ -87,7 +87,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.decoder:Decoder.blocks",
+                    "jaxtrain.attention.visible:Visible.mask",
                     "jnp.pad(__mask, __widths, constant_values=True)",
                     "jnp.tril(__it)",
                 ),
@@ -136,7 +136,10 @@ FAULTS = (
         where=at_point("mixed"),
         edits={
             "jax": (
-                Edit(*ATTEND, "attend(__q, jax.numpy.roll(__k, 1, 2), jax.numpy.roll(__v, 1, 2), __mask)"),
+                Edit(
+                    *ATTEND,
+                    "self.attend(__q, jax.numpy.roll(__k, 1, 2), jax.numpy.roll(__v, 1, 2), __visible)",
+                ),
             ),
             "torch": (*ATTENTION_WRITTEN_OUT, Edit(*REPEAT, "__it.roll(__times, 1)")),
         },
@@ -148,7 +151,7 @@ FAULTS = (
         cause="kv-grouping",
         where=at_point("mixed"),
         edits={
-            "jax": (Edit(*ATTEND, "attend(__q, __k[:, :, :1], __v[:, :, :1], __mask)"),),
+            "jax": (Edit(*ATTEND, "self.attend(__q, __k[:, :, :1], __v[:, :, :1], __visible)"),),
             "torch": (
                 *ATTENTION_WRITTEN_OUT,
                 Edit(*REPEAT, "__x[:, :1].expand(-1, __x.shape[1] * __times, -1, -1)"),
@@ -163,10 +166,11 @@ FAULTS = (
         where=Where("activation_gradient", r"layers\.1\.rotated_key"),
         edits={
             "jax": (
+                Edit("jaxtrain.attention.reference:attend", "", "from jax import lax, nn"),
                 Edit(
-                    "jaxtrain.layers:attend",
+                    "jaxtrain.attention.reference:attend",
                     "softmax(__scores)",
-                    "jnp.exp(__scores - lax.stop_gradient(jax.nn.logsumexp(__scores, axis=-1, keepdims=True)))",
+                    "jnp.exp(__scores - lax.stop_gradient(nn.logsumexp(__scores, axis=-1, keepdims=True)))",
                 ),
             ),
             "torch": (

@@ -106,9 +106,14 @@ SETUPS: dict[str, str] = {
     "pipe-tied": "the same with a head that is the embedding",
     "pipe-deep": "the same with five layers: stages of three and two",
     "pipe-prefix": "a prefix made by a projection, in the same two stages",
+    "fused-packed": "several documents packed into a row of more than one block, with a fused kernel of attention",
+    "fused-prefix": "three keys and values before every layer's own, with a fused kernel of attention",
+    "fused-window": "a Mistral, whose window is shorter than a record, with a fused kernel of attention",
     "resume": "every weight is trained; the run is resumed after its second step",
     "resume-adapter": "an adapter whose B is not zero, with dropout; the run is resumed after its second step",
 }
+# The backends that run a set-up named "fused-" with a fused kernel; others with the definition, as all do in other set-ups.
+FUSED_IN: tuple[Backend, ...] = ("jax",)
 # A run of these set-ups is compared with one that is not stopped.
 RESUMED = ("resume", "resume-adapter")
 RESUMED_AFTER = 2
@@ -139,6 +144,7 @@ _VARIANTS = {
     "glm": "glm",
     "pipe-tied": "tied",
     "pipe-deep": "deep",
+    "fused-window": "mistral",
 }
 
 
@@ -147,15 +153,21 @@ def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backen
     sections: dict[str, Mapping[str, Any]] = {
         "data": _LEFT,
         "precision": {"policy": precision},
-        "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump(),
+        # Faults of attention are edits of its definition.
+        "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump()
+        | {"attention": "reference"},
     }
     match setup:
         case (
             "full" | "tied" | "bias" | "qwen3" | "tensor" | "tensor-qwen3" | "data" | "data-tensor" | "zero1"
         ):
             pass
-        case "qwen2" | "mistral" | "smollm3" | "glm":
+        case "qwen2" | "mistral" | "smollm3" | "glm" | "fused-window":
             pass
+        case "fused-packed":
+            sections["data"] = {"packing": True, "sequence_tokens": 200}
+        case "fused-prefix":
+            sections["method"] = tiny.method("prefix")
         case "resume" | "resume-adapter":
             # A checkpoint after each step: the one before the newest is there, too.
             sections["checkpoint"] = {"every_steps": 1, "keep": 9}

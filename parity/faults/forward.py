@@ -6,8 +6,8 @@ from parity.faults.fault import Fault, at_point, in_every_backend
 from parity.faults.written_out import ATTENTION, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit
 
-SAME_SEGMENT = "__segments[:, :, None] == __segments[:, None, :]"
-ANY_SEGMENT = "(__segments[:, :, None] > 0) == (__segments[:, None, :] > 0)"
+SAME_SEGMENT = "__own[:, :, None] == __segments[:, None, :]"
+ANY_SEGMENT = "(__own[:, :, None] > 0) == (__segments[:, None, :] > 0)"
 PADDING_AS_WELL = "__it | (__segments[:, None, :] == 0)"
 # torchtrain's own norm, which fp64 runs have, in every precision.
 OWN_NORM = Edit("torchtrain.model:build_model", '__policy == "fp64"', "True")
@@ -121,8 +121,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.families.llama:Attention.__call__",
-                    "attend(__q, __k, __v, __mask)",
-                    "attend(__q * (__q.shape[2] * self.head_dim / x_BSE.shape[-1]) ** 0.5, __k, __v, __mask)",
+                    "self.attend(__q, __k, __v, __visible)",
+                    "self.attend(__q * (__q.shape[2] * self.head_dim / x_BSE.shape[-1]) ** 0.5, __k, __v, __visible)",
                 ),
             ),
             "torch": (
@@ -283,12 +283,12 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.layers:attend",
+                    "jaxtrain.attention.reference:attend",
                     "__q.reshape(__b, __s, __kv, __heads // __kv, __d)",
                     "__q.reshape(__b, __s, __heads // __kv, __kv, __d).swapaxes(2, 3)",
                 ),
                 Edit(
-                    "jaxtrain.layers:attend",
+                    "jaxtrain.attention.reference:attend",
                     'jnp.einsum("bkgqs,bskd->bqkgd", __shares, __v)',
                     "__it.swapaxes(2, 3)",
                 ),

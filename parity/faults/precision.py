@@ -37,8 +37,9 @@ FAULTS = (
         where=at_point("mixed"),
         edits={
             "jax": (
+                Edit("jaxtrain.attention.reference:attend", "", "from jax import lax"),
                 Edit(
-                    "jaxtrain.layers:attend",
+                    "jaxtrain.attention.reference:attend",
                     "softmax(__scores)",
                     "lax.reduce_precision(softmax(lax.reduce_precision(__scores, 8, 7)), 8, 7)",
                 ),

@@ -41,7 +41,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.decoder:Decoder.blocks",
+                    "jaxtrain.attention.visible:Visible.mask",
                     "jnp.pad(__mask, __widths, constant_values=True)",
                     "jnp.pad(__mask, __widths, constant_values=False)",
                 ),

@@ -105,7 +105,7 @@ class Replayer:
 
     def __init__(self, job: Job, like: Replayer | None = None) -> None:
         recipe = load_recipe(Path(job.recipe), job.overrides)
-        self.recipe = recipe.model_copy(update={"plan": Plan(remat=recipe.plan.remat)})
+        self.recipe = recipe.model_copy(update={"plan": Plan(remat=recipe.plan.remat, attention="reference")})
         program = BACKENDS[job.backend].program
         self.run: Run = importlib.import_module(f"{program}.cluster").start(self.recipe)
         self.backend = cast(Reference[Any], importlib.import_module(f"{program}.step"))

@@ -24,7 +24,7 @@ class Devices:
     """The devices of a run: `used` of the `available` ones of a kind, by `processes` processes.
 
     `memory_bytes` is the memory of one device, None where that is the machine's; `packages` are those of the backend
-    whose versions can change numbers.
+    whose versions can change numbers. `attention` is the kernel that attention is computed with, None where it is not known.
     """
 
     backend: Backend
@@ -34,6 +34,7 @@ class Devices:
     processes: int
     packages: tuple[str, ...]
     memory_bytes: int | None = None
+    attention: str | None = None
 
     def __str__(self) -> str:
         share = f"{self.used}" if self.used == self.available else f"{self.used} of {self.available}"

@@ -113,7 +113,7 @@ def opening(recipe: Recipe, devices: Devices, *, name: str, out: Path) -> list[s
         f"{name} {version('twintrain')} with {packages} on Python {platform.python_version()}",
         f"host: {platform.node()}, {system}, {os.cpu_count()} cores, {memory / 2**30:,.1f} GiB of memory",
         f"devices: {devices}",
-        f"plan: {_plan_in_words(recipe.plan)}",
+        f"plan: {_plan_in_words(recipe.plan)}, attention {devices.attention or recipe.plan.attention}",
         f"precision: {policy}, stored in {STORED_DTYPE[policy]}, computed in {COMPUTE_DTYPE[policy]}, "
         f"gradients summed in {COMPUTE_DTYPE[recipe.precision.reduce]}",
         f"writes: {out}",
