@@ -13,8 +13,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -27,19 +27,26 @@ class TurnError(Exception):
     """A program that ended before its turn did, with the last lines that it wrote."""
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a program is started."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 class Program:
     """A process that takes turns. Its first line comes after its first update, without being asked for."""
 
-    def __init__(
-        self, name: str, command: Sequence[str], *, log: Path, environment: Mapping[str, str]
-    ) -> None:
-        self.name, self._log = name, log
+    def __init__(self, launch: Launch, *, log: Path) -> None:
+        self.name, self._log = launch.name, log
         log.parent.mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
         with log.open("w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=os.environ | environment,
+                launch.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env=os.environ | launch.environment,
             )  # fmt: skip
         self._read()
         self.first_seconds = time.monotonic() - self._began
@@ -119,15 +126,6 @@ class Measured:
         return Ratio(median(wall), min(wall), max(wall)), Ratio(median(core), min(core), max(core))
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a program is started."""
-
-    name: str
-    command: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
 def measure(
     launches: Sequence[Launch], *, rounds: int, updates: int, warm_up: int, at_once: bool, logs: Path
 ) -> dict[str, Measured | str]:
@@ -148,27 +146,30 @@ def _measure(
     programs: dict[str, Program] = {}
     found: dict[str, Measured] = {}
     failed: dict[str, str] = {}
+
+    @contextmanager
+    def noting_failure(name: str) -> Iterator[None]:
+        try:
+            yield
+        except TurnError as error:
+            failed[name] = str(error)
+            found.pop(name, None)
+
     try:
         for launch in launches:
-            try:
-                program = Program(
-                    launch.name,
-                    launch.command,
-                    log=logs / f"{launch.name.replace(' ', '-')}.log",
-                    environment=launch.environment,
-                )
-                programs[launch.name] = program
-                program.turn(warm_up)
-                found[launch.name] = Measured(program.first_seconds)
-            except TurnError as error:
-                failed[launch.name] = str(error)
+            with noting_failure(launch.name):
+                log = logs / f"{launch.name.replace(' ', '-')}.log"
+                programs[launch.name] = Program(launch, log=log)
+                programs[launch.name].turn(warm_up)
+                found[launch.name] = Measured(programs[launch.name].first_seconds)
         for number in range(rounds):
-            order = list(found) if number % 2 == 0 else list(found)[::-1]
-            for name in order:
-                took = programs[name].turn(updates)
-                found[name].rounds.append(Turn(took["seconds"] / updates, took["core_seconds"] / updates))
-        for name, measured in found.items():
-            measured.last = programs[name].end()
+            for name in list(found) if number % 2 == 0 else list(found)[::-1]:
+                with noting_failure(name):
+                    took = programs[name].turn(updates)
+                    found[name].rounds.append(Turn(took["seconds"] / updates, took["core_seconds"] / updates))
+        for name in list(found):
+            with noting_failure(name):
+                found[name].last = programs[name].end()
     finally:
         for program in programs.values():
             program.kill()
