@@ -27,7 +27,7 @@ from trainspec.recipe import Recipe, load_recipe
 from trainspec.runs.run import resolve
 
 # How many updates' rows the Trainer's dataset holds: more than any benchmark makes.
-UPDATES = 400
+UPDATES = 120
 
 
 class Turns:
@@ -85,8 +85,9 @@ def make_model(sizes: dict[str, Any], directory: Path) -> None:
 
     dtype = getattr(torch, sizes.pop("dtype", "float32"))
     torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype)
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
     model.save_pretrained(directory, max_shard_size="2GB")
 
 
