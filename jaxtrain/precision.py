@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -48,3 +49,13 @@ def computed_wide(function: Callable[..., Array]) -> Callable[..., Array]:
 def in_accumulation_type(x: Array) -> Array:
     """x in the type in which sums of it are made."""
     return x.astype(accumulation_dtype(x.dtype))
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this machine's processor has instructions for products of bfloat16 matrices that are worth using: AMX."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "amx_bf16" in facts.split()

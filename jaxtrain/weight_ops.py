@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxtrain.precision import accumulation_dtype
+from jaxtrain.precision import accumulation_dtype, cpu_multiplies_bfloat16, in_accumulation_type
 from jaxtrain.rounding import NO_SUMS, Contraction, Sums, contraction, rounded
 from jaxtrain.sharding import WeightSharding
 
@@ -172,26 +172,36 @@ def _gathered(value: Array, beside: Array, sharding: WeightSharding) -> Array:
 
 
 def _product(x: Array, w: Array) -> Array:
-    """x [..., in] times w [in, out], in the type of both.
-
-    XLA's kernels for a CPU take bfloat16 numbers where the sums are stored in float32, as they are made; asked for bfloat16, the
-    compiler makes float32 copies of x and w first. Other devices round the sums as they store them.
-    """
-    wide = accumulation_dtype(x.dtype)
-    if wide == x.dtype:
-        return x @ w
-    return lax.platform_dependent(
-        x,
-        w,
-        cpu=lambda x, w: jnp.matmul(x, w, preferred_element_type=wide).astype(x.dtype),
-        default=lambda x, w: x @ w,
-    )
+    """x [..., in] times w [in, out], in the type of both."""
+    return _contracted(x, w, (((x.ndim - 1,), (0,)), ((), ())), x.dtype)
 
 
 def _sum_of_products(a: Array, b: Array, dtype: DTypeLike) -> Array:
     """a [..., m] and b [..., n] contracted over all leading dimensions: [m, n], summed in `dtype`."""
     leading = tuple(range(a.ndim - 1))
-    return lax.dot_general(a, b, ((leading, leading), ((), ())), preferred_element_type=dtype)
+    return _contracted(a, b, ((leading, leading), ((), ())), dtype)
+
+
+def _contracted(a: Array, b: Array, dims: lax.DotDimensionNumbers, dtype: DTypeLike) -> Array:
+    """The contraction of a and b in `dtype`.
+
+    On a CPU bfloat16 is multiplied as `on_cpu` says: as its compiler would do it, it is slower on every kind.
+    """
+
+    def as_asked(a: Array, b: Array) -> Array:
+        return lax.dot_general(a, b, dims, preferred_element_type=jnp.dtype(dtype))
+
+    def on_cpu(a: Array, b: Array) -> Array:
+        # Where the processor multiplies bfloat16, XLA's kernel does if the sums are stored in float32, as they are made. Where it
+        # does not, float32 copies of the factors are multiplied faster than the factors themselves.
+        if not cpu_multiplies_bfloat16():
+            a, b = in_accumulation_type(a), in_accumulation_type(b)
+        sums = lax.dot_general(a, b, dims, preferred_element_type=accumulation_dtype(a.dtype))
+        return sums.astype(dtype)
+
+    if a.dtype != jnp.bfloat16:
+        return as_asked(a, b)
+    return lax.platform_dependent(a, b, cpu=on_cpu, default=as_asked)
 
 
 def _sum_over_leading(x: Array) -> Array:
