@@ -172,36 +172,36 @@ def _gathered(value: Array, beside: Array, sharding: WeightSharding) -> Array:
 
 
 def _product(x: Array, w: Array) -> Array:
-    """x [..., in] times w [in, out], in the type of both."""
-    return _contracted(x, w, (((x.ndim - 1,), (0,)), ((), ())), x.dtype)
+    """x [..., in] times w [in, out], in the type of both.
+
+    Where a CPU multiplies bfloat16, XLA's kernel for it does if the sums are stored in float32, as they are made; asked for
+    bfloat16, the compiler multiplies float32 copies of x and w, which elsewhere is the faster way.
+    """
+    if x.dtype != jnp.bfloat16 or not cpu_multiplies_bfloat16():
+        return x @ w
+
+    def on_cpu(x: Array, w: Array) -> Array:
+        return jnp.matmul(x, w, preferred_element_type=accumulation_dtype(x.dtype)).astype(x.dtype)
+
+    return lax.platform_dependent(x, w, cpu=on_cpu, default=jnp.matmul)
 
 
 def _sum_of_products(a: Array, b: Array, dtype: DTypeLike) -> Array:
-    """a [..., m] and b [..., n] contracted over all leading dimensions: [m, n], summed in `dtype`."""
-    leading = tuple(range(a.ndim - 1))
-    return _contracted(a, b, ((leading, leading), ((), ())), dtype)
+    """a [..., m] and b [..., n] contracted over all leading dimensions: [m, n], summed in `dtype`.
 
-
-def _contracted(a: Array, b: Array, dims: lax.DotDimensionNumbers, dtype: DTypeLike) -> Array:
-    """The contraction of a and b in `dtype`.
-
-    On a CPU bfloat16 is multiplied as `on_cpu` says: as its compiler would do it, it is slower on every kind.
+    A CPU that does not multiply bfloat16 is given float32 copies where it sums in float32: the compiler would make none.
     """
+    leading = tuple(range(a.ndim - 1))
 
-    def as_asked(a: Array, b: Array) -> Array:
-        return lax.dot_general(a, b, dims, preferred_element_type=jnp.dtype(dtype))
+    def contracted(a: Array, b: Array) -> Array:
+        return lax.dot_general(a, b, ((leading, leading), ((), ())), preferred_element_type=jnp.dtype(dtype))
 
-    def on_cpu(a: Array, b: Array) -> Array:
-        # Where the processor multiplies bfloat16, XLA's kernel does if the sums are stored in float32, as they are made. Where it
-        # does not, float32 copies of the factors are multiplied faster than the factors themselves.
-        if not cpu_multiplies_bfloat16():
-            a, b = in_accumulation_type(a), in_accumulation_type(b)
-        sums = lax.dot_general(a, b, dims, preferred_element_type=accumulation_dtype(a.dtype))
-        return sums.astype(dtype)
+    def of_copies(a: Array, b: Array) -> Array:
+        return contracted(in_accumulation_type(a), in_accumulation_type(b))
 
-    if a.dtype != jnp.bfloat16:
-        return as_asked(a, b)
-    return lax.platform_dependent(a, b, cpu=on_cpu, default=as_asked)
+    if a.dtype == dtype or cpu_multiplies_bfloat16():
+        return contracted(a, b)
+    return lax.platform_dependent(a, b, cpu=of_copies, default=contracted)
 
 
 def _sum_over_leading(x: Array) -> Array:

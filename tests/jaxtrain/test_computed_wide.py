@@ -46,21 +46,33 @@ def test_a_result_is_rounded_once(found: dict[str, Any], function: str):
     assert found[f"bfloat16 {function} step by step"]["off"] > results // 10
 
 
-@pytest.mark.parametrize("name", ["product", "sums"])
+# Of a product and of the float32 sums over rows: the types of factors and result, and whether the factors are copies in float32.
+MULTIPLIED = {
+    "product with instructions": ("bf16", "f32", False),
+    "product without instructions": ("bf16", "bf16", False),
+    "sums with instructions": ("bf16", "f32", False),
+    "sums without instructions": ("f32", "f32", True),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
 def test_a_cpu_multiplies_bfloat16_where_it_has_instructions_for_that(found: dict[str, Any], name: str):
-    programs = {
-        kind: re.findall(
-            r"dot_general.*: \((.*)\) -> (.*)", found["bfloat16 products"][f"{name} {kind} program"]
-        )
-        for kind in ("with instructions", "without instructions")
-    }
-    for kind, factors in (("with instructions", "xbf16>"), ("without instructions", "xf32>")):
-        [(taken, given)] = programs[kind]
-        assert taken.count(factors) == 2, kind
-        assert "xf32>" in given, kind
-    # Factors of 16 bits make products without rounding, so that only the order of the sums is another.
-    results = [np.array(found["bfloat16 products"][f"{name} {kind}"]) for kind in programs]
-    assert np.max(np.abs(results[0] - results[1])) <= 2**-7 * np.max(np.abs(results[0]))
+    factor, result, are_copies = MULTIPLIED[name]
+    program = found["bfloat16 products"][f"{name} program"]
+    [(taken, given)] = re.findall(r"dot_general.*: \((.*)\) -> (.*)", program)
+    assert (taken.count(f"x{factor}>"), given.count(f"x{result}>")) == (2, 1)
+    assert (
+        bool(re.search(r"convert .*xbf16>\) -> tensor<.*xf32>", program.partition("dot_general")[0]))
+        == are_copies
+    )
+
+
+@pytest.mark.parametrize(("name", "rounding"), [("product", 2**-8), ("sums", 2**-20)])
+def test_either_way_gives_the_same_but_for_rounding(found: dict[str, Any], name: str, rounding: float):
+    one, other = (
+        np.array(found["bfloat16 products"][f"{name} {kind} instructions"]) for kind in ("with", "without")
+    )
+    assert np.max(np.abs(one - other)) <= 2 * rounding * np.max(np.abs(one))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
