@@ -22,13 +22,14 @@ from pathlib import Path
 from bench_recipe import HOME, METHODS, PROGRAMS, Case, has_gpu, launch
 from turns import Launch, Measured, command_line, machine, measure
 
+from trainspec.errors import UserError
 from trainspec.methods import trainable_table
 from trainspec.recipe import load_recipe
 from trainspec.runs.run import Run, resolve
 
 POLICIES = ("fp32", "bf16")
 # Llama-3.1-8B, LoRA of rank 16 on all linear layers, dropout 0.1, rows of 4096, 2 per part, on one H100 in bfloat16:
-# NVIDIA NeMo AutoModel, docs/performance-summary. It has 16 parts per update, we have 4: the optimizer's share is smaller still.
+# NVIDIA NeMo AutoModel, docs/performance-summary. It has 16 parts per update, we have 4: the optimizer comes four times as often.
 PUBLIC_TOKENS_PER_SECOND, PUBLIC_TFLOPS = 12473, 402
 GIB = 2**30
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--remat", nargs="+", choices=("none", "full"), default=["none", "full"], help="of 8b-widths, 8b"
     )
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="plan.KEY=VALUE",
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="plan.KEY=VALUE", type=plan_setting,
                         help="a setting of ours, such as plan.attention=reference")  # fmt: skip
     parser.add_argument(
         "--before", type=Path, help="another checkout, whose jaxtrain and torchtrain take turns as well"
@@ -65,10 +66,13 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = arguments.only or (["8b-widths", "8b"] if has_gpu() else ["28m"])
     print(f"`{command_line()}`\n\n{machine()}\n", flush=True)
-    settings = tuple(tuple(setting.split("=", 1)) for setting in arguments.settings)
     for case in cases(chosen, arguments.methods, arguments.policies, arguments.remat):
-        case = replace(case.tiny() if arguments.tiny else case, settings=settings)
+        case = replace(case.tiny() if arguments.tiny else case, settings=tuple(arguments.settings))
         recipe = case.write()
+        try:
+            run = resolve(load_recipe(recipe, []))
+        except UserError as error:
+            parser.error(str(error))
         found = measure(
             launches(arguments.programs, recipe, arguments.before),
             rounds=arguments.rounds,
@@ -77,7 +81,15 @@ def main() -> None:
             at_once=not has_gpu(),
             logs=HOME / case.slug,
         )
-        print("\n".join(table(case, resolve(load_recipe(recipe, [])), found)) + "\n", flush=True)
+        print("\n".join(table(case, run, found)) + "\n", flush=True)
+
+
+def plan_setting(text: str) -> tuple[str, str]:
+    """KEY and VALUE of `plan.KEY=VALUE`."""
+    key, equals, value = text.partition("=")
+    if not (key.startswith("plan.") and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not plan.KEY=VALUE")
+    return key, value
 
 
 def available() -> Iterator[str]:
