@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain import weight_ops
 from jaxtrain.layers import rotate, swiglu
@@ -54,13 +55,18 @@ def autodiff(function: Callable[..., Array]) -> Callable[..., Array]:
 def products(arguments: Sequence[Array]) -> dict[str, Any]:
     """A product and its sums over rows, for each kind of processor: the program that is compiled, and the results."""
     x, w = arguments[0].reshape(4, -1, 8), arguments[1].reshape(-1, 8).T
+    here = NamedSharding(jax.make_mesh((1,), ("one",), devices=jax.devices()[:1]), PartitionSpec())
+    like = jax.ShapeDtypeStruct(
+        (8, 8), arguments[0].dtype if arguments[0].dtype.itemsize > 4 else "float32", sharding=here
+    )
     found: dict[str, Any] = {}
     for multiplies in (True, False):
         weight_ops.cpu_multiplies_bfloat16 = lambda answer=multiplies: answer
         # A new function each time: JAX would give what it has traced before.
         for name, run in (
-            ("product", lambda x, w: weight_ops._product(x, w)),
-            ("sums", lambda x, w: weight_ops._sum_of_products(x, x, jnp.float32)),
+            ("product", lambda x, w: weight_ops._product(x, w, "cpu")),
+            ("product for a TPU", lambda x, w: weight_ops._product(x, w, "tpu")),
+            ("sums", lambda x, w: weight_ops._sum_of_products(x, x, like)),
         ):
             key = f"{name} {'with' if multiplies else 'without'} instructions"
             found[f"{key} program"] = jax.jit(run).lower(x, w).as_text()

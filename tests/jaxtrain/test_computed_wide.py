@@ -50,6 +50,7 @@ def test_a_result_is_rounded_once(found: dict[str, Any], function: str):
 MULTIPLIED = {
     "product with instructions": ("bf16", "f32", False),
     "product without instructions": ("bf16", "bf16", False),
+    "product for a TPU with instructions": ("bf16", "bf16", False),
     "sums with instructions": ("bf16", "f32", False),
     "sums without instructions": ("f32", "f32", True),
 }
