@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from statistics import median
+from typing import Any
 
 from bench_recipe import MODELS, Case, model_config
 from turns import command_line, machine
@@ -70,7 +71,7 @@ def compiled(layers: int, policy: str, method: str) -> dict[str, float]:
     run = start(recipe)
     program = Program(run, make_mesh(recipe.plan))
     storage = program.storage
-    stored = storage.shapes(run.trained, "optimizer", storage.stored_dtype)
+    stored: Any = storage.shapes(run.trained, "optimizer", storage.stored_dtype)
     trainable = storage.shapes(run.trained, "weights", storage.compute_dtype)
     frozen = storage.shapes(run.frozen, "weights", storage.compute_dtype)
     frozen |= {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, v in program.constants.items()}

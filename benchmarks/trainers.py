@@ -97,7 +97,8 @@ def train_ours(package: str, recipe: Recipe, turns: Turns) -> None:
     from trainspec.runs.observers import Observer, Update
     from trainspec.runs.run_data import open_data
 
-    cluster, step = (importlib.import_module(f"{package}.{module}") for module in ("cluster", "step"))
+    cluster: Any = importlib.import_module(f"{package}.cluster")
+    step: Any = importlib.import_module(f"{package}.step")
 
     class InTurns(Observer[Any]):
         def updated(self, state: Any, update: Update) -> Update:
@@ -136,7 +137,9 @@ def hugging_face_model(recipe: Recipe) -> Any:
 
     method, is_bf16 = recipe.method, recipe.precision.policy == "bf16"
     dtype = torch.bfloat16 if is_bf16 and isinstance(method, LoRA) else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(recipe.model.from_, dtype=dtype, attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        recipe.model.from_, dtype=dtype, attn_implementation="sdpa"
+    )
     model.config.use_cache = False
     if isinstance(method, LoRA):
         adapter = LoraConfig(
@@ -200,7 +203,7 @@ def train_with_trainer(recipe: Recipe, turns: Turns, *, with_liger: bool) -> Non
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     settings, batch = recipe.optimizer, recipe.batch
-    rows = [
+    rows: Any = [
         {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
         for parts in microbatches(recipe, range(UPDATES))
         for part in parts
@@ -212,7 +215,7 @@ def train_with_trainer(recipe: Recipe, turns: Turns, *, with_liger: bool) -> Non
 
         def get_train_dataloader(self) -> DataLoader:
             collate = self.data_collator
-            return DataLoader(rows, batch_size=self._train_batch_size, collate_fn=collate)  # pyright: ignore[reportArgumentType]
+            return DataLoader(rows, batch_size=self._train_batch_size, collate_fn=collate)
 
         def training_step(self, *args: Any, **named: Any) -> Any:
             loss = super().training_step(*args, **named)

@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from jaxtrain.precision import accumulation_dtype, cpu_multiplies_bfloat16, in_accumulation_type
 from jaxtrain.rounding import NO_SUMS, Contraction, Sums, contraction, rounded
@@ -174,6 +174,7 @@ def _gathered(value: Array, beside: Array, sharding: WeightSharding) -> Array:
 def _platform(sharding: Sharding | None) -> str:
     """That of the devices that a program is for, which may not be here."""
     assert isinstance(sharding, NamedSharding)
+    assert isinstance(sharding.mesh, Mesh)
     return sharding.mesh.devices.flat[0].platform
 
 

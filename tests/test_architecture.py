@@ -51,7 +51,7 @@ LAYERS = {
         ("feed", "storage", "weight_ops"),
         ("sharding",),
         ("cluster", "mesh", "weights", "optim", "loss", "dropout"),
-        ("precision", "rounding", "_jax"),
+        ("precision", "rounding", "allocator", "_jax"),
     ),
     "torchtrain": (
         ("cli",),
