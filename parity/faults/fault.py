@@ -150,12 +150,13 @@ _VARIANTS = {
 
 def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backend) -> Recipe:
     """The recipe that a backend trains in a set-up of `SETUPS`; on one device if it refuses the plan."""
+    # Faults of attention are edits of its definition, but for those of a kernel.
+    attention = "fused" if setup.startswith("fused-") and backend in FUSED_IN else "reference"
+    plan = runs_as(PLANS.get(setup, Plan()), precision, backend)
     sections: dict[str, Mapping[str, Any]] = {
         "data": _LEFT,
         "precision": {"policy": precision},
-        # Faults of attention are edits of its definition.
-        "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump()
-        | {"attention": "reference"},
+        "plan": plan.model_dump() | {"attention": attention},
     }
     match setup:
         case (

@@ -50,14 +50,14 @@ FAULTS = (
         imitates="attention to a prefix and to tokens is joined by a log-sum-exp that has no gradient",
         source="jax.nn.dot_product_attention(return_residual=True) stops it; SHI-Labs/NATTEN#299",
         cause="attention-gradient",
-        where=Where("activation_gradient", r"layers\.1\.rotated_key"),
+        where=Where("activation_gradient", r"layers\.1\.prefix_key"),
         edits={
             "jax": (
                 Edit(GRADIENTS, "", "from parity.faults.substitutes.jax_attention import means_of_parts"),
                 Edit(
                     GRADIENTS,
-                    "__d_shares - __mean[..., None]",
-                    "__d_shares - means_of_parts(shares, __d_shares, operands.visible.prefix)",
+                    "__shares * (__d_shares - __mean[..., None])",
+                    "__shares * (__d_shares - means_of_parts(__shares, __d_shares, operands.visible.prefix))",
                 ),
             )
         },
