@@ -49,8 +49,8 @@ TWINTRAIN_BACKEND=jax $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder 
 TWINTRAIN_BACKEND=torch $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) tests/backends tests/torchtrain
 endef
 
-bench: $(MODEL)/made-with.json ## time the train step of both backends, in turns
-	$(BIN)/python benchmarks/train_step.py
+bench: $(MODEL)/made-with.json ## time both backends, torch eager and the Trainer, in turns
+	$(BIN)/python benchmarks/beside_trainer.py
 
 docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold results
 	$(BIN)/python benchmarks/memory_and_traffic.py --page docs/memory-and-traffic.md

@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import jax
 
 from jaxtrain import _jax
+from jaxtrain.allocator import keep_freed_memory
 from jaxtrain.compilation import use_cache
 from jaxtrain.precision import use_precision
 from trainspec.backends import BACKENDS
@@ -69,6 +70,8 @@ def set_up(run: Run) -> None:
     devices, processes = recipe.plan.devices, cluster.processes
     _make_cpu_devices(devices, processes=processes)
     check_accelerators()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     available = jax.device_count()
     if available < devices or (processes > 1 and available != devices):
         raise PlanError(

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.precision import accumulation_dtype
+from jaxtrain.precision import accumulation_dtype, computed_wide
 from jaxtrain.rounding import rounded
 from jaxtrain.sharding import Constrain
 from jaxtrain.weight_ops import lookup, matmul, matmul_transposed, scale, shift
@@ -126,10 +126,12 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        x_wide = x.astype(accumulation_dtype(x.dtype))
-        mean = rounded(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True), "wide", terms=x.shape[-1])
-        normed = x_wide * lax.rsqrt(mean + self.eps)
-        return scale(rounded(normed.astype(x.dtype)), self.scale.get_value())
+        @computed_wide
+        def normed(x_wide: Array) -> Array:
+            mean = rounded(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True), "wide", terms=x.shape[-1])
+            return x_wide * lax.rsqrt(mean + self.eps)
+
+        return scale(rounded(normed(x)), self.scale.get_value())
 
 
 def rotary_tables(spec: ModelSpec, positions_BS: Array, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -146,10 +148,17 @@ def rotary_tables(spec: ModelSpec, positions_BS: Array, dtype: DTypeLike) -> tup
     return cos.astype(dtype), sin.astype(dtype)
 
 
+@computed_wide
 def rotate(x_BSHD: Array, cos: Array, sin: Array) -> Array:
     """Rotary embedding, Llama's pairing: element d turns with element d + D/2 (RoFormer, arXiv 2104.09864)."""
     first, second = jnp.split(x_BSHD, 2, axis=-1)
     return rounded(x_BSHD * cos + jnp.concatenate([-second, first], axis=-1) * sin)
+
+
+@computed_wide
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up, arXiv 2002.05202."""
+    return rounded(rounded(jax.nn.silu(gate)) * up)
 
 
 def attention_mask(segments_BS: Array, queries: Array | None = None, end: int | None = None) -> Array:

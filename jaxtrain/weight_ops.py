@@ -16,9 +16,9 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
+from jax.sharding import Mesh, NamedSharding, Sharding
 
-from jaxtrain.precision import accumulation_dtype
+from jaxtrain.precision import accumulation_dtype, cpu_multiplies_bfloat16, in_accumulation_type
 from jaxtrain.rounding import NO_SUMS, Contraction, Sums, contraction, rounded
 from jaxtrain.sharding import WeightSharding
 
@@ -44,15 +44,15 @@ class BoundWeight:
 
 
 class _Operation(NamedTuple):
-    """forward(x, w), and its gradients: by x from (dy, w), by w from (dy, x, like); w is gathered.
+    """forward(x, w, platform), and its gradients: by x from (dy, w, platform), by w from (dy, x, like); w is gathered.
 
-    The weight's gradient has the shape and type of `like`, and is summed in that type. `contracts` says whether `forward`
+    The weight's gradient has the shape and type of `like`, and is summed in that type; `like` has the sharding of the weight in use. `contracts` says whether `forward`
     and the gradient by x are sums over features, `sums_positions` whether that by w is one over positions, `sums_ids` whether a row
     of it is one over the positions with its id.
     """
 
-    forward: Callable[[Array, Array], Array]
-    input_gradient: Callable[[Array, Array], Array | None]
+    forward: Callable[[Array, Array, str], Array]
+    input_gradient: Callable[[Array, Array, str], Array | None]
     weight_gradient: Callable[[Array, Array, jax.ShapeDtypeStruct], Array]
     contracts: bool = False
     sums_positions: bool = False
@@ -129,7 +129,7 @@ def _forward(
 ) -> tuple[Array, tuple[Array, BoundWeight, Contraction | None]]:
     value = select_chunk(weight.value, weight.chunk)
     factor = rounds.factor(x, x.shape[-1], 0) if rounds and operation.contracts else x
-    y = operation.forward(factor, _gathered(value, x, weight.sharding))
+    y = operation.forward(factor, _gathered(value, x, weight.sharding), _platform(weight.sharding.in_use))
     return y, (x, replace(weight, grad_placeholder=None), rounds)
 
 
@@ -140,7 +140,7 @@ def _backward(
     sharding, value = weight.sharding, select_chunk(weight.value, weight.chunk)
     dw = None
     if sharding.gradient is not None:
-        like = jax.ShapeDtypeStruct(value.shape, sharding.gradient_dtype)
+        like = jax.ShapeDtypeStruct(value.shape, sharding.gradient_dtype, sharding=sharding.in_use)
         from_term, from_sum = _num_summed(operation, dy, x, like) if rounds else (0, 0)
         factor = rounds.factor(dy, from_term, 1) if rounds else dy
         dw = operation.weight_gradient(factor, x, like)
@@ -150,7 +150,7 @@ def _backward(
         dw = lax.with_sharding_constraint(dw, sharding.gradient)
         dw = _scatter_chunk(dw, weight.chunk, len(weight.value))
     factor = rounds.factor(dy, dy.shape[-1], 2) if rounds and operation.contracts else dy
-    dx = operation.input_gradient(factor, _gathered(value, dy, sharding))
+    dx = operation.input_gradient(factor, _gathered(value, dy, sharding), _platform(sharding.in_use))
     if rounds and operation.contracts:
         dx = rounds.total(cast(Array, dx), dy.shape[-1], 3)
     # A cotangent of None is zero: only the placeholder's is wanted.
@@ -196,10 +196,33 @@ def _gathered(value: Array, beside: Array, sharding: WeightSharding) -> Array:
     return lax.with_sharding_constraint(value, sharding.in_use)
 
 
-def _sum_of_products(a: Array, b: Array, dtype: DTypeLike) -> Array:
-    """a [..., m] and b [..., n] contracted over all leading dimensions: [m, n], summed in `dtype`."""
+def _platform(sharding: Sharding | None) -> str:
+    """That of the devices that a program is for, which may not be here."""
+    assert isinstance(sharding, NamedSharding)
+    assert isinstance(sharding.mesh, Mesh)
+    return sharding.mesh.devices.flat[0].platform
+
+
+def _product(x: Array, w: Array, platform: str) -> Array:
+    """x [..., in] times w [in, out], in the type of both.
+
+    Where a CPU multiplies bfloat16, XLA's kernel for it does if the sums are stored in float32, as they are made; asked for
+    bfloat16, the compiler multiplies float32 copies of x and w, which elsewhere is the faster way.
+    """
+    if x.dtype == jnp.bfloat16 and platform == "cpu" and cpu_multiplies_bfloat16():
+        return jnp.matmul(x, w, preferred_element_type=accumulation_dtype(x.dtype)).astype(x.dtype)
+    return x @ w
+
+
+def _sum_of_products(a: Array, b: Array, like: jax.ShapeDtypeStruct) -> Array:
+    """a [..., m] and b [..., n] contracted over all leading dimensions: [m, n], summed in the type of `like`.
+
+    A CPU that does not multiply bfloat16 is given float32 copies where it sums in float32: the compiler would make none.
+    """
+    if a.dtype != like.dtype and _platform(like.sharding) == "cpu" and not cpu_multiplies_bfloat16():
+        a, b = in_accumulation_type(a), in_accumulation_type(b)
     leading = tuple(range(a.ndim - 1))
-    return lax.dot_general(a, b, ((leading, leading), ((), ())), preferred_element_type=dtype)
+    return lax.dot_general(a, b, ((leading, leading), ((), ())), preferred_element_type=like.dtype)
 
 
 def _sum_over_leading(x: Array) -> Array:
@@ -214,39 +237,39 @@ def _sum_by_id(vectors: Array, ids: Array, like: jax.ShapeDtypeStruct) -> Array:
 
 
 _MATMUL = _Operation(
-    forward=lambda x, w: x @ w,
-    input_gradient=lambda dy, w: dy @ w.T,
-    weight_gradient=lambda dy, x, like: _sum_of_products(x, dy, like.dtype),
+    forward=_product,
+    input_gradient=lambda dy, w, platform: _product(dy, w.T, platform),
+    weight_gradient=lambda dy, x, like: _sum_of_products(x, dy, like),
     contracts=True,
     sums_positions=True,
 )
 _MATMUL_TRANSPOSED = _Operation(
-    forward=lambda x, w: x @ w.T,
-    input_gradient=lambda dy, w: dy @ w,
-    weight_gradient=lambda dy, x, like: _sum_of_products(dy, x, like.dtype),
+    forward=lambda x, w, platform: _product(x, w.T, platform),
+    input_gradient=_product,
+    weight_gradient=lambda dy, x, like: _sum_of_products(dy, x, like),
     contracts=True,
     sums_positions=True,
 )
 _SCALE = _Operation(
-    forward=lambda x, w: w * x,
-    input_gradient=lambda dy, w: w * dy,
+    forward=lambda x, w, _: w * x,
+    input_gradient=lambda dy, w, _: w * dy,
     weight_gradient=lambda dy, x, like: _sum_over_leading(dy.astype(like.dtype) * x.astype(like.dtype)),
     sums_positions=True,
 )
 _SHIFT = _Operation(
-    forward=lambda x, w: x + w,
-    input_gradient=lambda dy, w: dy,
+    forward=lambda x, w, _: x + w,
+    input_gradient=lambda dy, w, _: dy,
     weight_gradient=lambda dy, x, like: _sum_over_leading(dy.astype(like.dtype)),
     sums_positions=True,
 )
 _LOOKUP = _Operation(
-    forward=lambda ids, w: w[ids],
-    input_gradient=lambda dy, w: None,
+    forward=lambda ids, w, _: w[ids],
+    input_gradient=lambda dy, w, _: None,
     weight_gradient=lambda dy, ids, like: _sum_by_id(dy, ids, like),
     sums_ids=True,
 )
 _READ = _Operation(
-    forward=lambda zero, w: w.astype(zero.dtype),
-    input_gradient=lambda dy, w: None,
+    forward=lambda zero, w, _: w.astype(zero.dtype),
+    input_gradient=lambda dy, w, _: None,
     weight_gradient=lambda dy, zero, like: dy.astype(like.dtype),
 )

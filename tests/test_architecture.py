@@ -53,7 +53,7 @@ LAYERS = {
         ("feed", "storage", "weight_ops"),
         ("sharding",),
         ("cluster", "mesh", "weights", "optim", "loss", "dropout"),
-        ("precision", "rounding", "compilation", "_jax"),
+        ("precision", "rounding", "compilation", "allocator", "_jax"),
     ),
     "torchtrain": (
         ("cli",),

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxtrain.activations import tap
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.families.llama import Attention, Block, Llama, SwiGLU
-from jaxtrain.layers import Build, Dim, Linear
+from jaxtrain.layers import Build, Dim, Linear, swiglu
+from jaxtrain.precision import computed_wide
 from jaxtrain.rounding import rounded
 from trainspec.model import ModelSpec
 
 
+@computed_wide
 def rotate_neighbours(x_BSHD: Array, cos: Array, sin: Array) -> Array:
     """Rotary embedding of the first R elements of each head: element 2j turns with 2j + 1. The tables are of halves."""
     R = cos.shape[-1]
@@ -49,7 +50,7 @@ class FusedSwiGLU(SwiGLU):
             self.constrain(half_BSM, ("batch", "seq", "mlp"))
             for half_BSM in jnp.split(self.gate_up_proj(x_BSE, point), 2, axis=-1)
         )
-        product = tap("product", rounded(rounded(jax.nn.silu(gate)) * up))
+        product = tap("product", swiglu(gate, up))
         return self.down_proj(product, point)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-import jax
 from flax import nnx
 from jax import Array
 
@@ -16,7 +15,7 @@ from jaxtrain.activations import tap
 from jaxtrain.attention.visible import Visible
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import Build, Dim, Embedding, Linear, RMSNorm, in_front, repeated, rotate
+from jaxtrain.layers import Build, Dim, Embedding, Linear, RMSNorm, in_front, repeated, rotate, swiglu
 from jaxtrain.rounding import rounded
 from trainspec.model import ModelSpec
 
@@ -88,7 +87,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
         gate, up = tap("gate", self.gate_proj(x_BSE, point)), tap("up", self.up_proj(x_BSE, point))
-        product = tap("product", rounded(rounded(jax.nn.silu(gate)) * up))
+        product = tap("product", swiglu(gate, up))
         return self.down_proj(product, point)
 
 

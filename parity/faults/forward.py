@@ -230,8 +230,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.layers:RMSNorm.__call__",
-                    "scale(rounded(__normed.astype(__dtype)), __weight)",
-                    "scale(rounded(__normed), __weight).astype(__dtype)",
+                    "scale(rounded(normed(__x)), __weight)",
+                    "scale(rounded(normed.__wrapped__(__x.astype(accumulation_dtype(__x.dtype)))), __weight).astype(__x.dtype)",
                 ),
             ),
             "torch": (
@@ -312,7 +312,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.families.llama:SwiGLU.__call__",
+                    "jaxtrain.layers:swiglu",
                     "rounded(jax.nn.silu(__gate)) * __up",
                     "rounded(jax.nn.silu(__up)) * __gate",
                 ),

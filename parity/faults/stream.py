@@ -121,7 +121,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.families.llama:SwiGLU.__call__",
+                    "jaxtrain.layers:swiglu",
                     "jax.nn.silu(__gate)",
                     "jax.nn.gelu(__gate, approximate=False)",
                 ),
