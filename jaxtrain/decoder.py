@@ -41,7 +41,7 @@ class Decoder(nnx.Module):
     def __init__(self, spec: ModelSpec, *, remat: str, build: Build) -> None:
         self.spec, self.remat, self.build = spec, remat, build
         self.prompt_encoder: Encoder | None = None
-        # Of a prompt.
+        # How many virtual tokens stand at the beginning of a row.
         self.prompt_tokens = 0
         # Whether a prefix has positions before those of the tokens, and leaves a window.
         self.prefix_is_before = True

@@ -1,9 +1,9 @@
 """What the families' models are built from, as flax.nnx modules and functions: layers, norms, rotation, masks.
 
-B batch, S sequence (with the virtual tokens of a prompt), E embed, H query heads, K kv heads,
-D head dim, N virtual tokens, T keys (those of a prefix in front), Q queries. Weights are [in, out]; those of a stack of layers have its length in front. Modules are
-created abstract (shapes only), and merged with weights (`weight_ops.BoundWeight`) for each call: so everything around
-them is a function of plain dicts.
+B batch, S sequence (with the virtual tokens of a prompt), E embed, H query heads, K kv heads, D head dim, N virtual tokens,
+T keys (those of a prefix in front), Q queries. Weights are [in, out]; those of a stack of layers have its length in front.
+Modules are created abstract (shapes only), and merged with weights (`weight_ops.BoundWeight`) for each call: so everything
+around them is a function of plain dicts.
 """
 
 from __future__ import annotations

@@ -71,10 +71,11 @@ def attend(q_BSHD: Array, k_BTKD: Array, v_BTKD: Array, visible: Visible) -> Arr
 
 def _forward(q_BSHD: Array, k_BTKD: Array, v_BTKD: Array, visible: Visible) -> tuple[Array, _Kept]:
     q, k, v = _grouped(q_BSHD, k_BTKD.shape[2]), jnp.swapaxes(k_BTKD, 1, 2), jnp.swapaxes(v_BTKD, 1, 2)
-    parts = [
-        _each_block(partial(_mixed, _Operands.of(section, q, k, v, visible)), section)
-        for section in sections(q_BSHD.shape[1])
-    ]
+    parts: list[tuple[Array, Array]] = []
+    for section in sections(q_BSHD.shape[1]):
+        earlier = parts[-1][0] if parts else None
+        operands = _Operands.of(section, q, k, v, visible)
+        parts.append(_each_block(partial(_mixed, operands, earlier), section))
     mixed, log_sum = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
     return _ungrouped(mixed), _Kept(q, k, v, visible, mixed, log_sum)
 
@@ -86,11 +87,12 @@ def _backward(kept: _Kept, d_mixed_BSHD: Array) -> tuple[Array, Array, Array, No
     # What the softmax takes from every score's cotangent: their mean under the shares.
     mean_BKSG = jnp.sum(d_mixed.astype(wide) * mixed.astype(wide), axis=-1)
     dk, dv = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
-    dq = []
+    dq: list[Array] = []
     for section in sections(q.shape[2]):
         operands = _Operands.of(section, q, k, v, visible)
         keys = operands.k_BKED.shape[2]
-        block = partial(_gradients, operands, _Given(d_mixed, mean_BKSG, log_sum))
+        earlier = dq[-1] if dq else None
+        block = partial(_gradients, operands, _Given(d_mixed, mean_BKSG, log_sum), earlier)
         totals = (dk[:, :, :keys], dv[:, :, :keys])
         if section.blocks == 1:
             totals, dq_BKRGD = block(totals, section.begin)
@@ -130,9 +132,9 @@ class _Operands(NamedTuple):
         """Those of x [B, K, S, ...] that are a block's, which begins with the query `begin`."""
         return lax.dynamic_slice_in_dim(x_BKS, begin, self.section.rows, axis=2)
 
-    def scores(self, begin: Array | int) -> Array:
-        """The scores [B, K, R, G, E] of a block."""
-        q_BKRGD = self.rows(self.q_BKSGD, begin)
+    def scores(self, begin: Array | int, earlier_BKSGD: Array | None) -> Array:
+        """The scores [B, K, R, G, E] of a block, made after the result of an earlier section."""
+        q_BKRGD = _after(self.rows(self.q_BKSGD, begin), earlier_BKSGD)
         queries = begin + jnp.arange(self.section.rows)
         seen_BRE = self.visible.mask(queries, end=self.section.end)
         scores = _product("bkrgd,bked->bkrge", q_BKRGD, self.k_BKED) * q_BKRGD.shape[-1] ** -0.5
@@ -147,10 +149,10 @@ class _Given(NamedTuple):
     log_sum_BKSG: Array
 
 
-def _mixed(operands: _Operands, begin: Array | int) -> tuple[Array, Array]:
+def _mixed(operands: _Operands, earlier: Array | None, begin: Array | int) -> tuple[Array, Array]:
     """Of a block: the values mixed [B, K, R, G, D], and the log-sum-exp of its scores [B, K, R, G]."""
     v = operands.v_BKED
-    scores = operands.scores(begin)
+    scores = operands.scores(begin, earlier)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     shares = jnp.exp(scores - highest)
     total = jnp.sum(shares, axis=-1, keepdims=True)
@@ -159,17 +161,33 @@ def _mixed(operands: _Operands, begin: Array | int) -> tuple[Array, Array]:
 
 
 def _gradients(
-    operands: _Operands, given: _Given, totals: tuple[Array, Array], begin: Array | int
+    operands: _Operands,
+    given: _Given,
+    earlier: Array | None,
+    totals: tuple[Array, Array],
+    begin: Array | int,
 ) -> tuple[tuple[Array, Array], Array]:
     """The gradients of keys and values with those of a block added to `totals`, and that of its queries."""
     k, v = operands.k_BKED, operands.v_BKED
     d_mixed, mean, log_sum = (operands.rows(x, begin) for x in given)
-    shares = jnp.exp(operands.scores(begin) - log_sum[..., None])
+    d_mixed = _after(d_mixed, earlier)
+    shares = jnp.exp(operands.scores(begin, earlier) - log_sum[..., None])
     d_scores = shares * (_product("bkrgd,bked->bkrge", d_mixed, v) - mean[..., None]) * k.shape[-1] ** -0.5
     d_scores, shares = d_scores.astype(k.dtype), shares.astype(v.dtype)
     dk = totals[0] + _product("bkrge,bkrgd->bked", d_scores, operands.rows(operands.q_BKSGD, begin))
     dv = totals[1] + _product("bkrge,bkrgd->bked", shares, d_mixed)
     return (dk, dv), _product("bkrge,bked->bkrgd", d_scores, k).astype(k.dtype)
+
+
+def _after(x_BKRGD: Array, earlier_BKSGD: Array | None) -> Array:
+    """x, made to depend on the section before: a compiler may else begin all sections at once, and keep the scores of all.
+
+    No compiler leaves out a product with zero of a number that may not be finite. XLA's barrier does not do: on a CPU it is
+    gone before the order of operations is chosen.
+    """
+    if earlier_BKSGD is None:
+        return x_BKRGD
+    return x_BKRGD + 0 * earlier_BKSGD[:, :, : x_BKRGD.shape[2]]
 
 
 def _product(subscripts: str, x: Array, y: Array) -> Array:

@@ -98,14 +98,21 @@ def _kernel(facts: _Facts, q_BHLD: Array, *, with_log_sum: bool = False) -> Any:
     """The kernel for one row, of tokens alone."""
     _, heads, length, _ = q_BHLD.shape
     block = next(block for block in _BLOCKS if length % block == 0)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     shape = (length, length)
     mask = splash.CausalMask(shape)
     if facts.window is not None:
         mask = splash.LocalMask(shape, window_size=(facts.window - 1, 0), offset=0)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
         save_residuals=with_log_sum,

@@ -137,6 +137,11 @@ def test_only_what_is_not_there_already_helps(make_recipe):
     ]
     one_part = full | {"fsdp": 2, "shards": "optimizer"}
     assert what_helps(make_recipe(plan=one_part, batch=batch), "torch")[0] == "plan.shards=params"
+    # The definition of attention keeps all scores; float64, the proof, has no other.
+    reference = full | {"attention": "reference"}
+    assert what_helps(make_recipe(plan=reference, batch=batch), "jax")[0] == "plan.attention=auto"
+    proof = make_recipe(plan=reference, batch=batch, precision={"policy": "fp64"})
+    assert "plan.attention=auto" not in what_helps(proof, "jax")
     # DeepSpeed has no float64: no advice that would be refused.
     fp64 = make_recipe(plan=full, batch=batch, precision={"policy": "fp64"})
     assert not any("shards" in line for line in what_helps(fp64, "torch"))

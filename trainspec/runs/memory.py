@@ -91,7 +91,9 @@ def describe_shortage(
 def what_helps(recipe: Recipe, backend: Backend) -> list[str]:
     """Settings that need less memory for the same training, cheapest first; the last one changes the examples."""
     plan, batch = recipe.plan, recipe.batch
-    settings = ["plan.remat=full"] if plan.remat == "none" else []
+    keeps_scores = plan.attention == "reference" and recipe.precision.policy != "fp64"
+    settings = ["plan.attention=auto"] if keeps_scores else []
+    settings += ["plan.remat=full"] if plan.remat == "none" else []
     shares = plan.microbatches * plan.replicas
     more = (n for n in range(batch.accumulation + 1, batch.global_examples // shares + 1))
     fits = next((n for n in more if batch.global_examples % (n * shares) == 0), None)

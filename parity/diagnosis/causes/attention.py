@@ -152,7 +152,7 @@ CAUSES = (
         phases=POINTS,
         fits={"at-virtual": 4, "swapped": 3, "at-mixed": 2, "at-attention": 2, "every-token": 1},
         needs=("prefix", "at-virtual|at-mixed|at-attention"),
-        excluded=("at-rotated", "only-padded-examples"),
+        excluded=("at-rotated", "only-padded-examples", "forward-agrees"),
         next="parity check RECIPE --set method.virtual_tokens=1",
         alike=("virtual-mask", "virtual-positions"),
     ),

@@ -102,7 +102,7 @@ CAUSES = (
         phases=POINTS,
         fits={"at-virtual": 4, "at-mixed": 2, "at-attention": 2},
         needs=("prefix", "at-virtual|at-mixed|at-attention"),
-        excluded=("at-rotated", "only-padded-examples", "only-later-documents"),
+        excluded=("at-rotated", "only-padded-examples", "only-later-documents", "forward-agrees"),
         next="parity check RECIPE --set method.virtual_tokens=1  # a key at position 0 is not turned: nothing is left",
         alike=("prefix-layout", "virtual-mask"),
     ),
