@@ -154,11 +154,12 @@ _VARIANTS = {
 
 def setup_recipe(tiny: TinySetup, setup: str, precision: Policy, backend: Backend) -> Recipe:
     """The recipe that a backend trains in a set-up of `SETUPS`; on one device if it refuses the plan."""
+    attention = "fused" if setup in FUSED else "reference"
+    plan = runs_as(PLANS.get(setup, Plan()), precision, backend)
     sections: dict[str, Mapping[str, Any]] = {
         "data": _LEFT,
         "precision": {"policy": precision},
-        "plan": runs_as(PLANS.get(setup, Plan()), precision, backend).model_dump()
-        | {"attention": "fused" if setup in FUSED else "reference"},
+        "plan": plan.model_dump() | {"attention": attention},
     }
     match setup:
         case (
