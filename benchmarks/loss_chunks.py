@@ -1,8 +1,8 @@
 """What the loss in chunks costs, and what memory it saves: our own step with all logits at once and in chunks, in turns.
 
-    python benchmarks/loss_chunks.py [--backend jax torch] [--vocab 1024 32000] [--chunk 128] [--steps 9] [--policy fp32]
+    python benchmarks/loss_chunks.py [--backend jax torch] [--vocab 1024 32000] [--chunk 128] [--rows 4] [--steps 9]
 
-A model of 8 layers, 512 wide, every weight trained, rows of 512 tokens, 4 at a time, on two threads. One process makes both
+A model of 8 layers, 512 wide, every weight trained, rows of 512 tokens, on two threads. One process makes both
 kinds of step on the same weights one after the other, so that a busy machine slows both, and the cost is the median of the
 pairs' ratios. Memory is the largest that a process has which makes steps of one kind only.
 """
@@ -32,7 +32,7 @@ from trainspec.plans.plan import Policy
 from trainspec.recipe import Recipe
 from trainspec.runs.run import Run, run_of
 
-ROWS, TOKENS, THREADS = 4, 512, 2
+TOKENS, THREADS = 512, 2
 WARM_UP_STEPS, MEMORY_STEPS = 2, 2
 MODEL = replace(PRESETS["tiny"], embed=512, layers=8, heads=8, kv_heads=8, head_dim=64, mlp=1376)
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--backend", nargs="+", choices=("jax", "torch"), default=("jax", "torch"))
     parser.add_argument("--vocab", nargs="+", type=int, default=(1024, 32_000))
     parser.add_argument("--chunk", type=int, default=128, help="positions of each row")
+    parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--steps", type=int, default=9, help="of each kind")
     parser.add_argument("--policy", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -56,19 +57,19 @@ def main() -> None:
             case = {
                 "backend": backend,
                 "vocab": vocab,
+                "rows": arguments.rows,
                 "policy": arguments.policy,
                 "chunks": [TOKENS, arguments.chunk],
             }
             plain, chunks = np.array(in_a_process(case | {"steps": arguments.steps})["seconds"]).T
-            bytes_of = [
-                in_a_process(case | {"steps": MEMORY_STEPS, "chunks": [chunk]})["bytes"] / 2**20
-                for chunk in case["chunks"]
-            ]
             print(
                 f"{backend:5} vocabulary {vocab:6,}: {median(plain) * 1e3:7.0f} ms/step at once, "
-                f"{median(chunks) * 1e3:7.0f} in chunks of {arguments.chunk}: "
-                f"{median(chunks / plain) - 1:+.1%} time; {bytes_of[0]:5.0f} and {bytes_of[1]:5.0f} MiB"
+                f"{median(chunks) * 1e3:7.0f} in chunks of {arguments.chunk}: {median(chunks / plain) - 1:+.1%}",
+                flush=True,
             )
+            for chunk in case["chunks"]:
+                used = in_a_process(case | {"steps": MEMORY_STEPS, "chunks": [chunk]})["bytes"]
+                print(f"      {chunk:4} positions at once: {used / 2**20:6.0f} MiB", flush=True)
 
 
 def in_a_process(case: dict[str, Any]) -> Any:
@@ -87,7 +88,7 @@ def in_a_process(case: dict[str, Any]) -> Any:
 def worked(case: dict[str, Any]) -> dict[str, Any]:
     """Seconds of every step after the warm-up, of each kind, and the bytes that the process had at most."""
     step_of = jax_steps if case["backend"] == "jax" else torch_steps
-    runs = [run(case["vocab"], chunk, case["policy"]) for chunk in case["chunks"]]
+    runs = [run(case["vocab"], case["rows"], chunk, case["policy"]) for chunk in case["chunks"]]
     step, seconds = step_of(runs), []
     for _ in range(WARM_UP_STEPS + case["steps"]):
         row = []
@@ -100,14 +101,14 @@ def worked(case: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds[WARM_UP_STEPS:], "bytes": peak}
 
 
-def run(vocab: int, chunk: int, policy: Policy) -> Run:
+def run(vocab: int, rows: int, chunk: int, policy: Policy) -> Run:
     """A run that makes the loss of so many positions at once."""
     recipe = Recipe.model_validate(
         {
             "model": {"from": "preset:tiny", "weights": "random"},
             "method": {"kind": "full"},
             "data": {"train": "none", "sequence_tokens": TOKENS},
-            "batch": {"global_examples": ROWS, "accumulation": 1},
+            "batch": {"global_examples": rows, "accumulation": 1},
             "precision": {"policy": policy},
             "plan": {"loss_chunk": chunk},
         }
@@ -115,11 +116,12 @@ def run(vocab: int, chunk: int, policy: Policy) -> Run:
     return run_of(recipe, replace(MODEL, vocab=vocab), None)
 
 
-def batch(vocab: int) -> Batch:
+def batch(run: Run) -> Batch:
     """Rows without padding; every token is a target."""
-    ids = np.random.default_rng(0).integers(0, vocab, (ROWS, TOKENS), dtype=np.int32)
-    positions = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), ids.shape)
-    return Batch(ids, ids, positions, np.ones_like(ids), np.arange(ROWS, dtype=np.int32))
+    rows = run.recipe.batch.global_examples
+    ids = np.random.default_rng(0).integers(0, run.spec.vocab, (rows, TOKENS), dtype=np.int32)
+    positions = np.tile(np.arange(TOKENS, dtype=np.int32), (rows, 1))
+    return Batch(ids, ids, positions, np.ones_like(ids), np.arange(rows, dtype=np.int32))
 
 
 def jax_steps(runs: list[Run]) -> Callable[[int], None]:
@@ -133,7 +135,7 @@ def jax_steps(runs: list[Run]) -> Callable[[int], None]:
     importlib.import_module("jaxtrain.precision").use_precision(runs[0].recipe.precision.policy)
     state = jaxtrain.init_state(runs[0])
     programs = [state.program, *(jaxtrain.Program(each, make_mesh(each.recipe.plan)) for each in runs[1:])]
-    examples = batch(runs[0].spec.vocab)
+    examples = batch(runs[0])
 
     def step(kind: int) -> None:
         nonlocal state
@@ -148,7 +150,7 @@ def torch_steps(runs: list[Run]) -> Callable[[int], None]:
     cluster, torchtrain = (importlib.import_module(f"torchtrain.{name}") for name in ("cluster", "step"))
     cluster.start(runs[0].recipe)
     state = torchtrain.init_state(runs[0])
-    examples = batch(runs[0].spec.vocab)
+    examples = batch(runs[0])
 
     def step(kind: int) -> None:
         nonlocal state

@@ -32,6 +32,7 @@ from trainspec.plans.plan import BATCH_AXES, Plan
 
 # What a head computes with, by its place in the module: weights, and a method's constants.
 Leaves = tuple[BoundWeight | Array, ...]
+Cotangents = tuple[BoundWeight | None, ...]
 # Gradients of those leaves that are trained weights, by their index.
 Gradients = dict[int, Array]
 
@@ -142,7 +143,7 @@ def _forward(
     x_BTE: Array,
     targets_BT: Array,
     point: DropoutPoint | None,
-) -> tuple[tuple[Array, Array], tuple[Leaves, Array]]:
+) -> tuple[tuple[Array, Array], tuple[Cotangents, Array]]:
     """The loss, and for the backward pass its gradients, those by weights in the place of their weights.
 
     Each replica sums the gradients of its own examples over the chunks: they are reduced over the devices once, as without
@@ -185,8 +186,8 @@ def _forward(
 
 
 def _backward(
-    head: _Head, replicas: int, gradients: tuple[Leaves, Array], cotangents: tuple[Array, Array]
-) -> tuple[Leaves, Array, None, None]:
+    head: _Head, replicas: int, gradients: tuple[Cotangents, Array], cotangents: tuple[Array, Array]
+) -> tuple[Cotangents, Array, None, None]:
     """The gradients, which are those of the loss sum, times its cotangent."""
 
     def times(gradient: Array) -> Array:

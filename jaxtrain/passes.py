@@ -6,7 +6,7 @@ gradients in the loop, so that what it keeps depends on the number of stages alo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -357,7 +357,7 @@ class OneFOneB(AutodiffPipeline):
         )
 
 
-def _model_inputs(batch: Arrays) -> Arrays:
+def _model_inputs(batch: Arrays) -> dict[str, Any]:
     return {name: batch[name] for name in ("input_ids", "positions", "segments")}
 
 
