@@ -42,9 +42,9 @@ def cache_directory(environment: Mapping[str, str]) -> Path:
 def told_to(clock: Clock) -> Iterator[None]:
     """What is traced, lowered and compiled inside is told to the clock."""
 
-    def tell(event: str, start: float, end: float, **_: Any) -> None:
+    def tell(event: str, start_time: float, end_time: float, **_: Any) -> None:
         if event in _PARTS:
-            clock.tell(_PARTS[event], start, end)
+            clock.tell(_PARTS[event], start_time, end_time)
 
     def count(event: str, **_: Any) -> None:
         if event in _EVENTS:

@@ -67,7 +67,7 @@ def attend(q_BSHD: Array, k_BTKD: Array, v_BTKD: Array, visible: Visible, *, int
     else:
         kernel = _kernel(facts, q)
         mixed = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
-    return jnp.swapaxes(mixed, 1, 2)[:, :S]
+    return jnp.swapaxes(mixed, 1, 2)[:, :S]  # pyright: ignore[reportArgumentType]
 
 
 def _sees_virtual(visible: Visible) -> Array:
