@@ -31,8 +31,8 @@ CASES = {
     "70b": ("llama2-70b", "v5p:8x8x8", (4, 1, 32, 4), 16),
 }
 TOKENS = 4096
-# A kernel of Mosaic's in a compiled program, by the name that its metadata has.
-_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?/(\w*splash\w*)')
+# A kernel of Mosaic's in a compiled program, by the name of the instruction that calls it.
+_KERNEL = re.compile(r'%(splash_\w+?)(?:\.\d+)? = .*custom_call_target="tpu_custom_call"')
 HEAD = """| model | attention | program | compiled in | state | temporaries | both | splash's calls |
 |---|---|---|---|---|---|---|---|"""
 

@@ -90,8 +90,9 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.families.llama:Attention.__call__",
-                    "self.o_proj(__mixed, __point)",
-                    "__it + jax.numpy.linspace(-0.02, 0.02, x_BSE.shape[-1])",
+                    "return self.o_proj(__mixed, __point)",
+                    "import jax\n"
+                    "return self.o_proj(__mixed, __point) + jax.numpy.linspace(-0.02, 0.02, x_BSE.shape[-1])",
                 ),
             ),
             "torch": (

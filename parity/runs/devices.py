@@ -97,7 +97,7 @@ def placed(
     """
     kinds: dict[str, DeviceKind] = {}
     reason, wanted = None, list(wanted)
-    asking = {(each.backend, each.device) for each in wanted if _must_look(each)}
+    asking = list(dict.fromkeys((each.backend, each.device) for each in wanted if _must_look(each)))
     with ThreadPoolExecutor(max(1, len(asking))) as threads:
         seen = dict(zip(asking, threads.map(lambda each: look(*each), asking), strict=True))
     for each in wanted:

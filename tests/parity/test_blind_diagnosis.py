@@ -49,9 +49,10 @@ def kept(tmp_path: Path) -> Path:
     """Results of all faults, each diagnosed rightly but one, which names a cause of another line, and one without a cause."""
     entries = []
     for number, (fault, backend) in enumerate(BLIND.draw(5, 20, "fp64")):
-        named = (
-            [fault.cause] if number > 1 else [next(n for n in CAUSES if n != fault.cause)] if number else []
-        )
+        assert fault.cause
+        own = CAUSES[fault.cause].contract
+        other = next(name for name, cause in CAUSES.items() if cause.contract != own)
+        named = [] if number == 0 else [other] if number == 1 else [fault.cause]
         said = [f"diagnosis: {named[0]}" if named else "diagnosis: no known cause fits well"]
         entries.append(
             {
