@@ -137,8 +137,9 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    *ATTEND,
-                    "self.attend(__q, jax.numpy.roll(__k, 1, 2), jax.numpy.roll(__v, 1, 2), __visible)",
+                    "jaxtrain.attention.reference:attend",
+                    "K = k_BTKD.shape[2]",
+                    "K = k_BTKD.shape[2]\nk_BTKD, v_BTKD = jnp.roll(k_BTKD, 1, 2), jnp.roll(v_BTKD, 1, 2)",
                 ),
             ),
             "torch": (*ATTENTION_WRITTEN_OUT, Edit(*REPEAT, "__it.roll(__times, 1)")),
