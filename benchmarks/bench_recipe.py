@@ -94,7 +94,7 @@ class Case:
             "method": method,
             "data": {
                 "train": str(rows_file()), "task": "text", "tokenizer": str(TOKENIZER), "loss_on": "all",
-                "sequence_tokens": self.sequence_tokens, "packing": True, "too_long": "split",
+                "sequence_tokens": self.sequence_tokens, "packing": False, "too_long": "split",
                 "cache": str(HOME / "cache"),
             },
             "batch": {"global_examples": self.examples, "accumulation": self.accumulation},

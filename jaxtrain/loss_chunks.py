@@ -1,7 +1,8 @@
 """The loss of rows in chunks of their positions, `plan.loss_chunk`: logits exist for one chunk at a time.
 
 A chunk's gradients are made beside its loss, in the forward pass, and summed over the chunks: the gradient of a sum, which the
-backward pass only multiplies by a number. So nothing of a chunk is kept or made twice (docs/decisions/0026).
+backward pass only multiplies by a number. So nothing of a chunk is kept or made twice, but in the pipelines
+that autodiff goes back through, which make all of a microbatch's loss again (docs/decisions/0026).
 
 B examples, T positions, N positions of a chunk, C chunks, E embed, R replicas.
 """

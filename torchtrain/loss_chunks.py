@@ -56,7 +56,8 @@ class HeadLoss:
         expected, self._expected = self._expected, None
         if expected is None:
             return self._own_forward(hidden_BTE)
-        trained = [p for p in self._head.parameters() if p.requires_grad]
+        # In the function gradients are off, and `needs_input_grad` does not say whether they were off before.
+        trained = [p for p in self._head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
         return _ChunkedLoss.apply(hidden_BTE, self, expected, *trained)  # pyright: ignore[reportReturnType]
 
     def chunk_loss(self, hidden_BNE: Tensor, targets_BN: Tensor, *, first: int, positions: int) -> Tensor:

@@ -44,6 +44,23 @@ def in_chunks(make_recipe, case, chunk, *, accumulation=2):
     return evaluated, train_step(state, BATCH, lr=0.0, keep="gradients")[1]
 
 
+@pytest.mark.skipif(PROGRAM != "torchtrain", reason="JAX differentiates what it is asked to alone")
+def test_an_evaluation_makes_no_gradients(make_recipe, monkeypatch):
+    torch = importlib.import_module("torch")
+    recipe = make_recipe(
+        "tied",
+        method={"kind": "full"},
+        precision=FP64,
+        batch={"global_examples": ROWS},
+        plan={"loss_chunk": CHUNK},
+    )
+    state = start_state(recipe)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a gradient of an evaluation"))
+    assert eval_step(state, BATCH)[1] == BATCH.target_tokens
+    with pytest.raises(pytest.fail.Exception):  # the control
+        train_step(state, BATCH, lr=0.0)
+
+
 def furthest(mine, theirs):
     assert mine.keys() == theirs.keys()
     # LoRA's B is zero at the start, and so is the gradient of its A.
