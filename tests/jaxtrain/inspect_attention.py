@@ -53,14 +53,15 @@ def gradients(kernel: Kernel, *, length: int, has_causal_rows: bool = False) -> 
     return jax.jit(made).trace(q, kv, kv)
 
 
-def on_gpu(kernel: Kernel, *, has_causal_rows: bool) -> dict[str, Any]:
+def on_gpu(kernel: Kernel, *, length: int, has_causal_rows: bool) -> dict[str, Any]:
     """Of a program for a GPU: cuDNN's calls, the number of matrix products, and whether a [S, S] is in it."""
-    traced = gradients(kernel, length=72, has_causal_rows=has_causal_rows)
+    traced = gradients(kernel, length=length, has_causal_rows=has_causal_rows)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [
         line.partition("@__cudnn$")[2].partition("(")[0] for line in text.splitlines() if "@__cudnn$" in line
     ]
-    return {"calls": calls, "products": text.count("dot_general"), "has_mask": "x72x72x" in text}
+    has_mask = any(f"x{n}x{n}x" in text for n in (length, length + 1))
+    return {"calls": calls, "products": text.count("dot_general"), "has_mask": has_mask}
 
 
 def temporaries(kernel: Kernel, length: int) -> int:
@@ -102,9 +103,11 @@ def main() -> None:
     found = {
         "chosen": {name: chosen(*facts) for name, facts in asked["chosen"].items()},
         "gpu": {
-            "masked": on_gpu(KERNELS["cudnn"], has_causal_rows=False),
-            "causal": on_gpu(KERNELS["cudnn"], has_causal_rows=True),
-            "reference": on_gpu(KERNELS["reference"], has_causal_rows=True),
+            "masked": on_gpu(KERNELS["cudnn"], length=72, has_causal_rows=False),
+            "masked-odd": on_gpu(KERNELS["cudnn"], length=73, has_causal_rows=False),
+            "causal": on_gpu(KERNELS["cudnn"], length=72, has_causal_rows=True),
+            "causal-odd": on_gpu(KERNELS["cudnn"], length=73, has_causal_rows=True),
+            "reference": on_gpu(KERNELS["reference"], length=72, has_causal_rows=True),
         },
         "bytes": {
             name: [temporaries(KERNELS[name], length) for length in asked["lengths"]] for name in names
