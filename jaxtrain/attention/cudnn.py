@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxtrain.attention.devices import on_each_device
-from jaxtrain.attention.kernel import Site
+from jaxtrain.attention.kernel import AttentionSite
 from jaxtrain.attention.visible import Visible
 from jaxtrain.layers import Attend
 
@@ -25,7 +25,7 @@ from jaxtrain.layers import Attend
 _LARGEST_HEAD, _LARGEST_HEAD_OF_HOPPER, _HOPPER = 128, 256, 9.0
 
 
-def lack(site: Site) -> str | None:
+def lack(site: AttentionSite) -> str | None:
     """What is not there that cuDNN needs."""
     if site.platform != "gpu":
         return "a GPU"
@@ -38,7 +38,7 @@ def lack(site: Site) -> str | None:
     return None
 
 
-def make(site: Site) -> Attend:
+def make(site: AttentionSite) -> Attend:
     """The kernel for a site."""
     return on_each_device(partial(attend, has_causal_rows=site.has_causal_rows), site.mesh)
 

@@ -22,7 +22,7 @@ from small import SMALL, recipe_maker, write_checkpoint
 
 from jaxtrain import cluster
 from jaxtrain.attention import FUSED, REFERENCE, choose
-from jaxtrain.attention.kernel import Kernel, Site
+from jaxtrain.attention.kernel import AttentionSite, Kernel
 from jaxtrain.attention.visible import Visible
 from jaxtrain.mesh import make_mesh
 from jaxtrain.optim import Moments, rates
@@ -36,12 +36,12 @@ HERE = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
 def chosen(attention: Any, policy: Any, platform: str, head_dim: int, capability: str) -> str:
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     mesh: Any = SimpleNamespace(devices=np.array([[device]]))
-    return choose(Plan(attention=attention), Site(mesh, policy, head_dim)).name
+    return choose(Plan(attention=attention), AttentionSite(mesh, policy, head_dim)).name
 
 
 def gradients(kernel: Kernel, *, length: int, has_causal_rows: bool = False) -> jax.stages.Traced:
     """Result and gradients of attention of one row, traced."""
-    attend = kernel.make(Site(HERE, "bf16", 16, has_causal_rows=has_causal_rows))
+    attend = kernel.make(AttentionSite(HERE, "bf16", 16, has_causal_rows=has_causal_rows))
     tokens = jnp.zeros((1, length), jnp.int32)
     visible = Visible(segments_BS=tokens, positions_BS=tokens)
 
