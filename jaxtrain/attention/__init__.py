@@ -8,7 +8,7 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from jaxtrain.attention import blocks, cudnn, reference, splash
-from jaxtrain.attention.kernel import Kernel, Site
+from jaxtrain.attention.kernel import AttentionSite, Kernel
 from trainspec.plans.plan import Plan
 from trainspec.runs.run import Run
 
@@ -21,15 +21,15 @@ FUSED = (
 )
 
 
-def choose(plan: Plan, site: Site) -> Kernel:
+def choose(plan: Plan, site: AttentionSite) -> Kernel:
     """The kernel that a plan asks for. In fp64, the proof, it has to ask for a fused one by name."""
     if plan.attention == "reference" or (plan.attention == "auto" and site.policy == "fp64"):
         return REFERENCE
     return next(kernel for kernel in FUSED if kernel.lack(site) is None)
 
 
-def site_of(run: Run, mesh: Mesh) -> Site:
+def site_of(run: Run, mesh: Mesh) -> AttentionSite:
     """Where a run computes attention."""
     data = run.recipe.data
     has_causal_rows = not data.packing and data.padding_side == "right"
-    return Site(mesh, run.recipe.precision.policy, run.spec.head_dim, has_causal_rows)
+    return AttentionSite(mesh, run.recipe.precision.policy, run.spec.head_dim, has_causal_rows)

@@ -25,20 +25,20 @@ BLOCK = 128
 # How many different blocks a program has, each with its number of keys. In longer rows each of them is a loop over several,
 # with the keys of the last.
 SECTIONS = 16
-Rows = TypeVar("Rows")
+Arrays = TypeVar("Arrays")
 
 
 class Section(NamedTuple):
-    """`blocks` of `rows` queries each, from the query `begin` on."""
+    """`blocks` of `queries` queries each, from the query `begin` on."""
 
     begin: int
-    rows: int
+    queries: int
     blocks: int
 
     @property
     def end(self) -> int:
         """Where it ends: no query of it sees a key from there on."""
-        return self.begin + self.rows * self.blocks
+        return self.begin + self.queries * self.blocks
 
 
 def sections(length: int) -> Iterator[Section]:
@@ -128,14 +128,14 @@ class _Operands(NamedTuple):
         keys = visible.prefix + section.end
         return cls(section, q_BKSGD, k_BKTD[:, :, :keys], v_BKTD[:, :, :keys], visible)
 
-    def rows(self, x_BKS: Array, begin: Array | int) -> Array:
+    def of_block(self, x_BKS: Array, begin: Array | int) -> Array:
         """Those of x [B, K, S, ...] that are a block's, which begins with the query `begin`."""
-        return lax.dynamic_slice_in_dim(x_BKS, begin, self.section.rows, axis=2)
+        return lax.dynamic_slice_in_dim(x_BKS, begin, self.section.queries, axis=2)
 
     def scores(self, begin: Array | int, earlier_BKSGD: Array | None) -> Array:
         """The scores [B, K, R, G, E] of a block, made after the result of an earlier section."""
-        q_BKRGD = _after(self.rows(self.q_BKSGD, begin), earlier_BKSGD)
-        queries = begin + jnp.arange(self.section.rows)
+        q_BKRGD = _after(self.of_block(self.q_BKSGD, begin), earlier_BKSGD)
+        queries = begin + jnp.arange(self.section.queries)
         seen_BRE = self.visible.mask(queries, end=self.section.end)
         scores = _product("bkrgd,bked->bkrge", q_BKRGD, self.k_BKED) * q_BKRGD.shape[-1] ** -0.5
         return jnp.where(seen_BRE[:, None, :, None], scores, jnp.finfo(scores.dtype).min)
@@ -169,12 +169,12 @@ def _gradients(
 ) -> tuple[tuple[Array, Array], Array]:
     """The gradients of keys and values with those of a block added to `totals`, and that of its queries."""
     k, v = operands.k_BKED, operands.v_BKED
-    d_mixed, mean, log_sum = (operands.rows(x, begin) for x in given)
+    d_mixed, mean, log_sum = (operands.of_block(x, begin) for x in given)
     d_mixed = _after(d_mixed, earlier)
     shares = jnp.exp(operands.scores(begin, earlier) - log_sum[..., None])
     d_scores = shares * (_product("bkrgd,bked->bkrge", d_mixed, v) - mean[..., None]) * k.shape[-1] ** -0.5
     d_scores, shares = d_scores.astype(k.dtype), shares.astype(v.dtype)
-    dk = totals[0] + _product("bkrge,bkrgd->bked", d_scores, operands.rows(operands.q_BKSGD, begin))
+    dk = totals[0] + _product("bkrge,bkrgd->bked", d_scores, operands.of_block(operands.q_BKSGD, begin))
     dv = totals[1] + _product("bkrge,bkrgd->bked", shares, d_mixed)
     return (dk, dv), _product("bkrge,bked->bkrgd", d_scores, k).astype(k.dtype)
 
@@ -195,7 +195,7 @@ def _product(subscripts: str, x: Array, y: Array) -> Array:
     return jnp.einsum(subscripts, x, y, preferred_element_type=accumulation_dtype(x.dtype))
 
 
-def _each_block(block: Callable[[Array | int], Rows], section: Section) -> Rows:
+def _each_block(block: Callable[[Array | int], Arrays], section: Section) -> Arrays:
     """The arrays [B, K, R, ...] that `block` gives for each block of a section, as [B, K, its queries, ...]."""
     if section.blocks == 1:
         return block(section.begin)
@@ -204,7 +204,7 @@ def _each_block(block: Callable[[Array | int], Rows], section: Section) -> Rows:
 
 def _begins(section: Section) -> Array:
     """The first query of each block."""
-    return section.begin + section.rows * jnp.arange(section.blocks)
+    return section.begin + section.queries * jnp.arange(section.blocks)
 
 
 def _together(x_NBKR: Array) -> Array:

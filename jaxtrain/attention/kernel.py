@@ -11,7 +11,7 @@ from jaxtrain.layers import Attend
 from trainspec.plans.plan import Policy
 
 
-class Site(NamedTuple):
+class AttentionSite(NamedTuple):
     """Where attention is computed. `has_causal_rows` says that every row is one document, padded on the right if at all."""
 
     mesh: Mesh
@@ -29,5 +29,5 @@ class Kernel(NamedTuple):
     """A way to compute attention: `lack` is what a site lacks for it, None if nothing; `make` is its function for a site."""
 
     name: str
-    lack: Callable[[Site], str | None]
-    make: Callable[[Site], Attend]
+    lack: Callable[[AttentionSite], str | None]
+    make: Callable[[AttentionSite], Attend]

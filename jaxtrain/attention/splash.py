@@ -22,7 +22,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtrain._jax import splash_gradients
 from jaxtrain.attention import blocks
 from jaxtrain.attention.devices import on_each_device
-from jaxtrain.attention.kernel import Site
+from jaxtrain.attention.kernel import AttentionSite
 from jaxtrain.attention.visible import Visible
 from jaxtrain.layers import VIRTUAL, Attend
 from jaxtrain.precision import accumulation_dtype
@@ -33,14 +33,14 @@ _LANES, _BLOCKS = 128, (512, 384, 256, 128)
 _OUTSIDE = VIRTUAL - 1
 
 
-def lack(site: Site) -> str | None:
+def lack(site: AttentionSite) -> str | None:
     """What is not there that the kernel needs."""
     if site.platform != "tpu":
         return "a TPU"
     return "float32 or bfloat16" if site.policy == "fp64" else None
 
 
-def make(site: Site) -> Attend:
+def make(site: AttentionSite) -> Attend:
     """The kernel for a site."""
     return on_each_device(partial(attend, interpret=False), site.mesh)
 
@@ -58,14 +58,14 @@ def attend(q_BSHD: Array, k_BTKD: Array, v_BTKD: Array, visible: Visible, *, int
     tokens = (scaled, k_BTKD[:, visible.prefix :], v_BTKD[:, visible.prefix :])
     q, k, v = (jnp.swapaxes(_padded(x), 1, 2) for x in tokens)
     segments = _padded(visible.segments_BS, _OUTSIDE)
-    facts = _Facts(visible.window, interpret)
+    static = _Static(visible.window, interpret)
     virtual_tokens = visible.prefix + visible.prompt
     if virtual_tokens:
         seen = _padded(_sees_virtual(visible), False)
         virtual = (jnp.swapaxes(x[:, :virtual_tokens], 1, 2) for x in (k_BTKD, v_BTKD))
-        mixed = _joined(facts, q, k, v, segments, *virtual, seen)
+        mixed = _joined(static, q, k, v, segments, *virtual, seen)
     else:
-        kernel = _kernel(facts, q)
+        kernel = _kernel(static, q)
         mixed = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
     return jnp.swapaxes(mixed, 1, 2)[:, :S]  # pyright: ignore[reportArgumentType]
 
@@ -87,14 +87,14 @@ def _padded(x_BS: Array, value: float = 0) -> Array:
     return jnp.pad(x_BS, widths, constant_values=value)
 
 
-class _Facts(NamedTuple):
+class _Static(NamedTuple):
     """What is known of a call before its arrays are."""
 
     window: int | None
     interpret: bool
 
 
-def _kernel(facts: _Facts, q_BHLD: Array, *, with_log_sum: bool = False) -> Any:
+def _kernel(static: _Static, q_BHLD: Array, *, with_log_sum: bool = False) -> Any:
     """The kernel for one row, of tokens alone."""
     _, heads, length, _ = q_BHLD.shape
     block = next(block for block in _BLOCKS if length % block == 0)
@@ -108,15 +108,15 @@ def _kernel(facts: _Facts, q_BHLD: Array, *, with_log_sum: bool = False) -> Any:
     )
     shape = (length, length)
     mask = splash.CausalMask(shape)
-    if facts.window is not None:
-        mask = splash.LocalMask(shape, window_size=(facts.window - 1, 0), offset=0)
+    if static.window is not None:
+        mask = splash.LocalMask(shape, window_size=(static.window - 1, 0), offset=0)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
         save_residuals=with_log_sum,
-        interpret=facts.interpret,
+        interpret=static.interpret,
     )
 
 
@@ -136,7 +136,7 @@ class _Kept(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _joined(
-    facts: _Facts,
+    static: _Static,
     q: Array,
     k: Array,
     v: Array,
@@ -146,11 +146,11 @@ def _joined(
     seen: Array,
 ) -> Array:
     """Attention [B, H, L, D] of scaled queries to tokens of their own segment, and to virtual tokens as `seen` says."""
-    return _forward(facts, q, k, v, segments, virtual_k, virtual_v, seen)[0]
+    return _forward(static, q, k, v, segments, virtual_k, virtual_v, seen)[0]
 
 
 def _forward(
-    facts: _Facts,
+    static: _Static,
     q: Array,
     k: Array,
     v: Array,
@@ -159,7 +159,7 @@ def _forward(
     virtual_v: Array,
     seen: Array,
 ) -> tuple[Array, _Kept]:
-    kernel = _kernel(facts, q, with_log_sum=True)
+    kernel = _kernel(static, q, with_log_sum=True)
     of_tokens, (token_sum_BHL,) = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
     scores = _virtual_scores(q, virtual_k, seen)
     log_sum = jnp.logaddexp(_by_kv_head(token_sum_BHL, k), jax.nn.logsumexp(scores, axis=-1))
@@ -172,10 +172,10 @@ def _forward(
 
 
 def _backward(
-    facts: _Facts, kept: _Kept, d_mixed: Array
+    static: _Static, kept: _Kept, d_mixed: Array
 ) -> tuple[Array, Array, Array, None, Array, Array, None]:
     q, k, v, segments, virtual_k, virtual_v, seen, mixed, log_sum = kept
-    kernel = _kernel(facts, q)
+    kernel = _kernel(static, q)
 
     def of_tokens(q: Array, k: Array, v: Array, segments: Array, *rest: Array) -> tuple[Array, Array, Array]:
         return splash_gradients(kernel, q, k, v, splash.SegmentIds(segments, segments), *rest)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxtrain.attention import blocks, reference, splash
+from jaxtrain.attention import blocks, cudnn, reference, splash
 from jaxtrain.attention.devices import on_each_device
 from jaxtrain.attention.visible import Visible
 from jaxtrain.layers import VIRTUAL
@@ -83,8 +83,12 @@ def rows_of(case: Case, random: np.random.Generator) -> tuple[np.ndarray, np.nda
     )
 
 
-def kernel_of(name: str) -> Callable[..., jax.Array]:
-    return {"blocks": blocks.attend, "splash": partial(splash.attend, interpret=True)}[name]
+def kernel_of(name: str, rows: str) -> Callable[..., jax.Array]:
+    return {
+        "blocks": blocks.attend,
+        "cudnn": partial(cudnn.attend, has_causal_rows=rows == "right", implementation="xla"),
+        "splash": partial(splash.attend, interpret=True),
+    }[name]
 
 
 def found(case: Case) -> dict[str, float]:
@@ -120,7 +124,7 @@ def found(case: Case) -> dict[str, float]:
         result, vjp = jax.vjp(mixed, q, k, v)
         return jnp.where(counts[..., None, None], result, 0), *vjp(d_mixed)
 
-    kernel = kernel_of(case.kernel)
+    kernel = kernel_of(case.kernel, case.rows)
     if case.split:
         grid = np.array(jax.devices()[:8]).reshape(SPLIT)
         kernel = on_each_device(kernel, Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4))

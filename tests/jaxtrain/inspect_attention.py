@@ -22,7 +22,7 @@ from small import SMALL, recipe_maker, write_checkpoint
 
 from jaxtrain import cluster
 from jaxtrain.attention import FUSED, REFERENCE, choose
-from jaxtrain.attention.kernel import Kernel, Site
+from jaxtrain.attention.kernel import AttentionSite, Kernel
 from jaxtrain.attention.visible import Visible
 from jaxtrain.mesh import make_mesh
 from jaxtrain.optim import Moments, rates
@@ -36,12 +36,12 @@ HERE = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
 def chosen(attention: Any, policy: Any, platform: str, head_dim: int, capability: str) -> str:
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     mesh: Any = SimpleNamespace(devices=np.array([[device]]))
-    return choose(Plan(attention=attention), Site(mesh, policy, head_dim)).name
+    return choose(Plan(attention=attention), AttentionSite(mesh, policy, head_dim)).name
 
 
 def gradients(kernel: Kernel, *, length: int, has_causal_rows: bool = False) -> jax.stages.Traced:
     """Result and gradients of attention of one row, traced."""
-    attend = kernel.make(Site(HERE, "bf16", 16, has_causal_rows=has_causal_rows))
+    attend = kernel.make(AttentionSite(HERE, "bf16", 16, has_causal_rows=has_causal_rows))
     tokens = jnp.zeros((1, length), jnp.int32)
     visible = Visible(segments_BS=tokens, positions_BS=tokens)
 
@@ -53,14 +53,15 @@ def gradients(kernel: Kernel, *, length: int, has_causal_rows: bool = False) -> 
     return jax.jit(made).trace(q, kv, kv)
 
 
-def on_gpu(kernel: Kernel, *, has_causal_rows: bool) -> dict[str, Any]:
+def on_gpu(kernel: Kernel, *, length: int, has_causal_rows: bool) -> dict[str, Any]:
     """Of a program for a GPU: cuDNN's calls, the number of matrix products, and whether a [S, S] is in it."""
-    traced = gradients(kernel, length=72, has_causal_rows=has_causal_rows)
+    traced = gradients(kernel, length=length, has_causal_rows=has_causal_rows)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [
         line.partition("@__cudnn$")[2].partition("(")[0] for line in text.splitlines() if "@__cudnn$" in line
     ]
-    return {"calls": calls, "products": text.count("dot_general"), "has_mask": "x72x72x" in text}
+    has_mask = any(f"x{n}x{n}x" in text for n in (length, length + 1))
+    return {"calls": calls, "products": text.count("dot_general"), "has_mask": has_mask}
 
 
 def temporaries(kernel: Kernel, length: int) -> int:
@@ -102,9 +103,11 @@ def main() -> None:
     found = {
         "chosen": {name: chosen(*facts) for name, facts in asked["chosen"].items()},
         "gpu": {
-            "masked": on_gpu(KERNELS["cudnn"], has_causal_rows=False),
-            "causal": on_gpu(KERNELS["cudnn"], has_causal_rows=True),
-            "reference": on_gpu(KERNELS["reference"], has_causal_rows=True),
+            "masked": on_gpu(KERNELS["cudnn"], length=72, has_causal_rows=False),
+            "masked-odd": on_gpu(KERNELS["cudnn"], length=73, has_causal_rows=False),
+            "causal": on_gpu(KERNELS["cudnn"], length=72, has_causal_rows=True),
+            "causal-odd": on_gpu(KERNELS["cudnn"], length=73, has_causal_rows=True),
+            "reference": on_gpu(KERNELS["reference"], length=72, has_causal_rows=True),
         },
         "bytes": {
             name: [temporaries(KERNELS[name], length) for length in asked["lengths"]] for name in names

@@ -32,6 +32,13 @@ MORE_BLOCKS = {
     "one-token-blocks": {"tokens": 257, "prefix": 1},
     "split": {"split": True, "prefix": 2},
 }
+# Of queries and keys one or both are odd.
+CUDNN = {
+    "packed-odd": {"tokens": 41},
+    "odd-queries": {"rows": "left", "tokens": 41, "prefix": 3, "window": 20},
+    "odd-causal": {"rows": "right", "tokens": 41, "reads_padding": False},
+    "odd-keys": {"tokens": 40, "prefix": 3, "prefix_has_positions": False, "window": 2},
+}
 SPLASH = {"packed-prefix": {"tokens": 140, "prefix": 3}}
 MORE_SPLASH = {
     "packed-gqa": {},
@@ -81,11 +88,17 @@ def assert_within(errors: Errors, dtype: str) -> None:
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> Errors:
     cases = named("blocks", "float64", BLOCKS | WRONG) | named("splash", "float32", SPLASH)
+    cases |= named("cudnn", "float32", CUDNN)
     return errors_of(cases, tmp_path_factory.mktemp("attention"))
 
 
 def test_blocks_are_the_reference_in_float64(errors: Errors):
     assert_within({name: errors[f"blocks-{name}"] for name in BLOCKS}, "float64")
+
+
+def test_cudnns_odd_lengths_are_the_reference_in_float32(errors: Errors):
+    """The operands and the mask that cuDNN is given, computed by XLA."""
+    assert_within({name: errors[f"cudnn-{name}"] for name in CUDNN}, "float32")
 
 
 def test_splash_is_the_reference_in_float32(errors: Errors):
@@ -126,13 +139,15 @@ def test_a_site_has_the_kernel_that_it_can_run(found: dict[str, Any]):
 
 
 def test_on_a_gpu_the_program_is_cudnns_calls_and_no_product(found: dict[str, Any]):
-    masked, causal, reference = (found["gpu"][name] for name in ("masked", "causal", "reference"))
-    for program in (masked, causal):
+    masked, causal = ([found["gpu"][f"{name}{odd}"] for odd in ("", "-odd")] for name in ("masked", "causal"))
+    reference = found["gpu"]["reference"]
+    for program in masked + causal:
         assert len(program["calls"]) == 2
         assert [call.endswith("Backward") for call in program["calls"]] == [False, True]
         assert program["products"] == 0
     # Only rows of several documents have a mask.
-    assert (masked["has_mask"], causal["has_mask"]) == (True, False)
+    assert all(program["has_mask"] for program in masked)
+    assert not any(program["has_mask"] for program in causal)
     assert (reference["calls"], reference["has_mask"]) == ([], True)
     assert reference["products"] >= 6
 

@@ -43,7 +43,8 @@ VIRTUAL_TOKENS: dict[str, dict[str, Any]] = {
     "prefix-from-zero": PREFIX | {"prefix_has_positions": False},
     "prompt": {"prompt": 4},
 }
-WINDOWS = (None, 7, 16, 64)
+# The smallest hides virtual tokens from padding too.
+WINDOWS = (None, 7, 3, 16, 64)
 
 
 def arrays(rows: list[list[tuple[int, int]]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -303,6 +304,26 @@ def test_a_step_is_that_of_the_reference(make_recipe: Make, run: Any):
         assert set(arrays) == set(others)
         for name, array in arrays.items():
             assert np.abs(array - others[name]).max() <= ROUNDING * np.abs(others[name]).max(), name
+
+
+def test_every_model_with_a_prefix_has_its_own_kernel(make_recipe: Make, monkeypatch: pytest.MonkeyPatch):
+    """Of two models in a process, the first attends by its own after the second is there."""
+    method = {"kind": "prefix", "virtual_tokens": 2}
+    recipes = [make_recipe(method=method, plan={"attention": name}) for name in ("reference", "fused")]
+    states = [init_state(start(recipe)) for recipe in recipes]
+    used: list[str] = []
+    for name, kernel in KERNELS.items():
+        attend = kernel.attend
+
+        def counted(*given: Any, name: str = name, attend: Any = attend, **rest: Any) -> Tensor:
+            used.append(name)
+            return attend(*given, **rest)
+
+        monkeypatch.setattr(kernel, "attend", counted)
+    for name, state in zip(("reference", "fused"), states, strict=True):
+        used.clear()
+        train_step(state, batch_of(state), lr=1e-3)
+        assert set(used) == {name}
 
 
 def kept_bytes(state: State, length: int) -> int:

@@ -59,6 +59,12 @@ def _stretch(
     if not visible.hides(stretch):
         return attend_causally(q_1HtD, torch.cat(keys, 2), torch.cat(values, 2), front=front, scale=scale)
     assert visible.window is not None
+    if stretch.is_padding:
+        # All of it is at one position, from which the window hides the first virtual tokens alone.
+        hidden = stretch.reach - visible.window
+        keys, values = ((virtual[:, :, hidden:], own) for virtual, own in (keys, values))
+        seen = front - hidden
+        return attend_causally(q_1HtD, torch.cat(keys, 2), torch.cat(values, 2), front=seen, scale=scale)
     if not front or visible.prefix_has_positions:
         # Virtual tokens at positions 0, 1, ... are the beginning of the segment.
         q = F.pad(q_1HtD, (0, 0, front, 0))

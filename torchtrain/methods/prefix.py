@@ -30,7 +30,6 @@ from trainspec.model import ModelSpec
 
 # Keys and values [K, N, D] of every layer in turn: those of layer i are 2 i and 2 i + 1.
 Prefix = Sequence[Tensor]
-_ATTENTION = "torchtrain_after_prefix"
 
 
 def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
@@ -52,8 +51,10 @@ def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
     model.add_module(ENCODER, encoder)
     own: Any = model.config._attn_implementation
     attention = partial(attend_after_prefix, attend=ALL_ATTENTION_FUNCTIONS[own])
-    AttentionInterface.register(_ATTENTION, attention)
-    model.config._attn_implementation = _ATTENTION
+    # Registered for the whole process, so by the kernel: another model may have another.
+    name = f"{own}_after_prefix"
+    AttentionInterface.register(name, attention)
+    model.config._attn_implementation = name
 
     def give(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
