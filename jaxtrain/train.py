@@ -23,7 +23,7 @@ def train(run: Run, request: TrainRequest) -> None:
     Raises UserError for mistakes in the recipe or its files, NonFiniteLossError if the loss is not finite.
     """
     plan = run.recipe.plan
-    with explained(run.recipe, partial(describe_devices, plan), out=request.out):
+    with explained(run, partial(describe_devices, plan), out=request.out):
         set_up(run)
         try:
             attention = choose(plan, site_of(run, make_mesh(plan))).name
@@ -37,7 +37,7 @@ def train(run: Run, request: TrainRequest) -> None:
 
 def evaluate(run: Run, *, out: Path) -> tuple[float, str]:
     """Held-out loss per target token, and of which weights: the newest checkpoint's in `out`, else the starting ones."""
-    with explained(run.recipe, partial(describe_devices, run.recipe.plan)):
+    with explained(run, partial(describe_devices, run.recipe.plan)):
         set_up(run)
         try:
             return loop.evaluate(step, run, out=out)

@@ -26,6 +26,8 @@ REFUSALS = {
         ["train", DEMO, "--set", "data.tokenizer=configs"],
         ["train", DEMO, "--trace", "configs"],
         ["eval", DEMO, "--set", "model.from=nowhere"],
+        ["eval", DEMO, "--set", "data.heldout=null"],
+        ["eval", DEMO, "--set", "data.heldout=nothing.jsonl"],
     ),
 }
 REFUSALS["torchtrain"] = REFUSALS["jaxtrain"]

@@ -74,5 +74,5 @@ def _launch(run: Run, words: Sequence[str], *, logs: Path, out: Path | None = No
     """Run the same command in a process for each device. This one has no devices, and what it says of memory is the machine's."""
     plan = run.recipe.plan
     here = Devices(BACKEND.name, "cpu", plan.devices, plan.devices, plan.devices, ())
-    with explained(run.recipe, lambda: here, out=out):
+    with explained(run, lambda: here, out=out):
         launch(BACKEND.program, words, processes=plan.devices, logs=logs)

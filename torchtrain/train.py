@@ -22,7 +22,7 @@ def train(run: Run, request: TrainRequest) -> None:
     Raises UserError for a mistake in the recipe or its files, NonFiniteLossError where the loss is not finite.
     """
     plan = run.recipe.plan
-    with explained(run.recipe, partial(describe_devices, plan), out=request.out):
+    with explained(run, partial(describe_devices, plan), out=request.out):
         set_up(run)
         try:
             policy = run.recipe.precision.policy
@@ -36,7 +36,7 @@ def train(run: Run, request: TrainRequest) -> None:
 
 def evaluate(run: Run, *, out: Path) -> tuple[float, str]:
     """Held-out loss per target token, and whose: that of the newest checkpoint in `out`, or of the starting weights."""
-    with explained(run.recipe, partial(describe_devices, run.recipe.plan)):
+    with explained(run, partial(describe_devices, run.recipe.plan)):
         set_up(run)
         try:
             return loop.evaluate(step, run, out=out)

@@ -35,6 +35,7 @@ from trainspec.text.store import (
 # Hugging Face's and torch's mark for a position without loss.
 IGNORED = -100
 Ints = NDArray[np.int32]
+Split = Literal["train", "heldout"]
 # The share of lost tokens from which the user is warned.
 MANY_LOST = 0.03
 
@@ -207,21 +208,19 @@ class Dataset:
             yield f"padding is {self._pad}: the tokenizer's padding token has id {pad}, the model {vocab} tokens (padding takes no part in training)"
 
 
-def check_data(run: Run) -> None:
-    """Raises DataError where the data of a run cannot be there, without reading it."""
+def check_data(run: Run, *splits: Split) -> None:
+    """Raises DataError where these splits of a run's data cannot be there, without reading them."""
     recipe, data = run.recipe, run.recipe.data
     check_positions(recipe, run.spec)
     tokenizer = find_tokenizer(data, run.directory, recipe.model.from_)
-    for source in filter(None, (data.train, data.heldout)):
-        check_tokens(source, tokenizer, data)
+    for split in splits:
+        check_tokens(_source(data, split), tokenizer, data)
 
 
-def open_dataset(run: Run, split: Literal["train", "heldout"]) -> Dataset:
+def open_dataset(run: Run, split: Split) -> Dataset:
     """One split of the run's data. Raises DataError where a record is malformed or none is usable."""
     recipe, model, data = run.recipe, run.spec, run.recipe.data
-    source = data.train if split == "train" else data.heldout
-    if source is None:
-        raise DataError("data.heldout: not given; it names the records to measure on")
+    source = _source(data, split)
     check_positions(recipe, model)
     tokenizer = find_tokenizer(data, run.directory, recipe.model.from_)
     store = tokenise(source, tokenizer, data)
@@ -247,6 +246,13 @@ def check_positions(recipe: Recipe, model: ModelSpec) -> None:
         raise DataError(
             f"data.sequence_tokens={recipe.data.sequence_tokens}{beside}: {model.name} has {model.max_positions} positions"
         )
+
+
+def _source(data: Data, split: Split) -> str:
+    source = data.train if split == "train" else data.heldout
+    if source is None:
+        raise DataError("data.heldout: not given; it names the records to measure on")
+    return source
 
 
 def _targets(store: TokenStore, data: Data, segment: Segment) -> NDArray[np.bool_]:

@@ -25,8 +25,8 @@ from trainspec.errors import (
     UserError,
 )
 from trainspec.plans.accelerators import Devices
-from trainspec.recipe import Recipe
 from trainspec.runs import checkpoint, memory
+from trainspec.runs.run import Run
 
 # torch's classes for failures of a device, its driver or the network. JAX has one class for everything, whose text begins
 # with a status.
@@ -103,7 +103,7 @@ def describe_os_error(error: OSError) -> str:
 
 
 @contextmanager
-def explained(recipe: Recipe, devices: Callable[[], Devices], *, out: Path | None = None) -> Iterator[None]:
+def explained(run: Run, devices: Callable[[], Devices], *, out: Path | None = None) -> Iterator[None]:
     """Errors raised inside say what helps when memory ran out and, where `out` is given, what the run has saved there.
 
     A user's mistake that is found before training starts stays as it is.
@@ -114,7 +114,7 @@ def explained(recipe: Recipe, devices: Callable[[], Devices], *, out: Path | Non
     except BaseException as error:
         told = error
         if lack := memory.memory_shortage(error):
-            told = MachineError(memory.describe_shortage(lack, devices=devices(), recipe=recipe))
+            told = MachineError(memory.describe_shortage(lack, devices=devices(), run=run))
         if out is not None and (outcome(error)[0] != EXIT_USER_ERROR or _newest(out) != before):
             told.add_note(saved_in(out))
         if told is error:

@@ -102,7 +102,7 @@ def test_a_process_that_failed_does_not_wait_for_those_that_wait_for_it(recipe_f
     command = [sys.executable, "-m", "jaxtrain", "train", str(recipe_file), "--out", str(out)]
     command += ["--set", "plan.data=2", "--set", "checkpoint.every_steps=2", "--set", "run.steps=4"]
     plant = {
-        "PYTHONPATH": str(ROOT / "tests/planted"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/planted"), str(ROOT)]),
         "PLANTED_IN": "1",
         "PLANTED": "from trainspec.errors import DataError; raise DataError('line 7: no record')",
     }

@@ -65,11 +65,11 @@ def updates(clock: Clock, passes: Callable[[float], None], *seconds: tuple[float
 def test_the_first_update_is_a_lap_and_in_no_average(passes):
     clock = Clock()
     passes(3.0)
-    clock.lap("weights read")
+    clock.lap("starting weights read")
     updates(clock, passes, (1.0, 60.0), (0.0, 2.0), (0.5, 4.0), (0.0, 3.0), (9.0, 0.0))
     report = clock.report()
     assert [(lap["what"], lap["seconds"]) for lap in report["laps"]] == [
-        ("weights read", 3.0),
+        ("starting weights read", 3.0),
         (FIRST, 61.25),
     ]
     assert report["later_updates"] == 3  # zip has taken the last batch, and nothing was done with it

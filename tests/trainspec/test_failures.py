@@ -17,6 +17,7 @@ from trainspec.errors import MachineError, NonFiniteLossError, Note, PlanError, 
 from trainspec.failures import explained, notes_of, outcome, saved_in
 from trainspec.plans.accelerators import Devices
 from trainspec.runs import checkpoint
+from trainspec.runs.run import resolve
 
 CPU = Devices("jax", "cpu", 1, 1, 1, ())
 
@@ -96,7 +97,7 @@ def save(out: Path, step: int) -> Path:
 
 def notes_behind(error: BaseException, recipe, out: Path | None, *, saves: bool = False) -> list[str]:
     """The notes of an error that ends a run, which saves something before it or nothing."""
-    with pytest.raises(type(error)) as raised, explained(recipe, lambda: CPU, out=out):
+    with pytest.raises(type(error)) as raised, explained(resolve(recipe), lambda: CPU, out=out):
         _fail(error, out if saves else None)
     return [str(note) for note in notes_of(raised.value)]
 

@@ -37,6 +37,8 @@ def test_a_token_by_hand():
     # LoRA of rank 2 in q (4 x 4) and v (2 x 4): A takes rank x in, B out x rank.
     adapter = (2 * 4 + 4 * 2) + (2 * 4 + 2 * 2)
     assert of(TINY, LoRA(rank=2)).per_token == 4 * (LAYER + HEAD) + 6 * adapter
+    # The head is a target like others: its A is 2 x 4, its B 10 x 2.
+    assert of(TINY, LoRA(rank=2, targets=("lm_head",))).per_token == 4 * (LAYER + HEAD) + 6 * (8 + 20)
     # The table of a tied model is multiplied once, as its head.
     assert of(replace(TINY, tied_embeddings=True), Full()).per_token == 6 * (LAYER + HEAD)
     # Biases, norms, DoRA's magnitudes and the encoder of virtual tokens multiply no matrix with the tokens.

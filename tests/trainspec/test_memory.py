@@ -10,6 +10,7 @@ import pytest
 from trainspec.errors import DataError, MachineError
 from trainspec.failures import explained, outcome
 from trainspec.plans.accelerators import Devices
+from trainspec.recipe import Recipe
 from trainspec.runs.memory import (
     GIB,
     MemoryShortage,
@@ -18,6 +19,7 @@ from trainspec.runs.memory import (
     memory_shortage,
     what_helps,
 )
+from trainspec.runs.run import Run, resolve
 
 MIB = 2**20
 CPU = Devices("jax", "cpu", 1, 1, 1, ())
@@ -99,23 +101,24 @@ def test_what_is_no_lack_of_memory_is_not_taken_for_one(error):
 
 def test_the_line_says_what_was_asked_for_what_there_is_and_what_helps(make_recipe):
     recipe = make_recipe(batch={"global_examples": 8, "accumulation": 2}, data={"sequence_tokens": 4096})
+    run = resolve(recipe)
     helps = (
         "what helps, in this order: plan.remat=full, batch.accumulation=4 or more, plan.shards=params with plan.fsdp=2 or more, "
         "data.sequence_tokens below 4096"
     )
     lack = MemoryShortage("device", 22.78 * GIB, 31.47 * GIB, 12.73 * GIB)
-    assert describe_shortage(lack, devices=GPU, recipe=recipe) == (
+    assert describe_shortage(lack, devices=GPU, run=run) == (
         f"out of device memory: asked for 22.78 GiB, a device has 31.47 GiB, 12.73 GiB of it free; {helps}"
     )
     # What the error does not tell is what the device says of itself.
-    bare = describe_shortage(MemoryShortage("device"), devices=GPU, recipe=recipe)
+    bare = describe_shortage(MemoryShortage("device"), devices=GPU, run=run)
     assert bare == f"out of device memory: a device has 79.00 GiB; {helps}"
     # On a CPU the device's memory is the machine's.
     size, whose = host_memory()
-    on_cpu = describe_shortage(MemoryShortage("device", GIB), devices=CPU, recipe=recipe)
+    on_cpu = describe_shortage(MemoryShortage("device", GIB), devices=CPU, run=run)
     assert on_cpu == f"out of memory: asked for 1.00 GiB, {whose} {size / GIB:,.2f} GiB; {helps}"
     # Where the machine's own is full, a device's settings do not help.
-    beside = describe_shortage(MemoryShortage("machine", GIB), devices=GPU, recipe=recipe)
+    beside = describe_shortage(MemoryShortage("machine", GIB), devices=GPU, run=run)
     assert beside.endswith("what helps: fewer processes on this machine, or one with more memory")
     assert describe_shortage(MemoryShortage("device", GIB)) == "out of device memory: asked for 1.00 GiB"
     assert describe_shortage(MemoryShortage("device")) == "out of device memory"
@@ -124,29 +127,46 @@ def test_the_line_says_what_was_asked_for_what_there_is_and_what_helps(make_reci
 def test_only_what_is_not_there_already_helps(make_recipe):
     full = {"remat": "full"}
     batch = {"global_examples": 8, "accumulation": 4}
-    assert what_helps(make_recipe(plan=full, batch=batch), "jax") == [
+    assert what_helps(resolve(make_recipe(plan=full, batch=batch)), "jax") == [
         "batch.accumulation=8 or more",
         "plan.shards=params with plan.fsdp=2 or more",
         "data.sequence_tokens below 160",
     ]
     # Two replicas of one row each: there is nothing more to accumulate.
     sharded = full | {"fsdp": 2, "shards": "params"}
-    assert what_helps(make_recipe(plan=sharded, batch=batch), "jax") == [
+    assert what_helps(resolve(make_recipe(plan=sharded, batch=batch)), "jax") == [
         "plan.fsdp above 2",
         "data.sequence_tokens below 160",
     ]
     one_part = full | {"fsdp": 2, "shards": "optimizer"}
-    assert what_helps(make_recipe(plan=one_part, batch=batch), "torch")[0] == "plan.shards=params"
+    assert what_helps(resolve(make_recipe(plan=one_part, batch=batch)), "torch")[0] == "plan.shards=params"
     # What costs nothing comes first. In fp64 there is no other attention.
     dear = {"attention": "reference", "loss_chunk": 4096}
     free = ["plan.attention=auto", "plan.loss_chunk=auto", "plan.remat=full"]
-    assert what_helps(make_recipe(plan=dear, batch=batch), "jax")[:3] == free
+    assert what_helps(many_logits(make_recipe(plan=dear, batch=batch)), "jax")[:3] == free
     exact = make_recipe(plan=dear, batch=batch, precision={"policy": "fp64"})
-    assert what_helps(exact, "jax")[:2] == free[1:]
+    assert what_helps(many_logits(exact), "jax")[:2] == free[1:]
     # DeepSpeed has no float64: no advice that would be refused.
     fp64 = make_recipe(plan=full, batch=batch, precision={"policy": "fp64"})
-    assert not any("shards" in line for line in what_helps(fp64, "torch"))
-    assert any("shards" in line for line in what_helps(fp64, "jax"))
+    assert not any("shards" in line for line in what_helps(resolve(fp64), "torch"))
+    assert any("shards" in line for line in what_helps(resolve(fp64), "jax"))
+
+
+def many_logits(recipe: Recipe) -> Run:
+    """The run with a vocabulary of which `plan.loss_chunk=auto` takes 32 of 160 positions, where a pass has two rows."""
+    run = resolve(recipe)
+    return replace(run, spec=replace(run.spec, vocab=2**20))
+
+
+def test_the_loss_in_chunks_of_auto_is_advised_only_where_they_are_smaller(make_recipe):
+    for chunk, helps in ((33, True), (32, False), (16, False), ("auto", False)):
+        recipe = make_recipe(plan={"loss_chunk": chunk}, batch={"global_examples": 8, "accumulation": 4})
+        assert ("plan.loss_chunk=auto" in what_helps(many_logits(recipe), "jax")) == helps, chunk
+        # Of a small vocabulary `auto` makes the logits of the whole row at once.
+        assert "plan.loss_chunk=auto" not in what_helps(resolve(recipe), "jax")
+        # One row in a pass: 64 positions.
+        one = make_recipe(plan={"loss_chunk": chunk}, batch={"global_examples": 8, "accumulation": 8})
+        assert "plan.loss_chunk=auto" not in what_helps(many_logits(one), "jax")
 
 
 def test_limits_below_the_machine_s_memory_are_named(monkeypatch):
@@ -159,7 +179,7 @@ def test_limits_below_the_machine_s_memory_are_named(monkeypatch):
 def test_a_run_s_lack_of_memory_becomes_that_line(make_recipe, tmp_path):
     with (
         pytest.raises(MachineError) as raised,
-        explained(make_recipe(), lambda: replace(GPU, backend="jax"), out=tmp_path),
+        explained(resolve(make_recipe()), lambda: replace(GPU, backend="jax"), out=tmp_path),
     ):
         raise SHAPES["XLA on a GPU"][0]
     assert str(raised.value).startswith(

@@ -11,7 +11,6 @@ from typing import Literal
 
 from trainspec.plans.names import Backend
 
-# What a run computes on.
 # Where to look for device files and the kernel's list of PCI devices.
 ROOT = Path("/")
 # Google's PCI vendor id, and the device ids of its TPUs, v2 to v7 (jax._src.hardware_utils); its network cards and disks

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainspec.methods import MethodSpec, leading_positions, position_shift, virtual_tokens
+from trainspec.methods import ENCODER, MethodSpec, leading_positions, position_shift, virtual_tokens
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 
@@ -91,6 +91,6 @@ def _multiplies_tokens(param: Param, *, has_head: bool) -> bool:
         case "embedding":
             return not has_head
         case "adapter":
-            return param.layer is not None  # an encoder's have none
+            return not param.module.startswith(ENCODER)
         case "norm":
             return False

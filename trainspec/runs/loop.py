@@ -62,7 +62,7 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
     lines = _summary(run, data, saved, request.allow)
     request.clock.lap("data opened")
     state, last = _started(backend, run, out, saved, is_leader=is_leader), data.span.last
-    request.clock.lap("weights read")
+    request.clock.lap("starting weights read")
     with (
         Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else NullReporter()
     ) as reporter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import resource
@@ -12,10 +13,11 @@ from typing import Literal
 
 from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError, UserError
+from trainspec.methods import leading_positions
 from trainspec.plans.accelerators import Devices
 from trainspec.plans.capabilities import check_supported
 from trainspec.plans.plan import Backend, Plan
-from trainspec.recipe import Recipe
+from trainspec.runs.run import Run
 
 GIB = 2**30
 # XLA writes 15.75G for gibibytes, numpy "128. TiB", torch "20.00 MiB"; all write "N bytes" for exact numbers.
@@ -67,10 +69,8 @@ def memory_shortage(error: BaseException) -> MemoryShortage | None:
     return MemoryShortage(where, *(_first_size(patterns, text) for patterns in (_ASKED, _THERE, _FREE)))
 
 
-def describe_shortage(
-    lack: MemoryShortage, *, devices: Devices | None = None, recipe: Recipe | None = None
-) -> str:
-    """The shortage in one line, with what helps where recipe and devices are known."""
+def describe_shortage(lack: MemoryShortage, *, devices: Devices | None = None, run: Run | None = None) -> str:
+    """The shortage in one line, with what helps where run and devices are known."""
     on_host = lack.where == "machine" or (devices is not None and devices.memory_bytes is None)
     parts = [f"asked for {_gib(lack.asked)}"] if lack.asked else []
     if on_host:
@@ -81,19 +81,21 @@ def describe_shortage(
         parts.append(f"a device has {_gib(there)}{free}")
     figures = f": {', '.join(parts)}" if parts else ""
     line = f"out of {'memory' if on_host else 'device memory'}{figures}"
-    if recipe is None or devices is None:
+    if run is None or devices is None:
         return line
     if on_host and devices.memory_bytes is not None:
         return f"{line}; what helps: fewer processes on this machine, or one with more memory"
-    return f"{line}; what helps, in this order: {', '.join(what_helps(recipe, devices.backend))}"
+    return f"{line}; what helps, in this order: {', '.join(what_helps(run, devices.backend))}"
 
 
-def what_helps(recipe: Recipe, backend: Backend) -> list[str]:
+def what_helps(run: Run, backend: Backend) -> list[str]:
     """Settings that need less memory for the same training, cheapest first; the last one changes the examples."""
+    recipe = run.recipe
     plan, batch = recipe.plan, recipe.batch
     keeps_scores = plan.attention == "reference" and recipe.precision.policy != "fp64"
     settings = ["plan.attention=auto"] if keeps_scores else []
-    settings += ["plan.loss_chunk=auto"] if isinstance(plan.loss_chunk, int) else []
+    by_itself = plan.model_copy(update={"loss_chunk": "auto"})
+    settings += ["plan.loss_chunk=auto"] if _chunk(by_itself, run) < _chunk(plan, run) else []
     settings += ["plan.remat=full"] if plan.remat == "none" else []
     shares = plan.microbatches * plan.replicas
     more = (n for n in range(batch.accumulation + 1, batch.global_examples // shares + 1))
@@ -102,7 +104,7 @@ def what_helps(recipe: Recipe, backend: Backend) -> list[str]:
         settings.append(f"batch.accumulation={fits} or more")
     wider = plan.fsdp if plan.fsdp > 1 else 2
     sharded = plan.model_copy(update={"fsdp": wider, "shards": "params"})
-    if plan.shards != "params" and _is_supported(sharded, recipe, backend):
+    if plan.shards != "params" and _is_supported(sharded, run, backend):
         settings.append("plan.shards=params" + (" with plan.fsdp=2 or more" if plan.fsdp == 1 else ""))
     elif plan.shards != "nothing":
         settings.append(f"plan.fsdp above {plan.fsdp}")
@@ -131,9 +133,17 @@ def available_memory() -> int:
     return min([limit, *available])
 
 
-def _is_supported(plan: Plan, recipe: Recipe, backend: Backend) -> bool:
+def _chunk(plan: Plan, run: Run) -> int:
+    """For how many positions of each row a pass of training makes logits at once, under that plan."""
+    batch, shares = run.recipe.batch, plan.microbatches * plan.replicas
+    rows = math.ceil(batch.global_examples / (batch.accumulation * shares))
+    positions = leading_positions(run.recipe.method) + run.recipe.data.sequence_tokens
+    return plan.positions_at_once(rows, positions, run.spec.vocab)
+
+
+def _is_supported(plan: Plan, run: Run, backend: Backend) -> bool:
     try:
-        check_supported(plan, recipe.precision.policy, BACKENDS[backend])
+        check_supported(plan, run.recipe.precision.policy, BACKENDS[backend])
     except PlanError:
         return False
     return True

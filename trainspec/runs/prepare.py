@@ -18,15 +18,18 @@ from trainspec.trace import check_free
 
 def prepare(recipe: Recipe, backend: Capabilities, request: TrainRequest) -> Run:
     """The run of a recipe. Raises UserError for what can be known to be wrong with it or with the request."""
-    run = prepare_evaluation(recipe, backend)
+    run = resolve_on(recipe, backend)
+    check_data(run, "train")
+    if recipe.data.heldout:
+        check_data(run, "heldout")
     check_output(request)
     return run
 
 
 def prepare_evaluation(recipe: Recipe, backend: Capabilities) -> Run:
-    """The run of a recipe that writes nothing. Raises UserError."""
+    """The run of a recipe that is measured on `data.heldout`, reads no other records and writes nothing. Raises UserError."""
     run = resolve_on(recipe, backend)
-    check_data(run)
+    check_data(run, "heldout")
     return run
 
 
