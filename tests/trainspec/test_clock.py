@@ -74,9 +74,9 @@ def test_the_first_update_is_a_lap_and_in_no_average(passes):
     ]
     assert report["later_updates"] == 3  # zip has taken the last batch, and nothing was done with it
     assert report["per_update"] == {
-        "input": {"total": 0.5, "median": 0.0},
-        "update": {"total": 9.0, "median": 3.0},
-        "report": {"total": 0.75, "median": 0.25},
+        "input": {"total": 0.5, "median": 0.0, "largest": 0.5},
+        "update": {"total": 9.0, "median": 3.0, "largest": 4.0},
+        "report": {"total": 0.75, "median": 0.25, "largest": 0.25},
     }
     lines = table(report)
     assert lines[0].split() == ["to", "the", "end", "of", "the", "first", "update", "64.25", "s"]

@@ -105,7 +105,11 @@ class Clock:
             "later_updates": len(later),
             "later_seconds": time.perf_counter() - self._last,
             "per_update": {
-                name: {"total": sum(all_of_them), "median": median(all_of_them)}
+                name: {
+                    "total": sum(all_of_them),
+                    "median": median(all_of_them),
+                    "largest": max(all_of_them),
+                }
                 for name, all_of_them in spans.items()
             },
             "counts": self.counts,
@@ -123,10 +127,12 @@ def table(report: Mapping[str, Any]) -> list[str]:
         lines.append("  " + ", ".join(f"{name}: {count}" for name, count in report["counts"].items()))
     if report["later_updates"]:
         lines.append(
-            f"{'later updates: ' + str(report['later_updates']):32} {report['later_seconds']:9.2f} s   median"
+            f"{'later updates: ' + str(report['later_updates']):32} {report['later_seconds']:9.2f} s"
+            f"   {'of an update: median':>20} {'largest':>12}"
         )
         for name, span in report["per_update"].items():
-            lines.append(f"  {name:30} {span['total']:9.2f} s   {1000 * span['median']:9.2f} ms")
+            of_one = (f"{1000 * span[which]:9.2f} ms" for which in ("median", "largest"))
+            lines.append(f"  {name:30} {span['total']:9.2f} s   {'{:>20} {:>12}'.format(*of_one)}")
     return lines
 
 
