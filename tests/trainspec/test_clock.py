@@ -80,7 +80,7 @@ def test_the_first_update_is_a_lap_and_in_no_average(passes):
     }
     lines = table(report)
     assert lines[0].split() == ["to", "the", "end", "of", "the", "first", "update", "64.25", "s"]
-    assert lines[-2].split() == ["update", "9.00", "s", "3000.00", "ms"]
+    assert lines[-2].split() == ["update", "9.00", "s", "3000.00", "ms", "4000.00", "ms"]
 
 
 def test_a_command_has_begun_before_now(monkeypatch):
