@@ -89,7 +89,8 @@ def test_the_leader_says_once_that_jax_is_another_version(recipe_file, tmp_path)
     said = alone["first"]["err"].splitlines()[0]
     assert said.startswith("jax 0.0.1 is installed; jaxtrain was written for and tested with ")
     assert said not in alone["second"]["err"]
-    one = {"first": cases["first"]}  # two, and one process could be a command ahead of the other
+    # One command: with two, one process could be a command ahead of the other. In another directory, or it would be refused.
+    one = {"first": cases["first"] | {"argv": [*command[:-1], str(tmp_path / "two")]}}
     leader, follower = results(launch("run_commands.py", one, tmp_path / "scratch", processes=2))
     assert leader["first"]["err"].splitlines()[0] == said
     assert said not in follower["first"]["err"]
