@@ -11,7 +11,6 @@ TPU. Nothing is run, so nothing is timed but the compiler.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import re
@@ -19,7 +18,7 @@ import sys
 import time
 from collections import Counter
 
-from pipeline_on_tpu import GIB, NO_TPU, held, lowered_update, pod, recipe_of, scalar
+from pipeline_on_tpu import GIB, held, lowered_update, pod, recipe_of, scalar, use_compiler_alone
 
 from trainspec.errors import UserError
 from trainspec.recipe import Recipe
@@ -40,11 +39,7 @@ HEAD = """| model | attention | program | compiled in | state | temporaries | bo
 def main() -> None:
     """Compile every case, and print a line of each program."""
     arguments = _arguments()
-    if importlib.util.find_spec("libtpu") is None:
-        sys.exit(
-            "libtpu is not installed: pip install -e '.[tpu]', or its libtpu alone with --target DIR and PYTHONPATH=DIR"
-        )
-    os.environ |= NO_TPU  # before JAX is imported
+    use_compiler_alone()
     print(f"python {' '.join(sys.argv)} on {os.cpu_count()} cores, {platform.machine()}; GiB per chip")
     print(HEAD, flush=True)
     try:

@@ -24,7 +24,7 @@ from typing import Any
 from parity.comparison.compare import Comparison
 from parity.many import CheckRequest, make_runs
 from parity.report.verdict import explained
-from parity.runs.devices import REFERENCE, Placement, Program, look_for, placed
+from parity.runs.devices import REFERENCE_BACKEND, Placement, Program, look_for, placed
 from parity.runs.fixture import METHODS, TINY, TinySetup, write_tiny
 from parity.runs.sides import NAMES, Side
 from parity.runs.work import in_words
@@ -98,7 +98,9 @@ def placement(device: Device, precision: Policy) -> Placement:
     """Both sides and the reference on that device."""
     wanted = [Program(n, f"{n} ({s})", s.backend, device) for n, s in zip(NAMES, SIDES, strict=True)]
     if precision != "fp64":
-        wanted.append(replace(wanted[0], name="reference", words="the float64 reference", backend=REFERENCE))
+        wanted.append(
+            replace(wanted[0], name="reference", words="the float64 reference", backend=REFERENCE_BACKEND)
+        )
     return placed(wanted, float64=precision == "fp64", look=look_for)
 
 

@@ -93,14 +93,19 @@ class Need:
         return " | ".join([f"{self.compile_seconds:.0f} s", *cells])
 
 
-def main() -> None:
-    """Compile every schedule with every number of microbatches, and print a line of each program."""
-    arguments = _arguments()
+def use_compiler_alone() -> None:
+    """Have JAX compile for TPUs that are not here; before it is imported. Ends the program where there is no libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         sys.exit(
             "libtpu is not installed: pip install -e '.[tpu]', or its libtpu alone with --target DIR and PYTHONPATH=DIR"
         )
     os.environ |= NO_TPU  # before JAX is imported
+
+
+def main() -> None:
+    """Compile every schedule with every number of microbatches, and print a line of each program."""
+    arguments = _arguments()
+    use_compiler_alone()
     from jax.errors import JaxRuntimeError
 
     try:

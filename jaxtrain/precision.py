@@ -51,6 +51,11 @@ def in_accumulation_type(x: Array) -> Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
+def wide_product(subscripts: str, x: Array, y: Array) -> Array:
+    """The contraction (`jnp.einsum`) of x and y, summed and returned in their accumulation type."""
+    return jnp.einsum(subscripts, x, y, preferred_element_type=accumulation_dtype(x.dtype))
+
+
 @cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this machine's processor has instructions for products of bfloat16 matrices that are worth using: AMX."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
-from jaxtrain.attention import REFERENCE, choose, site_of
+from jaxtrain.attention import REFERENCE, choose_kernel, site_of
 from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
 from jaxtrain.mesh import make_mesh
@@ -233,7 +233,7 @@ class Program:
         self.storage = Storage(recipe.precision, self.shardings, order)
         self.feeder = Feeder(recipe, self.shardings)
         site = site_of(run, mesh)
-        self.attention = choose(recipe.plan, site)
+        self.attention = choose_kernel(recipe.plan, site)
         model = build_model(
             spec,
             policy=recipe.precision.policy,

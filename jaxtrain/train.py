@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from jaxtrain import step
-from jaxtrain.attention import choose, site_of
+from jaxtrain.attention import choose_kernel, site_of
 from jaxtrain.cluster import describe_devices, finish, is_leader, set_up
 from jaxtrain.compilation import told_to
 from jaxtrain.mesh import make_mesh
@@ -26,7 +26,7 @@ def train(run: Run, request: TrainRequest) -> None:
     with explained(run, partial(describe_devices, plan), out=request.out):
         set_up(run)
         try:
-            attention = choose(plan, site_of(run, make_mesh(plan))).name
+            attention = choose_kernel(plan, site_of(run, make_mesh(plan))).name
             devices = replace(describe_devices(plan), attention=attention)
             request.clock.lap("devices and processes")
             with told_to(request.clock):

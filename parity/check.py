@@ -20,7 +20,7 @@ from parity.report.next import next_commands
 from parity.report.verdict import Verdict
 from parity.runs.devices import (
     ON_CORES,
-    REFERENCE,
+    REFERENCE_BACKEND,
     Look,
     Placement,
     Program,
@@ -31,8 +31,7 @@ from parity.runs.plans import refusal
 from parity.runs.programs import Launcher, Watcher
 from parity.runs.roundings import DRAWS
 from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, resolved_recipe
-from parity.runs.work import REFERENCE as REFERENCE_PROGRAM
-from parity.runs.work import Size, Work, fit_at_once, size_of
+from parity.runs.work import REFERENCE, Size, Work, fit_at_once, size_of
 from parity.steps import DEFAULT_STEPS
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
@@ -126,7 +125,9 @@ def _placed(
         for name, side, recipe in zip(NAMES, sides, recipes, strict=True)
     ]
     if precision != "fp64":
-        wanted.append(Program(REFERENCE_PROGRAM, f"the float64 reference ({REFERENCE})", REFERENCE, device))
+        wanted.append(
+            Program(REFERENCE, f"the float64 reference ({REFERENCE_BACKEND})", REFERENCE_BACKEND, device)
+        )
     return placed(wanted, float64=precision == "fp64", look=look)
 
 

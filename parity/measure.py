@@ -18,10 +18,10 @@ from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import UNIT, Bounds
-from parity.runs.devices import REFERENCE
+from parity.runs.devices import REFERENCE_BACKEND
 from parity.runs.programs import Launcher
 from parity.runs.roundings import DRAWS
-from parity.runs.work import REFERENCE as REFERENCE_PROGRAM
+from parity.runs.work import REFERENCE
 from trainspec.errors import EXIT_DONE, UserError
 from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import COMPUTE_DTYPE, Backend
@@ -78,11 +78,12 @@ class Replay:
         shutil.rmtree(self._home, ignore_errors=True)
         self._home.mkdir(parents=True)
         self._ended = [self._home / f"ended-{number}" for number in range(len(runs))] if follows else []
+        # A fused kernel is held to the definition.
         exact = [
             *overrides, "precision.policy=fp64", "precision.reduce=fp64", "plan.attention=reference",
         ]  # fmt: skip
         job = Job(
-            REFERENCE,
+            REFERENCE_BACKEND,
             str(recipe),
             exact,
             COMPUTE_DTYPE[precision],
@@ -112,12 +113,12 @@ class Replay:
     def run(self, launcher: Launcher, device: DeviceKind = "cpu") -> None:
         """Run the program to its end, on that device. A failure is raised by `measurement`, if anybody wants it."""
         command = [sys.executable, "-m", "parity.runs.replay", str(self.job_file)]
-        self.ended(*launcher.run(REFERENCE_PROGRAM, command, log=self.log, device=device))
+        self.ended(*launcher.run(REFERENCE, command, log=self.log, device=device))
 
     def ended(self, code: int, last: str) -> None:
         """Note how the program ended: its exit code and its last line."""
         if code != EXIT_DONE:
-            self._failure = f"the fp64 reference ({REFERENCE}): {last}; the whole log is {self.log}"
+            self._failure = f"the fp64 reference ({REFERENCE_BACKEND}): {last}; the whole log is {self.log}"
 
     def tell_ended(self, number: int) -> None:
         """Say that run `number` (from 0) has ended, for a program that follows it."""

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from torchtrain.attention import Asked, choose_kernel, use_kernel
+from torchtrain.attention import choose_kernel, use_kernel
 from torchtrain.families import FAMILIES
 from torchtrain.layers import RMSNorm, rotary_tables
 from torchtrain.mesh import Peers, compute_device
 from torchtrain.precision import accumulation_dtype, compute_dtype
 from torchtrain.tensor_parallel import split_layers
 from trainspec.model import ModelSpec
-from trainspec.plans.plan import Policy
+from trainspec.plans.names import AttentionChoice, Policy
 
 
 def build_model(
-    spec: ModelSpec, *, policy: Policy, remat: str, attention: Asked, tensor: Peers
+    spec: ModelSpec, *, policy: Policy, remat: str, attention: AttentionChoice, tensor: Peers
 ) -> PreTrainedModel:
     """This process's shards of the module, on the meta device: `weights.allocate` gives every weight its memory.
 

@@ -21,7 +21,7 @@ FUSED = (
 )
 
 
-def choose(plan: Plan, site: AttentionSite) -> Kernel:
+def choose_kernel(plan: Plan, site: AttentionSite) -> Kernel:
     """The kernel that a plan asks for. In fp64, the proof, it has to ask for a fused one by name."""
     if plan.attention == "reference" or (plan.attention == "auto" and site.policy == "fp64"):
         return REFERENCE

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxtrain.attention.visible import Visible
-from jaxtrain.precision import accumulation_dtype
+from jaxtrain.precision import accumulation_dtype, wide_product
 
 # Queries in a block: of the sizes measured on a CPU with rows of 512, none was faster.
 BLOCK = 128
@@ -137,7 +137,7 @@ class _Operands(NamedTuple):
         q_BKRGD = _after(self.of_block(self.q_BKSGD, begin), earlier_BKSGD)
         queries = begin + jnp.arange(self.section.queries)
         seen_BRE = self.visible.mask(queries, end=self.section.end)
-        scores = _product("bkrgd,bked->bkrge", q_BKRGD, self.k_BKED) * q_BKRGD.shape[-1] ** -0.5
+        scores = wide_product("bkrgd,bked->bkrge", q_BKRGD, self.k_BKED) * q_BKRGD.shape[-1] ** -0.5
         return jnp.where(seen_BRE[:, None, :, None], scores, jnp.finfo(scores.dtype).min)
 
 
@@ -156,7 +156,7 @@ def _mixed(operands: _Operands, earlier: Array | None, begin: Array | int) -> tu
     highest = jnp.max(scores, axis=-1, keepdims=True)
     shares = jnp.exp(scores - highest)
     total = jnp.sum(shares, axis=-1, keepdims=True)
-    mixed = _product("bkrge,bked->bkrgd", shares.astype(v.dtype), v) / total
+    mixed = wide_product("bkrge,bked->bkrgd", shares.astype(v.dtype), v) / total
     return mixed.astype(v.dtype), (highest + jnp.log(total))[..., 0]
 
 
@@ -172,11 +172,13 @@ def _gradients(
     d_mixed, mean, log_sum = (operands.of_block(x, begin) for x in given)
     d_mixed = _after(d_mixed, earlier)
     shares = jnp.exp(operands.scores(begin, earlier) - log_sum[..., None])
-    d_scores = shares * (_product("bkrgd,bked->bkrge", d_mixed, v) - mean[..., None]) * k.shape[-1] ** -0.5
+    d_scores = (
+        shares * (wide_product("bkrgd,bked->bkrge", d_mixed, v) - mean[..., None]) * k.shape[-1] ** -0.5
+    )
     d_scores, shares = d_scores.astype(k.dtype), shares.astype(v.dtype)
-    dk = totals[0] + _product("bkrge,bkrgd->bked", d_scores, operands.of_block(operands.q_BKSGD, begin))
-    dv = totals[1] + _product("bkrge,bkrgd->bked", shares, d_mixed)
-    return (dk, dv), _product("bkrge,bked->bkrgd", d_scores, k).astype(k.dtype)
+    dk = totals[0] + wide_product("bkrge,bkrgd->bked", d_scores, operands.of_block(operands.q_BKSGD, begin))
+    dv = totals[1] + wide_product("bkrge,bkrgd->bked", shares, d_mixed)
+    return (dk, dv), wide_product("bkrge,bked->bkrgd", d_scores, k).astype(k.dtype)
 
 
 def _after(x_BKRGD: Array, earlier_BKSGD: Array | None) -> Array:
@@ -188,11 +190,6 @@ def _after(x_BKRGD: Array, earlier_BKSGD: Array | None) -> Array:
     if earlier_BKSGD is None:
         return x_BKRGD
     return x_BKRGD + 0 * earlier_BKSGD[:, :, : x_BKRGD.shape[2]]
-
-
-def _product(subscripts: str, x: Array, y: Array) -> Array:
-    """The contraction, summed and returned in the accumulation type."""
-    return jnp.einsum(subscripts, x, y, preferred_element_type=accumulation_dtype(x.dtype))
 
 
 def _each_block(block: Callable[[Array | int], Arrays], section: Section) -> Arrays:

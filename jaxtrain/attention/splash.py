@@ -25,7 +25,7 @@ from jaxtrain.attention.devices import on_each_device
 from jaxtrain.attention.kernel import AttentionSite
 from jaxtrain.attention.visible import Visible
 from jaxtrain.layers import VIRTUAL, Attend
-from jaxtrain.precision import accumulation_dtype
+from jaxtrain.precision import in_accumulation_type, wide_product
 
 # Lanes of a TPU's vector unit: the kernel's blocks are multiples of it, and of a row's padded length divisors.
 _LANES, _BLOCKS = 128, (512, 384, 256, 128)
@@ -54,7 +54,7 @@ def attend(q_BSHD: Array, k_BTKD: Array, v_BTKD: Array, visible: Visible, *, int
     if visible.window is not None and visible.is_recorded:
         return blocks.attend(q_BSHD, k_BTKD, v_BTKD, visible)
     S, D = q_BSHD.shape[1], q_BSHD.shape[3]
-    scaled = (q_BSHD.astype(accumulation_dtype(q_BSHD.dtype)) * D**-0.5).astype(q_BSHD.dtype)
+    scaled = (in_accumulation_type(q_BSHD) * D**-0.5).astype(q_BSHD.dtype)
     tokens = (scaled, k_BTKD[:, visible.prefix :], v_BTKD[:, visible.prefix :])
     q, k, v = (jnp.swapaxes(_padded(x), 1, 2) for x in tokens)
     segments = _padded(visible.segments_BS, _OUTSIDE)
@@ -164,7 +164,7 @@ def _forward(
     scores = _virtual_scores(q, virtual_k, seen)
     log_sum = jnp.logaddexp(_by_kv_head(token_sum_BHL, k), jax.nn.logsumexp(scores, axis=-1))
     shares_BKGLV = jnp.exp(scores - log_sum[..., None])
-    of_virtual = _product("bkglv,bkvd->bkgld", shares_BKGLV.astype(v.dtype), virtual_v)
+    of_virtual = wide_product("bkglv,bkvd->bkgld", shares_BKGLV.astype(v.dtype), virtual_v)
     share_BKGL = jnp.exp(_by_kv_head(token_sum_BHL, k) - log_sum)
     mixed = (_by_kv_head(of_tokens, k) * share_BKGL[..., None] + of_virtual).reshape(q.shape).astype(q.dtype)
     kept = _Kept(q, k, v, segments, virtual_k, virtual_v, seen, mixed, log_sum.reshape(token_sum_BHL.shape))
@@ -185,11 +185,11 @@ def _backward(
     d_grouped = _by_kv_head(d_mixed, k)
     mean_BKGL = jnp.sum(d_grouped.astype(wide) * _by_kv_head(mixed, k).astype(wide), axis=-1)
     shares = jnp.exp(_virtual_scores(q, virtual_k, seen) - _by_kv_head(log_sum, k)[..., None])
-    d_scores = shares * (_product("bkgld,bkvd->bkglv", d_grouped, virtual_v) - mean_BKGL[..., None])
+    d_scores = shares * (wide_product("bkgld,bkvd->bkglv", d_grouped, virtual_v) - mean_BKGL[..., None])
     d_scores = d_scores.astype(k.dtype)
-    dq = dq + _product("bkglv,bkvd->bkgld", d_scores, virtual_k).reshape(q.shape).astype(q.dtype)
-    d_virtual_k = _product("bkglv,bkgld->bkvd", d_scores, _by_kv_head(q, k)).astype(k.dtype)
-    d_virtual_v = _product("bkglv,bkgld->bkvd", shares.astype(v.dtype), d_grouped).astype(v.dtype)
+    dq = dq + wide_product("bkglv,bkvd->bkgld", d_scores, virtual_k).reshape(q.shape).astype(q.dtype)
+    d_virtual_k = wide_product("bkglv,bkgld->bkvd", d_scores, _by_kv_head(q, k)).astype(k.dtype)
+    d_virtual_v = wide_product("bkglv,bkgld->bkvd", shares.astype(v.dtype), d_grouped).astype(v.dtype)
     return dq, dk, dv, None, d_virtual_k, d_virtual_v, None
 
 
@@ -198,15 +198,10 @@ _joined.defvjp(_forward, _backward)
 
 def _virtual_scores(q_BHLD: Array, virtual_k_BKVD: Array, seen_BLV: Array) -> Array:
     """The scores [B, K, G, L, V] of virtual tokens."""
-    scores = _product("bkgld,bkvd->bkglv", _by_kv_head(q_BHLD, virtual_k_BKVD), virtual_k_BKVD)
+    scores = wide_product("bkgld,bkvd->bkglv", _by_kv_head(q_BHLD, virtual_k_BKVD), virtual_k_BKVD)
     return jnp.where(seen_BLV[:, None, None], scores, jnp.finfo(scores.dtype).min)
 
 
 def _by_kv_head(x_BHL: Array, k_BK: Array) -> Array:
     """x [B, H, L, ...] as [B, K, G, L, ...], for keys [B, K, ...]."""
     return x_BHL.reshape(len(x_BHL), k_BK.shape[1], -1, *x_BHL.shape[2:])
-
-
-def _product(subscripts: str, x: Array, y: Array) -> Array:
-    """The contraction, summed and returned in the accumulation type."""
-    return jnp.einsum(subscripts, x, y, preferred_element_type=accumulation_dtype(x.dtype))

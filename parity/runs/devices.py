@@ -17,7 +17,7 @@ from trainspec.plans.accelerators import accelerators
 from trainspec.plans.names import Backend, Device, DeviceKind
 
 # The backend that computes the float64 reference of both sides, on one device.
-REFERENCE: Backend = "jax"
+REFERENCE_BACKEND: Backend = "jax"
 # A check runs the same programs again, for its reference or a failing step, so slow compilations are cached.
 COMPILE_CACHE = {
     "JAX_COMPILATION_CACHE_DIR": str(Path("build/jax-cache").absolute()),

@@ -106,8 +106,8 @@ class Replayer:
 
     def __init__(self, job: Job, like: Replayer | None = None) -> None:
         recipe = load_recipe(Path(job.recipe), job.overrides)
-        # A fused kernel is held to the definition.
-        self.recipe = recipe.model_copy(update={"plan": Plan(remat=recipe.plan.remat, attention="reference")})
+        plan = Plan(remat=recipe.plan.remat, attention=recipe.plan.attention)
+        self.recipe = recipe.model_copy(update={"plan": plan})
         program = BACKENDS[job.backend].program
         self.run: Run = importlib.import_module(f"{program}.cluster").start(self.recipe)
         self.backend = cast(Reference[Any], importlib.import_module(f"{program}.step"))

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from small import SMALL, recipe_maker, write_checkpoint
 
 from jaxtrain import cluster
-from jaxtrain.attention import FUSED, REFERENCE, choose
+from jaxtrain.attention import FUSED, REFERENCE, choose_kernel
 from jaxtrain.attention.kernel import AttentionSite, Kernel
 from jaxtrain.attention.visible import Visible
 from jaxtrain.mesh import make_mesh
@@ -36,7 +36,7 @@ HERE = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
 def chosen(attention: Any, policy: Any, platform: str, head_dim: int, capability: str) -> str:
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     mesh: Any = SimpleNamespace(devices=np.array([[device]]))
-    return choose(Plan(attention=attention), AttentionSite(mesh, policy, head_dim)).name
+    return choose_kernel(Plan(attention=attention), AttentionSite(mesh, policy, head_dim)).name
 
 
 def gradients(kernel: Kernel, *, length: int, has_causal_rows: bool = False) -> jax.stages.Traced:

@@ -6,7 +6,7 @@ called with: `visible` is ours, and its own mask stays None.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +15,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from torchtrain.attention import fused, reference
 from torchtrain.attention.visible import Visible
 from trainspec.errors import PlanError
-from trainspec.plans.plan import Policy
+from trainspec.plans.names import AttentionChoice, Policy
 
-__all__ = ["KERNELS", "Asked", "choose_kernel", "use_kernel"]
-
-# The words of `plan.attention`.
-Asked = Literal["auto", "reference", "fused"]
+__all__ = ["KERNELS", "choose_kernel", "use_kernel"]
 
 
 class Kernel(Protocol):
@@ -37,7 +34,7 @@ class Kernel(Protocol):
 KERNELS: dict[str, Kernel] = {"reference": reference, "fused": fused}
 
 
-def choose_kernel(asked: Asked, *, policy: Policy, device: torch.device) -> str:
+def choose_kernel(asked: AttentionChoice, *, policy: Policy, device: torch.device) -> str:
     """The kernel of a run, by its name. Raises PlanError where what is asked for cannot be had."""
     if asked == "auto":
         return "reference" if policy == "fp64" else "fused"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtrain.attention.causal import attend_causally, grouped_attention
-from torchtrain.attention.visible import Stretch, Visible
+from torchtrain.attention.visible import SegmentStretch, Visible
 
 # Queries that share a mask, where the window is no larger.
 _CHUNK = 128
@@ -30,7 +30,12 @@ def attend(q_BHTD: Tensor, k_BKXD: Tensor, v_BKXD: Tensor, visible: Visible, *, 
 
 
 def _row(
-    q_1HTD: Tensor, k_1KXD: Tensor, v_1KXD: Tensor, row: tuple[Stretch, ...], visible: Visible, scale: float
+    q_1HTD: Tensor,
+    k_1KXD: Tensor,
+    v_1KXD: Tensor,
+    row: tuple[SegmentStretch, ...],
+    visible: Visible,
+    scale: float,
 ) -> Iterator[Tensor]:
     """The outputs of a row's virtual tokens, if it has such queries, and of its stretches."""
     tokens = [stretch.tokens for stretch in row]
@@ -39,7 +44,7 @@ def _row(
     virtual_q, *qs = q_1HTD.split([visible.prompt, *tokens], 2)
     (virtual_k, *ks), (virtual_v, *vs) = (x.split([front, *tokens], 2) for x in (k_1KXD, v_1KXD))
     if visible.prompt:
-        virtual = Stretch(visible.prompt, visible.prompt, is_padding=False)
+        virtual = SegmentStretch(visible.prompt, visible.prompt, is_padding=False)
         nothing = virtual_k[:, :, :0]
         yield _stretch(virtual_q, (nothing, virtual_k), (nothing, virtual_v), virtual, visible, scale)
     for stretch, q, k, v in zip(row, qs, ks, vs, strict=True):
@@ -50,7 +55,7 @@ def _stretch(
     q_1HtD: Tensor,
     keys: tuple[Tensor, Tensor],
     values: tuple[Tensor, Tensor],
-    stretch: Stretch,
+    stretch: SegmentStretch,
     visible: Visible,
     scale: float,
 ) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchtrain.layers import attention_mask, in_window
 
 
-class Stretch(NamedTuple):
+class SegmentStretch(NamedTuple):
     """Tokens next to each other in a row that are of one segment; `reach` is one more than the largest of their positions."""
 
     tokens: int
@@ -26,7 +26,7 @@ class Stretch(NamedTuple):
 
 
 # The stretches of each row, in their order. Known to the host before a batch is on its device: no kernel has to ask there.
-Rows = tuple[tuple[Stretch, ...], ...]
+Rows = tuple[tuple[SegmentStretch, ...], ...]
 
 
 def rows_of(segments_BS: NDArray[Any], positions_BS: NDArray[Any], *, shift: int = 0) -> Rows:
@@ -37,11 +37,13 @@ def rows_of(segments_BS: NDArray[Any], positions_BS: NDArray[Any], *, shift: int
     )
 
 
-def _stretches(segments_S: NDArray[Any], positions_S: NDArray[Any], shift: int) -> list[Stretch]:
+def _stretches(segments_S: NDArray[Any], positions_S: NDArray[Any], shift: int) -> list[SegmentStretch]:
     begins = np.flatnonzero(np.diff(segments_S, prepend=segments_S[0] - 1))
     ends = np.append(begins[1:], len(segments_S))
     return [
-        Stretch(int(end - begin), int(positions_S[begin:end].max()) + 1 + shift, bool(segments_S[begin] == 0))
+        SegmentStretch(
+            int(end - begin), int(positions_S[begin:end].max()) + 1 + shift, bool(segments_S[begin] == 0)
+        )
         for begin, end in zip(begins, ends, strict=True)
     ]
 
@@ -82,7 +84,7 @@ class Visible:
             mask = in_window(mask, self.positions_BT, self.window)
         return mask
 
-    def hides(self, stretch: Stretch) -> bool:
+    def hides(self, stretch: SegmentStretch) -> bool:
         """Whether the window hides any key from a token of `stretch`."""
         return self.window is not None and stretch.reach > self.window
 
@@ -95,7 +97,7 @@ class Visible:
         """
         return all(self._is_causal(row) for row in self.rows)
 
-    def _is_causal(self, row: tuple[Stretch, ...]) -> bool:
+    def _is_causal(self, row: tuple[SegmentStretch, ...]) -> bool:
         if any(map(self.hides, row)):
             return False
         return len(row) == 1 or (len(row) == 2 and row[1].is_padding and not self.is_recorded)

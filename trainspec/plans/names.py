@@ -7,6 +7,8 @@ from typing import Literal, get_args
 # The names of `trainspec.backends.BACKENDS`.
 Backend = Literal["jax", "torch"]
 Policy = Literal["fp64", "fp32", "bf16"]
+# The words of `plan.attention`.
+AttentionChoice = Literal["auto", "reference", "fused"]
 DeviceKind = Literal["cpu", "gpu", "tpu"]
 # What a user may ask for; `auto` is what a backend takes by itself.
 Device = DeviceKind | Literal["auto"]

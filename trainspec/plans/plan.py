@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from trainspec.complaint import format_value
 from trainspec.params import Param
+from trainspec.plans.names import AttentionChoice
 from trainspec.plans.names import Backend as Backend
 from trainspec.plans.names import Policy as Policy
 
@@ -81,7 +82,7 @@ class Plan(BaseModel):
     """Model chunks per stage, of the schedule `interleaved`."""
     remat: Literal["none", "full"] = "none"
     """Whether the backward pass recomputes the activations of each layer instead of keeping them."""
-    attention: Literal["auto", "reference", "fused"] = "auto"
+    attention: AttentionChoice = "auto"
     """How attention is computed: `reference` is the definition, with all scores [S, S] in memory, `fused` a kernel that keeps
     none of them. `auto` is `fused` where the device and the precision have such a kernel, and `reference` in fp64."""
     loss_chunk: Literal["auto"] | Count = "auto"
