@@ -10,6 +10,8 @@ import time
 from typing import NamedTuple, cast
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxtrain import _jax
 from jaxtrain.allocator import keep_freed_memory
@@ -22,6 +24,7 @@ from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
 from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
+from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run, resolve_on
 
 # For a cluster that JAX does not detect: `HOST:PORT` of process 0, the number of processes, and the index of this one.
@@ -138,6 +141,22 @@ def describe_devices(plan: Plan) -> Devices:
 def is_leader() -> bool:
     """Whether this process has the console and writes files. Makes no device, and waits for no other process."""
     return _cluster().process == 0
+
+
+def processes() -> Processes:
+    """The processes of the run, after `set_up`."""
+    count = jax.process_count()
+    return Processes(jax.process_index(), count, _exchange) if count > 1 else Processes()
+
+
+def _exchange(text: str) -> list[str]:
+    """The texts of all processes, in their order; every process has to call."""
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.ravel(multihost_utils.process_allgather(np.int64(mine.size)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: mine.size] = mine
+    texts = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(texts, sizes, strict=True)]
 
 
 def _cluster() -> _Cluster:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
 from jaxtrain.attention import REFERENCE, choose_kernel, site_of
+from jaxtrain.cluster import is_leader
 from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
 from jaxtrain.mesh import make_mesh
@@ -30,6 +31,8 @@ from jaxtrain.storage import Storage
 from jaxtrain.weight_ops import BoundWeight, select_chunk
 from jaxtrain.weights import Arrays, is_stacked, native_name, to_host
 from trainspec.causal import activation_points
+from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.shards import KINDS, Shard, whole
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
@@ -37,7 +40,6 @@ from trainspec.methods import leading_positions
 from trainspec.params import Param
 from trainspec.plans.pipeline import stack_order
 from trainspec.rng import name_key
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Metrics, Roundings
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
@@ -200,6 +202,14 @@ def moments_of(state: State) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray
     """AdamW's first and second moments by canonical name."""
     storage, moments, trained = state.program.storage, state.moments, state.program.run.trained
     return storage.canonical(moments.moment1, trained), storage.canonical(moments.moment2, trained)
+
+
+def shards_of(state: State) -> Iterator[Shard]:
+    """Copies of what this process saves of weights and moments."""
+    weights, moments = weights_of(state), moments_of(state)
+    if is_leader():
+        for kind, arrays in zip(KINDS, (weights, *moments), strict=True):
+            yield from whole(kind, arrays)
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:

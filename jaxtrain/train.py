@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxtrain import step
 from jaxtrain.attention import choose_kernel, site_of
-from jaxtrain.cluster import describe_devices, finish, is_leader, set_up
+from jaxtrain.cluster import describe_devices, finish, processes, set_up
 from jaxtrain.compilation import told_to
 from jaxtrain.mesh import make_mesh
 from trainspec.failures import explained
@@ -30,7 +30,7 @@ def train(run: Run, request: TrainRequest) -> None:
             devices = replace(describe_devices(plan), attention=attention)
             request.clock.lap("devices and processes")
             with told_to(request.clock):
-                loop.train(step, run, request, is_leader=is_leader(), devices=devices)
+                loop.train(step, run, request, processes=processes(), devices=devices)
         finally:
             finish()
 

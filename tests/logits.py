@@ -33,9 +33,9 @@ def real_tokens(padding: str | None) -> np.ndarray:
 
 
 def of_backend(program: str, case: dict[str, Any]) -> np.ndarray:
+    from trainspec.checkpoints import checkpoint, folders
     from trainspec.data import Batch
     from trainspec.recipe import load_recipe
-    from trainspec.runs import checkpoint
 
     step, cluster = (importlib.import_module(f"{program}.{name}") for name in ("step", "cluster"))
     recipe = load_recipe(Path(case["recipe"]))
@@ -43,7 +43,7 @@ def of_backend(program: str, case: dict[str, Any]) -> np.ndarray:
     try:
         state = step.init_state(run)
         if case["out"]:
-            newest = checkpoint.latest(Path(case["out"]))
+            newest = folders.latest(Path(case["out"]))
             assert newest is not None
             state = step.restore(state, checkpoint.load(newest, run))
         # As transformers numbers them where it is not told: padding in front counts.

@@ -20,8 +20,8 @@ from many import run_many
 from safetensors.numpy import load_file
 from small import QA, ROOT, recipe_maker, write_tokenizer
 
+from trainspec.checkpoints import folders
 from trainspec.recipe import load_recipe
-from trainspec.runs import checkpoint
 
 # Many, so that a kill behind the first checkpoint comes long before the end.
 STEPS = 30
@@ -44,7 +44,7 @@ def recipe_file(model_dirs, tmp_path: Path) -> Path:
 
 
 def ends(out: Path, last: str = LAST) -> dict[str, dict[str, np.ndarray]]:
-    assert checkpoint.latest(out) == out / "checkpoints" / last
+    assert folders.latest(out) == out / "checkpoints" / last
     return {part: load_file(out / "checkpoints" / last / f"{part}.safetensors") for part in PARTS}
 
 
@@ -59,10 +59,10 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(program: str, recipe_file: Pat
     run(program, tmp_path / "a", ["train", str(recipe_file), "--out", str(whole)])
     command = [sys.executable, "-m", program, "train", str(recipe_file), "--out", str(killed)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        while checkpoint.latest(killed) is None and child.poll() is None:
+        while folders.latest(killed) is None and child.poll() is None:
             time.sleep(0.002)
         child.send_signal(signal.SIGKILL)
-    saved = checkpoint.latest(killed)
+    saved = folders.latest(killed)
     assert saved is not None
     assert saved.name != LAST, "it ended before it was killed: give it more steps"
     run(program, tmp_path / "b", ["train", str(recipe_file), "--out", str(killed), "--resume"])
@@ -225,7 +225,7 @@ def test_a_run_may_be_as_long_as_its_data_say(program: str, place: Path):
     assert "of an earlier version, which kept no digests" in old["out"]
     losses = [json.loads(row)["loss"] for row in (stored / "metrics.jsonl").read_text().splitlines()]
     assert losses == pytest.approx([6.2572, 6.2612], abs=1e-3)
-    newest = checkpoint.latest(stored)
+    newest = folders.latest(stored)
     assert newest is not None
     identity: dict[str, Any] = json.loads((newest / "checkpoint.json").read_text())["identity"]
     assert identity["weights"] == "random"

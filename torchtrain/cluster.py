@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchtrain import _deepspeed, processes
+from torchtrain import _deepspeed
+from torchtrain import processes as launcher
 from torchtrain.precision import use_exact_matmul
 from trainspec.backends import BACKENDS
 from trainspec.errors import PlanError
@@ -23,6 +24,7 @@ from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
 from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
+from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run, resolve_on
 
 # What a launcher would set; without RANK DeepSpeed looks for MPI. Port 0 lets the system choose a free one.
@@ -66,7 +68,7 @@ class Session:
 
 SESSION = Session()
 # Known before torch is loaded.
-is_leader = processes.is_leader
+is_leader = launcher.is_leader
 
 
 def start(recipe: Recipe) -> Run:
@@ -83,8 +85,8 @@ def set_up(run: Run) -> None:
     other or a GPU each.
     """
     recipe = run.recipe
-    os.environ.update(processes.describe_cluster(os.environ))
-    count = processes.count_processes(os.environ)
+    os.environ.update(launcher.describe_cluster(os.environ))
+    count = launcher.count_processes(os.environ)
     if count != recipe.plan.devices:
         raise PlanError(
             f"the launcher started {count} processes, the plan takes {recipe.plan.devices}; start as many, or make "
@@ -107,17 +109,38 @@ def set_up(run: Run) -> None:
             _deepspeed.report_version()
 
 
+def processes() -> Processes:
+    """The processes of the run, after `set_up`."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Processes()
+    return Processes(dist.get_rank(), dist.get_world_size(), _exchange)
+
+
+def _exchange(text: str) -> list[str]:
+    """The texts of all processes, in their order; every process has to call."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(mine)] = mine
+    texts = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(texts, padded)
+    return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, sizes, strict=True)]
+
+
 def _join() -> None:
     """Join the other processes, once: a launcher's store keeps the addresses of a first meeting."""
     if dist.is_initialized():
         return
-    if processes.STORE in os.environ:
+    if launcher.STORE in os.environ:
         SESSION.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=True,
             wait_for_workers=False,
-            master_listen_fd=int(os.environ.pop(processes.STORE)),
+            master_listen_fd=int(os.environ.pop(launcher.STORE)),
         )
     try:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -33,13 +33,14 @@ from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
 from torchtrain.precision import compute_dtype, to_numpy
 from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
 from trainspec.causal import activation_points
+from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.shards import KINDS, Shard, whole
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.methods import leading_positions, position_shift, virtual_tokens
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Arrays, Metrics
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
@@ -243,6 +244,14 @@ def moments_of(state: State) -> tuple[Arrays, Arrays]:
     """Copies of Adam's first and second moments under their weights' canonical names."""
     trained = state.run.trained
     return _arrays(state, "moment1", trained), _arrays(state, "moment2", trained)
+
+
+def shards_of(state: State) -> Iterator[Shard]:
+    """Copies of what this process saves of weights and moments."""
+    weights, moments = weights_of(state), moments_of(state)
+    if is_leader():
+        for kind, arrays in zip(KINDS, (weights, *moments), strict=True):
+            yield from whole(kind, arrays)
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchtrain import step
 from torchtrain.attention import choose_kernel
-from torchtrain.cluster import describe_devices, finish, is_leader, set_up
+from torchtrain.cluster import describe_devices, finish, processes, set_up
 from torchtrain.mesh import compute_device
 from trainspec.failures import explained
 from trainspec.runs import loop
@@ -29,7 +29,7 @@ def train(run: Run, request: TrainRequest) -> None:
             attention = choose_kernel(plan.attention, policy=policy, device=compute_device())
             devices = replace(describe_devices(plan), attention=attention)
             request.clock.lap("devices and processes")
-            loop.train(step, run, request, is_leader=is_leader(), devices=devices)
+            loop.train(step, run, request, processes=processes(), devices=devices)
         finally:
             finish()
 

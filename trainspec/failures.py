@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainspec.checkpoints import folders
 from trainspec.errors import (
     EXIT_CRASHED,
     EXIT_FAILED,
@@ -25,7 +26,7 @@ from trainspec.errors import (
     UserError,
 )
 from trainspec.plans.accelerators import Devices
-from trainspec.runs import checkpoint, memory
+from trainspec.runs import memory
 from trainspec.runs.run import Run
 
 # torch's classes for failures of a device, its driver or the network. JAX has one class for everything, whose text begins
@@ -132,4 +133,4 @@ def saved_in(out: Path) -> Note:
 
 
 def _newest(out: Path | None) -> Path | None:
-    return checkpoint.latest(out) if out is not None else None
+    return folders.latest(out) if out is not None else None

@@ -12,7 +12,7 @@ from parity.runs.edit import Edit
 
 FIRST = RESUMED_AFTER + 1
 STARTS = "parity.faults.substitutes.starts"
-LOAD = "trainspec.runs.checkpoint:load"
+LOAD = "trainspec.checkpoints.checkpoint:load"
 
 
 def loaded(moments: str = "", weights: str = "") -> dict:

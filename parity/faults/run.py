@@ -22,10 +22,10 @@ from parity.runs.join import join
 from parity.runs.launch_many import Case, run_cases, training
 from parity.runs.work import cores
 from trainspec import backends
+from trainspec.checkpoints.folders import checkpoint_name
 from trainspec.errors import UserError, nearest
 from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe
-from trainspec.runs.checkpoint import checkpoint_name
 from trainspec.trace import Trace
 
 Help = Literal["helpful", "silent", "misleading"]

@@ -34,13 +34,13 @@ from parity.comparison.tolerance import component_along
 from parity.measure import Job
 from parity.runs.roundings import RMS_ROUNDING, folded
 from trainspec.backends import BACKENDS
+from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.data import Batch, open_dataset
 from trainspec.errors import NonFiniteLossError
 from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
 from trainspec.plans.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Metrics, Reference, Roundings
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate

@@ -23,12 +23,12 @@ from typing import Any, cast
 
 from parity.runs.replay import Replayer, replay
 from parity.runs.work import REFERENCE
+from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.command import backend_parser, run_command
 from trainspec.data import Batch
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE
 from trainspec.recipe import load_recipe
 from trainspec.runs import loop
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Arrays, Backend, Cluster, Metrics
 from trainspec.runs.request import out_directory, train_request
 from trainspec.runs.run import Run

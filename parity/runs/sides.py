@@ -19,6 +19,7 @@ from parity.comparison.pair import NAMES
 from parity.runs.join import join
 from parity.runs.programs import Launcher
 from trainspec.backends import BACKENDS
+from trainspec.checkpoints.folders import checkpoint_name
 from trainspec.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -30,7 +31,6 @@ from trainspec.errors import (
 )
 from trainspec.failures import NOTHING_SAVED
 from trainspec.plans.names import DEVICES, Backend, Device, DeviceKind, Policy
-from trainspec.runs.checkpoint import checkpoint_name
 from trainspec.trace import STOPPED_FILE, Trace
 
 # A side is named by its backend or by its program.

@@ -14,12 +14,12 @@ import pytest
 from backend import restore, start_state, train_step, weights_of
 from small import write_tokenizer
 
+from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.data import IGNORED, open_dataset
 from trainspec.init import initial_value
 from trainspec.methods import adapter_table
 from trainspec.params import Normal
 from trainspec.rng import drop_threshold, fold, name_key, threefry2x32
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.run import resolve
 
 METHOD = {"kind": "prefix", "virtual_tokens": 3, "positions": "from_zero", "dropout": 0.25}

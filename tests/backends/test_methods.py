@@ -12,13 +12,13 @@ from backend import logits, moments_of, restore, spec_of, start_state, train_ste
 from method_oracles import ORACLES
 from method_sections import sections
 
+from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.data import open_dataset
 from trainspec.init import initial_value
 from trainspec.methods import adapter_table
 from trainspec.model import ModelSpec
 from trainspec.params import Normal
 from trainspec.recipe import Recipe
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.run import resolve
 
 FP64 = {"policy": "fp64", "reduce": "fp64"}

@@ -11,10 +11,11 @@ from many import run_many
 from small import FAMILIES, VARIANTS
 from test_model import FP64, FULL, LORA, PACKED, prepare
 
+from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.folders import latest
 from trainspec.data import IGNORED, Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.methods import trainable_table
-from trainspec.runs.checkpoint import Checkpoint, latest
 
 METHODS = pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
 BF16 = {"policy": "bf16", "reduce": "fp32"}

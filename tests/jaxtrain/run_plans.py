@@ -17,9 +17,10 @@ import numpy as np
 from small import VARIANTS, recipe_maker, write_checkpoint
 
 from jaxtrain import cluster, step
+from trainspec.checkpoints import checkpoint, store
+from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.data import open_dataset
-from trainspec.runs import checkpoint, loop
-from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs import loop
 from trainspec.runs.run import resolve
 from trainspec.weight import Weight
 
@@ -81,7 +82,7 @@ def started(recipe: Any) -> step.State:
 def resumed(state: step.State, first: Any, recipe: Any, out: Path) -> step.State:
     """The state of `first`, saved and resumed under `recipe`."""
     saving = Checkpoint(state.step, step.weights_of(state), *step.moments_of(state))
-    saved = checkpoint.save(out, saving, recipe=first)
+    saved = store.save_checkpoint(out, saving, recipe=first)
     return step.restore(started(recipe), checkpoint.load(saved, resolve(recipe)))
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from small import ROOT
 
+from trainspec.checkpoints import folders
 from trainspec.command import run_command
 from trainspec.errors import MachineError, NonFiniteLossError, Note, PlanError, ProcessError, WeightsError
 from trainspec.failures import explained, notes_of, outcome, saved_in
 from trainspec.plans.accelerators import Devices
-from trainspec.runs import checkpoint
 from trainspec.runs.run import resolve
 
 CPU = Devices("jax", "cpu", 1, 1, 1, ())
@@ -91,7 +91,7 @@ def save(out: Path, step: int) -> Path:
     """What `checkpoint.latest` takes for a checkpoint."""
     path = out / "checkpoints" / f"step-{step:06d}"
     path.mkdir(parents=True)
-    assert checkpoint.latest(out) == path
+    assert folders.latest(out) == path
     return path
 
 
@@ -144,7 +144,7 @@ def test_a_disk_that_cannot_be_read_does_not_hide_the_error(tmp_path, monkeypatc
     def unreadable(out: Path) -> Path:
         raise OSError(errno.EIO, "Input/output error", str(out))
 
-    monkeypatch.setattr("trainspec.runs.checkpoint.latest", unreadable)
+    monkeypatch.setattr("trainspec.checkpoints.folders.latest", unreadable)
     assert (
         saved_in(tmp_path) == f"what is saved in {tmp_path} cannot be read ({tmp_path}: Input/output error)"
     )

@@ -15,6 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small import SMALL, VARIANTS, write_checkpoint
 
+from trainspec.checkpoints import checkpoint, folders, shards, store
+from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import RecipeError, TraceError, UserError, WeightsError
 from trainspec.files.adapters import write_adapter
@@ -24,8 +26,6 @@ from trainspec.init import starting_weights
 from trainspec.methods import LoRA, adapter_table, trainable_table
 from trainspec.params import param_table
 from trainspec.recipe import Recipe
-from trainspec.runs import checkpoint
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.export import export
 from trainspec.runs.run import resolve
 from trainspec.trace import StepTrace, Trace, TraceWriter
@@ -217,7 +217,7 @@ def save(out: Path, recipe: Recipe, step: int) -> Checkpoint:
     saved = Checkpoint(
         step, arrays, {k: v + 1 for k, v in arrays.items()}, {k: v + 2 for k, v in arrays.items()}
     )
-    checkpoint.save(out, saved, recipe=recipe)
+    store.save_checkpoint(out, saved, recipe=recipe)
     return saved
 
 
@@ -226,11 +226,11 @@ def test_checkpoint_reads_back_and_old_ones_go(make_recipe: Make, tmp_path: Path
     for step in (5, 10, 15):
         saved = save(tmp_path, recipe, step)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000010", "step-000015"]
-    newest = checkpoint.latest(tmp_path)
+    newest = folders.latest(tmp_path)
     assert newest is not None
     loaded = checkpoint.load(newest, resolve(recipe))
     assert loaded.step == 15
-    for part in checkpoint.ARRAYS:
+    for part in shards.KINDS:
         assert all(np.array_equal(a[...], getattr(saved, part)[n]) for n, a in getattr(loaded, part).items())
 
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(make_recipe: Make, t
     def full_disk(*_: object) -> None:
         raise OSError(None, "no space left", "weights.safetensors")
 
-    monkeypatch.setattr(checkpoint, "save_tensors", full_disk)
+    monkeypatch.setattr("trainspec.checkpoints.portable.write_tensors", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save(tmp_path, recipe, 10)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
@@ -267,7 +267,7 @@ def test_a_broken_moment_is_not_saved(make_recipe: Make, tmp_path: Path, fill: s
     broken = np.full(array.shape, np.inf) if fill == "inf" else array[...][:-1]
     bad = replace(good, step=10, moment2=dict(good.moment2) | {name: broken})
     with pytest.raises(WeightsError, match=message):
-        checkpoint.save(tmp_path, bad, recipe=recipe)
+        store.save_checkpoint(tmp_path, bad, recipe=recipe)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
 
 
@@ -275,7 +275,7 @@ def test_the_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path: Path):
     for name in ("step-999950", "step-1000000", "step-000050.bak"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints/step-9999999").write_text("a file")
-    newest = checkpoint.latest(tmp_path)
+    newest = folders.latest(tmp_path)
     assert newest is not None
     assert newest.name == "step-1000000"
 
@@ -284,7 +284,7 @@ def test_the_newest_checkpoint_is_the_one_with_the_highest_step(tmp_path: Path):
 def test_a_damaged_head_is_refused(make_recipe: Make, tmp_path: Path, change: dict):
     recipe = make_recipe()
     save(tmp_path, recipe, 5)
-    newest = checkpoint.latest(tmp_path)
+    newest = folders.latest(tmp_path)
     assert newest is not None
     head = json.loads((newest / "checkpoint.json").read_text())
     (newest / "checkpoint.json").write_text(json.dumps(head | change))
@@ -296,7 +296,7 @@ def test_a_half_written_checkpoint_does_not_count(make_recipe: Make, tmp_path: P
     recipe = make_recipe()
     save(tmp_path, recipe, 5)
     (tmp_path / "checkpoints/.step-000010.tmp").mkdir()
-    newest = checkpoint.latest(tmp_path)
+    newest = folders.latest(tmp_path)
     assert newest is not None
     assert newest.name == "step-000005"
     save(tmp_path, recipe, 10)
@@ -306,7 +306,7 @@ def test_a_checkpoint_of_another_method_is_refused(make_recipe: Make, tmp_path: 
     """How it was trained is nothing to whoever only reads it: tests/trainspec/test_identity.py has who goes on."""
     recipe = make_recipe()
     save(tmp_path, recipe, 5)
-    newest = checkpoint.latest(tmp_path)
+    newest = folders.latest(tmp_path)
     assert newest is not None
     other = make_recipe(method=recipe.method.model_dump() | {"alpha": 9.0})
     with pytest.raises(RecipeError, match=r"method\.alpha=8\.0, the recipe says 9\.0; use the recipe"):
@@ -318,7 +318,7 @@ def test_a_checkpoint_of_another_method_is_refused(make_recipe: Make, tmp_path: 
 def test_a_damaged_checkpoint_is_refused(make_recipe: Make, tmp_path: Path):
     recipe = make_recipe()
     save(tmp_path, recipe, 5)
-    newest = checkpoint.latest(tmp_path)
+    newest = folders.latest(tmp_path)
     assert newest is not None
     file = newest / "moment2.safetensors"
     data = bytearray(file.read_bytes())
@@ -345,7 +345,7 @@ def test_export_merges_by_hand_computed_numbers(make_recipe: Make, model_dirs, t
     spec, recipe = VARIANTS[variant], make_recipe(variant)
     arrays = trained(recipe, spec)
     zeros = {k: np.zeros_like(v) for k, v in arrays.items()}
-    checkpoint.save(tmp_path, Checkpoint(3, arrays, zeros, zeros), recipe=recipe)
+    store.save_checkpoint(tmp_path, Checkpoint(3, arrays, zeros, zeros), recipe=recipe)
     target = export(recipe, out=tmp_path, merge=True, shard_bytes=30_000)
     assert (target / "tokenizer.json").is_file()
     assert json.loads((target / "config.json").read_text())["dtype"] == "float32"
@@ -359,7 +359,7 @@ def test_export_merges_by_hand_computed_numbers(make_recipe: Make, model_dirs, t
 def test_export_keeps_what_a_person_put_there(make_recipe: Make, tmp_path: Path):
     recipe = make_recipe()
     arrays = trained(recipe)
-    checkpoint.save(tmp_path, Checkpoint(3, arrays, arrays, arrays), recipe=recipe)
+    store.save_checkpoint(tmp_path, Checkpoint(3, arrays, arrays, arrays), recipe=recipe)
     export(recipe, out=tmp_path, merge=True, shard_bytes=30_000)
     (tmp_path / "merged/README.md").write_text("my card")
     target = export(recipe, out=tmp_path, merge=True)

@@ -15,6 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small import QA, SMALL, write_checkpoint, write_tokenizer
 
+from trainspec.checkpoints import checkpoint, folders, store
+from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.data import open_dataset
 from trainspec.errors import RecipeError, UserError, WeightsError
 from trainspec.files.adapters import write_adapter
@@ -23,9 +25,7 @@ from trainspec.init import starting_weights
 from trainspec.methods import LoRA, PromptTuning, adapter_table, trainable_table
 from trainspec.recipe import ModelSource, Recipe, load_recipe, recipe_from
 from trainspec.rope import LinearScaling, Llama3Scaling
-from trainspec.runs import checkpoint
 from trainspec.runs.allow import ALLOWABLE
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.identity import RANDOM, Identity, identity_of, model_digest, start_digest, weights_digest
 from trainspec.runs.resume import FIXED, CheckpointOrigin, check_resumable
 from trainspec.runs.run import Run, resolve, run_of
@@ -148,7 +148,7 @@ def made(make_recipe: Make, tmp_path: Path) -> Callable[..., tuple[Recipe, Check
         model, _ = resolve_model(recipe.model)
         identity = identity_of(resolve(recipe), open_dataset(resolve(recipe), "train"))
         zeros = {p.name: np.zeros(p.shape, np.float32) for p in trainable_table(model, recipe.method)}
-        path = checkpoint.save(
+        path = store.save_checkpoint(
             tmp_path / "out", Checkpoint(5, zeros, zeros, zeros), recipe=recipe, identity=identity
         )
         return recipe, checkpoint.read_origin(path), identity
@@ -358,7 +358,7 @@ def test_a_schedule_of_another_length_is_said(made, make_recipe: Make):
 def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path):
     """As commit 332f762 wrote it: without digests, and without the settings that came later."""
     write_tokenizer(tmp_path)
-    path = checkpoint.latest(STORED / "run-332f762")
+    path = folders.latest(STORED / "run-332f762")
     assert path is not None
     head = json.loads((path / "checkpoint.json").read_text())
     assert "identity" not in head

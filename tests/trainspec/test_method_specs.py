@@ -12,6 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small import SMALL
 
+from trainspec.checkpoints import store
+from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.families import PRESETS
 from trainspec.files.adapters import read_adapter, write_adapter
@@ -39,8 +41,6 @@ from trainspec.methods import (
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.recipe import Recipe, load_recipe
-from trainspec.runs import checkpoint
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.export import export
 from trainspec.runs.opening import describe
 from trainspec.runs.run import resolve, run_of
@@ -235,7 +235,7 @@ def test_a_text_is_a_start(make_recipe: Make):
 def test_only_lora_is_merged(make_recipe: Make, tmp_path: Path):
     for method in (m for m in ADDED if m.not_merged):
         recipe, weights = make_recipe(method=method.model_dump()), drawn(method)
-        checkpoint.save(tmp_path, Checkpoint(1, weights, weights, weights), recipe=recipe)
+        store.save_checkpoint(tmp_path, Checkpoint(1, weights, weights, weights), recipe=recipe)
         with pytest.raises(RecipeError, match=f"method.kind={method.kind} cannot be merged"):
             export(recipe, out=tmp_path, merge=True)
         export(recipe, out=tmp_path, merge=False)

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainspec.checkpoints import checkpoint, folders, shards, store
+from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.portable import PortableFormat
 from trainspec.errors import NonFiniteLossError
-from trainspec.runs import checkpoint
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Metrics
 from trainspec.runs.loop import follow
 from trainspec.runs.observers import (
@@ -20,6 +21,7 @@ from trainspec.runs.observers import (
     TraceObserver,
     needs_of,
 )
+from trainspec.runs.processes import Processes
 from trainspec.runs.run import resolve
 from trainspec.runs.run_data import open_data
 from trainspec.trace import Trace, TraceRequest, TraceWriter
@@ -58,9 +60,22 @@ class Numpy:
         self.calls.append("all weights" if frozen else "weights")
         return dict(state.weights)
 
+    def shards_of(self, state):
+        self.calls.append("shards")
+        return (shard for kind in shards.KINDS for shard in shards.whole(kind, state.weights))
+
     def moments_of(self, state):
         self.calls.append("moments")
         return dict(state.weights), dict(state.weights)
+
+
+def store_of(prepared, out: Path, processes: Processes | None = None):
+    """A run's store of checkpoints."""
+    run, data, backend = prepared
+    manifest = store.manifest_of(run.recipe, data.identity, backend.shapes)
+    processes = processes or Processes()
+    portable = PortableFormat(backend, run, processes)
+    return store.CheckpointStore(out, portable, manifest, run.recipe.checkpoint, processes)
 
 
 class Noting(Observer[State]):
@@ -102,14 +117,22 @@ def test_each_is_told_what_those_before_it_measured(prepared):
     assert [seen[2] for seen in after.seen[1:-1]] == [None, 2.0, 2.0]
 
 
-def test_every_process_makes_the_same_calls_and_only_the_leader_writes(prepared, tmp_path: Path):
+def test_every_process_makes_the_same_calls_and_the_leader_completes_what_all_write(
+    prepared, tmp_path: Path, monkeypatch
+):
+    """The processes run one after the other here: the leader comes last, and finds the files of the other."""
     run, data, backend = prepared
-    calls = {}
-    for is_leader in (True, False):
-        backend.calls, out = [], tmp_path / str(is_leader)
+    calls, shards_of = {}, backend.shards_of
+    for index in (1, 0):
+        is_leader = index == 0
+        mine = {"weights"} if is_leader else {"moment1", "moment2"}
+        monkeypatch.setattr(
+            backend, "shards_of", lambda state, mine=mine: [s for s in shards_of(state) if s.kind in mine]
+        )
+        backend.calls = []
         observers = [
-            TraceObserver(backend, TraceRequest(out / "trace", 2), (), is_leader=is_leader),
-            CheckpointObserver(out, run.recipe, data.identity, due=Due(2, last=3), is_leader=is_leader),
+            TraceObserver(backend, TraceRequest(tmp_path / "trace", 2), (), is_leader=is_leader),
+            CheckpointObserver(store_of(prepared, tmp_path / "run", Processes(index, 2)), due=Due(2, last=3)),
         ]
         follow(backend, run, data, backend.state(), observers)
         calls[is_leader] = backend.calls
@@ -118,19 +141,21 @@ def test_every_process_makes_the_same_calls_and_only_the_leader_writes(prepared,
         ["weights", f"step {keep}", "weights", "moments"]
         for keep in ("gradients", "activations", "gradients")
     ]
-    assert calls[True] == [
-        "all weights",
-        *around[0],
-        *around[1],
-        *around[2],
-    ]  # once, though two asked for them
-    assert not (tmp_path / "False").exists()
-    trace = Trace(tmp_path / "True/trace")
+    assert calls[True] == ["all weights", *around[0], *around[1], "shards", *around[2], "shards"]
+    trace = Trace(tmp_path / "trace")
     name = run.trained[0].name
     assert trace.header == TraceHeader(first_step=1)
     assert (trace.read(2, f"update/{name}") == 2.0).all()
     assert (trace.read(3, f"moment1/{name}") == 6.0).all()
-    assert checkpoint.latest(tmp_path / "True") == tmp_path / "True/checkpoints/step-000003"
+    newest = folders.latest(tmp_path / "run")
+    assert newest == tmp_path / "run/checkpoints/step-000003"
+    assert sorted(path.name for path in newest.iterdir()) == [
+        "checkpoint.json",
+        "moment1-00001-of-00002.safetensors",
+        "moment2-00001-of-00002.safetensors",
+        "weights-00000-of-00002.safetensors",
+    ]
+    assert all((w[...] == 6.0).all() for w in checkpoint.load(newest, run).weights.values())
 
 
 def test_needs_add_up():
@@ -188,7 +213,7 @@ def test_a_resumed_run_reads_on_where_it_stopped(prepared):
 
 def test_an_unused_checkpoint_of_arrays_is_what_is_saved(prepared, tmp_path: Path):
     run, data, backend = prepared
-    saving = CheckpointObserver(tmp_path, run.recipe, data.identity, due=Due(5, last=3), is_leader=True)
+    saving = CheckpointObserver(store_of(prepared, tmp_path), due=Due(5, last=3))
     follow(backend, run, data, backend.state(), [saving])
     (path,) = (tmp_path / "checkpoints").iterdir()
     loaded: Checkpoint = checkpoint.load(path, run)

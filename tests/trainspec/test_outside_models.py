@@ -31,6 +31,8 @@ from small import ROOT, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from trainspec.checkpoints import store
+from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.errors import DataError, ModelError, RecipeError, WeightsError
 from trainspec.files.adapters import read_adapter, write_adapter
 from trainspec.files.hf import copy_tokenizer, model_notes, read_model, resolve_model, tokenizer_files
@@ -40,8 +42,6 @@ from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.recipe import ModelSource, Recipe
 from trainspec.rope import inverse_frequencies
-from trainspec.runs import checkpoint
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.export import export
 from trainspec.runs.identity import model_digest, weights_digest
 from trainspec.runs.run import resolve
@@ -372,7 +372,7 @@ def trained_lora(
         for p in trainable_table(spec, recipe.method)
     }
     zeros = {name: np.zeros_like(array) for name, array in arrays.items()}
-    checkpoint.save(out, Checkpoint(3, arrays, zeros, zeros), recipe=recipe)
+    store.save_checkpoint(out, Checkpoint(3, arrays, zeros, zeros), recipe=recipe)
     return recipe
 
 

@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
@@ -26,7 +25,7 @@ from trainspec.errors import ModelError, WeightsError
 from trainspec.families import family_of, family_of_config, preset
 from trainspec.families.family import Family
 from trainspec.files.model_config import config_notes, read_config, read_model_spec
-from trainspec.files.tensors import save_tensors
+from trainspec.files.tensors import FLOATS, save_tensors
 from trainspec.files.weight_files import MODEL_FILE, MODEL_INDEX, weight_files
 from trainspec.model import ModelSpec
 from trainspec.params import Param
@@ -34,13 +33,6 @@ from trainspec.recipe import ModelSource
 from trainspec.weight import Index, Weight
 
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
-# The types that weights may be stored in: safetensors' names and numpy's.
-FLOATS: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 COMPARED_BYTES = 2**26
 LFS_POINTER = b"version https://git-lfs"
 GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"

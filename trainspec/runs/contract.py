@@ -7,13 +7,15 @@ The loop needs `Backend` alone, the functions of a `step` module.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
+from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.shards import Shard
 from trainspec.data import Batch
 from trainspec.methods import METHODS, Method
 from trainspec.model import ModelSpec
@@ -21,7 +23,7 @@ from trainspec.plans.accelerators import Devices
 from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import Plan, Policy
 from trainspec.recipe import AdamW, Recipe
-from trainspec.runs.checkpoint import Checkpoint
+from trainspec.runs.processes import Processes
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
@@ -107,6 +109,10 @@ class Backend(Protocol[S]):
         """Adam's first and second moments."""
         ...
 
+    def shards_of(self, state: S) -> Iterator[Shard]:
+        """Copies of what this process saves: of all processes together every element of weights and moments once."""
+        ...
+
     def restore(self, state: S, checkpoint: Checkpoint) -> S:
         """`state` as it was when `checkpoint` was taken."""
         ...
@@ -151,6 +157,10 @@ class Cluster(Protocol):
 
     def is_leader(self) -> bool:
         """Whether this process has the console and writes files."""
+        ...
+
+    def processes(self) -> Processes:
+        """The processes of the run, after `set_up`."""
         ...
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from trainspec.checkpoints.checkpoint import load, read_origin
+from trainspec.checkpoints.folders import latest
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.families import family_of
 from trainspec.files.adapters import write_adapter
@@ -24,7 +26,6 @@ from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.plans.plan import STORED_DTYPE
 from trainspec.recipe import Recipe
-from trainspec.runs import checkpoint
 from trainspec.runs.run import Run, resolve
 from trainspec.text.store import find_tokenizer
 from trainspec.weight import Array, WeightLike
@@ -53,18 +54,18 @@ def export(
     `OUT/merged`; with the tokenizer that was trained with. A model is stored as `dtype`, or else as it was trained, a merged one as its base is.
     Raises RecipeError where nothing was trained yet, the method cannot be merged, or the tokenizer would be another.
     """
-    path = checkpoint.latest(out)
+    path = latest(out)
     if path is None:
         raise RecipeError(
             f"{out}: no checkpoint to export; train first, or give the run's directory with --out"
         )
     run = resolve(recipe)
     model, source = run.spec, run.directory
-    trained = {name: weight[...] for name, weight in checkpoint.load(path, run).weights.items()}
+    trained = {name: weight[...] for name, weight in load(path, run).weights.items()}
     method = recipe.method
     if merge and method.not_merged is not None:
         raise RecipeError(f"method.kind={method.kind} {method.not_merged}; leave --merge out")
-    origin = checkpoint.read_origin(path)
+    origin = read_origin(path)
     identity, template = origin.identity, origin.recipe.data.chat_template
     if template is not None and recipe.data.chat_template is None:
         raise RecipeError(

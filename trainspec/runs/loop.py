@@ -12,16 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 from trainspec.backends import BACKENDS
 from trainspec.causal import causal_order
+from trainspec.checkpoints import folders
+from trainspec.checkpoints.checkpoint import read_origin
+from trainspec.checkpoints.portable import PortableFormat
+from trainspec.checkpoints.store import CheckpointStore, manifest_of
 from trainspec.data import Batch, open_dataset
 from trainspec.errors import NonFiniteLossError
 from trainspec.files.hf import model_notes
 from trainspec.plans.accelerators import Devices
 from trainspec.recipe import idle_settings
-from trainspec.runs import checkpoint
 from trainspec.runs.clock import INPUT, READ, UPDATE, Clock
 from trainspec.runs.contract import Backend, Metrics, S
 from trainspec.runs.observers import (
@@ -40,6 +45,7 @@ from trainspec.runs.observers import (
 from trainspec.runs.opening import describe, opening
 from trainspec.runs.prefetch import prefetch
 from trainspec.runs.prepare import check_output
+from trainspec.runs.processes import Processes
 from trainspec.runs.report import NullReporter, Reporter
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.resume import check_resumable
@@ -48,20 +54,23 @@ from trainspec.runs.run_data import RunData, open_data
 from trainspec.schedule import learning_rate
 
 
-def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bool, devices: Devices) -> None:
+def train(
+    backend: Backend[S], run: Run, request: TrainRequest, *, processes: Processes, devices: Devices
+) -> None:
     """Train to the recipe's last step; writes metrics, checkpoints and, on request, a trace.
 
     Raises UserError for mistakes in the recipe or its files, NonFiniteLossError for a loss that is not finite.
     """
     out, program = request.out, BACKENDS[devices.backend].program
-    saved = check_output(request)
+    saved, is_leader = check_output(request), processes.is_leader
     if is_leader:  # before anything that takes long
         lines = opening(run.recipe, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)
     run, data = open_data(run)
     lines = _summary(run, data, saved, request.allow)
     request.clock.lap("data opened")
-    state, last = _started(backend, run, out, saved, is_leader=is_leader), data.span.last
+    store = _store(backend, run, data, request, processes, devices)
+    state, last = _started(backend, run, store, out, saved, is_leader=is_leader), data.span.last
     request.clock.lap("starting weights read")
     with (
         Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else NullReporter()
@@ -73,10 +82,10 @@ def train(backend: Backend[S], run: Run, request: TrainRequest, *, is_leader: bo
             run,
             data,
             state,
-            _observers(backend, run, data, reporter, request, is_leader=is_leader, devices=devices),
+            _observers(backend, run, data, store, reporter, request, is_leader=is_leader, devices=devices),
             clock=request.clock,
         )
-        reporter.say(f"wrote {checkpoint.latest(out) or out}")
+        reporter.say(f"wrote {folders.latest(out) or out}")
         if request.timings:
             reporter.timings(request.clock.report())
 
@@ -143,6 +152,7 @@ def _observers(
     backend: Backend[S],
     run: Run,
     data: RunData,
+    store: CheckpointStore[S],
     reporter: Reporter | NullReporter,
     request: TrainRequest,
     *,
@@ -161,7 +171,25 @@ def _observers(
         observers.append(EvaluationObserver(backend, data.heldout, examples=_heldout_examples(run), due=due))
     observers.append(ReportObserver(reporter, arithmetic_of(run), last=last))
     due = Due(recipe.checkpoint.every_steps, last)
-    return [*observers, CheckpointObserver(request.out, recipe, data.identity, due=due, is_leader=is_leader)]
+    return [*observers, CheckpointObserver(store, due=due)]
+
+
+def _store(
+    backend: Backend[S],
+    run: Run,
+    data: RunData,
+    request: TrainRequest,
+    processes: Processes,
+    devices: Devices,
+) -> CheckpointStore[S]:
+    """The store of the run's checkpoints."""
+    manifest = replace(
+        manifest_of(run.recipe, data.identity, {p.name: p.shape for p in run.trained}),
+        backend=devices.backend,
+        versions={package: version(package) for package in devices.packages},
+    )
+    portable = PortableFormat(backend, run, processes)
+    return CheckpointStore(request.out, portable, manifest, run.recipe.checkpoint, processes)
 
 
 def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]) -> list[str]:
@@ -173,7 +201,7 @@ def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]
     ]
     lines += idle_settings(recipe, span)
     if saved:
-        origin = checkpoint.read_origin(saved)
+        origin = read_origin(saved)
         lines += check_resumable(origin, recipe, data.identity, steps=span.steps, allow=allow)
     return lines
 
@@ -184,13 +212,22 @@ def _resumed(step: int, last: int, saved: Path | None) -> list[str]:
     return [f"resuming after step {step} of {last}, from {saved}{done}"] if saved else []
 
 
-def _started(backend: Backend[S], run: Run, out: Path, saved: Path | None, *, is_leader: bool) -> S:
+def _started(
+    backend: Backend[S],
+    run: Run,
+    store: CheckpointStore[S],
+    out: Path,
+    saved: Path | None,
+    *,
+    is_leader: bool,
+) -> S:
     """The state from which the run continues: its start, or a checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
     state = backend.init_state(run)
     if saved:
-        state = backend.restore(state, checkpoint.load(saved, run))
+        state = store.load(state, saved)
     if is_leader:
+        folders.remove_leftovers(out)
         (out / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
     return state
 
@@ -199,13 +236,13 @@ def evaluate(backend: Backend[S], run: Run, *, out: Path) -> tuple[float, str]:
     """Held-out loss per target token, and of which weights: the newest checkpoint in `out`, else the starting weights."""
     heldout = open_dataset(run, "heldout")
     state = backend.init_state(run)
-    saved = checkpoint.latest(out)
+    saved = folders.latest(out)
     if saved:
-        state = backend.restore(state, checkpoint.load(saved, run))
+        state = PortableFormat(backend, run, Processes()).restore(state, saved)
     loss = heldout_loss(backend, state, heldout, _heldout_examples(run))
     if not saved:
         return loss, f"the starting weights (no checkpoint under {out})"
-    identity = checkpoint.read_origin(saved).identity
+    identity = read_origin(saved).identity
     is_another = identity is not None and identity.tokenizer != heldout.tokenizer_digest
     note = "; the tokenizer's files are not those that it was trained with" if is_another else ""
     return loss, f"{out} at step {state.step}{note}"

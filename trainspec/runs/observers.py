@@ -11,15 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from importlib.metadata import version
-from pathlib import Path
 from typing import Generic, Protocol, TypeVar, get_args
 
+from trainspec.checkpoints.store import CheckpointStore
 from trainspec.data import Batch, Dataset
 from trainspec.plans.accelerators import Devices
 from trainspec.plans.flops import Arithmetic
 from trainspec.recipe import Recipe
-from trainspec.runs import checkpoint
-from trainspec.runs.checkpoint import Checkpoint
 from trainspec.runs.contract import Arrays, Backend, Metrics, S
 from trainspec.runs.identity import Identity
 from trainspec.runs.report import NullReporter, Reporter, StepReport, Work
@@ -264,21 +262,20 @@ class ReportObserver(Observer[S], Generic[S]):
 
 
 class CheckpointObserver(Observer[S], Generic[S]):
-    """Saves a checkpoint after due updates."""
+    """Saves a checkpoint after due updates, while the next updates are made."""
 
     name = "checkpoint"
 
-    def __init__(self, out: Path, recipe: Recipe, identity: Identity, *, due: Due, is_leader: bool) -> None:
-        self._out, self._recipe, self._identity = out, recipe, identity
-        self._due, self._is_leader = due, is_leader
-
-    def needs(self, step: int) -> Needs:
-        """Weights and moments of a due update."""
-        return Needs(after=self._due(step))
+    def __init__(self, store: CheckpointStore[S], *, due: Due) -> None:
+        self._store, self._due = store, due
 
     def updated(self, state: S, update: Update) -> Update:
-        """Saves a due update."""
-        if self._is_leader and self._due(update.step):
-            saved = Checkpoint(update.step, update.weights, *update.moments)
-            checkpoint.save(self._out, saved, recipe=self._recipe, identity=self._identity)
+        """Begins to save a due update. Raises the error of an earlier save."""
+        self._store.check()
+        if self._due(update.step):
+            self._store.save(state, heldout_loss=update.heldout_loss)
         return update
+
+    def finished(self) -> None:
+        """Waits for the save in flight."""
+        self._store.wait()

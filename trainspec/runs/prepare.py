@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trainspec.checkpoints.checkpoint import resumable_checkpoint
 from trainspec.data import check_data
 from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe
-from trainspec.runs import checkpoint
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run, resolve_on
 from trainspec.trace import check_free
@@ -35,7 +35,7 @@ def prepare_evaluation(recipe: Recipe, backend: Capabilities) -> Run:
 
 def check_output(request: TrainRequest) -> Path | None:
     """The checkpoint that a run resumes from, if any. Raises UserError where it would overwrite something."""
-    saved = checkpoint.resumable_checkpoint(request.out, resume=request.resume)
+    saved = resumable_checkpoint(request.out, resume=request.resume)
     if request.trace:
         check_free(request.trace.directory, resumes=request.resume)
     return saved

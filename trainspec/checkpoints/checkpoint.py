@@ -1,0 +1,89 @@
+"""A checkpoint that was read, whoever wrote it: verified, and opened in the precision of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainspec.checkpoints.folders import latest
+from trainspec.checkpoints.manifest import PORTABLE, read_manifest, whole
+from trainspec.checkpoints.shards import KINDS, ShardFiles, files_of
+from trainspec.errors import RecipeError, WeightsError
+from trainspec.files.hf import read_entries
+from trainspec.plans.plan import STORED_DTYPE
+from trainspec.runs.resume import CheckpointOrigin, check_loadable
+from trainspec.runs.run import Run
+from trainspec.weight import WeightLike
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after `step` updates: trained weights and moments. A loaded one is read slice by slice, on demand."""
+
+    step: int
+    weights: Mapping[str, WeightLike]
+    moment1: Mapping[str, WeightLike]
+    moment2: Mapping[str, WeightLike]
+
+
+def resumable_checkpoint(out: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to resume from. Raises RecipeError for one that would be started over, or that is not there."""
+    newest = latest(out)
+    if newest and not resume:
+        raise RecipeError(
+            f"{out}: holds {newest.name} of an earlier run; continue with --resume, or give another --out"
+        )
+    if resume and newest is None:
+        raise RecipeError(f"{out}: --resume found no checkpoint there; leave --resume out to start")
+    return newest
+
+
+def read_origin(path: Path) -> CheckpointOrigin:
+    """How a checkpoint was made. Raises WeightsError for an incomplete one."""
+    return read_manifest(path).origin(path)
+
+
+def verify(path: Path) -> None:
+    """Raises WeightsError where a file of the checkpoint is missing or is not the one that was written."""
+    with whole(path):
+        for name, digest in read_manifest(path).sha256.items():
+            if _sha256(path / name) != digest:
+                raise WeightsError(
+                    f"{path / name}: damaged (its SHA-256 is not the recorded one); remove {path} to use the one before it"
+                )
+
+
+def load(path: Path, run: Run) -> Checkpoint:
+    """Verify a portable checkpoint and open it in the precision of `run`; weights are read slice by slice, on demand.
+
+    Raises WeightsError for a damaged file and RecipeError for another model or method.
+    """
+    manifest = read_manifest(path)
+    verify(path)
+    check_loadable(manifest.origin(path), run)
+    if manifest.format != PORTABLE:
+        raise RecipeError(
+            f"{path}: is in the format {manifest.format!r}, which only the backend that wrote it reads ({manifest.backend})"
+        )
+    dtype = STORED_DTYPE[run.recipe.precision.policy]
+    arrays = []
+    for kind in KINDS:
+        with whole(path):
+            files = [path / name for name in files_of(kind, manifest.sha256)]
+        if not files:
+            raise WeightsError(
+                f"{path}: incomplete checkpoint: no file of {kind}; remove it to use the one before it"
+            )
+        opened = ShardFiles(files, manifest.shapes, where=path)
+        arrays.append(
+            {p.name: weight for p, weight in read_entries(opened, run.trained, dtype=dtype, where=path)}
+        )
+    weights, moment1, moment2 = arrays
+    return Checkpoint(manifest.step, weights, moment1, moment2)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
