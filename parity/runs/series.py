@@ -17,13 +17,14 @@ import json
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from parity.runs.replay import Replayer, replay
 from parity.runs.work import REFERENCE
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.shards import Shard
 from trainspec.command import backend_parser, run_command
 from trainspec.data import Batch
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE
@@ -69,6 +70,10 @@ class SharedPrograms:
         """The backend's."""
         return self._backend.moments_of(state)
 
+    def shards_of(self, state: Any) -> Iterator[Shard]:
+        """The backend's."""
+        return self._backend.shards_of(state)
+
     def restore(self, state: Any, checkpoint: Checkpoint) -> Any:
         """The backend's."""
         return self._backend.restore(state, checkpoint)
@@ -92,7 +97,7 @@ class Trainings:
         run = self._cluster.start(recipe)
         try:
             devices = self._cluster.describe_devices(recipe.plan)
-            loop.train(self._backend, run, request, is_leader=True, devices=devices)
+            loop.train(self._backend, run, request, processes=self._cluster.processes(), devices=devices)
         finally:
             self._cluster.finish()
 

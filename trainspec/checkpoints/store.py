@@ -1,4 +1,4 @@
-"""The store of a run's checkpoints: saved behind its back, complete or not at all, and read again.
+"""The store of a run's checkpoints: saved while the run goes on, complete or not at all.
 
 Processes meet in the checkpoint's directory, not in a collective: each leaves its digests there when its files are on the
 disk, and the leader waits for those of all before it writes the manifest and gives the directory its final name.

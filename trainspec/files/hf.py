@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -152,6 +152,16 @@ def _hub_directory(name: str, *, weights: bool) -> Path:
         raise ModelError(f"model.from: hub:{name}: {' '.join(str(error).split())}") from None
 
 
+class Tensors(Protocol):
+    """Tensors by name, in whatever files: their shapes are known, their data is read on demand."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def weight(self, name: str, dtype: DTypeLike | None) -> Weight:
+        """One tensor as `dtype` (None: as stored)."""
+        ...
+
+
 class TensorFiles:
     """The safetensors files of one directory: headers are read at once, data one tensor at a time."""
 
@@ -228,7 +238,7 @@ def model_files(directory: Path) -> TensorFiles:
 
 
 def read_entries(
-    files: TensorFiles,
+    files: Tensors,
     table: Sequence[Param],
     *,
     dtype: DTypeLike | None,
