@@ -7,10 +7,11 @@ from argparse import Namespace
 from types import ModuleType
 
 from trainspec.backends import BACKENDS
+from trainspec.generation.request import generation_request
 from trainspec.plans.accelerators import accelerators
 from trainspec.recipe import load_recipe
 from trainspec.runs.export import export
-from trainspec.runs.prepare import prepare, prepare_evaluation
+from trainspec.runs.prepare import prepare, prepare_evaluation, prepare_generation
 from trainspec.runs.request import out_directory, train_request
 
 BACKEND = BACKENDS["jax"]
@@ -33,6 +34,9 @@ def run(args: Namespace) -> None:
             loss, whose = _jax().evaluate(run, out=out)
             if _jax().is_leader():
                 print(f"held-out loss {loss:.6f} of {whose}")
+        case "generate":
+            request = generation_request(args, out)
+            _jax().generate(prepare_generation(recipe, BACKEND), request)
         case "export":
             # Needs only files: the leader does it alone, and waits for no other process.
             if _jax().is_leader():

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from jaxtrain.sharding import Shardings
@@ -67,6 +68,10 @@ class Feeder:
             array = np.stack([getattr(batch, f) for batch in slices])
             fed[f] = self._shardings.put(array.reshape(*leading, -1, *array.shape[2:]), axes)
         return fed
+
+    def replicated(self, array: NDArray[Any]) -> Array:
+        """An array that every device has whole."""
+        return self._shardings.put(array, ())
 
     def constants(self, values: Mapping[str, NDArray[Any]]) -> Arrays:
         """A method's constants, those of a stack on its layers' stages."""

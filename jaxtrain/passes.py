@@ -63,6 +63,15 @@ class SingleStage:
         model, inputs = self._bind_weights(weights, {}), _model_inputs(batch)
         return model(**inputs)[0]
 
+    def next_logits(self, weights: Arrays, batch: Arrays, last_B: Array) -> Array:
+        """The model's output [examples, vocab] at one position of each row, without dropout."""
+        model = self._bind_weights(weights, {})
+
+        def end(x_BTE: Array) -> Array:
+            return model.head(_at(x_BTE, last_B), None)
+
+        return model(**_model_inputs(batch), end=end)[0][:, 0]
+
     def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         """Loss sum and target tokens, without dropout."""
         return self._forward(weights, {}, batch, None, NO_PROBES)[0]
@@ -121,6 +130,14 @@ class AutodiffPipeline:
         x_MBTE, _ = self._forward({}, Recorded(), inputs)
         logits = lax.map(lambda x_BTE: self._stages.logits({}, x_BTE, inputs, None), x_MBTE)
         return logits.reshape(-1, *logits.shape[2:])
+
+    def next_logits(self, weights: Arrays, batch: Arrays, last_B: Array) -> Array:
+        """The model's output [examples, vocab] at one position of each row, without dropout."""
+        inputs = self._stages.encode({}, Inputs(weights, batch, None))
+        x_MBTE, _ = self._forward({}, Recorded(), inputs)
+        last_MB = last_B.reshape(len(x_MBTE), -1)
+        logits = lax.map(lambda xs: self._stages.logits({}, _at(*xs), inputs, None)[:, 0], (x_MBTE, last_MB))
+        return logits.reshape(-1, logits.shape[-1])
 
     def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
         """Loss sum and target tokens, without dropout."""
@@ -359,6 +376,11 @@ class OneFOneB(AutodiffPipeline):
 
 def _model_inputs(batch: Arrays) -> dict[str, Any]:
     return {name: batch[name] for name in ("input_ids", "positions", "segments")}
+
+
+def _at(x_BTE: Array, position_B: Array) -> Array:
+    """One position of each row, [B, 1, E]."""
+    return jnp.take_along_axis(x_BTE, position_B[:, None, None], axis=1)
 
 
 def _times(count: int, probes: Probes) -> Probes:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
@@ -191,6 +192,13 @@ def logits(state: State, batch: Batch) -> NDArray[Any]:
     return to_host(state.program.logits(state.trainable | state.frozen, state.program.feeder.feed(batch)))
 
 
+def next_logits(state: State, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
+    """The logits [B, vocab] after position `last` [B] of each row, without dropout."""
+    program = state.program
+    weights, fed = state.trainable | state.frozen, program.feeder.feed(batch)
+    return to_host(program.next_logits(weights, fed, program.feeder.replicated(last)))
+
+
 def weights_of(state: State, *, frozen: bool = False) -> dict[str, NDArray[Any]]:
     """Copies of the trained weights (the masters), with `frozen` of all weights, by canonical name."""
     program = state.program
@@ -267,6 +275,7 @@ class Program:
         self.update = jax.jit(self._update, donate_argnums=(0, 1, 2), keep_unused=True)
         self.evaluate = jax.jit(self._evaluate)
         self.logits = jax.jit(self._logits)
+        self.next_logits = jax.jit(self._next_logits)
 
     def _bind_weights(
         self, weights: Arrays, grad_placeholders: Arrays, chunk: Array | None = None
@@ -297,6 +306,12 @@ class Program:
     def _logits(self, weights: Arrays, batch: Arrays) -> Array:
         logits = self._passes.logits(weights, with_virtual_tokens(batch, self.recipe.method))
         return logits[:, leading_positions(self.recipe.method) :]
+
+    def _next_logits(self, weights: Arrays, batch: Arrays, last_B: Array) -> Array:
+        method = self.recipe.method
+        return self._passes.next_logits(
+            weights, with_virtual_tokens(batch, method), last_B + leading_positions(method)
+        )
 
     def _train(
         self,

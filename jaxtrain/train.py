@@ -12,6 +12,8 @@ from jaxtrain.cluster import describe_devices, finish, processes, set_up
 from jaxtrain.compilation import told_to
 from jaxtrain.mesh import make_mesh
 from trainspec.failures import explained
+from trainspec.generation import loop as generation
+from trainspec.generation.request import GenerationRequest
 from trainspec.runs import loop
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run
@@ -41,5 +43,15 @@ def evaluate(run: Run, *, out: Path) -> tuple[float, str]:
         set_up(run)
         try:
             return loop.evaluate(step, run, out=out)
+        finally:
+            finish()
+
+
+def generate(run: Run, request: GenerationRequest) -> None:
+    """Generate what the request asks for with the newest checkpoint in its directory, or with the starting weights."""
+    with explained(run, partial(describe_devices, run.recipe.plan)):
+        set_up(run)
+        try:
+            generation.generate(step, run, request, processes())
         finally:
             finish()

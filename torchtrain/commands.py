@@ -12,10 +12,11 @@ from torchtrain.launch import launch
 from torchtrain.processes import count_processes, has_launcher, is_leader
 from trainspec.backends import BACKENDS
 from trainspec.failures import explained
+from trainspec.generation.request import generation_request
 from trainspec.plans.accelerators import Devices
 from trainspec.recipe import load_recipe
 from trainspec.runs.export import export
-from trainspec.runs.prepare import prepare, prepare_evaluation
+from trainspec.runs.prepare import prepare, prepare_evaluation, prepare_generation
 from trainspec.runs.request import out_directory, train_request
 from trainspec.runs.run import Run
 
@@ -52,6 +53,13 @@ def run(args: Namespace, words: Sequence[str]) -> None:
             loss, whose = _torch().evaluate(run, out=out)
             if is_leader():
                 print(f"held-out loss {loss:.6f} of {whose}")
+        case "generate":
+            request = generation_request(args, out)
+            run = prepare_generation(recipe, BACKEND)
+            if _needs_launch(run):
+                _launch(run, words, logs=out / "logs")
+                return
+            _torch().generate(run, request)
         case "export":
             if is_leader():
                 print(f"wrote {export(recipe, out=out, merge=args.merge, dtype=args.dtype)}")

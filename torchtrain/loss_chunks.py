@@ -46,13 +46,22 @@ class HeadLoss:
         self._own_forward = self._head.forward
         self._point, self._tensor = point, tensor
         self._expected: Expected | None = None
+        self._positions_B: Tensor | None = None
         self._head.forward = self._forward
 
     def expect(self, labels_BT: Tensor, *, divisor: int, chunk: int) -> None:
         """Have the next forward pass give the loss sum of these labels."""
         self._expected = Expected(targets_of(labels_BT), divisor, chunk)
 
+    def expect_logits(self, positions_B: Tensor) -> None:
+        """Have the next forward pass give the logits [B, 1, V] at one position of each row."""
+        self._positions_B = positions_B
+
     def _forward(self, hidden_BTE: Tensor) -> Tensor:
+        positions_B, self._positions_B = self._positions_B, None
+        if positions_B is not None:
+            rows = torch.arange(len(positions_B), device=hidden_BTE.device)
+            return self._own_forward(hidden_BTE[rows, positions_B][:, None])
         expected, self._expected = self._expected, None
         if expected is None:
             return self._own_forward(hidden_BTE)

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -200,7 +201,8 @@ def _with_activations(metrics: Metrics, state: State, recordings: Sequence[Recor
 def eval_step(state: State, batch: Batch) -> tuple[float, int]:
     """(loss sum, target tokens) of a batch, without dropout."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=compute_device())
-    for microbatch, output in _inferred(state, batch, of_loss=True):
+    expect = partial(_expect_loss, state, divisor=1)
+    for microbatch, output in _inferred(state, batch, expect):
         loss_sum += _loss_sum(state, microbatch, output)
     return state.mesh.total(loss_sum).item(), batch.target_tokens
 
@@ -208,25 +210,42 @@ def eval_step(state: State, batch: Batch) -> tuple[float, int]:
 @torch.no_grad()
 def logits(state: State, batch: Batch) -> NDArray[Any]:
     """The model's output [B, S, V] at the tokens, without dropout."""
-    mesh = state.mesh
-    shards = [mesh.tensor.gather(shard_BTV, -1) for _, shard_BTV in _inferred(state, batch, of_loss=False)]
-    whole = torch.cat([mesh.replicas.gather(shard_BTV, 0) for shard_BTV in shards]) if shards else None
-    logits_BTV = to_numpy(mesh.stages.share(whole, mesh.stages.size - 1))
+    logits_BTV = _whole_logits(state, (shard_BTV for _, shard_BTV in _inferred(state, batch)))
     return logits_BTV[:, leading_positions(state.run.recipe.method) :]
 
 
-def _inferred(state: State, batch: Batch, *, of_loss: bool) -> Iterator[tuple[Batch, Tensor]]:
+@torch.no_grad()
+def next_logits(state: State, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
+    """The logits [B, vocab] after position `last` [B] of each row, without dropout."""
+    leading = leading_positions(state.run.recipe.method)
+
+    def expect(microbatch: Batch) -> None:
+        state.head.expect_logits(_tensor(last[microbatch.rows] + leading))
+
+    return _whole_logits(state, (logits_B1V for _, logits_B1V in _inferred(state, batch, expect)))[:, 0]
+
+
+def _whole_logits(state: State, shards: Iterable[Tensor]) -> NDArray[Any]:
+    """The head's output of all microbatches, on every process, from this process's shards of it."""
+    mesh = state.mesh
+    gathered = [mesh.replicas.gather(mesh.tensor.gather(shard_BTV, -1), 0) for shard_BTV in shards]
+    return to_numpy(mesh.stages.share(torch.cat(gathered) if gathered else None, mesh.stages.size - 1))
+
+
+def _inferred(
+    state: State, batch: Batch, expect: Callable[[Batch], None] | None = None
+) -> Iterator[tuple[Batch, Tensor]]:
     """This replica's examples of each microbatch, with the head's output; none where the process has none.
 
-    With `of_loss` that may be the loss sum, else it is logits.
+    `expect` is called with the examples before each pass, and may have the head make something else than logits.
     """
     state.model.eval()
     count = state.run.recipe.plan.microbatches_of(len(batch.rows))
     microbatches = [_own_examples(state, microbatch) for microbatch in batch.split(count)]
 
     def inputs(index: int) -> Inputs:
-        if of_loss:
-            _expect_loss(state, microbatches[index], divisor=1)
+        if expect is not None:
+            expect(microbatches[index])
         return _inputs(microbatches[index], state.run)
 
     return zip(microbatches, state.engine.infer(count, inputs), strict=False)

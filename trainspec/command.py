@@ -37,6 +37,7 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
     helps = {
         "train": "train; writes metrics, TensorBoard events and checkpoints under --out",
         "eval": "held-out loss of the newest checkpoint under --out, else of the starting weights",
+        "generate": "write what the newest checkpoint under --out, else the starting model, answers to prompts",
         "export": "write the newest checkpoint under --out as a PEFT adapter or a Hugging Face model",
     }
     for name, help_text in helps.items():
@@ -72,6 +73,8 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
                 action="store_true",
                 help="print where the time went, to the first update and in the later ones, and write timings.json",
             )
+        if name == "generate":
+            _add_generation(command)
         if name == "export":
             command.add_argument(
                 "--merge", action="store_true", help="merge the adapter into the model's weights"
@@ -90,6 +93,40 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
         )
         command.add_argument("out", type=Path, metavar="OUT", help="the directory to write")
     return parser
+
+
+def _add_generation(parser: ArgumentParser) -> None:
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="one prompt, written as a record of data.train is")
+    prompts.add_argument(
+        "--file", type=Path, metavar="FILE",
+        help="records with prompts, such as .jsonl; a response in them is kept as the reference",
+    )  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="the longest response (128)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="what logits are divided by before a token is drawn; 0 takes the most probable one (0)",
+    )  # fmt: skip
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the fewest tokens with that probability together"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens with that share of the largest probability"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X",
+        help="divide the logits of tokens that are there already (1: no penalty)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a response before this text; repeatable",
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="how many prompts at once (8)")
 
 
 def _step_or_all(text: str) -> int | Literal["all"]:

@@ -59,6 +59,19 @@ CONFIG_PATTERNS = ["*.json", *TOKENIZER_PATTERNS]
 HUB_PATTERNS = [*CONFIG_PATTERNS, "*.safetensors"]
 
 
+def end_tokens(directory: Path | None) -> frozenset[int]:
+    """The ids at which a model's own files say that generation ends: of generation_config.json, or else config.json."""
+    for name in (GENERATION_CONFIG, "config.json"):
+        try:
+            found = json.loads(((directory or Path()) / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if directory is not None and (known := [i for i in ids if isinstance(i, int)]):
+            return frozenset(known)
+    return frozenset()
+
+
 def tokenizer_files(directory: Path) -> list[Path]:
     """The files of the tokenizer in `directory`, relative to it and sorted: what is exported and hashed."""
     paths = {path for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}

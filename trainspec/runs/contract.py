@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.shards import Shard
 from trainspec.data import Batch
+from trainspec.generation.request import GenerationRequest
 from trainspec.methods import METHODS, Method
 from trainspec.model import ModelSpec
 from trainspec.plans.accelerators import Devices
@@ -101,6 +103,10 @@ class Backend(Protocol[S]):
         """Loss sum and target tokens, without dropout."""
         ...
 
+    def next_logits(self, state: S, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
+        """The logits [B, vocab] after position `last` [B] of each row, without dropout; on every process."""
+        ...
+
     def weights_of(self, state: S, *, frozen: bool = False) -> Arrays:
         """The trained weights; with `frozen` all weights."""
         ...
@@ -173,6 +179,10 @@ class Program(Protocol):
 
     def evaluate(self, run: Run, *, out: Path) -> tuple[float, str]:
         """The held-out loss, and whose it is."""
+        ...
+
+    def generate(self, run: Run, request: GenerationRequest) -> None:
+        """Generate what the request asks for."""
         ...
 
 

@@ -13,6 +13,7 @@ from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run, resolve_on
+from trainspec.text.store import find_tokenizer
 from trainspec.trace import check_free
 
 
@@ -30,6 +31,13 @@ def prepare_evaluation(recipe: Recipe, backend: Capabilities) -> Run:
     """The run of a recipe that is measured on `data.heldout`, reads no other records and writes nothing. Raises UserError."""
     run = resolve_on(recipe, backend)
     check_data(run, "heldout")
+    return run
+
+
+def prepare_generation(recipe: Recipe, backend: Capabilities) -> Run:
+    """The run of a recipe whose model is to generate. Raises UserError."""
+    run = resolve_on(recipe, backend)
+    find_tokenizer(recipe.data, run.directory, recipe.model.from_).files()
     return run
 
 

@@ -78,6 +78,23 @@ class ChatGLMEncoder:
         joined = groupby(record.stretches, key=lambda stretch: stretch[1])
         return self._encoded([("".join(text for text, _ in run), counts) for counts, run in joined])
 
+    def encode_prompt(self, record: Chat | Text) -> tuple[list[int], str]:
+        """The ids and the text of everything before a record's last response, which is empty. Raises BadRecord."""
+        if isinstance(record, Chat):
+            text = _prompt(record.messages, record.tools)[0]
+        else:
+            text = "".join(text for text, _ in record.stretches)
+        return ([*self._front(), *self._pieces.encode(text)] if text else []), text
+
+    @property
+    def stops(self) -> list[int]:
+        """The ids that end a response."""
+        return [self.eos]
+
+    def said(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens."""
+        return self._pieces.decode([i for i in ids if i < len(self._pieces) and not self._is_mark(i)])
+
     def encode_plain(self, text: str) -> list[int]:
         """The ids of `text`, after what stands before every record."""
         return [*self._front(), *self._pieces.encode(text)]

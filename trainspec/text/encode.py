@@ -156,6 +156,48 @@ class Encoder:
             ids.append(self.eos)
         return Encoded(ids, counts, [at for at in (_token_at(offsets, s) for s in starts) if at], notes)
 
+    def encode_prompt(self, record: Chat | Text) -> tuple[list[int], str]:
+        """The ids and the text of everything before a record's last response, which is empty.
+
+        A conversation ends with the template's generation prompt, as `apply_chat_template(add_generation_prompt=True)` does.
+        Raises BadRecord where the template refuses it.
+        """
+        if isinstance(record, Chat):
+            template = self.template(record.tools)
+            if template is None:
+                raise BadRecord("no chat template; set data.chat_template")
+            plain = [{k: v for k, v in m.items() if v is not None} for m in record.messages[:-1]]
+            [text], _ = self._render([plain], record.tools, template, prompt=True)
+            return self._tokens(text, special=False)[0], text
+        stretches = record.stretches
+        # Text to be continued has no response; a written-out conversation has an empty turn, and the blank after it.
+        if len(stretches) > 1 and not stretches[-1][0].strip():
+            stretches = stretches[:-1]
+        text = "".join(stretch for stretch, _ in stretches)
+        ids, offsets = self._tokens(text, special=True)
+        # What the tokenizer adds after a text would end it.
+        last = max((i for i, (start, end) in enumerate(offsets) if end > start), default=-1)
+        ids = ids[: last + 1] if text else []
+        return (ids[1:] if len(ids) > 1 and ids[0] == ids[1] == self.bos else ids), text
+
+    @property
+    def stops(self) -> list[int]:
+        """The ids that end a response: the end token, and what the chat template writes after an answer."""
+        stops = {self.eos} - {None}
+        try:
+            if self.template() is not None:
+                example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+                encoded = self.encode_chat(example)
+                learnt = [i for i, counts in zip(encoded.ids, encoded.counts, strict=True) if counts]
+                stops |= set(learnt[-1:]) & self.ends
+        except (BadRecord, Unlocated):  # a template that asks for more than a question and an answer
+            pass
+        return sorted(stops)
+
+    def said(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def encode_plain(self, text: str) -> list[int]:
         """The ids of `text`, with the special tokens that the tokenizer itself adds."""
         return self._tokens(text, special=True)[0]

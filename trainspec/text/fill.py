@@ -28,6 +28,7 @@ from trainspec.text.chatglm import ChatGLMEncoder, is_chatglm
 from trainspec.text.encode import Encoder
 from trainspec.text.files import Raw, is_hub, read_raw
 from trainspec.text.locate import Unlocated
+from trainspec.text.prompts import prompts
 from trainspec.text.records import BadRecord, Reader, Text
 from trainspec.text.store import COUNTS, TURN
 
@@ -258,6 +259,13 @@ def _progress(source: str, batches: Iterable[tuple[int, _Tokenised]]) -> Iterato
                 said = time.monotonic()
                 print(f"tokenising {source}: {100 * done.end // size} %", file=sys.stderr, flush=True)
             yield count, done
+
+
+def prompts_of(job: dict[str, Any]) -> dict[str, Any]:
+    """The prompts that a job asks for, and the ids that end a response."""
+    encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"], job["digest"])
+    reader = Reader(job["task"], dict(job["columns"]), frozenset(job["ignore"]), job["system"])
+    return {"prompts": prompts(job, encoder, reader), "stops": encoder.stops}
 
 
 def identify(source: str) -> str:

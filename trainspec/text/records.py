@@ -118,7 +118,7 @@ class Reader:
         """One record; `template_for(tools)` is the text of the chat template, which may allow more roles and fields."""
         if not isinstance(record, dict):
             raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
-        fields = self._renamed({k: v for k, v in record.items() if v is not None})
+        fields = self.renamed(record)
         shape = self._shape(fields)
         self._refuse_unused(fields, shape)
         template = template_for(fields.get("tools") or None)
@@ -135,9 +135,9 @@ class Reader:
             case _:
                 return self._instruction(fields, template)
 
-    def _renamed(self, record: dict[str, Any]) -> dict[str, Any]:
-        """A record under our names, without ignored fields."""
-        kept = {key: value for key, value in record.items() if key not in self.ignore}
+    def renamed(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A record under our names, without ignored and absent fields."""
+        kept = {key: value for key, value in record.items() if value is not None and key not in self.ignore}
         ours = {theirs: name for name, theirs in self.columns.items()}
         renamed = {ours.get(key, key): value for key, value in kept.items()}
         if len(renamed) < len(kept):
@@ -146,6 +146,16 @@ class Reader:
                 f"both {name!r} and {self.columns[name]!r}, which data.columns takes for it; name one of them in data.ignore"
             )
         return renamed
+
+    def renamed_already(self) -> Reader:
+        """The reader of records under our names."""
+        return Reader(self.task, {}, self.ignore, self.system)
+
+    def shape_of(self, record: object) -> str:
+        """Which of SHAPES a record has."""
+        if not isinstance(record, dict):
+            raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
+        return self._shape(self.renamed(record))
 
     def _shape(self, fields: Mapping[str, Any]) -> str:
         if self.task == "text" and "text" in fields:
@@ -282,6 +292,50 @@ class Reader:
         elif "tool_calls" not in message:
             raise BadRecord(f"every message needs a text 'content', or tool calls, not {value!r:.80}")
         return message, learnt
+
+
+def without_response(record: object, reader: Reader) -> tuple[dict[str, Any], str | None]:
+    """A record under our names with an empty response, and the response that it had. Raises BadRecord.
+
+    A response may be absent: a list of messages may end with the user's turn.
+    """
+    if not isinstance(record, dict):
+        raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
+    fields = reader.renamed(record)
+    if reader.task == "text" and "text" in fields:
+        return fields, None
+    for name in ("messages", "conversations"):
+        if name in fields:
+            turns, reference = _without_last_answer(fields[name], name)
+            return fields | {name: turns}, reference
+    if isinstance(fields.get("prompt"), list):
+        completion = fields.get("completion") or [{"content": None}]
+        reference = completion[-1].get("content") if isinstance(completion[-1], dict) else None
+        return fields | {"completion": [_no_answer("messages")]}, reference
+    response = "completion" if "prompt" in fields else "output"
+    reference = fields.get(response)
+    if reference is not None and not isinstance(reference, str):
+        raise BadRecord(f"{response!r} must be text, not {reference!r:.80}")
+    return fields | {response: ""}, reference
+
+
+def _without_last_answer(value: object, name: str) -> tuple[list[Any], str | None]:
+    """Turns up to the last one of the assistant, which is empty, and what that said."""
+    if not isinstance(value, list) or not value:
+        raise BadRecord(f"{name!r} must be a list of turns, not {_kind(value)}")
+    last = value[-1]
+    said = last if isinstance(last, dict) else {}
+    if said.get("role") == "assistant":
+        return [*value[:-1], _no_answer("messages")], said.get("content") or None
+    if said.get("from") in ("gpt", "assistant", "function_call"):
+        return [*value[:-1], _no_answer("conversations")], said.get("value") or None
+    return [*value, _no_answer(name)], None
+
+
+def _no_answer(name: str) -> dict[str, Any]:
+    if name == "conversations":
+        return {"from": "gpt", "value": ""}
+    return {"role": "assistant", "content": ""}
 
 
 def _names(template: str | None, word: str) -> bool:

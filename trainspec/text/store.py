@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +81,29 @@ class Tokenizer:
         """The vocabulary pieces and the text of each sequence of ids."""
         answers = ask(do="pieces", ids=sequences, **self._asked)
         return [(pieces, text) for pieces, text in answers]
+
+    def said(self, sequences: list[list[int]]) -> list[str]:
+        """The text of each sequence of ids, without special tokens."""
+        return ask(do="said", ids=sequences, **self._asked)
+
+    def prompts(self, texts: Sequence[str], source: str | None, data: Data) -> dict[str, Any]:
+        """The prompts of `texts`, or of a file's records, as the data's task and template write them.
+
+        `prompts` are objects with `prompt`, `ids` and `reference` (None where there is none), `stops` the ids that end a
+        response. Raises DataError.
+        """
+        return ask(
+            do="prompts",
+            texts=list(texts),
+            source=source,
+            like=None if is_hub(data.train) else data.train,
+            task=data.task,
+            columns=data.columns,
+            ignore=sorted(data.ignore),
+            system=data.system,
+            chat_template=self.template,
+            **self._asked,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The process that imports transformers: `python -m trainspec.text.worker PARENT`. One line of JSON in, one line out.
 
-A request is {"do": "fill" | "encode" | "pieces" | "identify", ...}; an answer is {"result": ...} or, for a user's
+A request is {"do": "fill" | "prompts" | "encode" | "pieces" | "said" | "identify", ...}; an answer is {"result": ...} or, for a user's
 mistake, {"error": its line}. The process ends when its input does.
 """
 
@@ -46,19 +46,23 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _do(request: dict[str, Any]) -> Any:
     # Imported with the first request, so that a failure to import is an answer, too.
-    from trainspec.text.fill import encoder_of, fill, identify
+    from trainspec.text.fill import encoder_of, fill, identify, prompts_of
 
     match request["do"]:
         case "fill":
             return fill(request)
         case "identify":
             return identify(request["source"])
+        case "prompts":
+            return prompts_of(request)
     encoder = encoder_of(request["tokenizer"], None, request["date"], request["digest"])
     match request["do"]:
         case "encode":
             return encoder.encode_plain(request["text"])
         case "pieces":
             return [[encoder.pieces(ids), encoder.decode(ids)] for ids in request["ids"]]
+        case "said":
+            return [encoder.said(ids) for ids in request["ids"]]
         case other:
             raise AssertionError(f"no such request: {other}")
 

@@ -1,0 +1,50 @@
+"""What is to be generated, and what the options of `generate` are on a command line."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainspec.errors import DataError, UserError
+from trainspec.generation.choice import Sampling
+
+MAX_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Prompts, as texts or the records of a `file`, and how their responses are made and end.
+
+    `out` is the run's directory: its newest checkpoint is read, and `generations.jsonl` is written there.
+    """
+
+    out: Path
+    texts: tuple[str, ...] = ()
+    file: Path | None = None
+    max_tokens: int = MAX_TOKENS
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    batch: int | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the response is shown while it is made: that of one prompt."""
+        return len(self.texts) == 1
+
+
+def generation_request(args: Namespace, out: Path) -> GenerationRequest:
+    """The request that the options of `generate` make. Raises UserError."""
+    if args.file is not None and not args.file.is_file():
+        raise DataError(f"--file {args.file}: no such file; give records, one in each line")
+    for name in ("max_tokens", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if any(not text for text in args.stop):
+        raise UserError("--stop '': would stop at once; give a text")
+    sampling = Sampling(
+        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
+    )
+    texts = (args.prompt,) if args.prompt is not None else ()
+    return GenerationRequest(out, texts, args.file, args.max_tokens, tuple(args.stop), sampling, args.batch)

@@ -1,0 +1,91 @@
+"""Prompts as token ids: what a record of training has before its response. Used by the worker process only.
+
+A prompt is written as a record of `data.train` is, with nothing in its response's place: the same fields, the same task and chat
+template. A response that a record has is its reference, and no part of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainspec.errors import DataError
+from trainspec.text.files import Raw, read_raw
+from trainspec.text.records import BadRecord, Chat, Reader, Text, without_response
+
+_SHOWN_ERRORS = 5
+
+
+class PromptEncoder(Protocol):
+    """What is asked of an encoder here."""
+
+    def template(self, tools: object = None) -> str | None:
+        """The text of the chat template, if there is one."""
+        ...
+
+    def encode_prompt(self, record: Chat | Text) -> tuple[list[int], str]:
+        """The ids and the text of everything before the response."""
+        ...
+
+
+def prompts(request: dict[str, Any], encoder: PromptEncoder, reader: Reader) -> list[dict[str, Any]]:
+    """Text, ids and reference of every prompt: of a file's records, or of `request["texts"]`.
+
+    Raises DataError for all malformed records at once.
+    """
+    source, made, errors = request["source"], [], []
+    for raw in read_raw(source) if source else _typed(request, reader):
+        try:
+            record, reference = without_response(raw.value(), reader)
+            read = reader.renamed_already().read(record, encoder.template)
+            ids, text = encoder.encode_prompt(read)
+            if not ids:
+                raise BadRecord("the prompt is empty; write something to continue")
+        except BadRecord as error:
+            errors.append(f"{raw.where}: {error}")
+            continue
+        made.append({"prompt": _said(record) or text, "ids": ids, "reference": reference})
+    if errors:
+        more = f"; and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
+        raise DataError(f"{source or '--prompt'} {'; '.join(errors[:_SHOWN_ERRORS])}{more}")
+    if not made:
+        raise DataError(f"{source}: has no prompt; give a record in each line")
+    return made
+
+
+def _typed(request: dict[str, Any], reader: Reader) -> Iterator[Raw]:
+    """Texts as records of the shape that the training data have; where these cannot be read, of the task's."""
+    shape = _shape_of(request["like"], reader)
+    for number, text in enumerate(request["texts"], 1):
+        record = {
+            "text": {"text": text},
+            "messages": {"messages": [{"role": "user", "content": text}]},
+            "conversations": {"messages": [{"role": "user", "content": text}]},
+            "prompt and completion": {"prompt": text},
+        }.get(shape, {"instruction": text})
+        yield Raw(f"text {number}", record, False)
+
+
+def _shape_of(source: str | None, reader: Reader) -> str:
+    """The shape of the first record of a file."""
+    try:
+        if source and Path(source).exists():
+            return reader.shape_of(next(read_raw(source)).value())
+    except (BadRecord, DataError, OSError, StopIteration):
+        pass  # whoever trains on it is told
+    return "text" if reader.task == "text" else "instruction"
+
+
+def _said(record: dict[str, Any]) -> str | None:
+    """The prompt as its writer would name it; None for a conversation or an instruction with an input."""
+    if isinstance(record.get("prompt"), str):
+        return record["prompt"]
+    if isinstance(record.get("text"), str):
+        return record["text"]
+    if isinstance(record.get("instruction"), str) and not record.get("input"):
+        return record["instruction"]
+    messages = record.get("messages")
+    if isinstance(messages, list) and len(messages) == 2 and isinstance(messages[0].get("content"), str):
+        return messages[0]["content"]  # a question, and the place of its answer
+    return None
