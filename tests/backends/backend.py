@@ -26,9 +26,18 @@ finish, check_accelerators, describe_devices, default_devices = (
     getattr(_cluster, name)
     for name in ("finish", "check_accelerators", "describe_devices", "default_devices")
 )
-eval_step, feed, logits, moments_of, restore, train_step, weights_of = (
+eval_step, feed, logits, moments_of, next_logits, restore, train_step, weights_of = (
     getattr(_step, name)
-    for name in ("eval_step", "feed", "logits", "moments_of", "restore", "train_step", "weights_of")
+    for name in (
+        "eval_step",
+        "feed",
+        "logits",
+        "moments_of",
+        "next_logits",
+        "restore",
+        "train_step",
+        "weights_of",
+    )
 )
 
 

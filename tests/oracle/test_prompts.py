@@ -1,0 +1,129 @@
+"""Prompts beside transformers' own template call, and beside what training makes of the same record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import CACHE, write_tokenizer
+from transformers import AutoTokenizer
+
+from trainspec.data import IGNORED, open_dataset
+from trainspec.errors import DataError
+from trainspec.recipe import Data
+from trainspec.runs.run import resolve
+from trainspec.text.store import Tokenizer, find_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is a list?"},
+    {"role": "assistant", "content": "Items in order."},
+    {"role": "user", "content": "And a tuple?"},
+]
+ANSWER = {"role": "assistant", "content": "One that stays."}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+def asked(home: Path, records: list[dict], *, template: str | None = None, texts=(), **data) -> dict:
+    """What is made of a file of records, or of texts."""
+    file = None
+    if records:
+        file = home / "prompts.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = Data(**{"train": str(home / "train.jsonl"), "cache": str(CACHE)} | data)
+    return Tokenizer(home, template, "2024-07-26").prompts(texts, str(file) if file else None, settings)
+
+
+def test_a_conversation_ends_with_the_generation_prompt(home: Path):
+    """With the answer in the record or without: it is the reference, and no part of the prompt."""
+    theirs = AutoTokenizer.from_pretrained(home)
+    theirs.chat_template = CHATML
+    wanted = theirs.apply_chat_template(TURNS, add_generation_prompt=True)["input_ids"]
+    found = asked(home, [{"messages": TURNS}, {"messages": [*TURNS, ANSWER]}], template=CHATML)
+    assert [p["ids"] for p in found["prompts"]] == [wanted, wanted]
+    assert [p["reference"] for p in found["prompts"]] == [None, ANSWER["content"]]
+    assert found["stops"] == [2]
+    without = theirs.apply_chat_template(TURNS, add_generation_prompt=False)["input_ids"]
+    assert without != wanted  # control
+
+
+def test_a_text_is_asked_as_the_training_data_ask(home: Path):
+    theirs = AutoTokenizer.from_pretrained(home)
+    theirs.chat_template = CHATML
+    question = [{"role": "user", "content": "Why?"}]
+    chat = theirs.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+    (home / "train.jsonl").write_text(json.dumps({"messages": [*question, ANSWER]}) + "\n")
+    found = asked(home, [], template=CHATML, texts=["Why?"])
+    assert [p["ids"] for p in found["prompts"]] == [chat]
+    (home / "train.jsonl").write_text(json.dumps({"instruction": "x", "output": "y"}) + "\n")
+    [prompt] = asked(home, [], template=CHATML, texts=["Why?"])["prompts"]
+    assert prompt["ids"] == theirs("Question: Why?\nAnswer:\n")["input_ids"]
+    assert prompt["prompt"] == "Why?"
+    [prompt] = asked(home, [], texts=["Why?"], task="text")["prompts"]
+    assert prompt["ids"] == theirs("Why?")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "task", ["question_answering", "translation", "summarisation", "reading_comprehension"]
+)
+def test_a_prompt_is_what_training_has_before_the_first_target(
+    make_recipe, model_dirs, tmp_path: Path, task: str
+):
+    records = [
+        {"instruction": "What is it?", "input": "A list holds items.", "output": "A list."},
+        {"instruction": "Short", "output": "Yes"},
+    ]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    recipe = make_recipe(data={"train": str(file), "task": task})
+    run = resolve(recipe)
+    tokenizer = find_tokenizer(recipe.data, run.directory, "")
+    made = tokenizer.prompts((), str(file), recipe.data)["prompts"]
+    batch = next(open_dataset(run, "train").in_order(2))
+    for i, prompt in enumerate(made):
+        first = int(np.flatnonzero(batch.labels[i] != IGNORED)[0])
+        assert prompt["ids"] == batch.input_ids[i, :first].tolist()
+        assert prompt["reference"] == records[i]["output"]
+
+
+def test_a_tokenizer_that_ends_texts_does_not_end_a_prompt(home: Path):
+    text = (home / "tokenizer.json").read_text()
+    settings = json.loads(text)
+    single = settings["post_processor"]["single"]
+    settings["post_processor"]["single"] = [*single, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    settings["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    (home / "tokenizer.json").write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(home)("Why?")["input_ids"][-1] == 2  # control
+    [prompt] = asked(home, [], texts=["Why?"], task="text")["prompts"]
+    assert prompt["ids"][-1] != 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"input": "x"}', "line 2: no 'instruction'"),
+        ('{"instruction": "a", "colour": "b"}', "line 2: field 'colour' is not used"),
+        ('{"prompt": ""}', "line 2: the prompt is empty"),
+        ('{"messages": []}', "line 2: 'messages' must be a list of turns"),
+        ("[1]", "line 2: a record is a JSON object, not a list"),
+    ],
+)
+def test_a_malformed_line_is_named(home: Path, line: str, said: str):
+    file = home / "p.jsonl"
+    file.write_text('{"instruction": "Why?"}\n' + line + "\n")
+    with pytest.raises(DataError) as found:
+        Tokenizer(home, None, "2024-07-26").prompts((), str(file), Data(train="none.jsonl"))
+    assert said in str(found.value)
+    assert str(found.value).startswith(str(file))
