@@ -1,4 +1,4 @@
-"""jaxtrain train | eval | export RECIPE: the same commands and flags as torchtrain."""
+"""jaxtrain train | eval | generate | export RECIPE: the same commands and flags as torchtrain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchtrain train | eval | export RECIPE: the same commands and flags as jaxtrain; and torchtrain convert DIR OUT."""
+"""torchtrain train | eval | generate | export RECIPE: the same commands and flags as jaxtrain; and torchtrain convert DIR OUT."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def add_recipe(parser: ArgumentParser) -> None:
 
 
 def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
-    """`PROGRAM train|eval|export RECIPE ...`: the same for jaxtrain and torchtrain; `converts` adds `convert DIR OUT`."""
+    """`PROGRAM train|eval|generate|export RECIPE ...`: the same for jaxtrain and torchtrain; `converts` adds `convert DIR OUT`."""
     parser = ArgumentParser(prog=program)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     helps = {
