@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from backend import main, train
 from peft import PeftModel
 from small import QA
 from transformers import AutoModelForCausalLM
+
+from torchtrain.cli import main
 
 TOKENS = 24
 PROMPTS = 4
@@ -58,7 +59,7 @@ def test_a_trained_adapter_is_applied_as_peft_applies_it(
 ):
     recipe, out = make_recipe(optimizer={"lr": 0.05}), tmp_path / "run"
     base = generated(recipe, prompts, tmp_path / "base")
-    train(recipe, out)
+    assert main(["train", str(tmp_path / "base/r.yaml"), "--out", str(out)]) == 0
     found = generated(recipe, prompts, out)
     assert main(["export", str(out / "r.yaml"), "--out", str(out)]) == 0
     model = AutoModelForCausalLM.from_pretrained(model_dirs["plain"], dtype=torch.float32)

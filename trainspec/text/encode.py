@@ -183,7 +183,7 @@ class Encoder:
     @property
     def stops(self) -> list[int]:
         """The ids that end a response: the end token, and what the chat template writes after an answer."""
-        stops = {self.eos} - {None}
+        stops = set() if self.eos is None else {self.eos}
         try:
             if self.template() is not None:
                 example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
