@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
 from jaxtrain.attention import REFERENCE, choose_kernel, site_of
-from jaxtrain.cluster import is_leader
 from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
 from jaxtrain.mesh import make_mesh
@@ -32,7 +31,7 @@ from jaxtrain.weight_ops import BoundWeight, select_chunk
 from jaxtrain.weights import Arrays, is_stacked, native_name, to_host
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
-from trainspec.checkpoints.shards import KINDS, Shard, whole
+from trainspec.checkpoints.shards import ArrayKind, Shard
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
@@ -204,21 +203,30 @@ def moments_of(state: State) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray
     return storage.canonical(moments.moment1, trained), storage.canonical(moments.moment2, trained)
 
 
+def arrays_of(state: State) -> dict[ArrayKind, Arrays]:
+    """The native arrays of a checkpoint: the trained weights (the masters) and both moments."""
+    moments = state.moments
+    return {
+        "weights": state.master or state.trainable,
+        "moment1": moments.moment1,
+        "moment2": moments.moment2,
+    }
+
+
 def shards_of(state: State) -> Iterator[Shard]:
     """Copies of what this process saves of weights and moments."""
-    weights, moments = weights_of(state), moments_of(state)
-    if is_leader():
-        for kind, arrays in zip(KINDS, (weights, *moments), strict=True):
-            yield from whole(kind, arrays)
+    program = state.program
+    return program.storage.shards(arrays_of(state), program.run.trained)
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:
-    """`state` as it was when the checkpoint was saved."""
+    """`state` as it was when the checkpoint was saved; consumes `state`, whose memory the new arrays take."""
     storage, trained = state.program.storage, state.program.run.trained
 
     def entries(arrays: Mapping[str, WeightLike]) -> Iterator[tuple[Param, WeightLike]]:
         return ((p, arrays[p.name]) for p in trained)
 
+    release(state)
     trainable, master = storage.load_trained(entries(checkpoint.weights))
     moments = Moments(
         *(
@@ -227,6 +235,13 @@ def restore(state: State, checkpoint: Checkpoint) -> State:
         )
     )
     return replace(state, step=checkpoint.step, trainable=trainable, master=master, moments=moments)
+
+
+def release(state: State) -> None:
+    """Free the arrays of a state that is about to be replaced: two states at once would need twice the memory."""
+    for arrays in (state.trainable, state.master, *state.moments):
+        for array in arrays.values():
+            array.delete()
 
 
 class Program:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import Array
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jaxtrain.optim import Moments
 from jaxtrain.sharding import Shardings, constrain_all
-from jaxtrain.weights import Arrays, Order, from_canonical, native_shapes, to_canonical
+from jaxtrain.weights import (
+    Arrays,
+    Layout,
+    Order,
+    devices_by_shard,
+    from_canonical,
+    layouts,
+    native_shapes,
+    to_canonical,
+)
+from trainspec.checkpoints.shards import ArrayKind, Shard
 from trainspec.params import Param
 from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, StateKind
 from trainspec.recipe import Precision
@@ -59,6 +72,26 @@ class Storage:
         """The entries of a table by canonical name, whole on the host."""
         return to_canonical(native, entries, order=self._order)
 
+    def layouts(self, entries: Sequence[Param]) -> dict[str, Layout]:
+        """What each native array of a table holds."""
+        return layouts(entries, order=self._order)
+
+    def shards(self, native: Mapping[ArrayKind, Arrays], entries: Sequence[Param]) -> Iterator[Shard]:
+        """Copies of what this process saves, as boxes of canonical weights: of all processes together every element once.
+
+        Nothing is sent between processes. All copies from the devices are under way before the first is waited for.
+        """
+        held, shapes = self.layouts(entries), {p.name: p.shape for p in entries}
+        saved = list(_saved_here([(kind, name, native[kind][name]) for kind in native for name in held]))
+        for _, _, shard in saved:
+            shard.data.copy_to_host_async()
+        for kind, name, shard in saved:
+            index = tuple(
+                slice(*s.indices(n)[:2]) for s, n in zip(shard.index, native[kind][name].shape, strict=True)
+            )
+            for weight, box, array in held[name].boxes(index, _copy(shard.data)):
+                yield Shard(kind, weight, shapes[weight], box, array)
+
     def zero_moments(self, stored: Arrays, optimizer: optax.GradientTransformationExtraArgs) -> Moments:
         """The moments before the first update."""
         return jax.jit(lambda weights: self.sharded(optimizer.init(weights)))(stored)
@@ -74,3 +107,29 @@ class Storage:
         return constrain_all(
             constrain_all(narrow, self._shardings.of["optimizer"]), self._shardings.of["weights"]
         )
+
+
+Held = tuple[ArrayKind, str, Array]
+
+
+def _saved_here(arrays: Iterable[Held]) -> Iterator[tuple[ArrayKind, str, jax.Shard]]:
+    """The shards that this process saves, each once: of the processes that hold one, that which has the fewest bytes so far.
+
+    All processes come to the same result, each by itself: they see the same arrays in the same order.
+    """
+    saved_bytes: Counter[int] = Counter()
+    for kind, name, array in sorted(arrays, key=lambda held: -held[2].nbytes):
+        here = {shard.device: shard for shard in array.addressable_shards}
+        holders = devices_by_shard(array.sharding.devices_indices_map(array.shape), array.shape)
+        for devices in holders.values():
+            device = min(devices, key=lambda device: saved_bytes[device.process_index])
+            saved_bytes[device.process_index] += array.nbytes // len(holders)
+            if device in here:
+                yield kind, name, here[device]
+
+
+def _copy(shard: Array) -> NDArray[Any]:
+    """A shard on the host, in memory of its own: on the cores an array of numpy would be that of the device."""
+    (device,) = shard.devices()
+    host = np.asarray(shard)
+    return host.copy() if device.platform == "cpu" else host
