@@ -26,7 +26,7 @@ from jaxtrain.weights import (
     native_shapes,
     to_canonical,
 )
-from trainspec.checkpoints.shards import ArrayKind, Shard
+from trainspec.checkpoints.shards import KINDS, ArrayKind, Shard
 from trainspec.params import Param
 from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, StateKind
 from trainspec.recipe import Precision
@@ -54,10 +54,22 @@ class Storage:
 
     def load_trained(self, weights: Iterable[tuple[Param, WeightLike]]) -> tuple[Arrays, Arrays]:
         """Weights to compute with, and masters: empty if they would be the same."""
+        return self.with_masters(self.load_saved(weights, "weights"))
+
+    def load_saved(self, arrays: Iterable[tuple[Param, WeightLike]], kind: ArrayKind) -> Arrays:
+        """Native arrays of one kind of a checkpoint."""
+        return self.load(arrays, self._state_kind(kind), self.stored_dtype)
+
+    def with_masters(self, stored: Arrays) -> tuple[Arrays, Arrays]:
+        """Weights to compute with, and masters, from trained weights as they are stored."""
         if self.stored_dtype == self.compute_dtype:
-            return self.load(weights, "weights", self.stored_dtype), {}
-        master = self.load(weights, "optimizer", self.stored_dtype)
-        return jax.jit(self.computed)(master), master
+            return stored, {}
+        return jax.jit(self.computed)(stored), stored
+
+    def _state_kind(self, kind: ArrayKind) -> StateKind:
+        """How an array of a checkpoint is sharded: masters as the optimizer's state."""
+        has_master = self.stored_dtype != self.compute_dtype
+        return "weights" if kind == "weights" and not has_master else "optimizer"
 
     def shapes(
         self, entries: Sequence[Param], kind: StateKind, dtype: DTypeLike
@@ -67,6 +79,10 @@ class Storage:
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._shardings.of[kind][name])
             for name, shape in native_shapes(entries, order=self._order).items()
         }
+
+    def saved_shapes(self, entries: Sequence[Param]) -> dict[ArrayKind, dict[str, jax.ShapeDtypeStruct]]:
+        """The abstract values of the arrays of a checkpoint."""
+        return {kind: self.shapes(entries, self._state_kind(kind), self.stored_dtype) for kind in KINDS}
 
     def canonical(self, native: Arrays, entries: Sequence[Param]) -> dict[str, NDArray[Any]]:
         """The entries of a table by canonical name, whole on the host."""
@@ -84,12 +100,12 @@ class Storage:
         held, shapes = self.layouts(entries), {p.name: p.shape for p in entries}
         saved = list(_saved_here([(kind, name, native[kind][name]) for kind in native for name in held]))
         for _, _, shard in saved:
-            shard.data.copy_to_host_async()
+            _data(shard).copy_to_host_async()
         for kind, name, shard in saved:
             index = tuple(
                 slice(*s.indices(n)[:2]) for s, n in zip(shard.index, native[kind][name].shape, strict=True)
             )
-            for weight, box, array in held[name].boxes(index, _copy(shard.data)):
+            for weight, box, array in held[name].boxes(index, _copy(_data(shard))):
                 yield Shard(kind, weight, shapes[weight], box, array)
 
     def zero_moments(self, stored: Arrays, optimizer: optax.GradientTransformationExtraArgs) -> Moments:
@@ -126,6 +142,11 @@ def _saved_here(arrays: Iterable[Held]) -> Iterator[tuple[ArrayKind, str, jax.Sh
             saved_bytes[device.process_index] += array.nbytes // len(holders)
             if device in here:
                 yield kind, name, here[device]
+
+
+def _data(shard: jax.Shard) -> Array:
+    assert shard.data is not None  # JAX's type allows it, for shards of other processes
+    return shard.data
 
 
 def _copy(shard: Array) -> NDArray[Any]:

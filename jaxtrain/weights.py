@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec, Sharding
 from numpy.typing import DTypeLike, NDArray
 
 from trainspec.methods import ENCODER, PEFT_PREFIX
@@ -41,6 +41,9 @@ TRANSPOSED = ("kernel", "lora_a", "lora_b")
 _Stack = dict[int | None, WeightLike]
 # The layer in each slot of a stack, None where there is none.
 Order = Sequence[int | None]
+# The first and the last index, exclusive, of a shard along every dimension.
+Bounds = tuple[tuple[int, int], ...]
+Device = TypeVar("Device")
 
 
 def native_module(module: str) -> tuple[str, int | None]:
@@ -128,7 +131,7 @@ def from_canonical(
     weights: Iterable[tuple[Param, WeightLike]],
     *,
     order: Order,
-    shardings: Mapping[str, NamedSharding],
+    shardings: Mapping[str, Sharding],
     dtype: DTypeLike,
 ) -> dict[str, Array]:
     """Sharded native arrays of canonical weights. A layer that is not among `weights` is zero in its stack.
@@ -146,7 +149,7 @@ def from_canonical(
 
 
 def _native(
-    name: str, param: Param, stack: _Stack, *, order: Order, sharding: NamedSharding, dtype: DTypeLike
+    name: str, param: Param, stack: _Stack, *, order: Order, sharding: Sharding, dtype: DTypeLike
 ) -> Array:
     shape = _shape(param, order)
     held = sharding.addressable_devices_indices_map(shape)
@@ -159,14 +162,11 @@ def _native(
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-Bounds = tuple[tuple[int, int], ...]
-
-
 def devices_by_shard(
-    indices: Mapping[jax.Device, tuple[slice, ...] | None], shape: tuple[int, ...]
-) -> dict[Bounds, list[jax.Device]]:
+    indices: Mapping[Device, tuple[slice, ...] | None], shape: tuple[int, ...]
+) -> dict[Bounds, list[Device]]:
     """The devices that hold each shard of an array, by the shard's bounds along every dimension."""
-    found: dict[Bounds, list[jax.Device]] = {}
+    found: dict[Bounds, list[Device]] = {}
     for device, index in indices.items():
         assert index is not None  # JAX's type allows it, for shardings without devices
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))

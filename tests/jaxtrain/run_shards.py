@@ -3,12 +3,14 @@
     python tests/jaxtrain/run_shards.py CASES.json OUT.json      CASES: {name: {"variant": ..., sections of a recipe ...}}
 
 A case with "to" restores under each of these plans what it has saved under its own, one with "from" what another launch has saved
-there; one with "omits" saves no shard of that tensor in the last process. OUT has for every case what was found.
+there, one with "converted" what is left of it after `convert` there and back; one with "updates" makes that many while it is saved;
+one with "omits" saves no shard of that tensor in the last process. OUT has for every case what was found.
 """
 
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,13 +19,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from run_plans import recipe_of
 
-from jaxtrain import cluster, step
-from trainspec.checkpoints import checkpoint, folders
+from jaxtrain import cluster, native, step
+from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.formats import Formats
 from trainspec.checkpoints.manifest import read_manifest
-from trainspec.checkpoints.portable import PortableFormat
 from trainspec.checkpoints.shards import KINDS, Shard
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
+from trainspec.data import open_dataset
+from trainspec.errors import UserError
 from trainspec.plans.plan import STORED_DTYPE
 from trainspec.rng import name_key
 from trainspec.runs.run import Run
@@ -87,19 +91,21 @@ def same(state: step.State, expected: Checkpoint) -> bool:
     return is_same and all(bool((state.trainable[n] == w).all()) for n, w in rounded.items())
 
 
-def saved(state: step.State, out: Path, *, omits: str | None) -> str:
-    """Save a state with all processes; the error's text, if there is one."""
+def saved(state: step.State, out: Path, *, omits: str | None, updates: int) -> str:
+    """Save a state with all processes while `updates` are made, which consume it; the error's text, if there is one."""
     run, processes = state.program.run, cluster.processes()
-    manifest = manifest_of(run.recipe, None, {p.name: p.shape for p in run.trained})
-    store = CheckpointStore(
-        out, PortableFormat(step, run, processes), manifest, run.recipe.checkpoint, processes
-    )
+    manifest = replace(manifest_of(run.recipe, None, {p.name: p.shape for p in run.trained}), backend="jax")
+    formats = Formats(step, run, processes)
+    store = CheckpointStore(out, formats, manifest, run.recipe.checkpoint, processes)
     is_last, shards_of = processes.index == processes.count - 1, step.shards_of
     kept = (lambda state: (s for s in shards_of(state) if s.name != omits)) if is_last else shards_of
+    batches = [open_dataset(run, "train").batch(i, run.recipe.batch.global_examples) for i in range(updates)]
     error = ""
     with patch.object(step, "shards_of", kept):
-        store.save(state)
         try:
+            store.save(state)
+            for batch in batches:
+                state, _ = step.train_step(state, batch, lr=0.1)
             store.wait()
         except Exception as raised:
             error = str(raised)
@@ -107,35 +113,54 @@ def saved(state: step.State, out: Path, *, omits: str | None) -> str:
     return error
 
 
+def restored(recipe: Any, path: Path) -> step.State:
+    """A new state of `recipe` with what was saved at `path`."""
+    state = started(recipe)
+    return Formats(step, state.program.run, cluster.processes()).restore(state, path)
+
+
+def restored_or_refused(recipe: Any, path: Path, expected: Checkpoint) -> bool | str:
+    """Whether it is the expected state, or why there is none."""
+    try:
+        return same(restored(recipe, path), expected)
+    except UserError as error:
+        return str(error)
+
+
 def examine(case: dict[str, Any], scratch: Path, out: Path) -> dict[str, Any]:
     sections = dict(case)
     variant, targets = sections.pop("variant", "plain"), sections.pop("to", {})
     omits, source = sections.pop("omits", None), sections.pop("from", None)
+    updates, converted = sections.pop("updates", 0), sections.pop("converted", False)
     recipe = recipe_of(scratch, variant, sections)
-    state = started(recipe)
-    run = state.program.run
-    expected = drawn(run)
-    state = step.restore(state, checkpoint.load(folders.latest(Path(source)), run) if source else expected)
     if source:
-        return {"same": same(state, expected)}
+        run = cluster.start(recipe)
+        return {"same": restored_or_refused(recipe, folders.latest(Path(source)), drawn(run))}
+    state = started(recipe)
+    expected = drawn(state.program.run)
+    state = step.restore(state, expected)
     with gathered_calls() as calls:
         shards = list(step.shards_of(state))
     found = examined(shards, expected) | {"gathered": calls.call_count}
     if not targets and omits is None:
         return found
-    found["error"] = saved(state, out, omits=omits)
+    found["error"] = saved(state, out, omits=omits, updates=updates)
     newest = folders.latest(out)
     found["files"] = sorted(read_manifest(newest).sha256) if newest else []
     found["left"] = sorted(p.name for p in folders.checkpoints_of(out).iterdir())
     for name, plan in targets.items():
-        again = recipe_of(scratch, variant, sections | {"plan": plan})
-        state = started(again)
-        state = step.restore(state, checkpoint.load(newest, state.program.run))
-        found[name] = same(state, expected)
+        found[name] = restored_or_refused(
+            recipe_of(scratch, variant, sections | {"plan": plan}), newest, expected
+        )
+    if converted:
+        found["converted"] = []
+        for name in ("there", "back"):
+            format_, newest = native.convert(newest, out / name), out / name
+            found["converted"].append((format_, restored_or_refused(recipe, newest, expected)))
     if targets:
         last = next(iter(expected.moment2.values()))
         last.flat[-1] = np.nextafter(last.flat[-1], last.dtype.type(2))
-        found["another"] = same(state, expected)
+        found["another"] = restored_or_refused(recipe, newest, expected)
     return found
 
 

@@ -28,6 +28,7 @@ PLANS = {
     "pipe-mixed": PIPE | {"fsdp": 2, "tensor": 2, "shards": "optimizer"},
     "interleaved": INTERLEAVED,
 }
+NATIVE = {"format": "native"}
 # Five layers: stages and chunks of unequal length.
 UNEVEN = "plain-5"
 
@@ -114,6 +115,7 @@ def test_processes_save_one_checkpoint_with_nothing_gathered(tmp_path, processes
         "data": common | {"method": FULL, "plan": {"data": 8}, "to": {"mixed": MIXED}},
         "pipe": common | {"method": LORA, "variant": UNEVEN, "plan": PIPE | {"fsdp": 4, "shards": "optimizer"}, "to": {"fsdp": FSDP}},
         "omits": common | {"method": FULL, "plan": FSDP, "omits": "model.norm.weight"},
+        "native": common | {"method": FULL, "plan": MIXED, "to": {"fsdp": FSDP}, "checkpoint": NATIVE},
     }  # fmt: skip
     found = found_by(launch("run_shards.py", cases, tmp_path / "many", processes=processes))
     omitted = [of_process.pop("omits") for of_process in found]
@@ -128,7 +130,8 @@ def test_processes_save_one_checkpoint_with_nothing_gathered(tmp_path, processes
         # Each saves its share; what several hold is spread over them, whole arrays at a time.
         largest = max(part["bytes"] for part in parts)
         assert largest <= 1.5 * sum(part["bytes"] for part in parts) / processes, name
-        assert len(parts[0]["files"]) == 3 * processes
+        written = [part for part in parts[0]["files"] if part.endswith(".safetensors")]
+        assert len(written) == (0 if name == "native" else 3 * processes)
     # The leader found that something was not there: nobody has a checkpoint, and nothing is left.
     assert "incomplete checkpoint: no file has all of model.norm.weight" in omitted[0]["error"]
     assert "\n" not in omitted[0]["error"]
@@ -142,3 +145,45 @@ def test_processes_save_one_checkpoint_with_nothing_gathered(tmp_path, processes
     }
     [restored] = found_by(launch("run_shards.py", alone, tmp_path / "alone"))
     assert [name for name, of_case in restored.items() if not of_case["same"]] == []
+
+
+@pytest.mark.full
+def test_a_save_has_the_state_before_the_updates_that_are_made_meanwhile(tmp_path):
+    """They reuse the memory of the arrays that are saved."""
+    common = COMMON | {"method": FULL, "precision": precision("bf16"), "updates": 2}
+    cases = {
+        f"{format_}-{name}": common | {"plan": plan, "to": {"one": ONE}, "checkpoint": {"format": format_}}
+        for format_ in ("portable", "native")
+        for name, plan in {"fsdp": FSDP, "one": ONE}.items()
+    }
+    [found] = found_by(launch("run_shards.py", cases, tmp_path))
+    for name, of_case in found.items():
+        assert (of_case["error"], of_case["one"], of_case["another"]) == ("", True, False), name
+
+
+@pytest.mark.full
+def test_orbax_there_and_back(tmp_path):
+    """Native arrays of the same shape and order are read under any plan, others are refused by name; portable ones are not."""
+    common = COMMON | {"checkpoint": NATIVE, "precision": precision("fp32"), "converted": True}
+    plans = {"fsdp": FSDP, "mixed": MIXED, "pipe": PIPE, "one": ONE}
+    lora = LORA | {"targets": ["q_proj", "down_proj"]}
+    cases = {
+        "full": common | {"method": FULL, "variant": "tied", "plan": FSDP, "to": plans},
+        "masters": common | {"method": FULL, "plan": MIXED, "to": plans, "precision": precision("bf16")},
+        "lora": common | {"method": lora, "plan": PIPE, "to": plans},
+        "encoder": common | {"method": sections({})["prefix"], "plan": FSDP, "to": plans},
+        "chunks": common | {"variant": UNEVEN, "method": FULL, "plan": INTERLEAVED, "to": {"same": INTERLEAVED, "one": ONE}},
+    }  # fmt: skip
+    [found] = found_by(launch("run_shards.py", cases, tmp_path))
+    refusal = found["chunks"].pop("one")
+    saved = tmp_path / "saved/chunks/checkpoints/step-000003"
+    assert refusal.startswith(f"{saved}: ")
+    assert "has layers 0 3 1 - 2 4 - -, and layers 0 1 2 3 4 under this plan" in refusal
+    assert "\n" not in refusal
+    for name, of_case in found.items():
+        assert not of_case["error"], name
+        assert [plan for plan in cases[name]["to"] if not of_case.get(plan, True)] == [], name
+        assert of_case["converted"] == [["portable", True], ["native", True]], name
+        assert not of_case["another"], name
+        assert of_case["left"] == ["step-000003"], name
+        assert all(file.startswith("native/") for file in of_case["files"]), name
