@@ -18,6 +18,7 @@ from parity.cli import main
 from parity.comparison.compare import Comparison, compare
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import ProofBounds
+from parity.diagnosis import diagnose
 from parity.faults.fault import setup_recipe
 from parity.runs.edit import Edit
 from parity.runs.fixture import TinySetup, write_tiny
@@ -251,6 +252,52 @@ def test_what_was_not_restored_or_not_there_before_fails(tmp_path: Path):
         first = compare(pair, ProofBounds(pair)).first_divergence
         assert first is not None
         assert (str(first.location), first.reason) == (f"step 3, resume, {drop}", "missing in right restored")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fact", "cause"),
+    [
+        ("other moment", "other-moment", "swapped-moments"),
+        ("step before", "older-state", "resume-state"),
+        ("half of the step before", "older-state", "resume-state"),
+        ("start", "start-state", "resume-names"),
+        ("zero", "lost-state", "resume-state"),
+        ("noise", None, None),
+    ],
+)
+def test_what_was_restored_instead_is_seen(kind: str, fact: str | None, cause: str | None, tmp_path: Path):
+    trace = Trace(write(Sim(steps=4), tmp_path / "whole"))
+    second = later(tmp_path / "whole", tmp_path / "second", 3)
+    arrays, key = load_file(second / "initial.safetensors"), f"moment1/{NAME}"
+    older = trace.read(1, key)
+    match kind:
+        case "other moment":
+            arrays[key] = trace.read(2, f"moment2/{NAME}")
+        case "step before":
+            arrays[key] = older
+        case "half of the step before":
+            arrays[key][4:] = older[4:]
+        case "start":
+            key = f"weight/{NAME}"
+            arrays[key] = trace.read_initial(key)
+        case "zero":
+            arrays[key] = np.zeros_like(older)
+        case _:
+            arrays[key] = arrays[key] * (1 + 0.1 * np.random.default_rng(0).standard_normal(older.shape))
+    save_file(arrays, second / "initial.safetensors")
+    joined = join(trace, Trace(second), tmp_path / "joined")
+    pair = Pair(trace, joined)
+    comparison = compare(pair, ProofBounds(pair))
+    assert (
+        str(comparison.first_divergence and comparison.first_divergence.location) == f"step 3, resume, {key}"
+    )
+    found = diagnose(comparison, (trace, joined))
+    assert found is not None
+    special = {"other-moment", "older-state", "start-state", "lost-state", "rounded-state"}
+    assert {each.kind for each in found.facts} & special == ({fact} if fact else set())
+    assert cause is None or found.alike[0].name == cause
+    halves = [each.words for each in found.facts if "in 32 of 64 elements" in each.words]
+    assert bool(halves) == (kind == "half of the step before")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def trained(home: Path, width: int, method: str) -> tuple[Path, Recipe, int]:
     config = config_of(spec) | {"dtype": "float32", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     arrays = {p.name: draws.standard_normal(p.shape, np.float32) for p in param_table(spec)}
     largest, total = (take(a.nbytes for a in arrays.values()) for take in (max, sum))
-    assert total >= 20 * largest
+    assert total >= 20 * largest or width < 256
     write_model(home / "m", arrays.items(), companions_from=None, config=config)
     write_tokenizer(home / "m")
     recipe = Recipe.model_validate(
