@@ -29,7 +29,7 @@ def run(args: Namespace) -> None:
             request.clock.lap("JAX loaded")
             train(run, request)
         case "eval":
-            run = prepare_evaluation(recipe, BACKEND)
+            run = prepare_evaluation(recipe, BACKEND, out=out)
             loss, whose = _jax().evaluate(run, out=out)
             if _jax().is_leader():
                 print(f"held-out loss {loss:.6f} of {whose}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
 from jaxtrain.attention import REFERENCE, choose_kernel, site_of
-from jaxtrain.cluster import is_leader
 from jaxtrain.decoder import Decoder
 from jaxtrain.feed import Feeder
 from jaxtrain.mesh import make_mesh
@@ -32,15 +31,16 @@ from jaxtrain.weight_ops import BoundWeight, select_chunk
 from jaxtrain.weights import Arrays, is_stacked, native_name, to_host
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
-from trainspec.checkpoints.shards import KINDS, Shard, whole
+from trainspec.checkpoints.shards import KINDS, ArrayKind, Shard
+from trainspec.checkpoints.store import ArrayFormat
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.methods import leading_positions
-from trainspec.params import Param
 from trainspec.plans.pipeline import stack_order
 from trainspec.rng import name_key
 from trainspec.runs.contract import Metrics, Roundings
+from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
 from trainspec.weight import WeightLike
@@ -204,29 +204,56 @@ def moments_of(state: State) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray
     return storage.canonical(moments.moment1, trained), storage.canonical(moments.moment2, trained)
 
 
+def arrays_of(state: State) -> dict[ArrayKind, Arrays]:
+    """The native arrays of a checkpoint: the trained weights (the masters) and both moments."""
+    moments = state.moments
+    return {
+        "weights": state.master or state.trainable,
+        "moment1": moments.moment1,
+        "moment2": moments.moment2,
+    }
+
+
 def shards_of(state: State) -> Iterator[Shard]:
     """Copies of what this process saves of weights and moments."""
-    weights, moments = weights_of(state), moments_of(state)
-    if is_leader():
-        for kind, arrays in zip(KINDS, (weights, *moments), strict=True):
-            yield from whole(kind, arrays)
+    program = state.program
+    return program.storage.shards(arrays_of(state), program.run.trained)
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:
-    """`state` as it was when the checkpoint was saved."""
+    """`state` as it was when the checkpoint was saved; consumes `state`."""
     storage, trained = state.program.storage, state.program.run.trained
 
-    def entries(arrays: Mapping[str, WeightLike]) -> Iterator[tuple[Param, WeightLike]]:
-        return ((p, arrays[p.name]) for p in trained)
+    def load(kind: ArrayKind) -> Arrays:
+        weights: Mapping[str, WeightLike] = getattr(checkpoint, kind)
+        return storage.load_saved(((p, weights[p.name]) for p in trained), kind)
 
-    trainable, master = storage.load_trained(entries(checkpoint.weights))
-    moments = Moments(
-        *(
-            storage.load(entries(moment), "optimizer", storage.stored_dtype)
-            for moment in (checkpoint.moment1, checkpoint.moment2)
-        )
+    return _replaced(state, checkpoint.step, lambda: {kind: load(kind) for kind in KINDS})
+
+
+def _replaced(state: State, step: int, load: Callable[[], Mapping[ArrayKind, Arrays]]) -> State:
+    """`state` with the arrays that `load` gives. Its own are freed first: two states at once would need twice the memory."""
+    for arrays in (state.trainable, state.master, *state.moments):
+        for array in arrays.values():
+            array.delete()
+    loaded = load()
+    trainable, master = state.program.storage.with_masters(loaded["weights"])
+    moments = Moments(loaded["moment1"], loaded["moment2"])
+    return replace(state, step=step, trainable=trainable, master=master, moments=moments)
+
+
+def native_format(run: Run, processes: Processes) -> ArrayFormat[State]:
+    """Checkpoints of orbax."""
+    # Most runs do without.
+    from jaxtrain.native import NativeFormat
+
+    return NativeFormat(
+        run,
+        processes,
+        storage_of=lambda state: state.program.storage,
+        arrays_of=arrays_of,
+        replaced=_replaced,
     )
-    return replace(state, step=checkpoint.step, trainable=trainable, master=master, moments=moments)
 
 
 class Program:

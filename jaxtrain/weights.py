@@ -8,20 +8,21 @@ each [out, in]. The weights of an LSTM and of embeddings are not transposed. `or
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec, Sharding
 from numpy.typing import DTypeLike, NDArray
 
 from trainspec.methods import ENCODER, PEFT_PREFIX
 from trainspec.params import Param
 from trainspec.plans.plan import DimAxes
-from trainspec.weight import WeightLike
+from trainspec.weight import Index, WeightLike
 
 # Device arrays by name: native arrays, the fields of a batch, activations by point.
 Arrays = dict[str, Array]
@@ -40,6 +41,9 @@ TRANSPOSED = ("kernel", "lora_a", "lora_b")
 _Stack = dict[int | None, WeightLike]
 # The layer in each slot of a stack, None where there is none.
 Order = Sequence[int | None]
+# The first and the last index, exclusive, of a shard along every dimension.
+Bounds = tuple[tuple[int, int], ...]
+Device = TypeVar("Device")
 
 
 def native_module(module: str) -> tuple[str, int | None]:
@@ -84,16 +88,55 @@ def _shape(param: Param, order: Order) -> tuple[int, ...]:
     return shape if param.layer is None else (len(order), *shape)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a native array holds: the canonical weight in each slot of a stack, None where there is none, or its one weight."""
+
+    weights: tuple[str | None, ...]
+    is_stacked: bool
+    is_transposed: bool
+
+    def boxes(self, index: Index, shard: NDArray[Any]) -> Iterator[tuple[str, Index, NDArray[Any]]]:
+        """The boxes of canonical weights in the shard at `index` of the native array: name, index, and a view of the shard."""
+        held, inner = [(self.weights[0], shard)], index
+        if self.is_stacked:
+            held, inner = list(zip(self.weights[index[0]], shard, strict=True)), index[1:]
+        for name, array in held:
+            if name is not None:
+                yield (name, inner[::-1], array.T) if self.is_transposed else (name, inner, array)
+
+    def slice_of(self, slot: int, index: Index) -> tuple[int | slice, ...]:
+        """Where the slice `index` of the weight in `slot` is in the native array, transposed or not."""
+        inner = index[::-1] if self.is_transposed else index
+        return (slot, *inner) if self.is_stacked else inner
+
+
+def layouts(table: Iterable[Param], *, order: Order) -> dict[str, Layout]:
+    """What each native array of `table` holds, by native name. A stack may have weights of some layers only."""
+    held: dict[str, dict[int | None, str]] = {}
+    for param in table:
+        name, layer = native_name(param)
+        held.setdefault(name, {})[layer] = param.name
+    return {
+        name: Layout(
+            tuple(weights.get(layer) for layer in (order if is_stacked(name) else (None,))),
+            is_stacked(name),
+            name.endswith(TRANSPOSED),
+        )
+        for name, weights in held.items()
+    }
+
+
 def from_canonical(
     weights: Iterable[tuple[Param, WeightLike]],
     *,
     order: Order,
-    shardings: Mapping[str, NamedSharding],
+    shardings: Mapping[str, Sharding],
     dtype: DTypeLike,
 ) -> dict[str, Array]:
     """Sharded native arrays of canonical weights. A layer that is not among `weights` is zero in its stack.
 
-    Of each weight only the shards of this process's devices are read.
+    Of each weight only the shards of this process's devices are read, and one shard at a time is held beside the arrays.
     """
     stacks: dict[str, tuple[Param, _Stack]] = {}
     for param, weight in weights:
@@ -106,35 +149,46 @@ def from_canonical(
 
 
 def _native(
-    name: str, param: Param, stack: _Stack, *, order: Order, sharding: NamedSharding, dtype: DTypeLike
+    name: str, param: Param, stack: _Stack, *, order: Order, sharding: Sharding, dtype: DTypeLike
 ) -> Array:
-    stacked = param.layer is not None
-    shards: dict[tuple[Any, ...], NDArray[Any]] = {}  # devices that hold the same shard read it once
-
-    def shard(index: tuple[slice, ...] | None) -> NDArray[Any]:
-        assert index is not None  # JAX's type allows it, for shardings without devices of this process
-        key = tuple((s.start, s.stop) for s in index)
-        if key not in shards:
-            inner = index[1:] if stacked else index
-            held = order[index[0]] if stacked else [None]
-            layers = [_native_slice(name, param, stack.get(layer), inner) for layer in held]
-            shards[key] = (np.stack(layers) if stacked else layers[0]).astype(dtype)
-        return shards[key]
-
-    return jax.make_array_from_callback(_shape(param, order), sharding, shard)
+    shape = _shape(param, order)
+    held = sharding.addressable_devices_indices_map(shape)
+    arrays: list[Array] = []
+    for index, devices in devices_by_shard(held, shape).items():
+        shard = _native_shard(name, param, stack, index, order=order, dtype=dtype)
+        copies = [jax.device_put(shard, device) for device in devices]
+        # Before the next one is read.
+        arrays += jax.block_until_ready(copies)
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _native_slice(
-    name: str, param: Param, weight: WeightLike | None, index: tuple[slice, ...]
+def devices_by_shard(
+    indices: Mapping[Device, tuple[slice, ...] | None], shape: tuple[int, ...]
+) -> dict[Bounds, list[Device]]:
+    """The devices that hold each shard of an array, by the shard's bounds along every dimension."""
+    found: dict[Bounds, list[Device]] = {}
+    for device, index in indices.items():
+        assert index is not None  # JAX's type allows it, for shardings without devices
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        found.setdefault(bounds, []).append(device)
+    return found
+
+
+def _native_shard(
+    name: str, param: Param, stack: _Stack, bounds: Bounds, *, order: Order, dtype: DTypeLike
 ) -> NDArray[Any]:
-    """The slice `index` of one layer in native layout; zeros without a weight."""
-    canonical = index[::-1] if name.endswith(TRANSPOSED) else index
-    if weight is None:
-        array = np.zeros([len(range(n)[s]) for s, n in zip(canonical, param.shape, strict=True)])
-    else:
-        array = weight[canonical]
-    native = array.T if name.endswith(TRANSPOSED) else array
-    return native
+    """One shard of a native array; zero where a stack has no weight. Read weight by weight."""
+    shard = np.zeros([stop - start for start, stop in bounds], dtype)
+    index = tuple(slice(*pair) for pair in bounds)
+    inner, slots = (index, [(None, shard)]) if param.layer is None else (
+        index[1:], list(zip(order[index[0]], shard, strict=True))
+    )  # fmt: skip
+    for layer, target in slots:
+        if layer in stack:
+            is_transposed = name.endswith(TRANSPOSED)
+            weight = stack[layer][inner[::-1] if is_transposed else inner]
+            target[...] = weight.T if is_transposed else weight
+    return shard
 
 
 def to_canonical(

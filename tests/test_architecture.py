@@ -44,7 +44,7 @@ LAYERS = {
         ("commands",),
         ("train", "cost"),
         ("step",),
-        ("passes",),
+        ("native", "passes"),
         ("pipeline", "methods", "model"),
         ("loss_chunks",),
         ("families", "decoder"),

@@ -45,7 +45,7 @@ def run(args: Namespace, words: Sequence[str]) -> None:
             request.clock.lap("torch loaded")
             train(run, request)
         case "eval":
-            run = prepare_evaluation(recipe, BACKEND)
+            run = prepare_evaluation(recipe, BACKEND, out=out)
             if _needs_launch(run):
                 _launch(run, words, logs=out / "logs")
                 return

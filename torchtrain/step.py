@@ -35,6 +35,7 @@ from torchtrain.weights import allocate, canonical_name, from_canonical, to_cano
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.shards import KINDS, Shard, whole
+from trainspec.checkpoints.store import ArrayFormat
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
@@ -42,6 +43,7 @@ from trainspec.methods import leading_positions, position_shift, virtual_tokens
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
 from trainspec.runs.contract import Arrays, Metrics
+from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
 from trainspec.weight import WeightLike
@@ -267,6 +269,11 @@ def restore(state: State, checkpoint: Checkpoint) -> State:
         from_canonical(entries, _trainable(state.model), tensor=state.mesh.tensor, write=write)
     set_steps(state.optimizer, checkpoint.step)
     return replace(state, step=checkpoint.step)
+
+
+def native_format(run: Run, processes: Processes) -> ArrayFormat[State]:
+    """There is none; a recipe that asks for it is refused by the backend's capabilities, and so is a checkpoint of another's."""
+    raise AssertionError(f"{run.recipe.checkpoint.format} for {processes.count} process(es) was let through")
 
 
 def _arrays(state: State, kind: Stored, table: Sequence[Param]) -> Arrays:

@@ -216,6 +216,8 @@ class Checkpoint(Section):
     """Updates from one checkpoint to the next."""
     keep: Positive = 2
     """How many of the newest checkpoints are kept."""
+    format: Literal["portable", "native"] = "portable"
+    """Portable checkpoints are read by every backend and plan, native ones by the backend that wrote them."""
 
 
 @dataclass(frozen=True)

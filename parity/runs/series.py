@@ -25,12 +25,14 @@ from parity.runs.replay import Replayer, replay
 from parity.runs.work import REFERENCE
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.shards import Shard
+from trainspec.checkpoints.store import ArrayFormat
 from trainspec.command import backend_parser, run_command
 from trainspec.data import Batch
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE
 from trainspec.recipe import load_recipe
 from trainspec.runs import loop
 from trainspec.runs.contract import Arrays, Backend, Cluster, Metrics
+from trainspec.runs.processes import Processes
 from trainspec.runs.request import out_directory, train_request
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
@@ -77,6 +79,10 @@ class SharedPrograms:
     def restore(self, state: Any, checkpoint: Checkpoint) -> Any:
         """The backend's."""
         return self._backend.restore(state, checkpoint)
+
+    def native_format(self, run: Run, processes: Processes) -> ArrayFormat[Any]:
+        """The backend's."""
+        return self._backend.native_format(run, processes)
 
 
 class Trainings:

@@ -8,20 +8,21 @@ import pytest
 from small import QA
 
 from trainspec.backends import BACKENDS
-from trainspec.errors import DataError
+from trainspec.checkpoints.manifest import Manifest
+from trainspec.errors import DataError, RecipeError
 from trainspec.runs.prepare import prepare, prepare_evaluation
 from trainspec.runs.request import TrainRequest
 
-JAX = BACKENDS["jax"]
+JAX, TORCH = BACKENDS["jax"], BACKENDS["torch"]
 
 
-def test_an_evaluation_needs_the_heldout_records_alone(make_recipe):
+def test_an_evaluation_needs_the_heldout_records_alone(make_recipe, tmp_path: Path):
     measured = make_recipe(data={"train": "nothing.jsonl", "heldout": str(QA)})
-    assert prepare_evaluation(measured, JAX).recipe == measured
+    assert prepare_evaluation(measured, JAX, out=tmp_path).recipe == measured
     with pytest.raises(DataError, match=r"^data\.heldout: not given; it names the records to measure on$"):
-        prepare_evaluation(make_recipe(), JAX)
+        prepare_evaluation(make_recipe(), JAX, out=tmp_path)
     with pytest.raises(DataError, match="nothing"):
-        prepare_evaluation(make_recipe(data={"heldout": "nothing.jsonl"}), JAX)
+        prepare_evaluation(make_recipe(data={"heldout": "nothing.jsonl"}), JAX, out=tmp_path)
 
 
 def test_training_needs_the_records_of_training_and_the_heldout_ones_that_are_given(
@@ -32,3 +33,23 @@ def test_training_needs_the_records_of_training_and_the_heldout_ones_that_are_gi
     for split in ("train", "heldout"):
         with pytest.raises(DataError, match="nothing"):
             prepare(make_recipe(data={split: "nothing.jsonl"}), JAX, request)
+
+
+def test_native_checkpoints_stay_with_their_backend(make_recipe, tmp_path: Path):
+    native = make_recipe(checkpoint={"format": "native"})
+    start, again = TrainRequest(out=tmp_path / "new"), TrainRequest(out=tmp_path, resume=True)
+    assert prepare(native, JAX, start).recipe == native
+    with pytest.raises(RecipeError, match=r"^checkpoint\.format=native: .*; use checkpoint\.format=portable"):
+        prepare(native, TORCH, start)
+    saved = tmp_path / "checkpoints/step-000001"
+    saved.mkdir(parents=True)
+    tree = native.model_dump(mode="json", by_alias=True)
+    Manifest(1, tree, {}, format="native", backend="jax").write(saved)
+    # Each backend resumes from what is portable or its own, whatever it will write itself.
+    assert prepare(make_recipe(), JAX, again)
+    with pytest.raises(
+        RecipeError, match=f"^{saved}: is in the native format of jax, which torch does not read"
+    ):
+        prepare(make_recipe(), TORCH, again)
+    Manifest(1, tree, {}, backend="jax").write(saved)
+    assert prepare(make_recipe(), TORCH, again)

@@ -79,4 +79,5 @@ BACKEND = Capabilities(
     has_process_per_device=False,
     cost=JaxCost,
     runs_on=("cpu", "gpu", "tpu"),
+    no_native_format=None,
 )

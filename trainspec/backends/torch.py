@@ -121,4 +121,6 @@ BACKEND = Capabilities(
     has_process_per_device=True,
     cost=TorchCost,
     runs_on=("cpu", "gpu"),
+    no_native_format="checkpoint.format=native: DeepSpeed's own checkpoints are pickles, and torchtrain writes none; use "
+    "checkpoint.format=portable, to which every process writes its shards as well",
 )

@@ -12,6 +12,7 @@ from trainspec.checkpoints.manifest import PORTABLE, read_manifest, whole
 from trainspec.checkpoints.shards import KINDS, ShardFiles, files_of
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.files.hf import read_entries
+from trainspec.plans.names import Backend
 from trainspec.plans.plan import STORED_DTYPE
 from trainspec.runs.resume import CheckpointOrigin, check_loadable
 from trainspec.runs.run import Run
@@ -38,6 +39,18 @@ def resumable_checkpoint(out: Path, *, resume: bool) -> Path | None:
     if resume and newest is None:
         raise RecipeError(f"{out}: --resume found no checkpoint there; leave --resume out to start")
     return newest
+
+
+def check_readable(path: Path | None, backend: Backend) -> None:
+    """Raises RecipeError where the checkpoint at `path`, if there is one, is in another backend's native format."""
+    if path is None:
+        return
+    manifest = read_manifest(path)
+    if manifest.format != PORTABLE and manifest.backend != backend:
+        raise RecipeError(
+            f"{path}: is in the native format of {manifest.backend}, which {backend} does not read; resume there with "
+            f"checkpoint.format=portable, or convert it: trainspec checkpoint convert {path}"
+        )
 
 
 def read_origin(path: Path) -> CheckpointOrigin:

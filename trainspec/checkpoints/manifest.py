@@ -16,7 +16,7 @@ from trainspec.runs.identity import Identity
 from trainspec.runs.resume import CheckpointOrigin
 
 FILE = "checkpoint.json"
-PORTABLE = "portable"
+PORTABLE, NATIVE = "portable", "native"
 
 
 @dataclass(frozen=True)

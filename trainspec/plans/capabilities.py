@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from trainspec.errors import PlanError
+from trainspec.errors import PlanError, RecipeError
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.plans.cost import Cost
@@ -60,6 +60,7 @@ class Capabilities:
     - `has_process_per_device`: whether a launcher starts one process per device, or one process has them all.
     - `cost`: the arithmetic of memory and traffic.
     - `runs_on`: the kinds of devices.
+    - `no_native_format`: the refusal of `checkpoint.format: native`; None: there is one.
     """
 
     name: Backend
@@ -71,6 +72,7 @@ class Capabilities:
     has_process_per_device: bool
     cost: type[Cost]
     runs_on: tuple[DeviceKind, ...]
+    no_native_format: str | None
 
 
 def check_supported(plan: Plan, policy: Policy, backend: Capabilities) -> None:
@@ -86,6 +88,12 @@ def check_supported(plan: Plan, policy: Policy, backend: Capabilities) -> None:
     for limit in backend.limits:
         if limit.applies_to(plan, policy):
             raise PlanError(limit.refuse(plan, policy))
+
+
+def check_format(name: str, backend: Capabilities) -> None:
+    """Raises RecipeError for a format of checkpoints that a backend does not have."""
+    if name == "native" and backend.no_native_format:
+        raise RecipeError(backend.no_native_format)
 
 
 def check_fits(

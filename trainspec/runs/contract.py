@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
@@ -27,6 +27,9 @@ from trainspec.runs.processes import Processes
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
+
+if TYPE_CHECKING:  # a store is made for a backend
+    from trainspec.checkpoints.store import ArrayFormat
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -114,7 +117,11 @@ class Backend(Protocol[S]):
         ...
 
     def restore(self, state: S, checkpoint: Checkpoint) -> S:
-        """`state` as it was when `checkpoint` was taken."""
+        """`state` as it was when `checkpoint` was taken; consumes `state`."""
+        ...
+
+    def native_format(self, run: Run, processes: Processes) -> ArrayFormat[S]:
+        """What `checkpoint.format: native` is. Called where the backend's capabilities have it."""
         ...
 
 

@@ -20,7 +20,7 @@ from trainspec.backends import BACKENDS
 from trainspec.causal import causal_order
 from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import read_origin
-from trainspec.checkpoints.portable import PortableFormat
+from trainspec.checkpoints.formats import Formats
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
 from trainspec.data import Batch, open_dataset
 from trainspec.errors import NonFiniteLossError
@@ -64,7 +64,7 @@ def train(
     out, program = request.out, BACKENDS[devices.backend].program
     saved, is_leader = check_output(request), processes.is_leader
     if is_leader:  # before anything that takes long
-        lines = opening(run.recipe, devices, name=program, out=out)
+        lines = opening(run, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)
     run, data = open_data(run)
     lines = _summary(run, data, saved, request.allow)
@@ -188,8 +188,8 @@ def _store(
         backend=devices.backend,
         versions={package: version(package) for package in devices.packages},
     )
-    portable = PortableFormat(backend, run, processes)
-    return CheckpointStore(request.out, portable, manifest, run.recipe.checkpoint, processes)
+    formats = Formats(backend, run, processes)
+    return CheckpointStore(request.out, formats, manifest, run.recipe.checkpoint, processes)
 
 
 def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]) -> list[str]:
@@ -238,7 +238,7 @@ def evaluate(backend: Backend[S], run: Run, *, out: Path) -> tuple[float, str]:
     state = backend.init_state(run)
     saved = folders.latest(out)
     if saved:
-        state = PortableFormat(backend, run, Processes()).restore(state, saved)
+        state = Formats(backend, run, Processes()).restore(state, saved)
     loss = heldout_loss(backend, state, heldout, _heldout_examples(run))
     if not saved:
         return loss, f"the starting weights (no checkpoint under {out})"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainspec.checkpoints.checkpoint import resumable_checkpoint
+from trainspec.checkpoints.checkpoint import check_readable, resumable_checkpoint
+from trainspec.checkpoints.folders import latest
 from trainspec.data import check_data
 from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe
@@ -22,14 +23,15 @@ def prepare(recipe: Recipe, backend: Capabilities, request: TrainRequest) -> Run
     check_data(run, "train")
     if recipe.data.heldout:
         check_data(run, "heldout")
-    check_output(request)
+    check_readable(check_output(request), backend.name)
     return run
 
 
-def prepare_evaluation(recipe: Recipe, backend: Capabilities) -> Run:
+def prepare_evaluation(recipe: Recipe, backend: Capabilities, *, out: Path) -> Run:
     """The run of a recipe that is measured on `data.heldout`, reads no other records and writes nothing. Raises UserError."""
     run = resolve_on(recipe, backend)
     check_data(run, "heldout")
+    check_readable(latest(out), backend.name)
     return run
 
 

@@ -9,7 +9,13 @@ from trainspec.files.hf import resolve_model
 from trainspec.methods import full_table, trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import Param, param_table
-from trainspec.plans.capabilities import Capabilities, check_fits, check_supported, check_trains
+from trainspec.plans.capabilities import (
+    Capabilities,
+    check_fits,
+    check_format,
+    check_supported,
+    check_trains,
+)
 from trainspec.plans.cost import Cost
 from trainspec.plans.flops import Arithmetic, arithmetic
 from trainspec.recipe import Recipe
@@ -54,9 +60,10 @@ def run_of(recipe: Recipe, spec: ModelSpec, directory: Path | None) -> Run:
 def resolve_on(recipe: Recipe, backend: Capabilities) -> Run:
     """The run of a recipe on a backend.
 
-    Raises PlanError where the backend cannot run the plan, before the model is looked up, and where the plan does not
-    divide model or batch. Called before a backend takes its devices, so that a user's mistake costs nothing.
+    Raises RecipeError where the backend has no such checkpoints, PlanError where it cannot run the plan, before the model is
+    looked up, and where the plan does not divide model or batch. Called before a backend takes its devices, so that a user's mistake costs nothing.
     """
+    check_format(recipe.checkpoint.format, backend)
     check_supported(recipe.plan, recipe.precision.policy, backend)
     run = resolve(recipe)
     check_plan(run, backend)

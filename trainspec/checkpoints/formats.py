@@ -1,0 +1,35 @@
+"""The formats of a run's checkpoints: it writes the one that its recipe names, and reads both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic
+
+from trainspec.checkpoints.manifest import NATIVE, read_manifest
+from trainspec.checkpoints.portable import PortableFormat
+from trainspec.checkpoints.store import ArrayFormat
+from trainspec.runs.contract import Backend, S
+from trainspec.runs.processes import Processes
+from trainspec.runs.run import Run
+
+
+class Formats(Generic[S]):
+    """Writes in the format of `run`'s recipe; reads each checkpoint in the one that its manifest names."""
+
+    def __init__(self, backend: Backend[S], run: Run, processes: Processes) -> None:
+        self._backend, self._run, self._processes = backend, run, processes
+        self.name: str = run.recipe.checkpoint.format
+
+    def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
+        """As `ArrayFormat.begin`."""
+        return self._format(self.name).begin(folder, state)
+
+    def restore(self, state: S, path: Path) -> S:
+        """As `ArrayFormat.restore`."""
+        return self._format(read_manifest(path).format).restore(state, path)
+
+    def _format(self, name: str) -> ArrayFormat[S]:
+        if name == NATIVE:
+            return self._backend.native_format(self._run, self._processes)
+        return PortableFormat(self._backend, self._run, self._processes)
