@@ -125,6 +125,14 @@ def start_flat_state(zero: Any) -> None:
     zero._lazy_init_hp_params_optimizer_state()
 
 
+def flat_stretch(parameter: nn.Parameter, moment: str | None) -> tuple[int, Tensor]:
+    """This replica's stretch of a master weight, or of its `moment`, and which of the parameter's elements is its first."""
+    mapping: Any = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+    if mapping is None:  # other replicas have all of it
+        return 0, torch.empty(0, device=parameter.device)
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment).detach()
+
+
 def flat_norm(zero: Any) -> float:
     """The norm that DeepSpeed clips by."""
     if not _is_bf16_optimizer(zero):
@@ -176,6 +184,11 @@ def _number(norm: Any) -> float:
 def weight_shard(parameter: nn.Parameter) -> Tensor:
     """This replica's shard of a weight, in the type of the computation."""
     return parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def whole_size(parameter: nn.Parameter) -> int:
+    """How many elements a parameter has on all replicas together."""
+    return parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def master_shards(zero: Any) -> list[Tensor]:

@@ -22,7 +22,7 @@ from torchtrain.cluster import is_leader
 from torchtrain.dropout import DropoutPoint
 from torchtrain.engines import make_engine
 from torchtrain.engines.deepspeed import Partitioner
-from torchtrain.engines.engine import Engine, Inputs, Stored
+from torchtrain.engines.engine import Engine, Inputs, Saved, Stored
 from torchtrain.engines.pipeline import placeholder
 from torchtrain.loss import token_loss
 from torchtrain.loss_chunks import HeadLoss
@@ -31,10 +31,11 @@ from torchtrain.methods import all_labels, all_positions, all_segments, attach
 from torchtrain.model import build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
 from torchtrain.precision import compute_dtype, to_numpy
-from torchtrain.weights import allocate, canonical_name, from_canonical, to_canonical
+from torchtrain.tensor_parallel import is_split
+from torchtrain.weights import allocate, canonical_name, from_canonical, shards, to_canonical
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
-from trainspec.checkpoints.shards import KINDS, Shard, whole
+from trainspec.checkpoints.shards import ArrayKind, Shard
 from trainspec.checkpoints.store import ArrayFormat
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
@@ -248,17 +249,31 @@ def moments_of(state: State) -> tuple[Arrays, Arrays]:
     return _arrays(state, "moment1", trained), _arrays(state, "moment2", trained)
 
 
+# What a checkpoint calls each kind of tensor.
+_SAVED: dict[Saved, ArrayKind] = {"weight": "weights", "moment1": "moment1", "moment2": "moment2"}
+
+
 def shards_of(state: State) -> Iterator[Shard]:
-    """Copies of what this process saves of weights and moments."""
-    weights, moments = weights_of(state), moments_of(state)
-    if is_leader():
-        for kind, arrays in zip(KINDS, (weights, *moments), strict=True):
-            yield from whole(kind, arrays)
+    """Copies of what this process saves of weights and moments. Nothing is gathered, and no process waits for another."""
+    parameters = {canonical_name(name): p for name, p in _trainable(state.model).items()}
+    mine = [param for param in state.run.trained if _saves(state, param)]
+    for stored, kind in _SAVED.items():
+        for param in mine:
+            first, elements = state.engine.store.own(stored, parameters[param.name])
+            copied = to_numpy(elements.to("cpu", copy=True))
+            yield from shards(kind, param, first, copied, tensor=state.mesh.tensor)
+
+
+def _saves(state: State, param: Param) -> bool:
+    """Whether this process's replicas save a weight: of several stages or tensor peers that have the same, the first ones do."""
+    mesh, run = state.mesh, state.run
+    is_first_stage = mesh.stages.index == stages_of(param, run.recipe.plan, run.spec)[0]
+    return is_first_stage and (mesh.tensor.index == 0 or any(map(is_split, param.axes)))
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:
-    """`state` as it was when `checkpoint` was saved; consumes `state`."""
-    sources: tuple[tuple[Stored, Mapping[str, WeightLike]], ...] = (
+    """`state` as it was when `checkpoint` was saved; consumes `state`. Each process reads what it holds, a tensor at a time."""
+    sources: tuple[tuple[Saved, Mapping[str, WeightLike]], ...] = (
         ("weight", checkpoint.weights),
         ("moment1", checkpoint.moment1),
         ("moment2", checkpoint.moment2),

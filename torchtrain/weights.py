@@ -8,12 +8,15 @@ adapters, those of PEFT's files; in memory PEFT names the adapter and puts the a
 
 A tensor peer holds one shard of a weight, contiguous along the dimension that is split; of a dimension with several parts
 (`trainspec.plans.plan.PARTS`) one shard of each, joined. A stage of a pipeline holds the
-weights that it computes with; the others stay on the meta device.
+weights that it computes with; the others stay on the meta device. Replicas may share out the elements of a shard, in row-major
+order whatever its dimensions: `Elements` reads a stretch of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,10 +29,14 @@ from torchtrain._deepspeed import mark_tensor_parallel
 from torchtrain.mesh import Mesh, Peers, compute_device
 from torchtrain.precision import to_numpy
 from torchtrain.tensor_parallel import gather_axis, is_split
+from trainspec.checkpoints.shards import ArrayKind, Shape, Shard, boxes, everything
 from trainspec.methods import PEFT_PREFIX
 from trainspec.params import Param
 from trainspec.plans.plan import PARTS
 from trainspec.weight import Index, Weight, WeightLike
+
+# Reads the elements from the first number up to the second of this process's shard of a weight, in row-major order.
+Elements = Callable[[int, int], Tensor]
 
 
 def canonical_name(native: str) -> str:
@@ -44,17 +51,18 @@ def from_canonical(
     native: Mapping[str, nn.Parameter],
     *,
     tensor: Peers,
-    write: Callable[[nn.Parameter, Tensor], None],
+    write: Callable[[nn.Parameter, Elements], None],
 ) -> None:
-    """Call `write` with each parameter and this process's shard of its weight; `native` has the module's names.
+    """Call `write` with each parameter and what reads its weight's elements; `native` has the module's names.
 
-    Differs from jaxtrain, which makes its arrays here: torch's exist already, and the engine knows where.
+    Differs from jaxtrain, which makes its arrays here: torch's exist already, and the engine knows where, and which elements
+    this process needs.
     """
     parameters = {canonical_name(name): parameter for name, parameter in native.items()}
     for param, weight in weights:
         parameter = parameters.pop(param.name)
         if not parameter.is_meta:
-            write(parameter, torch.from_numpy(_shard(param, weight, tensor)))
+            write(parameter, _reader(param, weight, tensor))
     # The table names every parameter of the module.
     assert not parameters, f"no value for {sorted(parameters)}"
 
@@ -123,21 +131,69 @@ def allocate(
     model.tie_weights()  # a tied head still has the embedding's meta tensor
 
 
+def shards(
+    kind: ArrayKind, param: Param, first: int, elements: NDArray[Any], *, tensor: Peers
+) -> Iterator[Shard]:
+    """The boxes of a weight that consecutive `elements` of this process's shard of it are, those from `first` on."""
+    for box in boxes(_shard_shape(param, tensor), first, first + len(elements)):
+        sizes = [s.stop - s.start for s in box]
+        array, elements = elements[: math.prod(sizes)].reshape(sizes), elements[math.prod(sizes) :]
+        for place, index in _in_whole(param, box, tensor):
+            yield Shard(kind, param.name, param.shape, index, array[place])
+
+
+def _reader(param: Param, weight: WeightLike, tensor: Peers) -> Elements:
+    shape = _shard_shape(param, tensor)
+
+    def read(first: int, end: int) -> Tensor:
+        found = [_read(param, weight, box, tensor).reshape(-1) for box in boxes(shape, first, end)]
+        return torch.from_numpy(found[0] if len(found) == 1 else np.concatenate([*found, _nothing(weight)]))
+
+    return read
+
+
+def _nothing(weight: WeightLike) -> NDArray[Any]:
+    return np.empty(0, weight.dtype)
+
+
 def _shard(param: Param, weight: WeightLike, tensor: Peers) -> NDArray[Any]:
     """What this process holds of a weight: of a dimension with parts its share of each."""
-    joined = [dim for dim, axis in enumerate(param.axes) if axis in PARTS]
-    if tensor.size == 1 or not joined:
-        return weight[_shard_index(param, tensor)]
-    parts = range(PARTS[param.axes[joined[0]]])
-    return np.concatenate([weight[_shard_index(param, tensor, part)] for part in parts], joined[0])
+    return _read(param, weight, everything(_shard_shape(param, tensor)), tensor)
 
 
-def _shard_index(param: Param, tensor: Peers, part: int = 0) -> Index:
-    """The slices of a weight that this process holds, of a dimension with parts those of one `part`."""
-    slices = []
-    for size, axis in zip(param.shape, param.axes, strict=True):
-        parts = PARTS.get(axis, 1) if tensor.size > 1 else 1
-        each = size // (tensor.size * parts)
-        first = (part * tensor.size if parts > 1 else 0) + tensor.index
-        slices.append(slice(first * each, (first + 1) * each) if is_split(axis) else slice(None))
-    return tuple(slices)
+def _read(param: Param, weight: WeightLike, box: Index, tensor: Peers) -> NDArray[Any]:
+    """The `box` of this process's shard."""
+    pieces = [*_in_whole(param, box, tensor)]
+    if len(pieces) == 1:
+        return weight[pieces[0][1]]
+    joined = np.empty([s.stop - s.start for s in box], weight.dtype)
+    for place, index in pieces:
+        joined[place] = weight[index]
+    return joined
+
+
+def _shard_shape(param: Param, tensor: Peers) -> Shape:
+    """The shape of what this process holds of a weight."""
+    sizes = zip(param.shape, param.axes, strict=True)
+    return tuple(size // tensor.size if is_split(axis) else size for size, axis in sizes)
+
+
+def _in_whole(param: Param, box: Index, tensor: Peers) -> Iterator[tuple[Index, Index]]:
+    """The boxes of the whole weight that a `box` of this process's shard consists of, each with its place in `box` first."""
+    along = [_along(*each, tensor) for each in zip(param.shape, param.axes, box, strict=True)]
+    for pieces in product(*along):
+        yield tuple(place for place, _ in pieces), tuple(index for _, index in pieces)
+
+
+def _along(size: int, axis: str, held: slice, tensor: Peers) -> Iterator[tuple[slice, slice]]:
+    """`_in_whole` of one dimension: more than one where it has parts."""
+    if tensor.size == 1 or not is_split(axis):
+        yield slice(0, held.stop - held.start), held
+        return
+    parts = PARTS.get(axis, 1)
+    each = size // (tensor.size * parts)
+    for part in range(parts):
+        first, end = max(held.start, part * each), min(held.stop, (part + 1) * each)
+        moved = (part * (tensor.size - 1) + tensor.index) * each
+        if first < end:
+            yield slice(first - held.start, end - held.start), slice(first + moved, end + moved)

@@ -64,7 +64,12 @@ def measured(recipe: Any, out: Path) -> dict[str, Any]:
     formats = Formats(step, run, processes)
     manifest = replace(manifest_of(recipe, None, {p.name: p.shape for p in run.trained}), backend="jax")
     store = CheckpointStore(out, formats, manifest, recipe.checkpoint, processes)
-    held = [shard.data.nbytes for kind in step.arrays_of(state).values() for a in kind.values() for shard in a.addressable_shards]
+    held = [
+        shard.data.nbytes
+        for kind in step.arrays_of(state).values()
+        for a in kind.values()
+        for shard in a.addressable_shards
+    ]
     found: dict[str, Any] = {"share": sum(held), "tensor": max(4 * p.size for p in run.trained)}
     with growth(found, "save"):
         began = time.monotonic()

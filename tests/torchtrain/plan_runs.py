@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from plan_cases import METHODS, MODELS, PRECISION, Case, Resumed
 from ranks import Command, distance, drift, furthest, run_all, traced
-from safetensors.numpy import load_file
 from small import ROOT
 
 from parity.runs.edit import Edit
+from trainspec.checkpoints.manifest import read_manifest
+from trainspec.checkpoints.shards import ArrayKind, ShardFiles, files_of
 from trainspec.files.adapters import write_adapter
 from trainspec.init import initial_value
 from trainspec.methods import Full, LoRA, adapter_table
@@ -140,13 +142,32 @@ def check(left: Path, right: Path, precision: str, *, bf16: float = BF16_GRADIEN
             np.testing.assert_array_equal(one.read_initial(name), other.read_initial(name))
 
 
+def saved(checkpoint: Path) -> dict[ArrayKind, dict[str, NDArray[Any]]]:
+    """The whole arrays of a checkpoint, read from the files of all processes."""
+    manifest, arrays = read_manifest(checkpoint), {}
+    for kind in get_args(ArrayKind):
+        files = [checkpoint / name for name in files_of(kind, manifest.sha256)]
+        tensors = ShardFiles(files, manifest.shapes, where=checkpoint)
+        arrays[kind] = {name: tensors.weight(name, None)[...] for name in tensors.shapes}
+    return arrays
+
+
+def check_saved(home: Path, case: Case) -> None:
+    """Each process has written its files, and together they hold the moments that the trace has."""
+    checkpoint = directory_of(home, case) / f"run/checkpoints/step-{STEPS:06d}"
+    found, trace = saved(checkpoint), Trace(traces(home, case)[1])
+    for kind in ("moment1", "moment2"):
+        assert len(files_of(kind, (path.name for path in checkpoint.iterdir()))) == case.processes
+        names = [name for name in trace.names(STEPS) if name.startswith(f"{kind}/")]
+        assert names == sorted(f"{kind}/{name}" for name in found[kind])
+        for name in names:
+            np.testing.assert_array_equal(found[kind][name.partition("/")[2]], trace.read(STEPS, name))
+
+
 def check_resumed(home: Path, resumed: Resumed, out: Path) -> None:
     last = f"checkpoints/step-{STEPS:06d}"
     unbroken = directory_of(home, resumed.first) / "run" / last
-    left, right = (
-        {kind: load_file(folder / f"{kind}.safetensors") for kind in ("weights", "moment1", "moment2")}
-        for folder in (unbroken, out / last)
-    )
+    left, right = saved(unbroken), saved(out / last)
     is_proof = resumed.first.precision == "fp64"
     for kind in ("moment1", "moment2"):
         bound = PROOF if is_proof else FP32_GRADIENT

@@ -25,6 +25,7 @@ from plan_runs import (
     check,
     check_evaluated,
     check_resumed,
+    check_saved,
     recipe_of,
     run_cases,
     stopped_and_resumed,
@@ -135,6 +136,11 @@ def test_a_plan_is_the_run_of_one_process(few: Path, case: Case):
 @pytest.mark.parametrize("case", MORE, ids=str)
 def test_every_plan_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
+
+
+@pytest.mark.parametrize("case", marked([*FEW, *FEW_VIRTUAL], FAST))
+def test_every_process_saves_its_shards(few: Path, case: Case):
+    check_saved(few, case)
 
 
 @pytest.mark.parametrize("resumed", marked(RESUMED, FAST))

@@ -22,7 +22,7 @@ from plan_cases import (
     Resumed,
     marked,
 )
-from plan_runs import Make, check, check_evaluated, check_resumed, recipe_of, run_cases, traces
+from plan_runs import Make, check, check_evaluated, check_resumed, check_saved, recipe_of, run_cases, traces
 from ranks import furthest, run, run_all, traced
 
 from parity.runs.edit import Edit
@@ -108,6 +108,11 @@ def test_a_pipeline_is_the_run_of_one_process(few: Path, case: Case):
 @pytest.mark.parametrize("case", PIPES_MORE, ids=str)
 def test_every_pipeline_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
+
+
+@pytest.mark.parametrize("case", marked([*PIPES, *PIPES_VIRTUAL], FAST))
+def test_every_stage_saves_its_layers(few: Path, case: Case):
+    check_saved(few, case)
 
 
 @pytest.mark.parametrize("resumed", marked(PIPES_RESUMED, FAST))

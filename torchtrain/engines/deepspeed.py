@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from torchtrain import _deepspeed
 from torchtrain._deepspeed import import_deepspeed, quiet, runs_on_deepspeed
-from torchtrain.engines.engine import Inputs, Microbatches, Store, Stored, by_kind
+from torchtrain.engines.engine import Inputs, Microbatches, Saved, Store, Stored, Stretch, by_kind
 from torchtrain.engines.plain import WholeStore
 from torchtrain.families import anatomy_of
 from torchtrain.mesh import Mesh, Peers, compute_device
 from torchtrain.optim import MOMENTS, start_moments
+from torchtrain.weights import Elements
 from trainspec.model import ModelSpec
 from trainspec.recipe import Recipe
 from trainspec.runs.run import Run
@@ -211,18 +212,20 @@ class FlatStore:
         has_master = parameter.requires_grad and parameter.dtype != torch.float32
         return parameter if kind == "weight" and not has_master else _read_whole(kind, parameter)
 
+    def own(self, kind: Saved, parameter: nn.Parameter) -> Stretch:
+        """This replica's stretch of the master weight or the moment, as far as it is of `parameter`."""
+        return Stretch(*_deepspeed.flat_stretch(parameter, MOMENTS.get(kind)))
+
     @torch.no_grad()
-    def write(self, kind: Stored, parameter: nn.Parameter, value: Tensor) -> None:
-        """Into this replica's stretch; a weight also into the one that is computed with."""
-        utils = import_deepspeed().utils
-        match kind:
-            case "weight":
-                utils.safe_set_full_fp32_param(parameter, value)
-                parameter.copy_(value)
-            case "gradient":
-                raise AssertionError("gradients are made by a backward pass")
-            case "moment1" | "moment2":
-                utils.safe_set_full_optimizer_state(parameter, value, MOMENTS[kind])
+    def write(self, kind: Saved, parameter: nn.Parameter, elements: Elements) -> None:
+        """This replica's stretch only; but all of a weight, as every replica computes with it."""
+        first, mine = self.own(kind, parameter)
+        if kind != "weight":
+            mine.copy_(elements(first, first + len(mine)))
+            return
+        whole = elements(0, parameter.numel())
+        mine.copy_(whole[first : first + len(mine)])
+        parameter.copy_(whole.view_as(parameter))
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Flat buffers, with DeepSpeed's padding."""
@@ -251,22 +254,34 @@ class ShardedStore:
                 return parameter.detach().clone()
         return _read_whole(kind, parameter)
 
+    def own(self, kind: Saved, parameter: nn.Parameter) -> Stretch:
+        """This replica's shard without its padding."""
+        utils = import_deepspeed().utils
+        first, count = self._range(parameter)
+        if kind == "weight":
+            return Stretch(first, utils.safe_get_local_fp32_param(parameter)[:count])
+        return Stretch(first, utils.safe_get_local_optimizer_state(parameter, MOMENTS[kind])[:count])
+
     @torch.no_grad()
-    def write(self, kind: Stored, parameter: nn.Parameter, value: Tensor) -> None:
+    def write(self, kind: Saved, parameter: nn.Parameter, elements: Elements) -> None:
         """This replica's shard. DeepSpeed's setters of whole tensors fail where the last shard is padded."""
         utils = import_deepspeed().utils
+        first, count = self._range(parameter)
         weight = _deepspeed.weight_shard(parameter)
-        padded = value.new_zeros(weight.numel() * self._replicas.size)
-        padded[: value.numel()] = value.flatten()
-        shard = padded.chunk(self._replicas.size)[self._replicas.index].to(weight.device)
+        mine = elements(first, first + count).to(weight.device)
+        shard = torch.cat([mine, mine.new_zeros(weight.numel() - count)])
         match kind:
             case "weight":
                 utils.safe_set_local_fp32_param(parameter, shard)
                 weight.copy_(shard)
-            case "gradient":
-                raise AssertionError("gradients are made by a backward pass")
             case "moment1" | "moment2":
                 utils.safe_set_local_optimizer_state(parameter, shard, MOMENTS[kind])
+
+    def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """The first element of this replica's shard, and how many there are before the padding."""
+        size = _deepspeed.weight_shard(parameter).numel()
+        first = self._replicas.index * size
+        return first, max(0, min(size, _deepspeed.whole_size(parameter) - first))
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Shards, with DeepSpeed's padding."""

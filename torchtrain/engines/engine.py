@@ -9,16 +9,18 @@ microbatches' passes, and in which shards of the model and its training state a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from torchtrain.attention.visible import Visible
 from torchtrain.optim import MOMENTS
+from torchtrain.weights import Elements
 
 # The head's output is logits [B, T, V] of this process's shard of the vocabulary, or a loss sum (`loss_chunks.HeadLoss`).
-Stored = Literal["weight", "gradient", "moment1", "moment2"]
+Saved = Literal["weight", "moment1", "moment2"]
+Stored = Literal[Saved, "gradient"]
 
 
 class Inputs(TypedDict):
@@ -82,6 +84,13 @@ class Engine(Protocol):
         ...
 
 
+class Stretch(NamedTuple):
+    """Consecutive elements of a flattened tensor, those from `first` on, as a view of the training state."""
+
+    first: int
+    elements: Tensor
+
+
 class Store(Protocol):
     """Where weights, gradients and moments are. They are read whole over the replicas, but as shards over `tensor`."""
 
@@ -93,8 +102,15 @@ class Store(Protocol):
         """One tensor of `parameter`'s. All replicas have to call."""
         ...
 
-    def write(self, kind: Stored, parameter: nn.Parameter, value: Tensor) -> None:
-        """The reverse of `read`. A master weight gets `value` as it is, the weight that is computed with rounds it."""
+    def own(self, kind: Saved, parameter: nn.Parameter) -> Stretch:
+        """What this replica saves of one tensor: all replicas together have each element once. Nothing is sent."""
+        ...
+
+    def write(self, kind: Saved, parameter: nn.Parameter, elements: Elements) -> None:
+        """Read the elements that this replica holds into one tensor of `parameter`'s.
+
+        A master weight gets them as they are, the weight that is computed with rounds them.
+        """
         ...
 
     def tensors(self) -> dict[str, list[Tensor]]:

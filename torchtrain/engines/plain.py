@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from torchtrain.engines.engine import Inputs, Microbatches, Store, Stored, by_kind
+from torchtrain.engines.engine import Inputs, Microbatches, Saved, Store, Stored, Stretch, by_kind
 from torchtrain.mesh import Mesh
 from torchtrain.optim import MOMENTS, clip, global_norm, start_moments
 from torchtrain.tensor_parallel import is_split
-from torchtrain.weights import canonical_name
+from torchtrain.weights import Elements, canonical_name
 from trainspec.runs.run import Run
 
 
@@ -22,7 +22,8 @@ class WholeStore:
     """Each replica holds all of its layers' state; of split weights each tensor peer holds a shard."""
 
     def __init__(self, run: Run, model: PreTrainedModel, optimizer: torch.optim.AdamW, mesh: Mesh) -> None:
-        self._model, self._optimizer, self._tensor = model, optimizer, mesh.tensor
+        self._model, self._optimizer = model, optimizer
+        self._tensor, self._replicas = mesh.tensor, mesh.replicas
         self._split = {p.name for p in run.trained if mesh.tensor.size > 1 and any(map(is_split, p.axes))}
 
     def norm(self) -> float:
@@ -48,10 +49,21 @@ class WholeStore:
             case "moment1" | "moment2":
                 return self._optimizer.state[parameter][MOMENTS[kind]]
 
+    def own(self, kind: Saved, parameter: nn.Parameter) -> Stretch:
+        """An equal share of what all replicas hold, in whole rows where there are enough of them."""
+        whole = self.read(kind, parameter).detach().view(-1)
+        rows, replicas = len(parameter), self._replicas
+        units = rows if rows >= replicas.size else len(whole)
+        first, end = (
+            len(whole) // units * (units * i // replicas.size) for i in (replicas.index, replicas.index + 1)
+        )
+        return Stretch(first, whole[first:end])
+
     @torch.no_grad()
-    def write(self, kind: Stored, parameter: nn.Parameter, value: Tensor) -> None:
-        """Copy `value` into the tensor."""
-        self.read(kind, parameter).copy_(value)
+    def write(self, kind: Saved, parameter: nn.Parameter, elements: Elements) -> None:
+        """All of the tensor."""
+        whole = self.read(kind, parameter).view(-1)
+        whole.copy_(elements(0, len(whole)))
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """There are no master weights."""
