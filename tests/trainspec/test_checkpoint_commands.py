@@ -249,3 +249,28 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, capsys: Any):
         assert why in refused(capsys, "verify", tmp_path / name, "--all")
     assert "no such directory" in refused(capsys, "show", tmp_path / "nowhere")
     assert folders.latest(tmp_path) is None
+
+
+@pytest.mark.full
+def test_native_and_back_is_the_same_state(make_recipe: Make, tmp_path: Path, capsys: Any):
+    recipe = make_recipe()
+    arrays, native, back = drawn(recipe), tmp_path / "native", tmp_path / "back"
+    path = save_sharded(tmp_path, arrays, recipe=recipe, step=4, backend="torch")
+    assert ended(capsys, "convert", path, native, "--to", "native") == (0, f"wrote {native}\n", "")
+    assert "is there already" in refused(capsys, "convert", path, native, "--to", "native")
+    assert ended(capsys, "verify", native) == (0, f"{native}: whole\n", "")
+    facts = json.loads(ended(capsys, "show", native, "--json")[1])
+    assert (facts["format"], facts["backend"], facts["step"]) == ("native", "jax", 4)
+    assert facts["arrays"]["moment1"]["parameters"] == sum(a.size for a in arrays["moment1"].values())
+    for words in (
+        ("consolidate", native, "--out", tmp_path / "to"),
+        ("convert", native, tmp_path / "to", "--to", "hf"),
+    ):
+        assert "convert it first: trainspec checkpoint convert" in refused(capsys, *words)
+    assert ended(capsys, "convert", native, back, "--to", "portable")[0] == 0
+    for kind, of_kind in arrays.items():
+        found = load_file(back / f"{kind}.safetensors")
+        assert found.keys() == of_kind.keys()
+        assert all(np.array_equal(found[name], array) for name, array in of_kind.items())
+    flipped(next(file for file in sorted((native / "native").rglob("*")) if file.is_file() and file.stat().st_size > 1000))
+    assert "damaged" in refused(capsys, "convert", native, tmp_path / "to", "--to", "portable")

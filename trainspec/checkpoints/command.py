@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainspec.backends import BACKENDS
 from trainspec.checkpoints.folders import checkpoints_of, complete, latest
-from trainspec.checkpoints.manifest import FILE, read_manifest
+from trainspec.checkpoints.manifest import FILE, NATIVE, read_manifest
 from trainspec.checkpoints.summary import summary_of
 from trainspec.checkpoints.verification import damages
-from trainspec.errors import EXIT_DONE, EXIT_FAILED, ModelError, Note, RecipeError, UserError
+from trainspec.errors import EXIT_DONE, EXIT_FAILED, ModelError, Note, ProcessError, RecipeError, UserError
 from trainspec.recipe import Recipe, recipe_from
 from trainspec.recipe_file import apply_override, check_usable
 from trainspec.runs.export import consolidate
@@ -34,6 +37,7 @@ def run_checkpoint(args: Namespace) -> int:
             return _verify(args.directory, every=args.all)
         case "consolidate":
             path = find(args.directory)
+            _refuse_native(path)
             print(f"wrote {_consolidate(path, args, args.out, merge=args.merge)}")
         case "convert":
             print(f"wrote {_convert(find(args.directory), args)}")
@@ -127,11 +131,19 @@ def _consolidate(path: Path, args: Namespace, out: Path, *, merge: bool) -> Path
     return out
 
 
+def _refuse_native(path: Path) -> None:
+    if read_manifest(path).format == NATIVE:
+        raise UserError(
+            f"{path}: is in the native format of its backend; convert it first: trainspec checkpoint convert {path} OUT --to portable"
+        )
+
+
 def _convert(path: Path, args: Namespace) -> Path:
     """Write one checkpoint in another format into OUT, and return it."""
     out, target = args.out, args.to
     match target:
         case "hf" | "peft":
+            _refuse_native(path)
             method = recipe_of(path, args.overrides).method
             if target == "peft" and method.trains_model:
                 raise RecipeError(
@@ -152,12 +164,24 @@ def _convert(path: Path, args: Namespace) -> Path:
                 "`trainspec checkpoint consolidate` writes the model or the adapter, which Trainer starts from with new moments"
             )
         case "portable" | "native":
-            raise UserError(_not_between(read_manifest(path).format, target, path))
+            return _between_formats(path, out, target)
         case other:
             raise AssertionError(f"the parser let {other!r} through")
 
 
-def _not_between(format_: str, target: str, path: Path) -> str:
-    if format_ == target:
-        return f"--to {target}: {path} is in that format already; copy its directory"
-    return f"--to {target}: {path} is {format_}, and this version converts between the two nowhere"
+def _between_formats(path: Path, out: Path, target: str) -> Path:
+    """Have the backend whose native format it is write a checkpoint in the other format, in a process with its framework."""
+    manifest = read_manifest(path)
+    if manifest.format == target:
+        raise UserError(f"--to {target}: {path} is in that format already; copy its directory")
+    [backend] = [
+        backend
+        for backend in BACKENDS.values()
+        if backend.no_native_format is None and (target == NATIVE or backend.name == manifest.backend)
+    ]
+    command = [sys.executable, "-m", f"{backend.program}.native", str(path), str(out)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        line = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it ended without a word"
+        raise ProcessError(line.removeprefix(f"{backend.program}.native: "), done.returncode)
+    return out

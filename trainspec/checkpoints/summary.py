@@ -16,7 +16,8 @@ from trainspec.checkpoints.shards import KINDS, ArrayKind, ShardFiles, files_of
 from trainspec.complaint import format_value
 from trainspec.plans.plan import MESH_AXES
 
-_COUNT = re.compile(r"-\d{5}-of-(\d{5})\.")
+# How many processes wrote a portable checkpoint, and which one a file of a native one: orbax's names.
+_COUNT, _PROCESS = re.compile(r"-\d{5}-of-(\d{5})\."), re.compile(r"/ocdbt\.process_(\d+)/")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def summary_of(path: Path) -> Summary:
         tree = manifest.recipe
         sizes = {name: (path / name).stat().st_size for name in sorted({FILE, *manifest.sha256})}
         counts = {int(match[1]) for name in sizes if (match := _COUNT.search(name))}
+        counts |= {1 + int(match[1]) for name in sizes if (match := _PROCESS.search(name))}
         text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
         return Summary(
             path=str(path),
