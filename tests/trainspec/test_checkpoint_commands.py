@@ -272,5 +272,11 @@ def test_native_and_back_is_the_same_state(make_recipe: Make, tmp_path: Path, ca
         found = load_file(back / f"{kind}.safetensors")
         assert found.keys() == of_kind.keys()
         assert all(np.array_equal(found[name], array) for name, array in of_kind.items())
-    flipped(next(file for file in sorted((native / "native").rglob("*")) if file.is_file() and file.stat().st_size > 1000))
+    flipped(
+        next(
+            file
+            for file in sorted((native / "native").rglob("*"))
+            if file.is_file() and file.stat().st_size > 1000
+        )
+    )
     assert "damaged" in refused(capsys, "convert", native, tmp_path / "to", "--to", "portable")
