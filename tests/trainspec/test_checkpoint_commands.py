@@ -162,6 +162,25 @@ def test_a_forged_digest_is_not_seen_by_verification(make_recipe: Make, tmp_path
     assert ended(capsys, "verify", path)[0] == 0
 
 
+def test_names_without_their_prefix_are_refused(make_recipe: Make, tmp_path: Path, capsys: Any):
+    """What a tolerant reader would leave at its start, as `resume-loses-adapter-names` in docs/faults.md does."""
+    recipe = make_recipe()
+    path = save_sharded(tmp_path, drawn(recipe), recipe=recipe, step=1)
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    for file in path.glob("weights-*.safetensors"):
+        save_file(
+            {key.removeprefix("base_model.model."): array for key, array in load_file(file).items()}, file
+        )
+        manifest["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    code, text, _ = ended(capsys, "verify", path)
+    assert code == 1
+    assert "the checkpoint has no such tensor" in text
+    assert "the checkpoint has no such tensor" in refused(
+        capsys, "consolidate", path, "--out", tmp_path / "to"
+    )
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
 
