@@ -188,7 +188,7 @@ def _store(
         backend=devices.backend,
         versions={package: version(package) for package in devices.packages},
     )
-    portable = PortableFormat(backend, run, processes)
+    portable = PortableFormat(backend, run, processes, identity=data.identity)
     return CheckpointStore(request.out, portable, manifest, run.recipe.checkpoint, processes)
 
 
