@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.checkpoints import folders
-from trainspec.checkpoints.portable import write_shards
+from trainspec.checkpoints.portable import metadata_of, write_shards
 from trainspec.checkpoints.shards import Shard, boxes
 from trainspec.checkpoints.store import manifest_of
 from trainspec.recipe import Recipe
@@ -47,8 +47,10 @@ def save_sharded(
             for name, array in arrays.items()
             for shard in _stretch(kind, name, array, process, processes)
         ]
-        digests |= write_shards(folder, shards, Processes(process, processes))
-    replace(manifest, step=step, sha256=digests, **fields).write(folder)
+        metadata = metadata_of(step, recipe, identity)
+        digests |= write_shards(folder, shards, Processes(process, processes), metadata=metadata)
+    sizes = {name: (folder / name).stat().st_size for name in digests}
+    replace(manifest, step=step, sha256=digests, sizes=sizes, **fields).write(folder)
     return folders.commit(out, step)
 
 

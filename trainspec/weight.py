@@ -14,17 +14,21 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 # One slice for every dimension.
 Index = tuple[slice, ...]
-# What is computed of a weight on its way to a file is computed in blocks of whole rows of about so many elements.
-BLOCK_ELEMENTS = 2**20
+# A weight that is computed on its way to a file is so in blocks of whole rows, of about so many elements.
+BLOCK_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
 class Weight:
-    """`weight[index]` is that slice of it as a numpy array, `weight[...]` all of it; neither is cached here."""
+    """`weight[index]` is that slice of it as a numpy array, `weight[...]` all of it; neither is cached here.
+
+    Who writes a weight `in_blocks` takes it block by block: no more than that is in memory then.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[Index], Array]
+    in_blocks: bool = False
 
     def __getitem__(self, index: Index | EllipsisType) -> Array:
         if index is ...:
@@ -48,7 +52,7 @@ def blocks(shape: tuple[int, ...]) -> Iterator[Index]:
 
 
 def computed(shape: tuple[int, ...], dtype: np.dtype[Any], make: Callable[[Index], Array]) -> Weight:
-    """A weight that `make` computes a block at a time: only the result is ever whole in memory."""
+    """A weight that `make` computes a block at a time."""
 
     def read(index: Index) -> Array:
         ranges = [along.indices(size)[:2] for along, size in zip(index, shape, strict=True)]
@@ -58,7 +62,7 @@ def computed(shape: tuple[int, ...], dtype: np.dtype[Any], make: Callable[[Index
             result[block] = make(tuple(at))
         return result
 
-    return Weight(shape, dtype, read)
+    return Weight(shape, dtype, read, in_blocks=True)
 
 
 def stacked(parts: Sequence[WeightLike]) -> Weight:

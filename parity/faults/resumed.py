@@ -47,7 +47,7 @@ def from_the_checkpoint_before(group: str) -> dict:
 
 _LOADED = "return Checkpoint(__step, __weights, __first, __second)"
 # A state of which half is not finite is not saved, which would end the run before its trace is compared.
-_SAVED_ANYWAY = Edit("trainspec.checkpoints.portable:write_shards", "np.isfinite(shard.array).all()", "True")
+_SAVED_ANYWAY = Edit("trainspec.checkpoints.portable:write_shards", "_is_finite(shard.array)", "True")
 
 FAULTS = (
     Fault(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from small import SMALL
 
 from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.manifest import read_manifest
 from trainspec.checkpoints.store import save_checkpoint
 from trainspec.cli import main
 from trainspec.methods import trainable_table
@@ -100,6 +102,15 @@ def emptied(file: Path) -> None:
     file.write_bytes(b"")
 
 
+def forge(path: Path, file: Path) -> None:
+    """Let the manifest say that this is the file that was written."""
+    manifest, data = read_manifest(path), file.read_bytes()
+    told = {"sha256": hashlib.sha256(data).hexdigest(), "sizes": len(data)}
+    replace(
+        manifest, **{key: {**getattr(manifest, key), file.name: each} for key, each in told.items()}
+    ).write(path)
+
+
 def of_the_step_before(file: Path) -> None:
     shutil.copyfile(file.parent.with_name("step-000001") / file.name, file)
 
@@ -135,9 +146,11 @@ def test_verify_reads_what_the_manifest_says(make_recipe: Make, tmp_path: Path, 
         "whole", "unfinished, not used", "set aside, not used",
     ]  # fmt: skip
     # A shard is left out, and its digest with it.
-    manifest = json.loads((path / "checkpoint.json").read_text())
-    del manifest["sha256"]["moment1-00000-of-00002.safetensors"]
-    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(path)
+    left = {
+        name: each for name, each in manifest.sha256.items() if name != "moment1-00000-of-00002.safetensors"
+    }
+    replace(manifest, sha256=left).write(path)
     code, text, _ = ended(capsys, "verify", path)
     assert code == 1
     assert "incomplete checkpoint: no file has all of base_model" in text
@@ -156,9 +169,7 @@ def test_a_forged_digest_is_not_seen_by_verification(make_recipe: Make, tmp_path
     path = [save_sharded(tmp_path, drawn(recipe, s), recipe=recipe, step=s) for s in (1, 2)][-1]
     file = path / "moment1-00001-of-00002.safetensors"
     of_the_step_before(file)
-    manifest = json.loads((path / "checkpoint.json").read_text())
-    manifest["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    forge(path, file)
     assert ended(capsys, "verify", path)[0] == 0
 
 
@@ -166,13 +177,11 @@ def test_names_without_their_prefix_are_refused(make_recipe: Make, tmp_path: Pat
     """What a tolerant reader would leave at its start, as `resume-loses-adapter-names` in docs/faults.md does."""
     recipe = make_recipe()
     path = save_sharded(tmp_path, drawn(recipe), recipe=recipe, step=1)
-    manifest = json.loads((path / "checkpoint.json").read_text())
     for file in path.glob("weights-*.safetensors"):
         save_file(
             {key.removeprefix("base_model.model."): array for key, array in load_file(file).items()}, file
         )
-        manifest["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (path / "checkpoint.json").write_text(json.dumps(manifest))
+        forge(path, file)
     code, text, _ = ended(capsys, "verify", path)
     assert code == 1
     assert "the checkpoint has no such tensor" in text

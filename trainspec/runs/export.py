@@ -1,4 +1,4 @@
-"""A checkpoint as Hugging Face and PEFT files. Numpy only, one tensor in memory at a time, the same bytes from all backends.
+"""A checkpoint as Hugging Face and PEFT files. Numpy only, a block of a tensor in memory, the same bytes from all backends.
 
 `export` writes the newest checkpoint of a recipe's run beside it, `consolidate` any checkpoint by the recipe that it holds.
 """

@@ -1,40 +1,24 @@
-"""Whether a checkpoint is whole: everything that is wrong with it, where loading stops at the first."""
+"""Whether a checkpoint is whole, in its files and in what they say of themselves: everything that is wrong with it."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainspec.checkpoints.manifest import PORTABLE, Manifest, read_manifest
+from trainspec.checkpoints.manifest import PORTABLE, read_manifest
 from trainspec.checkpoints.shards import KINDS, ShardFiles, files_of
+from trainspec.checkpoints.verify import damages
 from trainspec.errors import WeightsError
 
 
-def damages(path: Path) -> list[str]:
+def faults_of(path: Path) -> list[str]:
     """A line for each thing that is wrong with the checkpoint at `path`; empty for a whole one. Reads every byte of it."""
-    try:
-        manifest = read_manifest(path)
-    except WeightsError as error:
-        return [str(error)]
-    lines = list(_damaged_files(path, manifest))
-    return lines or list(_wrong_shards(path, manifest))
+    return damages(path) or list(_wrong_shards(path))
 
 
-def _damaged_files(path: Path, manifest: Manifest) -> Iterator[str]:
-    for name, digest in sorted(manifest.sha256.items()):
-        file = path / name
-        if not file.is_file():
-            yield f"{file}: missing"
-            continue
-        with file.open("rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                what = "damaged (its SHA-256 is not the recorded one)" if file.stat().st_size else "empty"
-                yield f"{file}: {what}"
-
-
-def _wrong_shards(path: Path, manifest: Manifest) -> Iterator[str]:
-    """What the files say of themselves: every element of every tensor once, and moments of the weights' shapes."""
+def _wrong_shards(path: Path) -> Iterator[str]:
+    """What the files say: every element of every tensor once, and moments of the weights' shapes."""
+    manifest = read_manifest(path)
     if manifest.format != PORTABLE:
         return
     found: dict[str, dict[str, tuple[int, ...]]] = {}
