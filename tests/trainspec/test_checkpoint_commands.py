@@ -294,7 +294,7 @@ def test_native_and_back_is_the_same_state(make_recipe: Make, tmp_path: Path, ca
         ("consolidate", native, "--out", tmp_path / "to"),
         ("convert", native, tmp_path / "to", "--to", "hf"),
     ):
-        assert "convert it first: trainspec checkpoint convert" in refused(capsys, *words)
+        assert "convert it: trainspec checkpoint convert" in refused(capsys, *words)
     assert ended(capsys, "convert", native, back, "--to", "portable")[0] == 0
     for kind, of_kind in arrays.items():
         found = load_file(back / f"{kind}.safetensors")

@@ -49,8 +49,12 @@ def check_readable(path: Path | None, backend: Backend) -> None:
     if manifest.format != PORTABLE and manifest.backend != backend:
         raise RecipeError(
             f"{path}: is in the native format of {manifest.backend}, which {backend} does not read; resume there with "
-            f"checkpoint.format=portable, or convert it: trainspec checkpoint convert {path}"
+            f"checkpoint.format=portable, or {_way_out(path)}"
         )
+
+
+def _way_out(path: Path) -> str:
+    return f"convert it: trainspec checkpoint convert {path} OUT --to portable"
 
 
 def read_origin(path: Path) -> CheckpointOrigin:
@@ -67,9 +71,7 @@ def load(path: Path, run: Run) -> Checkpoint:
     verify(path)
     check_loadable(manifest.origin(path), run)
     if manifest.format != PORTABLE:
-        raise RecipeError(
-            f"{path}: is in the format {manifest.format!r}, which only the backend that wrote it reads ({manifest.backend})"
-        )
+        raise RecipeError(f"{path}: is in the native format of {manifest.backend}; {_way_out(path)}")
     dtype = STORED_DTYPE[run.recipe.precision.policy]
     arrays = []
     for kind in KINDS:

@@ -37,7 +37,6 @@ def run_checkpoint(args: Namespace) -> int:
             return _verify(args.directory, every=args.all)
         case "consolidate":
             path = find(args.directory)
-            _refuse_native(path)
             print(f"wrote {_consolidate(path, args, args.out, merge=args.merge)}")
         case "convert":
             print(f"wrote {_convert(find(args.directory), args)}")
@@ -131,19 +130,11 @@ def _consolidate(path: Path, args: Namespace, out: Path, *, merge: bool) -> Path
     return out
 
 
-def _refuse_native(path: Path) -> None:
-    if read_manifest(path).format == NATIVE:
-        raise UserError(
-            f"{path}: is in the native format of its backend; convert it first: trainspec checkpoint convert {path} OUT --to portable"
-        )
-
-
 def _convert(path: Path, args: Namespace) -> Path:
     """Write one checkpoint in another format into OUT, and return it."""
     out, target = args.out, args.to
     match target:
         case "hf" | "peft":
-            _refuse_native(path)
             method = recipe_of(path, args.overrides).method
             if target == "peft" and method.trains_model:
                 raise RecipeError(
