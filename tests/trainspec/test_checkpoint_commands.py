@@ -145,6 +145,8 @@ def test_verify_reads_what_the_manifest_says(make_recipe: Make, tmp_path: Path, 
     assert [line.partition(": ")[2] for line in text.splitlines()] == [
         "whole", "unfinished, not used", "set aside, not used",
     ]  # fmt: skip
+    assert "is one checkpoint; give the run's directory" in refused(capsys, "verify", path, "--all")
+    assert ended(capsys, "verify", tmp_path / "checkpoints")[0] == 0
     # A shard is left out, and its digest with it.
     manifest = read_manifest(path)
     left = {

@@ -13,7 +13,7 @@ from trainspec.backends import BACKENDS
 from trainspec.checkpoints.folders import checkpoints_of, complete, latest
 from trainspec.checkpoints.manifest import FILE, NATIVE, read_manifest
 from trainspec.checkpoints.summary import summary_of
-from trainspec.checkpoints.wholeness import faults_of
+from trainspec.checkpoints.wholeness import damages_of
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, ModelError, Note, ProcessError, RecipeError, UserError
 from trainspec.recipe import Recipe, recipe_from
 from trainspec.recipe_file import apply_override, check_usable
@@ -82,6 +82,8 @@ def _no_checkpoint(directory: Path) -> str:
 def _verify(directory: Path, *, every: bool) -> int:
     if not every:
         return _told([find(directory)])
+    if _is_checkpoint(directory):
+        raise UserError(f"--all: {directory} is one checkpoint; give the run's directory, or leave --all out")
     home = directory if directory.name == checkpoints_of(Path()).name else checkpoints_of(directory)
     paths = complete(home.parent)
     if not paths:
@@ -99,7 +101,7 @@ def _told(paths: Sequence[Path]) -> int:
     """Print of each checkpoint that it is whole, or what is damaged; returns the exit code."""
     code = EXIT_DONE
     for path in paths:
-        lines = faults_of(path)
+        lines = damages_of(path)
         print("\n".join(lines) or f"{path}: whole", flush=True)
         code = EXIT_FAILED if lines else code
     return code
@@ -124,7 +126,7 @@ def _consolidate(path: Path, args: Namespace, out: Path, *, merge: bool) -> Path
     try:
         consolidate(path, recipe_of(path, args.overrides), out, merge=merge, dtype=args.dtype)
     except ModelError as error:
-        if not args.overrides:
+        if not any(override.startswith("model.from=") for override in args.overrides):
             error.add_note(Note("if the model has moved, name it with --set model.from=DIR"))
         raise
     return out
@@ -174,5 +176,9 @@ def _between_formats(path: Path, out: Path, target: str) -> Path:
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         line = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it ended without a word"
+        if line.startswith("ModuleNotFoundError"):
+            raise UserError(
+                f"--to {target}: is made by {backend.program}, whose packages are not installed ({line})"
+            )
         raise ProcessError(line.removeprefix(f"{backend.program}.native: "), done.returncode)
     return out

@@ -11,7 +11,7 @@ from trainspec.checkpoints.verify import damages
 from trainspec.errors import WeightsError
 
 
-def faults_of(path: Path) -> list[str]:
+def damages_of(path: Path) -> list[str]:
     """A line for each thing that is wrong with the checkpoint at `path`; empty for a whole one. Reads every byte of it."""
     return damages(path) or list(_wrong_shards(path))
 
