@@ -49,6 +49,9 @@ from trainspec.runs.run import Run
 from trainspec.trace import Keep
 from trainspec.weight import WeightLike
 
+# What a checkpoint calls each kind of tensor.
+_SAVED: dict[Saved, ArrayKind] = {"weight": "weights", "moment1": "moment1", "moment2": "moment2"}
+
 
 @dataclass(frozen=True)
 class State:
@@ -247,10 +250,6 @@ def moments_of(state: State) -> tuple[Arrays, Arrays]:
     """Copies of Adam's first and second moments under their weights' canonical names."""
     trained = state.run.trained
     return _arrays(state, "moment1", trained), _arrays(state, "moment2", trained)
-
-
-# What a checkpoint calls each kind of tensor.
-_SAVED: dict[Saved, ArrayKind] = {"weight": "weights", "moment1": "moment1", "moment2": "moment2"}
 
 
 def shards_of(state: State) -> Iterator[Shard]:

@@ -1,8 +1,9 @@
 """What checkpoints of a plan hold, and what is restored from them, in processes of a launcher; see test_torch_shards.py.
 
-CASES is a list of {"recipe", "source", "out"}: files and directories. A case restores the checkpoint `source`, makes an
-update, saves under `out`, and makes one more; then it begins again, restores what it has saved and makes the last one again.
-The leader writes of each case which arrays differ, what was sent while they were saved, and how many bytes each process saved.
+CASES is a list of {"recipe", "source", "out", "mistake"}: files, directories, and a name of MISTAKES or none. A case restores
+the checkpoint `source`, makes an update, saves under `out`, and makes one more; then it begins again, restores what it has
+saved and makes the last one again. The leader writes of each case which arrays differ, what was sent while they were saved,
+and how many bytes each process saved and read.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,8 +27,9 @@ from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImpor
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from torchtrain import cluster, step  # noqa: E402
+from torchtrain import cluster, step, weights  # noqa: E402
 from torchtrain._deepspeed import import_deepspeed  # noqa: E402
+from torchtrain.engines.deepspeed import FlatStore  # noqa: E402
 from torchtrain.precision import compute_dtype  # noqa: E402
 from torchtrain.weights import to_canonical  # noqa: E402
 from trainspec.checkpoints import folders  # noqa: E402
@@ -35,9 +39,13 @@ from trainspec.checkpoints.store import CheckpointStore, manifest_of  # noqa: E4
 from trainspec.data import open_dataset  # noqa: E402
 from trainspec.plans.pipeline import stages_of  # noqa: E402
 from trainspec.recipe import load_recipe  # noqa: E402
+from trainspec.runs.processes import Processes  # noqa: E402
 from trainspec.runs.run import Run, resolve  # noqa: E402
+from trainspec.weight import Index, Weight  # noqa: E402
 
 Named = dict[str, Mapping[str, Any]]
+KINDS = ("weights", "moment1", "moment2")
+TEXTS = ("", "short", "ä€𝄞 字" * 50_000)
 _SENDING = re.compile(r"(all|reduce|broadcast|gather|scatter|send|recv|barrier|monitored)\w*")
 
 
@@ -63,7 +71,22 @@ def state_of(state: step.State) -> Named:
 
 
 def saved_in(checkpoint: Checkpoint) -> Named:
-    return {kind: getattr(checkpoint, kind) for kind in ("weights", "moment1", "moment2")}
+    return {kind: getattr(checkpoint, kind) for kind in KINDS}
+
+
+def counted(checkpoint: Checkpoint, read: Counter[str]) -> Checkpoint:
+    """The checkpoint, which counts in `read` the bytes of each kind that are read of it."""
+
+    def counting(kind: str, weight: Weight) -> Weight:
+        def reading(index: Index) -> Any:
+            array = weight[index]
+            read[kind] += array.nbytes
+            return array
+
+        return replace(weight, read=reading)
+
+    kinds = {k: {n: counting(k, w) for n, w in getattr(checkpoint, k).items()} for k in KINDS}
+    return replace(checkpoint, **kinds)
 
 
 def computed_with(state: step.State) -> Mapping[str, Any]:
@@ -106,15 +129,45 @@ def rounded(weights: Mapping[str, Any], run: Run) -> Mapping[str, Any]:
     return {name: torch.from_numpy(w[...]).to(dtype).float().numpy() for name, w in weights.items()}
 
 
+def only_master_weights(self: FlatStore, kind: Any, parameter: nn.Parameter, elements: Any) -> None:
+    first, mine = self.own(kind, parameter)
+    mine.copy_(elements(first, first + len(mine)))
+
+
+def after_a_collective(state: step.State, _: Any) -> bool:
+    return bool(state.mesh.replicas.sum_(torch.ones(1)).isfinite())
+
+
+SWAPPED = {"weight": "weights", "moment1": "moment2", "moment2": "moment1"}
+MISTAKES: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
+    None: nullcontext,
+    "moments swapped": lambda: patch.object(step, "_SAVED", SWAPPED),
+    "halves of a matrix not told apart": lambda: patch.object(weights, "PARTS", {}),
+    "only master weights restored": lambda: patch.object(FlatStore, "write", only_master_weights),
+    "processes wait for each other": lambda: patch.object(step, "_saves", after_a_collective),
+}
+
+
+def exchanged(processes: Processes) -> list[str]:
+    """Which texts did not arrive: the same of all, and another of each process in turn."""
+    count, wrong = processes.count, []
+    for first in range(len(TEXTS)):
+        texts = [TEXTS[(first + i) % len(TEXTS)] for i in range(count)]
+        for sent_texts in (texts, [TEXTS[first]] * count):
+            if processes.exchange(sent_texts[processes.index]) != sent_texts:
+                wrong.append(f"{[len(text) for text in sent_texts]}")
+    return wrong
+
+
 def probe(recipe_file: Path, source: Path, out: Path) -> dict[str, Any]:
     recipe = load_recipe(recipe_file)
     run = cluster.start(recipe)
     processes, examples = cluster.processes(), recipe.batch.global_examples
     dataset = open_dataset(resolve(recipe), "train")
-    found: dict[str, Any] = {"texts": processes.exchange("ä" * processes.index)}
+    found: dict[str, Any] = {"texts": exchanged(processes)}
 
-    checkpoint = load(source, run)
-    state = step.restore(step.init_state(run), checkpoint)
+    checkpoint, read = load(source, run), Counter[str]()
+    state = step.restore(step.init_state(run), counted(checkpoint, read))
     found["restored"] = differing(state_of(state), saved_in(checkpoint))
     found["computed"] = differing(
         {"weights": computed_with(state)}, {"weights": rounded(checkpoint.weights, run)}
@@ -127,7 +180,7 @@ def probe(recipe_file: Path, source: Path, out: Path) -> dict[str, Any]:
     gathered: list[str] = []
     with sent(gathered):
         whole = state_of(state)
-    mine = {"bytes": sum(s.array.nbytes for s in shards), "sent": calls, "gathered": gathered}
+    mine = {"bytes": sum(s.array.nbytes for s in shards), "read": read, "sent": calls, "gathered": gathered}
     said = [json.loads(text) for text in processes.exchange(json.dumps(mine))]
     found |= {key: [each[key] for each in said] for key in mine}
     manifest = manifest_of(recipe, None, {p.name: p.shape for p in run.trained})
@@ -157,10 +210,10 @@ def probe(recipe_file: Path, source: Path, out: Path) -> dict[str, Any]:
 def main() -> None:
     cases, results = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    probed = [
-        probe(Path(case["recipe"]), Path(case["source"]), Path(case["out"]))
-        for case in json.loads(cases.read_text())
-    ]
+    probed = []
+    for case in json.loads(cases.read_text()):
+        with MISTAKES[case.get("mistake")]():
+            probed.append(probe(Path(case["recipe"]), Path(case["source"]), Path(case["out"])))
     if cluster.is_leader():
         results.write_text(json.dumps(probed))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import probe_memory
 import probe_shards
 import pytest
 import torch
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from plan_cases import METHODS, MODELS, PRECISION, Case, case
 from plan_runs import Make
 from ranks import run
-from small import VARIANTS, recipe_maker, write_checkpoint
+from small import VARIANTS, recipe_maker, write_checkpoint, write_tokenizer
 from torch import nn
 
 from parity.runs.edit import Edit
@@ -27,6 +29,7 @@ from torchtrain.precision import to_numpy
 from torchtrain.weights import Elements, from_canonical, shards
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.store import save_checkpoint
+from trainspec.files.model_config import config_of
 from trainspec.params import Normal, Param
 from trainspec.recipe import Recipe
 from trainspec.runs.run import resolve
@@ -176,10 +179,56 @@ def test_every_process_saves_its_share(probed: dict[Case, dict[str, Any]], make:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("processes", LAUNCHES)
-def test_processes_exchange_texts(probed: dict[Case, dict[str, Any]], processes: int):
-    for c in LAUNCHES[processes]:
-        assert probed[c]["texts"] == ["ä" * i for i in range(processes)]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_process_reads_what_it_holds(probed: dict[Case, dict[str, Any]], make: Make, case: Case):
+    found, plan = probed[case], dict(case.plan)
+    shards, is_flat = plan.get("shards", "nothing"), "pipe" in plan or case.precision.startswith("bf16")
+    if {"pipe", "tensor"} & plan.keys():
+        return
+    itemsize = 8 if case.precision == "fp64" else 4
+    whole = itemsize * sum(p.size for p in resolve(recipe_of(make, case)).trained)
+    for kind in probe_shards.KINDS:
+        read = [each[kind] for each in found["read"]]
+        is_split = shards == "params" or (kind != "weights" and (shards != "nothing" or is_flat))
+        assert sum(read) == whole * (1 if is_split else case.processes), kind
+        assert max(read) <= 1.15 * whole / case.processes or not is_split, kind
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_processes_exchange_texts(probed: dict[Case, dict[str, Any]], case: Case):
+    assert probed[case]["texts"] == []
+
+
+FLAT = case("deep-tied", "lora", "bf16", fsdp=2, shards="optimizer")
+# What is found of each mistake: a part of what `probe_shards.probe` gives, and what is in it.
+PLANTED = {
+    "moments swapped": (FLAT, "saved", "moment1/"),
+    "halves of a matrix not told apart": (case("glm", "lora-fused", "fp32", tensor=2), "restored", "gate_up_proj.lora_B"),
+    "only master weights restored": (FLAT, "computed", "weights/"),
+    "processes wait for each other": (FLAT, "sent", "allreduce"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planted(make: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    home, entries = tmp_path_factory.mktemp("planted"), []
+    for mistake, (c, *_) in PLANTED.items():
+        recipe, file = recipe_of(make, c), home / f"{mistake}.yaml"
+        file.write_text(recipe.to_yaml())
+        source = random_checkpoint(recipe, home / f"{mistake} source")
+        entry = {"recipe": str(file), "source": str(source), "out": str(home / mistake), "mistake": mistake}
+        entries.append(entry)
+    run(Path(probe_shards.__file__), entries, home / "launch", processes=2)
+    return dict(zip(PLANTED, json.loads((home / "launch/results.json").read_text()), strict=True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_mistake_is_seen(planted: dict[str, dict[str, Any]], mistake: str):
+    """Negative control of the tests above."""
+    _, where, what = PLANTED[mistake]
+    assert what in str(planted[mistake][where])
 
 
 @pytest.mark.full
@@ -201,7 +250,7 @@ def test_a_shard_that_is_left_out_is_noticed(make: Make, tmp_path: Path):
     assert whole.wrong is None, whole.said
     assert (tmp_path / "whole/checkpoints/step-000001/weights-00001-of-00002.safetensors").is_file()
     assert partial.code == 2
-    assert "no file has all of model.norm.weight; no checkpoint was written" in partial.said
+    assert "no process has written weights of model.norm.weight; no checkpoint was written" in partial.said
     assert not list((tmp_path / "partial/checkpoints").iterdir())
 
 
@@ -259,3 +308,52 @@ def test_stretches_of_shards_are_boxes_of_the_whole(param: Param, size: int):
                 times[saved.index] += 1
     np.testing.assert_array_equal(found, array)
     assert (times == 1).all()
+
+
+# No tensor has more than 2 % of the state, whose 0.3 GB are much more than the processes take for themselves.
+LARGE = replace(VARIANTS["plain"], name="large", vocab=1024, embed=512, heads=8, kv_heads=4, head_dim=64, mlp=1536, layers=8)  # fmt: skip
+LARGEST_TENSOR = 4 * 512 * 1536
+OVERHEAD_BYTES = 12 * 2**20
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, bool], dict[str, list[int]]]:
+    """By the number of processes, and whether everything is gathered: what `probe_memory` found."""
+    home, found = tmp_path_factory.mktemp("memory"), {}
+    model = home / "large"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config_of(LARGE)))
+    write_tokenizer(model)
+    for processes in (1, 2, 4):
+        sections = {"fsdp": processes, "shards": "params"}
+        recipe = recipe_maker({"large": model})("large", method={"kind": "full"}, plan=sections)
+        random = recipe.model.model_copy(update={"weights": "random"})
+        file = home / f"{processes}.yaml"
+        file.write_text(recipe.model_copy(update={"model": random}).to_yaml())
+        kinds = [False, True] if processes == 4 else [False]
+        entries = [
+            {"recipe": str(file), "out": str(home / f"out-{processes}-{gathers}"), "gathers": gathers}
+            for gathers in kinds
+        ]
+        run(Path(probe_memory.__file__), entries, home / f"launch-{processes}", processes=processes)
+        results = json.loads((home / f"launch-{processes}/results.json").read_text())
+        found |= {(processes, gathers): one for gathers, one in zip(kinds, results, strict=True)}
+    print(json.dumps({str(key): one for key, one in found.items()}))
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_process_takes_memory_for_its_share_only(measured, processes: int):
+    """A save copies the share; a load reads into what is there already, a tensor at a time."""
+    found = measured[processes, False]
+    for share, save, load in zip(found["share"], found["save"], found["load"], strict=True):
+        assert save <= 1.2 * share + LARGEST_TENSOR + OVERHEAD_BYTES
+        assert load <= 0.2 * share + LARGEST_TENSOR + OVERHEAD_BYTES
+
+
+@pytest.mark.full
+def test_gathering_takes_memory_for_everything(measured):
+    """Negative control."""
+    found = measured[4, True]
+    assert max(found["save"]) > 2 * max(found["share"]) + OVERHEAD_BYTES

@@ -51,7 +51,7 @@ class WholeStore:
 
     def own(self, kind: Saved, parameter: nn.Parameter) -> Stretch:
         """An equal share of what all replicas hold, in whole rows where there are enough of them."""
-        whole = self.read(kind, parameter).detach().view(-1)
+        whole = self.read(kind, parameter).detach().reshape(-1)
         rows, replicas = len(parameter), self._replicas
         units = rows if rows >= replicas.size else len(whole)
         first, end = (
@@ -62,8 +62,8 @@ class WholeStore:
     @torch.no_grad()
     def write(self, kind: Saved, parameter: nn.Parameter, elements: Elements) -> None:
         """All of the tensor."""
-        whole = self.read(kind, parameter).view(-1)
-        whole.copy_(elements(0, len(whole)))
+        whole = self.read(kind, parameter)
+        whole.copy_(elements(0, whole.numel()).view_as(whole))
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """There are no master weights."""
