@@ -260,8 +260,8 @@ def test_convert_writes_or_says_why_not(make_recipe: Make, tmp_path: Path, capsy
         ("full", "peft", "trains the model itself and has no adapter; give --to hf"),
         ("prefix", "hf", "cannot be merged"),
         ("lora", "portable", "in that format already"),
-        ("lora", "universal", "in a pickle"),
-        ("lora", "trainer", "in a pickle (optimizer.pt)"),
+        ("lora", "universal", "every tensor pickled"),
+        ("lora", "trainer", "optimizer pickled (optimizer.pt)"),
     ):
         assert why in refused(capsys, "convert", tmp_path / name, tmp_path / "to", "--to", to)
         assert not (tmp_path / "to").exists()

@@ -147,13 +147,13 @@ def _convert(path: Path, args: Namespace) -> Path:
             return _consolidate(path, args, out, merge=target == "hf" and not method.trains_model)
         case "universal":
             raise UserError(
-                "--to universal: DeepSpeed's universal layout keeps every tensor in a pickle (zero/NAME/fp32.pt), and nothing here "
-                "writes one; torchtrain resumes from this checkpoint itself, whatever the plan, and for another program "
+                "--to universal: DeepSpeed's universal layout keeps every tensor pickled (zero/NAME/fp32.pt), and nothing here writes "
+                "such files; torchtrain resumes from this checkpoint itself, whatever the plan, and for another program "
                 "`trainspec checkpoint consolidate` writes the weights without the moments"
             )
         case "trainer":
             raise UserError(
-                "--to trainer: the Trainer keeps its optimizer in a pickle (optimizer.pt), and nothing here writes one; "
+                "--to trainer: the Trainer keeps its optimizer pickled (optimizer.pt), and nothing here writes such files; "
                 "`trainspec checkpoint consolidate` writes the model or the adapter, which Trainer starts from with new moments"
             )
         case "portable" | "native":
