@@ -29,7 +29,7 @@ from jaxtrain.precision import use_precision
 from jaxtrain.storage import Storage
 from jaxtrain.weights import Arrays, Layout, from_canonical, is_stacked, layouts
 from trainspec.checkpoints.checkpoint import check_readable, load, verify
-from trainspec.checkpoints.folders import discard, flush
+from trainspec.checkpoints.folders import flush, remove
 from trainspec.checkpoints.manifest import NATIVE, PORTABLE, Manifest, read_manifest
 from trainspec.checkpoints.shards import KINDS, ArrayKind, file_name
 from trainspec.command import run_command
@@ -198,7 +198,7 @@ def convert(source: Path, target: Path) -> str:
         raise UserError(f"{target}: is there already; give another directory")
     verify(source)
     manifest, unfinished = read_manifest(source), target.with_name(f".{target.name}.tmp")
-    discard(unfinished)
+    remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
         digests = (
@@ -208,11 +208,12 @@ def convert(source: Path, target: Path) -> str:
         )
         format_ = PORTABLE if manifest.format == NATIVE else NATIVE
         backend = BACKEND if format_ == NATIVE else manifest.backend
-        replace(manifest, format=format_, backend=backend, sha256=digests).write(unfinished)
+        sizes = {name: (unfinished / name).stat().st_size for name in digests}
+        replace(manifest, format=format_, backend=backend, sha256=digests, sizes=sizes).write(unfinished)
         unfinished.rename(target)
         flush(target.parent)
     except BaseException:
-        discard(unfinished)
+        remove(unfinished)
         raise
     return format_
 

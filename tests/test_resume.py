@@ -20,7 +20,10 @@ from many import run_many
 from safetensors.numpy import load_file
 from small import QA, ROOT, recipe_maker, write_tokenizer
 
+from parity.check import check
+from parity.runs.sides import parse_resumption, parse_side
 from trainspec.checkpoints import folders
+from trainspec.plans.plan import Policy
 from trainspec.recipe import load_recipe
 
 # Many, so that a kill behind the first checkpoint comes long before the end.
@@ -74,30 +77,117 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(program: str, recipe_file: Pat
     ]
 
 
+# What a resumed run is held to: every method's kind of state, in every policy. The data are packed.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"},
+    "full": {"kind": "full"},
+    "prefix": {"kind": "prefix", "virtual_tokens": 3, "projection": True, "hidden": 16},
+}
+POLICIES = ("fp64", "fp32", "bf16")
+HALF = 3
+
+
+def written(home: Path, model_dirs: dict[str, Path], method: str, policy: str, **sections: Any) -> Path:
+    """The recipe of a run of twice HALF updates, or of what `sections` say."""
+    recipe = recipe_maker(model_dirs)(
+        method=METHODS[method],
+        data={"packing": True},
+        batch={"accumulation": 2},
+        precision={"policy": policy, "reduce": "fp64" if policy == "fp64" else "fp32"},
+        schedule={"kind": "linear", "warmup_steps": 2},
+        checkpoint={"every_steps": 10**6},
+        **{"run": {"steps": 2 * HALF}} | sections,
+    )
+    file = home / f"{method}-{policy}.yaml"
+    file.write_text(recipe.to_yaml())
+    return file
+
+
+def traced(file: Path, out: Path, trace: str, *words: str) -> list[str]:
+    return ["train", str(file), "--out", str(out), "--trace", str(out / trace), *words]
+
+
 @pytest.mark.full
-def test_a_run_goes_on_on_the_other_backend(recipe_file: Path, tmp_path: Path):
-    recipe, homes = str(recipe_file), {name: tmp_path / name for name in ("jax", "there", "back")}
-    first = ["--set", "run.stop_after_steps=10"]
-    run(
-        "jaxtrain",
-        tmp_path / "a",
-        ["train", recipe, "--out", str(homes["jax"])],
-        ["train", recipe, "--out", str(homes["there"]), *first],
-    )
-    run(
-        "torchtrain",
-        tmp_path / "b",
-        ["train", recipe, "--out", str(homes["there"]), "--resume"],
-        ["train", recipe, "--out", str(homes["back"]), *first],
-    )
-    run("jaxtrain", tmp_path / "c", ["train", recipe, "--out", str(homes["back"]), "--resume"])
-    wanted = ends(homes["jax"])
-    for name in ("there", "back"):
-        found = ends(homes[name])
+@pytest.mark.parametrize("program", ["torchtrain", "jaxtrain"])
+def test_a_run_in_two_parts_is_the_run_bit_by_bit(program: str, model_dirs, tmp_path: Path):
+    """Batches, losses, gradients, updates, moments and the last checkpoint, byte for byte."""
+    files = [written(tmp_path, model_dirs, method, policy) for method in METHODS for policy in POLICIES]
+    stop, first, second = f"run.stop_after_steps={HALF}", [], []
+    for file in files:
+        whole, parts = tmp_path / file.stem / "whole", tmp_path / file.stem / "parts"
+        first += [traced(file, whole, "trace"), traced(file, parts, "first", "--set", stop)]
+        second.append(traced(file, parts, "second", "--resume"))
+    run(program, tmp_path / "a", *first)
+    run(program, tmp_path / "b", *second)
+    differing = set()
+    for file in files:
+        whole, parts = tmp_path / file.stem / "whole", tmp_path / file.stem / "parts"
+        lines = (whole / "trace/trace.jsonl").read_text().splitlines()
+        assert (parts / "second/trace.jsonl").read_text().splitlines() == lines[HALF:], file.stem
+        for step in range(HALF + 1, 2 * HALF + 1):
+            name = f"step-{step:06d}.safetensors"
+            assert (parts / "second" / name).read_bytes() == (whole / "trace" / name).read_bytes(), (
+                file.stem,
+                step,
+            )
+        last = f"step-{2 * HALF:06d}"
+        left, right = ends(whole, last), ends(parts, last)
         for part in PARTS:
-            for tensor, array in wanted[part].items():
-                distance = np.abs(found[part][tensor] - array).max()
-                assert distance <= 1e-9 * np.abs(array).max(), f"{name}: {part}/{tensor}"
+            assert left[part].keys() == right[part].keys()
+            for tensor, array in left[part].items():
+                assert np.array_equal(array, right[part][tensor]), (file.stem, part, tensor)
+        differing.add((whole / "trace/trace.jsonl").read_text())
+    assert len(differing) == len(files)  # control: no two cases are one
+
+
+LONG = 20
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_goes_on_on_the_other_framework(method: str, model_dirs, tmp_path: Path):
+    """In float64, on two devices of each: torch has two processes, JAX two fake devices. Updates are compared, not weights."""
+    plan = {"data": 2}
+    file = written(tmp_path, model_dirs, method, "fp64", plan=plan, run={"steps": LONG})
+    homes = {name: tmp_path / name for name in ("jax", "torch", "jax-torch", "torch-jax")}
+    stop = ("--set", f"run.stop_after_steps={LONG // 2}")
+    starts = {"jaxtrain": ("jax", "jax-torch"), "torchtrain": ("torch", "torch-jax")}
+    for program, (whole, part) in starts.items():
+        run(
+            program,
+            tmp_path / f"a-{program}",
+            traced(file, homes[whole], "trace"),
+            ["train", str(file), "--out", str(homes[part]), *stop],
+        )
+    for program, part in (("torchtrain", "jax-torch"), ("jaxtrain", "torch-jax")):
+        run(program, tmp_path / f"b-{program}", traced(file, homes[part], "trace", "--resume"))
+    for whole in ("jax", "torch"):
+        for part in ("jax-torch", "torch-jax"):
+            for step in range(LONG // 2 + 1, LONG + 1):
+                name = f"trace/step-{step:06d}.safetensors"
+                wanted, found = load_file(homes[whole] / name), load_file(homes[part] / name)
+                assert wanted.keys() == found.keys()
+                for key, array in wanted.items():
+                    distance = np.abs(found[key].astype(np.float64) - array).max()
+                    bound = 0 if key.startswith("batch/") else 1e-9
+                    assert distance <= bound * np.abs(array).max(), (whole, part, step, key)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_from_zero3_to_fsdp_and_back(side: str, method: str, precision: Policy, model_dirs, tmp_path: Path):
+    """One side makes all updates, the other the second half from the first one's checkpoint; held to parity's bounds."""
+    plan = {"fsdp": 2, "shards": "params"}
+    file = written(tmp_path, model_dirs, method, precision, plan=plan, run={"steps": LONG})
+    verdict = check(
+        file, left=parse_side("jax"), right=parse_side("torch"), precision=precision, steps=LONG, overrides=(),
+        out=tmp_path / "out", resumption=parse_resumption(f"{side}:{LONG // 2}", from_other=True),
+    )  # fmt: skip
+    assert verdict.holds, verdict.comparison.first_divergence
+    resumed = {f.location.step for f in verdict.comparison.findings if f.location.phase == "resume"}
+    assert resumed == {LONG // 2 + 1}
 
 
 PLANNED, STOPPED = 8, 4

@@ -17,6 +17,8 @@ REFUSALS = {
     "trainspec": (
         ["show", DEMO, "--set", "method.rnk=4"],
         ["data", DEMO, "--set", "data.train=nothing.jsonl"],
+        ["checkpoint", "show", "nowhere"],
+        ["checkpoint", "convert", "nowhere", "out", "--to", "native"],
     ),
     "parity": (["check", DEMO, "--set", "method.rnk=4"], ["check", DEMO, "--steps", "1000"]),
     "jaxtrain": (

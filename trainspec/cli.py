@@ -1,4 +1,4 @@
-"""trainspec show | data | schema | import: what a recipe means, before anything is trained."""
+"""trainspec show | data | schema | import | checkpoint: what a recipe means, and what a run has saved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainspec.command import add_recipe, run_command
+from trainspec.command import add_overrides, add_recipe, add_stored_type, run_command
+
+# Of `checkpoint convert`. Some are there to be refused with the reason.
+FORMATS = ("portable", "native", "hf", "peft", "universal", "trainer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> ArgumentParser:
     """The command line of `trainspec`."""
-    parser = ArgumentParser(prog="trainspec", description="What a recipe means, before anything is trained.")
+    parser = ArgumentParser(prog="trainspec", description="What a recipe means, and what a run has saved.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shown = commands.add_parser("show", help="the resolved recipe, the model and what is trained")
     add_recipe(shown)
@@ -29,6 +32,7 @@ def parser() -> ArgumentParser:
             "import", help="a configuration of Axolotl, LLaMA-Factory, TRL or the Trainer as a recipe"
         )
     )
+    _add_checkpoint(commands.add_parser("checkpoint", help="what a checkpoint holds, and as files of others"))
     schema = commands.add_parser("schema", help="the JSON schema of a recipe")
     schema.add_argument(
         "recipe", nargs="?", metavar="RECIPE", help="ignored: every recipe has the same schema"
@@ -65,8 +69,45 @@ def _add_import(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _run(args: Namespace) -> None:
+def _add_checkpoint(parser: ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="checkpoint_command", required=True, metavar="COMMAND")
+    helps = {
+        "show": "step, data position, what wrote it, its arrays and files",
+        "verify": "whether it is whole, and else what is damaged; exit code 1 if it is not",
+        "consolidate": "write it as one Hugging Face model or PEFT adapter, one tensor in memory at a time",
+        "convert": "write it in another format",
+    }
+    for name, help_text in helps.items():
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument(
+            "directory", type=Path, metavar="DIR", help="a checkpoint, or a run's directory: its newest one"
+        )
+        match name:
+            case "show":
+                command.add_argument("--json", action="store_true", help="as one JSON object")
+            case "verify":
+                command.add_argument(
+                    "--all", action="store_true", help="all checkpoints of a run's directory"
+                )
+            case "consolidate":
+                command.add_argument(
+                    "--out", type=Path, required=True, metavar="DIR", help="the directory to write"
+                )
+                command.add_argument(
+                    "--merge", action="store_true", help="merge the adapter into the model's weights"
+                )
+            case _:
+                command.add_argument("out", type=Path, metavar="OUT", help="the directory to write")
+                command.add_argument(
+                    "--to", choices=FORMATS, required=True, help="hf: a model, an adapter merged into it"
+                )
+        if name in ("consolidate", "convert"):
+            add_stored_type(command)
+            add_overrides(command, "override one setting of the checkpoint's recipe, such as model.from=DIR")
+
+
+def _run(args: Namespace) -> int:
     # What --help does without.
     from trainspec import commands
 
-    commands.run(args)
+    return commands.run(args)

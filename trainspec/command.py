@@ -24,10 +24,23 @@ from trainspec.runs.allow import ALLOWABLE
 def add_recipe(parser: ArgumentParser) -> None:
     """RECIPE and `--set KEY=VALUE`, the same for every command."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as configs/demo.yaml")
+    add_overrides(parser, "override one setting of the recipe, such as run.steps=10")
+
+
+def add_overrides(parser: ArgumentParser, help_text: str) -> None:
+    """`--set KEY=VALUE`."""
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="override one setting of the recipe, such as run.steps=10; repeatable",
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=f"{help_text}; repeatable"
     )  # fmt: skip
+
+
+def add_stored_type(parser: ArgumentParser) -> None:
+    """`--dtype`."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float64", "float32", "bfloat16", "float16"),
+        help="stored type of a whole model (default: as trained; with --merge, as the base model)",
+    )
 
 
 def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
@@ -79,11 +92,7 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
             command.add_argument(
                 "--merge", action="store_true", help="merge the adapter into the model's weights"
             )
-            command.add_argument(
-                "--dtype",
-                choices=("float64", "float32", "bfloat16", "float16"),
-                help="stored type of a whole model (default: as trained; with --merge, as the base model)",
-            )
+            add_stored_type(command)
     if converts:
         command = commands.add_parser(
             "convert", help="write pickled weights (.bin) as safetensors, bit for bit"

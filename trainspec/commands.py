@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 
+from trainspec.checkpoints.command import run_checkpoint
 from trainspec.data import open_dataset
+from trainspec.errors import EXIT_DONE
 from trainspec.imports.command import run_import
 from trainspec.preview import preview
 from trainspec.recipe import Recipe, load_recipe
@@ -13,9 +15,11 @@ from trainspec.runs.run import resolve
 from trainspec.show import show
 
 
-def run(args: Namespace) -> None:
-    """Run one command."""
+def run(args: Namespace) -> int:
+    """Run one command; returns the exit code."""
     match args.command:
+        case "checkpoint":
+            return run_checkpoint(args)
         case "schema":
             print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
         case "show":
@@ -31,3 +35,6 @@ def run(args: Namespace) -> None:
                 print(
                     span.describe(examples=dataset.num_examples, global_examples=recipe.batch.global_examples)
                 )
+        case other:
+            raise AssertionError(f"the parser let {other!r} through")
+    return EXIT_DONE

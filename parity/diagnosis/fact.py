@@ -181,6 +181,8 @@ KINDS: dict[str, str] = {
     "momentum": "updates fit another momentum",
     # A restored state.
     "older-state": "what was restored is the state of an earlier step",
+    "start-state": "what was restored is what the run started with",
+    "other-moment": "what was restored is the state of the other moment",
     "lost-state": "what was restored is zero",
     "rounded-state": "what was restored is the state, rounded to a coarser type",
 }

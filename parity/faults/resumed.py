@@ -45,6 +45,10 @@ def from_the_checkpoint_before(group: str) -> dict:
     )
 
 
+_LOADED = "return Checkpoint(__step, __weights, __first, __second)"
+# A state of which half is not finite is not saved, which would end the run before its trace is compared.
+_SAVED_ANYWAY = Edit("trainspec.checkpoints.portable:write_shards", "_is_finite(shard.array)", "True")
+
 FAULTS = (
     Fault(
         name="resume-reads-a-batch-again",
@@ -114,6 +118,49 @@ FAULTS = (
         where=Where("resume", r"weight/.*", step=FIRST),
         edits=from_the_checkpoint_before("weights"),
         setup="resume",
+    ),
+    Fault(
+        name="resume-of-an-older-shard",
+        imitates="the lower half of every first moment, as another process wrote it, is that of the checkpoint before",
+        source="mosaicml/composer#2146 (a rank whose save failed resumes from an older checkpoint)",
+        cause="resume-state",
+        where=Where("resume", r"moment1/.*", step=FIRST),
+        edits=in_every_backend(
+            Edit(
+                LOAD,
+                _LOADED,
+                f"from {STARTS} import with_an_older_half\n"
+                "return Checkpoint(__step, __weights, with_an_older_half(__first, path, 'moment1'), __second)",
+            )
+        ),
+        setup="resume",
+    ),
+    Fault(
+        name="resume-swaps-moments",
+        imitates="the first moment is restored as the second, and the second as the first",
+        source="no report of it: optax's mu and nu for torch's exp_avg and exp_avg_sq, in the wrong order",
+        cause="swapped-moments",
+        where=Where("resume", r"moment1/.*", step=FIRST),
+        edits=in_every_backend(
+            Edit(LOAD, _LOADED, "return Checkpoint(__step, __weights, __second, __first)"), _SAVED_ANYWAY
+        ),
+        setup="resume",
+    ),
+    Fault(
+        name="resume-loses-adapter-names",
+        imitates="an adapter's weights have names without `base_model.model.`, none is found, and it stays as the run started",
+        source="redai-studio/Relax#262, meta-pytorch/torchtune#2537 (strict=False)",
+        cause="resume-names",
+        where=Where("resume", r"weight/base_model\.model\..*lora_.*", step=FIRST),
+        edits=in_every_backend(
+            Edit(
+                LOAD,
+                _LOADED,
+                f"from {STARTS} import of_the_start\n"
+                "return Checkpoint(__step, of_the_start(__weights, run), __first, __second)",
+            )
+        ),
+        setup="resume-adapter",
     ),
     Fault(
         name="resume-without-moments",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,14 @@ from parity.cli import main
 from parity.comparison.compare import Comparison, compare
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import ProofBounds
+from parity.diagnosis import diagnose
 from parity.faults.fault import setup_recipe
 from parity.runs.edit import Edit
 from parity.runs.fixture import TinySetup, write_tiny
 from parity.runs.join import join
 from parity.runs.launch_many import Case, run_cases
 from parity.runs.sides import parse_resumption, parse_side
+from trainspec.checkpoints.manifest import read_manifest
 from trainspec.errors import TraceError
 from trainspec.plans.plan import Backend
 from trainspec.trace import Trace
@@ -60,9 +62,9 @@ def older(part: str, name: str = NAME) -> Callable[[Path], None]:
         before, newest = (run / f"checkpoints/step-{step:06d}" for step in (AFTER - 1, AFTER))
         file = newest / f"{part}.safetensors"
         save_file(load_file(file) | {name: load_file(before / file.name)[name]}, file)
-        head = json.loads((newest / "checkpoint.json").read_text())
-        head["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-        (newest / "checkpoint.json").write_text(json.dumps(head))
+        manifest, digest = read_manifest(newest), hashlib.sha256(file.read_bytes()).hexdigest()
+        sizes = {**manifest.sizes, file.name: file.stat().st_size}
+        replace(manifest, sha256={**manifest.sha256, file.name: digest}, sizes=sizes).write(newest)
 
     return alter
 
@@ -251,6 +253,52 @@ def test_what_was_not_restored_or_not_there_before_fails(tmp_path: Path):
         first = compare(pair, ProofBounds(pair)).first_divergence
         assert first is not None
         assert (str(first.location), first.reason) == (f"step 3, resume, {drop}", "missing in right restored")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fact", "cause"),
+    [
+        ("other moment", "other-moment", "swapped-moments"),
+        ("step before", "older-state", "resume-state"),
+        ("half of the step before", "older-state", "resume-state"),
+        ("start", "start-state", "resume-names"),
+        ("zero", "lost-state", "resume-state"),
+        ("noise", None, None),
+    ],
+)
+def test_what_was_restored_instead_is_seen(kind: str, fact: str | None, cause: str | None, tmp_path: Path):
+    trace = Trace(write(Sim(steps=4), tmp_path / "whole"))
+    second = later(tmp_path / "whole", tmp_path / "second", 3)
+    arrays, key = load_file(second / "initial.safetensors"), f"moment1/{NAME}"
+    older = trace.read(1, key)
+    match kind:
+        case "other moment":
+            arrays[key] = trace.read(2, f"moment2/{NAME}")
+        case "step before":
+            arrays[key] = older
+        case "half of the step before":
+            arrays[key][4:] = older[4:]
+        case "start":
+            key = f"weight/{NAME}"
+            arrays[key] = trace.read_initial(key)
+        case "zero":
+            arrays[key] = np.zeros_like(older)
+        case _:
+            arrays[key] = arrays[key] * (1 + 0.1 * np.random.default_rng(0).standard_normal(older.shape))
+    save_file(arrays, second / "initial.safetensors")
+    joined = join(trace, Trace(second), tmp_path / "joined")
+    pair = Pair(trace, joined)
+    comparison = compare(pair, ProofBounds(pair))
+    assert (
+        str(comparison.first_divergence and comparison.first_divergence.location) == f"step 3, resume, {key}"
+    )
+    found = diagnose(comparison, (trace, joined))
+    assert found is not None
+    special = {"other-moment", "older-state", "start-state", "lost-state", "rounded-state"}
+    assert {each.kind for each in found.facts} & special == ({fact} if fact else set())
+    assert cause is None or found.alike[0].name == cause
+    halves = [each.words for each in found.facts if "in 32 of 64 elements" in each.words]
+    assert bool(halves) == (kind == "half of the step before")
 
 
 @pytest.mark.parametrize(

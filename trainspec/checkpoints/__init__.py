@@ -5,6 +5,6 @@
     OUT/checkpoints/.step-000100.tmp/                                  one that is being written, or that a kill has left
 
 `shards` says what a process has to save, `portable` and a backend's native format how arrays become files, `manifest` what
-else there is to know, `store` when they are written and what is kept. A checkpoint is complete as soon as its directory has
-its final name.
+else there is to know, `store` when they are written and what is kept; `command` is `trainspec checkpoint`. A checkpoint is
+complete as soon as its directory has its final name.
 """

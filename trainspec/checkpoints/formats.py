@@ -10,6 +10,7 @@ from trainspec.checkpoints.manifest import NATIVE, read_manifest
 from trainspec.checkpoints.portable import PortableFormat
 from trainspec.checkpoints.store import ArrayFormat
 from trainspec.runs.contract import Backend, S
+from trainspec.runs.identity import Identity
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 
@@ -17,8 +18,10 @@ from trainspec.runs.run import Run
 class Formats(Generic[S]):
     """Writes in the format of `run`'s recipe; reads each checkpoint in the one that its manifest names."""
 
-    def __init__(self, backend: Backend[S], run: Run, processes: Processes) -> None:
-        self._backend, self._run, self._processes = backend, run, processes
+    def __init__(
+        self, backend: Backend[S], run: Run, processes: Processes, *, identity: Identity | None = None
+    ) -> None:
+        self._backend, self._run, self._processes, self._identity = backend, run, processes, identity
         self.name: str = run.recipe.checkpoint.format
 
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
@@ -32,4 +35,4 @@ class Formats(Generic[S]):
     def _format(self, name: str) -> ArrayFormat[S]:
         if name == NATIVE:
             return self._backend.native_format(self._run, self._processes)
-        return PortableFormat(self._backend, self._run, self._processes)
+        return PortableFormat(self._backend, self._run, self._processes, identity=self._identity)

@@ -22,16 +22,15 @@ from numpy.typing import DTypeLike
 from trainspec.errors import WeightsError
 from trainspec.files.hf import (
     TensorFiles,
-    check_reads_back,
     copy_tokenizer,
     read_entries,
     refuse_non_finite,
     replaced_directory,
+    write_finite,
 )
-from trainspec.files.tensors import save_tensors
 from trainspec.files.weight_files import convert
 from trainspec.methods import MethodSpec
-from trainspec.methods.method import Arrays
+from trainspec.methods.method import Weights
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.weight import Weight
@@ -39,7 +38,7 @@ from trainspec.weight import Weight
 
 def write_adapter(
     directory: Path,
-    weights: Arrays,
+    weights: Weights,
     *,
     model: ModelSpec,
     method: MethodSpec,
@@ -62,15 +61,12 @@ def write_adapter(
             )
     refuse_non_finite(weights, directory)
     files = method.files({param.name: weights[param.name] for param in table})
-    for tensors in files.values():  # an encoder's output may overflow
-        refuse_non_finite(tensors, directory)
     config = method.adapter_config(model) | {"base_model_name_or_path": base}
     with replaced_directory(directory) as temporary:
         copy_tokenizer(tokenizer_from, temporary, chat_template=chat_template)
         (temporary / method.settings_file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, tensors in files.items():
-            save_tensors(tensors, temporary / name, metadata={"format": "pt"})
-            check_reads_back(tensors, temporary / name)
+            write_finite(tensors, temporary / name, where=directory)  # an encoder's output may overflow
 
 
 def read_adapter(

@@ -6,7 +6,9 @@ is reported in one line.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,22 +21,20 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from safetensors import SafetensorError, safe_open
 
 from trainspec.errors import ModelError, WeightsError
 from trainspec.families import family_of, family_of_config, preset
 from trainspec.families.family import Family
 from trainspec.files.model_config import config_notes, read_config, read_model_spec
-from trainspec.files.tensors import FLOATS, save_tensors
+from trainspec.files.tensors import FLOATS, TensorFile, write_tensors
 from trainspec.files.weight_files import MODEL_FILE, MODEL_INDEX, weight_files
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.recipe import ModelSource
-from trainspec.weight import Index, Weight
+from trainspec.weight import Index, Weight, WeightLike, blocks, computed, stacked
 
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 COMPARED_BYTES = 2**26
-LFS_POINTER = b"version https://git-lfs"
 GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 # The tokenizer files that transformers may read: the fast tokenizer's, those of older kinds, and chat templates.
 TOKENIZER_PATTERNS = (
@@ -179,20 +179,19 @@ class TensorFiles:
     """The safetensors files of one directory: headers are read at once, data one tensor at a time."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._location: dict[str, tuple[Path, str]] = {}
+        self._location: dict[str, tuple[TensorFile, str]] = {}
         self._first_row: dict[str, int] = {}  # of what is a part of a stored tensor
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
         for path in files:
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    view = file.get_slice(name)
-                    if view.get_dtype() not in FLOATS:
-                        raise WeightsError(
-                            f"{path}: {name} is stored as {view.get_dtype()}; use one of {', '.join(FLOATS)}"
-                        )
-                    self._location[name], self.shapes[name] = (path, name), tuple(view.get_shape())
-                    self.dtypes[name] = FLOATS[view.get_dtype()]
+            file = TensorFile(path)
+            for name, entry in file.entries.items():
+                if entry.dtype not in FLOATS:
+                    raise WeightsError(
+                        f"{path}: {name} is stored as {entry.dtype}; use one of {', '.join(FLOATS)}"
+                    )
+                self._location[name], self.shapes[name] = (file, name), entry.shape
+                self.dtypes[name] = FLOATS[entry.dtype]
 
     def alias(self, name: str, stored: str) -> None:
         """Make the tensor `stored` available as `name`, too."""
@@ -212,37 +211,18 @@ class TensorFiles:
 
     def read(self, name: str, index: Index | None = None) -> NDArray[Any]:
         """One tensor, or its slice at `index`, in its stored type."""
-        path, stored = self._location[name]
+        file, stored = self._location[name]
         if name in self._first_row:
             rows, *columns = index or (slice(None),) * len(self.shapes[name])
             first, end, step = rows.indices(self.shapes[name][0])
             moved = self._first_row[name]
             index = (slice(first + moved, end + moved, step), *columns)
-        with _opened(path) as file:
-            return file.get_tensor(stored) if index is None else file.get_slice(stored)[index]
+        return file.read(stored, index)
 
     def weight(self, name: str, dtype: DTypeLike | None) -> Weight:
         """One tensor as `dtype` (None: as stored), read on demand."""
         wanted = self.dtypes[name] if dtype is None else np.dtype(dtype)
         return Weight(self.shapes[name], wanted, lambda index: self.read(name, index))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "numpy") as file:
-            yield file
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: missing; the directory is incomplete") from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    except SafetensorError as error:
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise WeightsError(
-                    f"{path}: only a Git LFS pointer; run `git lfs pull` in its directory"
-                ) from None
-        raise WeightsError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
 
 
 def model_files(directory: Path) -> TensorFiles:
@@ -312,18 +292,18 @@ def _find_weights(files: TensorFiles, family: Family, table: Sequence[Param], *,
         files.split(stored, parts)
 
 
-def _as_stored(
-    weights: Iterable[tuple[str, NDArray[Any]]], family: Family
-) -> Iterator[tuple[str, NDArray[Any]]]:
+def _as_stored(weights: Iterable[tuple[str, WeightLike]], family: Family) -> Iterator[tuple[str, WeightLike]]:
     """The tensors of a family's files, each as soon as all its parts were there."""
-    waiting: dict[str, dict[int, NDArray[Any]]] = {}
-    for name, array in weights:
+    waiting: dict[str, dict[int, WeightLike]] = {}
+    for name, weight in weights:
         stored = family.stored(name)
         parts = waiting.setdefault(stored.name, {})
-        parts[stored.part] = array
+        parts[stored.part] = weight
         if len(parts) == stored.parts:
-            whole = [parts[i] for i in range(stored.parts)]
-            yield stored.name, array if stored.parts == 1 else np.concatenate(whole)
+            yield (
+                stored.name,
+                weight if stored.parts == 1 else stacked([parts[i] for i in range(stored.parts)]),
+            )
             del waiting[stored.name]
     assert not waiting, f"only parts of {sorted(waiting)}"
 
@@ -358,7 +338,7 @@ def replaced_directory(target: Path) -> Iterator[Path]:
 
 def write_model(
     directory: Path,
-    weights: Iterable[tuple[str, NDArray[Any]]],
+    weights: Iterable[tuple[str, WeightLike]],
     *,
     companions_from: Path | None,
     config: Mapping[str, Any],
@@ -368,8 +348,9 @@ def write_model(
 ) -> None:
     """Write a Hugging Face directory: shards of at most `shard_bytes`, with an index, with the names of the config's family.
 
-    One shard is in memory at a time. Generation settings are copied from `companions_from`, the tokenizer from
-    `tokenizer_from` or else from there; `chat_template` replaces the tokenizer's.
+    Of weights that are read on demand one block is in memory at a time. Generation settings are copied from `companions_from`, the
+    tokenizer from `tokenizer_from` or else from there; `chat_template` replaces the tokenizer's. Raises WeightsError, with an
+    earlier directory untouched, for a weight that is not finite, or a file that does not read back as written.
     """
     with replaced_directory(directory) as temporary:
         if companions_from is not None and (companions_from / GENERATION_CONFIG).is_file():
@@ -378,7 +359,7 @@ def write_model(
         text = json.dumps(dict(config), indent=2) + "\n"
         (temporary / "config.json").write_text(text, encoding="utf-8")
         family = family_of_config(dict(config), where=str(directory))
-        _write_shards(temporary, _as_stored(weights, family), shard_bytes)
+        _write_shards(temporary, _as_stored(weights, family), shard_bytes, where=directory)
 
 
 def copy_tokenizer(source: Path | None, target: Path, *, chat_template: str | None) -> None:
@@ -393,41 +374,65 @@ def copy_tokenizer(source: Path | None, target: Path, *, chat_template: str | No
         (target / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
-def _write_shards(directory: Path, weights: Iterable[tuple[str, NDArray[Any]]], shard_bytes: int) -> None:
-    shards: list[list[str]] = []
-    pending: dict[str, NDArray[Any]] = {}
-    total = 0
-
-    def flush() -> None:
-        refuse_non_finite(pending, directory)
-        save_tensors(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, array in weights:
-        if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > shard_bytes:
-            flush()
-        pending[name] = np.ascontiguousarray(array)
-        total += array.nbytes
-    flush()
-    if len(shards) == 1:
-        os.rename(directory / "shard-0", directory / MODEL_FILE)
-        return
+def _write_shards(
+    directory: Path, weights: Iterable[tuple[str, WeightLike]], shard_bytes: int, *, where: Path
+) -> None:
+    shards: list[dict[str, WeightLike]] = [{}]
+    room = shard_bytes
+    for name, weight in weights:
+        if shards[-1] and _bytes_of(weight) > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = weight
+        room -= _bytes_of(weight)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for i, name in enumerate(names):
-        os.rename(directory / f"shard-{i}", directory / name)
-    weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if len(shards) == 1:
+        names = [MODEL_FILE]
+    for name, tensors in zip(names, shards, strict=True):
+        write_finite(tensors, directory / name, where=where)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+        total = sum(_bytes_of(weight) for tensors in shards for weight in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def refuse_non_finite(weights: Mapping[str, NDArray[Any]], where: Path) -> None:
+def _bytes_of(weight: WeightLike) -> int:
+    return math.prod(weight.shape) * weight.dtype.itemsize
+
+
+def write_finite(weights: Mapping[str, WeightLike], path: Path, *, where: Path) -> None:
+    """Write a safetensors file, one block of a weight in memory at a time, and read it back.
+
+    Raises WeightsError, which names `where`, for a weight that is empty or not finite, or a file that is not as written.
+    """
+    checked = {name: _finite(name, weight, where) for name, weight in weights.items()}
+    digest = write_tensors(checked, path, metadata={"format": "pt"})
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise WeightsError(f"{path}: does not read back as written; the disk may be full or failing")
+
+
+def _finite(name: str, weight: WeightLike, where: Path) -> Weight:
+    """The weight, whose reading raises WeightsError where it is not finite."""
+
+    def read(index: Index) -> NDArray[Any]:
+        block = weight[index]
+        if not np.isfinite(block.astype(np.float32, copy=False)).all():
+            raise WeightsError(f"{where}: {name} is not finite; nothing was written")
+        return block
+
+    if not math.prod(weight.shape):
+        raise WeightsError(f"{where}: {name} is empty; nothing was written")
+    return computed(weight.shape, weight.dtype, read)
+
+
+def refuse_non_finite(weights: Mapping[str, WeightLike], where: Path) -> None:
     """Raises WeightsError for a tensor that is empty or not finite."""
-    for name, array in weights.items():
-        if not array.size or not np.isfinite(array.astype(np.float32, copy=False)).all():
-            raise WeightsError(
-                f"{where}: {name} is {'empty' if not array.size else 'not finite'}; nothing was written"
-            )
+    for name, weight in weights.items():
+        checked = _finite(name, weight, where)
+        for block in blocks(checked.shape):
+            checked[block]
 
 
 def check_reads_back(weights: Mapping[str, NDArray[Any]], path: Path) -> None:

@@ -12,10 +12,10 @@ from numpy.typing import DTypeLike
 
 from trainspec.errors import WeightsError
 from trainspec.methods.low_rank import EXAMPLE_TARGETS, LowRank
-from trainspec.methods.method import ADAPTER_FILE, PEFT_PREFIX, AdapterFiles, Arrays
+from trainspec.methods.method import ADAPTER_FILE, PEFT_PREFIX, AdapterFiles, Weights
 from trainspec.model import ModelSpec
 from trainspec.params import FromWeights, Param
-from trainspec.weight import Array, Weight
+from trainspec.weight import Array, Weight, WeightLike
 
 # PEFT's module; its files leave out the last part of the parameter's name.
 MAGNITUDE = "lora_magnitude_vector"
@@ -57,9 +57,9 @@ class DoRA(LowRank, frozen=True):
         if not config.get("use_dora"):
             raise WeightsError(f"{directory}: use_dora is not set, so it is LoRA's; set method.kind=lora")
 
-    def files(self, weights: Arrays) -> dict[str, dict[str, Array]]:
+    def files(self, weights: Weights) -> dict[str, dict[str, WeightLike]]:
         """A, B and m by PEFT's names."""
-        return {ADAPTER_FILE: {_name_in_file(name): array for name, array in weights.items()}}
+        return {ADAPTER_FILE: {_name_in_file(name): weight for name, weight in weights.items()}}
 
     def read(
         self, files: AdapterFiles, table: Sequence[Param], *, dtype: DTypeLike
@@ -68,13 +68,13 @@ class DoRA(LowRank, frozen=True):
         stored = files.entries([replace(p, name=_name_in_file(p.name)) for p in table], dtype=dtype)
         return ((param, weight) for param, (_, weight) in zip(table, stored, strict=True))
 
-    def merged(self, param: Param, weight: Array, trained: Arrays) -> Array:
+    def merged(self, param: Param, weight: Array, trained: Weights, rows: slice = slice(None)) -> Array:
         """m / n (W + scale B A) where `param` is the weight of a target."""
         m = trained.get(f"{PEFT_PREFIX}{param.module}.{MAGNITUDE}.weight")
         if m is None or not param.name.endswith(".weight"):
             return weight
-        whole = super().merged(param, weight, trained)
-        return (m.astype(np.float64) / np.linalg.norm(whole, axis=1))[:, None] * whole
+        whole = super().merged(param, weight, trained, rows)
+        return (m[(rows,)].astype(np.float64) / np.linalg.norm(whole, axis=1))[:, None] * whole
 
 
 def _name_in_file(name: str) -> str:

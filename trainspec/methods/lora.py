@@ -7,17 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 from numpy.typing import DTypeLike
 
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.families import FAMILIES, family_of
 from trainspec.families.family import Family
 from trainspec.methods.low_rank import EXAMPLE_TARGETS, LowRank
-from trainspec.methods.method import ADAPTER_FILE, PEFT_PREFIX, AdapterFiles, Arrays
+from trainspec.methods.method import ADAPTER_FILE, PEFT_PREFIX, AdapterFiles, Weights
 from trainspec.model import ModelSpec
 from trainspec.params import Param
-from trainspec.weight import Array, Index, Weight
+from trainspec.weight import Array, Index, Weight, WeightLike, stacked
 
 
 class LoRA(LowRank, frozen=True):
@@ -75,14 +74,14 @@ class LoRA(LowRank, frozen=True):
                 f"{directory}: target_modules={named} are names of the published code; set method.targets=[{', '.join(named)}]"
             )
 
-    def files(self, weights: Arrays) -> dict[str, dict[str, Array]]:
+    def files(self, weights: Weights) -> dict[str, dict[str, WeightLike]]:
         """See the base class; by the names of the published code the Bs of a fused matrix stand one below the other."""
         if self._published is None:
             return super().files(weights)
-        parts: dict[str, list[Array]] = {}
-        for name, array in weights.items():
-            parts.setdefault(self._name_in_file(name), []).append(array)
-        return {ADAPTER_FILE: {name: np.concatenate(arrays) for name, arrays in parts.items()}}
+        parts: dict[str, list[WeightLike]] = {}
+        for name, weight in weights.items():
+            parts.setdefault(self._name_in_file(name), []).append(weight)
+        return {ADAPTER_FILE: {name: stacked(each) for name, each in parts.items()}}
 
     def read(
         self, files: AdapterFiles, table: Sequence[Param], *, dtype: DTypeLike

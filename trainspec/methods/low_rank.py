@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.methods.adapter_config import check_setting, check_type
-from trainspec.methods.method import PEFT_PREFIX, AddedWeights, Arrays, Count, Rate
+from trainspec.methods.method import PEFT_PREFIX, AddedWeights, Count, Rate, Weights
 from trainspec.model import ModelSpec
 from trainspec.params import Param, UniformFanIn, Zeros, param_table
 from trainspec.points import Point
@@ -149,7 +149,7 @@ class LowRank(AddedWeights, frozen=True):
         """It can be merged."""
         return None
 
-    def merged(self, param: Param, weight: Array, trained: Arrays) -> Array:
+    def merged(self, param: Param, weight: Array, trained: Weights, rows: slice = slice(None)) -> Array:
         """The sum of W and the low-rank product where `param` is the weight of a target."""
         names = [
             f"{PEFT_PREFIX}{module}.lora_{x}.weight"
@@ -157,7 +157,8 @@ class LowRank(AddedWeights, frozen=True):
         ]
         if not param.name.endswith(".weight") or any(name not in trained for name in names):
             return weight
-        a, b = (trained[name].astype(np.float64) for name in names)
+        a, b = (trained[name] for name in names)
+        a, b = a[...].astype(np.float64), b[rows, slice(None)].astype(np.float64)
         return weight.astype(np.float64) + self.scale * (b @ a)
 
 

@@ -17,9 +17,11 @@ from trainspec.errors import RecipeError
 from trainspec.model import ModelSpec
 from trainspec.params import Param
 from trainspec.points import Point
-from trainspec.weight import Array, Weight
+from trainspec.weight import Array, Weight, WeightLike
 
 Arrays = Mapping[str, Array]
+# The same, which may be read on demand.
+Weights = Mapping[str, WeightLike]
 PEFT_PREFIX = "base_model.model."
 # The files of an adapter's directory (docs/adapter-files.md).
 ADAPTER_CONFIG = "adapter_config.json"
@@ -165,7 +167,7 @@ class MethodSpec(BaseModel, frozen=True):
         """Number of elements in `ADAPTER_FILE`."""
         return sum(param.size for param in self.table(model))
 
-    def files(self, weights: Arrays) -> dict[str, dict[str, Array]]:
+    def files(self, weights: Weights) -> dict[str, dict[str, WeightLike]]:
         """The tensors of each adapter file, from the method's weights by canonical name."""
         return {ADAPTER_FILE: dict(weights)}
 
@@ -180,8 +182,11 @@ class MethodSpec(BaseModel, frozen=True):
         """Why it cannot be merged into the model, as words that follow the kind; None where it can."""
         return "has nothing to merge"
 
-    def merged(self, param: Param, weight: Array, trained: Arrays) -> Array:
-        """The model's `weight` with the `trained` weights merged in, in float64; itself where none applies to it."""
+    def merged(self, param: Param, weight: Array, trained: Weights, rows: slice = slice(None)) -> Array:
+        """The model's `weight`, of which these are the `rows`, with the `trained` weights merged in, in float64.
+
+        Itself where none applies to it.
+        """
         return weight
 
 

@@ -18,12 +18,12 @@ from trainspec.errors import RecipeError, WeightsError
 from trainspec.families import family_of
 from trainspec.methods.adapter_config import check_setting, check_type, is_number
 from trainspec.methods.entries import linear_entries
-from trainspec.methods.method import ADAPTER_CONFIG, AdapterFiles, Arrays, Count, Rate
+from trainspec.methods.method import ADAPTER_CONFIG, AdapterFiles, Arrays, Count, Rate, Weights
 from trainspec.methods.virtual_tokens import ENCODER, VirtualTokensFromText, embedding_entry, linear
 from trainspec.model import ModelSpec
 from trainspec.params import Normal, Param, UniformFanIn, Zeros
 from trainspec.points import Point
-from trainspec.weight import Array, Weight
+from trainspec.weight import Array, Weight, WeightLike
 
 # The files that ChatGLM2's training script leaves, the second after `torchtrain convert`, and the module in it.
 PUBLISHED_CONFIG, PUBLISHED_FILE = "config.json", "model.safetensors"
@@ -222,11 +222,11 @@ class PrefixTuning(VirtualTokensFromText, frozen=True):
             return f"if it is a prefix of {kind}, set method.positions={value}"
         return super().missing_settings(directory)
 
-    def files(self, weights: Arrays) -> dict[str, dict[str, Array]]:
+    def files(self, weights: Weights) -> dict[str, dict[str, WeightLike]]:
         """See the base class; a published file has the trained weights by ChatGLM2's names."""
         if not self.is_published:
             return super().files(weights)
-        return {PUBLISHED_FILE: {_published_name(name): array for name, array in weights.items()}}
+        return {PUBLISHED_FILE: {_published_name(name): weight for name, weight in weights.items()}}
 
     def read(
         self, files: AdapterFiles, table: Sequence[Param], *, dtype: DTypeLike

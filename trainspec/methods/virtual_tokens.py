@@ -18,11 +18,19 @@ from pydantic import model_validator
 
 from trainspec.errors import WeightsError
 from trainspec.methods.adapter_config import check_setting
-from trainspec.methods.method import ADAPTER_FILE, ENCODER_FILE, AdapterFiles, AddedWeights, Arrays, Count
+from trainspec.methods.method import (
+    ADAPTER_FILE,
+    ENCODER_FILE,
+    AdapterFiles,
+    AddedWeights,
+    Arrays,
+    Count,
+    Weights,
+)
 from trainspec.model import ModelSpec
 from trainspec.params import FromText, Init, Normal, Param, Zeros
 from trainspec.points import Point
-from trainspec.weight import Array, Weight
+from trainspec.weight import Array, Weight, WeightLike
 
 # The module that makes virtual tokens, in canonical names.
 ENCODER = "prompt_encoder"
@@ -51,12 +59,12 @@ class VirtualTokens(AddedWeights, frozen=True):
         """The virtual tokens, of every example, where they are embeddings."""
         return (PROMPT,)
 
-    def encode(self, weights: Arrays) -> Array:
+    def encode(self, weights: Weights) -> Array:
         """The virtual tokens [V, width] that the method's weights, by canonical name, make: in float64, without dropout.
 
         The width is the model's; for a prefix it is that of all keys and values (2 layer, + 1 for values; kv head; dim).
         """
-        return self.encoded({name: array.astype(np.float64) for name, array in weights.items()})
+        return self.encoded({name: weight[...].astype(np.float64) for name, weight in weights.items()})
 
     def encoded(self, weights: Arrays) -> Array:
         """`encode` of float64 weights; without an encoder the trained embedding is the result."""
@@ -80,10 +88,12 @@ class VirtualTokens(AddedWeights, frozen=True):
             directory, config, self, "num_virtual_tokens", self.virtual_tokens, field="virtual_tokens"
         )
 
-    def files(self, weights: Arrays) -> dict[str, dict[str, Array]]:
+    def files(self, weights: Weights) -> dict[str, dict[str, WeightLike]]:
         """The virtual tokens, as PEFT keeps them, and the encoder, where there is one."""
         stored = weights[f"{ENCODER}.embedding.weight"].dtype
-        files = {ADAPTER_FILE: {PROMPT_EMBEDDINGS: self.encode(weights).astype(stored)}}
+        files: dict[str, dict[str, WeightLike]] = {
+            ADAPTER_FILE: {PROMPT_EMBEDDINGS: self.encode(weights).astype(stored)}
+        }
         return files | {ENCODER_FILE: dict(weights)} if self.has_encoder else files
 
     def read(

@@ -188,7 +188,7 @@ def _store(
         backend=devices.backend,
         versions={package: version(package) for package in devices.packages},
     )
-    formats = Formats(backend, run, processes)
+    formats = Formats(backend, run, processes, identity=data.identity)
     return CheckpointStore(request.out, formats, manifest, run.recipe.checkpoint, processes)
 
 

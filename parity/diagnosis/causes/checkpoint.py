@@ -56,4 +56,23 @@ CAUSES = (
         next="parity check RECIPE --resume-at left:1  # then right:1: the side that differs restores another state",
         alike=("rounded-state",),
     ),
+    Cause(
+        name="resume-names",
+        sentence="the checkpoint has the weights under other names, without a prefix for one, and the run resumed with its start's",
+        contract=RESUME,
+        phases=("resume",),
+        fits={"start-state": 6, "resumed": 2},
+        needs=("start-state",),
+        next="parity check RECIPE --resume-at left:1  # then right:1: the side that differs does not find the weights",
+        alike=("resume-state",),
+    ),
+    Cause(
+        name="swapped-moments",
+        sentence="the first and the second moment are restored in each other's place",
+        contract=RESUME,
+        phases=("resume",),
+        fits={"other-moment": 6, "resumed": 2},
+        needs=("other-moment",),
+        next="parity check RECIPE --resume-at left:1  # then right:1: the side that differs mixes the moments up",
+    ),
 )

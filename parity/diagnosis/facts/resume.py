@@ -12,9 +12,11 @@ from parity.diagnosis.fact import Fact
 from parity.diagnosis.facts.loss import bf16
 from parity.diagnosis.view import View
 
+_OTHER = {"moment1": "moment2", "moment2": "moment1"}
+
 
 def restored(view: View) -> Iterator[Fact]:
-    """Whether a restored array is that of an earlier step, zero, or rounded."""
+    """Whether a restored array is, in whole or in part, that of an earlier step, the other moment, zero, or rounded."""
     if view.phase != RESUME.name:
         return
     yield Fact("resumed", f"a side resumed just before step {view.step}")
@@ -30,12 +32,32 @@ def restored(view: View) -> Iterator[Fact]:
     near = 1e-6 * float(np.abs(had).max(initial=0.0))
     if not array.any() and had.any():
         yield Fact("lost-state", f"{whose} is zero")
+    if (other := _other_moment(view, side)) is not None and had.any() and np.array_equal(array, other):
+        yield Fact("other-moment", f"{whose} is what it had of the other moment")
+        return
+    changed = np.abs(array - had) > near
     for step, state in states.items():
-        if array.any() and state.shape == array.shape and np.abs(state - array).max() <= near:
-            yield Fact("older-state", f"{whose} is its state after step {step}")
+        if not array.any() or state.shape != array.shape or not changed.any():
+            continue
+        is_all = np.abs(state - array).max() <= near
+        if is_all and step == view.pair.first_step - 1:
+            yield Fact("start-state", f"{whose} is what the run started with")
+            return
+        if is_all or np.abs(state - array)[changed].max() <= near:
+            part = "" if is_all else f" in {changed.sum()} of {changed.size} elements"
+            yield Fact("older-state", f"{whose} is{part} its state after step {step}")
             return
     if np.array_equal(array, bf16(had)) or np.array_equal(array, had.astype(np.float32).astype(np.float64)):
         yield Fact("rounded-state", f"{whose} is the state, rounded to a coarser type")
+
+
+def _other_moment(view: View, side: int) -> Array | None:
+    """The other moment of the tensor after the step before this one, if it is a moment."""
+    group, _, name = view.tensor.partition("/")
+    key = f"{_OTHER.get(group, group)}/{name}"
+    if key == view.tensor or key not in view.pair.keys(view.step - 1)[side]:
+        return None
+    return view.pair.traces[side].read(view.step - 1, key).astype(np.float64)
 
 
 def _states(view: View, side: int) -> dict[int, Array]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainspec.checkpoints.folders import complete
+from trainspec.files.hf import TensorFiles
+from trainspec.init import starting_weights
 from trainspec.model import ModelSpec
 from trainspec.params import Param
+from trainspec.runs.run import Run
 from trainspec.weight import Weight, WeightLike
 
 Array = NDArray[Any]
@@ -55,6 +60,23 @@ def _changed(
             yield param, Weight(whole.shape, whole.dtype, whole.__getitem__)
         else:
             yield param, weight
+
+
+def of_the_start(arrays: Mapping[str, WeightLike], run: Run) -> dict[str, WeightLike]:
+    """What the run starts with: nothing of the checkpoint has a name that is looked for."""
+    return {param.name: weight for param, weight in starting_weights(run) if param.name in arrays}
+
+
+def with_an_older_half(arrays: Mapping[str, WeightLike], path: Path, kind: str) -> dict[str, WeightLike]:
+    """The lower half of every tensor is that of the checkpoint before: a shard of another process that is too old."""
+    older = TensorFiles([complete(path.parents[1])[-2] / f"{kind}.safetensors"])
+
+    def mixed(name: str, weight: WeightLike) -> Array:
+        whole, first = np.array(weight[...]), (weight.shape[0] + 1) // 2
+        whole[first:] = older.read(name)[first:].astype(whole.dtype)
+        return whole
+
+    return {name: mixed(name, weight) for name, weight in arrays.items()}
 
 
 def zeros(arrays: Mapping[str, WeightLike]) -> dict[str, Array]:
