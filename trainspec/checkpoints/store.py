@@ -30,6 +30,8 @@ from trainspec.runs.processes import Processes
 _POLL_SECONDS = 0.02
 # How long the leader waits for the files of the other processes after its own are written.
 _PATIENCE_SECONDS = 1800.0
+# How long a save that is given up has to remove what it has written.
+_GIVING_UP_SECONDS = 2.0
 State = TypeVar("State")
 
 
@@ -113,16 +115,24 @@ class CheckpointStore(Generic[S]):
         if self._save is not None and self._save.is_done:
             self.wait()
 
-    def wait(self) -> None:
-        """Wait for the save in flight. Raises its error."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the save in flight. Raises its error.
+
+        What is not done after so many `seconds` is given up without an error: that is for a run that ends with one, as the
+        processes that a save needs may be gone.
+        """
         save = self._save
         if save is None:
             return
         began = time.perf_counter()
         try:
-            save.join()
+            save.join(seconds)
         finally:  # an interrupt leaves the save in flight
             save.blocking_seconds += time.perf_counter() - began
+        if not save.is_done:
+            self.give_up()
+            save.join(_GIVING_UP_SECONDS)
+            return
         self._save = None
         self._reports.append(save.report())
         if save.error is not None and not self._is_forgiven(save.error):
@@ -233,9 +243,9 @@ class _Save:
     def is_done(self) -> bool:
         return not self._thread.is_alive()
 
-    def join(self) -> None:
-        """Wait for the end."""
-        self._thread.join()
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for the end, or for so many seconds."""
+        self._thread.join(seconds)
 
     def report(self) -> SaveReport:
         """What it was, after its end."""

@@ -85,9 +85,11 @@ def write_tensors(
             if flush:
                 os.fsync(file.fileno())
         _check_written(path, samples)
-    except OSError as error:
+    except BaseException as error:
         path.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or "not written", str(path)) from None
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or "not written", str(path)) from None
+        raise
     return digest.hexdigest()
 
 

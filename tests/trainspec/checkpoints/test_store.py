@@ -140,6 +140,10 @@ def test_the_leader_gives_up_waiting_for_a_process_that_is_gone(tmp_path: Path):
     ):
         store.wait()
     assert names(tmp_path) == ["latest", "step-000001"]
+    store, _ = store_of(tmp_path, Processes(0, 2))
+    store.save(State(2))
+    store.wait(0.1)  # a run that ends with an error of its own
+    assert names(tmp_path) == ["latest", "step-000001"]
 
 
 @pytest.mark.parametrize("count", [2, 4])
