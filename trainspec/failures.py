@@ -18,11 +18,13 @@ from trainspec.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_MACHINE,
+    EXIT_STOPPED,
     EXIT_USER_ERROR,
     MachineError,
     NonFiniteLossError,
     Note,
     ProcessError,
+    StoppedError,
     UserError,
 )
 from trainspec.plans.accelerators import Devices
@@ -55,6 +57,8 @@ def outcome(error: BaseException) -> tuple[int, str]:
             code, text = error.code, str(error)
         case NonFiniteLossError():
             code, text = EXIT_FAILED, f"stopped before the update: {error}"
+        case StoppedError():
+            code, text = EXIT_STOPPED, str(error)
         case OSError(errno=errno.ENAMETOOLONG):  # a name that the user wrote
             code, text = EXIT_USER_ERROR, f"{error.filename!s:.200}...: {error.strerror}"
         case KeyboardInterrupt():

@@ -91,11 +91,11 @@ class CheckpointStore(Generic[S]):
         if self._save is not None and self._save.is_done:
             self.wait()
 
-    def wait(self) -> None:
-        """Wait for the save in flight. Raises its error."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the save in flight, for at most that many seconds. Raises its error."""
         save, self._save = self._save, None
         if save is not None:
-            save.result()
+            save.result(seconds)
 
     def _finish(self, write: Callable[[], dict[str, str]], folder: Path, manifest: Manifest) -> None:
         index, count = self._processes.index, self._processes.count
@@ -141,9 +141,9 @@ class _Save:
     def is_done(self) -> bool:
         return not self._thread.is_alive()
 
-    def result(self) -> None:
-        """Wait for the end. Raises the error of the work."""
-        self._thread.join()
+    def result(self, seconds: float | None = None) -> None:
+        """Wait for the end, for at most that many seconds. Raises the error of the work."""
+        self._thread.join(seconds)
         if self._error is not None:
             raise self._error
 
