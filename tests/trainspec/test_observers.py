@@ -89,8 +89,11 @@ class Noting(Observer[State]):
         self.seen.append((update.step, update.lr, update.heldout_loss))
         return update
 
-    def finished(self):
-        self.seen.append("finished")
+    def stopped(self, state, unmade):
+        self.seen.append(("stopped", state.step))
+
+    def finished(self, error):
+        self.seen.append("finished" if error is None else type(error).__name__)
 
 
 @pytest.fixture
