@@ -57,7 +57,7 @@ def complaint(error: ValidationError, recipe: type[BaseModel]) -> str:
     """The first error of a `recipe` as one line: `section.key: what is wrong; what is right`."""
     detail = error.errors()[0]
     path = [str(p) for p in detail["loc"]]
-    if path[0] == "method" and len(path) > 1 and path[1] in METHODS:
+    if path[:1] == ["method"] and len(path) > 1 and path[1] in METHODS:
         del path[1]  # the kind that pydantic has chosen
     where = ".".join(path[:2])  # what follows are pydantic's own words, and indices of a list
     message, kind, value = detail["msg"].removeprefix("Value error, "), detail["type"], detail["input"]

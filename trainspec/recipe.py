@@ -210,12 +210,24 @@ class AdamW(Section):
 
 
 class Checkpoint(Section):
-    """How often the training state is saved. The last update always is."""
+    """When the training state is saved, how, and what is kept. The last update always is."""
 
     every_steps: Positive = 50
     """Updates from one checkpoint to the next."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which one is saved besides, counted from the last; null: updates alone decide."""
     keep: Positive = 2
     """How many of the newest checkpoints are kept."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """How many of those with the lowest held-out loss are kept besides."""
+    keep_every_steps: Positive | None = None
+    """Checkpoints of updates that this divides are kept for good; null: none is."""
+    format: Literal["portable", "native"] = "portable"
+    """Portable checkpoints are read by every backend and plan, native ones by the backend that wrote them."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a run does when a checkpoint cannot be written, as on a full disk: it stops, or reports it and goes on."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +306,7 @@ class Recipe(Section):
     schedule: Schedule = Schedule()
     """The learning rate over the run."""
     checkpoint: Checkpoint = Checkpoint()
-    """How often the training state is saved."""
+    """When the training state is saved, how, and what is kept."""
     run: Run = Run()
     """How long to train, and from which seed."""
 
@@ -305,6 +317,15 @@ class Recipe(Section):
         if isinstance(method, dict) and "kind" not in method:
             return value | {"method": {"kind": LoRA().kind} | method}
         return value
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.checkpoint.keep_best and self.data.heldout is None:
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best}: without data.heldout no held-out loss is measured; set "
+                "data.heldout, or checkpoint.keep_best=0"
+            )
+        return self
 
     def span(self, count_examples: Callable[[], int]) -> RunLength:
         """How long the run is. `count_examples` is called only where the length is given in epochs.
@@ -346,6 +367,12 @@ def idle_settings(recipe: Recipe, span: RunLength) -> list[str]:
     if schedule.kind == "constant" and _is_set(schedule, "final_ratio"):
         lines.append(
             f"no effect: schedule.final_ratio={schedule.final_ratio:g}: schedule.kind=constant has no decay"
+        )
+    every, measured = recipe.checkpoint.every_steps, recipe.run.eval_every_steps
+    if recipe.checkpoint.keep_best and every % measured:
+        lines.append(
+            f"checkpoint.keep_best={recipe.checkpoint.keep_best}: of the checkpoints, one every {every} updates, only those "
+            f"after a measurement, every {measured} updates, can be the best: one every {math.lcm(every, measured)}, and the last"
         )
     warmup = schedule.warmup(span.steps)
     if warmup >= span.steps:

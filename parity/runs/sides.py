@@ -247,7 +247,11 @@ def resolved_recipe(out: Path, name: str) -> str:
 def _check_settings(precision: Policy, steps: int, checkpoint_at: int | None) -> list[str]:
     """What a check changes in a recipe: precision and number of updates, and nothing else that affects an update."""
     settings = [f"precision.policy={precision}", f"run.stop_after_steps={steps}"]
-    settings += [f"checkpoint.every_steps={checkpoint_at or NEVER}", "data.heldout=null"]
+    settings += [
+        f"checkpoint.every_steps={checkpoint_at or NEVER}",
+        "data.heldout=null",
+        "checkpoint.keep_best=0",
+    ]
     settings += [f"checkpoint.keep={NEVER}"] if checkpoint_at else []
     match precision:
         case "fp64" | "fp32":

@@ -193,6 +193,7 @@ def test_a_setting_is_translated(tmp_path: Path, settings: dict[str, Any], ours:
         ("--devices 4 --examples 9", {"max_steps": -1, "per_device_train_batch_size": 1, "num_train_epochs": 3}, {"run.steps": 9}),
         ("--devices 4 --examples 9", {"max_steps": -1, "per_device_train_batch_size": 1, "num_train_epochs": 3, "dataloader_drop_last": True}, {"run.steps": 6}),
         ("--devices 4 --set run.epochs=3", {"max_steps": -1}, {"run.epochs": 3}),
+        ("--devices 4 --set data.heldout=x.jsonl", {"load_best_model_at_end": True}, {"checkpoint.keep_best": 1}),
         # one of the two settings that `packing` decides
         ("--devices 4 --set data.too_long=skip", {}, {"data.packing": False, "data.too_long": "skip"}),
     ],

@@ -10,7 +10,7 @@ from small import ROOT
 
 from trainspec.errors import RecipeError
 from trainspec.methods import METHODS
-from trainspec.recipe import Recipe, load_recipe
+from trainspec.recipe import Recipe, idle_settings, load_recipe
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 assert SHIPPED
@@ -125,6 +125,15 @@ def test_the_schema_describes_every_setting():
         (
             "checkpoint.keep=99999999999999999999",
             "checkpoint.keep: a number of some 20 digits is larger than any",
+        ),
+        ("checkpoint.every_minutes=0", "checkpoint.every_minutes"),
+        ("checkpoint.keep_best=-1", "checkpoint.keep_best"),
+        ("checkpoint.keep_every_steps=0", "checkpoint.keep_every_steps"),
+        ("checkpoint.format=orbax", "checkpoint.format"),
+        ("checkpoint.on_failure=ignore", "checkpoint.on_failure"),
+        (
+            "checkpoint.keep_best=2",
+            "checkpoint.keep_best=2: without data.heldout no held-out loss is measured; set data.heldout, or",
         ),
         ('data.train="\\ud800"', "data.train: '\\ud800' has a character that is not text"),
         ('data.train="a\\0b"', "data.train: 'a\\x00b' has a character that is not text"),
@@ -282,3 +291,18 @@ def test_settings_of_the_right_type_are_taken(key: str, value: Any, tmp_path: Pa
     base = next(base for at, base in settings() if at == key)
     (tmp_path / "r.yaml").write_text(yaml.dump(base | {section: base.get(section, {}) | {name: value}}))
     load_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("checkpoint={keep_best: 1, every_steps: 20}", "one every 100, and the last"),
+        ("checkpoint={keep_best: 1, every_steps: 100}", None),
+        ("checkpoint={every_steps: 20}", None),
+    ],
+)
+def test_checkpoints_that_cannot_be_the_best_are_said(recipe_file: Path, settings: str, expected: str | None):
+    recipe = load_recipe(recipe_file, ["data.heldout=x.jsonl", settings])
+    lines = idle_settings(recipe, recipe.span(lambda: 100))
+    assert len(lines) == (expected is not None)
+    assert not expected or expected in lines[0]

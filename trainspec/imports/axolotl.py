@@ -16,6 +16,8 @@ from trainspec.imports.settings import (
 )
 from trainspec.imports.tool import Tool
 from trainspec.imports.training import (
+    BEST,
+    BEST_BY,
     CLIP_NORM,
     FILE,
     MEAN_OF_MEANS,
@@ -207,7 +209,9 @@ OTHERS = (
     Setting("overrides_of_model_config.*", Only("another setting of the model than its config", (), "a directory with that config.json")),
     *only_off("another revision of the model", "revision_of_model", way_out="--set model.from=DIRECTORY with that revision, and --drop it"),
     *only_off("a batch that shrinks until it fits", "auto_find_batch_size"),
-    *only_off("the best checkpoint instead of the last", "load_best_model_at_end", "early_stopping_patience"),
+    BEST,
+    *BEST_BY,
+    *only_off("a run that ends at a loss", "early_stopping_patience"),
     *only_off("norms computed otherwise", "fp32_norms"),
     *only_off("scaled attention", "scaling_softmax"),
     *only_off("weights that start at random", "reinit_weights", way_out="--drop reinit_weights --set model.weights=random"),
@@ -236,7 +240,7 @@ OTHERS = (
     *idle("nothing is uploaded", "hub_model_id", "hub_strategy", "hub_revision"),
     *idle(_EVALUATION, "eval_strategy", "evaluation_strategy", "eval_batch_size",
           "eval_table_size", "eval_max_new_tokens", "do_causal_lm_eval", "eval_causal_lm_metrics", "do_bench_eval", "bench_dataset",
-          "bench_split", "metric_for_best_model", "greater_is_better", "eval_table_max_new_tokens", "generate_samples"),
+          "bench_split", "eval_table_max_new_tokens", "generate_samples"),
     *idle(_CHECKPOINT, "save_strategy", "save_only_model", "save_first_step", "save_safetensors",
           "dynamic_checkpoint.*"),
     *idle("a run resumes with `train --resume`", "resume_from_checkpoint", "auto_resume_from_checkpoints"),

@@ -24,6 +24,8 @@ from trainspec.imports.settings import (
 )
 from trainspec.imports.tool import Tool
 from trainspec.imports.training import (
+    BEST,
+    BEST_BY,
     CLIP_NORM,
     END_OF_SCHEDULE,
     MEAN_OF_MEANS,
@@ -189,7 +191,8 @@ OTHERS = (
     *only_off("a smoothed loss", "label_smoothing_factor"),
     *only_off("noise on the embeddings", "neftune_noise_alpha"),
     *only_off("a batch that shrinks until it fits", "auto_find_batch_size"),
-    *only_off("the best checkpoint instead of the last", "load_best_model_at_end", way_out="--drop load_best_model_at_end keeps the last"),
+    BEST,
+    *BEST_BY,
     *only_off("parallelism of accelerate's", "parallelism_config"),
     *only_off("apex or SageMaker", "fp16_opt_level", "mp_parameters", "sharded_ddp", way_out="--drop it"),
     Setting("accelerator_config.split_batches", Only("a global batch given as a device's")),
@@ -220,7 +223,7 @@ OTHERS = (
     *idle(_EVALUATION, "eval_strategy", "evaluation_strategy", "eval_delay", "per_device_eval_batch_size",
           "prediction_loss_only", "eval_on_start", "eval_do_concat_batches", "eval_use_gather_object",
           "eval_accumulation_steps", "include_for_metrics", "include_inputs_for_metrics", "batch_eval_metrics",
-          "metric_for_best_model", "greater_is_better", "do_eval", "do_predict", "evaluate_during_training"),
+          "do_eval", "do_predict", "evaluate_during_training"),
     *idle(_CHECKPOINT, "save_strategy", "save_only_model", "save_on_each_node", "save_safetensors", "enable_jit_checkpoint"),
     *idle("a run resumes with `train --resume`", "resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
     *idle("`--out` says it", "output_dir", "overwrite_output_dir"),

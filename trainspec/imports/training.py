@@ -14,6 +14,7 @@ from trainspec.imports.settings import (
     NoEffect,
     Outcome,
     Question,
+    Read,
     Refused,
     Setting,
     Translated,
@@ -402,4 +403,30 @@ def mean_of_means(value: Any, case: Case) -> Outcome:
 
 MEAN_OF_MEANS = By(
     mean_of_means, "no effect where true; where false and on several devices a difference is named"
+)
+
+
+def best(value: Any, case: Case) -> Outcome:
+    """The weights of the lowest held-out loss instead of the last: kept here as well, but beside the last."""
+    name, metric = "load_best_model_at_end", case["metric_for_best_model"]
+    last = f"--drop {name} keeps the last"
+    if not value:
+        return NoEffect("the newest checkpoints are kept: checkpoint.keep")
+    if metric not in (None, "loss", "eval_loss") or case["greater_is_better"]:
+        return Refused(
+            f"the best by {metric or 'the largest loss'}", f"{last}; here it is the lowest held-out loss"
+        )
+    if not case.ours.get("data.heldout"):
+        return Refused("the best checkpoint without held-out records", f"--set data.heldout=FILE, or {last}")
+    note = "differs: there the run ends with these weights; here they are kept besides the last, as checkpoints/best"
+    return Translated({"checkpoint.keep_best": 1}, note)
+
+
+BEST = Setting(
+    "load_best_model_at_end",
+    By(best, "`checkpoint.keep_best`: 1, by the held-out loss and with `data.heldout`; else refused", ("checkpoint.keep_best",)),
+)  # fmt: skip
+BEST_BY = (
+    Setting("metric_for_best_model", Read("load_best_model_at_end")),
+    Setting("greater_is_better", Read("load_best_model_at_end")),
 )
