@@ -46,6 +46,7 @@ _NOT_ITS_FAULT = "device-side assert"
 _STACK = re.compile(r"\s*(Exception raised from|C\+\+ CapturedTraceback|For debugging consider).*", re.DOTALL)
 _LONGEST_CHARACTERS = 1000
 NOTHING_SAVED = Note("nothing was saved yet")
+_SAVED = re.compile(r"; (?:nothing was saved yet|saved: \S.*; continue with --resume)$")
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
@@ -134,6 +135,11 @@ def saved_in(out: Path) -> Note:
     except OSError as error:
         return Note(f"what is saved in {out} cannot be read ({describe_os_error(error)})")
     return Note(f"saved: {newest}; continue with --resume") if newest else NOTHING_SAVED
+
+
+def without_saved(line: str) -> str:
+    """An error's line without what `saved_in` adds."""
+    return _SAVED.sub("", line)
 
 
 def _newest(out: Path | None) -> Path | None:

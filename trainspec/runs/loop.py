@@ -86,7 +86,7 @@ def _train(
     lines = _summary(run, data, saved, request.allow)
     request.clock.lap("data opened")
     store = _store(backend, run, data, request, processes, devices)
-    agreement = Agreement(processes, stop, check=store.check)
+    agreement = Agreement(processes, stop, check=store.check, minutes=run.recipe.checkpoint.every_minutes)
     state, last = _started(backend, run, store, out, saved, is_leader=is_leader), data.span.last
     request.clock.lap("starting weights read")
     with (
