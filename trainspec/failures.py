@@ -40,6 +40,8 @@ _DEVICE_WORDS = re.compile(
     r"CUDA(_ERROR_\w+| error)|CU(DNN|BLAS)_STATUS|NVIDIA driver|\bNCCL\b|\bgloo\b|[Ss]ocket (closed|timeout)"
     r"|[Cc]onnection (closed|reset|refused|timed out)|Broken pipe",
 )
+# XLA's text of a collective that has failed at its dispatch, a ValueError.
+_XLA_COLLECTIVE = re.compile(r"[A-Z_]+: Gloo \w+ failed")
 # An index out of bounds in a kernel: a mistake of the program, not of the device.
 _NOT_ITS_FAULT = "device-side assert"
 # Pages of C++ follow these words; XLA's messages may be long without them.
@@ -96,6 +98,8 @@ def _of_machine(error: BaseException) -> str | None:
         return describe_os_error(error)
     text, names = str(error), {kind.__name__ for kind in type(error).__mro__}
     known = names & _DEVICE_CLASSES or _XLA_STATUS.match(text) or _DEVICE_WORDS.search(text)
+    if isinstance(error, ValueError) and _XLA_COLLECTIVE.match(text):
+        return text
     return text if isinstance(error, RuntimeError) and known and _NOT_ITS_FAULT not in text else None
 
 

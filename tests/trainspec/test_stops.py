@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 from small import ROOT
 
-from trainspec.errors import EXIT_STOPPED, MachineError, StoppedError
+from trainspec.errors import EXIT_STOPPED, MachineError, StoppedError, WeightsError
 from trainspec.failures import outcome
 from trainspec.runs.agreement import Agreement
 from trainspec.runs.processes import Processes
@@ -160,6 +160,44 @@ def test_all_end_where_one_cannot_save_and_each_says_whose_fault_it_is():
         "[Errno 28] No space left on device: 'a/b'"
     ]
     assert second == ["OSError: [Errno 28] No space left on device: 'a/b'"]
+
+
+def test_work_that_ends_a_run_is_done_when_all_have_done_it():
+    meeting, done = threading.Barrier(2, timeout=30), []
+    results: dict[int, str] = {}
+
+    def exchange(index: int, text: str, texts: list[str] = ["", ""]) -> list[str]:  # noqa: B006
+        texts[index] = text
+        meeting.wait()
+        found = list(texts)
+        meeting.wait()
+        return found
+
+    def process(index: int, *, fails: bool) -> None:
+        def work() -> None:
+            time.sleep(0.05 * index)
+            done.append(index)
+            if fails and index == 1:
+                raise WeightsError("half a file")
+
+        try:
+            Agreement(Processes(index, 2, lambda text: exchange(index, text))).finish(work)
+            results[index] = f"ended after {len(done)}"
+        except Exception as error:
+            results[index] = f"{type(error).__name__}: {error}"
+
+    for fails, wanted in (
+        (False, {0: "ended after 2", 1: "ended after 2"}),
+        (True, {0: "MachineError: process 1 of 2 could not save its part of a checkpoint: half a file",
+                1: "WeightsError: half a file"}),
+    ):  # fmt: skip
+        done.clear()
+        threads = [threading.Thread(target=process, args=(n,), kwargs={"fails": fails}) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == wanted
 
 
 def test_minutes_are_those_of_the_leader():

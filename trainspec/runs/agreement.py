@@ -67,13 +67,7 @@ class Agreement:
         """
         self._stop.defer()
         words = self._exchanged()
-        for process, word in enumerate(words):
-            if word.failure is not None:
-                if process == self._processes.index and self._error is not None:
-                    raise self._error
-                raise MachineError(
-                    f"process {process} of {len(words)} could not save its part of a checkpoint: {word.failure}"
-                )
+        self._raise_failures(words)
         asked = _asked(words)
         if asked is not None:
             raise StoppedError(asked, step)
@@ -84,6 +78,17 @@ class Agreement:
         if self._stop.asked is not None:
             self.go_on(step)
 
+    def finish(self, work: Callable[[], None]) -> None:
+        """Do the work that ends a run, such as saving, and return when all processes have done theirs.
+
+        Raises the error of one, on every process.
+        """
+        try:
+            work()
+        except Exception as error:  # raised when all know of it
+            self._error = error
+        self._raise_failures(self._exchanged())
+
     def is_stopping(self) -> bool:
         """Whether one of the processes was asked to stop, so that nothing but saving is to be begun."""
         return _asked(self._exchanged()) is not None
@@ -91,6 +96,15 @@ class Agreement:
     def saved(self) -> None:
         """A checkpoint was begun: the minutes count from here."""
         self._saved_at = self._now()
+
+    def _raise_failures(self, words: list[_Word]) -> None:
+        for process, word in enumerate(words):
+            if word.failure is not None:
+                if process == self._processes.index and self._error is not None:
+                    raise self._error
+                raise MachineError(
+                    f"process {process} of {len(words)} could not save its part of a checkpoint: {word.failure}"
+                )
 
     def _exchanged(self) -> list[_Word]:
         mine = self._word()

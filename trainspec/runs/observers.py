@@ -312,10 +312,14 @@ class CheckpointObserver(Observer[S], Generic[S]):
         return replace(update, checkpoint_seconds=time.perf_counter() - began)
 
     def stopped(self, state: S, unmade: Update | None) -> None:
-        """Saves the last finished update, unless it is saved, and waits for it."""
-        if state.step > self._saved_step:
-            self._save(state)
-        self._store.wait()
+        """Saves the last finished update, unless it is saved, and waits until it is complete."""
+
+        def save() -> None:
+            if state.step > self._saved_step:
+                self._save(state)
+            self._store.wait()
+
+        self._agreement.finish(save)
 
     def finished(self, error: BaseException | None) -> None:
         """Waits for the save in flight, but not where the user ends the run at once."""
