@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from parity.runs.fixture import TinySetup, write_tiny
 from parity.runs.join import join
 from parity.runs.launch_many import Case, run_cases
 from parity.runs.sides import parse_resumption, parse_side
+from trainspec.checkpoints.manifest import read_manifest
 from trainspec.errors import TraceError
 from trainspec.plans.plan import Backend
 from trainspec.trace import Trace
@@ -60,9 +61,9 @@ def older(part: str, name: str = NAME) -> Callable[[Path], None]:
         before, newest = (run / f"checkpoints/step-{step:06d}" for step in (AFTER - 1, AFTER))
         file = newest / f"{part}.safetensors"
         save_file(load_file(file) | {name: load_file(before / file.name)[name]}, file)
-        head = json.loads((newest / "checkpoint.json").read_text())
-        head["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-        (newest / "checkpoint.json").write_text(json.dumps(head))
+        manifest, digest = read_manifest(newest), hashlib.sha256(file.read_bytes()).hexdigest()
+        sizes = {**manifest.sizes, file.name: file.stat().st_size}
+        replace(manifest, sha256={**manifest.sha256, file.name: digest}, sizes=sizes).write(newest)
 
     return alter
 

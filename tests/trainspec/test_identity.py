@@ -17,6 +17,7 @@ from small import QA, SMALL, write_checkpoint, write_tokenizer
 
 from trainspec.checkpoints import checkpoint, folders, store
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.manifest import read_manifest
 from trainspec.data import open_dataset
 from trainspec.errors import RecipeError, UserError, WeightsError
 from trainspec.files.adapters import write_adapter
@@ -390,9 +391,9 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path):
 
 def test_a_recipe_that_this_version_does_not_know_is_no_damage(made):
     _, found, _ = made()
-    head = json.loads((found.path / "checkpoint.json").read_text())
-    head["recipe"]["optimizer"]["nesterov"] = True
-    (found.path / "checkpoint.json").write_text(json.dumps(head))
+    manifest = read_manifest(found.path)
+    manifest.recipe["optimizer"]["nesterov"] = True
+    manifest.write(found.path)
     with pytest.raises(WeightsError, match=r"does not know: optimizer\.nesterov: unknown key"):
         checkpoint.read_origin(found.path)
 

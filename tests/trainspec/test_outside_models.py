@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -33,6 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trainspec.checkpoints import store
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.manifest import read_manifest
 from trainspec.errors import DataError, ModelError, RecipeError, WeightsError
 from trainspec.files.adapters import read_adapter, write_adapter
 from trainspec.files.hf import copy_tokenizer, model_notes, read_model, resolve_model, tokenizer_files
@@ -43,7 +45,7 @@ from trainspec.params import param_table
 from trainspec.recipe import ModelSource, Recipe
 from trainspec.rope import inverse_frequencies
 from trainspec.runs.export import export
-from trainspec.runs.identity import model_digest, weights_digest
+from trainspec.runs.identity import Identity, model_digest, weights_digest
 from trainspec.runs.run import resolve
 from trainspec.text.store import find_tokenizer
 
@@ -511,8 +513,7 @@ def test_an_export_has_the_chat_template_that_was_trained_with(make_recipe: Make
 def test_a_tokenizer_that_has_changed_since_the_run_is_said(make_recipe: Make, tmp_path: Path):
     base = a_model(tmp_path / "base")
     recipe = trained_lora(make_recipe, base, tmp_path)
-    (newest,) = (tmp_path / "checkpoints").iterdir()
-    head = json.loads((newest / "checkpoint.json").read_text())
+    (newest,) = (tmp_path / "checkpoints").glob("step-*")
     spec = resolve_model(recipe.model)[0]
     digests = {
         "model": model_digest(spec),
@@ -521,7 +522,7 @@ def test_a_tokenizer_that_has_changed_since_the_run_is_said(make_recipe: Make, t
         "data": "",
         "method": "",
     }
-    (newest / "checkpoint.json").write_text(json.dumps(head | {"identity": digests}))
+    replace(read_manifest(newest), identity=Identity(**digests)).write(newest)
     said: list[str] = []
     export(recipe, out=tmp_path, merge=True, say=said.append)
     assert said == []

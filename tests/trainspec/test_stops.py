@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 from small import ROOT
@@ -97,9 +96,7 @@ def test_the_code_and_the_line_of_a_stopped_run():
     assert outcome(StoppedError("Ctrl-C", 0)) == (75, "stopped by Ctrl-C before its first update")
 
 
-def agreed(
-    *stops: StopRequest, checks: dict[int, Callable[[], None]] | None = None, calls: int = 1
-) -> list[list[object]]:
+def agreed(*stops: StopRequest, fails: int | None = None, calls: int = 1) -> list[list[object]]:
     """What `go_on` does in as many processes, here threads that meet, `calls` times: `is_due`, or the error."""
     count = len(stops)
     meeting, texts = threading.Barrier(count, timeout=30), [""] * count
@@ -115,10 +112,15 @@ def agreed(
 
     def process(index: int) -> None:
         here = Processes(index, count, lambda text: exchange(index, text))
-        check = (checks or {}).get(index, lambda: None)
+
+        def check() -> None:
+            if index == fails:
+                raise OSError(28, "No space left on device", "a/b")
+
         # Only the leader's clock counts: that of the others would be due at once.
         now = (lambda: float(next(hour)) / 60) if index == 0 else (lambda: 1e9 if results[index] else 0.0)
-        agreement = Agreement(here, stops[index], check=check, minutes=2, now=now)
+        failure = (lambda: "no space") if index == fails else (lambda: None)
+        agreement = Agreement(here, stops[index], failure=failure, check=check, minutes=2, now=now)
         for step in range(1, calls + 1):
             try:
                 agreement.go_on(step)
@@ -151,14 +153,8 @@ def test_all_stop_where_one_is_asked(who: int):
 
 
 def test_all_end_where_one_cannot_save_and_each_says_whose_fault_it_is():
-    def fails() -> None:
-        raise OSError(28, "No space left on device", "a/b")
-
-    first, second = agreed(asked(None), asked(None), checks={1: fails})
-    assert first == [
-        "MachineError: process 1 of 2 could not save its part of a checkpoint: "
-        "[Errno 28] No space left on device: 'a/b'"
-    ]
+    first, second = agreed(asked(None), asked(None), fails=1)
+    assert first == ["MachineError: process 1 of 2 could not save its part of a checkpoint: no space"]
     assert second == ["OSError: [Errno 28] No space left on device: 'a/b'"]
 
 
@@ -234,11 +230,11 @@ def test_who_waits_looks_without_meeting_the_others():
         Agreement(stop=stop).look(3)
 
 
-def test_an_error_of_a_save_is_raised_once_all_know_of_it():
+def test_an_error_of_a_save_is_raised_between_updates():
     def fails() -> None:
         raise MachineError("the disk")
 
-    agreement = Agreement(check=fails)
+    agreement = Agreement(failure=lambda: "the disk", check=fails)
     assert not agreement.is_stopping()  # asked in the middle of an evaluation
     with pytest.raises(MachineError, match="the disk"):
         agreement.go_on(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from trainspec.checkpoints.folders import latest
 from trainspec.checkpoints.manifest import PORTABLE, read_manifest, whole
 from trainspec.checkpoints.shards import KINDS, ShardFiles, files_of
+from trainspec.checkpoints.verify import verify
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.files.hf import read_entries
 from trainspec.plans.plan import STORED_DTYPE
@@ -45,16 +45,6 @@ def read_origin(path: Path) -> CheckpointOrigin:
     return read_manifest(path).origin(path)
 
 
-def verify(path: Path) -> None:
-    """Raises WeightsError where a file of the checkpoint is missing or is not the one that was written."""
-    with whole(path):
-        for name, digest in read_manifest(path).sha256.items():
-            if _sha256(path / name) != digest:
-                raise WeightsError(
-                    f"{path / name}: damaged (its SHA-256 is not the recorded one); remove {path} to use the one before it"
-                )
-
-
 def load(path: Path, run: Run) -> Checkpoint:
     """Verify a portable checkpoint and open it in the precision of `run`; weights are read slice by slice, on demand.
 
@@ -74,7 +64,7 @@ def load(path: Path, run: Run) -> Checkpoint:
             files = [path / name for name in files_of(kind, manifest.sha256)]
         if not files:
             raise WeightsError(
-                f"{path}: incomplete checkpoint: no file of {kind}; remove it to use the one before it"
+                f"{path}: incomplete checkpoint: no file of {kind}; rename or remove it to use the one before it"
             )
         opened = ShardFiles(files, manifest.shapes, where=path)
         arrays.append(
@@ -82,8 +72,3 @@ def load(path: Path, run: Run) -> Checkpoint:
         )
     weights, moment1, moment2 = arrays
     return Checkpoint(manifest.step, weights, moment1, moment2)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

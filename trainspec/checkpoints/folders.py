@@ -1,14 +1,25 @@
-"""The directories of checkpoints: their names, which of them are complete, and which was left half written."""
+"""The directories of checkpoints: their names, which of them are complete, what was left half written or set aside.
+
+step-000050             complete: it has its final name
+.step-000050.tmp        being written, or what a kill has left of it
+.step-000050.old        complete, while another of the same step takes its place
+.step-000050.gone       being removed
+step-000050.damaged     not whole, and kept for whoever wants to look at it
+latest, best            names that point at one of the complete
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+LATEST, BEST = "latest", "best"
 _COMPLETE = re.compile(r"step-(\d+)")
-_UNFINISHED = re.compile(r"\.step-\d+\.(tmp|old)")
+_LEFTOVER = re.compile(rf"\.step-(?P<step>\d+)\.(?P<kind>tmp|old|gone(-\d+)?)|\.({LATEST}|{BEST})\.tmp")
 
 
 def checkpoint_name(step: int) -> str:
@@ -26,10 +37,17 @@ def unfinished(out: Path, step: int) -> Path:
     return checkpoints_of(out) / f".{checkpoint_name(step)}.tmp"
 
 
+def step_of(path: Path) -> int | None:
+    """The step that the name of a complete checkpoint says."""
+    match = _COMPLETE.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
 def complete(out: Path) -> list[Path]:
     """The complete checkpoints under OUT, oldest first."""
-    numbered = [(_COMPLETE.fullmatch(p.name), p) for p in checkpoints_of(out).glob("step-*") if p.is_dir()]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+    paths = [path for path in checkpoints_of(out).glob("step-*") if path.is_dir()]
+    numbered = [(step, path) for path in paths if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(numbered)]
 
 
 def latest(out: Path) -> Path | None:
@@ -41,31 +59,105 @@ def latest(out: Path) -> Path | None:
 def commit(out: Path, step: int) -> Path:
     """Give a finished checkpoint its final name, by which it counts as complete."""
     path = checkpoints_of(out) / checkpoint_name(step)
+    old = path.with_name(f".{path.name}.old")
     if path.exists():
-        old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
-    unfinished(out, step).rename(path)
+    try:
+        unfinished(out, step).rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def remove_leftovers(out: Path) -> None:
-    """Remove what a run that was killed has left half written."""
-    for path in checkpoints_of(out).glob(".step-*"):
-        if _UNFINISHED.fullmatch(path.name):
+def remove_leftovers(out: Path, *, before: int | None = None) -> None:
+    """Remove what was left half written or half removed: by a run that was killed, or only of steps `before` one."""
+    for path in checkpoints_of(out).glob(".*"):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or (before is not None and not (match["step"] and int(match["step"]) < before)):
+            continue
+        final = path.with_name(checkpoint_name(int(match["step"] or 0)))
+        if match["kind"] == "old" and not final.exists():
+            path.rename(final)  # killed just before another took its place
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def discard(path: Path) -> None:
-    """Remove a checkpoint that could not be finished."""
-    shutil.rmtree(path, ignore_errors=True)
+def remove(path: Path) -> None:
+    """Remove a directory of a checkpoint: its name first, so that half of it never counts as complete.
+
+    Whoever still writes into it writes into nothing.
+    """
+    name = path.name.removeprefix(".").removesuffix(".tmp")
+    gone = _free(path.with_name(f".{name}.gone"))
+    try:
+        path.rename(gone)
+    except FileNotFoundError:
+        return
+    except (
+        OSError
+    ):  # a file system that cannot: nothing of an unfinished one counts, and no complete one has come to be
+        gone = path
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name by which it no longer counts. Returns its new place."""
+    aside = _free(path.with_name(f"{path.name}.damaged"))
+    path.rename(aside)
+    flush(path.parent)
+    return aside
+
+
+def point(out: Path, name: str, target: Path | None) -> None:
+    """Let `name` beside the checkpoints stand for one of them (None: for none).
+
+    A symbolic link, or where the file system has none a text file with the checkpoint's name.
+    """
+    path = checkpoints_of(out) / name
+    if target is None:
+        path.unlink(missing_ok=True)
+        return
+    new = path.with_name(f".{name}.tmp")
+    new.unlink(missing_ok=True)
+    try:
+        new.symlink_to(target.name, target_is_directory=True)
+    except OSError:
+        new.write_text(target.name + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def flush(path: Path) -> None:
     """Have a file or a directory's entries on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the disk that comes from inside names the file; the system names it only where it opens one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _free(path: Path) -> Path:
+    """`path`, or with a number where there is one already."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trainspec.checkpoints.folders import flush
+from trainspec.checkpoints.folders import flush, naming
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.recipe import Recipe, recipe_from
 from trainspec.runs.identity import Identity
@@ -17,14 +18,17 @@ from trainspec.runs.resume import CheckpointOrigin
 
 FILE = "checkpoint.json"
 PORTABLE = "portable"
+_DIGEST = "digest"
+_BLANK = "0" * 64
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A run after `step` updates, which is also its position in the data.
 
-    `sha256` has every file of the checkpoint, by its path in it; `shapes` every trained tensor (None: each file's keys are
-    whole tensors, as versions wrote them that gathered); `identity` is None where a version without digests wrote it.
+    `sha256` has every file of the checkpoint, by its path in it, `sizes` their bytes; `shapes` every trained tensor (None: each
+    file's keys are whole tensors, as versions wrote them that gathered); `identity` is None where a version without digests
+    wrote it.
     """
 
     step: int
@@ -36,11 +40,14 @@ class Manifest:
     heldout_loss: float | None = None
     backend: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write it into a checkpoint's directory, and flush it to the disk."""
+        """Write it into a checkpoint's directory with its own digest, and flush it to the disk."""
         path = folder / FILE
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(asdict(self) | {_DIGEST: _BLANK}, indent=2) + "\n"
+        with naming(path):
+            path.write_text(text.replace(_BLANK, _digest(text)), encoding="utf-8")
         flush(path)
 
     def origin(self, path: Path) -> CheckpointOrigin:
@@ -49,9 +56,11 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at `path`. Raises WeightsError for an incomplete one."""
+    """The manifest of the checkpoint at `path`. Raises WeightsError for an incomplete one, and where it is damaged."""
     with whole(path):
-        tree = dict(json.loads((path / FILE).read_text(encoding="utf-8")))
+        text = (path / FILE).read_bytes().decode()
+        tree = dict(json.loads(text))
+        _check(tree, text, path / FILE)
         identity, shapes = tree.get("identity"), tree.get("shapes")
         return Manifest(
             step=int(tree["step"]),
@@ -63,7 +72,14 @@ def read_manifest(path: Path) -> Manifest:
             heldout_loss=tree.get("heldout_loss"),
             backend=tree.get("backend"),
             versions=dict(tree.get("versions") or {}),
+            sizes={str(name): int(size) for name, size in (tree.get("sizes") or {}).items()},
         )
+
+
+def run_digest(recipe: Mapping[str, Any], identity: Identity | None) -> str:
+    """What the files of a checkpoint carry, so that one of another run is recognised: of the recipe and of the run's inputs."""
+    told = {"recipe": recipe, "identity": asdict(identity) if identity else None}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -73,8 +89,40 @@ def whole(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(
-            f"{path}: incomplete checkpoint ({type(error).__name__}); remove it to use the one before it"
+            f"{path}: incomplete checkpoint ({_told(error)}); rename or remove it to use the one before it"
         ) from None
+
+
+def _told(error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            return f"{Path(str(error.filename)).name} is missing"
+        case _Damaged():
+            return str(error)
+        case _:
+            return f"{FILE} is damaged: {type(error).__name__}"
+
+
+class _Damaged(ValueError):
+    """The manifest is not the one that was written."""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check(tree: Mapping[str, Any], text: str, path: Path) -> None:
+    """Raises _Damaged unless the manifest is as it was written. Those of earlier versions have no digest."""
+    known = {column.name for column in fields(Manifest)}
+    digest = tree.get(_DIGEST)
+    if digest is None and "sizes" not in tree and tree.keys() <= known:
+        return
+    if (
+        not isinstance(digest, str)
+        or text.count(digest) != 1
+        or _digest(text.replace(digest, _BLANK)) != digest
+    ):
+        raise _Damaged(f"{path.name} is damaged: it is not as it was written")
 
 
 def _recipe_of(path: Path, tree: dict[str, Any]) -> Recipe:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainspec.checkpoints.checkpoint import load
+from trainspec.checkpoints.manifest import run_digest
 from trainspec.checkpoints.shards import KINDS, Shard, file_name
 from trainspec.errors import WeightsError
 from trainspec.files.tensors import write_tensors
+from trainspec.recipe import Recipe
 from trainspec.runs.contract import Backend, S
+from trainspec.runs.identity import Identity
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
+
+# Elements that are looked at at a time.
+_PIECE = 2**17
 
 
 class PortableFormat(Generic[S]):
@@ -22,32 +29,50 @@ class PortableFormat(Generic[S]):
 
     name = "portable"
 
-    def __init__(self, backend: Backend[S], run: Run, processes: Processes) -> None:
-        self._backend, self._run, self._processes = backend, run, processes
+    def __init__(
+        self, backend: Backend[S], run: Run, processes: Processes, *, identity: Identity | None = None
+    ) -> None:
+        self._backend, self._run, self._processes, self._identity = backend, run, processes, identity
 
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
         """Copy this process's shards of `state`; the function that is returned writes them, and returns their digests."""
         shards = list(self._backend.shards_of(state))
-        return lambda: write_shards(folder, shards, self._processes)
+        metadata = metadata_of(state.step, self._run.recipe, self._identity)
+        return lambda: write_shards(folder, shards, self._processes, metadata=metadata)
 
     def restore(self, state: S, path: Path) -> S:
         """`state` as it was when the checkpoint at `path` was taken."""
         return self._backend.restore(state, load(path, self._run))
 
 
-def write_shards(folder: Path, shards: Iterable[Shard], processes: Processes) -> dict[str, str]:
+def metadata_of(step: int, recipe: Recipe, identity: Identity | None) -> dict[str, str]:
+    """What a file says of itself, so that one of another run or step is recognised."""
+    return {"step": str(step), "run": run_digest(recipe.model_dump(mode="json", by_alias=True), identity)}
+
+
+def write_shards(
+    folder: Path, shards: Iterable[Shard], processes: Processes, *, metadata: Mapping[str, str]
+) -> dict[str, str]:
     """Write one process's shards, a file for each kind, flushed to the disk; returns the SHA-256 by file name.
 
-    Raises WeightsError for a value that is not finite.
+    Raises WeightsError, before anything is written, for a value that is not finite.
     """
     shards, digests = list(shards), {}
-    for kind in KINDS:
-        path = folder / file_name(kind, processes.index, processes.count)
-        mine = [shard for shard in shards if shard.kind == kind]
-        for shard in mine:
-            if not shard.array.size or not np.isfinite(shard.array).all():
-                what = "not finite" if shard.array.size else "empty"
-                raise WeightsError(f"{path}: {shard.name} is {what}; no checkpoint was written")
+    names = {kind: file_name(kind, processes.index, processes.count) for kind in KINDS}
+    for shard in shards:
+        if not shard.array.size or not _is_finite(shard.array):
+            what = "not finite" if shard.array.size else "empty"
+            raise WeightsError(
+                f"{folder / names[shard.kind]}: {shard.name} is {what}; no checkpoint was written"
+            )
+    for kind, name in names.items():
+        mine = {shard.key: shard.array for shard in shards if shard.kind == kind}
         if mine:
-            digests[path.name] = write_tensors({shard.key: shard.array for shard in mine}, path)
+            digests[name] = write_tensors(mine, folder / name, metadata={**metadata, "file": name})
     return digests
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    """Whether all of an array is finite. Piece by piece, as one that fits the cache is looked at several times as fast."""
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[at : at + _PIECE]).all() for at in range(0, flat.size, _PIECE))

@@ -1,15 +1,42 @@
-"""Which checkpoints are kept."""
+"""Which checkpoints are kept, and what `latest` and `best` stand for."""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from trainspec.checkpoints.folders import complete
+from trainspec.checkpoints import folders
+from trainspec.checkpoints.manifest import read_manifest
+from trainspec.errors import WeightsError
 from trainspec.recipe import Checkpoint as CheckpointSettings
 
 
-def remove_old(out: Path, settings: CheckpointSettings) -> None:
-    """Remove all but the newest `checkpoint.keep`."""
-    for old in complete(out)[: -settings.keep]:
-        shutil.rmtree(old)
+def apply(out: Path, settings: CheckpointSettings) -> None:
+    """Point the names at the newest and the best checkpoint, then remove all that nothing keeps, oldest first."""
+    paths = folders.complete(out)
+    best = best_of(paths) if settings.keep_best else []
+    folders.point(out, folders.LATEST, paths[-1] if paths else None)
+    folders.point(out, folders.BEST, best[0] if best else None)
+    for path in paths:
+        if path not in kept(paths, settings, best):
+            folders.remove(path)
+
+
+def kept(paths: Sequence[Path], settings: CheckpointSettings, best: Sequence[Path]) -> set[Path]:
+    """Those of `paths`, oldest first, that the recipe keeps; `best` are those with a held-out loss, the lowest first."""
+    every = settings.keep_every_steps
+    for_good = {path for path in paths if every and (folders.step_of(path) or 0) % every == 0}
+    return {*paths[-settings.keep :], *best[: settings.keep_best], *for_good}
+
+
+def best_of(paths: Sequence[Path]) -> list[Path]:
+    """Those of which the held-out loss is known, the lowest first; of equal ones the newest."""
+    measured = [(loss, path) for path in reversed(paths) if (loss := _heldout_loss(path)) is not None]
+    return [path for _, path in sorted(measured, key=lambda pair: pair[0])]
+
+
+def _heldout_loss(path: Path) -> float | None:
+    try:
+        return read_manifest(path).heldout_loss
+    except WeightsError:  # damaged: a run that resumes says so
+        return None

@@ -19,13 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from safetensors import SafetensorError, safe_open
 
 from trainspec.errors import ModelError, WeightsError
 from trainspec.families import family_of, family_of_config, preset
 from trainspec.families.family import Family
 from trainspec.files.model_config import config_notes, read_config, read_model_spec
-from trainspec.files.tensors import FLOATS, save_tensors
+from trainspec.files.tensors import FLOATS, TensorFile, save_tensors
 from trainspec.files.weight_files import MODEL_FILE, MODEL_INDEX, weight_files
 from trainspec.model import ModelSpec
 from trainspec.params import Param
@@ -34,7 +33,6 @@ from trainspec.weight import Index, Weight
 
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 COMPARED_BYTES = 2**26
-LFS_POINTER = b"version https://git-lfs"
 GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 # The tokenizer files that transformers may read: the fast tokenizer's, those of older kinds, and chat templates.
 TOKENIZER_PATTERNS = (
@@ -166,20 +164,19 @@ class TensorFiles:
     """The safetensors files of one directory: headers are read at once, data one tensor at a time."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._location: dict[str, tuple[Path, str]] = {}
+        self._location: dict[str, tuple[TensorFile, str]] = {}
         self._first_row: dict[str, int] = {}  # of what is a part of a stored tensor
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
         for path in files:
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    view = file.get_slice(name)
-                    if view.get_dtype() not in FLOATS:
-                        raise WeightsError(
-                            f"{path}: {name} is stored as {view.get_dtype()}; use one of {', '.join(FLOATS)}"
-                        )
-                    self._location[name], self.shapes[name] = (path, name), tuple(view.get_shape())
-                    self.dtypes[name] = FLOATS[view.get_dtype()]
+            file = TensorFile(path)
+            for name, entry in file.entries.items():
+                if entry.dtype not in FLOATS:
+                    raise WeightsError(
+                        f"{path}: {name} is stored as {entry.dtype}; use one of {', '.join(FLOATS)}"
+                    )
+                self._location[name], self.shapes[name] = (file, name), entry.shape
+                self.dtypes[name] = FLOATS[entry.dtype]
 
     def alias(self, name: str, stored: str) -> None:
         """Make the tensor `stored` available as `name`, too."""
@@ -199,37 +196,18 @@ class TensorFiles:
 
     def read(self, name: str, index: Index | None = None) -> NDArray[Any]:
         """One tensor, or its slice at `index`, in its stored type."""
-        path, stored = self._location[name]
+        file, stored = self._location[name]
         if name in self._first_row:
             rows, *columns = index or (slice(None),) * len(self.shapes[name])
             first, end, step = rows.indices(self.shapes[name][0])
             moved = self._first_row[name]
             index = (slice(first + moved, end + moved, step), *columns)
-        with _opened(path) as file:
-            return file.get_tensor(stored) if index is None else file.get_slice(stored)[index]
+        return file.read(stored, index)
 
     def weight(self, name: str, dtype: DTypeLike | None) -> Weight:
         """One tensor as `dtype` (None: as stored), read on demand."""
         wanted = self.dtypes[name] if dtype is None else np.dtype(dtype)
         return Weight(self.shapes[name], wanted, lambda index: self.read(name, index))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "numpy") as file:
-            yield file
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: missing; the directory is incomplete") from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    except SafetensorError as error:
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise WeightsError(
-                    f"{path}: only a Git LFS pointer; run `git lfs pull` in its directory"
-                ) from None
-        raise WeightsError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
 
 
 def model_files(directory: Path) -> TensorFiles:

@@ -1,4 +1,4 @@
-"""Writing safetensors files: completely or not at all, and with the permissions of the user's umask.
+"""Safetensors files: written completely or not at all with the permissions of the user's umask, and read by byte range.
 
 `write_tensors` holds one tensor in memory at a time; `save_tensors` is the library's own writer, which copies all of them.
 """
@@ -6,12 +6,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
-from collections.abc import Mapping
+import queue
+import sys
+import threading
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +27,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from trainspec.weight import WeightLike
+from trainspec.errors import WeightsError
+from trainspec.weight import Index, WeightLike
 
 # The types that weights may be stored in: safetensors' names and numpy's.
 FLOATS: dict[str, np.dtype[Any]] = {
@@ -29,6 +38,19 @@ FLOATS: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
+LFS_POINTER = b"version https://git-lfs"
+# safetensors' own limit of a header.
+_MOST_HEADER_BYTES = 100_000_000
+# How much is written and hashed at a time.
+_CHUNK_BYTES = 8 * 2**20
+# Of every chunk so much is read back.
+_SAMPLE_BYTES = 4096
+# Tensors smaller than this are joined before they are written: a call takes longer than their data.
+_SMALL_BYTES = 64 * 2**10
+# Rows of which only a part is wanted are read whole, in blocks of so many bytes; of longer ones only that part is.
+_BLOCK_BYTES = 64 * 2**10
+# Files that are open at a time, over all readers: systems allow a process some 1,000.
+_MOST_OPEN = 64
 
 
 def save_tensors(
@@ -45,13 +67,32 @@ def save_tensors(
 
 
 def write_tensors(
-    arrays: Mapping[str, WeightLike], path: Path, *, metadata: Mapping[str, str] | None = None
+    arrays: Mapping[str, WeightLike],
+    path: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    flush: bool = True,
 ) -> str:
-    """Write `arrays` one after the other and flush them to the disk; returns the SHA-256 of the file.
+    """Write `arrays` one after the other and have them on the disk; returns the SHA-256 of the file.
 
-    Raises OSError with the path, and leaves no file, where the disk fails. The layout is that of safetensors' own writer:
-    wider types first, then by name.
+    The layout is that of safetensors' own writer: wider types first, then by name. A second thread hashes while this one
+    writes. Of every 8 MiB the first 4 KiB are read back; a single bit that the disk has changed is found by its SHA-256 when
+    the file is read. Raises OSError with the path, and leaves no file, where the disk fails.
     """
+    try:
+        with path.open("wb", buffering=0) as file, _Hash() as digest:
+            samples = _write(file, _joined(_pieces(arrays, metadata)), digest)
+            if flush:
+                os.fsync(file.fileno())
+        _check_written(path, samples)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or "not written", str(path)) from None
+    return digest.hexdigest()
+
+
+def _pieces(arrays: Mapping[str, WeightLike], metadata: Mapping[str, str] | None) -> Iterator[memoryview]:
+    """The bytes of a file: its header, and every tensor when it is asked for."""
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -65,22 +106,239 @@ def write_tensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        yield np.ascontiguousarray(arrays[name][...]).reshape(-1).view(np.uint8).data
+
+
+def _joined(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same bytes in chunks: large pieces are cut and small ones joined."""
+    small = bytearray()
+    for piece in pieces:
+        if len(piece) >= _SMALL_BYTES or len(small) + len(piece) > _CHUNK_BYTES:
+            if small:
+                yield memoryview(small)
+            small = bytearray()
+        if len(piece) < _SMALL_BYTES:
+            small += piece
+            continue
+        for at in range(0, len(piece), _CHUNK_BYTES):
+            yield piece[at : at + _CHUNK_BYTES]
+    if small:
+        yield memoryview(small)
+
+
+class _Sample(NamedTuple):
+    """The start of a chunk that was written, to be read back."""
+
+    offset: int
+    size: int
+    checksum: int
+
+
+def _write(file: io.FileIO, chunks: Iterator[memoryview], digest: _Hash) -> list[_Sample]:
+    """Write and hash all chunks. Returns a sample of each; the last one is empty, at the end of the file."""
+    samples, offset = [], 0
+    for chunk in chunks:
+        digest.update(chunk)
+        begin = chunk[:_SAMPLE_BYTES]
+        samples.append(_Sample(offset, len(begin), zlib.crc32(begin)))
+        offset += len(chunk)
+        while chunk:  # a call may write only a part
+            chunk = chunk[file.write(chunk) :]
+    return [*samples, _Sample(offset, 0, 0)]
+
+
+def _check_written(path: Path, samples: list[_Sample]) -> None:
+    """Raises OSError where the file does not have what was written; it is read from the disk where the system can be told to."""
+    with path.open("rb", buffering=0) as file:
+        for sample in samples:
+            if sys.platform == "linux":
+                os.posix_fadvise(file.fileno(), sample.offset, sample.size, os.POSIX_FADV_DONTNEED)
+            found = os.pread(file.fileno(), sample.size, sample.offset)
+            if (len(found), zlib.crc32(found)) != (sample.size, sample.checksum):
+                raise OSError(None, "does not read back as written; the disk may be full or failing")
+        if os.fstat(file.fileno()).st_size != samples[-1].offset:
+            raise OSError(None, "is not as long as what was written; the disk may be full or failing")
+
+
+class _Hash:
+    """SHA-256 computed in a thread of its own, a few chunks behind the writer. The bytes given to it may not change."""
+
+    _MOST_WAITING = 4
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[memoryview | None] = queue.Queue(self._MOST_WAITING)
+        self._digest = hashlib.sha256()
+        self._thread = threading.Thread(target=self._run, name="hash", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
+    ) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (chunk := self._waiting.get()) is not None:
+            self._digest.update(chunk)
+
+    def update(self, chunk: memoryview) -> None:
+        """Hash this, too."""
+        self._waiting.put(chunk)
+
+    def hexdigest(self) -> str:
+        """The digest of all, after the context's end."""
+        return self._digest.hexdigest()
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: its type in safetensors' words, its shape, and its first byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class _Handle:
+    """A file that is open as long as somebody has this."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class TensorFile:
+    """One safetensors file. The header is read and checked at once, data when it is asked for, by byte range.
+
+    The file stays open between reads; of all such files the _MOST_OPEN last ones do. Raises WeightsError for a file that is
+    missing, cut short, or no longer the one that it was.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._stamp = path, None
+        with _explained(path):
+            self.entries, self.metadata = _read_header(self._handle())
+
+    def read(self, name: str, index: Index | None = None) -> NDArray[Any]:
+        """One tensor, or its slice at `index`, in its stored type."""
+        entry = self.entries[name]
+        shape, dtype = entry.shape, FLOATS[entry.dtype]
+        bounds = [
+            s.indices(size) for s, size in zip(index or (slice(None),) * len(shape), shape, strict=True)
+        ]
+        if any(step != 1 for *_, step in bounds):
+            return self.read(name)[index]
+        box = tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
+        found = np.empty([s.stop - s.start for s in box], dtype)
+        if found.size:
+            with _explained(self._path):
+                _read_box(self._handle(), entry.offset, shape, box, found)
+        return found
+
+    def _handle(self) -> _Handle:
+        """The file, opened if it is not open. Whoever has it can read on when others push it out."""
+        with _OPENING:
+            handle = _OPEN.pop(self, None)
+            if handle is None:
+                handle = _Handle(os.open(self._path, os.O_RDONLY))
+                stat = os.fstat(handle.descriptor)
+                stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                if self._stamp not in (None, stamp):
+                    raise _Damaged("it has changed since it was first opened")
+                self._stamp = stamp
+            _OPEN[self] = handle
+            while len(_OPEN) > _MOST_OPEN:
+                del _OPEN[next(iter(_OPEN))]
+            return handle
+
+
+# The files that are open, that of the latest use last.
+_OPEN: weakref.WeakKeyDictionary[TensorFile, _Handle] = weakref.WeakKeyDictionary()
+_OPENING = threading.Lock()
+
+
+class _Damaged(Exception):
+    """A file is not what it should be; the text says in what way."""
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        with path.open("wb") as file:
-            for data in (len(text).to_bytes(8, "little"), text):
-                file.write(data)
-                digest.update(data)
-            for name in names:
-                data = np.ascontiguousarray(arrays[name][...]).reshape(-1).view(np.uint8).data
-                file.write(data)
-                digest.update(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: missing; the directory is incomplete") from None
     except OSError as error:
-        path.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or "not written", str(path)) from None
-    return digest.hexdigest()
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    except _Damaged as error:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise WeightsError(
+                    f"{path}: only a Git LFS pointer; run `git lfs pull` in its directory"
+                ) from None
+        raise WeightsError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
+
+
+def _read_header(handle: _Handle) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors and the metadata of a file. Raises _Damaged unless they fill it exactly, as safetensors requires."""
+    size = os.fstat(handle.descriptor).st_size
+    length = int.from_bytes(os.pread(handle.descriptor, 8, 0), "little")
+    if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
+        raise _Damaged(f"{size} bytes, without a whole header")
+    try:
+        tree = json.loads(os.pread(handle.descriptor, length, 8))
+        metadata = {str(key): str(value) for key, value in (tree.pop("__metadata__", None) or {}).items()}
+        found = []
+        for name, entry in tree.items():
+            begin, end = map(int, entry["data_offsets"])
+            found.append((begin, end, name, str(entry["dtype"]), tuple(map(int, entry["shape"]))))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise _Damaged("its header cannot be read") from None
+    entries, at = {}, 0
+    for begin, end, name, dtype, shape in sorted(found):
+        size_of = math.prod(shape) * FLOATS[dtype].itemsize if dtype in FLOATS else end - begin
+        if begin != at or end - begin != size_of or size_of < 0 or min(shape, default=0) < 0:
+            raise _Damaged(f"its header has no place for {name}")
+        entries[name], at = Entry(dtype, shape, 8 + length + begin), end
+    if 8 + length + at != size:
+        raise _Damaged(f"{size} bytes instead of {8 + length + at}")
+    return entries, metadata
+
+
+def _read_box(handle: _Handle, offset: int, shape: tuple[int, ...], box: Index, into: NDArray[Any]) -> None:
+    """Read the box of a tensor that lies at `offset` in row-major order."""
+    if all(s.stop - s.start == size for s, size in zip(box[1:], shape[1:], strict=True)):
+        first = box[0].start * math.prod(shape[1:]) * into.itemsize if box else 0
+        return _read_bytes(handle, offset + first, into)
+    rows, inner = box[0], math.prod(shape[1:])
+    row_bytes = inner * into.itemsize
+    wanted = math.prod(s.stop - s.start for s in box[1:])
+    if row_bytes > _BLOCK_BYTES and 2 * wanted < inner:
+        for i, row in enumerate(range(rows.start, rows.stop)):
+            _read_box(handle, offset + row * row_bytes, shape[1:], box[1:], into[i, ...])
+        return None
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    for row in range(rows.start, rows.stop, step):
+        end = min(row + step, rows.stop)
+        block = np.empty((end - row, *shape[1:]), into.dtype)
+        _read_bytes(handle, offset + row * row_bytes, block)
+        into[row - rows.start : end - rows.start] = block[(slice(None), *box[1:])]
+    return None
+
+
+def _read_bytes(handle: _Handle, offset: int, into: NDArray[Any]) -> None:
+    """Fill a contiguous array. Raises _Damaged where the file ends before."""
+    rest = memoryview(into.reshape(-1).view(np.uint8))
+    while rest:
+        count = os.preadv(handle.descriptor, [rest], offset)
+        if not count:
+            raise _Damaged("it ends before its data")
+        rest, offset = rest[count:], offset + count
 
 
 def _umask() -> int:

@@ -36,8 +36,8 @@ def _read(text: str) -> _Word:
 class Agreement:
     """Decides for all processes of a run at the same points; its methods are collectives where there are several.
 
-    `check` raises the error of a save of this process that has failed. With `minutes` a checkpoint is due that long after
-    the last one was begun, by the leader's clock.
+    `failure` is the text of a save of this process that has failed, `check` raises its error. With `minutes` a checkpoint is
+    due that long after the last one was begun, by the leader's clock.
     """
 
     def __init__(
@@ -45,13 +45,14 @@ class Agreement:
         processes: Processes | None = None,
         stop: StopRequest | None = None,
         *,
+        failure: Callable[[], str | None] = lambda: None,
         check: Callable[[], None] = lambda: None,
         minutes: float | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._processes, self._stop = processes or Processes(), stop or StopRequest()
-        self._check, self._minutes, self._now = check, minutes, now
-        self._error: Exception | None = None
+        self._failure, self._check = failure, check
+        self._minutes, self._now = minutes, now
         self._saved_at = now()
         self.is_due = False
 
@@ -66,8 +67,10 @@ class Agreement:
         Raises the error of a save that has failed, on every process, and StoppedError where one was asked to stop.
         """
         self._stop.defer()
-        words = self._exchanged()
-        self._raise_failures(words)
+        words = self._exchanged(self._failure())
+        if words[self._processes.index].failure is not None:
+            self._check()
+        _raise_failures(words)
         asked = _asked(words)
         if asked is not None:
             raise StoppedError(asked, step)
@@ -83,11 +86,15 @@ class Agreement:
 
         Raises the error of one, on every process.
         """
+        failed: Exception | None = None
         try:
             work()
         except Exception as error:  # raised when all know of it
-            self._error = error
-        self._raise_failures(self._exchanged())
+            failed = error
+        words = self._exchanged(None if failed is None else str(failed) or type(failed).__name__)
+        if failed is not None:
+            raise failed
+        _raise_failures(words)
 
     def is_stopping(self) -> bool:
         """Whether one of the processes was asked to stop, so that nothing but saving is to be begun."""
@@ -97,29 +104,19 @@ class Agreement:
         """A checkpoint was begun: the minutes count from here."""
         self._saved_at = self._now()
 
-    def _raise_failures(self, words: list[_Word]) -> None:
-        for process, word in enumerate(words):
-            if word.failure is not None:
-                if process == self._processes.index and self._error is not None:
-                    raise self._error
-                raise MachineError(
-                    f"process {process} of {len(words)} could not save its part of a checkpoint: {word.failure}"
-                )
-
-    def _exchanged(self) -> list[_Word]:
-        mine = self._word()
-        return [mine] if self.is_alone else [_read(text) for text in self._processes.exchange(mine.text())]
-
-    def _word(self) -> _Word:
-        if self._error is None:
-            try:
-                self._check()
-            except Exception as error:  # raised by `go_on`, when all know of it
-                self._error = error
+    def _exchanged(self, failure: str | None = None) -> list[_Word]:
         since = self._now() - self._saved_at
         is_due = self._processes.is_leader and self._minutes is not None and since >= 60 * self._minutes
-        failure = None if self._error is None else str(self._error) or type(self._error).__name__
-        return _Word(self._stop.asked, is_due, failure)
+        mine = _Word(self._stop.asked, is_due, failure)
+        return [mine] if self.is_alone else [_read(text) for text in self._processes.exchange(mine.text())]
+
+
+def _raise_failures(words: list[_Word]) -> None:
+    for process, word in enumerate(words):
+        if word.failure is not None:
+            raise MachineError(
+                f"process {process} of {len(words)} could not save its part of a checkpoint: {word.failure}"
+            )
 
 
 def _asked(words: list[_Word]) -> str | None:

@@ -22,8 +22,9 @@ from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import read_origin
 from trainspec.checkpoints.portable import PortableFormat
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
+from trainspec.checkpoints.verify import Newest, newest_whole
 from trainspec.data import Batch, open_dataset
-from trainspec.errors import MachineError, NonFiniteLossError, Note, StoppedError, UserError
+from trainspec.errors import MachineError, NonFiniteLossError, Note, RecipeError, StoppedError, UserError
 from trainspec.files.hf import model_notes
 from trainspec.plans.accelerators import Devices
 from trainspec.recipe import idle_settings
@@ -83,10 +84,16 @@ def _train(
         lines = opening(run.recipe, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)
     run, data = open_data(run)
-    lines = _summary(run, data, saved, request.allow)
+    newest = newest_whole(out, processes) if saved else Newest(None)
+    saved, lines = newest.path, [*newest.said]
+    if newest.said and saved is None:
+        raise RecipeError(f"{out}: --resume found no whole checkpoint there: {newest.said[-1]}")
+    lines += _summary(run, data, saved, request.allow)
     request.clock.lap("data opened")
     store = _store(backend, run, data, request, processes, devices)
-    agreement = Agreement(processes, stop, check=store.check, minutes=run.recipe.checkpoint.every_minutes)
+    agreement = Agreement(
+        processes, stop, failure=store.failure, check=store.check, minutes=run.recipe.checkpoint.every_minutes
+    )
     state, last = _started(backend, run, store, out, saved, is_leader=is_leader), data.span.last
     request.clock.lap("starting weights read")
     with (
@@ -217,7 +224,7 @@ def _observers(
             )
         )
     due = Due(recipe.checkpoint.every_steps, last)
-    observers.append(CheckpointObserver(store, due=due, agreement=agreement))
+    observers.append(CheckpointObserver(store, due=due, agreement=agreement, say=reporter.say))
     return [*observers, ReportObserver(reporter, arithmetic_of(run), last=last)]
 
 
@@ -235,7 +242,7 @@ def _store(
         backend=devices.backend,
         versions={package: version(package) for package in devices.packages},
     )
-    portable = PortableFormat(backend, run, processes)
+    portable = PortableFormat(backend, run, processes, identity=data.identity)
     return CheckpointStore(request.out, portable, manifest, run.recipe.checkpoint, processes)
 
 

@@ -7,8 +7,9 @@ needs, and a line in `loop._observers`.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import Generic, Protocol, TypeVar, get_args
 
 from trainspec.checkpoints.store import CheckpointStore
 from trainspec.data import Batch, Dataset
+from trainspec.errors import MachineError, Note, UserError
 from trainspec.plans.accelerators import Devices
 from trainspec.plans.flops import Arithmetic
 from trainspec.recipe import Recipe
@@ -293,8 +295,15 @@ class CheckpointObserver(Observer[S], Generic[S]):
 
     name = "checkpoint"
 
-    def __init__(self, store: CheckpointStore[S], *, due: Due, agreement: Agreement | None = None) -> None:
-        self._store, self._due, self._agreement = store, due, agreement or Agreement()
+    def __init__(
+        self,
+        store: CheckpointStore[S],
+        *,
+        due: Due,
+        agreement: Agreement | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._store, self._due, self._agreement, self._say = store, due, agreement or Agreement(), say
         self._saved_step = 0
         self._heldout_loss: float | None = None
 
@@ -305,6 +314,7 @@ class CheckpointObserver(Observer[S], Generic[S]):
     def updated(self, state: S, update: Update) -> Update:
         """Begins to save a due update; the update with the seconds for which that kept the run."""
         self._heldout_loss = update.heldout_loss
+        self._report()
         if not self._due(update.step) and not self._agreement.is_due:
             return update
         began = time.perf_counter()
@@ -323,8 +333,27 @@ class CheckpointObserver(Observer[S], Generic[S]):
 
     def finished(self, error: BaseException | None) -> None:
         """Waits for the save in flight, but not where the user ends the run at once."""
-        if not isinstance(error, KeyboardInterrupt):
-            self._store.wait(None if error is None or self._agreement.is_alone else _PEERS_SECONDS)
+        if isinstance(error, KeyboardInterrupt):
+            return
+        patience = threading.Timer(_PEERS_SECONDS, self._store.give_up)
+        patience.daemon = True
+        if error is not None and not self._agreement.is_alone:
+            patience.start()
+        try:
+            self._store.wait()
+        except (OSError, MachineError, UserError) as unsaved:
+            if error is None:
+                raise
+            error.add_note(Note(f"a checkpoint was not finished: {unsaved}"))
+        finally:
+            patience.cancel()
+        self._report()
+
+    def _report(self) -> None:
+        """Say which saves have failed that the run goes on without."""
+        for report in self._store.report():
+            if report.error is not None:
+                self._say(f"step {report.step} was not saved: {report.error}")
 
     def _save(self, state: S) -> None:
         self._store.save(state, heldout_loss=self._heldout_loss)

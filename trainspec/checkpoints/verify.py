@@ -1,0 +1,159 @@
+"""Whether a checkpoint is whole: every file is there and the one that was written. Processes share the work.
+
+What is not whole is set aside under a name by which it does not count, and kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainspec.checkpoints import folders
+from trainspec.checkpoints.manifest import FILE, PORTABLE, Manifest, read_manifest, run_digest
+from trainspec.errors import MachineError, WeightsError
+from trainspec.files.tensors import TensorFile
+from trainspec.runs.processes import Processes
+
+# Hashing one file takes a core; more than a few at a time would wait for the disk.
+_MOST_THREADS = 4
+# What was found whole in this process, with size and time of every file: a run verifies what it resumes from once.
+_whole: set[tuple[object, ...]] = set()
+
+
+def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
+    """Raises WeightsError unless every file of the checkpoint is the one that was written."""
+    found = damages(path, share=share)
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise WeightsError(f"{found[0]}{more}; rename or remove {path} to use the one before it")
+
+
+def damages(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is damaged or missing in a checkpoint, a line for each file; of every `share[1]` files the `share[0]`-th is read.
+
+    Files that this process has found whole before are not read again unless they have changed.
+    """
+    try:
+        manifest = read_manifest(path)
+    except WeightsError as error:
+        return [str(error).removesuffix("; rename or remove it to use the one before it")]
+    named = folders.step_of(path)
+    if named is not None and named != manifest.step:
+        return [f"{path / FILE}: is that of step {manifest.step}"]
+    index, count = share
+    names = sorted(manifest.sha256)[index::count]
+    if _stamp(path, manifest) in _whole:
+        return []
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        found = [line for line in pool.map(lambda name: _damage(path, name, manifest), names) if line]
+    if not found and count == 1:
+        _remember(path, manifest)
+    return found
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest whole checkpoint, if there is one, and what the user is told of those that are not."""
+
+    path: Path | None
+    said: tuple[str, ...] = ()
+
+
+def newest_whole(out: Path, processes: Processes) -> Newest:
+    """The newest checkpoint under OUT that is whole; damaged ones that are newer get names by which they do not count.
+
+    A collective: each process reads its share, and all of them decide alike. Raises MachineError in all of them where one
+    cannot read.
+    """
+    said: list[str] = []
+    names = [path.name for path in folders.complete(out)]
+    for name in reversed(_of_leader(names, processes)):
+        path = folders.checkpoints_of(out) / name
+        found = _exchanged(
+            lambda path=path: damages(path, share=(processes.index, processes.count)), processes
+        )
+        if not found:
+            _remember(path, read_manifest(path))
+            return Newest(path, tuple(said))
+        (said_of_it,) = _of_leader(_set_aside(path, found) if processes.is_leader else [], processes)
+        said.append(said_of_it)
+    return Newest(None, tuple(said))
+
+
+def _set_aside(path: Path, found: list[str]) -> list[str]:
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    try:
+        aside = folders.set_aside(path)
+    except OSError as error:
+        return [f"{found[0]}{more}; not used, and not renamed ({error.strerror})"]
+    return [f"{found[0]}{more}; not used, and set aside as {aside.name}"]
+
+
+def _of_leader(words: list[str], processes: Processes) -> list[str]:
+    """The leader's words, in every process."""
+    return list(json.loads(processes.exchange(json.dumps(words))[0]))
+
+
+def _exchanged(work: Callable[[], list[str]], processes: Processes) -> list[str]:
+    """What all processes find together. Raises MachineError in all where one of them fails."""
+    try:
+        mine: dict[str, object] = {"found": work()}
+    except OSError as error:
+        mine = {"error": f"{error.filename}: {error.strerror or error}"}
+    words = [json.loads(word) for word in processes.exchange(json.dumps(mine))]
+    for index, word in enumerate(words):
+        if "error" in word:
+            raise MachineError(
+                f"process {index} of {processes.count} cannot read a checkpoint: {word['error']}"
+            )
+    return list(dict.fromkeys(line for word in words for line in word["found"]))
+
+
+def _damage(path: Path, name: str, manifest: Manifest) -> str | None:
+    """What is wrong with one file, if anything."""
+    file, size = path / name, manifest.sizes.get(name)
+    try:
+        with file.open("rb") as stream:
+            found = os.fstat(stream.fileno()).st_size
+            if size is not None and found != size:
+                lack = "empty" if not found else f"{found} bytes"
+                return f"{file}: damaged ({lack} instead of {size} bytes{_another(file, name, manifest)})"
+            if hashlib.file_digest(stream, "sha256").hexdigest() == manifest.sha256[name]:
+                return None
+    except FileNotFoundError:
+        return f"{file}: missing (incomplete checkpoint)"
+    return f"{file}: damaged (its SHA-256 is not the recorded one{_another(file, name, manifest)})"
+
+
+def _another(file: Path, name: str, manifest: Manifest) -> str:
+    """Which file it is instead, where it says so itself."""
+    if manifest.format != PORTABLE:
+        return ""
+    try:
+        told = TensorFile(file).metadata
+    except WeightsError:
+        return ""
+    if told.get("run", digest := run_digest(manifest.recipe, manifest.identity)) != digest:
+        return ": it is of another run"
+    if told.get("step", str(manifest.step)) != str(manifest.step):
+        return f": it is of step {told['step']}"
+    return f": it is {told['file']}" if told.get("file", name) != name else ""
+
+
+def _remember(path: Path, manifest: Manifest) -> None:
+    if stamp := _stamp(path, manifest):
+        _whole.add(stamp)
+
+
+def _stamp(path: Path, manifest: Manifest) -> tuple[object, ...] | None:
+    """What changes when one of the files does; None where one is missing."""
+    try:
+        stats = [(path / name).stat() for name in [FILE, *sorted(manifest.sha256)]]
+    except OSError:
+        return None
+    return (path.absolute(), *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
