@@ -121,7 +121,14 @@ def _placed(
 ) -> Placement:
     """The device of each program. Raises UserError where there is no such device, or not as many as a plan takes."""
     wanted = [
-        Program(name, f"{name} ({side})", side.backend, side.device or device, recipe.plan.devices)
+        Program(
+            name,
+            f"{name} ({side})",
+            side.backend,
+            side.device or device,
+            recipe.plan.devices,
+            on_cores=f"--{name} {shlex.quote(str(replace(side, device='cpu')))}",
+        )
         for name, side, recipe in zip(NAMES, sides, recipes, strict=True)
     ]
     if precision != "fp64":

@@ -15,7 +15,7 @@ from trainspec.files.hf import model_notes, read_model
 from trainspec.params import Param
 from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe, idle_settings
-from trainspec.runs.opening import describe
+from trainspec.runs.opening import describe, loss_in_words
 from trainspec.runs.run import Run, check_plan, cost_of, resolve
 
 
@@ -111,6 +111,7 @@ def _say_length(run: Run) -> None:
 
 def _say_plan(run: Run) -> None:
     """The memory of a device on each backend. Raises PlanError where none runs the plan."""
+    _say(loss_in_words(run))
     refusals: dict[str, str] = {}
     for name, backend in BACKENDS.items():
         try:

@@ -75,13 +75,17 @@ ON_CORES = Placement()
 
 @dataclass(frozen=True)
 class Program:
-    """A program of a check: its name, its words for the user, its backend, the device that is asked for, and how many."""
+    """A program of a check: its name, its words for the user, its backend, the device that is asked for, and how many.
+
+    `on_cores` is what a user writes to have it alone compute on the cores; None where that cannot be asked for.
+    """
 
     name: str
     words: str
     backend: Backend
     device: Device
     devices: int = 1
+    on_cores: str | None = None
 
 
 def placed(
@@ -147,9 +151,7 @@ def _must_look(wanted: Program) -> bool:
 
 
 def _way_out(wanted: Program) -> str:
-    alone = (
-        "" if wanted.name == "reference" else f", or this side alone (--{wanted.name} {wanted.backend}@cpu)"
-    )
+    alone = f", or this side alone ({wanted.on_cores})" if wanted.on_cores else ""
     return f"compute on the cores (--device cpu){alone}"
 
 

@@ -71,7 +71,7 @@ def found(kind: str, count: int = 1):
 
 def wanted(*devices: str, backends=("jax", "torch"), plan_devices: int = 1) -> list[Program]:
     sides = [
-        Program(name, f"{name} ({backend})", backend, device, plan_devices)
+        Program(name, f"{name} ({backend})", backend, device, plan_devices, f"--{name} {backend}@cpu")
         for name, backend, device in zip(("left", "right"), backends, devices, strict=False)
     ]
     reference = [Program("reference", "the float64 reference (jax)", "jax", device) for device in devices[2:]]
@@ -195,6 +195,7 @@ def test_sides_may_differ_in_their_device(check, tmp_path):
         (("--device", "gpu"), {"files": ("dev/null",)}, "left (jax): this machine has no GPU"),
         (("--device", "gpu"), {"finds": FAILS}, "jaxtrain cannot say what devices are here: the driver is too old"),
         (("--device", "gpu", "--left", "jax plan.data=2"), {}, "the plan takes 2 devices, and here is 1 GPU"),
+        (("--device", "gpu", "--left", "jax plan.data=2"), {}, "this side alone (--left 'jax@cpu plan.data=2')"),
         (("--device", "tpu"), {"files": ("dev/accel0",), "finds": FINDS % ("tpu", 1)}, "torchtrain does not run on a TPU"),
     ],
 )  # fmt: skip

@@ -46,6 +46,16 @@ def test_what_overlaps_counts_once(passes):
     assert clock.laps[1].of_which == {}
 
 
+def test_the_first_updates_lap_says_what_its_observers_took(passes):
+    clock = Clock()
+    for _ in clock.awaited(range(1)):
+        for name, seconds in (("update", 4.0), ("weights read", 1.0), ("evaluation", 2.0)):
+            with clock.during(name):
+                passes(seconds)
+    [lap] = clock.laps
+    assert (lap.seconds, lap.of_which) == (7.0, {"evaluation": 2.0})
+
+
 def updates(clock: Clock, passes: Callable[[float], None], *seconds: tuple[float, float]) -> None:
     """An update for each pair: so long waited for its batch, so long made."""
 

@@ -58,6 +58,15 @@ def test_a_recipe_that_can_be_trained_is_shown_with_0(show):
     assert "no effect" not in result["out"]
 
 
+@pytest.mark.parametrize(
+    ("chunk", "said"), [("7", "# loss of 7 positions at once"), ("auto", "# loss of whole rows")]
+)
+def test_what_the_loss_makes_at_once_is_shown(show, chunk: str, said: str):
+    result = show(f"plan.loss_chunk={chunk}")
+    assert result["code"] == 0
+    assert said in result["out"].splitlines()
+
+
 def test_a_plan_that_one_backend_refuses_is_shown_with_0(show):
     result = show("plan.pipe=2", "plan.microbatches=2", "plan.schedule=gpipe")
     assert result["code"] == 0

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -82,6 +82,9 @@ class Clock:
             self.updates.append(self._update)
             if len(self.updates) == 1:
                 self.lap(FIRST)
+                first = self.laps[-1]  # what its observers took is no part of a later update either
+                observed = {k: s for k, s in self._update.items() if k not in (INPUT, UPDATE, READ)}
+                self.laps[-1] = replace(first, of_which={**first.of_which, **observed})
 
     def seconds(self, name: str) -> float:
         """How long the current update's span `name` was."""

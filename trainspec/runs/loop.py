@@ -81,7 +81,7 @@ def _train(
     out, program = request.out, BACKENDS[devices.backend].program
     saved, is_leader = check_output(request), processes.is_leader
     if is_leader:  # before anything that takes long
-        lines = opening(run.recipe, devices, name=program, out=out)
+        lines = opening(run, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)
     run, data = open_data(run)
     newest = newest_whole(out, processes) if saved else Newest(None)

@@ -95,7 +95,9 @@ def what_helps(run: Run, backend: Backend) -> list[str]:
     keeps_scores = plan.attention == "reference" and recipe.precision.policy != "fp64"
     settings = ["plan.attention=auto"] if keeps_scores else []
     by_itself = plan.model_copy(update={"loss_chunk": "auto"})
-    settings += ["plan.loss_chunk=auto"] if _chunk(by_itself, run) < _chunk(plan, run) else []
+    settings += (
+        ["plan.loss_chunk=auto"] if positions_at_once(by_itself, run) < positions_at_once(plan, run) else []
+    )
     settings += ["plan.remat=full"] if plan.remat == "none" else []
     shares = plan.microbatches * plan.replicas
     more = (n for n in range(batch.accumulation + 1, batch.global_examples // shares + 1))
@@ -133,7 +135,7 @@ def available_memory() -> int:
     return min([limit, *available])
 
 
-def _chunk(plan: Plan, run: Run) -> int:
+def positions_at_once(plan: Plan, run: Run) -> int:
     """For how many positions of each row a pass of training makes logits at once, under that plan."""
     batch, shares = run.recipe.batch, plan.microbatches * plan.replicas
     rows = math.ceil(batch.global_examples / (batch.accumulation * shares))

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from trainspec.methods import leading_positions
 from trainspec.plans.accelerators import Devices
 from trainspec.plans.plan import COMPUTE_DTYPE, MESH_AXES, STORED_DTYPE, Plan
-from trainspec.recipe import Recipe
-from trainspec.runs.memory import host_memory
+from trainspec.runs.memory import host_memory, positions_at_once
 from trainspec.runs.run import Run
 
 
-def opening(recipe: Recipe, devices: Devices, *, name: str, out: Path) -> list[str]:
+def opening(run: Run, devices: Devices, *, name: str, out: Path) -> list[str]:
     """The first lines of a run: versions, platform, devices, plan, precision, and where it writes."""
+    recipe = run.recipe
     packages = ", ".join(f"{package} {version(package)}" for package in devices.packages)
     memory, _ = host_memory()
     policy = recipe.precision.policy
@@ -26,7 +27,7 @@ def opening(recipe: Recipe, devices: Devices, *, name: str, out: Path) -> list[s
         f"{name} {version('twintrain')} with {packages} on Python {platform.python_version()}",
         f"host: {platform.node()}, {system}, {os.cpu_count()} cores, {memory / 2**30:,.1f} GiB of memory",
         f"devices: {devices}",
-        f"plan: {_plan_in_words(recipe.plan)}, attention {devices.attention or recipe.plan.attention}",
+        f"plan: {_plan_in_words(recipe.plan)}, attention {devices.attention or recipe.plan.attention}, {loss_in_words(run)}",
         f"precision: {policy}, stored in {STORED_DTYPE[policy]}, computed in {COMPUTE_DTYPE[policy]}, "
         f"gradients summed in {COMPUTE_DTYPE[recipe.precision.reduce]}",
         f"writes: {out}",
@@ -40,6 +41,13 @@ def _plan_in_words(plan: Plan) -> str:
         chunks = f" of {plan.chunks} chunks a stage" if plan.chunks_per_stage > 1 else ""
         words.append(f"schedule {plan.schedule}{chunks}, {plan.microbatches} microbatches")
     return ", ".join(words)
+
+
+def loss_in_words(run: Run) -> str:
+    """How many positions of a row the loss makes logits of at once."""
+    positions = leading_positions(run.recipe.method) + run.recipe.data.sequence_tokens
+    chunk = positions_at_once(run.recipe.plan, run)
+    return f"loss of {chunk} positions at once" if chunk < positions else "loss of whole rows"
 
 
 def describe(run: Run) -> str:
