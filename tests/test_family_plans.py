@@ -21,38 +21,23 @@ Make = Callable[..., Recipe]
 FULL = {"kind": "full"}
 LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ["q_proj"]}
 PIPE = "plan.pipe=2 plan.microbatches=2"
+# Every family under every kind of plan is in `parity matrix`; here are norms of heads, and plans that it has no families on.
 PLANS: list[tuple[str, str, str, Policy]] = [
     ("qwen3", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("qwen3", "jax plan.data=2", "torch plan.data=2", "fp64"),
-    ("qwen3", "jax plan.fsdp=2 plan.shards=params", "torch", "fp64"),
-    ("qwen3", f"jax {PIPE}", "torch", "fp64"),
-    ("qwen3", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
     ("qwen3", "jax plan.tensor=2 plan.fsdp=2 plan.shards=params", "torch plan.tensor=2 plan.fsdp=2 plan.shards=params", "fp32"),
-    ("glm", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("glm", "jax plan.fsdp=2 plan.shards=params", "torch", "fp64"),
-    ("glm", "jax", "torch plan.tensor=2 plan.fsdp=2 plan.shards=params", "fp32"),
-    ("chatglm2", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("smollm3", f"jax {PIPE}", "torch", "fp64"),
     ("smollm3", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-    ("smollm3", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("mistral", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-    ("mistral", "jax plan.data=2", "torch plan.tensor=2", "fp64"),
-    ("qwen2", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("qwen2", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
+    ("mistral", "jax plan.data=2", "torch plan.data=2", "fp64"),
 ]  # fmt: skip
-# Of the fast tests: tensor peers on both sides, a pipeline whose stages have layers that do not rotate.
+# Of the fast tests: tensor peers on both sides.
 FAST = (PLANS[0],)
 # P-Tuning v2 as published with ChatGLM2. A peer draws the masks of its own heads, a stage those of its own layers.
 PUBLISHED = {
     "kind": "prefix", "virtual_tokens": 3, "positions": "from_zero", "dropout": 0.2, "projection": True, "projected": "all_layers",
 }  # fmt: skip
+# Beside the matrix's plans of it: under recomputation, and split in two ways at once.
 PREFIX_PLANS: list[tuple[str, str, Policy]] = [
-    ("jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
     (f"jax {PIPE} plan.remat=full", "torch plan.data=2", "fp64"),
-    ("jax plan.fsdp=2 plan.shards=params", "torch plan.remat=full", "fp64"),
-    (f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-    ("jax plan.data=2 plan.tensor=2", "torch plan.fsdp=2 plan.shards=params plan.tensor=2", "fp32"),
-    ("jax", "torch plan.fsdp=2 plan.shards=params", "bf16"),
+    ("jax plan.data=2 plan.tensor=2", "torch plan.fsdp=2 plan.shards=params plan.tensor=2", "bf16"),
 ]
 # On torch, a tensor peer that keeps the gradient of its own heads.
 NOT_SUMMED = """
@@ -102,10 +87,8 @@ TIED = LORA | {"targets": ["query_key_value", "dense_4h_to_h"], "dropout": 0.1}
 TIED_PLANS: list[tuple[str, str, Policy]] = [
     ("jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
     (f"jax {PIPE} plan.remat=full", "torch plan.data=2", "fp64"),
-    ("jax plan.fsdp=2 plan.shards=params", "torch plan.remat=full", "fp64"),
     (f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-    ("jax plan.data=2 plan.tensor=2", "torch plan.fsdp=2 plan.shards=params plan.remat=full", "fp32"),
-    ("jax", "torch plan.fsdp=2 plan.shards=params plan.tensor=2", "bf16"),
+    ("jax plan.fsdp=2 plan.shards=params", "torch plan.fsdp=2 plan.shards=params plan.tensor=2", "bf16"),
 ]
 
 

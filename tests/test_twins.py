@@ -5,7 +5,6 @@ Each backend trains every case in one process; `parity diff`'s comparison judges
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +51,9 @@ CASES = [
     Case("lora", 2, True, "bias", remat="full"),
     Case("adapter", 2, True, "bias", remat="full"),
     Case("dora", 2, True, "bias", remat="full"),
-    *(Case(m, a, p) for m, a, p in itertools.product(("lora", "full"), (1, 4), (False, True))),
+    # `parity matrix` has every method, every family and every accumulation of both methods.
+    Case("full", 4, False),
+    Case("lora", 1, True),
     Case("full", 2, False, "bias", padding_side="left"),
     Case("lora", 2, True, "llama3-rope"),
     Case("lora", 2, False, "qwen3", targets=("q_proj",)),
@@ -64,18 +65,13 @@ CASES = [
     Case("ptuning-lstm", 2, True, remat="full"),
     Case("prefix", 2, False, padding_side="left", remat="full"),
     Case("prefix-projection", 4, True),
-    Case("full", 2, True, "qwen2"),
-    Case("full", 2, True, "mistral", remat="full"),
     Case("full", 1, False, "mistral", padding_side="left"),
     Case("full", 2, True, "smollm3", remat="full"),
-    Case("full", 2, True, "glm", remat="full"),
     Case("full", 1, True, "chatglm2"),
     Case("lora", 2, True, "glm", targets=("q_proj", "gate_up_proj", "down_proj")),
     Case("dora", 2, False, "glm", targets=("v_proj", "gate_up_proj")),
-    Case("prefix", 2, True, "mistral"),
     Case("prefix", 2, False, "mistral", padding_side="left"),
     Case("prompt", 2, True, "mistral"),
-    Case("prefix", 2, True, "smollm3"),
     Case("prefix-projection", 2, True, "glm"),
 ]
 FP32_CASES = [Case("lora", 2, True), Case("full", 2, True, "tied", remat="full")]

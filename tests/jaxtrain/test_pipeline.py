@@ -66,35 +66,48 @@ def test_a_pipeline_that_trains_something_else_would_show(few):
     assert found["update"] > 1e-3
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(
-    ("method", "variant", "packing"),
-    [(FULL, "tied-9", True), (LORA, "plain-9", False), (FULL, "bias-5", False), (LORA, "tied-5", True)],
-    ids=["full-tied-packed", "lora-padded", "full-bias-padded", "lora-tied-packed"],
-)
-def test_every_schedule(tmp_path, method, variant, packing, mesh):
-    """Nine layers are three on some stages of four and two on others, and one or two in a model chunk."""
-    case = COMMON | {
-        "method": method,
-        "variant": variant,
-        "batch": {"global_examples": 16, "accumulation": 1},
-        "data": COMMON["data"] | {"packing": packing},
-    }
-    plans = {
-        f"{schedule}-{microbatches}": MESHES[mesh]
-        | {
-            "schedule": schedule,
-            "microbatches": microbatches,
-            "remat": "full" if microbatches == 8 else "none",
-        }
-        for schedule, microbatches in itertools.product(SCHEDULES, (4, 8))
+TURNS = [(FULL, "tied-9", True), (LORA, "plain-9", False), (FULL, "bias-5", False), (LORA, "tied-5", True)]
+
+
+def every_schedule() -> dict[str, tuple[int, dict]]:
+    """By name which of `TURNS` is trained, and the plan: every schedule on every mesh, recomputed with more microbatches."""
+    found = {}
+    for number, (mesh, schedule, microbatches) in enumerate(itertools.product(MESHES, SCHEDULES, (4, 8))):
         # Five layers do not make eight model chunks.
-        if not (schedule == "interleaved" and mesh == "pipe4-fsdp2" and variant.endswith("5"))
-    }
-    cases = {"one": case} | {name: case | {"plan": plan} for name, plan in plans.items()}
-    runs = Runs(launch("run_plans.py", cases, tmp_path)[0])
-    assert_equal({name: worst(runs.of(name), runs.of("one")) for name in plans}, ROUNDING)
+        count = 2 if (mesh, schedule) == ("pipe4-fsdp2", "interleaved") else len(TURNS)
+        plan = MESHES[mesh] | {"schedule": schedule, "microbatches": microbatches}
+        plan["remat"] = "full" if microbatches == 8 else "none"
+        found[f"{mesh}-{schedule}-{microbatches}"] = (number + number // len(TURNS)) % count, plan
+    return found
+
+
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory) -> Runs:
+    """Each of `TURNS` on one device, `one-N`, and every schedule with one of them."""
+    alone = [
+        COMMON
+        | {
+            "method": method,
+            "variant": variant,
+            "batch": {"global_examples": 16, "accumulation": 1},
+            "data": COMMON["data"] | {"packing": packing},
+        }
+        for method, variant, packing in TURNS
+    ]
+    cases = {f"one-{n}": case for n, case in enumerate(alone)}
+    cases |= {name: alone[turn] | {"plan": plan} for name, (turn, plan) in every_schedule().items()}
+    return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("turns"))[0])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", every_schedule())
+def test_every_schedule(turns, name):
+    """Every schedule once on every mesh with few and with more microbatches; methods, models and rows take turns.
+
+    Nine layers are three on some stages of four and two on others, and one or two in a model chunk.
+    """
+    turn, _ = every_schedule()[name]
+    assert_equal({name: worst(turns.of(name), turns.of(f"one-{turn}"))}, ROUNDING)
 
 
 @pytest.mark.full

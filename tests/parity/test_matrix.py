@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import get_args
 
@@ -27,7 +29,7 @@ from parity.matrix.cells import (
     run_matrix,
     select,
 )
-from parity.matrix.status import status_page
+from parity.matrix.status import status_lines, status_page
 from parity.runs.fixture import FAMILIES, METHODS, VARIANTS, TinySetup
 from parity.runs.plans import refusal
 from trainspec.errors import UserError
@@ -196,7 +198,47 @@ def test_one_real_cell_runs_on_both_backends(tmp_path: Path, capsys):
     assert names_on((tmp_path / "parity-status.md").read_text()) == [only]
 
 
+def pairs_of(cell: Cell) -> set[tuple[tuple[str, str], tuple[str, str]]]:
+    """Every two of the cell's settings: its method and its plan, its plan and its precision, and so on."""
+    settings = [(field.name, getattr(cell, field.name)) for field in fields(cell)]
+    return set(itertools.combinations(settings, 2))
+
+
+def covering(listed: Sequence[Cell]) -> list[Cell]:
+    """Cells that have every pair of settings that any listed cell has: always the one with most pairs that are still missing."""
+    missing, chosen = set().union(*map(pairs_of, listed)), []
+    while missing:
+        chosen.append(max(listed, key=lambda cell: len(pairs_of(cell) & missing)))
+        missing -= pairs_of(chosen[-1])
+    return chosen
+
+
+@pytest.mark.parametrize("listed", [cells(), family_cells()])
+def test_the_cells_that_the_tests_run_have_every_pair_of_settings(listed: list[Cell]):
+    chosen = covering(listed)
+    assert set(chosen) <= set(listed)
+    pairs = set().union(*map(pairs_of, listed))
+    assert set().union(*map(pairs_of, chosen)) == pairs
+    plan = chosen[0].plan
+    assert set().union(*(pairs_of(cell) for cell in chosen if cell.plan != plan)) < pairs  # control
+    # Every method on every plan, every plan in every precision that it is run in, every family under every plan.
+    for names in (("method", "plan"), ("plan", "precision"), ("model", "plan"), ("model", "method")):
+        of = attrgetter(*names)
+        assert set(map(of, chosen)) == set(map(of, listed))
+
+
+def assert_all_pass(chosen: Sequence[Cell], out: Path) -> None:
+    results = run_matrix(chosen, out=out)
+    assert [result.verdict for result in results] == ["pass"] * len(chosen), status_lines(results)
+
+
 @pytest.mark.full
-def test_every_cell_passes(tmp_path: Path):
-    command = ["matrix", "--out", str(tmp_path), "--status", str(tmp_path / "page.md")]
-    assert main(command) == 0, (tmp_path / "page.md").read_text()
+@pytest.mark.parametrize("devices", sorted({plan.devices for plan in PLANS.values()}))
+def test_every_pair_of_settings_passes(tmp_path: Path, devices: int):
+    """Of cells that share their pairs of settings one is run; `make docs` runs them all, for the page that has them."""
+    assert_all_pass([cell for cell in covering(cells()) if PLANS[cell.plan].devices == devices], tmp_path)
+
+
+@pytest.mark.full
+def test_every_pair_of_settings_of_families_passes(tmp_path: Path):
+    assert_all_pass(covering(family_cells()), tmp_path)

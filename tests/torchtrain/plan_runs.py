@@ -29,8 +29,8 @@ FP32_GRADIENT, FP32_LOSS = 1e-5, 3e-6
 BF16_GRADIENT, BF16_LOSS = 0.04, 1e-3  # a few roundings to 8 bits, each 2⁻⁹
 # DoRA divides by the norm of a weight: one process is 0.21 from its fp32 run, where a bottleneck adapter's is 0.03 from it.
 DORA_BF16_GRADIENT = 0.2
-STEPS, LR = 5, 1e-3
-RESUMED_UPDATE = 1e-3  # of the rate: what rounding of one gradient of five leaves of an update is 3e-5
+STEPS, LR = 3, 1e-3
+RESUMED_UPDATE = 1e-3  # of the rate: what rounding of one gradient of three leaves of an update is 3e-5
 HELDOUT = ROOT / "configs/data/qa-heldout.jsonl"
 
 
