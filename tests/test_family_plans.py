@@ -28,8 +28,6 @@ PLANS: list[tuple[str, str, str, Policy]] = [
     ("smollm3", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
     ("mistral", "jax plan.data=2", "torch plan.data=2", "fp64"),
 ]  # fmt: skip
-# Of the fast tests: tensor peers on both sides.
-FAST = (PLANS[0],)
 # P-Tuning v2 as published with ChatGLM2. A peer draws the masks of its own heads, a stage those of its own layers.
 PUBLISHED = {
     "kind": "prefix", "virtual_tokens": 3, "positions": "from_zero", "dropout": 0.2, "projection": True, "projected": "all_layers",
@@ -64,9 +62,9 @@ def checked(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("family", "left", "right", "precision"), [pytest.param(*p, marks=() if p in FAST else pytest.mark.full) for p in PLANS]
-)  # fmt: skip
+# Of the fast tests: norms of heads on two tensor peers, in tests/torchtrain/test_sharded.py.
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "left", "right", "precision"), PLANS)
 def test_a_plan_changes_nothing(
     make_recipe: Make, tmp_path: Path, family: str, left: str, right: str, precision: Policy
 ):

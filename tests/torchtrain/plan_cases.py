@@ -15,6 +15,8 @@ from trainspec.plans.plan import Plan
 MODELS = {
     "wide": replace(SMALL, name="wide", kv_heads=4),
     "tied": replace(SMALL, name="tied", tied_embeddings=True, attention_bias=True, mlp_bias=True),
+    # Norms of heads are whole on every tensor peer, which sees its own heads only.
+    "qwen3": replace(SMALL, name="qwen3", family="qwen3"),
     # Uneven stages: three and two layers, or two, one, one, one.
     "deep": replace(SMALL, name="deep", layers=5, kv_heads=4),
     "deep-tied": replace(SMALL, name="deep-tied", layers=5, tied_embeddings=True, attention_bias=True),
@@ -81,6 +83,7 @@ FEW = [
     case("tied", "full", "fp64", data=2),
     case("wide", "full", "fp32", fsdp=2, shards="params"),
     case("wide", "full", "bf16", fsdp=2, shards="gradients"),
+    case("qwen3", "full", "fp64", tensor=2),
 ]
 # What two processes show of full training and LoRA, and every larger plan once: models, methods, precisions and what is
 # split take turns. `parity matrix` holds both methods under each of its plans, in every precision, to JAX.
