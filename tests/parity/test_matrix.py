@@ -30,7 +30,7 @@ from parity.matrix.cells import (
     select,
 )
 from parity.matrix.status import status_lines, status_page
-from parity.runs.fixture import FAMILIES, METHODS, VARIANTS, TinySetup
+from parity.runs.fixture import FAMILIES, METHODS, OF_FAMILIES, VARIANTS, TinySetup
 from parity.runs.plans import refusal
 from trainspec.errors import UserError
 from trainspec.families import FAMILIES as ALL_FAMILIES
@@ -83,12 +83,28 @@ def test_every_method_is_run_on_every_plan_and_none_is_left_out_silently():
 
 def test_every_family_is_run_with_every_kind_of_method_on_every_kind_of_plan():
     of_families = family_cells()
-    proven = {(c.model, c.method, c.plan) for c in of_families if c.precision == "fp64"}
+    proven = {
+        (c.model, c.method, c.plan)
+        for c in of_families
+        if c.precision == "fp64" and c.method in FAMILY_METHODS
+    }
     assert proven == set(itertools.product(FAMILIES, FAMILY_METHODS, FAMILY_PLANS))
     assert {spec.family for spec in FAMILIES.values()} == set(ALL_FAMILIES) - {"llama"}
     used = [PLANS[name] for name in FAMILY_PLANS]
     assert any(plan.pipe > 1 and plan.fsdp > 1 and plan.tensor > 1 for plan in used)
     assert {"fp32", "bf16"} < {cell.precision for cell in of_families}
+
+
+def test_what_one_family_alone_has_is_run_on_one_device_and_sharded_on_both_backends():
+    for family, methods in OF_FAMILIES.items():
+        for name in methods:
+            run = [c for c in family_cells() if (c.model, c.method) == (family, name)]
+            assert any(c.plan == "one-device" and c.precision == "fp64" for c in run)
+            split = [c for c in run if PLANS[c.plan].devices > 1]
+            assert split
+            assert not any(map(refusals, split))
+    prefix = OF_FAMILIES["chatglm2"]["published-prefix"]
+    assert (prefix.positions, prefix.projected, prefix.dropout > 0) == ("from_zero", "all_layers", True)
 
 
 def test_what_was_not_run_or_failed_stands_out(tmp_path: Path):
