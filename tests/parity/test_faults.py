@@ -399,10 +399,10 @@ def test_every_fault_is_planted_once_in_each_backend_and_both_precisions_have_th
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("precision", "number", "faults"), parts(), ids=lambda value: str(value)[:6])
-def test_every_fault_is_caught_at_its_location(
-    tmp_path: Path, precision: Policy, number: int, faults: tuple[Fault, ...]
-):
+@pytest.mark.parametrize(
+    ("precision", "faults"), [pytest.param(p, part, id=f"{p}-{number}") for p, number, part in parts()]
+)
+def test_every_fault_is_caught_at_its_location(tmp_path: Path, precision: Policy, faults: tuple[Fault, ...]):
     """And what the diagnosis is worth is what the page says."""
     outcomes = run_faults(faults, BACKENDS, tmp_path, precision=precision)
     wrong = [outcome for outcome in outcomes if not outcome.as_expected]

@@ -13,6 +13,7 @@ from plan_cases import (
     FEW,
     FEW_VIRTUAL,
     MORE,
+    PIPES,
     RESUMED,
     RESUMED_MORE,
     Case,
@@ -109,8 +110,10 @@ PLANTED_RESUMED = {
 }
 
 
-# Of the fast tests: each precision, split layers of two families, split weights, and one that goes on under another plan.
-_FAST = [FEW[3], FEW[4], FEW[5]]
+# Of the fast tests: each precision, split layers, split weights, two pipelines, one of them tied, and one that goes on under
+# another plan.
+_PIPES = [PIPES[0], PIPES[2]]
+_FAST = [FEW[3], FEW[4], FEW[5], *_PIPES]
 FAST: list[Case | Resumed] = [*_FAST, RESUMED[1]]
 
 
@@ -118,7 +121,8 @@ FAST: list[Case | Resumed] = [*_FAST, RESUMED[1]]
 def few(make: Make, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     if request.config.option.markexpr == "not full":
         return run_cases(make, tmp_path_factory.mktemp("few"), _FAST, [RESUMED[1]], [])
-    return run_cases(make, tmp_path_factory.mktemp("few"), [*FEW, *FEW_VIRTUAL], RESUMED, EVALUATED)
+    cases = [*FEW, *FEW_VIRTUAL, *_PIPES]
+    return run_cases(make, tmp_path_factory.mktemp("few"), cases, RESUMED, EVALUATED)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,7 @@ def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, tmp_path_factory.mktemp("more"), MORE, RESUMED_MORE, EVALUATED_MORE)
 
 
-@pytest.mark.parametrize("case", marked([*FEW, *FEW_VIRTUAL], FAST))
+@pytest.mark.parametrize("case", marked([*FEW, *FEW_VIRTUAL, *_PIPES], FAST))
 def test_a_plan_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 

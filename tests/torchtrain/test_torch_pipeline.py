@@ -1,4 +1,7 @@
-"""A pipeline gives the run of one process, whatever its stages, microbatches and the other axes of the plan."""
+"""A pipeline gives the run of one process, whatever its stages, microbatches and the other axes of the plan.
+
+What `make test` runs of it is in test_sharded.py, whose launch is there anyway.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ from plan_cases import (
     PIPES_VIRTUAL,
     Case,
     Resumed,
-    marked,
 )
 from plan_runs import Make, check, check_evaluated, check_resumed, recipe_of, run_cases, traces
 from ranks import furthest, run, run_all, traced
@@ -81,15 +83,9 @@ PLANTED = {
 }  # fmt: skip
 
 
-# Of the fast tests: both precisions, one of them tied, and one that goes on under another plan.
-FAST: list[Case | Resumed] = [PIPES[0], PIPES[2], PIPES_RESUMED[0]]
-
-
 @pytest.fixture(scope="module")
-def few(make: Make, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+def few(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("few")
-    if request.config.option.markexpr == "not full":
-        return run_cases(make, home, [PIPES[0], PIPES[2]], PIPES_RESUMED[:1], [])
     return run_cases(make, home, [*PIPES, *PIPES_VIRTUAL], PIPES_RESUMED, PIPES_EVALUATED)
 
 
@@ -99,7 +95,8 @@ def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, home, PIPES_MORE, PIPES_RESUMED_MORE, PIPES_EVALUATED_MORE)
 
 
-@pytest.mark.parametrize("case", marked([*PIPES, *PIPES_VIRTUAL], FAST))
+@pytest.mark.full
+@pytest.mark.parametrize("case", [*PIPES, *PIPES_VIRTUAL], ids=str)
 def test_a_pipeline_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 
@@ -110,7 +107,8 @@ def test_every_pipeline_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
 
 
-@pytest.mark.parametrize("resumed", marked(PIPES_RESUMED, FAST))
+@pytest.mark.full
+@pytest.mark.parametrize("resumed", PIPES_RESUMED, ids=str)
 def test_a_pipeline_goes_on_under_another_plan(few: Path, resumed: Resumed):
     check_resumed(few, resumed, few / str(resumed))
 
@@ -121,7 +119,8 @@ def test_larger_pipelines_go_on_under_another_plan(more: Path, resumed: Resumed)
     check_resumed(more, resumed, more / str(resumed))
 
 
-@pytest.mark.parametrize("case", marked(PIPES_EVALUATED, []))
+@pytest.mark.full
+@pytest.mark.parametrize("case", PIPES_EVALUATED, ids=str)
 def test_heldout_loss_of_a_pipeline_is_that_of_one_process(few: Path, case: Case):
     check_evaluated(few, case)
 
