@@ -72,7 +72,8 @@ TURNS = [(FULL, "tied-9", True), (LORA, "plain-9", False), (FULL, "bias-5", Fals
 def every_schedule() -> dict[str, tuple[int, dict]]:
     """By name which of `TURNS` is trained, and the plan: every schedule on every mesh, recomputed with more microbatches."""
     found = {}
-    for number, (mesh, schedule, microbatches) in enumerate(itertools.product(MESHES, SCHEDULES, (4, 8))):
+    for number, (mesh, schedule) in enumerate(itertools.product(MESHES, SCHEDULES)):
+        microbatches = (4, 8)[number % 2]
         # Five layers do not make eight model chunks.
         count = 2 if (mesh, schedule) == ("pipe4-fsdp2", "interleaved") else len(TURNS)
         plan = MESHES[mesh] | {"schedule": schedule, "microbatches": microbatches}
@@ -102,7 +103,7 @@ def turns(tmp_path_factory) -> Runs:
 @pytest.mark.full
 @pytest.mark.parametrize("name", every_schedule())
 def test_every_schedule(turns, name):
-    """Every schedule once on every mesh with few and with more microbatches; methods, models and rows take turns.
+    """Every schedule once on every mesh; methods, models, rows and few or more microbatches take turns.
 
     Nine layers are three on some stages of four and two on others, and one or two in a model chunk.
     """
@@ -116,9 +117,10 @@ def test_bfloat16_stays_near_float64(tmp_path, reduce):
     full = COMMON | {"method": FULL, "variant": "plain-4"}
     plan = MESHES["pipe2-fsdp2-tensor2"] | {"microbatches": 4}
     bf16 = full | {"precision": {"policy": "bf16", "reduce": reduce}}
-    cases = {"one": full} | {s: bf16 | {"plan": plan | {"schedule": s}} for s in SCHEDULES}
+    schedules = SCHEDULES if reduce == "fp32" else ("1f1b",)
+    cases = {"one": full} | {s: bf16 | {"plan": plan | {"schedule": s}} for s in schedules}
     runs = Runs(launch("run_plans.py", cases, tmp_path)[0])
-    for schedule in SCHEDULES:
+    for schedule in schedules:
         found = worst(runs.of(schedule), runs.of("one"))
         assert 1e-6 < found["loss"] < 1e-3
         assert 1e-4 < found["gradient"] < 0.05
