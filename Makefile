@@ -41,7 +41,7 @@ test-full: lint $(MODEL)/made-with.json vocabularies ## the same with the long t
 
 # The minutes are about as the groups of tests are long.
 test-share: $(MODEL)/made-with.json ## 25 minutes of the long tests: another share for each SHARE, a commit say
-	$(call run-tests,-m full --share '$(SHARE)',--minutes 15,--minutes 3,--minutes 6)
+	$(call run-tests,-m full --share '$(SHARE)',--minutes 14,--minutes 3,--minutes 7)
 
 # JAX and torch never share a process: what imports a backend runs on its own. 1: options of all groups, 2 to 4: of each.
 define run-tests

@@ -101,7 +101,7 @@ def trained(
     return home
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 @pytest.mark.parametrize("name", TWINS)
 def test_a_plan_changes_nothing(trained: Path, tmp_path: Path, name: str):
     traces = (trained / name / side / "trace" for side in ("left", "right"))

@@ -250,7 +250,8 @@ def _text_tokens(make) -> list[int]:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=str(c), marks=[] if c in FAST else pytest.mark.full) for c in WRITTEN]
+    "case",
+    [pytest.param(c, id=str(c), marks=[] if c in FAST else pytest.mark.full(minutes=3)) for c in WRITTEN],
 )
 def test_exports_give_our_logits_in_transformers_and_peft(exchanged: Exchanged, program: str, case: Written):
     ours, theirs = exchanged.ours[program, str(case)], exchanged.theirs[program, str(case)]
@@ -267,7 +268,7 @@ def test_the_bound_tells_a_trained_model_from_an_untrained_one(exchanged: Exchan
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
     ("name", "policy", "padding"),
-    [pytest.param(*c, marks=() if c[1:] == ("fp32", "left") else pytest.mark.full) for c in READ],
+    [pytest.param(*c, marks=() if c[1:] == ("fp32", "left") else pytest.mark.full(minutes=3)) for c in READ],
 )
 def test_adapters_that_peft_made_give_its_logits(exchanged: Exchanged, program, name, policy, padding):
     ours, theirs = (

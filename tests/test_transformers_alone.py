@@ -77,7 +77,8 @@ def distance(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", BOUND)
 @pytest.mark.parametrize(
-    "shape", [pytest.param(name, marks=[] if name in FAST else pytest.mark.full) for name in SHAPES]
+    "shape",
+    [pytest.param(name, marks=[] if name in FAST else pytest.mark.full(minutes=3)) for name in SHAPES],
 )
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_loss_and_gradients_are_those_of_transformers(home: Path, program: str, shape: str, kind: str):

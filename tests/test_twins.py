@@ -154,7 +154,10 @@ def traces(root: Path, name: str) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=str(c), marks=() if c in FAST else pytest.mark.full) for c in dict.fromkeys(CASES)],
+    [
+        pytest.param(c, id=str(c), marks=() if c in FAST else pytest.mark.full(minutes=3))
+        for c in dict.fromkeys(CASES)
+    ],
 )
 def test_fp64_proof(runs: Path, case: Case, tmp_path: Path, record_property):
     left, right = traces(runs, str(case))
@@ -168,7 +171,7 @@ def test_fp64_proof(runs: Path, case: Case, tmp_path: Path, record_property):
 
 
 @pytest.mark.parametrize(
-    "fp32_case", [FP32_CASES[0], pytest.param(FP32_CASES[1], marks=pytest.mark.full)], ids=str
+    "fp32_case", [FP32_CASES[0], pytest.param(FP32_CASES[1], marks=pytest.mark.full(minutes=3))], ids=str
 )
 def test_fp32_under_deepspeed_is_within_its_bound(runs: Path, fp32_case: Case, tmp_path: Path):
     left, right = traces(runs, in_fp32(fp32_case))
@@ -199,7 +202,7 @@ def planned_runs(module_recipes: Make, tmp_path_factory: pytest.TempPathFactory)
     return root
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("name", PLANNED)
 def test_split_over_devices_is_within_the_fp32_bound(planned_runs: Path, name: str, tmp_path: Path):
     verdict = diff(*traces(planned_runs, name), precision="fp32", out=tmp_path)

@@ -47,18 +47,18 @@ def few(tmp_path_factory) -> Runs:
     return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("few"))[0])
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_trains_as_one_device_does(few, schedule):
     assert_equal({schedule: worst(few.of(schedule), few.of("one"))}, ROUNDING)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 def test_a_prefix_is_trained_through_its_projection_in_a_pipeline(few):
     assert_equal({"prefix": worst(few.of("prefix-1f1b"), few.of("prefix"))}, ROUNDING)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 def test_a_pipeline_that_trains_something_else_would_show(few):
     """The negative control: another dropout rate."""
     found = worst(few.of("other"), few.of("one"))
@@ -100,7 +100,7 @@ def turns(tmp_path_factory) -> Runs:
     return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("turns"))[0])
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("name", every_schedule())
 def test_every_schedule(turns, name):
     """Every schedule once on every mesh; methods, models, rows and few or more microbatches take turns.
@@ -111,7 +111,7 @@ def test_every_schedule(turns, name):
     assert_equal({name: worst(turns.of(name), turns.of(f"one-{turn}"))}, ROUNDING)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 @pytest.mark.parametrize("reduce", ["fp32", "bf16"])
 def test_bfloat16_stays_near_float64(tmp_path, reduce):
     full = COMMON | {"method": FULL, "variant": "plain-4"}

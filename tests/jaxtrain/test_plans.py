@@ -91,7 +91,7 @@ def turns(tmp_path_factory) -> Runs:
     return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("turns"))[0])
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 @pytest.mark.parametrize("name", PLANS)
 def test_every_plan(turns, name):
     """Every plan once, full training and LoRA on the three models in turns: `parity matrix` has both methods on its plans."""

@@ -398,7 +398,7 @@ def test_every_fault_is_planted_once_in_each_backend_and_both_precisions_have_th
             assert 0.4 < count / len(FAULTS) < 0.6, (precision, backend, count)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=5)
 @pytest.mark.parametrize(
     ("precision", "faults"), [pytest.param(p, part, id=f"{p}-{number}") for p, number, part in parts()]
 )

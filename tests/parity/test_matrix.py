@@ -248,13 +248,13 @@ def assert_all_pass(chosen: Sequence[Cell], out: Path) -> None:
     assert [result.verdict for result in results] == ["pass"] * len(chosen), status_lines(results)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=5)
 @pytest.mark.parametrize("devices", sorted({plan.devices for plan in PLANS.values()}))
 def test_every_pair_of_settings_passes(tmp_path: Path, devices: int):
     """Of cells that share their pairs of settings one is run; `make docs` runs them all, for the page that has them."""
     assert_all_pass([cell for cell in covering(cells()) if PLANS[cell.plan].devices == devices], tmp_path)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 def test_every_pair_of_settings_of_families_passes(tmp_path: Path):
     assert_all_pass(covering(family_cells()), tmp_path)

@@ -72,7 +72,7 @@ def checked(model_dirs, tmp_path_factory, request):
     return pair
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=4)
 @pytest.mark.parametrize(("precision", "method", "seed"), sorted(CASES))
 def test_a_clean_run_passes(checked, capsys, precision: Policy, method: str, seed: int):
     comparison = checked(precision, method, seed).judged()

@@ -62,7 +62,7 @@ def on_one_device(tmp_path_factory) -> dict[Path, RunPair]:
     return dict(zip(ON_ONE_DEVICE, runs, strict=True))
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 @pytest.mark.parametrize("path", ON_ONE_DEVICE, ids=name_of)
 def test_every_shipped_recipe_of_one_device_is_proven_by_its_small_twin(on_one_device, path):
     """In fp64, the models' sizes from their presets, as nothing is fetched."""
@@ -71,7 +71,7 @@ def test_every_shipped_recipe_of_one_device_is_proven_by_its_small_twin(on_one_d
     assert comparison.holds, comparison.first_divergence
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("path", [path for path in RECIPES if path not in ON_ONE_DEVICE], ids=name_of)
 def test_every_shipped_recipe_of_several_devices_is_proven_by_its_small_twin(tmp_path, capsys, path):
     settings = [word for setting in offline(path) for word in ("--set", setting)]

@@ -205,4 +205,4 @@ PIPES_EVALUATED_MORE = [case("deep", "full", "fp32", **_THREE_D, microbatches=6)
 
 def marked(cases: Sequence[Case | Resumed], fast: Sequence[Case | Resumed]) -> list[Any]:
     """Parameters of a test: those that are not `fast` are left to the long set."""
-    return [pytest.param(c, id=str(c), marks=[] if c in fast else pytest.mark.full) for c in cases]
+    return [pytest.param(c, id=str(c), marks=[] if c in fast else pytest.mark.full(minutes=3)) for c in cases]

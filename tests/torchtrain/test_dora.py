@@ -178,13 +178,13 @@ def launched(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=1.5)
 @pytest.mark.parametrize("case", PLANS, ids=str)
 def test_a_plan_gives_the_run_of_one_process(launched: Path, case):
     check(*traces(launched, case), case.precision)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=1.5)
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_mistake_is_seen(launched: Path, fault: str):
     """Negative control: the same comparison, with one line of the product changed."""

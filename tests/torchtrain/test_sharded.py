@@ -135,7 +135,7 @@ def test_a_plan_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("case", MORE, ids=str)
 def test_every_plan_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
@@ -146,7 +146,7 @@ def test_a_run_goes_on_under_another_plan(few: Path, resumed: Resumed):
     check_resumed(few, resumed, few / str(resumed))
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("resumed", RESUMED_MORE, ids=str)
 def test_larger_runs_go_on_under_another_plan(more: Path, resumed: Resumed):
     check_resumed(more, resumed, more / str(resumed))
@@ -157,7 +157,7 @@ def test_heldout_loss_under_a_plan_is_that_of_one_process(few: Path, case: Case)
     check_evaluated(few, case)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("case", EVALUATED_MORE, ids=str)
 def test_heldout_loss_of_split_layers_is_that_of_one_process(more: Path, case: Case):
     check_evaluated(more, case)
@@ -189,7 +189,7 @@ def planted(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_mistake_is_seen(few: Path, planted: Path, fault: str):
     """Negative control: the same comparisons, with one line of the product changed."""
@@ -207,7 +207,7 @@ def test_a_mistake_is_seen(few: Path, planted: Path, fault: str):
         check(left, right, case.precision)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("fault", PLANTED_RESUMED)
 def test_a_mistake_in_what_is_restored_is_seen(few: Path, planted: Path, fault: str):
     with pytest.raises(AssertionError):

@@ -137,7 +137,7 @@ def launched(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return home
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 @pytest.mark.parametrize(("launch", "case"), [(n, c) for n, some in LAUNCHES.items() for c in some], ids=str)
 def test_a_method_is_the_run_of_one_process(launched: Callable[[str], Path], launch: str, case: Case):
     """Every method once as split layers, as split weights, over stages, and over four processes; the plans take turns.
@@ -159,7 +159,7 @@ def planted(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_mistake_is_seen(planted: Path, fault: str):
     """Negative control: the same comparisons, with one line of the product changed."""
@@ -200,7 +200,7 @@ def saved(make: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
     return adapters
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 @pytest.mark.parametrize("method", ADDED)
 def test_an_adapter_has_the_same_bytes_under_every_plan(saved: dict[str, list[Path]], method: str):
     *exported, start = ({f.name: f.read_bytes() for f in d.iterdir()} for d in saved[method])
@@ -238,7 +238,7 @@ def probed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[s
     return {key: (recipes[key], result) for key, result in zip(recipes, results, strict=True)}
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 @pytest.mark.parametrize(("method", "plan"), PROBED)
 def test_a_process_holds_state_of_what_is_trained_only(probed: Any, method: str, plan: str):
     recipe, result = probed[method, plan]

@@ -95,37 +95,37 @@ def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, home, PIPES_MORE, PIPES_RESUMED_MORE, PIPES_EVALUATED_MORE)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("case", [*PIPES, *PIPES_VIRTUAL], ids=str)
 def test_a_pipeline_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("case", PIPES_MORE, ids=str)
 def test_every_pipeline_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("resumed", PIPES_RESUMED, ids=str)
 def test_a_pipeline_goes_on_under_another_plan(few: Path, resumed: Resumed):
     check_resumed(few, resumed, few / str(resumed))
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("resumed", PIPES_RESUMED_MORE, ids=str)
 def test_larger_pipelines_go_on_under_another_plan(more: Path, resumed: Resumed):
     check_resumed(more, resumed, more / str(resumed))
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("case", PIPES_EVALUATED, ids=str)
 def test_heldout_loss_of_a_pipeline_is_that_of_one_process(few: Path, case: Case):
     check_evaluated(few, case)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("case", PIPES_EVALUATED_MORE, ids=str)
 def test_heldout_loss_of_every_pipeline_is_that_of_one_process(more: Path, case: Case):
     check_evaluated(more, case)
@@ -152,7 +152,7 @@ def probed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe
     return recipe, home, json.loads((home / "results.json").read_text())
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 def test_logits_of_examples_that_microbatches_do_not_divide(probed, make: Make):
     _, home, _ = probed
     recipe = recipe_of(make, PROBED.alone)
@@ -167,7 +167,7 @@ def test_logits_of_examples_that_microbatches_do_not_divide(probed, make: Make):
     )
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 def test_between_stages_hidden_states_travel_and_nothing_else(probed):
     recipe, _, (result, _) = probed
     microbatches = recipe.batch.accumulation * recipe.plan.microbatches
@@ -177,12 +177,12 @@ def test_between_stages_hidden_states_travel_and_nothing_else(probed):
     assert [(c["payload_bytes"], c["times"]) for c in sent] == [(size, microbatches)]
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 def test_a_loss_that_is_no_number_leaves_every_stage_as_it_was(probed):
     assert all(result["refused"] for result in probed[2])
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 def test_a_run_leaves_no_groups_behind(probed):
     first, second = (result["groups"] for result in probed[2])
     assert first == second
@@ -196,7 +196,7 @@ def planted(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_mistake_is_seen(few: Path, planted: Path, fault: str):
     """Negative control: the same comparisons, with one line of the product changed."""
