@@ -21,6 +21,7 @@ from parity.runs.fixture import METHODS
 from parity.runs.launch_many import run_cases, training
 from trainspec.plans.plan import Backend, Plan
 from trainspec.recipe import Recipe
+from trainspec.trace import Trace
 
 Make = Callable[..., Recipe]
 FP64 = {"policy": "fp64", "reduce": "fp64"}
@@ -165,6 +166,9 @@ def test_fp64_proof(runs: Path, case: Case, tmp_path: Path, record_property):
     found = json.loads((tmp_path / "verdict.json").read_text())
     assert verdict.holds, found["first_divergence"]
     assert found["steps"] == STEPS
+    for trace in (left, right):  # a run that is finite leaves no stopped step
+        assert not (trace / "stopped.safetensors").exists()
+        assert Trace(trace).stopped is None
     for phase in ("gradient", "update", "moment1", "moment2"):
         record_property(phase, found["worst"][phase]["error"])
         assert found["worst"][phase]["error"] <= 1e-9

@@ -108,7 +108,7 @@ def test_four_processes_are_one(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", SOME[:2])
 def test_bfloat16_stays_near_float64_and_sums_in_float32(tmp_path, name):
     """Of two microbatches and of four, on two replicas, under one pipeline each: no gradient is one of bfloat16 numbers."""
     one = case(name)

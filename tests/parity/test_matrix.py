@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import get_args
@@ -214,14 +214,35 @@ def test_one_real_cell_runs_on_both_backends(tmp_path: Path, capsys):
     assert names_on((tmp_path / "parity-status.md").read_text()) == [only]
 
 
-def pairs_of(cell: Cell) -> set[tuple[tuple[str, str], tuple[str, str]]]:
-    """Every two of the cell's settings: its method and its plan, its plan and its precision, and so on."""
-    settings = [(field.name, getattr(cell, field.name)) for field in fields(cell)]
-    return set(itertools.combinations(settings, 2))
+Pair = tuple[tuple[str, str], ...]
+
+
+def axes_of(cell: Cell) -> str:
+    """The axes over which the cell's plan has several devices."""
+    sizes = PLANS[cell.plan].model_dump()
+    return " ".join(axis for axis in ("data", "fsdp", "tensor", "pipe") if sizes[axis] > 1)
+
+
+def pairs_of(cell: Cell) -> set[Pair]:
+    """Every two of what a cell is made of, of its plan the parts: its method and its axes, its axes and its precision, and so
+    on. Beside these the plan itself with the precision.
+    """
+    plan = PLANS[cell.plan]
+    made_of = {
+        "model": cell.model,
+        "method": cell.method,
+        "batch": cell.batch,
+        "precision": cell.precision,
+        "axes": axes_of(cell),
+        "shards": plan.shards,
+        "schedule": plan.schedule if plan.pipe > 1 else "none",
+        "remat": plan.remat,
+    }
+    return {*itertools.combinations(made_of.items(), 2), (("plan", cell.plan), ("precision", cell.precision))}
 
 
 def covering(listed: Sequence[Cell]) -> list[Cell]:
-    """Cells that have every pair of settings that any listed cell has: always the one with most pairs that are still missing."""
+    """Cells that have every pair that any listed cell has: always the one with most pairs that are still missing."""
     missing, chosen = set().union(*map(pairs_of, listed)), []
     while missing:
         chosen.append(max(listed, key=lambda cell: len(pairs_of(cell) & missing)))
@@ -237,10 +258,13 @@ def test_the_cells_that_the_tests_run_have_every_pair_of_settings(listed: list[C
     assert set().union(*map(pairs_of, chosen)) == pairs
     plan = chosen[0].plan
     assert set().union(*(pairs_of(cell) for cell in chosen if cell.plan != plan)) < pairs  # control
-    # Every method on every plan, every plan in every precision that it is run in, every family under every plan.
-    for names in (("method", "plan"), ("plan", "precision"), ("model", "plan"), ("model", "method")):
+    # Every plan in every precision that it is run in; every method and every family over all axes together.
+    for names in (("plan", "precision"), ("model", "method"), ("method", "batch")):
         of = attrgetter(*names)
         assert set(map(of, chosen)) == set(map(of, listed))
+    for name in ("method", "model"):
+        over = {(getattr(cell, name), axes_of(cell)) for cell in listed}
+        assert {(getattr(cell, name), axes_of(cell)) for cell in chosen} == over
 
 
 def assert_all_pass(chosen: Sequence[Cell], out: Path) -> None:
@@ -251,7 +275,9 @@ def assert_all_pass(chosen: Sequence[Cell], out: Path) -> None:
 @pytest.mark.full(minutes=5)
 @pytest.mark.parametrize("devices", sorted({plan.devices for plan in PLANS.values()}))
 def test_every_pair_of_settings_passes(tmp_path: Path, devices: int):
-    """Of cells that share their pairs of settings one is run; `make docs` runs them all, for the page that has them."""
+    """Every method over all axes together, with every way to split weights, every schedule, every model and every batch; every
+    plan in every precision. Cells whose pairs other cells have are not run here: `make docs` runs them, for the page.
+    """
     assert_all_pass([cell for cell in covering(cells()) if PLANS[cell.plan].devices == devices], tmp_path)
 
 

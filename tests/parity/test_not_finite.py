@@ -179,12 +179,3 @@ def test_what_overflows_on_both_sides_is_said_to_be_no_difference(checked, tiny,
     assert (first["phase"], first["tensor"], first["step"]) == ("activation", "layers.0.product", 1)
     assert "not finite in left and right alike: " in first["reason"]
     assert "both sides overflow here, so it is no difference between them" in first["reason"]
-
-
-@pytest.mark.full
-def test_a_run_that_is_finite_leaves_no_stopped_step(checked, tmp_path):
-    verdict, _ = checked()
-    assert verdict.holds
-    for side in ("left", "right"):
-        assert not (tmp_path / "out" / side / "trace/stopped.safetensors").exists()
-        assert Trace(tmp_path / "out" / side / "trace").stopped is None

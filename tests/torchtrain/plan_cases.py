@@ -98,7 +98,6 @@ MORE = [
     case("tied", "lora", "fp32", fsdp=3, shards="optimizer"),
     case("wide", "full", "bf16", fsdp=3, shards="gradients"),
     case("wide", "full", "fp32", fsdp=3, shards="params"),
-    case("tied", "lora", "bf16", fsdp=3, shards="params"),
     case("wide", "full", "fp64", tensor=4),
     case("wide", "lora-head", "fp64", tensor=4),
     case("tied", "lora", "fp64", data=2, tensor=2, remat="full"),
@@ -106,7 +105,6 @@ MORE = [
     case("tied", "lora", "fp32", fsdp=4, shards="params"),
     case("wide", "full", "fp32", data=2, fsdp=2, shards="params"),
     case("tied", "lora", "fp32", data=2, fsdp=2, shards="gradients"),
-    case("wide", "full", "fp32", data=2, fsdp=2, shards="optimizer"),
     case("wide", "full", "bf16", fsdp=2, tensor=2, shards="gradients"),
     case("wide", "full", "fp32", fsdp=2, tensor=2, shards="params", remat="full"),
     case("tied", "lora", "bf16-bf16", fsdp=2, tensor=2, shards="optimizer"),
@@ -178,7 +176,6 @@ PIPES_MORE = [
     case("deep-tied", "full", "bf16-bf16", pipe=4, microbatches=4),
     case("deep", "full", "fp32", pipe=2, tensor=2, microbatches=4),
     case("deep-tied", "full", "fp32", pipe=2, fsdp=2, shards="optimizer", microbatches=3),
-    case("deep", "lora", "bf16-bf16", **_THREE_D, microbatches=6),
     case("tied", "full", "bf16", **_THREE_D, microbatches=3, remat="full"),
     case("deep", "full", "fp32", **_THREE_D, microbatches=6),
     case("deep", "lora-head", "fp32", **_THREE_D, microbatches=2, remat="full"),
@@ -193,10 +190,6 @@ PIPES_RESUMED_MORE = [
     Resumed(
         case("deep-tied", "full", "fp32", pipe=2, fsdp=2, shards="optimizer", microbatches=3),
         case("deep-tied", "full", "fp32", fsdp=4, shards="params"),
-    ),
-    Resumed(
-        case("deep", "full", "fp32", pipe=2, tensor=2, microbatches=4),
-        case("deep", "full", "fp32", pipe=4, microbatches=2),
     ),
 ]
 PIPES_EVALUATED = [PIPES[0]]
