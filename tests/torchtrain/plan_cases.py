@@ -177,7 +177,6 @@ PIPES_MORE = [
     case("deep", "full", "fp32", pipe=2, tensor=2, microbatches=4),
     case("deep-tied", "full", "fp32", pipe=2, fsdp=2, shards="optimizer", microbatches=3),
     case("tied", "full", "bf16", **_THREE_D, microbatches=3, remat="full"),
-    case("deep", "full", "fp32", **_THREE_D, microbatches=6),
     case("deep", "lora-head", "fp32", **_THREE_D, microbatches=2, remat="full"),
 ]
 PIPES_RESUMED = [
@@ -193,7 +192,6 @@ PIPES_RESUMED_MORE = [
     ),
 ]
 PIPES_EVALUATED = [PIPES[0]]
-PIPES_EVALUATED_MORE = [case("deep", "full", "fp32", **_THREE_D, microbatches=6)]
 
 
 def marked(cases: Sequence[Case | Resumed], fast: Sequence[Case | Resumed]) -> list[Any]:
