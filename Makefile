@@ -39,14 +39,15 @@ test: lint $(MODEL)/made-with.json ## lint, type-check and run the tests but the
 test-full: lint $(MODEL)/made-with.json vocabularies ## the same with the long tests
 	$(call run-tests,)
 
-test-share: lint $(MODEL)/made-with.json ## 25 minutes of the long tests: another share for each SHARE, a commit say
-	$(call run-tests,-m full --share '$(SHARE)' --minutes 8)
+# The minutes are about as the groups of tests are long.
+test-share: $(MODEL)/made-with.json ## 25 minutes of the long tests: another share for each SHARE, a commit say
+	$(call run-tests,-m full --share '$(SHARE)',--minutes 14,--minutes 3,--minutes 7)
 
-# JAX and torch never share a process: what imports a backend runs on its own.
+# JAX and torch never share a process: what imports a backend runs on its own. 1: options of all groups, 2 to 4: of each.
 define run-tests
-$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) tests --ignore tests/backends --ignore tests/torchtrain
-TWINTRAIN_BACKEND=jax $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) tests/backends
-TWINTRAIN_BACKEND=torch $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) tests/backends tests/torchtrain
+$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) $(2) tests --ignore tests/backends --ignore tests/torchtrain
+TWINTRAIN_BACKEND=jax $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) $(3) tests/backends
+TWINTRAIN_BACKEND=torch $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) $(4) tests/backends tests/torchtrain
 endef
 
 bench: $(MODEL)/made-with.json ## time both backends, torch eager and the Trainer, in turns

@@ -1,20 +1,22 @@
 """Logits of many models in one process, from whoever `WHO` names.
 
-    python tests/logits.py jaxtrain|torchtrain|transformers CASES.json OUT.npz
+    python tests/logits.py jaxtrain|torchtrain|transformers CASES.json OUT.npz [COMMANDS.json]
 
 A case of a backend is {"recipe": FILE, "out": DIR}: the newest checkpoint under DIR, or with null the start of a run. One
 of transformers is {"model": DIR, "adapter": DIR or null, "dtype": "float32" or "float64"}: loaded by transformers and PEFT
-alone. Both may have "padding": "left" or "right", which takes the last tokens of the second row away, and
+alone. COMMANDS are command lines of the backend ([[word, ...], ...]) that come first, and must end well. Both may have "padding": "left" or "right", which takes the last tokens of the second row away, and
 "after": [id, ...], which puts tokens in front of every row. Logits are those of the rows without what is in front.
 """
 
 import importlib
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from many import ended
 
 ROOT = Path(__file__).parent.parent
 IDS = np.random.default_rng(5).integers(3, 300, (2, 24)).astype(np.int32)
@@ -117,7 +119,10 @@ def _rotary64(self, x, position_ids):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    who, cases, target = sys.argv[1:]
+    who, cases, target, *commands = sys.argv[1:]
+    for argv in chain(*(json.loads(Path(file).read_text()) for file in commands)):
+        result = ended(importlib.import_module(f"{who}.cli").main, argv)
+        assert result["code"] == 0, f"{who} {argv}: {result}"
     found = {
         str(i): of_transformers(case) if who == "transformers" else of_backend(who, case)
         for i, case in enumerate(json.loads(Path(cases).read_text()))

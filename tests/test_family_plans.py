@@ -8,52 +8,55 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+from asked import asked_for
+from small import recipe_maker
 
 from parity.check import check
+from parity.diff import diff
 from parity.report.verdict import Verdict
+from parity.runs.launch_many import Case, run_cases, training
 from parity.runs.sides import parse_side
-from trainspec.plans.plan import Policy
-from trainspec.recipe import Recipe
+from trainspec.plans.plan import Backend, Policy
+from trainspec.recipe import Recipe, load_recipe
 
 Make = Callable[..., Recipe]
 FULL = {"kind": "full"}
 LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ["q_proj"]}
-PIPE = "plan.pipe=2 plan.microbatches=2"
-PLANS: list[tuple[str, str, str, Policy]] = [
-    ("qwen3", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("qwen3", "jax plan.data=2", "torch plan.data=2", "fp64"),
-    ("qwen3", "jax plan.fsdp=2 plan.shards=params", "torch", "fp64"),
-    ("qwen3", f"jax {PIPE}", "torch", "fp64"),
-    ("qwen3", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-    ("qwen3", "jax plan.tensor=2 plan.fsdp=2 plan.shards=params", "torch plan.tensor=2 plan.fsdp=2 plan.shards=params", "fp32"),
-    ("glm", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("glm", "jax plan.fsdp=2 plan.shards=params", "torch", "fp64"),
-    ("glm", "jax", "torch plan.tensor=2 plan.fsdp=2 plan.shards=params", "fp32"),
-    ("chatglm2", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("smollm3", f"jax {PIPE}", "torch", "fp64"),
-    ("smollm3", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-    ("smollm3", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("mistral", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-    ("mistral", "jax plan.data=2", "torch plan.tensor=2", "fp64"),
-    ("qwen2", "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    ("qwen2", f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-]  # fmt: skip
-# Of the fast tests: tensor peers on both sides, a pipeline whose stages have layers that do not rotate.
-FAST = (PLANS[0],)
 # P-Tuning v2 as published with ChatGLM2. A peer draws the masks of its own heads, a stage those of its own layers.
 PUBLISHED = {
     "kind": "prefix", "virtual_tokens": 3, "positions": "from_zero", "dropout": 0.2, "projection": True, "projected": "all_layers",
 }  # fmt: skip
-PREFIX_PLANS: list[tuple[str, str, Policy]] = [
-    ("jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    (f"jax {PIPE} plan.remat=full", "torch plan.data=2", "fp64"),
-    ("jax plan.fsdp=2 plan.shards=params", "torch plan.remat=full", "fp64"),
-    (f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-    ("jax plan.data=2 plan.tensor=2", "torch plan.fsdp=2 plan.shards=params plan.tensor=2", "fp32"),
-    ("jax", "torch plan.fsdp=2 plan.shards=params", "bf16"),
-]
+# One A of queries, keys and values, which peers and stages hold once.
+TIED = LORA | {"targets": ["query_key_value", "dense_4h_to_h"], "dropout": 0.1}
+GATE_AND_UP = LORA | {"targets": ["gate_up_proj", "down_proj"]}
+PIPE = "plan.pipe=2 plan.microbatches=2"
+PARAMS = "plan.fsdp=2 plan.shards=params"
+
+
+class Twins(NamedTuple):
+    family: str
+    method: dict[str, Any]
+    left: str
+    right: str
+    precision: Policy
+
+
+# Every family under every kind of plan is in `parity matrix`; here is what it has not: norms of heads split in two ways at once,
+# a window on replicas, a published prefix and a tied A under recomputation, replicas and several axes.
+TWINS = {
+    "norms of heads": Twins("qwen3", FULL, f"jax plan.tensor=2 {PARAMS}", f"torch plan.tensor=2 {PARAMS}", "fp32"),
+    "a window": Twins("mistral", FULL, "jax plan.data=2", "torch plan.data=2", "fp64"),
+    "gate and up": Twins("glm", GATE_AND_UP, "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    "prefix in stages": Twins("chatglm2", PUBLISHED, f"jax {PIPE} plan.remat=full", "torch plan.data=2", "fp64"),
+    "prefix of peers": Twins("chatglm2", PUBLISHED, "jax plan.data=2 plan.tensor=2", f"torch plan.tensor=2 {PARAMS}", "bf16"),
+    "one A of peers": Twins("chatglm2", TIED, "jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
+    "one A in stages": Twins("chatglm2", TIED, f"jax {PIPE} plan.remat=full", "torch plan.data=2", "fp64"),
+    "one A in stages of both": Twins("chatglm2", TIED, f"jax {PIPE}", f"torch {PIPE}", "fp32"),
+    "one A of split weights": Twins("chatglm2", TIED, f"jax {PARAMS}", f"torch plan.tensor=2 {PARAMS}", "bf16"),
+}  # fmt: skip
 # On torch, a tensor peer that keeps the gradient of its own heads.
 NOT_SUMMED = """
 import torchtrain.tensor_parallel
@@ -68,52 +71,56 @@ def plant(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{directory}:{Path.cwd()}")
 
 
+def recipe_of(make: Make, family: str, method: dict[str, Any], **sections: dict[str, Any]) -> Recipe:
+    optimizer = {"lr": 1e-3, "clip_norm": 0.5, "weight_decay": 0.1}
+    return make(family, method=method, optimizer=optimizer, **sections)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    """The traces of `TWINS` that are asked for, NAME/left and NAME/right: one launch for each number of processes."""
+    home, make = tmp_path_factory.mktemp("families"), recipe_maker(model_dirs)
+    cases: dict[Backend, list[Case]] = {}
+    for name in asked_for(request, "name"):
+        family, method, *sides, precision = TWINS[name]
+        types = {"policy": precision, "reduce": "fp32" if precision == "bf16" else precision}
+        recipe = recipe_of(make, family, method, precision=types, run={"steps": 2})
+        for which, side in zip(("left", "right"), map(parse_side, sides), strict=True):
+            (home / name).mkdir(exist_ok=True)
+            file = home / name / f"{which}.yaml"
+            file.write_text(recipe.to_yaml())
+            resolved = load_recipe(file, side.overrides)
+            file.write_text(resolved.to_yaml())
+            case = training(file, home / name / which, devices=resolved.plan.devices)
+            cases.setdefault(side.backend, []).append(case)
+    for backend, some in cases.items():
+        for case, ended in zip(some, run_cases(backend, some, home=home / "launches"), strict=True):
+            assert ended.wrong is None, f"{case.argv}: {ended.wrong}"
+    return home
+
+
+@pytest.mark.full(minutes=2)
+@pytest.mark.parametrize("name", TWINS)
+def test_a_plan_changes_nothing(trained: Path, tmp_path: Path, name: str):
+    traces = (trained / name / side / "trace" for side in ("left", "right"))
+    precision = TWINS[name].precision
+    verdict = diff(*traces, precision=precision, out=tmp_path)
+    assert verdict.holds, verdict.lines(colour=False)
+    assert verdict.comparison.steps == 2
+    if precision == "fp64":
+        assert verdict.comparison.notes == ()  # both traces say their causal order
+
+
 def checked(
     make: Make, home: Path, left: str, right: str, precision: Policy, method: dict, *, family: str = "qwen3"
 ) -> Verdict:
-    recipe = make(family, method=method, optimizer={"lr": 1e-3, "clip_norm": 0.5, "weight_decay": 0.1})
-    (home / "recipe.yaml").write_text(recipe.to_yaml())
+    (home / "recipe.yaml").write_text(recipe_of(make, family, method).to_yaml())
     return check(
         home / "recipe.yaml", left=parse_side(left), right=parse_side(right), precision=precision, steps=2,
         overrides=(), out=home / "check",
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("family", "left", "right", "precision"), [pytest.param(*p, marks=() if p in FAST else pytest.mark.full) for p in PLANS]
-)  # fmt: skip
-def test_a_plan_changes_nothing(
-    make_recipe: Make, tmp_path: Path, family: str, left: str, right: str, precision: Policy
-):
-    verdict = checked(make_recipe, tmp_path, left, right, precision, FULL, family=family)
-    assert verdict.holds, verdict.lines(colour=False)
-    assert verdict.comparison.notes == ()  # both traces say their causal order
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("left", "right", "precision"), PREFIX_PLANS)
-def test_a_published_prefix(make_recipe: Make, tmp_path: Path, left: str, right: str, precision: Policy):
-    verdict = checked(make_recipe, tmp_path, left, right, precision, PUBLISHED, family="chatglm2")
-    assert verdict.holds, verdict.lines(colour=False)
-
-
-# One A of queries, keys and values, which peers and stages hold once.
-TIED = LORA | {"targets": ["query_key_value", "dense_4h_to_h"], "dropout": 0.1}
-TIED_PLANS: list[tuple[str, str, Policy]] = [
-    ("jax plan.tensor=2", "torch plan.tensor=2", "fp64"),
-    (f"jax {PIPE} plan.remat=full", "torch plan.data=2", "fp64"),
-    ("jax plan.fsdp=2 plan.shards=params", "torch plan.remat=full", "fp64"),
-    (f"jax {PIPE}", f"torch {PIPE}", "fp32"),
-    ("jax plan.data=2 plan.tensor=2", "torch plan.fsdp=2 plan.shards=params plan.remat=full", "fp32"),
-    ("jax", "torch plan.fsdp=2 plan.shards=params plan.tensor=2", "bf16"),
-]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("left", "right", "precision"), TIED_PLANS)
-def test_one_a_of_a_fused_matrix(make_recipe: Make, tmp_path: Path, left: str, right: str, precision: Policy):
-    verdict = checked(make_recipe, tmp_path, left, right, precision, TIED, family="chatglm2")
-    assert verdict.holds, verdict.lines(colour=False)
 
 
 @pytest.mark.full
@@ -158,21 +165,6 @@ def test_masks_of_another_peer_s_heads_are_seen(
     first = verdict.comparison.first_divergence
     assert first is not None
     assert (first.location.phase, first.location.tensor) == ("activation", "layers.0.prefix_key")
-
-
-@pytest.mark.full
-def test_low_rank_pairs_of_queries(make_recipe: Make, tmp_path: Path):
-    verdict = checked(make_recipe, tmp_path, "jax plan.tensor=2", "torch plan.tensor=2", "fp64", LORA)
-    assert verdict.holds, verdict.lines(colour=False)
-
-
-@pytest.mark.full
-def test_low_rank_pairs_of_gate_and_up(make_recipe: Make, tmp_path: Path):
-    method = LORA | {"targets": ["gate_up_proj", "down_proj"]}
-    verdict = checked(
-        make_recipe, tmp_path, "jax plan.tensor=2", "torch plan.tensor=2", "fp64", method, family="glm"
-    )
-    assert verdict.holds, verdict.lines(colour=False)
 
 
 @pytest.mark.full

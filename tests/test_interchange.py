@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from asked import asked_for
 from logits import real_tokens
-from many import ROOT, run_many
+from many import ROOT
 from safetensors.numpy import load_file
 from small import CACHE, recipe_maker
 
@@ -144,10 +144,15 @@ READ = [
 ]
 
 
-def logits(who: str, cases: list[dict[str, Any]], scratch: Path) -> list[np.ndarray]:
+def logits(
+    who: str, cases: list[dict[str, Any]], scratch: Path, *, first: list[list[str]] | None = None
+) -> list[np.ndarray]:
+    """The logits of the cases, after the command lines that come `first`."""
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "tests/logits.py", who, str(scratch / "cases.json"), str(scratch / "out.npz")]
+    (scratch / "first.json").write_text(json.dumps(first or []))
+    files = [str(scratch / name) for name in ("cases.json", "out.npz", "first.json")]
+    command = [sys.executable, "tests/logits.py", who, *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     with np.load(scratch / "out.npz") as found:
@@ -214,8 +219,6 @@ def exchanged(
                 folder = "model" if case.method["kind"] == "full" else "merged"
                 loaded = {"model": str(out / folder), "adapter": None}
             foreign[program, str(case)] = loaded | {"dtype": dtype}
-        for argv, result in zip(argvs, run_many(program, argvs, root / program / "many"), strict=True):
-            assert result["code"] == 0, f"{program} {argv}: {result}"
         for name, policy, padding in read:
             case, method = f"{name}-{policy}-{padding}", MADE[name][2] | {"adapter": str(adapters / name)}
             asked[case] = {
@@ -229,7 +232,7 @@ def exchanged(
         asked["from-text"] = {"recipe": recipe_file("from-text", "bias", "fp32", from_text), "out": None}
         bare = {"model": str(model_dirs["bias"]), "adapter": None, "dtype": "float32"}
         foreign[program, "from-text"] = bare | {"after": text_tokens}
-        found = logits(program, list(asked.values()), root / program / "logits")
+        found = logits(program, list(asked.values()), root / program / "logits", first=argvs)
         ours |= {(program, case): array for case, array in zip(asked, found, strict=True)}
     foreign["untrained", "tied"] = {"model": str(model_dirs["tied"]), "adapter": None, "dtype": "float32"}
     unlike = dict.fromkeys(json.dumps(case, sort_keys=True) for case in foreign.values())
@@ -247,7 +250,8 @@ def _text_tokens(make) -> list[int]:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=str(c), marks=[] if c in FAST else pytest.mark.full) for c in WRITTEN]
+    "case",
+    [pytest.param(c, id=str(c), marks=[] if c in FAST else pytest.mark.full(minutes=3)) for c in WRITTEN],
 )
 def test_exports_give_our_logits_in_transformers_and_peft(exchanged: Exchanged, program: str, case: Written):
     ours, theirs = exchanged.ours[program, str(case)], exchanged.theirs[program, str(case)]
@@ -264,7 +268,7 @@ def test_the_bound_tells_a_trained_model_from_an_untrained_one(exchanged: Exchan
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
     ("name", "policy", "padding"),
-    [pytest.param(*c, marks=() if c[1:] == ("fp32", "left") else pytest.mark.full) for c in READ],
+    [pytest.param(*c, marks=() if c[1:] == ("fp32", "left") else pytest.mark.full(minutes=3)) for c in READ],
 )
 def test_adapters_that_peft_made_give_its_logits(exchanged: Exchanged, program, name, policy, padding):
     ours, theirs = (

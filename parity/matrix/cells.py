@@ -17,7 +17,15 @@ from parity.comparison.drift import lora_scale
 from parity.comparison.pair import Pair
 from parity.diff import bounds_for
 from parity.report.verdict import explained
-from parity.runs.fixture import FAMILIES, METHODS, VARIANTS, TinySetup, write_tiny
+from parity.runs.fixture import (
+    FAMILIES,
+    METHODS,
+    OF_FAMILIES,
+    VARIANTS,
+    TinySetup,
+    method_of,
+    write_tiny,
+)
 from parity.runs.launch_many import CaseResult, run_cases, training
 from parity.runs.plans import refusal, runs_as
 from trainspec.backends import BACKENDS
@@ -76,6 +84,8 @@ COARSE = ("zero2-2", "zero3-2", "tensor-2", "pipe-2-zero1-2-tensor-2")
 # sharded as a weight, split as a layer, over stages, and all three at once.
 FAMILY_METHODS = ("full", "lora", "prompt", "prefix")
 FAMILY_PLANS = ("one-device", "zero3-2", "tensor-2", "pipe-2", "pipe-2-zero1-2-tensor-2")
+# The same of a method that one family alone has: on one device, and split as a layer and as a weight on both backends.
+ONE_FAMILY_PLANS = (("one-device", "fp64"), ("tensor-2", "fp64"), ("zero3-2", "fp32"))
 # bf16 with its usual sums in float32, and with sums in bfloat16: DeepSpeed's default, and what XLA does where weights are
 # cast before use.
 PRECISIONS: dict[str, Precision] = {
@@ -172,7 +182,7 @@ def cells() -> list[Cell]:
 def family_cells() -> list[Cell]:
     """Every other family in fp64; in fp32 where torch has no fp64, and in bf16 at both ends, with full training and LoRA.
 
-    ChatGLM2's layers are a GLM's: only its files differ, so that fp64 says it all.
+    ChatGLM2's layers are a GLM's: only its files differ, so that fp64 says it all, and its prefix as published: `OF_FAMILIES`.
     """
     proofs = [
         Cell(f, a, "packed-2", p, "fp64")
@@ -181,10 +191,16 @@ def family_cells() -> list[Cell]:
     coarse = [(p, "fp32") for p in FAMILY_PLANS if refusal(PLANS[p], "fp64", "torch")]
     coarse += [(p, "bf16") for p in (FAMILY_PLANS[0], FAMILY_PLANS[-1])]
     others = [name for name in FAMILIES if name != "chatglm2"]
-    return proofs + [
+    rounded = [
         Cell(f, a, "packed-2", plan, p)
         for f, (plan, p), a in itertools.product(others, coarse, ("full", "lora"))
     ]
+    own = [
+        Cell(family, name, "packed-2", plan, p)
+        for family, some in OF_FAMILIES.items()
+        for name, (plan, p) in itertools.product(some, ONE_FAMILY_PLANS)
+    ]
+    return [*proofs, *rounded, *own]
 
 
 def _telling(plan: str) -> list[str]:
@@ -226,7 +242,7 @@ def judge(cell: Cell, left: Path, right: Path) -> CellResult:
     """Compare the cell's two traces with the bounds of its precision."""
     try:
         pair = Pair(Trace(left), Trace(right))
-        scale = lora_scale(METHODS[cell.method])
+        scale = lora_scale(method_of(cell.model, cell.method))
         return result_of(cell, compare(pair, bounds_for(pair, cell.policy, lora_scale=scale)))
     except TraceError as error:
         return CellResult(cell, "fail", reason=str(error))

@@ -20,7 +20,7 @@ from trainspec.files.adapters import write_adapter
 from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
 from trainspec.init import initial_value
-from trainspec.methods import EXAMPLES, LoRA, adapter_table
+from trainspec.methods import EXAMPLES, LoRA, Method, PrefixTuning, adapter_table
 from trainspec.model import ModelSpec
 from trainspec.params import FromWeights, Normal, Param, Zeros, param_table
 from trainspec.recipe import Recipe
@@ -54,6 +54,12 @@ FAMILIES: dict[str, ModelSpec] = {
 }
 # Every method, and each of its encoders, by name.
 METHODS = EXAMPLES
+# P-Tuning v2 as published with ChatGLM2: positions from 0, dropout of keys and values, a projection as wide as all layers.
+PUBLISHED_PREFIX = PrefixTuning(
+    virtual_tokens=3, positions="from_zero", dropout=0.2, projection=True, projected="all_layers"
+)
+# What a family has beside `METHODS`, by its name and that of the method.
+OF_FAMILIES: dict[str, dict[str, PrefixTuning]] = {"chatglm2": {"published-prefix": PUBLISHED_PREFIX}}
 LORA = LoRA.examples()["lora"]
 
 _NUMBERS = (
@@ -69,12 +75,12 @@ class TinySetup:
     root: Path
 
     def adapter(self, method: str, *, model: str = "plain") -> Path:
-        """The directory of an adapter to start a method of `METHODS` from; none of it is zero, so all of it acts from step 1."""
+        """The directory of an adapter to start a method from; none of it is zero, so all of it acts from step 1."""
         return self.root / "adapters" / f"{method}-{(VARIANTS | FAMILIES)[model].layers}"
 
     def method(self, name: str, *, model: str = "plain") -> dict[str, Any]:
-        """The recipe section for a method of `METHODS`, started from its adapter if it has one."""
-        method = METHODS[name]
+        """The recipe section for a method of `METHODS` or of the model's family, started from its adapter if it has one."""
+        method = method_of(model, name)
         start = {} if method.trains_model else {"adapter": str(self.adapter(name, model=model))}
         return method.model_dump(mode="python") | start
 
@@ -107,6 +113,11 @@ class TinySetup:
         return Recipe.model_validate(tree)
 
 
+def method_of(model: str, name: str) -> Method:
+    """The method of that name in `METHODS`, or of the model's family."""
+    return METHODS[name] if name in METHODS else OF_FAMILIES[model][name]
+
+
 def write_tiny(root: Path) -> TinySetup:
     """Write a `TinySetup` under `root`."""
     root.mkdir(parents=True, exist_ok=True)
@@ -129,12 +140,12 @@ def write_tiny(root: Path) -> TinySetup:
             special["tokenizer_class"] = "PreTrainedTokenizerFast"
         (root / variant / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     tiny = TinySetup(root)
-    for name, method in METHODS.items():
-        for variant in () if method.trains_model else ("plain", "deep"):
-            spec = VARIANTS[variant]
-            weights = {p.name: _random(p) for p in adapter_table(spec, method)}
-            directory = tiny.adapter(name, model=variant)
-            write_adapter(directory, weights, model=spec, method=method, base=variant)
+    adapters = [(v, name) for name, m in METHODS.items() if not m.trains_model for v in ("plain", "deep")]
+    adapters += [(family, name) for family, some in OF_FAMILIES.items() for name in some]
+    for variant, name in adapters:
+        spec, method = (VARIANTS | FAMILIES)[variant], method_of(variant, name)
+        weights = {p.name: _random(p) for p in adapter_table(spec, method)}
+        write_adapter(tiny.adapter(name, model=variant), weights, model=spec, method=method, base=variant)
     return tiny
 
 

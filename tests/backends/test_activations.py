@@ -1,9 +1,12 @@
 """Activations and their gradients, as a trace keeps them."""
 
+import json
+
 import numpy as np
 import pytest
 from backend import logits, spec_of, start_state, train_step
 from method_sections import sections
+from small import recipe_maker
 from test_methods import prepare as prepare_method
 from test_model import FP64, FULL, LORA, PACKED, prepare
 
@@ -21,12 +24,22 @@ ADDED = sections(
 ROUNDING = 1e-12
 
 
-def recorded(make_recipe, method, variant="bias", **sections):
-    recipe = make_recipe(variant, method=method, precision=FP64, data=PACKED, **sections)
-    state, batch = prepare(recipe)
-    expected = logits(state, batch)
-    _, metrics = train_step(state, batch, lr=0.0, keep="activations")
-    return recipe, batch, expected, metrics
+@pytest.fixture(scope="module")
+def recorded(model_dirs):
+    """The recipe, batch, logits and metrics of an update that keeps activations; equal ones are made once."""
+    make, made = recipe_maker(model_dirs), {}
+
+    def run(method, variant="bias", **sections):
+        key = json.dumps([method, variant, sections])
+        if key not in made:
+            recipe = make(variant, method=method, precision=FP64, data=PACKED, **sections)
+            state, batch = prepare(recipe)
+            expected = logits(state, batch)
+            _, metrics = train_step(state, batch, lr=0.0, keep="activations")
+            made[key] = recipe, batch, expected, metrics
+        return made[key]
+
+    return run
 
 
 def sizes_of(recipe, batch) -> dict[str, int]:
@@ -42,8 +55,8 @@ def sizes_of(recipe, batch) -> dict[str, int]:
 
 
 @METHODS
-def test_the_stream_adds_up(make_recipe, method):
-    recipe, _, expected, metrics = recorded(make_recipe, method)
+def test_the_stream_adds_up(recorded, method):
+    recipe, _, expected, metrics = recorded(method)
     layers, found = spec_of(recipe).layers, metrics.activations
     assert np.abs(found["logits"] - expected).max() <= ROUNDING * np.abs(expected).max()
     stream = found["embedding"]
@@ -73,8 +86,8 @@ def test_every_point_of_a_run_is_there_in_its_shape(make_recipe, name):
             assert array.any(), point
 
 
-def test_the_points_of_a_layer_are_what_their_names_say(make_recipe):
-    recipe, batch, _, metrics = recorded(make_recipe, FULL, "qwen3")
+def test_the_points_of_a_layer_are_what_their_names_say(recorded):
+    recipe, batch, _, metrics = recorded(FULL, "qwen3")
     state = start_state(recipe)
     from backend import weights_of
 
@@ -119,9 +132,9 @@ def test_the_points_of_a_layer_are_what_their_names_say(make_recipe):
     close("mlp", at("product") @ weight("mlp.down_proj").T)
 
 
-def test_a_gradient_at_a_point_gives_those_of_the_weights_before_it(make_recipe):
+def test_a_gradient_at_a_point_gives_those_of_the_weights_before_it(recorded):
     """The gradient of a matrix is that of its output times its input."""
-    recipe, _, _, metrics = recorded(make_recipe, FULL, "qwen3")
+    recipe, _, _, metrics = recorded(FULL, "qwen3")
     found, backward = metrics.activations, metrics.activation_gradients
     for module, before, after in (
         ("self_attn.q_proj", "input_norm", "query"),
@@ -166,8 +179,8 @@ def test_an_adapter_s_parts(make_recipe):
 
 
 @METHODS
-def test_the_gradient_of_the_logits_is_the_softmax_less_the_target(make_recipe, method):
-    _, batch, expected, metrics = recorded(make_recipe, method)
+def test_the_gradient_of_the_logits_is_the_softmax_less_the_target(recorded, method):
+    _, batch, expected, metrics = recorded(method)
     shares = np.exp(expected - expected.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     targets = np.concatenate([batch.labels[:, 1:], np.full((len(expected), 1), IGNORED)], axis=1)
@@ -178,10 +191,13 @@ def test_the_gradient_of_the_logits_is_the_softmax_less_the_target(make_recipe, 
     )
 
 
-@METHODS
-def test_neither_microbatches_nor_recomputation_change_them(make_recipe, method):
-    *_, plain = recorded(make_recipe, method)
-    *_, split = recorded(make_recipe, method, batch={"accumulation": 4}, plan={"remat": "full"})
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(FULL, id="full", marks=pytest.mark.full), pytest.param(LORA | {"dropout": 0.0}, id="lora")],
+)
+def test_neither_microbatches_nor_recomputation_change_them(recorded, method):
+    *_, plain = recorded(method)
+    *_, split = recorded(method, batch={"accumulation": 4}, plan={"remat": "full"})
     for kind in ("activations", "activation_gradients"):
         for point, array in getattr(plain, kind).items():
             assert np.abs(getattr(split, kind)[point] - array).max() <= ROUNDING * np.abs(array).max(), point

@@ -8,7 +8,7 @@ import numpy_llama
 import pytest
 from backend import PROGRAM, feed, moments_of, restore, spec_of, train_step, weights_of
 from many import run_many
-from small import FAMILIES, VARIANTS
+from small import VARIANTS
 from test_model import FP64, FULL, LORA, PACKED, prepare
 
 from trainspec.checkpoints.checkpoint import Checkpoint
@@ -17,7 +17,10 @@ from trainspec.data import IGNORED, Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.methods import trainable_table
 
-METHODS = pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
+# With dropout, which a recomputation must repeat.
+LORA_FIRST = pytest.mark.parametrize(
+    "method", [pytest.param(FULL, id="full", marks=pytest.mark.full), pytest.param(LORA, id="lora")]
+)
 BF16 = {"policy": "bf16", "reduce": "fp32"}
 LEFT = {"padding_side": "left"}
 SPLIT_ROUNDING = 1e-12  # another order of a few hundred additions, each exact to 1e-16
@@ -34,8 +37,12 @@ def relative(mine, theirs):
     return np.max([np.abs(mine[n] - theirs[n]).max() / max(np.abs(theirs[n]).max(), 1e-300) for n in theirs])
 
 
+# Of the fast tests: a head that is the embedding and one that is not, biases, and norms of heads.
+SLOPES = ("tied", "bias", "qwen3")
+
+
 @pytest.mark.parametrize(
-    "variant", [pytest.param(v, marks=pytest.mark.full if v in FAMILIES[1:] else ()) for v in VARIANTS]
+    "variant", [pytest.param(v, marks=() if v in SLOPES else pytest.mark.full) for v in VARIANTS]
 )
 def test_gradient_is_the_slope_of_the_numpy_loss(make_recipe, variant):
     """Along a random unit direction: central differences of the oracle are good to h² and 1e-15 / h."""
@@ -67,18 +74,18 @@ def test_gradient_is_the_slope_of_the_numpy_loss(make_recipe, variant):
     ],
 )
 def test_the_split_into_microbatches_does_not_matter(make_recipe, method, data):
+    """Of gradients and moments, with dropout; test_invariance.py has more ways to split."""
+
     def run(accumulation):
         batch = {"global_examples": 4, "accumulation": accumulation}
         recipe = make_recipe(method=method, precision=FP64, data=data, batch=batch)
         return one_update(recipe)
 
-    whole, metrics = run(1)
-    for accumulation in (2, 4):
-        split, split_metrics = run(accumulation)
-        assert relative(split_metrics.gradients, metrics.gradients) < SPLIT_ROUNDING
-        assert relative(moments_of(split)[1], moments_of(whole)[1]) < SPLIT_ROUNDING
-        assert split_metrics.loss_sum == pytest.approx(metrics.loss_sum, rel=1e-14)
-        assert split_metrics.tokens == metrics.tokens
+    (whole, metrics), (split, split_metrics) = run(1), run(4)
+    assert relative(split_metrics.gradients, metrics.gradients) < SPLIT_ROUNDING
+    assert relative(moments_of(split)[1], moments_of(whole)[1]) < SPLIT_ROUNDING
+    assert split_metrics.loss_sum == pytest.approx(metrics.loss_sum, rel=1e-14)
+    assert split_metrics.tokens == metrics.tokens
 
 
 def test_a_fed_batch_is_the_same_batch(make_recipe):
@@ -96,7 +103,7 @@ def test_a_fed_batch_is_the_same_batch(make_recipe):
     assert losses[0] == losses[1] > losses[2]
 
 
-@METHODS
+@LORA_FIRST
 def test_recomputation_does_not_matter(make_recipe, method):
     (plain, metrics), (remat, remat_metrics) = (
         one_update(make_recipe(method=method, precision=FP64, plan={"remat": remat}))
@@ -147,16 +154,24 @@ def test_frozen_weights_stay(make_recipe):
 
 
 def test_dropout_moves_with_the_step_and_is_off_in_evaluation(make_recipe):
-    def gradients(dropout, step):
+    def gradients(dropout, *steps):
+        """Those of updates from the same start that are said to be the `steps`th."""
         state, batch = prepare(make_recipe(method=LORA | {"dropout": dropout}, precision=FP64))
-        nothing = {name: np.zeros_like(w) for name, w in weights_of(state).items()}
-        state = restore(state, Checkpoint(step, weights_of(state), nothing, nothing))
-        return train_step(state, batch, lr=0.0, keep="gradients")[1].gradients
+        start = weights_of(state)
+        nothing = {name: np.zeros_like(w) for name, w in start.items()}
+        found = []
+        for step in steps:
+            state = restore(state, Checkpoint(step, start, nothing, nothing))
+            state, metrics = train_step(state, batch, lr=0.0, keep="gradients")
+            found.append(metrics.gradients)
+        return found
 
-    assert relative(gradients(0.2, 0), gradients(0.2, 0)) == 0
-    assert relative(gradients(0.2, 1), gradients(0.2, 0)) > 1e-2
-    assert relative(gradients(0.2, 0), gradients(0.0, 0)) > 1e-2
-    assert relative(gradients(0.0, 1), gradients(0.0, 0)) == 0
+    first, again, second = gradients(0.2, 0, 0, 1)
+    plain, later = gradients(0.0, 0, 1)
+    assert relative(first, again) == 0
+    assert relative(second, first) > 1e-2
+    assert relative(first, plain) > 1e-2
+    assert relative(later, plain) == 0
 
 
 @pytest.mark.parametrize(
@@ -203,8 +218,11 @@ def same(left, right):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("precision", [FP64, {"policy": "fp32"}, BF16], ids=["fp64", "fp32", "bf16"])
-@METHODS
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [(FULL, FP64), (LORA, {"policy": "fp32"}), (FULL, BF16)],
+    ids=["full-fp64", "lora-fp32", "full-bf16"],
+)
 def test_what_is_kept_of_a_step_changes_no_bit_of_it(make_recipe, method, precision, tmp_path, monkeypatch):
     """Where nothing is kept JAX makes gradients and update in one program, else in two."""
     # As users compile it: other ways of generating fused loops contract sums and products differently in each program.

@@ -28,7 +28,7 @@ def metrics_of(out: Path):
     ("method", "precision"),
     [
         pytest.param(LORA, FP32, id="lora-fp32"),
-        pytest.param(FULL, FP64, id="full-fp64"),
+        pytest.param(FULL, FP64, id="full-fp64", marks=pytest.mark.full),
         pytest.param(LORA, FP64, id="lora-fp64", marks=pytest.mark.full),
         pytest.param(FULL, FP32, id="full-fp32", marks=pytest.mark.full),
     ],

@@ -167,7 +167,7 @@ def test_the_memory_of_an_update_does_not_grow_with_the_square_of_the_row(tmp_pa
     assert all(long > 3.5 * short for short, long in pairwise(found["reference"]))  # control
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=2)
 def test_a_model_with_fused_attention_trains_as_with_the_reference(tmp_path: Path):
     """Packed rows through stages, tensor and recomputation; a prefix, of a model with a window, and a prompt."""
     prefix, prompt = ({"kind": kind, "virtual_tokens": 3} for kind in ("prefix", "prompt"))

@@ -24,6 +24,7 @@ model: {{from: {model_dirs["plain"]}}}
 method: {{kind: full}}
 data: {{train: {QA}, heldout: {QA.with_name("qa-heldout.jsonl")}, sequence_tokens: 160, cache: {tmp_path}/cache}}
 batch: {{global_examples: 8}}
+run: {{steps: 4}}
 """)
     return file
 

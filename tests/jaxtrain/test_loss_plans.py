@@ -30,14 +30,14 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(launch("run_plans.py", cases, tmp_path_factory.mktemp("runs"))[0])
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=1.5)
 @pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("method", METHODS)
 def test_chunks_under_a_plan_train_as_one_device_without(runs, method, name):
     assert_equal({name: worst(runs.of(f"{method}-{name}"), runs.of(method))}, ROUNDING)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=1.5)
 def test_other_masks_would_show(runs):
     assert worst(runs.of("head-other"), runs.of("head"))["gradient"] > 1e-3
 
@@ -52,7 +52,7 @@ def programs(tmp_path_factory) -> dict:
     return json.loads(launch("read_programs.py", cases, tmp_path_factory.mktemp("programs"))[0].read_text())
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=1.5)
 def test_no_device_has_the_logits_of_its_examples(programs):
     assert not programs["fsdp-chunks"]["logits"]
     assert not programs["mixed-chunks"]["logits"]
@@ -69,7 +69,7 @@ def sent(program: dict, kind: str, devices: int) -> int:
     )
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=1.5)
 def test_a_head_is_gathered_and_its_gradient_reduced_once_for_all_chunks(programs):
     chunks, plain = programs["fsdp-chunks"], programs["fsdp"]
     # Without chunks the head is gathered twice, as the backward pass gathers it again.
@@ -79,6 +79,6 @@ def test_a_head_is_gathered_and_its_gradient_reduced_once_for_all_chunks(program
     assert sent(plain, "reduce-scatter", 8) > 0
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=1.5)
 def test_a_split_vocabulary_is_not_gathered(programs):
     assert sent(programs["mixed-chunks"], "all-gather", 2) <= sent(programs["mixed"], "all-gather", 2)

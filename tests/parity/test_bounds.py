@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 import pytest
+from asked import asked_for
 from safetensors.numpy import save_file
 from synthetic import Q1, Sim, write
 
@@ -22,6 +25,7 @@ from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summa
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
 from parity.comparison.tolerance import DETERMINED, Bound, CheckedPair, as_a_whole
+from parity.many import CheckRequest, RunPair, make_runs
 from parity.measure import measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
 from parity.runs.fixture import METHODS, TinySetup, write_tiny
@@ -118,27 +122,67 @@ def test_clean_lora_in_bf16_keeps_its_distance_and_every_gradient_is_proven(
     assert any(gradient.undetermined > DETERMINED * gradient.elements for gradient in gradients)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("variant", ["plain", "tied", "bias", "llama3-rope"])
-def test_clean_full_training_keeps_its_distance(
-    variant: str, precision: Low, tiny: TinySetup, tmp_path: Path
-):
-    data = PACKED if variant == "tied" else {"padding_side": "left"}
-    home = run_both(tmp_path / "full", tiny, variant, precision=precision, method={"kind": "full"}, data=data)
+FULL: list[tuple[str, Low]] = [
+    ("plain", "bf16"), ("tied", "fp32"), ("tied", "bf16"), ("bias", "fp32"), ("llama3-rope", "fp32"),
+]  # fmt: skip
+# The other methods take turns between the precisions; test_no_false_alarm.py has all of them in fp32.
+_NAMES = [name for name in METHODS if name not in ("full", "lora")]
+OTHERS: list[tuple[str, Low]] = [*zip(_NAMES, itertools.cycle(("fp32", "bf16")), strict=False)]
+Clean = Callable[[str, str, Low], tuple[Pair, MeasuredBounds]]
+
+
+@pytest.fixture(scope="module")
+def clean(tiny: TinySetup, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Clean:
+    """The traces and bounds of a method on a variant; those of a precision are made in one process of each program."""
+    made: dict[tuple[str, str, Low], RunPair] = {}
+
+    def make(precision: Low) -> None:
+        home = tmp_path_factory.mktemp(precision)
+        asked = [("full", *case) for case in asked_for(request, "variant", "precision")]
+        asked += [(method, "plain", p) for method, p in asked_for(request, "method", "precision")]
+        keys = [key for key in asked if key[2] == precision]
+        groups = []
+        for method, variant, _ in keys:
+            padded = method in ("prompt", "prefix") or (method == "full" and variant != "tied")
+            recipe = tiny.recipe(
+                variant,
+                method=tiny.method(method),
+                data={"padding_side": "left"} if padded else PACKED,
+                precision={"policy": precision, "reduce": precision},
+            )
+            file = home / f"{method}-{variant}.yaml"
+            file.write_text(recipe.to_yaml())
+            groups.append([CheckRequest(file, (), home / file.stem)])
+        sides = Side("jax"), Side("torch")
+        runs = make_runs(groups, sides=sides, precision=precision, steps=STEPS, home=home / "launches")
+        made.update(zip(keys, runs, strict=True))
+
+    def found(method: str, variant: str, precision: Low) -> tuple[Pair, MeasuredBounds]:
+        if (method, variant, precision) not in made:
+            make(precision)
+        runs = made[method, variant, precision]
+        left, right = (side.trace for side in runs.results)
+        assert left
+        assert right
+        pair = Pair(left, right)
+        bounds = runs.bounds(pair)
+        assert isinstance(bounds, MeasuredBounds)
+        return pair, bounds
+
+    return found
+
+
+@pytest.mark.full(minutes=2)
+@pytest.mark.parametrize(("variant", "precision"), FULL)
+def test_clean_full_training_keeps_its_distance(clean: Clean, variant: str, precision: Low):
     # In bf16 two thirds of a tied table's single elements are noise; each tensor as a whole is proven.
-    keeps_its_distance(*bounds_of(home, precision), noise=0.001 if precision == "fp32" else 0.7)
+    keeps_its_distance(*clean("full", variant, precision), noise=0.001 if precision == "fp32" else 0.7)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("full", "lora")])
-def test_every_other_method_keeps_its_distance(method: str, precision: Low, tiny: TinySetup, tmp_path: Path):
-    data = {"padding_side": "left"} if method in ("prompt", "prefix") else PACKED
-    home = run_both(
-        tmp_path / method, tiny, "plain", precision=precision, method=tiny.method(method), data=data
-    )
-    pair, bounds = bounds_of(home, precision)
+@pytest.mark.full(minutes=2)
+@pytest.mark.parametrize(("method", "precision"), OTHERS)
+def test_every_other_method_keeps_its_distance(clean: Clean, method: str, precision: Low):
+    pair, bounds = clean(method, "plain", precision)
     if (method, precision) == ("ptuning-mlp", "bf16"):
         # In some draws a ReLU flips: the bound before it is as large as the gradient, and the verdict says so.
         comparison = compare(pair, bounds)

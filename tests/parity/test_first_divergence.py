@@ -40,13 +40,13 @@ def checked(tiny: TinySetup, out: Path, right: str, precision="fp64"):
 @pytest.mark.parametrize(
     ("right", "phase", "tensor", "looks_again"),
     [
-        # In `make test` a NaN is looked at again (test_not_finite.py).
-        pytest.param(
-            "torch model.from=LLAMA3", "activation", "layers.0.rotated_query", True, marks=pytest.mark.full
-        ),
+        ("torch model.from=LLAMA3", "activation", "layers.0.rotated_query", True),
         ("torch optimizer.clip_norm=0.4", "clip", "clip_factor", False),
     ],
 )
+# In `make test` a NaN is looked at again (test_not_finite.py), and what is said of a difference is that of traces which were
+# not trained (test_diff.py, test_diagnosis.py).
+@pytest.mark.full
 def test_the_first_place_is_found_by_looking_again(tiny, right, phase, tensor, looks_again, tmp_path):
     verdict, written = checked(tiny, tmp_path / "o", right.replace("LLAMA3", str(tiny.model("llama3-rope"))))
     first = verdict.comparison.first_divergence
@@ -70,7 +70,6 @@ def test_the_first_place_is_found_by_looking_again(tiny, right, phase, tensor, l
 @pytest.mark.parametrize(
     ("right", "phase"),
     [
-        ("torch optimizer.eps=1e-6", "update"),
         ("torch optimizer.lr=1.00001e-3", "lr"),
         ("torch method.alpha=9", "-"),
     ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import get_args
 
@@ -27,8 +29,8 @@ from parity.matrix.cells import (
     run_matrix,
     select,
 )
-from parity.matrix.status import status_page
-from parity.runs.fixture import FAMILIES, METHODS, VARIANTS, TinySetup
+from parity.matrix.status import status_lines, status_page
+from parity.runs.fixture import FAMILIES, METHODS, OF_FAMILIES, VARIANTS, TinySetup
 from parity.runs.plans import refusal
 from trainspec.errors import UserError
 from trainspec.families import FAMILIES as ALL_FAMILIES
@@ -81,12 +83,28 @@ def test_every_method_is_run_on_every_plan_and_none_is_left_out_silently():
 
 def test_every_family_is_run_with_every_kind_of_method_on_every_kind_of_plan():
     of_families = family_cells()
-    proven = {(c.model, c.method, c.plan) for c in of_families if c.precision == "fp64"}
+    proven = {
+        (c.model, c.method, c.plan)
+        for c in of_families
+        if c.precision == "fp64" and c.method in FAMILY_METHODS
+    }
     assert proven == set(itertools.product(FAMILIES, FAMILY_METHODS, FAMILY_PLANS))
     assert {spec.family for spec in FAMILIES.values()} == set(ALL_FAMILIES) - {"llama"}
     used = [PLANS[name] for name in FAMILY_PLANS]
     assert any(plan.pipe > 1 and plan.fsdp > 1 and plan.tensor > 1 for plan in used)
     assert {"fp32", "bf16"} < {cell.precision for cell in of_families}
+
+
+def test_what_one_family_alone_has_is_run_on_one_device_and_sharded_on_both_backends():
+    for family, methods in OF_FAMILIES.items():
+        for name in methods:
+            run = [c for c in family_cells() if (c.model, c.method) == (family, name)]
+            assert any(c.plan == "one-device" and c.precision == "fp64" for c in run)
+            split = [c for c in run if PLANS[c.plan].devices > 1]
+            assert split
+            assert not any(map(refusals, split))
+    prefix = OF_FAMILIES["chatglm2"]["published-prefix"]
+    assert (prefix.positions, prefix.projected, prefix.dropout > 0) == ("from_zero", "all_layers", True)
 
 
 def test_what_was_not_run_or_failed_stands_out(tmp_path: Path):
@@ -196,7 +214,73 @@ def test_one_real_cell_runs_on_both_backends(tmp_path: Path, capsys):
     assert names_on((tmp_path / "parity-status.md").read_text()) == [only]
 
 
-@pytest.mark.full
-def test_every_cell_passes(tmp_path: Path):
-    command = ["matrix", "--out", str(tmp_path), "--status", str(tmp_path / "page.md")]
-    assert main(command) == 0, (tmp_path / "page.md").read_text()
+Pair = tuple[tuple[str, str], ...]
+
+
+def axes_of(cell: Cell) -> str:
+    """The axes over which the cell's plan has several devices."""
+    sizes = PLANS[cell.plan].model_dump()
+    return " ".join(axis for axis in ("data", "fsdp", "tensor", "pipe") if sizes[axis] > 1)
+
+
+def pairs_of(cell: Cell) -> set[Pair]:
+    """Every two of what a cell is made of, of its plan the parts: its method and its axes, its axes and its precision, and so
+    on. Beside these the plan itself with the precision.
+    """
+    plan = PLANS[cell.plan]
+    made_of = {
+        "model": cell.model,
+        "method": cell.method,
+        "batch": cell.batch,
+        "precision": cell.precision,
+        "axes": axes_of(cell),
+        "shards": plan.shards,
+        "schedule": plan.schedule if plan.pipe > 1 else "none",
+        "remat": plan.remat,
+    }
+    return {*itertools.combinations(made_of.items(), 2), (("plan", cell.plan), ("precision", cell.precision))}
+
+
+def covering(listed: Sequence[Cell]) -> list[Cell]:
+    """Cells that have every pair that any listed cell has: always the one with most pairs that are still missing."""
+    missing, chosen = set().union(*map(pairs_of, listed)), []
+    while missing:
+        chosen.append(max(listed, key=lambda cell: len(pairs_of(cell) & missing)))
+        missing -= pairs_of(chosen[-1])
+    return chosen
+
+
+@pytest.mark.parametrize("listed", [cells(), family_cells()])
+def test_the_cells_that_the_tests_run_have_every_pair_of_settings(listed: list[Cell]):
+    chosen = covering(listed)
+    assert set(chosen) <= set(listed)
+    pairs = set().union(*map(pairs_of, listed))
+    assert set().union(*map(pairs_of, chosen)) == pairs
+    plan = chosen[0].plan
+    assert set().union(*(pairs_of(cell) for cell in chosen if cell.plan != plan)) < pairs  # control
+    # Every plan in every precision that it is run in; every method and every family over all axes together.
+    for names in (("plan", "precision"), ("model", "method"), ("method", "batch")):
+        of = attrgetter(*names)
+        assert set(map(of, chosen)) == set(map(of, listed))
+    for name in ("method", "model"):
+        over = {(getattr(cell, name), axes_of(cell)) for cell in listed}
+        assert {(getattr(cell, name), axes_of(cell)) for cell in chosen} == over
+
+
+def assert_all_pass(chosen: Sequence[Cell], out: Path) -> None:
+    results = run_matrix(chosen, out=out)
+    assert [result.verdict for result in results] == ["pass"] * len(chosen), status_lines(results)
+
+
+@pytest.mark.full(minutes=5)
+@pytest.mark.parametrize("devices", sorted({plan.devices for plan in PLANS.values()}))
+def test_every_pair_of_settings_passes(tmp_path: Path, devices: int):
+    """Every method over all axes together, with every way to split weights, every schedule, every model and every batch; every
+    plan in every precision. Cells whose pairs other cells have are not run here: `make docs` runs them, for the page.
+    """
+    assert_all_pass([cell for cell in covering(cells()) if PLANS[cell.plan].devices == devices], tmp_path)
+
+
+@pytest.mark.full(minutes=3)
+def test_every_pair_of_settings_of_families_passes(tmp_path: Path):
+    assert_all_pass(covering(family_cells()), tmp_path)

@@ -83,12 +83,11 @@ def checked(tiny, tmp_path, monkeypatch):
     return run
 
 
-PRECISIONS = pytest.mark.parametrize("precision", ["fp64", pytest.param("fp32", marks=pytest.mark.full)])
+# Each mistake is placed in fp64 and in fp32, on one device in the one and on two in the other.
 
 
-@PRECISIONS
-def test_a_nan_in_one_layer_is_placed_there(checked, precision, tmp_path):
-    verdict, written = checked(precision, program="torchtrain", edits=[IN_A_PRODUCT])
+def test_a_nan_in_one_layer_is_placed_there(checked, tmp_path):
+    verdict, written = checked(program="torchtrain", edits=[IN_A_PRODUCT])
     first = written["first_divergence"]
     assert (first["phase"], first["tensor"], first["step"]) == ("activation", "layers.1.product", 1)
     size = (
@@ -105,25 +104,21 @@ def test_a_nan_in_one_layer_is_placed_there(checked, precision, tmp_path):
 
 
 @pytest.mark.full
-@PRECISIONS
-def test_an_infinite_gradient_of_a_finite_loss_is_placed_in_the_backward_pass(checked, precision):
-    verdict, written = checked(precision, program="torchtrain", edits=[IN_A_GRADIENT])
+def test_an_infinite_gradient_of_a_finite_loss_is_placed_in_the_backward_pass(checked):
+    verdict, written = checked("fp32", program="torchtrain", edits=[IN_A_GRADIENT])
     first = written["first_divergence"]
     assert (first["phase"], first["tensor"], first["step"]) == ("activation_gradient", "layers.0.mlp", 1)
     assert first["reason"].startswith("not finite in right: 1 of ")
     assert first["reason"].endswith("first at [0, 7, 2]")
-    found = {f.location.phase: f.holds for f in verdict.comparison.findings if f.location.step == 1}
-    assert found["loss"] or precision == "fp32"
     assert all(f.holds for f in verdict.comparison.findings if f.location.phase == "activation")
 
 
 @pytest.mark.full
-@PRECISIONS
-def test_a_token_that_first_comes_in_the_second_batch_is_placed_at_that_step(checked, precision, tiny):
+def test_a_token_that_first_comes_in_the_second_batch_is_placed_at_that_step(checked, tiny):
     data = open_dataset(resolve(tiny.recipe()), "train")
     before, after = (data.batch(step, 4).input_ids for step in range(2))
     token = int(np.setdiff1d(after, before)[0])
-    verdict, written = checked(precision, program="jaxtrain", edits=[at_a_token(token)])
+    verdict, written = checked("fp32", program="jaxtrain", edits=[at_a_token(token)])
     first = written["first_divergence"]
     assert (first["phase"], first["tensor"], first["step"]) == ("activation", "embedding", 2)
     example, position = np.argwhere(after == token)[0]
@@ -134,13 +129,19 @@ def test_a_token_that_first_comes_in_the_second_batch_is_placed_at_that_step(che
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
 @pytest.mark.parametrize(
-    ("plan", "edit", "place", "reason"),
+    ("precision", "plan", "edit", "place", "reason"),
     [
         # Each tensor peer spoils its own third feature, each replica a token of its own first row.
-        ("plan.tensor=2", IN_A_PRODUCT, ("activation", "layers.1.product"), ("2 of ", "first at [0, 5, 3]")),
         (
+            "fp32",
+            "plan.tensor=2",
+            IN_A_PRODUCT,
+            ("activation", "layers.1.product"),
+            ("2 of ", "first at [0, 5, 3]"),
+        ),
+        (
+            "fp64",
             "plan.data=2",
             IN_A_GRADIENT,
             ("activation_gradient", "layers.0.mlp"),
@@ -150,8 +151,12 @@ def test_a_token_that_first_comes_in_the_second_batch_is_placed_at_that_step(che
     ids=["tensor", "data"],
 )
 def test_what_is_not_finite_on_two_devices_is_placed_there(checked, plan, edit, place, reason, precision):
-    _, written = checked(precision, program="torchtrain", edits=[edit], right=f"torch {plan}")
+    verdict, written = checked(precision, program="torchtrain", edits=[edit], right=f"torch {plan}")
     first = written["first_divergence"]
+    if (
+        place[0] == "activation_gradient" and precision == "fp64"
+    ):  # the loss of what was spoilt behind it is finite
+        assert all(f.holds for f in verdict.comparison.findings if f.location.phase == "loss")
     assert (first["phase"], first["tensor"], first["step"]) == (*place, 1)
     assert first["reason"].startswith(f"not finite in right: {reason[0]}")
     assert first["reason"].endswith(reason[1])
@@ -174,12 +179,3 @@ def test_what_overflows_on_both_sides_is_said_to_be_no_difference(checked, tiny,
     assert (first["phase"], first["tensor"], first["step"]) == ("activation", "layers.0.product", 1)
     assert "not finite in left and right alike: " in first["reason"]
     assert "both sides overflow here, so it is no difference between them" in first["reason"]
-
-
-@pytest.mark.full
-def test_a_run_that_is_finite_leaves_no_stopped_step(checked, tmp_path):
-    verdict, _ = checked()
-    assert verdict.holds
-    for side in ("left", "right"):
-        assert not (tmp_path / "out" / side / "trace/stopped.safetensors").exists()
-        assert Trace(tmp_path / "out" / side / "trace").stopped is None

@@ -9,6 +9,10 @@ from recipes import RECIPES, name_of, offline
 from small import QA, ROOT
 
 from parity.cli import main
+from parity.many import CheckRequest, RunPair, make_runs
+from parity.runs.sides import Side
+from trainspec.recipe import load_recipe
+from trainspec.small import RECIPE_FILE, write_small_twin
 
 LARGE = """
 model: {{from: "preset:{preset}", weights: random}}
@@ -28,15 +32,11 @@ def recipe(home: Path, tokenizer: Path, preset: str, plan: str, *, accumulation:
     return str(file)
 
 
+# Of families that no shipped recipe has.
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("preset", "plan", "accumulation"),
-    [
-        ("llama3.1-70b", "pipe: 4, tensor: 8, fsdp: 2, shards: optimizer, microbatches: 4, remat: full", 2),
-        ("qwen2.5-0.5b", "", 2),
-        ("smollm3-3b", "fsdp: 8, shards: params", 1),
-        ("glm-4-9b", "tensor: 2", 1),
-    ],
+    [("smollm3-3b", "fsdp: 8, shards: params", 1), ("glm-4-9b", "tensor: 2", 2)],
 )
 def test_a_large_recipe_is_proven_by_its_small_twin(tmp_path, model_dirs, capsys, preset, plan, accumulation):
     file = recipe(tmp_path, model_dirs["plain"], preset, plan, accumulation=accumulation)
@@ -46,10 +46,34 @@ def test_a_large_recipe_is_proven_by_its_small_twin(tmp_path, model_dirs, capsys
     assert ("torch on one device" in said) == ("pipe" in plan or "params" in plan)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_every_shipped_recipe_is_proven_by_its_small_twin(tmp_path, capsys, path):
+ON_ONE_DEVICE = [path for path in RECIPES if load_recipe(path).plan.devices == 1]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory) -> dict[Path, RunPair]:
+    """What `parity check --small` trains of each of `ON_ONE_DEVICE`, in one process of each backend."""
+    home, groups = tmp_path_factory.mktemp("small"), []
+    for path in ON_ONE_DEVICE:
+        directory = home / name_of(path)
+        write_small_twin(path, offline(path), directory / "small")
+        groups.append([CheckRequest(directory / "small" / RECIPE_FILE, (), directory)])
+    sides = Side("jax"), Side("torch")
+    runs = make_runs(groups, sides=sides, precision="fp64", steps=2, home=home / "launches")
+    return dict(zip(ON_ONE_DEVICE, runs, strict=True))
+
+
+@pytest.mark.full(minutes=2)
+@pytest.mark.parametrize("path", ON_ONE_DEVICE, ids=name_of)
+def test_every_shipped_recipe_of_one_device_is_proven_by_its_small_twin(on_one_device, path):
     """In fp64, the models' sizes from their presets, as nothing is fetched."""
+    comparison = on_one_device[path].judged()
+    assert comparison.steps == 2
+    assert comparison.holds, comparison.first_divergence
+
+
+@pytest.mark.full(minutes=3)
+@pytest.mark.parametrize("path", [path for path in RECIPES if path not in ON_ONE_DEVICE], ids=name_of)
+def test_every_shipped_recipe_of_several_devices_is_proven_by_its_small_twin(tmp_path, capsys, path):
     settings = [word for setting in offline(path) for word in ("--set", setting)]
     assert (
         main(["check", str(path), "--small", "--steps", "2", "--out", str(tmp_path / "out"), *settings]) == 0

@@ -13,6 +13,7 @@ from plan_cases import (
     FEW,
     FEW_VIRTUAL,
     MORE,
+    PIPES,
     RESUMED,
     RESUMED_MORE,
     Case,
@@ -110,16 +111,19 @@ PLANTED_RESUMED = {
 }
 
 
-# Of the fast tests: each precision, split layers, split weights, and one that goes on under another plan.
-FAST: list[Case | Resumed] = [FEW[0], FEW[3], FEW[4], RESUMED[1]]
+# Of the fast tests: each precision, split layers, split weights, two pipelines, one of them tied, and one that goes on under
+# another plan.
+_PIPES = [PIPES[0], PIPES[2]]
+_FAST = [FEW[3], FEW[4], FEW[5], *_PIPES]
+FAST: list[Case | Resumed] = [*_FAST, RESUMED[1]]
 
 
 @pytest.fixture(scope="module")
 def few(make: Make, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     if request.config.option.markexpr == "not full":
-        cases = [FEW[0], FEW[3], FEW[4]]
-        return run_cases(make, tmp_path_factory.mktemp("few"), cases, [RESUMED[1]], [])
-    return run_cases(make, tmp_path_factory.mktemp("few"), [*FEW, *FEW_VIRTUAL], RESUMED, EVALUATED)
+        return run_cases(make, tmp_path_factory.mktemp("few"), _FAST, [RESUMED[1]], [])
+    cases = [*FEW, *FEW_VIRTUAL, *_PIPES]
+    return run_cases(make, tmp_path_factory.mktemp("few"), cases, RESUMED, EVALUATED)
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +131,12 @@ def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_cases(make, tmp_path_factory.mktemp("more"), MORE, RESUMED_MORE, EVALUATED_MORE)
 
 
-@pytest.mark.parametrize("case", marked([*FEW, *FEW_VIRTUAL], FAST))
+@pytest.mark.parametrize("case", marked([*FEW, *FEW_VIRTUAL, *_PIPES], FAST))
 def test_a_plan_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("case", MORE, ids=str)
 def test_every_plan_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
@@ -148,7 +152,7 @@ def test_a_run_goes_on_under_another_plan(few: Path, resumed: Resumed):
     check_resumed(few, resumed, few / str(resumed))
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("resumed", RESUMED_MORE, ids=str)
 def test_larger_runs_go_on_under_another_plan(more: Path, resumed: Resumed):
     check_resumed(more, resumed, more / str(resumed))
@@ -159,7 +163,7 @@ def test_heldout_loss_under_a_plan_is_that_of_one_process(few: Path, case: Case)
     check_evaluated(few, case)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("case", EVALUATED_MORE, ids=str)
 def test_heldout_loss_of_split_layers_is_that_of_one_process(more: Path, case: Case):
     check_evaluated(more, case)
@@ -175,7 +179,7 @@ def test_a_number_that_is_none_is_never_close():
 
 
 def test_masters_of_a_bfloat16_run_are_not_rounded(few: Path):
-    trace = Trace(traces(few, FEW[-1])[1])
+    trace = Trace(traces(few, FEW[4])[1])
     weight = trace.read_initial("weight/model.layers.0.self_attn.q_proj.weight")
     assert weight.dtype == np.float32
     assert (weight.view(np.uint32) & 0xFFFF).any()  # bits that bfloat16 has not
@@ -191,7 +195,7 @@ def planted(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_mistake_is_seen(few: Path, planted: Path, fault: str):
     """Negative control: the same comparisons, with one line of the product changed."""
@@ -209,7 +213,7 @@ def test_a_mistake_is_seen(few: Path, planted: Path, fault: str):
         check(left, right, case.precision)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("fault", PLANTED_RESUMED)
 def test_a_mistake_in_what_is_restored_is_seen(few: Path, planted: Path, fault: str):
     with pytest.raises(AssertionError):

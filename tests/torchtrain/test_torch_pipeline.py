@@ -1,4 +1,7 @@
-"""A pipeline gives the run of one process, whatever its stages, microbatches and the other axes of the plan."""
+"""A pipeline gives the run of one process, whatever its stages, microbatches and the other axes of the plan.
+
+What `make test` runs of it is in test_sharded.py, whose launch is there anyway.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,12 @@ import pytest
 from plan_cases import (
     PIPES,
     PIPES_EVALUATED,
-    PIPES_EVALUATED_MORE,
     PIPES_MORE,
     PIPES_RESUMED,
     PIPES_RESUMED_MORE,
     PIPES_VIRTUAL,
     Case,
     Resumed,
-    marked,
 )
 from plan_runs import Make, check, check_evaluated, check_resumed, check_saved, recipe_of, run_cases, traces
 from ranks import furthest, run, run_all, traced
@@ -81,60 +82,52 @@ PLANTED = {
 }  # fmt: skip
 
 
-# Of the fast tests: both precisions, one of them tied, and one that goes on under another plan.
-FAST: list[Case | Resumed] = [PIPES[0], PIPES[2], PIPES_RESUMED[0]]
-
-
 @pytest.fixture(scope="module")
-def few(make: Make, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+def few(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("few")
-    if request.config.option.markexpr == "not full":
-        return run_cases(make, home, [PIPES[0], PIPES[2]], PIPES_RESUMED[:1], [])
     return run_cases(make, home, [*PIPES, *PIPES_VIRTUAL], PIPES_RESUMED, PIPES_EVALUATED)
 
 
 @pytest.fixture(scope="module")
 def more(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("more")
-    return run_cases(make, home, PIPES_MORE, PIPES_RESUMED_MORE, PIPES_EVALUATED_MORE)
+    return run_cases(make, home, PIPES_MORE, PIPES_RESUMED_MORE, [])
 
 
-@pytest.mark.parametrize("case", marked([*PIPES, *PIPES_VIRTUAL], FAST))
+@pytest.mark.full(minutes=3)
+@pytest.mark.parametrize("case", [*PIPES, *PIPES_VIRTUAL], ids=str)
 def test_a_pipeline_is_the_run_of_one_process(few: Path, case: Case):
     check(*traces(few, case), case.precision)
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("case", PIPES_MORE, ids=str)
 def test_every_pipeline_is_the_run_of_one_process(more: Path, case: Case):
     check(*traces(more, case), case.precision)
 
 
-@pytest.mark.parametrize("case", marked([*PIPES, *PIPES_VIRTUAL], FAST))
+@pytest.mark.full(minutes=3)
+@pytest.mark.parametrize("case", [*PIPES, *PIPES_VIRTUAL], ids=str)
 def test_every_stage_saves_its_layers(few: Path, case: Case):
     check_saved(few, case)
 
 
-@pytest.mark.parametrize("resumed", marked(PIPES_RESUMED, FAST))
+@pytest.mark.full(minutes=3)
+@pytest.mark.parametrize("resumed", PIPES_RESUMED, ids=str)
 def test_a_pipeline_goes_on_under_another_plan(few: Path, resumed: Resumed):
     check_resumed(few, resumed, few / str(resumed))
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("resumed", PIPES_RESUMED_MORE, ids=str)
 def test_larger_pipelines_go_on_under_another_plan(more: Path, resumed: Resumed):
     check_resumed(more, resumed, more / str(resumed))
 
 
-@pytest.mark.parametrize("case", marked(PIPES_EVALUATED, []))
+@pytest.mark.full(minutes=3)
+@pytest.mark.parametrize("case", PIPES_EVALUATED, ids=str)
 def test_heldout_loss_of_a_pipeline_is_that_of_one_process(few: Path, case: Case):
     check_evaluated(few, case)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("case", PIPES_EVALUATED_MORE, ids=str)
-def test_heldout_loss_of_every_pipeline_is_that_of_one_process(more: Path, case: Case):
-    check_evaluated(more, case)
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [*itertools.product((2, 4, 8), (4, 8, 16, 32))])
@@ -158,7 +151,7 @@ def probed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe
     return recipe, home, json.loads((home / "results.json").read_text())
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 def test_logits_of_examples_that_microbatches_do_not_divide(probed, make: Make):
     _, home, _ = probed
     recipe = recipe_of(make, PROBED.alone)
@@ -173,7 +166,7 @@ def test_logits_of_examples_that_microbatches_do_not_divide(probed, make: Make):
     )
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 def test_between_stages_hidden_states_travel_and_nothing_else(probed):
     recipe, _, (result, _) = probed
     microbatches = recipe.batch.accumulation * recipe.plan.microbatches
@@ -183,12 +176,12 @@ def test_between_stages_hidden_states_travel_and_nothing_else(probed):
     assert [(c["payload_bytes"], c["times"]) for c in sent] == [(size, microbatches)]
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 def test_a_loss_that_is_no_number_leaves_every_stage_as_it_was(probed):
     assert all(result["refused"] for result in probed[2])
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 def test_a_run_leaves_no_groups_behind(probed):
     first, second = (result["groups"] for result in probed[2])
     assert first == second
@@ -202,7 +195,7 @@ def planted(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.full
+@pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_mistake_is_seen(few: Path, planted: Path, fault: str):
     """Negative control: the same comparisons, with one line of the product changed."""
