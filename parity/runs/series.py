@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from parity.runs.replay import Replayer, replay
 from parity.runs.work import REFERENCE
 from trainspec.checkpoints.checkpoint import Checkpoint
@@ -63,6 +66,10 @@ class SharedPrograms:
     def eval_step(self, state: Any, batch: Batch) -> tuple[float, int]:
         """The backend's."""
         return self._backend.eval_step(state, batch)
+
+    def next_logits(self, state: Any, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
+        """The backend's."""
+        return self._backend.next_logits(state, batch, last)
 
     def weights_of(self, state: Any, *, frozen: bool = False) -> Arrays:
         """The backend's."""
