@@ -1,0 +1,215 @@
+"""Every damage of every file is named before anything is loaded, and the checkpoint before it is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from writers import State, holds, in_processes, save
+
+from trainspec.checkpoints import folders, verify
+from trainspec.checkpoints.checkpoint import load
+from trainspec.checkpoints.manifest import FILE, read_manifest
+from trainspec.errors import MachineError, WeightsError
+from trainspec.runs.processes import Processes
+
+# Of each file so many bits are flipped, at random places, one at a time; and it is cut at so many.
+FLIPS, CUTS = 60, 5
+Damage = Callable[[Path, "Runs", np.random.Generator], str]
+
+
+class Runs:
+    """A run of two processes with the steps 1 to 3, and another of another seed."""
+
+    def __init__(self, home: Path) -> None:
+        self.mine, self.other = home / "mine", home / "other"
+        save(self.mine, 1, 2, 3, count=2, keep=3)
+        save(self.other, 3, count=2, seed=7)
+
+    @property
+    def newest(self) -> Path:
+        return self.mine / "checkpoints/step-000003"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def damaged(runs: Runs, tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    shutil.copytree(runs.mine, tmp_path / "out", symlinks=True)
+    return tmp_path / "out"
+
+
+FILES = (
+    FILE,
+    *(f"{kind}-0000{i}-of-00002.safetensors" for kind in ("weights", "moment1", "moment2") for i in range(2)),
+)
+
+
+def test_a_whole_checkpoint_is_whole(runs: Runs):
+    assert sorted(path.name for path in runs.newest.iterdir()) == sorted(FILES)
+    assert verify.damages(runs.newest) == []
+    verify.verify(runs.newest)
+    assert all(holds(runs.mine / f"checkpoints/step-00000{step}", State(step)) for step in (1, 2, 3))
+    assert not holds(runs.newest, State(2))  # control
+    assert verify.newest_whole(runs.mine, Processes()) == verify.Newest(runs.newest)
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flip_cut_and_loss_is_named(damaged: Path, name: str):
+    newest = damaged / "checkpoints/step-000003"
+    file, content = newest / name, (newest / name).read_bytes()
+    rng = np.random.default_rng(FILES.index(name))
+    for bit in rng.integers(0, 8 * len(content), FLIPS):
+        file.write_bytes(flipped(content, int(bit)))
+        (line,) = verify.damages(newest)
+        assert name in line, bit
+        assert "damaged" in line, bit
+    for size in [0, len(content) - 1, *(int(s) for s in rng.integers(1, len(content), CUTS))]:
+        file.write_bytes(content[:size])
+        (line,) = verify.damages(newest)
+        assert name in line, size
+        assert name == FILE or f"{size or 'empty'}" in line, size
+    file.write_bytes(content + b"x")
+    assert name in verify.damages(newest)[0]
+    file.unlink()
+    (line,) = verify.damages(newest)
+    assert name in line
+    assert "missing" in line
+    file.write_bytes(content)
+    assert verify.damages(newest) == []  # control
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != FILE])
+def test_a_file_of_another_run_step_or_place_is_named_as_such(runs: Runs, damaged: Path, name: str):
+    newest = damaged / "checkpoints/step-000003"
+    content = (newest / name).read_bytes()
+    other = {"moment1": "moment2", "moment2": "weights", "weights": "moment1"}[name.partition("-")[0]]
+    swaps = {
+        "it is of another run": runs.other / "checkpoints/step-000003" / name,
+        "it is of step 2": runs.mine / "checkpoints/step-000002" / name,
+        f"it is {other}": newest / name.replace(name.partition("-")[0], other),
+    }
+    for words, source in swaps.items():
+        shutil.copyfile(source, newest / name)
+        (line,) = verify.damages(newest)
+        assert name in line
+        assert words in line
+        (newest / name).write_bytes(content)
+    assert verify.damages(newest) == []
+
+
+def test_a_manifest_of_another_step_or_run_is_named(runs: Runs, damaged: Path):
+    newest = damaged / "checkpoints/step-000003"
+    shutil.copyfile(runs.mine / "checkpoints/step-000002" / FILE, newest / FILE)
+    assert verify.damages(newest) == [f"{newest / FILE}: is that of step 2"]
+    shutil.copyfile(runs.other / "checkpoints/step-000003" / FILE, newest / FILE)
+    lines = verify.damages(newest)
+    assert len(lines) == len(FILES) - 1
+    assert all("it is of another run" in line for line in lines)
+    with pytest.raises(WeightsError, match=r"it is of another run\) and 5 more; rename or remove"):
+        verify.verify(newest)
+
+
+def test_nothing_is_loaded_from_what_is_damaged(damaged: Path, monkeypatch: pytest.MonkeyPatch):
+    newest = damaged / "checkpoints/step-000003"
+    file = newest / FILES[1]
+    file.write_bytes(flipped(file.read_bytes(), 8 * file.stat().st_size - 3))
+    monkeypatch.setattr("trainspec.checkpoints.checkpoint.check_loadable", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(WeightsError, match=r"weights-00000-of-00002\.safetensors: damaged"):
+        load(newest, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_newest_whole_one_is_used_and_the_damaged_are_set_aside(damaged: Path, count: int):
+    """Each process reads every second file, say; what one of them finds decides for all."""
+    for step, name in ((3, FILES[2]), (2, FILES[5])):
+        file = damaged / f"checkpoints/step-00000{step}" / name
+        file.write_bytes(flipped(file.read_bytes(), 8 * file.stat().st_size - 3))
+    (damaged / "checkpoints/step-000003.damaged").mkdir()
+    found = in_processes(count, lambda processes: verify.newest_whole(damaged, processes))
+    assert found == [found[0]] * count
+    assert found[0].path == damaged / "checkpoints/step-000001"
+    first, second = found[0].said
+    assert f"step-000003/{FILES[2]}: damaged" in first
+    assert first.endswith("set aside as step-000003.damaged-2")
+    assert second.endswith("set aside as step-000002.damaged")
+    assert folders.complete(damaged) == [found[0].path]
+    (damaged / "checkpoints/step-000001" / FILE).unlink()
+    found = in_processes(count, lambda processes: verify.newest_whole(damaged, processes))
+    assert [each.path for each in found] == [None] * count
+    assert "checkpoint.json is missing" in found[0].said[0]
+
+
+def test_what_cannot_be_read_stops_all_and_what_cannot_be_renamed_is_said(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unreadable(path: Path, *, share: tuple[int, int]) -> list[str]:
+        if share[0] == 1:
+            raise OSError(5, "Input/output error", str(path))
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "damages", unreadable)
+
+        def work(processes: Processes) -> str:
+            with pytest.raises(
+                MachineError, match=r"process 1 of 2 cannot read a checkpoint: .*Input/output error"
+            ) as caught:
+                verify.newest_whole(damaged, processes)
+            return str(caught.value)
+
+        assert len(set(in_processes(2, work))) == 1
+    assert folders.latest(damaged) == damaged / "checkpoints/step-000003"  # nothing was set aside
+    (damaged / "checkpoints/step-000003" / FILES[1]).unlink()
+
+    def fixed(path: Path) -> Path:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(folders, "set_aside", fixed)
+    found = verify.newest_whole(damaged, Processes())
+    assert found.path == damaged / "checkpoints/step-000002"
+    assert found.said[0].endswith("not used, and not renamed (Read-only file system)")
+
+
+def test_a_file_is_read_once_unless_it_changes(damaged: Path, monkeypatch: pytest.MonkeyPatch):
+    newest, read = damaged / "checkpoints/step-000003", []
+    damage = verify._damage
+    monkeypatch.setattr(
+        verify, "_damage", lambda path, name, manifest: read.append(name) or damage(path, name, manifest)
+    )
+    found = in_processes(2, lambda processes: verify.newest_whole(damaged, processes))
+    assert found[0].path == newest
+    assert sorted(read) == sorted(name for name in FILES if name != FILE)  # each by one of the two
+    verify.verify(newest)
+    assert len(read) == len(FILES) - 1
+    file = newest / FILES[1]
+    file.write_bytes(file.read_bytes())
+    verify.verify(newest)
+    assert len(read) == 2 * (len(FILES) - 1)
+
+
+def test_a_manifest_of_an_earlier_version_has_no_digest(damaged: Path):
+    path = damaged / "checkpoints/step-000003" / FILE
+    tree = json.loads(path.read_text())
+    for key in ("digest", "sizes"):
+        del tree[key]
+    path.write_text(json.dumps(tree))
+    assert read_manifest(path.parent).sizes == {}
+    assert verify.damages(path.parent) == []
+    path.write_text(json.dumps(tree | {"sizes": {}}))
+    with pytest.raises(WeightsError, match=r"checkpoint\.json is damaged"):
+        read_manifest(path.parent)

@@ -1,0 +1,222 @@
+"""The store: one save at a time beside the run, what an error means, what is kept, and what `latest` and `best` stand for."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from writers import SHAPES, State, holds, in_processes, names, save, store_of
+
+from trainspec.checkpoints import folders, retention
+from trainspec.checkpoints.manifest import read_manifest
+from trainspec.errors import MachineError, WeightsError
+from trainspec.runs.processes import Processes
+
+
+def full(step: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "weights.safetensors")
+
+
+def test_the_run_goes_on_while_one_save_is_in_flight(tmp_path: Path):
+    store, written = store_of(tmp_path)
+    written.hold.clear()
+    store.save(State(1))
+    assert folders.latest(tmp_path) is None
+    store.check()
+    assert (store.failure(), store.report()) == (None, [])
+    waiting = threading.Thread(target=lambda: store.save(State(2)))
+    waiting.start()
+    assert names(tmp_path) == [".step-000001.tmp"]  # the second waits for the first
+    written.hold.set()
+    waiting.join()
+    store.save(State(2))  # the same once more is not saved again
+    store.wait()
+    store.wait()
+    assert names(tmp_path) == ["latest", "step-000001", "step-000002"]
+    reports = store.report()
+    assert [report.step for report in reports] == [1, 2]
+    assert all(report.blocking_seconds > 0 and report.seconds > 0 and not report.error for report in reports)
+    assert store.report() == []
+    newest = tmp_path / "checkpoints/step-000002"
+    files = [path for path in newest.iterdir() if path.suffix == ".safetensors"]
+    assert reports[1].size_bytes == sum(path.stat().st_size for path in files)
+    assert all(holds(tmp_path / f"checkpoints/step-00000{step}", State(step)) for step in (1, 2))
+
+
+def test_without_a_thread_of_its_own_a_save_is_done_when_it_returns(tmp_path: Path):
+    store, written = store_of(tmp_path, asynchronous=False)
+    store.save(State(1))
+    assert folders.latest(tmp_path) == tmp_path / "checkpoints/step-000001"
+    (report,) = store.report()
+    assert report.blocking_seconds >= report.seconds > 0
+    written.fail = full
+    with pytest.raises(MachineError, match="No space left"):
+        store.save(State(2))
+
+
+def test_an_error_of_the_writer_stops_the_run_at_the_next_step(tmp_path: Path):
+    save(tmp_path, 1)
+    store, written = store_of(tmp_path)
+    written.fail = full
+    store.save(State(2))
+    store._save.join()  # type: ignore[union-attr]
+    told = (
+        "weights.safetensors: No space left on device: step-000002 was not saved; the newest checkpoint is step-000001; "
+        "make room there, keep fewer (checkpoint.keep), or give another --out"
+    )
+    assert store.failure() == told
+    assert store.report() == []
+    with pytest.raises(MachineError) as caught:
+        store.check()
+    assert str(caught.value) == told
+    assert store.failure() is None
+    assert [report.error for report in store.report()] == [told]
+    store.wait()  # raised once
+    assert names(tmp_path) == ["latest", "step-000001"]
+    assert holds(tmp_path / "checkpoints/step-000001", State(1))
+
+
+def test_or_is_reported_where_the_recipe_says_so(tmp_path: Path):
+    store, written = store_of(tmp_path, on_failure="continue")
+    written.fail = lambda step: full(step) if step == 2 else None
+    for step in (1, 2, 3):
+        store.save(State(step))
+        assert store.failure() is None
+    store.wait()
+    assert [report.error is None for report in store.report()] == [True, False, True]
+    assert names(tmp_path) == ["latest", "step-000001", "step-000003"]
+    written.fail = lambda step: (_ for _ in ()).throw(WeightsError("a is not finite"))
+    store.save(State(4))
+    with pytest.raises(WeightsError, match="not finite"):  # that is no failure of a machine
+        store.wait()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("on_failure", ["stop", "continue"])
+def test_an_error_of_one_process_is_every_ones(tmp_path: Path, count: int, on_failure: str):
+    save(tmp_path, 1, count=count)
+
+    def work(processes: Processes) -> tuple[bool, list[Any]]:
+        store, written = store_of(tmp_path, processes, on_failure=on_failure)
+        if processes.index == count - 1:
+            written.fail = lambda step: full(step) if step == 2 else None
+        store.save(State(2))
+        store._save.join()  # type: ignore[union-attr]
+        words = processes.exchange(store.failure() or "")
+        if any(words):
+            with pytest.raises(MachineError, match="No space left") if store.failure() else _nothing():
+                store.check()
+            return True, [report.error for report in store.report()]
+        store.save(State(3))
+        store.wait()
+        return False, [report.error for report in store.report()]
+
+    found = in_processes(count, work)
+    assert [stopped for stopped, _ in found] == [on_failure == "stop"] * count
+    assert f"process {count - 1} of {count}: weights.safetensors: No space left" in found[0][1][0]
+    kept = ["latest", "step-000001"] if on_failure == "stop" else ["latest", "step-000001", "step-000003"]
+    assert names(tmp_path) == kept
+    assert all(holds(tmp_path / "checkpoints" / name, State(int(name[-1]))) for name in kept[1:])
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_the_leader_gives_up_waiting_for_a_process_that_is_gone(tmp_path: Path):
+    save(tmp_path, 1, count=2)
+    store, _ = store_of(tmp_path, Processes(0, 2))
+    store.save(State(2))
+    assert not store._save.is_done  # type: ignore[union-attr]
+    store.give_up()
+    with pytest.raises(
+        MachineError, match="process 1 of 2 has not written its files; all processes need the same --out"
+    ):
+        store.wait()
+    assert names(tmp_path) == ["latest", "step-000001"]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_some_processes_write_is_one_checkpoint(tmp_path: Path, count: int):
+    save(tmp_path, 1, 2, 3, count=count)
+    assert names(tmp_path) == ["latest", "step-000002", "step-000003"]
+    newest = tmp_path / "checkpoints/latest"
+    assert holds(newest, State(3))
+    manifest = read_manifest(newest)
+    assert len(manifest.sha256) == 3 * count
+    assert manifest.shapes == SHAPES
+    assert {name: (newest / name).stat().st_size for name in manifest.sha256} == manifest.sizes
+
+
+def test_a_part_that_no_process_has_is_missed(tmp_path: Path):
+    """Both say that they are process 0 of 1: half of every tensor."""
+    store, written = store_of(tmp_path)
+    written._processes = Processes(0, 2)
+    store.save(State(1))
+    with pytest.raises(WeightsError, match="no file has all of a; no checkpoint was written"):
+        store.wait()
+    assert names(tmp_path) == []
+
+
+LOSSES = {1: 5.0, 2: 3.0, 3: None, 4: 2.0, 5: 2.5, 6: 2.0, 7: None, 8: 9.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "best"),
+    [
+        ({"keep": 2}, [7, 8], None),
+        ({"keep": 9}, [1, 2, 3, 4, 5, 6, 7, 8], None),
+        ({"keep": 1, "keep_best": 1}, [6, 8], 6),
+        ({"keep": 1, "keep_best": 3}, [4, 5, 6, 8], 6),
+        ({"keep": 1, "keep_every_steps": 3}, [3, 6, 8], None),
+        ({"keep": 2, "keep_every_steps": 4, "keep_best": 1}, [4, 6, 7, 8], 6),
+    ],
+)
+def test_what_is_kept(tmp_path: Path, settings: dict[str, Any], kept: list[int], best: int | None):
+    store, _ = store_of(tmp_path, **settings)
+    for step, loss in LOSSES.items():
+        store.save(State(step), heldout_loss=loss)
+    store.wait()
+    beside = ["best", "latest"] if best else ["latest"]
+    assert names(tmp_path) == [*beside, *(f"step-{step:06d}" for step in kept)]
+    home = tmp_path / "checkpoints"
+    assert os.readlink(home / "latest") == "step-000008"
+    assert best is None or os.readlink(home / "best") == f"step-{best:06d}"
+    assert folders.latest(tmp_path) == home / "step-000008"
+    assert [folders.step_of(path) for path in folders.complete(tmp_path)] == kept
+    # With other settings the names follow at the next save.
+    store, _ = store_of(tmp_path, keep=1)
+    store.save(State(9))
+    store.wait()
+    assert names(tmp_path) == ["latest", "step-000009"]
+
+
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path: Path):
+    store, _ = store_of(tmp_path, keep=3, keep_best=1)
+    for step in (1, 2, 3):
+        store.save(State(step), heldout_loss=float(step))
+    store.wait()
+    paths = folders.complete(tmp_path)
+    assert retention.best_of(paths) == paths
+    (paths[0] / "checkpoint.json").write_text("{")
+    assert retention.best_of(paths) == paths[1:]
+
+
+def test_without_symbolic_links_the_names_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    save(tmp_path, 2)
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-000002\n"
+    assert [path.name for path in folders.complete(tmp_path)] == ["step-000001", "step-000002"]
+    monkeypatch.undo()
+    save(tmp_path, 3)
+    assert os.readlink(tmp_path / "checkpoints/latest") == "step-000003"
