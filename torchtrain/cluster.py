@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -119,7 +120,7 @@ def processes() -> Processes:
 def _exchange(text: str) -> list[str]:
     """The texts of all processes, in their order; every process has to call."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    mine = torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy()).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
     longest = max(int(size) for size in sizes)
@@ -127,7 +128,7 @@ def _exchange(text: str) -> list[str]:
     padded[: len(mine)] = mine
     texts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(texts, padded)
-    return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, sizes, strict=True)]
+    return [t[: int(n)].cpu().numpy().tobytes().decode() for t, n in zip(texts, sizes, strict=True)]
 
 
 def _join() -> None:
