@@ -47,6 +47,8 @@ FOLDER = "native"
 BACKEND: Backend = "jax"
 # Where orbax puts the one tree of arrays that a checkpoint of ours is, and the part of it that a process has written.
 _TREE = "state"
+# Smaller chunks cost more than they save; orbax warns of them.
+_CHUNK_BYTES = 2**20
 _PROCESS_FOLDER = re.compile(r"ocdbt\.process_(\d+)")
 Native = Mapping[ArrayKind, Arrays]
 S = TypeVar("S")
@@ -124,20 +126,26 @@ def _digests(folder: Path, process: int) -> dict[str, str]:
 def _chunk_of_a_layer(
     path: Sequence[Any], array: jax.Array
 ) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
-    """Stacks are stored layer by layer: who reads one layer, or another stage's, then reads no other."""
-    name = jax.tree_util.keystr(tuple(path[-1:]), simple=True)
-    if not is_stacked(name):
-        return None
+    """Large stacks are stored layer by layer: who reads one layer, or another stage's, then reads no other."""
     layers, *inner = array.sharding.shard_shape(array.shape)
-    return ocp.options.ArrayOptions.Saving.StorageOptions(
-        chunk_byte_size=math.prod(inner) * array.dtype.itemsize, shard_axes=(0,) if layers > 1 else None
-    )
+    layer_bytes = math.prod(inner) * array.dtype.itemsize
+    if (
+        layers == 1
+        or layer_bytes < _CHUNK_BYTES
+        or not is_stacked(jax.tree_util.keystr(tuple(path[-1:]), simple=True))
+    ):
+        return None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=layer_bytes, shard_axes=(0,))
+
+
+@jax.jit
+def _finite(arrays: Native) -> dict[ArrayKind, Arrays]:
+    return jax.tree.map(lambda array: jnp.isfinite(array).all(), arrays)
 
 
 def _check_finite(folder: Path, arrays: Native) -> None:
     """Raises WeightsError for a value that is not finite, in all processes alike."""
-    finite = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda a: jnp.isfinite(a).all(), tree))(arrays))
-    for kind, of_kind in finite.items():
+    for kind, of_kind in jax.device_get(_finite(arrays)).items():
         for name, is_finite in of_kind.items():
             if not is_finite:
                 raise WeightsError(f"{folder}: {kind} of {name} is not finite; no checkpoint was written")

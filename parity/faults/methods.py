@@ -260,9 +260,9 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.weights:_native_slice",
-                    "__array.T if __is_transposed else __array",
-                    f'__array.T if __is_transposed and param.name != "{SQUARE}" else __array',
+                    "jaxtrain.weights:_native_shard",
+                    "__weight.T if __is_transposed else __weight",
+                    f'__weight.T if __is_transposed and param.name != "{SQUARE}" else __weight',
                 ),
             ),
             "torch": (

@@ -22,8 +22,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.weights:_native",
-                    "return __parts[__key]",
-                    'return __parts[__key].astype("bfloat16").astype(dtype)',
+                    "jax.device_put(__shard, __device)",
+                    'jax.device_put(__shard.astype("bfloat16").astype(dtype), __device)',
                 ),
             ),
             "torch": (Edit("torchtrain.weights:allocate", "torch.from_numpy(__array)", "__it.bfloat16()"),),

@@ -17,8 +17,9 @@ import numpy as np
 from small import VARIANTS, recipe_maker, write_checkpoint
 
 from jaxtrain import cluster, step
-from trainspec.checkpoints import checkpoint, store
-from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints import folders
+from trainspec.checkpoints.formats import Formats
+from trainspec.checkpoints.store import CheckpointStore, manifest_of
 from trainspec.data import open_dataset
 from trainspec.runs import loop
 from trainspec.runs.run import resolve
@@ -80,10 +81,15 @@ def started(recipe: Any) -> step.State:
 
 
 def resumed(state: step.State, first: Any, recipe: Any, out: Path) -> step.State:
-    """The state of `first`, saved and resumed under `recipe`."""
-    saving = Checkpoint(state.step, step.weights_of(state), *step.moments_of(state))
-    saved = store.save_checkpoint(out, saving, recipe=first)
-    return step.restore(started(recipe), checkpoint.load(saved, resolve(recipe)))
+    """The state of `first`, saved and resumed under `recipe`, by all processes as in a run."""
+    run, processes = state.program.run, cluster.processes()
+    manifest = replace(manifest_of(first, None, {p.name: p.shape for p in run.trained}), backend="jax")
+    store = CheckpointStore(out, Formats(step, run, processes), manifest, first.checkpoint, processes)
+    store.save(state)
+    store.wait()
+    processes.exchange("saved")
+    state = started(recipe)
+    return Formats(step, state.program.run, processes).restore(state, folders.latest(out))
 
 
 class Reading:
@@ -114,7 +120,7 @@ def main() -> None:
         keep = sections.pop("keep", "activations")
         recipe = recipe_of(cases.parent, variant, sections)
         first = recipe_of(cases.parent, variant, sections | {"plan": first_plan}) if first_plan else recipe
-        for key, value in run(recipe, first, out.with_suffix("") / name, keep).items():
+        for key, value in run(recipe, first, cases.parent / "runs" / name, keep).items():
             wide = np.asarray(value)
             arrays[f"{name}/{key}"] = wide if wide.dtype.kind in "fi" else wide.astype(np.float32)
     np.savez(out, **arrays)

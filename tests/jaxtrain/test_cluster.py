@@ -82,6 +82,23 @@ def test_two_processes_have_one_leader(recipe_file, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_exchange_texts_of_any_length(tmp_path, processes):
+    texts = {
+        "equal": ["abc", "xyz"],
+        "lengths": ["a", "b" * 70_000],
+        "empty": ["", ""],
+        "one-empty": ["", "only one"],
+        "not-ascii": ["schließen Sie – 检查点 🧊", "é"],
+        "null": ["\0a", "\0"],
+    }
+    found = results(launch("run_exchange.py", {"texts": texts}, tmp_path, processes=processes))
+    assert [(each["index"], each["count"]) for each in found] == [(i, processes) for i in range(processes)]
+    expected = {name: of_each[:processes] for name, of_each in texts.items()}
+    assert all(each["texts"] == expected for each in found)
+
+
+@pytest.mark.full
 def test_the_leader_says_once_that_jax_is_another_version(recipe_file, tmp_path):
     command = ["train", str(recipe_file), "--out", str(tmp_path / "out")]
     cases = {name: {"argv": command, "jax_version": "0.0.1"} for name in ("first", "second")}

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launch import Runs, launch, worst
+from method_sections import sections
 from small import QA
 
 FP64 = {"policy": "fp64", "reduce": "fp64"}
@@ -112,6 +113,51 @@ def test_four_processes_are_one(tmp_path):
     assert [int(runs.of("mixed")["read"]) for runs in four] == [whole // 2] * 4
 
 
+def again(plan: dict) -> dict:
+    """A case under `plan` that is stopped after its first update, and resumed: without a pipeline a schedule means nothing."""
+    return {"plan": plan, "first_plan": plan | {"schedule": "gpipe"}}
+
+
+@pytest.mark.full
+def test_a_run_in_two_parts_is_one_run(tmp_path):
+    """Bit by bit under the same plan, in every precision; within rounding under another. Losses, updates, moments, evaluation."""
+    common = {key: COMMON[key] for key in ("data", "batch", "optimizer")} | {"keep": "gradients"}
+    policies = {
+        name: {"policy": name, "reduce": "fp64" if name == "fp64" else "fp32"}
+        for name in ("fp64", "fp32", "bf16")
+    }
+    methods = {"lora": LORA, "tied": FULL, "prefix": sections({})["prefix"]}
+    mixed, pipe = PLANS["mixed-params"], {"pipe": 2, "microbatches": 2}
+    cases, whole = {}, {}
+    for name, method in methods.items():
+        for policy, precision in policies.items():
+            if name == "lora" or policy == "fp64":
+                case = (
+                    common
+                    | {"method": method, "precision": precision}
+                    | ({"variant": "tied"} if name == "tied" else {})
+                )
+                cases[f"{name}-{policy}"] = case | {"plan": mixed}
+                cases[f"{name}-{policy}-resumed"] = case | again(mixed)
+                whole[f"{name}-{policy}-resumed"] = f"{name}-{policy}"
+    lora = cases["lora-fp64"]
+    cases["lora-native"] = lora | again(mixed) | {"checkpoint": {"format": "native"}}
+    whole["lora-native"] = "lora-fp64"
+    changed = {
+        "1-to-8": lora | {"first_plan": {}, "plan": PLANS["fsdp8-params"]},
+        "fsdp-to-mixed": lora | {"first_plan": PLANS["fsdp8-params"]},
+        "pipe-to-1": lora | {"first_plan": pipe, "plan": {}},
+        "native-fsdp-to-mixed": lora
+        | {"first_plan": PLANS["fsdp8-optimizer"], "checkpoint": {"format": "native"}},
+    }
+    runs = Runs(launch("run_plans.py", cases | changed, tmp_path)[0])
+    for name, straight in whole.items():
+        assert set(worst(runs.of(name), runs.of(straight)).values()) == {0.0}, name
+    assert_equal({name: worst(runs.of(name), runs.of("lora-fp64")) for name in changed}, ROUNDING)
+    # The control: these are other runs.
+    assert worst(runs.of("lora-fp32"), runs.of("lora-fp64"))["update"] > ROUNDING
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("reduce", ["fp32", "bf16"])
 def test_bfloat16_stays_near_float64(tmp_path, reduce):
@@ -119,9 +165,7 @@ def test_bfloat16_stays_near_float64(tmp_path, reduce):
     bf16 = COMMON | {"method": FULL, "precision": {"policy": "bf16", "reduce": reduce}}
     plans = ("fsdp8-params", "fsdp4-tensor2-optimizer")
     cases = {"one": COMMON | {"method": FULL}} | {name: bf16 | {"plan": PLANS[name]} for name in plans}
-    # Stopped, and resumed under what is the same plan: without a pipeline a schedule means nothing.
-    again = PLANS[plans[0]]
-    cases["resumed"] = bf16 | {"plan": again, "first_plan": again | {"schedule": "gpipe"}}
+    cases["resumed"] = bf16 | again(PLANS[plans[0]])
     runs = Runs(launch("run_plans.py", cases, tmp_path)[0])
     for name in plans:
         found = worst(runs.of(name), runs.of("one"))

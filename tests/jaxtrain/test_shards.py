@@ -29,6 +29,8 @@ PLANS = {
     "interleaved": INTERLEAVED,
 }
 NATIVE = {"format": "native"}
+# What a process may hold of its share of the state besides the state itself, and besides one tensor.
+MEMORY = 1.2
 # Five layers: stages and chunks of unequal length.
 UNEVEN = "plain-5"
 
@@ -187,3 +189,16 @@ def test_orbax_there_and_back(tmp_path):
         assert not of_case["another"], name
         assert of_case["left"] == ["step-000003"], name
         assert all(file.startswith("native/") for file in of_case["files"]), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_save_and_a_load_take_the_memory_of_the_process_s_share(tmp_path, processes):
+    case = COMMON | {"method": FULL, "plan": FSDP, "precision": precision("fp32")}
+    found = found_by(launch("run_memory.py", {"fsdp": case}, tmp_path, processes=processes))
+    for of_process in (of_process["fsdp"] for of_process in found):
+        assert of_process["share"] == pytest.approx(found[0]["fsdp"]["share"], rel=0.01)
+        for what in ("save", "load"):
+            # The control: both hold the share itself, which a measurement that misses it would not show.
+            assert of_process[what] > 0.8 * of_process["share"], what
+            assert of_process[what] <= MEMORY * of_process["share"] + of_process["tensor"], what
