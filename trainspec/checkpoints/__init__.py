@@ -3,8 +3,10 @@
     OUT/checkpoints/step-000050/checkpoint.json                        the manifest, written last
     OUT/checkpoints/step-000050/weights-00003-of-00008.safetensors     the shards of process 3; moment1, moment2 alike
     OUT/checkpoints/.step-000100.tmp/                                  one that is being written, or that a kill has left
+    OUT/checkpoints/latest, best                                       names that point at two of the complete
 
 `shards` says what a process has to save, `portable` and a backend's native format how arrays become files, `manifest` what
-else there is to know, `store` when they are written and what is kept; `command` is `trainspec checkpoint`. A checkpoint is
-complete as soon as its directory has its final name.
+else there is to know, `store` when they are written, `notes` how its processes meet, `retention` what is kept, `verify` whether
+what is read is what was written; `command` is `trainspec checkpoint`. A checkpoint is complete as soon as its directory has its
+final name (`folders`).
 """

@@ -122,6 +122,7 @@ def point(out: Path, name: str, target: Path | None) -> None:
     """
     path = checkpoints_of(out) / name
     if target is None:
+        _drop_copy(path)
         path.unlink(missing_ok=True)
         return
     new = path.with_name(f".{name}.tmp")
@@ -130,6 +131,7 @@ def point(out: Path, name: str, target: Path | None) -> None:
         new.symlink_to(target.name, target_is_directory=True)
     except OSError:
         new.write_text(target.name + "\n", encoding="utf-8")
+    _drop_copy(path)
     new.replace(path)
 
 
@@ -152,6 +154,12 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def _drop_copy(path: Path) -> None:
+    """Remove the directory that stands for a name where a run was copied by a tool that follows links."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
 
 
 def _free(path: Path) -> Path:

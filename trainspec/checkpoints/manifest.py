@@ -76,10 +76,13 @@ def read_manifest(path: Path) -> Manifest:
         )
 
 
-def run_digest(recipe: Mapping[str, Any], identity: Identity | None) -> str:
-    """What the files of a checkpoint carry, so that one of another run is recognised: of the recipe and of the run's inputs."""
-    told = {"recipe": recipe, "identity": asdict(identity) if identity else None}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+def run_metadata(recipe: Mapping[str, Any], identity: Identity | None) -> dict[str, str]:
+    """What the files of a checkpoint carry, so that one of another run is recognised: digests of its recipe and its inputs."""
+    told = {"recipe": recipe} | ({"identity": asdict(identity)} if identity else {})
+    return {
+        key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+        for key, value in told.items()
+    }
 
 
 @contextmanager

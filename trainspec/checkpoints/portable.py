@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.checkpoints.checkpoint import load
-from trainspec.checkpoints.manifest import run_digest
+from trainspec.checkpoints.manifest import run_metadata
 from trainspec.checkpoints.shards import KINDS, ArrayKind, Shard, file_name
 from trainspec.errors import WeightsError
 from trainspec.files.tensors import write_tensors
@@ -48,7 +48,7 @@ class PortableFormat(Generic[S]):
 
 def metadata_of(step: int, recipe: Recipe, identity: Identity | None) -> dict[str, str]:
     """What a file says of itself, so that one of another run or step is recognised."""
-    return {"step": str(step), "run": run_digest(recipe.model_dump(mode="json", by_alias=True), identity)}
+    return {"step": str(step), **run_metadata(recipe.model_dump(mode="json", by_alias=True), identity)}
 
 
 def write_shards(

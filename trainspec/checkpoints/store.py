@@ -7,17 +7,17 @@ disk, and the leader waits for those of all before it writes the manifest and gi
 from __future__ import annotations
 
 import errno
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from trainspec.checkpoints import folders, retention
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.manifest import PORTABLE, Manifest
+from trainspec.checkpoints.notes import Written, leave, note, word_of
 from trainspec.checkpoints.portable import metadata_of, write_shards
 from trainspec.checkpoints.shards import KINDS, ShardFiles, files_of, whole
 from trainspec.errors import MachineError, WeightsError
@@ -27,9 +27,8 @@ from trainspec.runs.contract import S
 from trainspec.runs.identity import Identity
 from trainspec.runs.processes import Processes
 
-_POLL_SECONDS = 0.02
-# How long the leader waits for the files of the other processes after its own are written.
-_PATIENCE_SECONDS = 1800.0
+# How long a save that is given up has to remove what it has written.
+_GIVING_UP_SECONDS = 2.0
 State = TypeVar("State")
 
 
@@ -113,16 +112,24 @@ class CheckpointStore(Generic[S]):
         if self._save is not None and self._save.is_done:
             self.wait()
 
-    def wait(self) -> None:
-        """Wait for the save in flight. Raises its error."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the save in flight. Raises its error.
+
+        What is not done after so many `seconds` is given up without an error: that is for a run that ends with one, as the
+        processes that a save needs may be gone.
+        """
         save = self._save
         if save is None:
             return
         began = time.perf_counter()
         try:
-            save.join()
+            save.join(seconds)
         finally:  # an interrupt leaves the save in flight
             save.blocking_seconds += time.perf_counter() - began
+        if not save.is_done:
+            self.give_up()
+            save.join(_GIVING_UP_SECONDS)
+            return
         self._save = None
         self._reports.append(save.report())
         if save.error is not None and not self._is_forgiven(save.error):
@@ -171,7 +178,7 @@ class CheckpointStore(Generic[S]):
             try:
                 digests = write()
                 sizes = {name: (folder / name).stat().st_size for name in digests}
-                _leave(folder, index, _Written(digests, sizes))
+                leave(folder, index, Written(digests, sizes))
                 if self._processes.is_leader:
                     manifest = self._complete(folder, manifest)
                     sizes = manifest.sizes
@@ -181,7 +188,7 @@ class CheckpointStore(Generic[S]):
             if self._processes.is_leader:
                 folders.remove(folder)
             else:
-                _leave(folder, index, _Written({}, {}, str(error), isinstance(error, MachineError)))
+                leave(folder, index, Written({}, {}, str(error), isinstance(error, MachineError)))
             raise
         if self._processes.is_leader:
             try:
@@ -197,7 +204,7 @@ class CheckpointStore(Generic[S]):
     def _complete(self, folder: Path, manifest: Manifest) -> Manifest:
         """Wait for the files of all processes, and make a checkpoint of them. Returns its manifest."""
         count = self._processes.count
-        words = [_word_of(folder, process, count, self._given_up) for process in range(count)]
+        words = [word_of(folder, process, count, self._given_up) for process in range(count)]
         manifest = replace(
             manifest,
             sha256={name: digest for word in words for name, digest in word.sha256.items()},
@@ -206,7 +213,7 @@ class CheckpointStore(Generic[S]):
         _check_whole(folder, manifest)
         manifest.write(folder)
         for process in range(count):
-            _note(folder, process).unlink()
+            note(folder, process).unlink()
         folders.flush(folder)
         folders.commit(self._out, manifest.step)
         return manifest
@@ -233,59 +240,15 @@ class _Save:
     def is_done(self) -> bool:
         return not self._thread.is_alive()
 
-    def join(self) -> None:
-        """Wait for the end."""
-        self._thread.join()
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for the end, or for so many seconds."""
+        self._thread.join(seconds)
 
     def report(self) -> SaveReport:
         """What it was, after its end."""
         seconds = self._ended - self._began
         text = None if self.error is None else str(self.error)
         return SaveReport(self._step, self.blocking_seconds, seconds, self._size_bytes, text)
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What a process leaves in the directory when it has written its files, or could not: then `error` says why."""
-
-    sha256: Mapping[str, str]
-    sizes: Mapping[str, int]
-    error: str | None = None
-    is_of_machine: bool = False
-
-
-def _note(folder: Path, process: int) -> Path:
-    return folder / f"process-{process:05d}.json"
-
-
-def _leave(folder: Path, process: int, word: _Written) -> None:
-    """Leave word of this process's files, by a rename: a reader sees all of it or nothing."""
-    path = _note(folder, process)
-    unfinished = path.with_suffix(".tmp")
-    try:
-        with folders.naming(unfinished):
-            unfinished.write_text(json.dumps(asdict(word)), encoding="utf-8")
-        unfinished.rename(path)
-    except OSError:
-        if word.error is None:
-            raise
-
-
-def _word_of(folder: Path, process: int, count: int, given_up: threading.Event) -> _Written:
-    """The word of one process. Raises what kept it from writing, and MachineError where it does not come."""
-    path, until = _note(folder, process), time.monotonic() + _PATIENCE_SECONDS
-    while not path.exists():
-        if time.monotonic() > until or given_up.is_set():
-            raise MachineError(
-                f"{folder}: process {process} of {count} has not written its files; all processes need the same --out, on a "
-                "file system that they share"
-            )
-        given_up.wait(_POLL_SECONDS)
-    word = _Written(**json.loads(path.read_text(encoding="utf-8")))
-    if word.error is not None:
-        kind = MachineError if word.is_of_machine else WeightsError
-        raise kind(f"process {process} of {count}: {word.error}")
-    return word
 
 
 def _of_disk(error: OSError, folder: Path, out: Path) -> MachineError:

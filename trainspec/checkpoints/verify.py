@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainspec.checkpoints import folders
-from trainspec.checkpoints.manifest import FILE, PORTABLE, Manifest, read_manifest, run_digest
+from trainspec.checkpoints.manifest import FILE, PORTABLE, Manifest, read_manifest, run_metadata
 from trainspec.errors import MachineError, WeightsError
 from trainspec.files.tensors import TensorFile
 from trainspec.runs.processes import Processes
@@ -138,7 +138,8 @@ def _another(file: Path, name: str, manifest: Manifest) -> str:
         told = TensorFile(file).metadata
     except WeightsError:
         return ""
-    if told.get("run", digest := run_digest(manifest.recipe, manifest.identity)) != digest:
+    known = run_metadata(manifest.recipe, manifest.identity)
+    if any(told.get(key, digest) != digest for key, digest in known.items()):
         return ": it is of another run"
     if told.get("step", str(manifest.step)) != str(manifest.step):
         return f": it is of step {told['step']}"

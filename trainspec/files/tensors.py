@@ -42,9 +42,9 @@ LFS_POINTER = b"version https://git-lfs"
 # safetensors' own limit of a header.
 _MOST_HEADER_BYTES = 100_000_000
 # How much is written and hashed at a time.
-_CHUNK_BYTES = 8 * 2**20
-# Of every chunk so much is read back.
-_SAMPLE_BYTES = 4096
+_CHUNK_BYTES = 2**20
+# So much is read back, once in so many bytes.
+_SAMPLE_BYTES, _SAMPLED_BYTES = 4096, 8 * 2**20
 # Tensors smaller than this are joined before they are written: a call takes longer than their data.
 _SMALL_BYTES = 64 * 2**10
 # Rows of which only a part is wanted are read whole, in blocks of so many bytes; of longer ones only that part is.
@@ -85,9 +85,11 @@ def write_tensors(
             if flush:
                 os.fsync(file.fileno())
         _check_written(path, samples)
-    except OSError as error:
+    except BaseException as error:
         path.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or "not written", str(path)) from None
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or "not written", str(path)) from None
+        raise
     return digest.hexdigest()
 
 
@@ -132,7 +134,7 @@ def _joined(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
 
 
 class _Sample(NamedTuple):
-    """The start of a chunk that was written, to be read back."""
+    """What was written at a place, to be read back."""
 
     offset: int
     size: int
@@ -140,12 +142,14 @@ class _Sample(NamedTuple):
 
 
 def _write(file: io.FileIO, chunks: Iterator[memoryview], digest: _Hash) -> list[_Sample]:
-    """Write and hash all chunks. Returns a sample of each; the last one is empty, at the end of the file."""
-    samples, offset = [], 0
+    """Write and hash all chunks. Returns samples; the last one is empty, at the end of the file."""
+    samples: list[_Sample] = []
+    offset = 0
     for chunk in chunks:
         digest.update(chunk)
-        begin = chunk[:_SAMPLE_BYTES]
-        samples.append(_Sample(offset, len(begin), zlib.crc32(begin)))
+        if not samples or offset >= samples[-1].offset + _SAMPLED_BYTES:
+            begin = chunk[:_SAMPLE_BYTES]
+            samples.append(_Sample(offset, len(begin), zlib.crc32(begin)))
         offset += len(chunk)
         while chunk:  # a call may write only a part
             chunk = chunk[file.write(chunk) :]

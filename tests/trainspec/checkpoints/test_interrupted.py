@@ -8,8 +8,10 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from writers import State, forked, holds, names, save, store_of
 
 from trainspec.checkpoints import folders, verify
+from trainspec.errors import MachineError
 from trainspec.files import tensors
 from trainspec.runs.processes import Processes
 
@@ -234,3 +237,49 @@ def test_forks_write_one_checkpoint(tmp_path: Path):
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert names(tmp_path) == ["latest", "step-000002", "step-000003"]
     assert state_of(tmp_path) == [2, 3]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB of its own, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("this user may not mount a file system; the calls that fail are simulated above")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_and_a_read_only_disk(small_disk: Path):
+    """Real ones. The run goes on where the recipe says so, and its next checkpoint is written once there is room."""
+    store, _ = store_of(small_disk, on_failure="continue")
+    store.save(State(1))
+    store.wait()
+    filler = small_disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    assert shutil.disk_usage(small_disk).free == 0
+    store.save(State(2))
+    store.wait()
+    *_, report = store.report()
+    assert (
+        "No space left on device: step-000002 was not saved; the newest checkpoint is step-000001; make room"
+        in str(report.error)
+    )
+    assert names(small_disk) == ["latest", "step-000001"]
+    filler.unlink()
+    store.save(State(3))
+    store.wait()
+    assert state_of(small_disk) == [1, 3]
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    store, _ = store_of(small_disk)
+    store.save(State(4))
+    with pytest.raises(
+        MachineError,
+        match=r"\.step-000004\.tmp: Read-only file system: step-000004 was not saved; .*make it writable",
+    ):
+        store.wait()
+    assert state_of(small_disk) == [1, 3]

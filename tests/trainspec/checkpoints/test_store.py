@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,10 @@ def test_the_leader_gives_up_waiting_for_a_process_that_is_gone(tmp_path: Path):
     ):
         store.wait()
     assert names(tmp_path) == ["latest", "step-000001"]
+    store, _ = store_of(tmp_path, Processes(0, 2))
+    store.save(State(2))
+    store.wait(0.1)  # a run that ends with an error of its own
+    assert names(tmp_path) == ["latest", "step-000001"]
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -220,3 +225,31 @@ def test_without_symbolic_links_the_names_are_text(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     save(tmp_path, 3)
     assert os.readlink(tmp_path / "checkpoints/latest") == "step-000003"
+
+
+def test_a_name_that_was_copied_as_a_directory_is_a_name_again(tmp_path: Path):
+    save(tmp_path / "run", 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # follows the link
+    assert not (tmp_path / "copy/checkpoints/latest").is_symlink()
+    assert folders.latest(tmp_path / "copy") == tmp_path / "copy/checkpoints/step-000001"
+    save(tmp_path / "copy", 2)
+    assert os.readlink(tmp_path / "copy/checkpoints/latest") == "step-000002"
+    assert holds(tmp_path / "copy/checkpoints/step-000001", State(1))
+
+
+def test_a_file_system_without_rename_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path, 1)
+
+    def refused(self: Path, target: Path) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), str(self), None, str(target))
+
+    monkeypatch.setattr(Path, "rename", refused)
+    store, _ = store_of(tmp_path)
+    store.save(State(2))
+    with pytest.raises(
+        MachineError,
+        match=r"process-00000\.json: Operation not supported: step-000002 was not saved; .*cannot do this; give an",
+    ):
+        store.wait()
+    assert names(tmp_path) == ["latest", "step-000001"]
+    assert holds(tmp_path / "checkpoints/step-000001", State(1))

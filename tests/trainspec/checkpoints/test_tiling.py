@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +15,7 @@ from trainspec.checkpoints.shards import ShardFiles, boxes, everything, key_of
 from trainspec.errors import WeightsError
 from trainspec.files import tensors
 from trainspec.files.tensors import TensorFile, write_tensors
+from trainspec.weight import Weight
 
 DTYPES = (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
 
@@ -135,6 +137,26 @@ def test_no_more_files_are_open_than_the_system_has(tmp_path: Path, monkeypatch:
     kept = files[9].read("a")  # open still: the file that it was
     (tmp_path / "9.safetensors").unlink()
     assert np.array_equal(files[9].read("a"), kept)
+
+
+def test_few_tensors_are_in_memory_while_a_file_is_written(tmp_path: Path):
+    """Of twelve that are made on demand, one is written while the rest of the one before is hashed."""
+    size = 2**20
+
+    def peak(arrays: dict[str, Weight], keep: bool) -> float:
+        tracemalloc.start()
+        held = [weight[...] for weight in arrays.values()] if keep else []
+        write_tensors(arrays, tmp_path / "a.safetensors")
+        found = tracemalloc.get_traced_memory()[1] / (4 * size)
+        tracemalloc.stop()
+        assert len(held) == keep * len(arrays)
+        return found
+
+    ones = {
+        str(i): Weight((size,), np.dtype(np.float32), lambda _: np.ones(size, np.float32)) for i in range(12)
+    }
+    assert 1 <= peak(ones, False) < 4
+    assert peak(ones, True) > 12  # control
 
 
 def test_what_was_written_is_looked_at_and_what_is_not_written_leaves_nothing(
