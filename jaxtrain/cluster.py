@@ -31,6 +31,8 @@ from trainspec.runs.run import Run, resolve_on
 _COORDINATOR, _PROCESSES, _PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # How long processes wait for each other: JAX's own patience.
 _PATIENCE_SECONDS = 300.0
+# After this long without a sign of life JAX takes a process for dead, and ends the others.
+_HEARTBEAT_SECONDS = 60.0
 # How long a process that failed waits for the others, which mostly fail for the same reason.
 _FAREWELL_SECONDS = 5.0
 # XLA's CPU devices share one pool of threads, by default one per device or core, and a thread that waits for the other
@@ -153,6 +155,8 @@ def _exchange(text: str) -> list[str]:
     """The texts of all processes, in their order; every process has to call."""
     mine = np.frombuffer(text.encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.int64(mine.size)))
+    if not sizes.any():
+        return [""] * len(sizes)
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: mine.size] = mine
     texts = multihost_utils.process_allgather(padded)
@@ -199,8 +203,14 @@ def _join(cluster: _Cluster) -> None:
         return
     if cluster.process > 0:
         _await_coordinator(cluster)
+    # It would take SIGTERM for itself, and end nothing: a run hears that signal itself (`trainspec.runs.stops`).
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(*cluster, initialization_timeout=int(_PATIENCE_SECONDS))
+        jax.distributed.initialize(
+            *cluster,
+            initialization_timeout=int(_PATIENCE_SECONDS),
+            heartbeat_timeout_seconds=int(_HEARTBEAT_SECONDS),
+        )
     except (RuntimeError, OSError) as error:
         raise PlanError(
             f"process {cluster.process} of {cluster.processes} cannot join the one at {cluster.address}: {error}"

@@ -13,7 +13,7 @@ from functools import partial
 from torchtrain.launch import report_to_launcher
 from torchtrain.processes import is_leader
 from trainspec.command import backend_parser, run_command
-from trainspec.errors import EXIT_DONE, EXIT_INTERRUPTED
+from trainspec.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED
 
 PROGRAM = "torchtrain"
 # How long a process that is not the leader waits before it says what is wrong. By then the leader has mostly said it and
@@ -38,7 +38,7 @@ def _follow(command: Callable[[], int]) -> int:
             code = command()
         return code
     finally:  # also where the parser or a traceback ends the process
-        if code not in (EXIT_DONE, EXIT_INTERRUPTED) and stderr.getvalue():
+        if code not in (EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED) and stderr.getvalue():
             time.sleep(_FOLLOWER_DELAY_SECONDS)
             sys.stderr.write(stderr.getvalue())
 

@@ -124,6 +124,8 @@ def _exchange(text: str) -> list[str]:
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
     longest = max(int(size) for size in sizes)
+    if not longest:
+        return [""] * len(sizes)
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: len(mine)] = mine
     texts = [torch.zeros_like(padded) for _ in sizes]

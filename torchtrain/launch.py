@@ -26,15 +26,17 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from torchtrain.processes import STORE
-from trainspec.errors import MachineError, ProcessError
+from trainspec.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, MachineError, ProcessError
 from trainspec.parent import end_with
 from trainspec.runs.clock import BEGAN, command_start
+from trainspec.runs.stops import StopRequest, listening
 
 _POLL_SECONDS = 0.05
 # How long processes may take to end by themselves once one has, before they are ended.
 _GRACE_SECONDS = 5.0
-# A Ctrl-C reaches all of them, a `kill -INT` this process alone: those still running after this time did not get it.
-_INTERRUPT_SECONDS = 1.0
+# How long processes that were asked to stop may take for their update and for saving, before they are ended: as long as a
+# checkpoint waits for the files of all. A second Ctrl-C ends them at once.
+_STOP_SECONDS = 1800.0
 # How long it may take until a killed process is known as ended, after the others have seen its connections close.
 _SETTLE_SECONDS = 0.5
 # How long a process that hangs may take to write its stack.
@@ -57,11 +59,12 @@ class _Failure(NamedTuple):
 def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> None:
     """Run `python -m PROGRAM ARGV` that many times, as one group.
 
-    All of them end with the first that fails, and with this process, however it ends. Their output goes to the directory
-    `logs`, except for what the leader's Python prints.
+    All of them end with the first that fails, within some seconds, and with this process, however it ends. Their output goes
+    to the directory `logs`, except for what the leader's Python prints. SIGTERM and Ctrl-C are handed to them: they
+    save what they have done, and are waited for. A second Ctrl-C ends them at once.
 
-    Raises ProcessError with the line of the first that failed, MachineError if it ended without one, and KeyboardInterrupt
-    after all have ended of it.
+    Raises ProcessError with the line of the first that failed, or of the leader where they were asked to stop, MachineError
+    if the first that failed ended without a line, and KeyboardInterrupt after all have ended of it.
     """
     # On a port that the system chooses; whoever comes before the leader has opened its store waits in the socket's queue.
     store = socket.create_server(("127.0.0.1", 0), backlog=max(128, processes))
@@ -79,20 +82,22 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
     }
     command = [sys.executable, "-m", program, *argv]
     children: list[subprocess.Popen[bytes]] = []
-    with _pipe() as (reports, end), _logs(logs, processes) as files:
+    with _pipe() as (reports, end), _logs(logs, processes) as files, listening() as stop:
+        stop.defer()
         try:
             with store:
                 for rank, log in enumerate(files):
                     member = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                     meeting = store.fileno() if rank == 0 else None
                     children.append(_start(command, member, log, reports=end, store=meeting))
-            first, told = _first_failure(children, reports)
+            first, told = _first_failure(children, reports, stop)
             if first is None:
                 return
-            # The others fail or hang on its connections: either way their stacks are of interest.
-            told = _wait_for_lines(children, told, reports)
+            if first.code in (EXIT_STOPPED, EXIT_INTERRUPTED):
+                _wait_for_all(children, _GRACE_SECONDS)
+            else:  # the others fail or hang on its connections: either way their stacks are of interest
+                told = _wait_for_lines(children, told, reports)
         except KeyboardInterrupt:
-            _wait_for_all(children, _INTERRUPT_SECONDS)
             _signal(children, signal.SIGINT)
             _wait_for_all(children, _GRACE_SECONDS)
             raise
@@ -101,6 +106,10 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
                 if child.poll() is None:
                     child.kill()
                 child.wait()
+    if first.code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    if first.code == EXIT_STOPPED:
+        raise ProcessError(first.line, first.code)
     who, stacks = f"process {first.rank} of {processes}", f"the stacks of all are in {logs}"
     if first.code is None:
         raise MachineError(f"{who} {first.line}; {stacks}")
@@ -128,8 +137,9 @@ def report_to_launcher() -> Callable[[int, str], None] | None:
     faulthandler.register(signal.SIGUSR1, log)
 
     def tell(code: int, line: str) -> None:
-        traceback.print_exc(file=log)
-        log.flush()
+        if code != EXIT_STOPPED:
+            traceback.print_exc(file=log)
+            log.flush()
         if len(line.encode()) > _LONGEST_BYTES:  # a character is at most four
             line = f"{line[: _LONGEST_BYTES // 10]} ... {line[-_LONGEST_BYTES // 10 :]}"
         os.write(reports, f"{json.dumps([rank, code, line], ensure_ascii=False)}\n".encode())
@@ -151,6 +161,7 @@ def _start(
             stdout=log if store is None else None,
             stderr=log,
             pass_fds=list(descriptors.values()),
+            process_group=0,  # a terminal's Ctrl-C reaches this process alone, which hands it on once
             preexec_fn=partial(end_with, os.getpid()),
         )
     finally:
@@ -189,31 +200,49 @@ def _logs(directory: Path, processes: int) -> Iterator[list[IO[bytes]]]:
 
 
 def _first_failure(
-    children: Sequence[subprocess.Popen[bytes]], reports: int
+    children: Sequence[subprocess.Popen[bytes]], reports: int, stop: StopRequest
 ) -> tuple[_Failure | None, list[_Failure]]:
     """Wait for the first process that fails, or for all to end well; also returns all lines told by then.
 
+    A request to stop is handed to all of them. If they stop for it, as saved, the first to "fail" is the leader.
     A process that ended without a line comes before those that tell of a broken connection, unless SIGABRT ended it:
     with that NCCL ends a process whose peer is gone.
     """
     told: list[_Failure] = []
     codes: list[int | None] = [None]
-    while not told and not any(codes):
+    deadline: float | None = None
+    while not _has_failed(told, codes):
         if None not in codes:
-            return None, told
+            return min(told, default=None), told
+        if stop.signal is not None and deadline is None:
+            _signal(children, stop.signal)
+            deadline = time.monotonic() + _STOP_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            why = f"has not stopped in {_STOP_SECONDS:.0f} s after {stop.asked}"
+            return _Failure(codes.index(None), None, why), told
         time.sleep(_POLL_SECONDS)
-        told, codes = _received(reports), [child.poll() for child in children]
+        codes = [child.poll() for child in children]
+        told += _received(reports)  # after it: one that has ended has told all it had to
     # The kernel closes the connections of a process before it reports its end.
     time.sleep(_SETTLE_SECONDS)
     codes = [child.poll() for child in children]
     told += _received(reports)
     spoke = {failure.rank for failure in told}
     silent = [rank for rank, code in enumerate(codes) if code and rank not in spoke]
+    if stop.signal is not None and (asked := [rank for rank in silent if codes[rank] == -stop.signal]):
+        # It was still loading what a run needs. The others miss it.
+        return _Failure(asked[0], EXIT_STOPPED, f"stopped by {stop.asked}"), told
     causes = [rank for rank in silent if codes[rank] != -signal.SIGABRT]
     if told and not causes:
         return told[0], told
     rank = (causes or silent)[0]
     return _Failure(rank, None, _how_it_ended(codes[rank] or 0)), told
+
+
+def _has_failed(told: Sequence[_Failure], codes: Sequence[int | None]) -> bool:
+    """Whether one has ended, or says that it will, of something else than a request to stop."""
+    well = (None, EXIT_DONE, EXIT_STOPPED)
+    return any(failure.code != EXIT_STOPPED for failure in told) or any(code not in well for code in codes)
 
 
 def _how_it_ended(code: int) -> str:

@@ -1,8 +1,9 @@
 """The command line that both backends share, and how errors are reported. Light: `--help` loads nothing but this.
 
 Exit codes of every program: 0 done, or the verdict is pass; 1 the verdict is fail, or training stopped itself; 2 a
-mistake of the user; 3 the machine failed (an OSError, its memory, a device, a driver, the network); 130 interrupted;
-70 a mistake of ours, the only one that prints a stack.
+mistake of the user; 3 the machine failed (an OSError, its memory, a device, a driver, the network); 75 training was asked
+to stop, by SIGTERM or Ctrl-C, and what it had done is saved; 130 interrupted, and ended at once; 70 a mistake of ours, the
+only one that prints a stack.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors that end a command with one line: a user's mistake, a machine that failed, a loss that is not finite."""
+"""What ends a command with one line: a user's mistake, a machine that failed, a loss that is not finite, a request to stop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 # Exit codes of every program. A failed verdict, or training that stopped itself, is 1.
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_MACHINE = 0, 1, 2, 3
 EXIT_CRASHED = 70  # a mistake of ours, reported with its stack: EX_SOFTWARE of sysexits.h
+EXIT_STOPPED = 75  # asked to stop, and saved; to be continued: EX_TEMPFAIL of sysexits.h
 EXIT_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
@@ -61,6 +62,17 @@ class NonFiniteLossError(Exception):
     def __init__(self, line: str, metrics: Any = None) -> None:
         super().__init__(line)
         self.metrics = metrics
+
+
+class StoppedError(BaseException):
+    """A run was asked to stop, and stops at a safe point: what it has done is saved, if there is any. Exit code 75.
+
+    Like KeyboardInterrupt no Exception: before training begins, a signal raises it anywhere. `step` is the last one made.
+    """
+
+    def __init__(self, asked: str, step: int | None = None) -> None:
+        when = f"after step {step}" if step else "before its first update"
+        super().__init__(f"stopped by {asked} {when}")
 
 
 class Note(str):

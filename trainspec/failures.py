@@ -18,11 +18,13 @@ from trainspec.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_MACHINE,
+    EXIT_STOPPED,
     EXIT_USER_ERROR,
     MachineError,
     NonFiniteLossError,
     Note,
     ProcessError,
+    StoppedError,
     UserError,
 )
 from trainspec.plans.accelerators import Devices
@@ -38,12 +40,15 @@ _DEVICE_WORDS = re.compile(
     r"CUDA(_ERROR_\w+| error)|CU(DNN|BLAS)_STATUS|NVIDIA driver|\bNCCL\b|\bgloo\b|[Ss]ocket (closed|timeout)"
     r"|[Cc]onnection (closed|reset|refused|timed out)|Broken pipe",
 )
+# XLA's text of a collective that has failed at its dispatch, a ValueError.
+_XLA_COLLECTIVE = re.compile(r"[A-Z_]+: Gloo \w+ failed")
 # An index out of bounds in a kernel: a mistake of the program, not of the device.
 _NOT_ITS_FAULT = "device-side assert"
 # Pages of C++ follow these words; XLA's messages may be long without them.
 _STACK = re.compile(r"\s*(Exception raised from|C\+\+ CapturedTraceback|For debugging consider).*", re.DOTALL)
 _LONGEST_CHARACTERS = 1000
 NOTHING_SAVED = Note("nothing was saved yet")
+_SAVED = re.compile(r"; (?:nothing was saved yet|saved: \S.*; continue with --resume)$")
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
@@ -55,6 +60,8 @@ def outcome(error: BaseException) -> tuple[int, str]:
             code, text = error.code, str(error)
         case NonFiniteLossError():
             code, text = EXIT_FAILED, f"stopped before the update: {error}"
+        case StoppedError():
+            code, text = EXIT_STOPPED, str(error)
         case OSError(errno=errno.ENAMETOOLONG):  # a name that the user wrote
             code, text = EXIT_USER_ERROR, f"{error.filename!s:.200}...: {error.strerror}"
         case KeyboardInterrupt():
@@ -91,6 +98,8 @@ def _of_machine(error: BaseException) -> str | None:
         return describe_os_error(error)
     text, names = str(error), {kind.__name__ for kind in type(error).__mro__}
     known = names & _DEVICE_CLASSES or _XLA_STATUS.match(text) or _DEVICE_WORDS.search(text)
+    if isinstance(error, ValueError) and _XLA_COLLECTIVE.match(text):
+        return text
     return text if isinstance(error, RuntimeError) and known and _NOT_ITS_FAULT not in text else None
 
 
@@ -130,6 +139,11 @@ def saved_in(out: Path) -> Note:
     except OSError as error:
         return Note(f"what is saved in {out} cannot be read ({describe_os_error(error)})")
     return Note(f"saved: {newest}; continue with --resume") if newest else NOTHING_SAVED
+
+
+def without_saved(line: str) -> str:
+    """An error's line without what `saved_in` adds."""
+    return _SAVED.sub("", line)
 
 
 def _newest(out: Path | None) -> Path | None:

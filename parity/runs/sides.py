@@ -29,7 +29,7 @@ from trainspec.errors import (
     UserError,
     nearest,
 )
-from trainspec.failures import NOTHING_SAVED
+from trainspec.failures import without_saved
 from trainspec.plans.names import DEVICES, Backend, Device, DeviceKind, Policy
 from trainspec.trace import STOPPED_FILE, Trace
 
@@ -219,8 +219,8 @@ class SideTraining:
     def result(self, code: int, last: str, *, log: Path, trace: Path) -> SideResult:
         """What a program left that ended with `code`, `last` its last line. Raises UserError or MachineError for a failed one."""
         where, speaker = f"{self.name} ({self.side})", f"{BACKENDS[self.side.backend].program}: "
-        # A check saves nothing before its last step, so this is no news to the user.
-        said = last.removeprefix(speaker).removesuffix(f"; {NOTHING_SAVED}")
+        # Nobody resumes a run of a check, so what it saved is no news to the user.
+        said = without_saved(last.removeprefix(speaker))
         if code == EXIT_DONE:
             return SideResult(Trace(trace))
         # Python itself exits with 1 if a program cannot be loaded.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,8 @@ def test_the_line_ends_with_what_is_saved(what, at, make_recipe, tmp_path, monke
 
     def batch(self: Dataset, step: int, *args: object, **kwargs: object) -> object:
         if step == at:
+            while at == 3 and not (out / "checkpoints/step-000002").exists():
+                time.sleep(0.01)  # an interruption would not wait for it
             what()
         return whole(self, step, *args, **kwargs)
 
@@ -69,10 +74,64 @@ def test_the_line_ends_with_what_is_saved(what, at, make_recipe, tmp_path, monke
         assert main(["train", str(file), "--out", str(out), "--resume"]) == 0
 
 
+@pytest.mark.parametrize("asked", ["SIGTERM", pytest.param("Ctrl-C", marks=pytest.mark.full)])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_by_bit(
+    asked, make_recipe, tmp_path, monkeypatch, capsys
+):
+    """The signal comes while the first update of the second part is made, which for JAX is while it compiles."""
+    file, whole, parts = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "parts"
+    file.write_text(make_recipe(run={"steps": 4}, checkpoint={"every_steps": 10}).to_yaml())
+    assert main(["train", str(file), "--out", str(whole)]) == 0
+    number = {"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}[asked]
+    made = Dataset.batch
+
+    def batch(self: Dataset, step: int, *args: object, **kwargs: object) -> object:
+        if step == 1:  # made in a thread, ahead, while update 1 is made
+            os.kill(os.getpid(), number)
+        return made(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Dataset, "batch", batch)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    assert main(["train", str(file), "--out", str(parts)]) == 75
+    assert signal.getsignal(signal.SIGTERM) == before[1]
+    signal.signal(signal.SIGINT, before[0])
+    monkeypatch.undo()
+    [line] = capsys.readouterr().err.splitlines()
+    saved = f"saved: {parts}/checkpoints/step-000001; continue with --resume"
+    assert line == f"{PROGRAM}: stopped by {asked} after step 1; {saved}"
+    assert main(["train", str(file), "--out", str(parts), "--resume"]) == 0
+    for path in sorted((whole / "checkpoints/step-000004").glob("*.safetensors")):
+        assert path.read_bytes() == (parts / "checkpoints/step-000004" / path.name).read_bytes(), path.name
+    told = capsys.readouterr().out
+    assert f"wrote {parts}/checkpoints/step-000004" in told
+    assert main(["train", str(file), "--out", str(parts), "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert "nothing remains to be done" in told
+    assert "wrote " not in told
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(make_recipe, tmp_path, capsys):
+    file, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(make_recipe(run={"steps": 4}, checkpoint={"every_steps": 1}).to_yaml())
+    assert main(["train", str(file), "--out", str(out)]) == 0
+    damaged = out / "checkpoints/step-000004/weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(["train", str(file), "--out", str(out), "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert f"{damaged}: damaged (" in told
+    assert "not used, and set aside as step-000004.damaged\n" in told
+    assert f"resuming after step 3 of 4, from {out}/checkpoints/step-000003\n" in told
+    for path in (out / "checkpoints").glob("step-00000[34]"):
+        (path / "checkpoint.json").write_text("{}")
+    assert main(["train", str(file), "--out", str(out), "--resume"]) == 2
+    assert "--resume found no whole checkpoint there" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_no_number_says_what_is_saved(make_recipe, tmp_path, capsys):
     file, out = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe = make_recipe(
-        method={"kind": "full"}, optimizer={"lr": 1e38}, run={"steps": 9}, checkpoint={"every_steps": 1},
+        method={"kind": "full"}, optimizer={"lr": 1e38}, run={"steps": 9}, checkpoint={"every_steps": 100},
         schedule={"kind": "linear", "warmup_steps": 3},
     )  # fmt: skip
     file.write_text(recipe.to_yaml())

@@ -16,7 +16,7 @@ MEASURED = {"heldout": str(ROOT / "configs/data/qa-heldout.jsonl")}
 FP32 = {"policy": "fp32", "reduce": "fp32"}
 # What is measured of an update's time; the first update has no speed.
 SPEED = {"tokens_per_second", "all_tokens_per_second", "model_tflops_per_second", "input_share"}
-TIMES = {"seconds", *SPEED}
+TIMES = {"seconds", "checkpoint_seconds", *SPEED}
 
 
 def metrics_of(out: Path):
@@ -104,6 +104,7 @@ def check_times(out: Path, printed: list[str]) -> None:
     """What `--timings` says: the laps to the first update, in their order, and all that a later one is made of."""
     first, second = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     assert first.keys() & TIMES == {"seconds"}
+    assert second["checkpoint_seconds"] > 0  # it is the last
     assert second.keys() & TIMES == TIMES
     timings = json.loads((out / "timings.json").read_text())
     laps = {lap["what"]: lap for lap in timings["laps"]}
@@ -116,7 +117,7 @@ def check_times(out: Path, printed: list[str]) -> None:
     compiling = laps["first update"].get("of_which", {})
     assert set(compiling) == ({"traced", "lowered", "compiled"} if PROGRAM == "jaxtrain" else set())
     assert laps["first update"]["seconds"] > max(first["seconds"], sum(compiling.values()))
-    spans = ["input", "weights read", "update", "trace", "evaluation", "report", "checkpoint"]
+    spans = ["input", "agreement", "weights read", "update", "trace", "evaluation", "checkpoint", "report"]
     assert list(timings["per_update"]) == spans
     assert timings["per_update"]["update"]["total"] == pytest.approx(second["seconds"])
     assert printed[0].startswith("to the end of the first update ")

@@ -20,6 +20,7 @@ from torchtrain.cluster import check_gpus
 from torchtrain.launch import _Failure, _first_failure, _received
 from torchtrain.processes import count_processes, describe_cluster, has_launcher
 from trainspec.errors import PlanError
+from trainspec.runs.stops import StopRequest
 
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 PROGRAM = [sys.executable, "-m", "torchtrain"]
@@ -273,9 +274,13 @@ class Child:
 
     def __init__(self, *codes: int | None) -> None:
         self._codes = list(codes)
+        self.sent: list[int] = []
 
     def poll(self) -> int | None:
         return self._codes.pop(0) if len(self._codes) > 1 else self._codes[0]
+
+    def send_signal(self, number: int) -> None:
+        self.sent.append(number)
 
 
 @pytest.mark.parametrize(
@@ -296,12 +301,51 @@ def test_who_was_the_first_to_fail(children, told, first, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     rest = [[_Failure(*failure) for failure in told]]
     monkeypatch.setattr("torchtrain.launch._received", lambda reports: rest.pop() if rest else [])
-    failure, _ = _first_failure(children, 0)
+    failure, _ = _first_failure(children, 0, StopRequest())
     if first is None:
         assert failure is None
     else:
         assert failure[:2] == first[:2]
         assert failure.line.startswith(first[2])
+
+
+@pytest.mark.parametrize(
+    ("children", "told", "first"),
+    [
+        # All have saved: the leader speaks.
+        ([Child(None, None, 75), Child(None, 75)], [(1, 75, "stopped"), (0, 75, "stopped after 3")], (0, 75, "stopped after 3")),
+        # It came after the last update.
+        ([Child(None, None, 0), Child(None, None, 0)], [], None),
+        # Before they had begun to listen: no failure, though the one that was quicker misses the other.
+        ([Child(None, None), Child(None, None, -15)], [(0, 3, "connection")], (1, 75, "stopped by SIGTERM")),
+        # One is killed while it saves.
+        ([Child(None, None), Child(None, None, -9)], [], (1, None, "was ended by SIGKILL")),
+        # One cannot save.
+        ([Child(None, None), Child(None, None, 3)], [(1, 3, "disk")], (1, 3, "disk")),
+    ],
+)  # fmt: skip
+def test_processes_that_were_asked_to_stop(children, told, first, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    rest = [[], [_Failure(*failure) for failure in told], []]
+    monkeypatch.setattr("torchtrain.launch._received", lambda reports: rest.pop() if rest else [])
+    stop = StopRequest()
+    stop.defer()
+    stop.hear(signal.SIGTERM)
+    failure, _ = _first_failure(children, 0, stop)
+    assert [child.sent for child in children] == [[signal.SIGTERM]] * 2  # once
+    assert (failure and failure[:2]) == (first and first[:2])
+    assert failure is None or failure.line.startswith(first[2])
+
+
+def test_processes_that_do_not_stop_are_ended(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("torchtrain.launch._received", lambda reports: [])
+    monkeypatch.setattr("torchtrain.launch._STOP_SECONDS", -1.0)
+    stop = StopRequest()
+    stop.defer()
+    stop.hear(signal.SIGINT)
+    failure, _ = _first_failure([Child(None), Child(75)], 0, stop)
+    assert failure == (0, None, "has not stopped in -1 s after Ctrl-C")
 
 
 @pytest.mark.full
@@ -325,7 +369,7 @@ def test_a_loss_that_is_no_number_is_exit_code_1(make_recipe, tmp_path):
 
 
 def endless(make_recipe, tmp_path: Path) -> Path:
-    return plan_file(make_recipe, tmp_path, run={"steps": 10**6})
+    return plan_file(make_recipe, tmp_path, run={"steps": 10**6}, checkpoint={"every_steps": 10**6})
 
 
 def children_of(pid: int) -> list[int]:
@@ -380,16 +424,42 @@ def test_a_kill_leaves_no_process(make_recipe, tmp_path, how):
 
 @LINUX
 @pytest.mark.full
-@pytest.mark.parametrize("reaches", ["the whole group", "the first process"])
-def test_an_interruption_is_one_line(make_recipe, tmp_path, reaches):
-    with running(endless(make_recipe, tmp_path), tmp_path / "run") as (parent, _):
-        if reaches == "the whole group":  # a Ctrl-C
-            os.killpg(parent.pid, signal.SIGINT)
-        else:
-            parent.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGINT", "SIGTERM", "SIGTERM to a process of the run"])
+def test_a_request_to_stop_is_one_line_and_saved(make_recipe, tmp_path, how):
+    out = tmp_path / "run"
+    with running(endless(make_recipe, tmp_path), out) as (parent, children):
+        match how:
+            case "Ctrl-C":  # reaches the group of the terminal
+                os.killpg(parent.pid, signal.SIGINT)
+            case "SIGINT":
+                parent.send_signal(signal.SIGINT)
+            case "SIGTERM":
+                parent.terminate()
+            case _:  # the others agree with it
+                os.kill(max(children), signal.SIGTERM)
         _, told = parent.communicate(timeout=120)
-    assert parent.returncode == 130
-    assert told == "torchtrain: interrupted; nothing was saved yet\n"
+    [saved] = (out / "checkpoints").iterdir()
+    made = int(saved.name.removeprefix("step-"))
+    asked = "SIGTERM" if "TERM" in how else "Ctrl-C"
+    assert made == len((out / "metrics.jsonl").read_text().splitlines())
+    assert (parent.returncode, told) == (
+        75,
+        f"torchtrain: stopped by {asked} after step {made}; saved: {saved}; continue with --resume\n",
+    )
+    assert not (out / "logs").exists()
+
+
+@LINUX
+@pytest.mark.full
+def test_a_second_ctrl_c_ends_all_at_once(make_recipe, tmp_path):
+    with running(endless(make_recipe, tmp_path), tmp_path / "run") as (parent, children):
+        for child in children:
+            os.kill(child, signal.SIGSTOP)  # none of them can stop by itself
+        parent.send_signal(signal.SIGINT)
+        time.sleep(1)
+        parent.send_signal(signal.SIGINT)
+        _, told = parent.communicate(timeout=120)
+    assert (parent.returncode, told) == (130, "torchtrain: interrupted; nothing was saved yet\n")
 
 
 @LINUX

@@ -63,6 +63,8 @@ OUTCOMES = {
     "machine": (MachineError("the power went"), 3, "the power went"),
     "gloo": (RuntimeError(GLOO), 3, GLOO),
     "XLA's gloo": (JaxRuntimeError(f"UNKNOWN: Gloo all-reduce failed: {GLOO}"), 3, f"UNKNOWN: Gloo all-reduce failed: {GLOO}"),
+    "XLA's gloo, at once": (ValueError(f"UNKNOWN: Gloo AllGather failed: {GLOO}"), 3, f"UNKNOWN: Gloo AllGather failed: {GLOO}"),
+    "a value": (ValueError("gloo failed"), 70, "ValueError: gloo failed"),
     "XLA's status": (JaxRuntimeError("UNAVAILABLE: task 1 is gone"), 3, "UNAVAILABLE: task 1 is gone"),
     "NCCL": (DistBackendError(NCCL), 3, " ".join(NCCL.split("\nException")[0].split())),
     "CUDA": (AcceleratorError(CUDA), 3, " ".join(CUDA.split("\nFor")[0].split())),

@@ -1,5 +1,7 @@
 """The loop with a backend of numpy: who looks on, in which order, what is gathered for them, and what survives an error."""
 
+import signal
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 from trainspec.checkpoints import checkpoint, folders, shards, store
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.portable import PortableFormat
-from trainspec.errors import NonFiniteLossError
+from trainspec.errors import NonFiniteLossError, StoppedError
+from trainspec.failures import notes_of, outcome
+from trainspec.runs.agreement import Agreement
 from trainspec.runs.contract import Metrics
 from trainspec.runs.loop import follow
 from trainspec.runs.observers import (
@@ -24,6 +28,7 @@ from trainspec.runs.observers import (
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import resolve
 from trainspec.runs.run_data import open_data
+from trainspec.runs.stops import StopRequest
 from trainspec.trace import Trace, TraceRequest, TraceWriter
 from trainspec.trace_header import TraceHeader
 
@@ -89,8 +94,11 @@ class Noting(Observer[State]):
         self.seen.append((update.step, update.lr, update.heldout_loss))
         return update
 
-    def finished(self):
-        self.seen.append("finished")
+    def stopped(self, state, unmade):
+        self.seen.append(("stopped", state.step))
+
+    def finished(self, error):
+        self.seen.append("finished" if error is None else type(error).__name__)
 
 
 @pytest.fixture
@@ -189,7 +197,7 @@ def test_a_batch_that_cannot_be_made_stops_at_its_step(prepared, monkeypatch, br
     with pytest.raises(ValueError, match=f"batch {broken}"):
         follow(backend, run, data, backend.state(), [noting])
     assert [seen[0] for seen in noting.seen[:-1]] == ["started", *range(1, broken + 1)]
-    assert noting.seen[-1] == "finished"
+    assert noting.seen[-1] == "ValueError"
 
 
 def test_a_resumed_run_reads_on_where_it_stopped(prepared):
@@ -221,6 +229,169 @@ def test_an_unused_checkpoint_of_arrays_is_what_is_saved(prepared, tmp_path: Pat
     assert all((weight[...] == 6.0).all() for weight in loaded.weights.values())
 
 
+class Asks(Observer[State]):
+    """Asks the run to stop in a step."""
+
+    def __init__(self, stop: StopRequest, step: int):
+        self._stop, self._step = stop, step
+
+    def updated(self, state, update):
+        if update.step == self._step:
+            self._stop.hear(signal.SIGTERM)
+        return update
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_that_is_asked_to_stop_saves_its_last_update_and_goes_on_from_there(
+    prepared, tmp_path: Path, step: int
+):
+    run, data, backend = prepared
+    noting, stop = Noting(), StopRequest()
+    agreement = Agreement(stop=stop)
+    saving = CheckpointObserver(store_of(prepared, tmp_path), due=Due(2, last=3), agreement=agreement)
+    observers = [Asks(stop, step), saving, noting]
+    with pytest.raises(StoppedError, match=f"^stopped by SIGTERM after step {step}$"):
+        follow(backend, run, data, backend.state(), observers, agreement=agreement)
+    assert [seen[0] for seen in noting.seen[:-2]] == ["started", *range(1, step + 1)]
+    assert noting.seen[-2:] == [("stopped", step), "StoppedError"]
+    # One that is due anyway is saved once.
+    assert [path.name for path in folders.complete(tmp_path)] == [f"step-{step:06d}"]
+    assert backend.calls.count("shards") == 1
+    saved = checkpoint.load(folders.complete(tmp_path)[0], run)
+    assert all((weight[...] == step * (step + 1) / 2).all() for weight in saved.weights.values())
+
+
+def test_a_run_that_is_asked_to_stop_in_its_last_update_is_done(prepared, tmp_path: Path):
+    run, data, backend = prepared
+    stop = StopRequest()
+    agreement = Agreement(stop=stop)
+    saving = CheckpointObserver(store_of(prepared, tmp_path), due=Due(5, last=3), agreement=agreement)
+    assert follow(backend, run, data, backend.state(), [Asks(stop, 3), saving], agreement=agreement).step == 3
+
+
+def test_no_evaluation_is_begun_or_finished_after_a_request_to_stop(prepared, monkeypatch):
+    run, data, backend = prepared
+    asked_in, batches = 2, len(list(data.train.in_order(8)))
+    assert batches > 3
+    noting, stop, measure = Noting(), StopRequest(), backend.eval_step
+
+    def eval_step(state, batch):
+        if state.step == asked_in and backend.calls[-2:] == ["eval", "eval"]:
+            stop.hear(signal.SIGINT)
+        return measure(state, batch)
+
+    monkeypatch.setattr(backend, "eval_step", eval_step)
+    agreement = Agreement(stop=stop)
+    evaluation = EvaluationObserver(backend, data.train, examples=8, due=Due(1, last=3), agreement=agreement)
+    with pytest.raises(StoppedError, match="by Ctrl-C after step 2"):
+        follow(backend, run, data, backend.state(), [evaluation, noting], agreement=agreement)
+    assert backend.calls == ["step nothing", *["eval"] * batches, "step nothing", *["eval"] * 3]
+    assert [seen[2] for seen in noting.seen[1:-2]] == [2.0, None]  # the others see the update all the same
+
+
+def test_a_request_to_stop_is_heard_while_a_batch_is_waited_for(prepared, monkeypatch):
+    run, data, backend = prepared
+    noting, stop, batch, given_up = Noting(), StopRequest(), data.train.batch, threading.Event()
+
+    def slow(step, examples):
+        if step == 1:
+            stop.hear(signal.SIGTERM)
+            assert given_up.wait(60), "it was waited for"
+        return batch(step, examples)
+
+    class Stopping(Noting):
+        def stopped(self, state, unmade):
+            super().stopped(state, unmade)
+            given_up.set()
+
+    noting = Stopping()
+    monkeypatch.setattr(data.train, "batch", slow)
+    with pytest.raises(StoppedError, match="after step 1"):
+        follow(backend, run, data, backend.state(), [noting], agreement=Agreement(stop=stop))
+    assert noting.seen[-2:] == [("stopped", 1), "StoppedError"]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_save(prepared, tmp_path: Path):
+    run, data, backend = prepared
+    store, released = store_of(prepared, tmp_path), threading.Event()
+    begin = store._format.begin
+
+    def slow(folder, state):
+        write = begin(folder, state)
+        return lambda: released.wait(60) and write()
+
+    store._format.begin = slow
+
+    class Interrupted(Observer[State]):
+        def updated(self, state, update):
+            raise KeyboardInterrupt
+
+    observers = [CheckpointObserver(store, due=Due(1, last=3)), Interrupted()]
+    with pytest.raises(KeyboardInterrupt):
+        follow(backend, run, data, backend.state(), observers)
+    assert not folders.complete(tmp_path)
+    released.set()
+    store.wait()
+    assert len(folders.complete(tmp_path)) == 1  # control: it was still being written
+
+
+def test_minutes_save_an_update_that_is_not_due_by_its_number(prepared, tmp_path: Path):
+    run, data, backend = prepared
+    clock = iter([0.0, 0.0, 61.0, 61.0, 62.0])
+    agreement = Agreement(minutes=1, now=lambda: next(clock))
+    seen: list[float | None] = []
+
+    class Seconds(Observer[State]):
+        def updated(self, state, update):
+            seen.append(update.checkpoint_seconds)
+            return update
+
+    saving = CheckpointObserver(store_of(prepared, tmp_path), due=Due(9, last=9), agreement=agreement)
+    follow(backend, run, data, backend.state(), [saving, Seconds()], agreement=agreement)
+    assert [path.name for path in folders.complete(tmp_path)] == ["step-000002"]
+    assert [value is not None for value in seen] == [False, True, False]
+
+
+@pytest.mark.parametrize("broken", [1, 2, 3])
+def test_the_state_before_a_step_that_is_not_finite_is_saved(prepared, tmp_path: Path, broken: int):
+    run, data, backend = prepared
+    sound = backend.train_step
+
+    def train_step(state, batch, **rest):
+        if state.step + 1 == broken:
+            raise NonFiniteLossError("infinite", Metrics(np.inf, 7, np.inf))
+        return sound(state, batch, **rest)
+
+    backend.train_step = train_step
+    saving = CheckpointObserver(store_of(prepared, tmp_path), due=Due(2, last=3))
+    with pytest.raises(NonFiniteLossError):
+        follow(backend, run, data, backend.state(), [saving])
+    # Nothing is saved before the first update; after the second it is saved already.
+    names = [path.name for path in folders.complete(tmp_path)]
+    assert names == ([f"step-{broken - 1:06d}"] if broken > 1 else [])
+    assert backend.calls.count("shards") == len(names)
+
+
+def test_a_state_that_cannot_be_saved_does_not_hide_the_loss(prepared, tmp_path: Path, monkeypatch):
+    run, data, backend = prepared
+    sound = backend.train_step
+
+    def train_step(state, batch, **rest):
+        if state.step == 1:
+            raise NonFiniteLossError("infinite", Metrics(np.inf, 7, np.inf))
+        state, metrics = sound(state, batch, **rest)
+        return replace(state, weights={name: w / 0 for name, w in state.weights.items()}), metrics
+
+    backend.train_step = train_step
+    saving = CheckpointObserver(store_of(prepared, tmp_path), due=Due(2, last=3))
+    with pytest.raises(NonFiniteLossError) as raised, np.errstate(divide="ignore"):
+        follow(backend, run, data, backend.state(), [saving])
+    [note] = notes_of(raised.value)
+    assert note.startswith("after step 1: ")
+    assert "is not finite; no checkpoint was written" in note
+    assert outcome(raised.value)[0] == 1
+
+
 @pytest.mark.parametrize("is_leader", [True, False])
 @pytest.mark.parametrize("broken", [1, 3])
 def test_a_step_that_is_not_finite_is_in_the_trace_of_the_run_that_it_ends(
@@ -241,7 +412,8 @@ def test_a_step_that_is_not_finite_is_in_the_trace_of_the_run_that_it_ends(
     observers = [TraceObserver(backend, request, (), is_leader=is_leader), noting]
     with pytest.raises(NonFiniteLossError), np.errstate(divide="ignore"):
         follow(backend, run, data, backend.state(), observers)
-    assert [seen[0] for seen in noting.seen[:-1]] == ["started", *range(1, broken)]
+    assert [seen[0] for seen in noting.seen[:-2]] == ["started", *range(1, broken)]
+    assert noting.seen[-2:] == [("stopped", broken - 1), "NonFiniteLossError"]
     assert (tmp_path / "trace").exists() == is_leader
     if is_leader:
         trace = Trace(tmp_path / "trace")

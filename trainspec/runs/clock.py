@@ -16,8 +16,9 @@ from statistics import median
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# The spans of an update that are not an observer's: until the batch is there, the update, and reading weights for observers.
-INPUT, UPDATE, READ = "input", "update", "weights read"
+# The spans of an update that are not an observer's: until the batch is there, until all processes have agreed to go on, the
+# update, and reading weights for observers.
+INPUT, AGREE, UPDATE, READ = "input", "agreement", "update", "weights read"
 FIRST = "first update"
 # Set by a process that launches others for the same command.
 BEGAN = "TWINTRAIN_BEGAN"

@@ -10,8 +10,8 @@ first collective.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +22,15 @@ from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import read_origin
 from trainspec.checkpoints.formats import Formats
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
+from trainspec.checkpoints.verify import Newest, newest_whole
 from trainspec.data import Batch, open_dataset
-from trainspec.errors import NonFiniteLossError
+from trainspec.errors import MachineError, NonFiniteLossError, Note, RecipeError, StoppedError, UserError
 from trainspec.files.hf import model_notes
 from trainspec.plans.accelerators import Devices
 from trainspec.recipe import idle_settings
-from trainspec.runs.clock import INPUT, READ, UPDATE, Clock
-from trainspec.runs.contract import Backend, Metrics, S
+from trainspec.runs.agreement import Agreement
+from trainspec.runs.clock import AGREE, INPUT, READ, UPDATE, Clock
+from trainspec.runs.contract import Backend, S
 from trainspec.runs.observers import (
     CheckpointObserver,
     Due,
@@ -51,6 +53,7 @@ from trainspec.runs.request import TrainRequest
 from trainspec.runs.resume import check_resumable
 from trainspec.runs.run import Run, arithmetic_of
 from trainspec.runs.run_data import RunData, open_data
+from trainspec.runs.stops import StopRequest, listening
 from trainspec.schedule import learning_rate
 
 
@@ -59,17 +62,38 @@ def train(
 ) -> None:
     """Train to the recipe's last step; writes metrics, checkpoints and, on request, a trace.
 
-    Raises UserError for mistakes in the recipe or its files, NonFiniteLossError for a loss that is not finite.
+    Raises UserError for mistakes in the recipe or its files, NonFiniteLossError for a loss that is not finite, and
+    StoppedError where SIGTERM or Ctrl-C asked the run to stop.
     """
+    with listening() as stop:
+        _train(backend, run, request, processes=processes, devices=devices, stop=stop)
+
+
+def _train(
+    backend: Backend[S],
+    run: Run,
+    request: TrainRequest,
+    *,
+    processes: Processes,
+    devices: Devices,
+    stop: StopRequest,
+) -> None:
     out, program = request.out, BACKENDS[devices.backend].program
     saved, is_leader = check_output(request), processes.is_leader
     if is_leader:  # before anything that takes long
         lines = opening(run, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)
     run, data = open_data(run)
-    lines = _summary(run, data, saved, request.allow)
+    newest = newest_whole(out, processes) if saved else Newest(None)
+    saved, lines = newest.path, [*newest.said]
+    if newest.said and saved is None:
+        raise RecipeError(f"{out}: --resume found no whole checkpoint there: {newest.said[-1]}")
+    lines += _summary(run, data, saved, request.allow)
     request.clock.lap("data opened")
     store = _store(backend, run, data, request, processes, devices)
+    agreement = Agreement(
+        processes, stop, failure=store.failure, check=store.check, minutes=run.recipe.checkpoint.every_minutes
+    )
     state, last = _started(backend, run, store, out, saved, is_leader=is_leader), data.span.last
     request.clock.lap("starting weights read")
     with (
@@ -77,15 +101,12 @@ def train(
     ) as reporter:
         for line in [*lines, *_resumed(state.step, last, saved)]:
             reporter.say(line)
-        follow(
-            backend,
-            run,
-            data,
-            state,
-            _observers(backend, run, data, store, reporter, request, is_leader=is_leader, devices=devices),
-            clock=request.clock,
+        observers = _observers(
+            backend, run, data, store, reporter, request, agreement, is_leader=is_leader, devices=devices
         )
-        reporter.say(f"wrote {folders.latest(out) or out}")
+        follow(backend, run, data, state, observers, clock=request.clock, agreement=agreement)
+        if state.step < last:
+            reporter.say(f"wrote {folders.latest(out) or out}")
         if request.timings:
             reporter.timings(request.clock.report())
 
@@ -98,29 +119,49 @@ def follow(
     observers: Sequence[Observer[S]],
     *,
     clock: Clock | None = None,
+    agreement: Agreement | None = None,
 ) -> S:
     """Make the run's remaining updates, notifying the observers; the next batch is prepared and fed during an update."""
-    recipe, span, clock = run.recipe, data.span, clock or Clock()
+    recipe, span, clock, agreement = run.recipe, data.span, clock or Clock(), agreement or Agreement()
     steps, examples = range(state.step, span.last), recipe.batch.global_examples
 
     def fed(step: int, start: S = state) -> Batch:
         return backend.feed(start, data.train.batch(step, examples))
 
-    with ExitStack() as stack, prefetch(fed, steps) as batches:
-        for observer in observers:
-            stack.callback(observer.finished)
-            observer.started(state)
-        for batch in clock.awaited(batches):
-            lr = learning_rate(recipe.schedule, peak=recipe.optimizer.lr, step=state.step, steps=span.steps)
-            try:
-                state, update = _update(backend, state, batch, lr, observers, clock)
-            except NonFiniteLossError as error:
-                _stopped(state.step + 1, batch, lr, error.metrics, observers)
-                raise
+    with (
+        _observed(observers, state),
+        prefetch(fed, steps, waiting=lambda: agreement.look(state.step)) as batches,
+    ):
+        try:
+            for batch in clock.awaited(batches):
+                with clock.during(AGREE):
+                    agreement.go_on(state.step)
+                lr = learning_rate(
+                    recipe.schedule, peak=recipe.optimizer.lr, step=state.step, steps=span.steps
+                )
+                try:
+                    state, update = _update(backend, state, batch, lr, observers, clock)
+                except NonFiniteLossError as error:
+                    _not_finite(error, state, batch, lr, observers)
+                    raise
+                for observer in observers:
+                    with clock.during(observer.name):
+                        update = observer.updated(state, update)
+        except StoppedError:
             for observer in observers:
-                with clock.during(observer.name):
-                    update = observer.updated(state, update)
+                observer.stopped(state, None)
+            raise
     return state
+
+
+@contextmanager
+def _observed(observers: Sequence[Observer[S]], state: S) -> Iterator[None]:
+    """Tell the observers of the run's begin and of its end, whatever ends it."""
+    with ExitStack() as stack:
+        for observer in observers:
+            stack.push(lambda kind, error, trace, observer=observer: observer.finished(error))
+            observer.started(state)
+        yield
 
 
 def _update(
@@ -140,12 +181,20 @@ def _update(
     return state, Update(state.step, batch, lr, metrics, time, before, weights, moments)
 
 
-def _stopped(
-    step: int, batch: Batch, lr: float, metrics: Metrics | None, observers: Sequence[Observer[S]]
+def _not_finite(
+    error: NonFiniteLossError, state: S, batch: Batch, lr: float, observers: Sequence[Observer[S]]
 ) -> None:
-    if metrics is not None:
-        for observer in observers:
-            observer.stopped(Update(step, batch, lr, metrics, StepTime(0.0), {}, {}, ({}, {})))
+    """Tell the observers of a step whose loss or gradient is not finite, before which `state` is as it was."""
+    unmade = (
+        Update(state.step + 1, batch, lr, error.metrics, StepTime(0.0), {}, {}, ({}, {}))
+        if error.metrics
+        else None
+    )
+    for observer in observers:
+        try:
+            observer.stopped(state, unmade)
+        except (OSError, MachineError, UserError) as unsaved:  # the loss is what ends the run
+            error.add_note(Note(f"after step {state.step}: {unsaved}"))
 
 
 def _observers(
@@ -155,6 +204,7 @@ def _observers(
     store: CheckpointStore[S],
     reporter: Reporter | NullReporter,
     request: TrainRequest,
+    agreement: Agreement,
     *,
     is_leader: bool,
     devices: Devices,
@@ -168,10 +218,14 @@ def _observers(
         observers.append(TraceObserver(backend, request.trace, order, is_leader=is_leader, header=header))
     if data.heldout:
         due = Due(recipe.run.eval_every_steps, last)
-        observers.append(EvaluationObserver(backend, data.heldout, examples=_heldout_examples(run), due=due))
-    observers.append(ReportObserver(reporter, arithmetic_of(run), last=last))
+        observers.append(
+            EvaluationObserver(
+                backend, data.heldout, examples=_heldout_examples(run), due=due, agreement=agreement
+            )
+        )
     due = Due(recipe.checkpoint.every_steps, last)
-    return [*observers, CheckpointObserver(store, due=due)]
+    observers.append(CheckpointObserver(store, due=due, agreement=agreement, say=reporter.say))
+    return [*observers, ReportObserver(reporter, arithmetic_of(run), last=last)]
 
 
 def _store(

@@ -7,7 +7,9 @@ needs, and a line in `loop._observers`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from importlib.metadata import version
@@ -15,9 +17,11 @@ from typing import Generic, Protocol, TypeVar, get_args
 
 from trainspec.checkpoints.store import CheckpointStore
 from trainspec.data import Batch, Dataset
+from trainspec.errors import MachineError, Note, UserError
 from trainspec.plans.accelerators import Devices
 from trainspec.plans.flops import Arithmetic
 from trainspec.recipe import Recipe
+from trainspec.runs.agreement import Agreement
 from trainspec.runs.contract import Arrays, Backend, Metrics, S
 from trainspec.runs.identity import Identity
 from trainspec.runs.report import NullReporter, Reporter, StepReport, Work
@@ -25,6 +29,8 @@ from trainspec.trace import Keep, StepTrace, TraceName, TraceRequest, TraceWrite
 from trainspec.trace_header import TraceHeader
 
 State = TypeVar("State", contravariant=True)
+# How long a process that failed waits for a save in flight: those that it needs for it may be gone.
+_PEERS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class StepTime:
 class Update:
     """One finished update, `step` counted from 1, with the requested arrays by canonical name.
 
-    `heldout_loss` is None where it was not measured after the update.
+    `heldout_loss` is None where it was not measured after the update, `checkpoint_seconds`, for which the run waited to have
+    a checkpoint begun, where none was.
     """
 
     step: int
@@ -75,6 +82,7 @@ class Update:
     weights: Arrays
     moments: tuple[Arrays, Arrays]
     heldout_loss: float | None = None
+    checkpoint_seconds: float | None = None
 
 
 class Observer(Protocol[State]):
@@ -97,12 +105,15 @@ class Observer(Protocol[State]):
         """Called after an update. Returns the update for the next observers, to which it may add."""
         return update
 
-    def stopped(self, update: Update) -> None:
-        """Called where loss or gradient is not finite: the update is not made and has no weights, and the run ends."""
+    def stopped(self, state: State, unmade: Update | None) -> None:
+        """Called where the run stops before its last update, with the state after its last one.
+
+        It was asked to, or loss or gradient is not finite: then `unmade` is the update that is not made, without weights.
+        """
         return
 
-    def finished(self) -> None:
-        """Called at the end of the run, after an error too."""
+    def finished(self, error: BaseException | None) -> None:
+        """Called at the end of the run, with the error that ends it, if any."""
         return
 
 
@@ -162,10 +173,10 @@ class TraceObserver(Observer[S]):
             self._writer.step(step_trace(update))
         return update
 
-    def stopped(self, update: Update) -> None:
-        """Writes what the step left."""
-        if self._writer:
-            self._writer.stopped(step_trace(update))
+    def stopped(self, state: S, unmade: Update | None) -> None:
+        """Writes what a step left that is not finite."""
+        if self._writer and unmade:
+            self._writer.stopped(step_trace(unmade))
 
 
 def trace_header(recipe: Recipe, identity: Identity, devices: Devices) -> TraceHeader:
@@ -201,23 +212,40 @@ def step_trace(update: Update) -> StepTrace:
 
 
 class EvaluationObserver(Observer[S]):
-    """Measures the held-out loss after due updates."""
+    """Measures the held-out loss after due updates, unless the run is asked to stop."""
 
     name = "evaluation"
 
-    def __init__(self, backend: Backend[S], heldout: Dataset, *, examples: int, due: Due) -> None:
+    def __init__(
+        self,
+        backend: Backend[S],
+        heldout: Dataset,
+        *,
+        examples: int,
+        due: Due,
+        agreement: Agreement | None = None,
+    ) -> None:
         self._backend, self._heldout, self._examples, self._due = backend, heldout, examples, due
+        self._agreement = agreement or Agreement()
 
     def updated(self, state: S, update: Update) -> Update:
-        """The update with its held-out loss."""
+        """The update with its held-out loss, or without it where the run stops first."""
         if not self._due(update.step):
             return update
-        return replace(update, heldout_loss=heldout_loss(self._backend, state, self._heldout, self._examples))
+        sums = []
+        for batch in self._heldout.in_order(self._examples):
+            if self._agreement.is_stopping():
+                return update
+            sums.append(self._backend.eval_step(state, batch))
+        return replace(update, heldout_loss=_mean(sums))
 
 
 def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, examples: int) -> float:
     """Mean cross-entropy per target token over every held-out example, `examples` at a time."""
-    sums = [backend.eval_step(state, batch) for batch in heldout.in_order(examples)]
+    return _mean([backend.eval_step(state, batch) for batch in heldout.in_order(examples)])
+
+
+def _mean(sums: Sequence[tuple[float, int]]) -> float:
     return sum(loss_sum for loss_sum, _ in sums) / sum(tokens for _, tokens in sums)
 
 
@@ -252,6 +280,7 @@ class ReportObserver(Observer[S], Generic[S]):
                 time.seconds,
                 speed,
                 update.heldout_loss,
+                update.checkpoint_seconds,
             )
         )
         if speed:
@@ -262,20 +291,71 @@ class ReportObserver(Observer[S], Generic[S]):
 
 
 class CheckpointObserver(Observer[S], Generic[S]):
-    """Saves a checkpoint after due updates, while the next updates are made."""
+    """Saves a checkpoint after due updates, while the next updates are made, and one where the run stops."""
 
     name = "checkpoint"
 
-    def __init__(self, store: CheckpointStore[S], *, due: Due) -> None:
-        self._store, self._due = store, due
+    def __init__(
+        self,
+        store: CheckpointStore[S],
+        *,
+        due: Due,
+        agreement: Agreement | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._store, self._due, self._agreement, self._say = store, due, agreement or Agreement(), say
+        self._saved_step = 0
+        self._heldout_loss: float | None = None
+
+    def started(self, state: S) -> None:
+        """What the run starts from is saved, or the recipe makes it again."""
+        self._saved_step = state.step
 
     def updated(self, state: S, update: Update) -> Update:
-        """Begins to save a due update. Raises the error of an earlier save."""
-        self._store.check()
-        if self._due(update.step):
-            self._store.save(state, heldout_loss=update.heldout_loss)
-        return update
+        """Begins to save a due update; the update with the seconds for which that kept the run."""
+        self._heldout_loss = update.heldout_loss
+        self._report()
+        if not self._due(update.step) and not self._agreement.is_due:
+            return update
+        began = time.perf_counter()
+        self._save(state)
+        return replace(update, checkpoint_seconds=time.perf_counter() - began)
 
-    def finished(self) -> None:
-        """Waits for the save in flight."""
-        self._store.wait()
+    def stopped(self, state: S, unmade: Update | None) -> None:
+        """Saves the last finished update, unless it is saved, and waits until it is complete."""
+
+        def save() -> None:
+            if state.step > self._saved_step:
+                self._save(state)
+            self._store.wait()
+
+        self._agreement.finish(save)
+
+    def finished(self, error: BaseException | None) -> None:
+        """Waits for the save in flight, but not where the user ends the run at once."""
+        if isinstance(error, KeyboardInterrupt):
+            return
+        patience = threading.Timer(_PEERS_SECONDS, self._store.give_up)
+        patience.daemon = True
+        if error is not None and not self._agreement.is_alone:
+            patience.start()
+        try:
+            self._store.wait()
+        except (OSError, MachineError, UserError) as unsaved:
+            if error is None:
+                raise
+            error.add_note(Note(f"a checkpoint was not finished: {unsaved}"))
+        finally:
+            patience.cancel()
+        self._report()
+
+    def _report(self) -> None:
+        """Say which saves have failed that the run goes on without."""
+        for report in self._store.report():
+            if report.error is not None:
+                self._say(f"step {report.step} was not saved: {report.error}")
+
+    def _save(self, state: S) -> None:
+        self._store.save(state, heldout_loss=self._heldout_loss)
+        self._saved_step = state.step
+        self._agreement.saved()

@@ -65,6 +65,7 @@ class Work:
 class StepReport:
     """One update, `step` counted from 1; `loss` is the mean over the batch's target tokens.
 
+    `checkpoint_seconds`: how long the run waited for a checkpoint that was begun after it to have its copy of the state.
     The process's first update has no `speed`: most of its time went on what later ones do not do again.
     """
 
@@ -76,6 +77,7 @@ class StepReport:
     seconds: float
     speed: Speed | None = None
     heldout_loss: float | None = None
+    checkpoint_seconds: float | None = None
 
     def values(self) -> dict[str, float]:
         """What there is of it by name, as a line of metrics.jsonl."""

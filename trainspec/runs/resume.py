@@ -101,7 +101,17 @@ def check_resumable(
             f"made with, {origin.recipe_file}"
         )
     lines += [f"allowed: {change}" for changes in changed.values() for change in changes]
-    return lines + _schedule_lines(origin, recipe, steps)
+    return [*lines, *_schedule_lines(origin, recipe, steps), *_computation_lines(origin.recipe, recipe)]
+
+
+def _computation_lines(was: Recipe, now: Recipe) -> list[str]:
+    """A line each where precision or plan has changed: the run may resume, with other roundings."""
+    lines = []
+    for section in ("precision", "plan"):
+        keys = (f"{section}.{key}" for key in type(getattr(now, section)).model_fields)
+        if changes := _changes(keys, was, now):
+            lines.append(", ".join(f"{c.key} was {c.was}, now {c.now}" for c in changes))
+    return lines
 
 
 def _schedule_lines(origin: CheckpointOrigin, recipe: Recipe, steps: int) -> list[str]:

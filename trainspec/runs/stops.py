@@ -1,0 +1,65 @@
+"""What asks a run to stop before its last update: SIGTERM, as a scheduler sends it before it takes a machine away, and Ctrl-C.
+
+A run that has begun to train only notes the request, and stops at its next safe point with all that it has done saved
+(docs/decisions/0032-stops.md). A Ctrl-C after any request stops it at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from trainspec.errors import StoppedError
+
+# What users call the signals.
+_WORDS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by what; `hear` is the handler of its signals.
+
+    Before `defer` there is nothing to save: a request raises StoppedError wherever the program is.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self.signal: signal.Signals | None = None
+        self._is_deferred = False
+
+    def defer(self) -> None:
+        """From here on only note a request: who calls this looks at `asked`."""
+        self._is_deferred = True
+
+    def hear(self, number: int, _: FrameType | None = None) -> None:
+        """Note the first request. Raises KeyboardInterrupt for a Ctrl-C after it; a scheduler may repeat its SIGTERM."""
+        if self.asked is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signal = signal.Signals(number)
+        self.asked = _WORDS[self.signal]
+        if not self._is_deferred:
+            raise StoppedError(self.asked)
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Inside, SIGTERM and Ctrl-C are requests; afterwards they do what they did before.
+
+    A signal that is ignored, as for a program in a shell's background, stays ignored. Outside of the main thread, where
+    Python has no handlers, nothing is heard.
+    """
+    request, before = StopRequest(), {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _WORDS:
+            # None is a handler that Python did not set, and could not put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, request.hear)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
