@@ -78,7 +78,12 @@ class NativeFormat(Generic[S]):
         for a value that is not finite.
         """
         arrays = self._arrays_of(state)
-        _check_finite(folder, arrays)
+        try:
+            _check_finite(folder, arrays)
+        except WeightsError:
+            if self._processes.is_leader:
+                discard(folder)
+            raise
         saving = _save(folder / FOLDER, arrays, self._storage_of(state).layouts(self._run.trained))
 
         def finish() -> dict[str, str]:
