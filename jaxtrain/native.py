@@ -82,7 +82,7 @@ class NativeFormat(Generic[S]):
             _check_finite(folder, arrays)
         except WeightsError:
             if self._processes.is_leader:
-                discard(folder)
+                remove(folder)
             raise
         saving = _save(folder / FOLDER, arrays, self._storage_of(state).layouts(self._run.trained))
 
