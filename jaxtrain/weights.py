@@ -180,9 +180,10 @@ def _native_shard(
     """One shard of a native array; zero where a stack has no weight. Read weight by weight."""
     shard = np.zeros([stop - start for start, stop in bounds], dtype)
     index = tuple(slice(*pair) for pair in bounds)
-    inner, slots = (index, [(None, shard)]) if param.layer is None else (
-        index[1:], list(zip(order[index[0]], shard, strict=True))
-    )  # fmt: skip
+    slots: list[tuple[int | None, NDArray[Any]]] = [(None, shard)]
+    inner = index
+    if param.layer is not None:
+        slots, inner = list(zip(order[index[0]], shard, strict=True)), index[1:]
     for layer, target in slots:
         if layer in stack:
             is_transposed = name.endswith(TRANSPOSED)

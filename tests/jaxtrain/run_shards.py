@@ -4,7 +4,7 @@
 
 A case with "to" restores under each of these plans what it has saved under its own, one with "from" what another launch has saved
 there, one with "converted" what is left of it after `convert` there and back; one with "updates" makes that many while it is saved;
-one with "omits" saves no shard of that tensor in the last process. OUT has for every case what was found.
+one with "omits" saves no shard of that tensor in the last process, one with "spoiled" has a NaN in its first moment. OUT has for every case what was found.
 """
 
 import json
@@ -131,6 +131,7 @@ def examine(case: dict[str, Any], scratch: Path, out: Path) -> dict[str, Any]:
     sections = dict(case)
     variant, targets = sections.pop("variant", "plain"), sections.pop("to", {})
     omits, source = sections.pop("omits", None), sections.pop("from", None)
+    spoiled = sections.pop("spoiled", None)
     updates, converted = sections.pop("updates", 0), sections.pop("converted", False)
     recipe = recipe_of(scratch, variant, sections)
     if source:
@@ -138,11 +139,13 @@ def examine(case: dict[str, Any], scratch: Path, out: Path) -> dict[str, Any]:
         return {"same": restored_or_refused(recipe, folders.latest(Path(source)), drawn(run))}
     state = started(recipe)
     expected = drawn(state.program.run)
+    if spoiled:
+        expected.moment1[spoiled].flat[-1] = np.nan
     state = step.restore(state, expected)
     with gathered_calls() as calls:
         shards = list(step.shards_of(state))
     found = examined(shards, expected) | {"gathered": calls.call_count}
-    if not targets and omits is None:
+    if not targets and omits is None and spoiled is None:
         return found
     found["error"] = saved(state, out, omits=omits, updates=updates)
     newest = folders.latest(out)
@@ -152,7 +155,7 @@ def examine(case: dict[str, Any], scratch: Path, out: Path) -> dict[str, Any]:
         found[name] = restored_or_refused(
             recipe_of(scratch, variant, sections | {"plan": plan}), newest, expected
         )
-    if converted:
+    if converted and newest:
         found["converted"] = []
         for name in ("there", "back"):
             format_, newest = native.convert(newest, out / name), out / name

@@ -176,7 +176,14 @@ def test_orbax_there_and_back(tmp_path):
         "encoder": common | {"method": sections({})["prefix"], "plan": FSDP, "to": plans},
         "chunks": common | {"variant": UNEVEN, "method": FULL, "plan": INTERLEAVED, "to": {"same": INTERLEAVED, "one": ONE}},
     }  # fmt: skip
+    spoiled = {"method": FULL, "plan": FSDP, "spoiled": "model.norm.weight"}
+    cases["nan-native"] = common | spoiled
+    cases["nan-portable"] = common | spoiled | {"checkpoint": {"format": "portable"}}
     [found] = found_by(launch("run_shards.py", cases, tmp_path))
+    for name in ("nan-native", "nan-portable"):
+        of_case = found.pop(name)
+        assert "not finite; no checkpoint was written" in of_case["error"], name
+        assert (of_case["files"], of_case["left"]) == ([], []), name
     refusal = found["chunks"].pop("one")
     saved = tmp_path / "saved/chunks/checkpoints/step-000003"
     assert refusal.startswith(f"{saved}: ")

@@ -49,7 +49,7 @@ def check_readable(path: Path | None, backend: Backend) -> None:
     if manifest.format != PORTABLE and manifest.backend != backend:
         raise RecipeError(
             f"{path}: is in the native format of {manifest.backend}, which {backend} does not read; resume there with "
-            f"checkpoint.format=portable, or convert it: trainspec checkpoint convert {path}"
+            f"checkpoint.format=portable, or convert it: python -m {manifest.backend}train.native {path} OUT"
         )
 
 
