@@ -129,16 +129,13 @@ def _digests(folder: Path, process: int) -> dict[str, str]:
 
 
 def _chunk_of_a_layer(
-    path: Sequence[Any], array: jax.Array
+    key: Sequence[Any], value: Any
 ) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     """Large stacks are stored layer by layer: who reads one layer, or another stage's, then reads no other."""
-    layers, *inner = array.sharding.shard_shape(array.shape)
-    layer_bytes = math.prod(inner) * array.dtype.itemsize
-    if (
-        layers == 1
-        or layer_bytes < _CHUNK_BYTES
-        or not is_stacked(jax.tree_util.keystr(tuple(path[-1:]), simple=True))
-    ):
+    layers, *inner = value.sharding.shard_shape(value.shape)
+    layer_bytes = math.prod(inner) * value.dtype.itemsize
+    name = jax.tree_util.keystr(tuple(key[-1:]), simple=True)
+    if layers == 1 or layer_bytes < _CHUNK_BYTES or not is_stacked(name):
         return None
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=layer_bytes, shard_axes=(0,))
 

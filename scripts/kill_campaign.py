@@ -176,7 +176,7 @@ class Campaign:
 
     def kill(self, victim: Victim, number: int) -> None:
         """Kill the run, or one of its processes, at a random moment; every second time while it saves."""
-        after = self._random.randrange(0, STEPS // 2)
+        after = self._random.randrange(0, STEPS // 4)
         victim.wait_until(lambda: victim.steps() >= after)
         if number % 2 == 0:
             victim.wait_until(lambda: is_saving(victim.out))
@@ -206,7 +206,7 @@ class Campaign:
 
     def stop(self, victim: Victim, number: int) -> None:
         """Send SIGTERM at a random moment after the first line, a third of the times before the first update."""
-        after = 0 if number % 3 == 0 else self._random.randrange(1, STEPS // 2)
+        after = 0 if number % 3 == 0 else self._random.randrange(1, STEPS // 4)
         victim.wait_until(lambda: bool(victim.lines) and victim.steps() >= after)
         if number % 3 == 1:
             victim.wait_until(lambda: is_saving(victim.out))

@@ -170,7 +170,7 @@ def _check_written(path: Path, samples: list[_Sample]) -> None:
 
 
 class _Hash:
-    """SHA-256 computed in a thread of its own, a few chunks behind the writer. The bytes given to it may not change."""
+    """SHA-256 computed in a thread of its own while the caller writes. The bytes given to it may not change."""
 
     _MOST_WAITING = 4
 

@@ -83,7 +83,7 @@ class Clock:
             if len(self.updates) == 1:
                 self.lap(FIRST)
                 first = self.laps[-1]  # what its observers took is no part of a later update either
-                observed = {k: s for k, s in self._update.items() if k not in (INPUT, UPDATE, READ)}
+                observed = {k: s for k, s in self._update.items() if k not in (INPUT, AGREE, UPDATE, READ)}
                 self.laps[-1] = replace(first, of_which={**first.of_which, **observed})
 
     def seconds(self, name: str) -> float:
