@@ -340,7 +340,7 @@ def _read_box(handle: _Handle, offset: int, shape: tuple[int, ...], box: Index, 
 
 def _read_bytes(handle: _Handle, offset: int, into: NDArray[Any]) -> None:
     """Fill a contiguous array. Raises _Damaged where the file ends before."""
-    rest = memoryview(into.reshape(-1).view(np.uint8))
+    rest = into.reshape(-1).view(np.uint8).data
     while rest:
         count = os.preadv(handle.descriptor, [rest], offset)
         if not count:
