@@ -327,19 +327,20 @@ def turn_of_orbax(folder: Path, arrays: dict[str, Arrays], size: int) -> dict[st
 def turn_of_dcp(folder: Path, arrays: dict[str, Arrays], size: int) -> dict[str, float]:
     """torch.distributed.checkpoint without processes to distribute over."""
     import torch
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load as load_into
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     state = {
         kind: {name: torch.from_numpy(array) for name, array in each.items()} for kind, each in arrays.items()
     }
-    saved = taken(lambda: dcp.save(state, checkpoint_id=folder / "state", no_dist=True))
+    saved = taken(lambda: save(state, checkpoint_id=folder / "state", no_dist=True))
 
     def load() -> Any:
         empty = {
             kind: {name: torch.empty_like(each) for name, each in group.items()}
             for kind, group in state.items()
         }
-        dcp.load(empty, checkpoint_id=folder / "state", no_dist=True)
+        load_into(empty, checkpoint_id=folder / "state", no_dist=True)
         return empty
 
     return _figures(size, save=saved, load=taken(load))

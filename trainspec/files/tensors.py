@@ -167,7 +167,7 @@ def _check_written(path: Path, samples: list[_Sample]) -> None:
 
 
 class _Hash:
-    """SHA-256 computed in a thread of its own, a few chunks behind the writer. The bytes given to it may not change."""
+    """SHA-256 computed in a thread of its own while the caller writes. The bytes given to it may not change."""
 
     _MOST_WAITING = 4
 
@@ -337,7 +337,7 @@ def _read_box(handle: _Handle, offset: int, shape: tuple[int, ...], box: Index, 
 
 def _read_bytes(handle: _Handle, offset: int, into: NDArray[Any]) -> None:
     """Fill a contiguous array. Raises _Damaged where the file ends before."""
-    rest = memoryview(into.reshape(-1).view(np.uint8))
+    rest = into.reshape(-1).view(np.uint8).data
     while rest:
         count = os.preadv(handle.descriptor, [rest], offset)
         if not count:
