@@ -246,7 +246,7 @@ class Campaign:
         self.seen.check(lost <= 2 * EVERY, f"{lost} updates lost")
         code = victim.process.returncode
         if code not in (EXIT_DONE, -signal.SIGKILL):
-            self.seen.check(told.count("\\n") == 1, f"code {code}, and not one line: {told!r}")
+            self.seen.check(told.count("\n") == 1, f"code {code}, and not one line: {told!r}")
 
     def _compare(self, out: Path) -> None:
         """A run that is done is the undisturbed one, and has left nothing besides."""
