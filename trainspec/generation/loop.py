@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainspec.checkpoints.folders import latest
-from trainspec.checkpoints.portable import PortableFormat
+from trainspec.checkpoints.formats import Formats
 from trainspec.errors import DataError
 from trainspec.files.hf import end_tokens
 from trainspec.generation.choice import choose
@@ -181,7 +181,7 @@ def _trained(backend: Backend[S], run: Run, out: Path) -> tuple[S, str]:
     state, saved = backend.init_state(run), latest(out)
     if saved is None:
         return state, f"the starting weights (no checkpoint under {out})"
-    state = PortableFormat(backend, run, Processes()).restore(state, saved)
+    state = Formats(backend, run, Processes()).restore(state, saved)
     return state, f"{out} at step {state.step}"
 
 
