@@ -32,14 +32,14 @@ def run(args: Namespace) -> None:
         case "eval":
             run = prepare_evaluation(recipe, BACKEND, out=out)
             loss, whose = _jax().evaluate(run, out=out)
-            if _jax().is_leader():
+            if _is_leader():
                 print(f"held-out loss {loss:.6f} of {whose}")
         case "generate":
             request = generation_request(args, out)
             _jax().generate(prepare_generation(recipe, BACKEND), request)
         case "export":
             # Needs only files: the leader does it alone, and waits for no other process.
-            if _jax().is_leader():
+            if _is_leader():
                 print(f"wrote {export(recipe, out=out, merge=args.merge, dtype=args.dtype)}")
         case other:
             raise AssertionError(f"the parser let {other!r} through")
@@ -53,3 +53,11 @@ def _jax() -> ModuleType:
     from jaxtrain import train
 
     return train
+
+
+def _is_leader() -> bool:
+    """Whether this process has the console, by JAX's own word of the cluster."""
+    _jax()
+    from jaxtrain.cluster import is_leader
+
+    return is_leader()

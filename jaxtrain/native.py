@@ -20,10 +20,10 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore
 from jax.sharding import SingleDeviceSharding
 from numpy.typing import NDArray
 from orbax.checkpoint import v1 as ocp
+from tensorstore import open as open_array
 
 from jaxtrain.precision import use_precision
 from jaxtrain.storage import Storage
@@ -241,7 +241,7 @@ def _weight(source: Path, kind: ArrayKind, name: str, slot: int, layout: Layout)
             "path": f"{kind}.{name}/",
         },
     }
-    array = tensorstore.open(spec, open=True, read=True).result()
+    array = open_array(spec, open=True, read=True).result()
     shape = array.shape[1:] if layout.is_stacked else array.shape
 
     def read(index: Index) -> NDArray[Any]:

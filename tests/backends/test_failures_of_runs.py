@@ -202,7 +202,6 @@ def test_a_disk_that_takes_no_more_is_one_line(make_recipe, tmp_path):
     code, line, out = limited(limit, make_recipe, tmp_path)
     assert code == 3
     weights = out / "checkpoints/.step-000002.tmp/weights.safetensors"
-    assert line.startswith(f"{PROGRAM}: {weights}: not written: ")
-    assert "File too large" in line
+    assert line.startswith(f"{PROGRAM}: {weights}: File too large: step-000002 was not saved; ")
     assert line.endswith(f"; saved: {out}/checkpoints/step-000001; continue with --resume")
     assert not weights.exists()

@@ -45,7 +45,10 @@ def check_readable(path: Path | None, backend: Backend) -> None:
     """Raises RecipeError where the checkpoint at `path`, if there is one, is in another backend's native format."""
     if path is None:
         return
-    manifest = read_manifest(path)
+    try:
+        manifest = read_manifest(path)
+    except WeightsError:  # whoever loads it is told, or uses the one before it
+        return
     if manifest.format != PORTABLE and manifest.backend != backend:
         raise RecipeError(
             f"{path}: is in the native format of {manifest.backend}, which {backend} does not read; resume there with "
