@@ -165,7 +165,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of L
 def limited(limit: str, make_recipe, tmp_path: Path, *, rows: str = "rows") -> tuple[int, str, Path]:
     """A program of its own that saves after each update and meets a limit after the first; what ended it, in one line."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "run"
-    file.write_text(make_recipe(run={"steps": 3}, checkpoint={"every_steps": 1}).to_yaml())
+    file.write_text(
+        make_recipe(run={"steps": 3}, checkpoint={"every_steps": 1, "asynchronous": False}).to_yaml()
+    )
     code = LIMITED.format(
         program=PROGRAM, limit=limit, rows=rows, argv=["train", str(file), "--out", str(out)]
     )
