@@ -121,7 +121,7 @@ class ShardFiles:
         index = everything(whole_shape)
         if match["index"]:
             index = tuple(slice(*map(int, pair.split(":"))) for pair in match["index"].split(","))
-        if tuple(s.stop - s.start for s in index) != shape:
+        if len(index) != len(whole_shape) or tuple(s.stop - s.start for s in index) != shape:
             raise WeightsError(f"{path}: {key} has shape {list(shape)}, which is not what its name says")
         if self.dtypes.setdefault(name, file.dtypes[key]) != file.dtypes[key]:
             raise WeightsError(

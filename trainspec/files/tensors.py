@@ -77,7 +77,8 @@ def write_tensors(
 
     The layout is that of safetensors' own writer: wider types first, then by name. A second thread hashes while this one
     writes. Of every 8 MiB the first 4 KiB are read back; a single bit that the disk has changed is found by its SHA-256 when
-    the file is read. Raises OSError with the path, and leaves no file, where the disk fails.
+    the file is read. Raises OSError, and leaves no file, where the disk fails; it has the path, or that of the file from which
+    a tensor was read.
     """
     try:
         with path.open("wb", buffering=0) as file, _Hash() as digest:
@@ -88,7 +89,7 @@ def write_tensors(
     except BaseException as error:
         path.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror or "not written", str(path)) from None
+            raise OSError(error.errno, error.strerror or "not written", error.filename or str(path)) from None
         raise
     return digest.hexdigest()
 

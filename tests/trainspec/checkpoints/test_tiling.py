@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import tracemalloc
 from pathlib import Path
@@ -95,6 +96,7 @@ def test_a_stretch_of_elements_is_its_boxes(shape: tuple[int, ...]):
         ({"a[0:2,0:3]": (1, 3)}, "which is not what its name says"),
         ({"a": (4, 3), "z": (1,)}, "z is unexpected"),
         ({"a[0:2,0:3]x": (2, 3)}, "unexpected"),
+        ({"a[0:2]": (2,)}, "which is not what its name says"),
     ],
 )
 def test_what_the_names_say_is_checked(tmp_path: Path, keys: dict[str, tuple[int, ...]], message: str):
@@ -178,3 +180,21 @@ def test_what_was_written_is_looked_at_and_what_is_not_written_leaves_nothing(
         write_tensors(arrays, path)
     assert caught.value.filename == str(path)
     assert not path.exists()
+
+
+def test_an_error_of_the_disk_names_the_file_that_it_is_of(tmp_path: Path):
+    """A tensor may be read from another file while this one is written."""
+    source, path = tmp_path / "source.safetensors", tmp_path / "a.safetensors"
+
+    def write(error: OSError) -> str:
+        def read(_: object) -> np.ndarray:
+            raise error
+
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            write_tensors({"a": Weight((3,), np.dtype(np.float32), read)}, path)
+        assert not path.exists()
+        assert caught.value.errno == errno.EIO
+        return caught.value.filename
+
+    assert write(OSError(errno.EIO, "Input/output error", str(source))) == str(source)
+    assert write(OSError(errno.EIO, "Input/output error")) == str(path)
