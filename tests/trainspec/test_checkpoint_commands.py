@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -265,6 +266,38 @@ def test_convert_writes_or_says_why_not(make_recipe: Make, tmp_path: Path, capsy
     ):
         assert why in refused(capsys, "convert", tmp_path / name, tmp_path / "to", "--to", to)
         assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(("to", "saved"), [("portable", "native"), ("native", "portable")])
+def test_a_conversion_between_the_formats_takes_no_setting(
+    make_recipe: Make, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, to: str, saved: str
+):
+    path = save_sharded(tmp_path, drawn(make_recipe()), recipe=make_recipe(), step=1)
+    replace(read_manifest(path), format=saved, backend="jax").write(path)
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    words = ("convert", path, tmp_path / "to", "--to", to)
+    for option, value in (("--dtype", "bfloat16"), ("--set", "model.from=elsewhere")):
+        said = refused(capsys, *words, option, value)
+        assert f"{option}: --to {to} " in said
+        assert "leave it out" in said
+    assert not started
+    assert ended(capsys, *words) == (0, f"wrote {tmp_path / 'to'}\n", "")  # control
+    assert [command[1:3] for command in started] == [["-m", "jaxtrain.native"]]
+
+
+def test_a_native_format_of_nobody_here_is_named(make_recipe: Make, tmp_path: Path, capsys: Any):
+    path = save_sharded(tmp_path, drawn(make_recipe()), recipe=make_recipe(), step=1)
+    for backend in ("other", "torch", None):
+        replace(read_manifest(path), format="native", backend=backend).write(path)
+        assert f"{path}: is in the native format of {backend or 'an unnamed backend'}, which no backend here reads" in refused(
+            capsys, "convert", path, tmp_path / "to", "--to", "portable"
+        )  # fmt: skip
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, capsys: Any):

@@ -157,6 +157,11 @@ def _convert(path: Path, args: Namespace) -> Path:
                 "`trainspec checkpoint consolidate` writes the model or the adapter, which Trainer starts from with new moments"
             )
         case "portable" | "native":
+            for option, given in {"--dtype": args.dtype, "--set": args.overrides}.items():
+                if given:
+                    raise UserError(
+                        f"{option}: --to {target} writes the same arrays and the same recipe in other files; leave it out"
+                    )
             return _between_formats(path, out, target)
         case other:
             raise AssertionError(f"the parser let {other!r} through")
@@ -167,11 +172,11 @@ def _between_formats(path: Path, out: Path, target: str) -> Path:
     manifest = read_manifest(path)
     if manifest.format == target:
         raise UserError(f"--to {target}: {path} is in that format already; copy its directory")
-    [backend] = [
-        backend
-        for backend in BACKENDS.values()
-        if backend.no_native_format is None and (target == NATIVE or backend.name == manifest.backend)
-    ]
+    makers = (each for each in BACKENDS.values() if each.no_native_format is None)
+    backend = next((each for each in makers if target == NATIVE or each.name == manifest.backend), None)
+    if backend is None:
+        whose = manifest.backend or "an unnamed backend"
+        raise UserError(f"{path}: is in the native format of {whose}, which no backend here reads")
     command = [sys.executable, "-m", f"{backend.program}.native", str(path), str(out)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
