@@ -1,8 +1,7 @@
 """Checkpoints in orbax's format: native arrays as the run holds them, each process's part written by itself.
 
-    python -m jaxtrain.native SOURCE TARGET      a checkpoint of either format as one of the other, read back in parts
-
-docs/decisions/0031-native-formats.md says what is in the files. Loaded only where a checkpoint has this format.
+`trainspec checkpoint convert` starts this module as a program, in a process with JAX. docs/decisions/0031-native-formats.md says
+what is in the files. Loaded only where a checkpoint has this format.
 """
 
 from __future__ import annotations
@@ -28,10 +27,11 @@ from tensorstore import open as open_array
 from jaxtrain.precision import use_precision
 from jaxtrain.storage import Storage
 from jaxtrain.weights import Arrays, Layout, from_canonical, is_stacked, layouts
-from trainspec.checkpoints.checkpoint import check_readable, load, verify
+from trainspec.checkpoints.checkpoint import check_readable, load, way_out
 from trainspec.checkpoints.folders import flush, remove
 from trainspec.checkpoints.manifest import NATIVE, PORTABLE, Manifest, read_manifest
 from trainspec.checkpoints.shards import KINDS, ArrayKind, file_name
+from trainspec.checkpoints.verify import verify
 from trainspec.command import run_command
 from trainspec.errors import RecipeError, UserError, WeightsError
 from trainspec.files.tensors import write_tensors
@@ -174,7 +174,7 @@ def _check_layouts(path: Path, saved: Mapping[str, Layout], wanted: Mapping[str,
         if saved.get(name) != layout:
             raise RecipeError(
                 f"{path}: {name} has {_slots(saved.get(name))}, and {_slots(layout)} under this plan; resume under the plan that "
-                f"it was made with, or convert it: python -m jaxtrain.native {path} OUT"
+                f"it was made with, or {way_out(path)}"
             )
 
 

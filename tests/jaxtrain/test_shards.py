@@ -188,6 +188,7 @@ def test_orbax_there_and_back(tmp_path):
     saved = tmp_path / "saved/chunks/checkpoints/step-000003"
     assert refusal.startswith(f"{saved}: ")
     assert "has layers 0 3 1 - 2 4 - -, and layers 0 1 2 3 4 under this plan" in refusal
+    assert refusal.endswith(f"; resume under the plan that it was made with, or convert it: trainspec checkpoint convert {saved} OUT --to portable")  # fmt: skip
     assert "\n" not in refusal
     for name, of_case in found.items():
         assert not of_case["error"], name

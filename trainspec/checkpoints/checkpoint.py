@@ -52,11 +52,12 @@ def check_readable(path: Path | None, backend: Backend) -> None:
     if manifest.format != PORTABLE and manifest.backend != backend:
         raise RecipeError(
             f"{path}: is in the native format of {manifest.backend}, which {backend} does not read; resume there with "
-            f"checkpoint.format=portable, or {_way_out(path)}"
+            f"checkpoint.format=portable, or {way_out(path)}"
         )
 
 
-def _way_out(path: Path) -> str:
+def way_out(path: Path) -> str:
+    """What makes a checkpoint of a native format one that every backend reads, under any plan."""
     return f"convert it: trainspec checkpoint convert {path} OUT --to portable"
 
 
@@ -74,7 +75,7 @@ def load(path: Path, run: Run) -> Checkpoint:
     verify(path)
     check_loadable(manifest.origin(path), run)
     if manifest.format != PORTABLE:
-        raise RecipeError(f"{path}: is in the native format of {manifest.backend}; {_way_out(path)}")
+        raise RecipeError(f"{path}: is in the native format of {manifest.backend}; {way_out(path)}")
     dtype = STORED_DTYPE[run.recipe.precision.policy]
     arrays = []
     for kind in KINDS:

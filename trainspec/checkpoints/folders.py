@@ -100,9 +100,8 @@ def remove(path: Path) -> None:
         path.rename(gone)
     except FileNotFoundError:
         return
-    except (
-        OSError
-    ):  # a file system that cannot: nothing of an unfinished one counts, and no complete one has come to be
+    except OSError:
+        # A file system that cannot: nothing of an unfinished one counts, and no complete one has come to be.
         gone = path
     shutil.rmtree(gone, ignore_errors=True)
 
