@@ -29,7 +29,7 @@ from jaxtrain.storage import Storage
 from jaxtrain.weights import Arrays, Layout, from_canonical, is_stacked, layouts
 from trainspec.checkpoints.checkpoint import check_readable, load, way_out
 from trainspec.checkpoints.folders import flush, remove
-from trainspec.checkpoints.manifest import NATIVE, PORTABLE, Manifest, read_manifest
+from trainspec.checkpoints.manifest import NATIVE, PORTABLE, DamagedError, Manifest, read_manifest
 from trainspec.checkpoints.shards import KINDS, ArrayKind, file_name
 from trainspec.checkpoints.verify import verify
 from trainspec.command import run_command
@@ -154,7 +154,7 @@ def _check_finite(folder: Path, arrays: Native) -> None:
 
 
 def _layouts_in(path: Path) -> dict[str, Layout]:
-    """What the native arrays of the checkpoint at `path` hold. Raises WeightsError where it does not say."""
+    """What the native arrays of the checkpoint at `path` hold. Raises DamagedError where it does not say."""
     try:
         metadata: Any = ocp.metadata(str(path / FOLDER)).custom_metadata
         described = dict(metadata["layouts"])
@@ -163,8 +163,8 @@ def _layouts_in(path: Path) -> dict[str, Layout]:
             for name, fields in described.items()
         }
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise WeightsError(
-            f"{path}: {FOLDER} is no checkpoint of jaxtrain's ({type(error).__name__}); remove {path} to use the one before it"
+        raise DamagedError(
+            path, f"{path}: {FOLDER} is no checkpoint of jaxtrain's ({type(error).__name__})"
         ) from None
 
 

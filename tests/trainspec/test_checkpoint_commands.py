@@ -157,6 +157,7 @@ def test_verify_reads_what_the_manifest_says(make_recipe: Make, tmp_path: Path, 
     code, text, _ = ended(capsys, "verify", path)
     assert code == 1
     assert "incomplete checkpoint: no file has all of base_model" in text
+    assert "no file has all of base_model" in refused(capsys, "consolidate", path, "--out", tmp_path / "to")
     for content in (None, "", "{}", '{"step": 1'):
         (path / "checkpoint.json").unlink() if content is None else (path / "checkpoint.json").write_text(
             content

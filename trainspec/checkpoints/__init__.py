@@ -7,7 +7,7 @@
 
 `shards` says what a process has to save, `portable` and a backend's native format how arrays become files, `formats` which of
 the two it is, `manifest` what else there is to know, `store` when they are written, `notes` how its processes meet, `retention`
-what is kept. `verify` says whether what is read is what was written, `wholeness` whether that is all there has to be, and
+what is kept. `verify` says whether what is read is what was written, and `wholeness` whether that is all there has to be;
 `checkpoint` opens it for a run. `command` is `trainspec checkpoint`, `summary` what it shows. A checkpoint is complete as soon
 as its directory has its final name (`folders`).
 """

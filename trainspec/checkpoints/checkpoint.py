@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainspec.checkpoints.folders import latest
-from trainspec.checkpoints.manifest import PORTABLE, read_manifest, whole
+from trainspec.checkpoints.manifest import PORTABLE, read_manifest
 from trainspec.checkpoints.shards import KINDS, ShardFiles, files_of
 from trainspec.checkpoints.verify import verify
 from trainspec.errors import RecipeError, WeightsError
@@ -69,7 +69,7 @@ def read_origin(path: Path) -> CheckpointOrigin:
 def load(path: Path, run: Run) -> Checkpoint:
     """Verify a portable checkpoint and open it in the precision of `run`; weights are read slice by slice, on demand.
 
-    Raises WeightsError for a damaged file and RecipeError for another model or method.
+    Raises DamagedError where it is not whole and RecipeError for another model or method.
     """
     manifest = read_manifest(path)
     verify(path)
@@ -79,12 +79,7 @@ def load(path: Path, run: Run) -> Checkpoint:
     dtype = STORED_DTYPE[run.recipe.precision.policy]
     arrays = []
     for kind in KINDS:
-        with whole(path):
-            files = [path / name for name in files_of(kind, manifest.sha256)]
-        if not files:
-            raise WeightsError(
-                f"{path}: incomplete checkpoint: no file of {kind}; rename or remove it to use the one before it"
-            )
+        files = [path / name for name in files_of(kind, manifest.sha256)]
         opened = ShardFiles(files, manifest.shapes, where=path)
         arrays.append(
             {p.name: weight for p, weight in read_entries(opened, run.trained, dtype=dtype, where=path)}

@@ -13,7 +13,7 @@ from trainspec.backends import BACKENDS
 from trainspec.checkpoints.folders import checkpoints_of, complete, latest
 from trainspec.checkpoints.manifest import FILE, NATIVE, read_manifest
 from trainspec.checkpoints.summary import summary_of
-from trainspec.checkpoints.wholeness import damages_of
+from trainspec.checkpoints.verify import damages
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, ModelError, Note, ProcessError, RecipeError, UserError
 from trainspec.recipe import Recipe, recipe_from
 from trainspec.recipe_file import apply_override, check_usable
@@ -101,7 +101,7 @@ def _told(paths: Sequence[Path]) -> int:
     """Print of each checkpoint that it is whole, or what is damaged; returns the exit code."""
     code = EXIT_DONE
     for path in paths:
-        lines = damages_of(path)
+        lines = damages(path)
         print("\n".join(lines) or f"{path}: whole", flush=True)
         code = EXIT_FAILED if lines else code
     return code

@@ -22,6 +22,14 @@ _DIGEST = "digest"
 _BLANK = "0" * 64
 
 
+class DamagedError(WeightsError):
+    """A checkpoint is not as it was written: `damage` says in what way, and the text also what to do."""
+
+    def __init__(self, path: Path, damage: str) -> None:
+        super().__init__(f"{damage}; rename or remove {path} to use the one before it")
+        self.damage = damage
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A run after `step` updates, which is also its position in the data.
@@ -56,7 +64,7 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at `path`. Raises WeightsError for an incomplete one, and where it is damaged."""
+    """The manifest of the checkpoint at `path`. Raises DamagedError for an incomplete one, and where it is damaged."""
     with whole(path):
         text = (path / FILE).read_bytes().decode()
         tree = dict(json.loads(text))
@@ -91,9 +99,7 @@ def whole(path: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(
-            f"{path}: incomplete checkpoint ({_told(error)}); rename or remove it to use the one before it"
-        ) from None
+        raise DamagedError(path, f"{path}: incomplete checkpoint ({_told(error)})") from None
 
 
 def _told(error: Exception) -> str:

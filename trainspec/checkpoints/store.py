@@ -19,7 +19,8 @@ from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.manifest import PORTABLE, Manifest
 from trainspec.checkpoints.notes import Written, leave, note, word_of
 from trainspec.checkpoints.portable import metadata_of, write_shards
-from trainspec.checkpoints.shards import KINDS, ShardFiles, files_of, whole
+from trainspec.checkpoints.shards import KINDS, whole
+from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.errors import MachineError, WeightsError
 from trainspec.recipe import Checkpoint as CheckpointSettings
 from trainspec.recipe import Recipe
@@ -210,7 +211,8 @@ class CheckpointStore(Generic[S]):
             sha256={name: digest for word in words for name, digest in word.sha256.items()},
             sizes={name: size for word in words for name, size in word.sizes.items()},
         )
-        _check_whole(folder, manifest)
+        if wrong := next(wrong_shards(folder, manifest), None):
+            raise WeightsError(f"{wrong}; no checkpoint was written")
         manifest.write(folder)
         for process in range(count):
             note(folder, process).unlink()
@@ -274,23 +276,6 @@ def _words(error: OSError) -> str:
     """The files of an error and what the system says of it."""
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
     return ": ".join(filter(None, (files, error.strerror or str(error))))
-
-
-def _check_whole(folder: Path, manifest: Manifest) -> None:
-    """Raises WeightsError unless the files have every element of every tensor exactly once."""
-    if manifest.format != PORTABLE or manifest.shapes is None:
-        return
-    for kind in KINDS:
-        files = [folder / name for name in files_of(kind, manifest.sha256)]
-        try:
-            tensors = ShardFiles(files, manifest.shapes, where=folder)
-        except WeightsError as error:
-            raise WeightsError(f"{error}; no checkpoint was written") from None
-        absent = next((name for name in manifest.shapes if name not in tensors.shapes), None)
-        if absent is not None:
-            raise WeightsError(
-                f"{folder}: no process has written {kind} of {absent}; no checkpoint was written"
-            )
 
 
 class _WholeArrays:

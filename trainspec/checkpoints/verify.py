@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: every file is there and the one that was written. Processes share the work.
+"""Whether a checkpoint is whole: every file is there and the one that was written, and nothing lacks. Processes share the work.
 
 What is not whole is set aside under a name by which it does not count, and kept.
 """
@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainspec.checkpoints import folders
-from trainspec.checkpoints.manifest import FILE, PORTABLE, Manifest, read_manifest, run_metadata
+from trainspec.checkpoints.manifest import (
+    FILE,
+    PORTABLE,
+    DamagedError,
+    Manifest,
+    read_manifest,
+    run_metadata,
+)
+from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.errors import MachineError, WeightsError
 from trainspec.files.tensors import TensorFile
 from trainspec.runs.processes import Processes
@@ -26,22 +34,23 @@ _whole: set[tuple[object, ...]] = set()
 
 
 def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
-    """Raises WeightsError unless every file of the checkpoint is the one that was written."""
+    """Raises DamagedError unless every file of the checkpoint is the one that was written."""
     found = damages(path, share=share)
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise WeightsError(f"{found[0]}{more}; rename or remove {path} to use the one before it")
+        raise DamagedError(path, f"{found[0]}{more}")
 
 
 def damages(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is damaged or missing in a checkpoint, a line for each file; of every `share[1]` files the `share[0]`-th is read.
 
-    Files that this process has found whole before are not read again unless they have changed.
+    Who reads all of them looks as well whether they are all that there has to be. Files that this process has found whole
+    before are not read again unless they have changed.
     """
     try:
         manifest = read_manifest(path)
-    except WeightsError as error:
-        return [str(error).removesuffix("; rename or remove it to use the one before it")]
+    except DamagedError as error:
+        return [error.damage]
     named = folders.step_of(path)
     if named is not None and named != manifest.step:
         return [f"{path / FILE}: is that of step {manifest.step}"]
@@ -52,7 +61,9 @@ def damages(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         found = [line for line in pool.map(lambda name: _damage(path, name, manifest), names) if line]
     if not found and count == 1:
-        _remember(path, manifest)
+        found = list(wrong_shards(path, manifest))
+        if not found:
+            _remember(path, manifest)
     return found
 
 
@@ -74,15 +85,23 @@ def newest_whole(out: Path, processes: Processes) -> Newest:
     names = [path.name for path in folders.complete(out)]
     for name in reversed(_of_leader(names, processes)):
         path = folders.checkpoints_of(out) / name
-        found = _exchanged(
-            lambda path=path: damages(path, share=(processes.index, processes.count)), processes
-        )
+        found = _found_together(path, processes)
         if not found:
             _remember(path, read_manifest(path))
             return Newest(path, tuple(said))
         (said_of_it,) = _of_leader(_set_aside(path, found) if processes.is_leader else [], processes)
         said.append(said_of_it)
     return Newest(None, tuple(said))
+
+
+def _found_together(path: Path, processes: Processes) -> list[str]:
+    """`damages`, in all processes alike: each reads its share of the files, then the leader looks at them as a whole."""
+    found = _exchanged(lambda: damages(path, share=(processes.index, processes.count)), processes)
+    if found or processes.count == 1:
+        return found
+    return _exchanged(
+        lambda: list(wrong_shards(path, read_manifest(path))) if processes.is_leader else [], processes
+    )
 
 
 def _set_aside(path: Path, found: list[str]) -> list[str]:

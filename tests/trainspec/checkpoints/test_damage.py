@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from writers import State, holds, in_processes, save
 
-from trainspec.checkpoints import folders, verify
+from trainspec.checkpoints import folders, store, verify
 from trainspec.checkpoints.checkpoint import load
 from trainspec.checkpoints.manifest import FILE, read_manifest
 from trainspec.errors import MachineError, WeightsError
@@ -213,3 +214,48 @@ def test_a_manifest_of_an_earlier_version_has_no_digest(damaged: Path):
     path.write_text(json.dumps(tree | {"sizes": {}}))
     with pytest.raises(WeightsError, match=r"checkpoint\.json is damaged"):
         read_manifest(path.parent)
+
+
+def without(path: Path, name: str) -> None:
+    """Leave a file out, and its digest with it."""
+    manifest = read_manifest(path)
+    sha256, sizes = ({k: v for k, v in of.items() if k != name} for of in (manifest.sha256, manifest.sizes))
+    (path / name).unlink()
+    replace(manifest, sha256=sha256, sizes=sizes).write(path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_no_file_has_is_damage_to_a_save_a_resume_and_the_command(
+    runs: Runs, damaged: Path, count: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Every file is the one that was written, and still something is not there."""
+    newest, before = (damaged / f"checkpoints/step-00000{step}" for step in (3, 2))
+    without(newest, "moment1-00001-of-00002.safetensors")
+    wrong = f"{newest}: incomplete checkpoint: no file has all of a"
+    assert verify.damages(newest) == [wrong]
+    with pytest.raises(WeightsError) as caught:
+        verify.verify(newest)
+    assert str(caught.value) == f"{wrong}; rename or remove {newest} to use the one before it"
+    found = in_processes(count, lambda processes: verify.newest_whole(damaged, processes))
+    assert [each.path for each in found] == [before] * count
+    assert found[0].said == (f"{wrong}; not used, and set aside as step-000003.damaged",)
+    for name in FILES[3:5]:
+        without(before, name)
+    assert verify.damages(before) == [f"{before}: incomplete checkpoint: no file of moment1"]
+    # A save judges what it has written by the same function.
+    monkeypatch.setattr(store, "wrong_shards", lambda folder, _: iter([f"{folder}: planted"]))
+    with pytest.raises(WeightsError, match=r"\.step-000004\.tmp: planted; no checkpoint was written"):
+        save(damaged, 4)
+    assert folders.latest(damaged) == before
+    assert verify.newest_whole(runs.mine, Processes()).path == runs.newest  # control
+
+
+def test_a_damaged_manifest_says_the_same_to_all(damaged: Path):
+    newest = damaged / "checkpoints/step-000003"
+    (newest / FILE).write_text("{}")
+    (line,) = verify.damages(newest)
+    assert line == f"{newest}: incomplete checkpoint (checkpoint.json is damaged: KeyError)"
+    for ask in (read_manifest, verify.verify):
+        with pytest.raises(WeightsError) as caught:
+            ask(newest)
+        assert str(caught.value) == f"{line}; rename or remove {newest} to use the one before it"
