@@ -33,14 +33,13 @@ from jaxtrain.weights import Arrays, is_stacked, native_name, to_host
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.shards import KINDS, ArrayKind, Shard
-from trainspec.checkpoints.store import ArrayFormat
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.methods import leading_positions
 from trainspec.plans.pipeline import stack_order
 from trainspec.rng import name_key
-from trainspec.runs.contract import Metrics, Roundings
+from trainspec.runs.contract import ArrayFormat, Metrics, Roundings
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 from trainspec.trace import Keep

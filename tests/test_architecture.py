@@ -164,6 +164,24 @@ def test_layers(package: str):
                 assert rank[parts[1]] >= rank[room], f"{path} imports {name}, which lies above it"
 
 
+def test_a_type_is_imported_as_everything_else_is():
+    """An import that only a type checker sees would hide a circle of rooms."""
+    hiding = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in modules(package)
+        if "TYPE_CHECKING" in path.read_text()
+    }
+    assert hiding == {"parity/__init__.py"}  # it loads its names when they are asked for; and the control
+
+
+def test_the_page_of_checkpoints_names_every_module():
+    files = modules("trainspec/checkpoints")
+    page = next(path for path in files if path.stem == "__init__").read_text()
+    named = re.findall(r"`(\w+)`", page)
+    assert {path.stem for path in files} - {"__init__"} <= set(named)
+
+
 def public(path: Path) -> dict[str, tuple[str, ...]]:
     """Public top-level names in order; functions with their parameter names."""
     names: dict[str, tuple[str, ...]] = {}

@@ -8,8 +8,7 @@ from typing import Generic
 
 from trainspec.checkpoints.manifest import NATIVE, read_manifest
 from trainspec.checkpoints.portable import PortableFormat
-from trainspec.checkpoints.store import ArrayFormat
-from trainspec.runs.contract import Backend, S
+from trainspec.runs.contract import ArrayFormat, Backend, S
 from trainspec.runs.identity import Identity
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run

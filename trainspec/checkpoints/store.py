@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 from trainspec.checkpoints import folders, retention
 from trainspec.checkpoints.checkpoint import Checkpoint
@@ -24,31 +24,12 @@ from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.errors import MachineError, WeightsError
 from trainspec.recipe import Checkpoint as CheckpointSettings
 from trainspec.recipe import Recipe
-from trainspec.runs.contract import S
+from trainspec.runs.contract import ArrayFormat, S
 from trainspec.runs.identity import Identity
 from trainspec.runs.processes import Processes
 
 # How long a save that is given up has to remove what it has written.
 _GIVING_UP_SECONDS = 2.0
-State = TypeVar("State")
-
-
-class ArrayFormat(Protocol[State]):
-    """How the arrays of a state become files, and files arrays."""
-
-    name: str
-
-    def begin(self, folder: Path, state: State) -> Callable[[], dict[str, str]]:
-        """Take a copy of what this process saves of `state`, which may change as soon as this returns.
-
-        The function that is returned writes it into `folder`, in another thread, and returns the SHA-256 of each file by its
-        path there.
-        """
-        ...
-
-    def restore(self, state: State, path: Path) -> State:
-        """`state` as it was when the checkpoint at `path` was taken."""
-        ...
 
 
 @dataclass(frozen=True)

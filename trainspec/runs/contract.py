@@ -7,10 +7,10 @@ The loop needs `Backend` alone, the functions of a `step` module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,6 @@ from trainspec.runs.processes import Processes
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
-
-if TYPE_CHECKING:  # a store is made for a backend
-    from trainspec.checkpoints.store import ArrayFormat
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -82,6 +79,24 @@ class HasStep(Protocol):
 
 
 S = TypeVar("S", bound=HasStep)
+
+
+class ArrayFormat(Protocol[S]):
+    """How the arrays of a state become files, and files arrays."""
+
+    name: str
+
+    def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
+        """Take a copy of what this process saves of `state`, which may change as soon as this returns.
+
+        The function that is returned writes it into `folder`, in another thread, and returns the SHA-256 of each file by its
+        path there.
+        """
+        ...
+
+    def restore(self, state: S, path: Path) -> S:
+        """`state` as it was when the checkpoint at `path` was taken."""
+        ...
 
 
 class Backend(Protocol[S]):
