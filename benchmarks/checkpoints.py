@@ -238,7 +238,7 @@ def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dic
     """The portable format and its store, of one process."""
     from trainspec.checkpoints.manifest import read_manifest
     from trainspec.checkpoints.portable import PortableFormat
-    from trainspec.checkpoints.shards import ShardFiles, everything, files_of, whole
+    from trainspec.checkpoints.shards import ShardFiles, as_shards, everything, files_of
     from trainspec.checkpoints.store import CheckpointStore, manifest_of
     from trainspec.checkpoints.verify import verify
     from trainspec.files.tensors import write_tensors
@@ -251,7 +251,7 @@ def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dic
     class Backend:
         def shards_of(self, state: Any) -> Any:
             copies = {kind: {n: a.copy() for n, a in each.items()} for kind, each in arrays.items()}
-            return (shard for kind, each in copies.items() for shard in whole(kind, each))  # type: ignore[arg-type]
+            return (shard for kind, each in copies.items() for shard in as_shards(kind, each))  # type: ignore[arg-type]
 
     run: Any = SimpleNamespace(recipe=recipe)
     backend: Any = Backend()

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from torchtrain import cluster, step  # noqa: E402
 from trainspec.checkpoints import folders  # noqa: E402
 from trainspec.checkpoints.portable import PortableFormat  # noqa: E402
-from trainspec.checkpoints.shards import Shard, whole  # noqa: E402
+from trainspec.checkpoints.shards import Shard, as_shards  # noqa: E402
 from trainspec.checkpoints.store import CheckpointStore, manifest_of  # noqa: E402
 from trainspec.recipe import load_recipe  # noqa: E402
 
@@ -49,7 +49,7 @@ def resident(name: str) -> int:
 def gathered(state: step.State) -> Iterator[Shard]:
     weights, (moment1, moment2) = step.weights_of(state), step.moments_of(state)
     for kind, arrays in (("weights", weights), ("moment1", moment1), ("moment2", moment2)):
-        yield from whole(kind, arrays)
+        yield from as_shards(kind, arrays)
 
 
 def probe(case: dict[str, Any]) -> dict[str, list[int]]:

@@ -67,7 +67,7 @@ class Numpy:
 
     def shards_of(self, state):
         self.calls.append("shards")
-        return (shard for kind in shards.KINDS for shard in shards.whole(kind, state.weights))
+        return (shard for kind in shards.KINDS for shard in shards.as_shards(kind, state.weights))
 
     def moments_of(self, state):
         self.calls.append("moments")

@@ -65,7 +65,7 @@ class Manifest:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint at `path`. Raises DamagedError for an incomplete one, and where it is damaged."""
-    with whole(path):
+    with explained(path):
         text = (path / FILE).read_bytes().decode()
         tree = dict(json.loads(text))
         _check(tree, text, path / FILE)
@@ -94,7 +94,7 @@ def run_metadata(recipe: Mapping[str, Any], identity: Identity | None) -> dict[s
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Report missing files and keys, and values of another type, as an incomplete checkpoint."""
     try:
         yield

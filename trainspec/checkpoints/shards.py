@@ -54,7 +54,7 @@ def files_of(kind: ArrayKind, names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if (match := _FILE.fullmatch(name)) and match["kind"] == kind)
 
 
-def whole(kind: ArrayKind, arrays: Mapping[str, NDArray[Any]]) -> Iterator[Shard]:
+def as_shards(kind: ArrayKind, arrays: Mapping[str, NDArray[Any]]) -> Iterator[Shard]:
     """Each array as the one shard of its tensor."""
     for name, array in arrays.items():
         yield Shard(kind, name, array.shape, everything(array.shape), array)

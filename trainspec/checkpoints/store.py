@@ -19,7 +19,7 @@ from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.manifest import PORTABLE, Manifest
 from trainspec.checkpoints.notes import Written, leave, note, word_of
 from trainspec.checkpoints.portable import metadata_of, write_shards
-from trainspec.checkpoints.shards import KINDS, whole
+from trainspec.checkpoints.shards import KINDS, as_shards
 from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.errors import MachineError, WeightsError
 from trainspec.recipe import Checkpoint as CheckpointSettings
@@ -269,7 +269,7 @@ class _WholeArrays:
 
     def begin(self, folder: Path, state: Checkpoint) -> Callable[[], dict[str, str]]:
         shards = [
-            s for kind in KINDS for s in whole(kind, {n: w[...] for n, w in getattr(state, kind).items()})
+            s for kind in KINDS for s in as_shards(kind, {n: w[...] for n, w in getattr(state, kind).items()})
         ]
         metadata = metadata_of(state.step, self._recipe, self._identity)
         return lambda: write_shards(folder, shards, Processes(), metadata=metadata)

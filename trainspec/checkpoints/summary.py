@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainspec.checkpoints.manifest import FILE, PORTABLE, Manifest, read_manifest, whole
+from trainspec.checkpoints.manifest import FILE, PORTABLE, Manifest, explained, read_manifest
 from trainspec.checkpoints.shards import KINDS, ArrayKind, ShardFiles, files_of
 from trainspec.complaint import format_value
 from trainspec.plans.plan import MESH_AXES
@@ -107,7 +107,7 @@ def _columns(rows: Sequence[tuple[str, str]], *, indent: int) -> Iterator[str]:
 def summary_of(path: Path) -> Summary:
     """The facts of the checkpoint at `path`, of which only headers are read. Raises WeightsError for an incomplete one."""
     manifest = read_manifest(path)
-    with whole(path):
+    with explained(path):
         tree = manifest.recipe
         sizes = {name: (path / name).stat().st_size for name in sorted({FILE, *manifest.sha256})}
         counts = {int(match[1]) for name in sizes if (match := _COUNT.search(name))}
