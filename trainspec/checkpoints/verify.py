@@ -94,16 +94,6 @@ def newest_whole(out: Path, processes: Processes) -> Newest:
     return Newest(None, tuple(said))
 
 
-def _found_together(path: Path, processes: Processes) -> list[str]:
-    """`damages`, in all processes alike: each reads its share of the files, then the leader looks at them as a whole."""
-    found = _exchanged(lambda: damages(path, share=(processes.index, processes.count)), processes)
-    if found or processes.count == 1:
-        return found
-    return _exchanged(
-        lambda: list(wrong_shards(path, read_manifest(path))) if processes.is_leader else [], processes
-    )
-
-
 def _set_aside(path: Path, found: list[str]) -> list[str]:
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     try:
@@ -131,6 +121,16 @@ def _exchanged(work: Callable[[], list[str]], processes: Processes) -> list[str]
                 f"process {index} of {processes.count} cannot read a checkpoint: {word['error']}"
             )
     return list(dict.fromkeys(line for word in words for line in word["found"]))
+
+
+def _found_together(path: Path, processes: Processes) -> list[str]:
+    """`damages`, in all processes alike: each reads its share of the files, then the leader looks at them as a whole."""
+    found = _exchanged(lambda: damages(path, share=(processes.index, processes.count)), processes)
+    if found or processes.count == 1:
+        return found
+    return _exchanged(
+        lambda: list(wrong_shards(path, read_manifest(path))) if processes.is_leader else [], processes
+    )
 
 
 def _damage(path: Path, name: str, manifest: Manifest) -> str | None:
