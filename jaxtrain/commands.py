@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
                 print(f"held-out loss {loss:.6f} of {whose}")
         case "generate":
             request = generation_request(args, out)
-            _jax().generate(prepare_generation(recipe, BACKEND), request)
+            _jax().generate(prepare_generation(recipe, BACKEND, out=out), request)
         case "export":
             # Needs only files: the leader does it alone, and waits for no other process.
             if _is_leader():

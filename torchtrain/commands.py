@@ -55,7 +55,7 @@ def run(args: Namespace, words: Sequence[str]) -> None:
                 print(f"held-out loss {loss:.6f} of {whose}")
         case "generate":
             request = generation_request(args, out)
-            run = prepare_generation(recipe, BACKEND)
+            run = prepare_generation(recipe, BACKEND, out=out)
             if _needs_launch(run):
                 _launch(run, words, logs=out / "logs")
                 return

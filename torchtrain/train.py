@@ -41,7 +41,7 @@ def evaluate(run: Run, *, out: Path) -> tuple[float, str]:
     with explained(run, partial(describe_devices, run.recipe.plan)):
         set_up(run)
         try:
-            return loop.evaluate(step, run, out=out)
+            return loop.evaluate(step, run, out=out, processes=processes())
         finally:
             finish()
 

@@ -136,7 +136,7 @@ def _add_generation(parser: ArgumentParser) -> None:
         metavar="TEXT",
         help="end a response before this text; repeatable",
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="how many prompts at once (8)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="how many prompts at once (8)")
 
 
 def _step_or_all(text: str) -> int | Literal["all"]:

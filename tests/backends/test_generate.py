@@ -21,7 +21,7 @@ ROWS = [[1, 7, 9, 30, 4], [1, 5], [1, 300, 12, 8, 8, 8, 2, 17, 33]]
 @pytest.mark.parametrize("method", [LORA, PREFIX, PROMPT], ids=["lora", "prefix", "prompt"])
 def test_the_logits_of_one_position_are_those_of_the_whole_row(make_recipe, method):
     state = start_state(make_recipe(method=method, precision=FP64))
-    batch, last = batch_of(ROWS, limit=128, multiple=4)
+    batch, last = batch_of(ROWS, limit=128, count=4)
     assert batch.input_ids.shape == (4, 64)
     found = next_logits(state, batch, last)
     whole = logits(state, batch)
@@ -31,7 +31,7 @@ def test_the_logits_of_one_position_are_those_of_the_whole_row(make_recipe, meth
     assert not np.allclose(found, whole[np.arange(4), last - 1])  # control
     # A row by itself, at its own length: neither padding nor neighbours matter.
     for row, mine in zip(ROWS, found, strict=False):
-        alone, at = batch_of([row], limit=len(row), multiple=1)
+        alone, at = batch_of([row], limit=len(row), count=1)
         assert alone.input_ids.shape == (1, len(row))
         np.testing.assert_allclose(next_logits(state, alone, at)[0], mine, rtol=0, atol=1e-12)
 

@@ -194,7 +194,7 @@ def test_orbax_there_and_back(tmp_path):
         assert [plan for plan in cases[name]["to"] if not of_case.get(plan, True)] == [], name
         assert of_case["converted"] == [["portable", True], ["native", True]], name
         assert not of_case["another"], name
-        assert of_case["left"] == ["step-000003"], name
+        assert of_case["left"] == ["latest", "step-000003"], name
         assert all(file.startswith("native/") for file in of_case["files"]), name
 
 

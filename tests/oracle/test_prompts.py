@@ -116,7 +116,9 @@ def test_a_tokenizer_that_ends_texts_does_not_end_a_prompt(home: Path):
         ('{"input": "x"}', "line 2: no 'instruction'"),
         ('{"instruction": "a", "colour": "b"}', "line 2: field 'colour' is not used"),
         ('{"prompt": ""}', "line 2: the prompt is empty"),
-        ('{"messages": []}', "line 2: 'messages' must be a list of turns"),
+        ('{"messages": []}', "line 2: 'messages' has no turn before the answer"),
+        ('{"messages": [{"role": "assistant", "content": "Hi"}]}', "line 2: 'messages' has no turn before"),
+        ('{"messages": 3}', "line 2: 'messages' must be a list of turns, not a number"),
         ("[1]", "line 2: a record is a JSON object, not a list"),
     ],
 )

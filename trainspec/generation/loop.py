@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
-from trainspec.checkpoints.folders import latest
-from trainspec.checkpoints.formats import Formats
 from trainspec.errors import DataError
 from trainspec.files.hf import end_tokens
 from trainspec.generation.choice import choose
 from trainspec.generation.request import GenerationRequest
 from trainspec.generation.rows import batch_of, room
 from trainspec.runs.contract import Backend, S
+from trainspec.runs.newest import newest_state
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 from trainspec.text.store import Tokenizer, find_tokenizer
 
 FILE = "generations.jsonl"
 Say = Callable[[str], None]
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -71,28 +70,37 @@ def generate(
     prompts = [Prompt(p["prompt"], tuple(p["ids"]), p["reference"]) for p in asked["prompts"]]
     _check(prompts, run)
     stops = frozenset(asked["stops"]) | end_tokens(run.directory)
-    state, whose = _trained(backend, run, request.out)
+    state, whose = newest_state(
+        backend, run, out=request.out, processes=processes, tokenizer_digest=tokenizer.digest
+    )
     say = _print if processes.is_leader else _ignore
     say(f"generating with {whose}\n")
     writer = _Writer(tokenizer, request, stops)
     made: list[Generation] = []
-    size = request.batch or _BATCH
-    for first in range(0, len(prompts), size):
-        some = prompts[first : first + size]
-        streamed = say if request.streams else None
-        responses = _respond(backend, run, state, some, first, request, writer, streamed)
-        texts = writer.texts(responses)
-        made += [
-            Generation(p.prompt, p.ids, tuple(r.ids), text, r.finish, p.reference)
-            for p, r, text in zip(some, responses, texts, strict=True)
-        ]
-    if processes.is_leader:
-        _write(request.out / FILE, made)
+    size = min(request.batch, len(prompts))
+    with _file(request.out / FILE) if processes.is_leader else nullcontext() as file:
+        for first in range(0, len(prompts), size):
+            some = prompts[first : first + size]
+            streamed = say if request.streams else None
+            responses = _respond(backend, run, state, some, first, size, request, writer, streamed)
+            texts = writer.texts(responses)
+            done = [
+                Generation(p.prompt, p.ids, tuple(r.ids), text, r.finish, p.reference)
+                for p, r, text in zip(some, responses, texts, strict=True)
+            ]
+            made += done
+            if file is not None:  # what is done stays, whatever ends the rest
+                file.write("".join(generation.line() + "\n" for generation in done))
+                file.flush()
     stopped = sum(g.finish == "stop" for g in made)
-    say(
-        f"{chr(10) * request.streams}wrote {request.out / FILE}: {len(made)} responses, {stopped} ended by themselves\n"
-    )
+    end = "\n" if request.streams else ""
+    say(f"{end}wrote {request.out / FILE}: {len(made)} responses, {stopped} ended by themselves\n")
     return made
+
+
+def _file(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w", encoding="utf-8")
 
 
 def _print(text: str) -> None:
@@ -105,7 +113,10 @@ def _ignore(text: str) -> None:
 
 @dataclass
 class _Response:
-    ids: list[int]
+    """What was generated so far; no more than `longest` ids fit."""
+
+    longest: int
+    ids: list[int] = field(default_factory=list)
     finish: Literal["stop", "length"] = "length"
     is_done: bool = False
 
@@ -114,31 +125,34 @@ class _Writer:
     """Texts of responses, and where they end."""
 
     def __init__(self, tokenizer: Tokenizer, request: GenerationRequest, stops: frozenset[int]) -> None:
-        self._tokenizer, self._request, self.stops = tokenizer, request, stops
+        self._tokenizer, self._texts, self._stops = tokenizer, request.stop, stops
 
     def texts(self, responses: Sequence[_Response]) -> list[str]:
         """Each response's text, up to a stop text."""
-        texts = self._tokenizer.said(
-            [r.ids[:-1] if r.ids[-1:] and r.ids[-1] in self.stops else r.ids for r in responses]
-        )
+        kept = [r.ids[:-1] if r.ids and r.ids[-1] in self._stops else r.ids for r in responses]
         return [
-            text[: min((text.find(s) for s in self._request.stop if s in text), default=len(text))]
-            for text in texts
+            text[: min((text.find(stop) for stop in self._texts if stop in text), default=len(text))]
+            for text in self._tokenizer.said(kept)
         ]
 
     def end(self, responses: Sequence[_Response]) -> None:
-        """Mark the responses that their last token has ended."""
+        """Mark the responses that their last token has ended: first those that it stops."""
         going = [r for r in responses if not r.is_done]
-        for response in going:
-            if response.ids[-1] in self.stops:
+        texts = self._tokenizer.said([r.ids for r in going]) if self._texts else [""] * len(going)
+        for response, text in zip(going, texts, strict=True):
+            if response.ids[-1] in self._stops or any(stop in text for stop in self._texts):
                 response.finish, response.is_done = "stop", True
-            elif len(response.ids) >= self._request.max_tokens:
+            elif len(response.ids) >= response.longest:
                 response.is_done = True
-        if self._request.stop:
-            texts = self._tokenizer.said([r.ids for r in going])
-            for response, text in zip(going, texts, strict=True):
-                if any(stop in text for stop in self._request.stop):
-                    response.finish, response.is_done = "stop", True
+
+    def sure(self, response: _Response) -> str:
+        """The text of a response that no later token changes: no half of a character, and no beginning of a stop text."""
+        [text] = self.texts([response])
+        if response.is_done:
+            return text
+        text = text.rstrip("\ufffd")
+        begun = (n for stop in self._texts for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return text[: len(text) - max(begun, default=0)]
 
 
 def _respond(
@@ -147,42 +161,38 @@ def _respond(
     state: S,
     prompts: Sequence[Prompt],
     first: int,
+    size: int,
     request: GenerationRequest,
     writer: _Writer,
     say: Say | None,
 ) -> list[_Response]:
-    """The responses to some prompts, the first of which has the number `first`."""
-    responses, limit, plan = [_Response([]) for _ in prompts], room(run), run.recipe.plan
-    shown = 0
-    while going := [i for i, response in enumerate(responses) if not response.is_done]:
-        rows = [[*prompts[i].ids, *responses[i].ids] for i in going]
-        batch, last = batch_of(rows, limit=limit, multiple=plan.replicas * plan.microbatches)
+    """The responses to some prompts, the first of which has the number `first`. Batches have `size` rows to the end."""
+    limit, plan = room(run), run.recipe.plan
+    responses = [_Response(min(request.max_tokens, limit - len(prompt.ids))) for prompt in prompts]
+    multiple, shown = plan.replicas * plan.microbatches, 0
+    while not all(response.is_done for response in responses):
+        rows = [
+            [] if response.is_done else [*prompt.ids, *response.ids]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        batch, last = batch_of(rows, limit=limit, count=-(-size // multiple) * multiple)
         logits_BV = backend.next_logits(state, batch, last)
-        for i, row, logits_V in zip(going, rows, logits_BV, strict=False):
-            response = responses[i]
-            response.ids.append(
-                choose(logits_V, request.sampling, seen=row, prompt=first + i, position=len(row))
-            )
-            if len(row) + 1 >= limit:
-                response.is_done = True
+        for number, (response, row) in enumerate(zip(responses, rows, strict=True)):
+            if row:
+                chosen = choose(
+                    logits_BV[number],
+                    request.sampling,
+                    seen=row,
+                    prompt=first + number,
+                    position=len(row),
+                )
+                response.ids.append(chosen)
         writer.end(responses)
         if say is not None:
-            [text] = writer.texts(responses)
-            # Half of a character is shown as soon as it is whole.
-            whole = text if responses[0].is_done else text.rstrip("\ufffd")
-            if len(whole) > shown:
-                say(whole[shown:])
-                shown = len(whole)
+            text = writer.sure(responses[0])
+            say(text[shown:])
+            shown = max(shown, len(text))
     return responses
-
-
-def _trained(backend: Backend[S], run: Run, out: Path) -> tuple[S, str]:
-    """The state of the newest checkpoint, or of the starting weights, and its name."""
-    state, saved = backend.init_state(run), latest(out)
-    if saved is None:
-        return state, f"the starting weights (no checkpoint under {out})"
-    state = Formats(backend, run, Processes()).restore(state, saved)
-    return state, f"{out} at step {state.step}"
 
 
 def _check(prompts: Sequence[Prompt], run: Run) -> None:
@@ -198,10 +208,3 @@ def _check(prompts: Sequence[Prompt], run: Run) -> None:
                 f"prompt {number} has token {max(prompt.ids)}: {run.spec.name} has {run.spec.vocab}; set data.tokenizer to "
                 "the model's own"
             )
-
-
-def _write(path: Path, generations: Sequence[Generation]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(g.line() + "\n" for g in generations), encoding="utf-8")
-    unfinished.rename(path)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainspec.errors import DataError, UserError
 from trainspec.generation.choice import Sampling
-
-MAX_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -20,12 +18,12 @@ class GenerationRequest:
     """
 
     out: Path
-    texts: tuple[str, ...] = ()
-    file: Path | None = None
-    max_tokens: int = MAX_TOKENS
-    stop: tuple[str, ...] = ()
-    sampling: Sampling = field(default_factory=Sampling)
-    batch: int | None = None
+    texts: tuple[str, ...]
+    file: Path | None
+    max_tokens: int
+    stop: tuple[str, ...]
+    sampling: Sampling
+    batch: int
 
     @property
     def streams(self) -> bool:
@@ -39,7 +37,7 @@ def generation_request(args: Namespace, out: Path) -> GenerationRequest:
         raise DataError(f"--file {args.file}: no such file; give records, one in each line")
     for name in ("max_tokens", "batch"):
         value = getattr(args, name)
-        if value is not None and value < 1:
+        if value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     if any(not text for text in args.stop):
         raise UserError("--stop '': would stop at once; give a text")

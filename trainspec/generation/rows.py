@@ -20,21 +20,20 @@ def room(run: Run) -> int:
     return run.spec.max_positions - position_shift(run.recipe.method)
 
 
-def batch_of(rows: Sequence[Sequence[int]], *, limit: int, multiple: int) -> tuple[Batch, NDArray[np.int32]]:
+def batch_of(rows: Sequence[Sequence[int]], *, limit: int, count: int) -> tuple[Batch, NDArray[np.int32]]:
     """Rows of token ids as a batch, padded on the right, and the position [B] of each row's last token.
 
-    No row is padded beyond `limit` tokens. The number of rows becomes a multiple of `multiple`: those that fill it up have
-    one token.
+    No row is padded beyond `limit` tokens. The batch has `count` rows, however many are given: an empty row, and those that fill
+    it up, have one token.
     """
-    longest = max(map(len, rows))
+    longest = max(1, *map(len, rows))
     length = min(-(-longest // STRETCH) * STRETCH, max(limit, longest))
-    count = -(-len(rows) // multiple) * multiple
     input_ids, segments = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
     segments[:, 0] = 1
     last = np.zeros(count, np.int32)
     for i, row in enumerate(rows):
         input_ids[i, : len(row)], segments[i, : len(row)] = row, 1
-        last[i] = len(row) - 1
+        last[i] = max(0, len(row) - 1)
     positions = np.where(segments > 0, np.arange(length, dtype=np.int32), 0).astype(np.int32)
     labels = np.full((count, length), IGNORED, np.int32)
     return Batch(input_ids, labels, positions, segments, np.arange(count, dtype=np.int32)), last

@@ -31,6 +31,7 @@ from trainspec.recipe import idle_settings
 from trainspec.runs.agreement import Agreement
 from trainspec.runs.clock import AGREE, INPUT, READ, UPDATE, Clock
 from trainspec.runs.contract import Backend, S
+from trainspec.runs.newest import newest_state
 from trainspec.runs.observers import (
     CheckpointObserver,
     Due,
@@ -302,20 +303,12 @@ def _started(
     return state
 
 
-def evaluate(backend: Backend[S], run: Run, *, out: Path) -> tuple[float, str]:
+def evaluate(backend: Backend[S], run: Run, *, out: Path, processes: Processes) -> tuple[float, str]:
     """Held-out loss per target token, and of which weights: the newest checkpoint in `out`, else the starting weights."""
     heldout = open_dataset(run, "heldout")
-    state = backend.init_state(run)
-    saved = folders.latest(out)
-    if saved:
-        state = Formats(backend, run, Processes()).restore(state, saved)
-    loss = heldout_loss(backend, state, heldout, _heldout_examples(run))
-    if not saved:
-        return loss, f"the starting weights (no checkpoint under {out})"
-    identity = read_origin(saved).identity
-    is_another = identity is not None and identity.tokenizer != heldout.tokenizer_digest
-    note = "; the tokenizer's files are not those that it was trained with" if is_another else ""
-    return loss, f"{out} at step {state.step}{note}"
+    digest = heldout.tokenizer_digest
+    state, whose = newest_state(backend, run, out=out, processes=processes, tokenizer_digest=digest)
+    return heldout_loss(backend, state, heldout, _heldout_examples(run)), whose
 
 
 def _heldout_examples(run: Run) -> int:

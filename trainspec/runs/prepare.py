@@ -36,10 +36,11 @@ def prepare_evaluation(recipe: Recipe, backend: Capabilities, *, out: Path) -> R
     return run
 
 
-def prepare_generation(recipe: Recipe, backend: Capabilities) -> Run:
+def prepare_generation(recipe: Recipe, backend: Capabilities, *, out: Path) -> Run:
     """The run of a recipe whose model is to generate. Raises UserError."""
     run = resolve_on(recipe, backend)
     find_tokenizer(recipe.data, run.directory, recipe.model.from_).files()
+    check_readable(latest(out), backend.name)
     return run
 
 

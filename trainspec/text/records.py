@@ -321,15 +321,15 @@ def without_response(record: object, reader: Reader) -> tuple[dict[str, Any], st
 
 def _without_last_answer(value: object, name: str) -> tuple[list[Any], str | None]:
     """Turns up to the last one of the assistant, which is empty, and what that said."""
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise BadRecord(f"{name!r} must be a list of turns, not {_kind(value)}")
-    last = value[-1]
-    said = last if isinstance(last, dict) else {}
-    if said.get("role") == "assistant":
-        return [*value[:-1], _no_answer("messages")], said.get("content") or None
-    if said.get("from") in ("gpt", "assistant", "function_call"):
-        return [*value[:-1], _no_answer("conversations")], said.get("value") or None
-    return [*value, _no_answer(name)], None
+    last = value[-1] if value and isinstance(value[-1], dict) else {}
+    is_answer = last.get("role") == "assistant" or last.get("from") in ("gpt", "assistant", "function_call")
+    turns = value[:-1] if is_answer else value
+    if not turns:
+        raise BadRecord(f"{name!r} has no turn before the answer; give the question")
+    reference = (last.get("content") or last.get("value") or None) if is_answer else None
+    return [*turns, _no_answer("messages" if "role" in last else name)], reference
 
 
 def _no_answer(name: str) -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""The loop of generation with a backend of tables: where responses end, what is shown of them, how many programs it takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainspec.generation import loop
+from trainspec.generation.choice import Sampling
+from trainspec.generation.request import GenerationRequest
+from trainspec.generation.rows import batch_of
+from trainspec.runs.processes import Processes
+from trainspec.runs.run import resolve
+
+EOS = 2
+
+
+class Table:
+    """A backend that answers each prompt with the next of `tokens`; it notes the shapes that it is given."""
+
+    def __init__(self, tokens: list[int], vocab: int) -> None:
+        self.tokens, self.vocab, self.shapes, self.starts = tokens, vocab, set(), {}
+
+    def init_state(self, run, *, like=None):
+        return None
+
+    def next_logits(self, state, batch, last):
+        self.shapes.add(batch.input_ids.shape)
+        logits = np.zeros((len(last), self.vocab))
+        for i, end in enumerate(last):
+            start = self.starts.setdefault(i, end)
+            logits[i, self.tokens[max(0, min(end - start, len(self.tokens) - 1))]] = 1.0
+        return logits
+
+
+@pytest.fixture
+def generated(make_recipe, tmp_path: Path, capsys):
+    """The first generation, what was printed, and the backend."""
+    run = resolve(make_recipe())
+
+    def generate(tokens: list[int], *prompts: str, **asked):
+        settings = {
+            "texts": prompts,
+            "file": None,
+            "max_tokens": 50,
+            "stop": (),
+            "sampling": Sampling(),
+            "batch": 8,
+        }
+        backend = Table(tokens, run.spec.vocab)
+        made = loop.generate(backend, run, GenerationRequest(tmp_path, **settings | asked), Processes())
+        return made, capsys.readouterr().out, backend, run
+
+    return generate
+
+
+def test_an_end_token_ends_a_response_at_the_last_position_too(generated):
+    made, _, _, run = generated([EOS], "Why?")
+    assert (made[0].finish, made[0].ids, made[0].text) == ("stop", (EOS,), "")
+    room = run.spec.max_positions - len(made[0].prompt_ids)
+    [full] = generated([7] * (room - 1) + [EOS], "Why?", max_tokens=9999)[0]
+    assert (full.finish, len(full.ids)) == ("stop", room)
+    [cut] = generated([7] * 999, "Why?", max_tokens=9999)[0]
+    assert (cut.finish, len(cut.ids)) == ("length", room)
+
+
+def test_a_stop_text_is_neither_kept_nor_shown(generated):
+    """ "H", "E", "L", "L" one token each: the beginning of a stop text is not shown until it is clear that it is none."""
+    letters = [3 + "!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(c) for c in "HELLO"]
+    made, out, _, _ = generated([*letters, EOS], "Why?")
+    assert made[0].text == "HELLO"
+    made, out, _, _ = generated([*letters, EOS], "Why?", stop=("LO",))
+    assert (made[0].text, made[0].finish) == ("HEL", "stop")
+    assert "\nHEL\nwrote" in out
+    assert "HELL" not in out
+    made, out, _, _ = generated([*letters, EOS], "Why?", stop=("LLX",))
+    assert "\nHELLO\nwrote" in out
+
+
+def test_a_batch_keeps_its_shape_while_its_rows_end(generated, tmp_path: Path):
+    made, _, backend, _ = generated([7, 8, EOS], "a", "b c d e", "f", batch=2)
+    assert [g.prompt for g in made] == ["a", "b c d e", "f"]
+    assert backend.shapes == {(2, 64)}
+    written = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    assert [tuple(w["ids"]) for w in written] == [g.ids for g in made]
+
+
+def test_what_is_done_stays_when_the_rest_is_interrupted(generated, tmp_path: Path, monkeypatch):
+    calls, respond = [], loop._respond
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return respond(*arguments)
+
+    monkeypatch.setattr(loop, "_respond", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generated([7, EOS], "a", "b", batch=1)
+    assert len((tmp_path / "generations.jsonl").read_text().splitlines()) == 1
+
+
+def test_rows_are_padded_to_the_room_that_there_is():
+    batch, last = batch_of([[1, 2, 3], []], limit=10, count=3)
+    assert batch.input_ids.shape == (3, 10)
+    assert last.tolist() == [2, 0, 0]
+    assert batch.segments.sum(1).tolist() == [3, 1, 1]
