@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -39,6 +40,8 @@ _FAREWELL_SECONDS = 5.0
 # devices of an all-reduce stays busy. A device may have several under way: if these take every thread, no other device
 # can join them, and XLA aborts after 40 s.
 _THREADS_PER_CPU_DEVICE = 8
+# The exit code of the run that this process failed in, if it did.
+_failed: list[int] = []
 
 
 class _Cluster(NamedTuple):
@@ -65,7 +68,7 @@ def set_up(run: Run) -> None:
     Raises PlanError if the devices that are there do not fit the plan.
     """
     recipe = run.recipe
-    atexit.unregister(_leave)
+    _failed.clear()
     use_precision(recipe.precision.policy)
     use_cache()
     cluster = _cluster()
@@ -89,17 +92,30 @@ def finish() -> None:
     """End what `set_up` began. Differs from torchtrain: JAX leaves its cluster when the process ends."""
     error = sys.exc_info()[1]
     if error is not None and jax.distributed.is_initialized():
-        atexit.register(_leave, outcome(error)[0])
+        if not _failed:
+            _at_exit(_leave)
+        _failed[:] = [outcome(error)[0]]
 
 
-def _leave(code: int) -> None:
+def _at_exit(leave: Callable[[], None]) -> None:
+    """Have `leave` called when the main thread has ended.
+
+    atexit is too late: before its functions Python waits for the threads of every pool, of which one of orbax's may wait for
+    a process that is gone.
+    """
+    threading._register_atexit(leave)  # type: ignore[attr-defined]
+
+
+def _leave() -> None:
     """End a process that failed. JAX's own way would wait five minutes for others that wait for this one."""
+    if not _failed:
+        return
     try:
         _jax.wait_at_barrier("failed", _FAREWELL_SECONDS)
     except jax.errors.JaxRuntimeError:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(_failed[0])
 
 
 def check_accelerators() -> None:

@@ -149,3 +149,23 @@ def test_a_process_that_failed_does_not_wait_for_those_that_wait_for_it(recipe_f
     assert "onnection" in leader[-1]
     assert leader[-1].endswith(f"; {saved}")
     assert not [line for line in (*told, *leader) if line.startswith("Traceback")]
+
+
+LEAVES = """
+import atexit, os, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from jaxtrain import cluster
+ThreadPoolExecutor(1).submit(threading.Event().wait, 3)
+cluster._at_exit(lambda: print("left", flush=True))
+atexit.register(print, "waited", flush=True)
+threading.Timer(1, print, ["threads are waited for"], {"flush": True}).start()
+"""
+
+
+def test_a_process_that_failed_leaves_before_its_threads_are_waited_for():
+    """As one of orbax's may wait for a process that is gone, until JAX ends this one with a stack."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["left", "threads are waited for", "waited"]

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LATEST, BEST = "latest", "best"
@@ -74,16 +74,26 @@ def commit(out: Path, step: int) -> Path:
     return path
 
 
+def put_back(out: Path) -> None:
+    """Give checkpoints their names again of which a kill has left no other; remove those that others have replaced."""
+    for path in checkpoints_of(out).glob(".step-*.old"):
+        match = _LEFTOVER.fullmatch(path.name)
+        final = path.with_name(checkpoint_name(int(match["step"]))) if match else path
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):  # another process has been faster
+                path.rename(final)
+
+
 def remove_leftovers(out: Path, *, before: int | None = None) -> None:
     """Remove what was left half written or half removed: by a run that was killed, or only of steps `before` one."""
+    put_back(out)
     for path in checkpoints_of(out).glob(".*"):
         match = _LEFTOVER.fullmatch(path.name)
         if match is None or (before is not None and not (match["step"] and int(match["step"]) < before)):
             continue
-        final = path.with_name(checkpoint_name(int(match["step"] or 0)))
-        if match["kind"] == "old" and not final.exists():
-            path.rename(final)  # killed just before another took its place
-        elif path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -132,6 +142,12 @@ def point(out: Path, name: str, target: Path | None) -> None:
         new.write_text(target.name + "\n", encoding="utf-8")
     _drop_copy(path)
     new.replace(path)
+
+
+def is_pointed(out: Path, name: str) -> bool:
+    """Whether `name` stands for a checkpoint, be it one that is gone."""
+    path = checkpoints_of(out) / name
+    return path.is_symlink() or path.exists()
 
 
 def flush(path: Path) -> None:

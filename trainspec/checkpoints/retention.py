@@ -22,6 +22,14 @@ def apply(out: Path, settings: CheckpointSettings) -> None:
             folders.remove(path)
 
 
+def point_again(out: Path) -> None:
+    """Point the names that are there at the newest and the best of the checkpoints that are left."""
+    paths = folders.complete(out)
+    for name, wanted in ((folders.LATEST, paths[-1:]), (folders.BEST, best_of(paths)[:1])):
+        if folders.is_pointed(out, name):
+            folders.point(out, name, wanted[0] if wanted else None)
+
+
 def kept(paths: Sequence[Path], settings: CheckpointSettings, best: Sequence[Path]) -> set[Path]:
     """Those of `paths`, oldest first, that the recipe keeps; `best` are those with a held-out loss, the lowest first."""
     every = settings.keep_every_steps

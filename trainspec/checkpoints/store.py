@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import errno
 import threading
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Generic
 
@@ -32,18 +31,8 @@ from trainspec.runs.processes import Processes
 _GIVING_UP_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
-class SaveReport:
-    """A save that has ended: how long the run waited for it, how long it took, the checkpoint's bytes, and its error if it failed.
-
-    On processes other than the leader `size_bytes` are those of this process's files.
-    """
-
-    step: int
-    blocking_seconds: float
-    seconds: float
-    size_bytes: int
-    error: str | None = None
+class _OldKept(MachineError):
+    """A checkpoint is saved, and older ones that it was to replace are there still."""
 
 
 class CheckpointStore(Generic[S]):
@@ -51,7 +40,9 @@ class CheckpointStore(Generic[S]):
 
     `manifest` has what is the same in all of the run's checkpoints. A save that fails leaves nothing, and earlier checkpoints as
     they are. What the machine is to blame for (a full disk) stops the run or is only reported, as `checkpoint.on_failure`
-    says: then `check`, `wait` and the next `save` raise MachineError, or do not. Any other error is always raised.
+    says: then `check`, `wait` and the next `save` raise MachineError, or `forgiven` has its text. Any other error is always
+    raised. An error is that of one process: all have to agree (`runs.agreement`) before any of them calls what raises it, as
+    to begin a save is a collective.
     """
 
     def __init__(
@@ -66,24 +57,28 @@ class CheckpointStore(Generic[S]):
         self._manifest = replace(manifest, format=array_format.name)
         self._save: _Save | None = None
         self._begun: int | None = None
-        self._reports: list[SaveReport] = []
+        self._failed: BaseException | None = None
+        self._forgiven: list[str] = []
         self._given_up = threading.Event()
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the run is to go on while a save is in flight."""
+        return self._settings.asynchronous
+
     def save(self, state: S, *, heldout_loss: float | None = None) -> None:
-        """Begin to save `state`; returns as soon as the state may change, with `checkpoint.asynchronous=false` when it is saved.
+        """Begin to save `state`; returns as soon as the state may change. A collective.
 
         Waits for an earlier save first. A state whose save was begun is not saved again.
         """
         if state.step == self._begun:
             return
         self.wait()
-        began, self._begun = time.perf_counter(), state.step
+        self._begun, self._failed = state.step, None
         folder = folders.unfinished(self._out, state.step)
         manifest = replace(self._manifest, step=state.step, heldout_loss=heldout_loss)
         write = self._begin(folder, state)
-        self._save = _Save(lambda: self._finish(write, folder, manifest), step=state.step, began=began)
-        if not self._settings.asynchronous:
-            self.wait()
+        self._save = _Save(lambda: self._finish(write, folder, manifest))
 
     def load(self, state: S, path: Path) -> S:
         """`state` as it was when the checkpoint at `path` was taken."""
@@ -94,28 +89,31 @@ class CheckpointStore(Generic[S]):
         if self._save is not None and self._save.is_done:
             self.wait()
 
-    def wait(self, seconds: float | None = None) -> None:
+    def wait(self, seconds: float | None = None, *, is_last: bool = False) -> None:
         """Wait for the save in flight. Raises its error.
 
-        What is not done after so many `seconds` is given up without an error: that is for a run that ends with one, as the
-        processes that a save needs may be gone.
+        `is_last`: nothing goes on afterwards, so that a newest state that was not saved is an error whatever
+        `checkpoint.on_failure` says. What is not done after so many `seconds` is given up, with an error: the processes that
+        it needs may be gone.
         """
         save = self._save
-        if save is None:
-            return
-        began = time.perf_counter()
-        try:
+        if save is not None:
             save.join(seconds)
-        finally:  # an interrupt leaves the save in flight
-            save.blocking_seconds += time.perf_counter() - began
-        if not save.is_done:
-            self.give_up()
-            save.join(_GIVING_UP_SECONDS)
+            if not save.is_done:
+                self._given_up.set()
+                save.join(_GIVING_UP_SECONDS)
+            if not save.is_done:
+                name = folders.checkpoint_name(self._begun or 0)
+                raise MachineError(f"{name} was not saved: it waits for other processes, which may be gone")
+            self._save, self._failed = None, save.error
+        error = self._failed
+        if error is None:
             return
-        self._save = None
-        self._reports.append(save.report())
-        if save.error is not None and not self._is_forgiven(save.error):
-            raise save.error
+        if not self._is_forgiven(error) or (is_last and not isinstance(error, _OldKept)):
+            self._failed = None
+            raise error
+        if save is not None:
+            self._forgiven.append(str(error))
 
     def failure(self) -> str | None:
         """The text of a failed save that has to stop the run, for the other processes; does not wait and does not raise.
@@ -126,35 +124,43 @@ class CheckpointStore(Generic[S]):
             return None
         return None if self._is_forgiven(self._save.error) else str(self._save.error)
 
-    def report(self) -> list[SaveReport]:
-        """The saves that have ended since this was asked last."""
+    def forgiven(self) -> list[str]:
+        """The errors since this was asked last that the run goes on in spite of."""
         if self._save is not None and self._save.is_done and self.failure() is None:
             self.wait()
-        reports, self._reports = self._reports, []
-        return reports
-
-    def give_up(self) -> None:
-        """Let the save in flight fail instead of waiting for files of other processes: one of them is gone."""
-        self._given_up.set()
+        lines, self._forgiven = self._forgiven, []
+        return lines
 
     def _is_forgiven(self, error: BaseException) -> bool:
         return isinstance(error, MachineError) and self._settings.on_failure == "continue"
 
     def _begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
-        """Take the copy, in every process; what the disk does not allow is an error of the save, not of the copy."""
+        """Take the copy, in every process, or in none: a format may need the others to begin.
+
+        What the disk does not allow is an error of the save, not of the copy.
+        """
+        failed: Exception | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return self._format.begin(folder, state)
         except OSError as error:
             failed = error
+        words = self._processes.exchange("" if failed is None else str(_of_disk(failed, folder, self._out)))
+        for process, word in enumerate(words):
+            if word and failed is None:
+                failed = MachineError(f"process {process} of {len(words)}: {word}")
+        if failed is None:
+            try:
+                return self._format.begin(folder, state)
+            except OSError as error:
+                failed = error
 
-        def fail() -> dict[str, str]:
+        def fail(failed: Exception = failed) -> dict[str, str]:
             raise failed
 
         return fail
 
-    def _finish(self, write: Callable[[], dict[str, str]], folder: Path, manifest: Manifest) -> int:
-        """Write this process's files; the leader then completes the checkpoint. Returns its bytes."""
+    def _finish(self, write: Callable[[], dict[str, str]], folder: Path, manifest: Manifest) -> None:
+        """Write this process's files; the leader then completes the checkpoint."""
         index = self._processes.index
         try:
             try:
@@ -162,8 +168,7 @@ class CheckpointStore(Generic[S]):
                 sizes = {name: (folder / name).stat().st_size for name in digests}
                 leave(folder, index, Written(digests, sizes))
                 if self._processes.is_leader:
-                    manifest = self._complete(folder, manifest)
-                    sizes = manifest.sizes
+                    self._complete(folder, manifest)
             except OSError as error:
                 raise _of_disk(error, folder, self._out) from error
         except BaseException as error:  # half a checkpoint would only fill the disk
@@ -178,13 +183,12 @@ class CheckpointStore(Generic[S]):
                 retention.apply(self._out, self._settings)
             except OSError as error:
                 name = folders.checkpoint_name(manifest.step)
-                raise MachineError(
+                raise _OldKept(
                     f"{_words(error)}; {name} is saved, but older ones were not removed"
                 ) from error
-        return sum(sizes.values())
 
-    def _complete(self, folder: Path, manifest: Manifest) -> Manifest:
-        """Wait for the files of all processes, and make a checkpoint of them. Returns its manifest."""
+    def _complete(self, folder: Path, manifest: Manifest) -> None:
+        """Wait for the files of all processes, and make a checkpoint of them."""
         count = self._processes.count
         words = [word_of(folder, process, count, self._given_up) for process in range(count)]
         manifest = replace(
@@ -199,25 +203,21 @@ class CheckpointStore(Generic[S]):
             note(folder, process).unlink()
         folders.flush(folder)
         folders.commit(self._out, manifest.step)
-        return manifest
 
 
 class _Save:
     """Work in a thread of its own, which does not keep the program from ending."""
 
-    def __init__(self, work: Callable[[], int], *, step: int, began: float) -> None:
+    def __init__(self, work: Callable[[], None]) -> None:
         self.error: BaseException | None = None
-        self._step, self._began, self._ended, self._size_bytes = step, began, began, 0
         self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
-        self.blocking_seconds = time.perf_counter() - began
 
-    def _run(self, work: Callable[[], int]) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
         try:
-            self._size_bytes = work()
+            work()
         except BaseException as error:  # raised again in the main thread
             self.error = error
-        self._ended = time.perf_counter()
 
     @property
     def is_done(self) -> bool:
@@ -227,16 +227,12 @@ class _Save:
         """Wait for the end, or for so many seconds."""
         self._thread.join(seconds)
 
-    def report(self) -> SaveReport:
-        """What it was, after its end."""
-        seconds = self._ended - self._began
-        text = None if self.error is None else str(self.error)
-        return SaveReport(self._step, self.blocking_seconds, seconds, self._size_bytes, text)
-
 
 def _of_disk(error: OSError, folder: Path, out: Path) -> MachineError:
     """An error of a save as one line, with the way out."""
     match error.errno:
+        case None:  # not the system's: a format has waited for another process in vain
+            way_out = "another process may be gone"
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             way_out = "make room there, keep fewer (checkpoint.keep), or give another --out"
         case errno.EROFS | errno.EACCES | errno.EPERM:

@@ -10,10 +10,9 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-from trainspec.checkpoints import folders
+from trainspec.checkpoints import folders, retention
 from trainspec.checkpoints.manifest import (
     FILE,
     PORTABLE,
@@ -67,40 +66,42 @@ def damages(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     return found
 
 
-@dataclass(frozen=True)
-class Newest:
-    """The newest whole checkpoint, if there is one, and what the user is told of those that are not."""
-
-    path: Path | None
-    said: tuple[str, ...] = ()
-
-
-def newest_whole(out: Path, processes: Processes) -> Newest:
+def newest_whole(
+    out: Path, processes: Processes, say: Callable[[str], None] = lambda line: None
+) -> Path | None:
     """The newest checkpoint under OUT that is whole; damaged ones that are newer get names by which they do not count.
 
-    A collective: each process reads its share, and all of them decide alike. Raises MachineError in all of them where one
-    cannot read.
+    Each of these is a line that `say` is given as soon as it has its new name, in every process. A collective: each process
+    reads its share, and all of them decide alike. Raises MachineError in all of them where one cannot read, or where a
+    damaged one keeps its name: it would count as the newest of those that the run saves.
     """
-    said: list[str] = []
     names = [path.name for path in folders.complete(out)]
     for name in reversed(_of_leader(names, processes)):
         path = folders.checkpoints_of(out) / name
         found = _found_together(path, processes)
         if not found:
             _remember(path, read_manifest(path))
-            return Newest(path, tuple(said))
-        (said_of_it,) = _of_leader(_set_aside(path, found) if processes.is_leader else [], processes)
-        said.append(said_of_it)
-    return Newest(None, tuple(said))
+            return path
+        line, *failed = _of_leader(_set_aside(out, path, found) if processes.is_leader else [], processes)
+        if failed:
+            raise MachineError(line)
+        say(line)
+    return None
 
 
-def _set_aside(path: Path, found: list[str]) -> list[str]:
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+def _set_aside(out: Path, path: Path, found: list[str]) -> list[str]:
+    """Give a damaged checkpoint another name. Returns what the user is told, and where that failed also why."""
+    damage = f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else found[0]
     try:
         aside = folders.set_aside(path)
+        retention.point_again(out)
     except OSError as error:
-        return [f"{found[0]}{more}; not used, and not renamed ({error.strerror})"]
-    return [f"{found[0]}{more}; not used, and set aside as {aside.name}"]
+        why = error.strerror or str(error)
+        return [
+            f"{damage}; it cannot be set aside ({why}): make {path.parent} writable, or remove {path.name}",
+            why,
+        ]
+    return [f"{damage}; not used, and set aside as {aside.name}"]
 
 
 def _of_leader(words: list[str], processes: Processes) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the processes of a run agree on before every update: whether to stop, to save, or to end with an error.
+"""What the processes of a run agree on before every update and every save: to stop, to save, or to end with an error.
 
 One process may be asked to stop, or fail to write its part of a checkpoint, an update before the others know of it. If it
 acted alone, the others would wait for it in their next collective.
@@ -67,7 +67,7 @@ class Agreement:
         Raises the error of a save that has failed, on every process, and StoppedError where one was asked to stop.
         """
         self._stop.defer()
-        words = self._exchanged(self._failure())
+        words = self._exchanged(_Word(self._stop.asked, self._is_time(), self._failure()))
         if words[self._processes.index].failure is not None:
             self._check()
         _raise_failures(words)
@@ -82,7 +82,7 @@ class Agreement:
             self.go_on(step)
 
     def finish(self, work: Callable[[], None]) -> None:
-        """Do the work that ends a run, such as saving, and return when all processes have done theirs.
+        """Do work that is no collective, such as waiting for a save, and return when all processes have done theirs.
 
         Raises the error of one, on every process.
         """
@@ -91,23 +91,27 @@ class Agreement:
             work()
         except Exception as error:  # raised when all know of it
             failed = error
-        words = self._exchanged(None if failed is None else str(failed) or type(failed).__name__)
+        words = self._exchanged(
+            _Word(failure=None if failed is None else str(failed) or type(failed).__name__)
+        )
         if failed is not None:
             raise failed
         _raise_failures(words)
 
     def is_stopping(self) -> bool:
         """Whether one of the processes was asked to stop, so that nothing but saving is to be begun."""
-        return _asked(self._exchanged()) is not None
+        return _asked(self._exchanged(_Word(self._stop.asked))) is not None
 
     def saved(self) -> None:
         """A checkpoint was begun: the minutes count from here."""
         self._saved_at = self._now()
 
-    def _exchanged(self, failure: str | None = None) -> list[_Word]:
+    def _is_time(self) -> bool:
+        """Whether a checkpoint is due, by the leader's clock."""
         since = self._now() - self._saved_at
-        is_due = self._processes.is_leader and self._minutes is not None and since >= 60 * self._minutes
-        mine = _Word(self._stop.asked, is_due, failure)
+        return self._processes.is_leader and self._minutes is not None and since >= 60 * self._minutes
+
+    def _exchanged(self, mine: _Word) -> list[_Word]:
         return [mine] if self.is_alone else [_read(text) for text in self._processes.exchange(mine.text())]
 
 

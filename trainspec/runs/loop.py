@@ -19,10 +19,10 @@ from pathlib import Path
 from trainspec.backends import BACKENDS
 from trainspec.causal import causal_order
 from trainspec.checkpoints import folders
-from trainspec.checkpoints.checkpoint import read_origin
+from trainspec.checkpoints.checkpoint import check_readable, read_origin
 from trainspec.checkpoints.formats import Formats
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
-from trainspec.checkpoints.verify import Newest, newest_whole
+from trainspec.checkpoints.verify import newest_whole
 from trainspec.data import Batch, open_dataset
 from trainspec.errors import MachineError, NonFiniteLossError, Note, RecipeError, StoppedError, UserError
 from trainspec.files.hf import model_notes
@@ -85,11 +85,8 @@ def _train(
         lines = opening(run, devices, name=program, out=out)
         print("\n".join([*lines, *model_notes(run.recipe.model, run.spec, run.directory)]), flush=True)
     run, data = open_data(run)
-    newest = newest_whole(out, processes) if saved else Newest(None)
-    saved, lines = newest.path, [*newest.said]
-    if newest.said and saved is None:
-        raise RecipeError(f"{out}: --resume found no whole checkpoint there: {newest.said[-1]}")
-    lines += _summary(run, data, saved, request.allow)
+    saved = _whole(out, processes, devices) if saved else None
+    lines = _summary(run, data, saved, request.allow)
     request.clock.lap("data opened")
     store = _store(backend, run, data, request, processes, devices)
     agreement = Agreement(
@@ -259,6 +256,25 @@ def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]
         origin = read_origin(saved)
         lines += check_resumable(origin, recipe, data.identity, steps=span.steps, allow=allow)
     return lines
+
+
+def _whole(out: Path, processes: Processes, devices: Devices) -> Path:
+    """The checkpoint to resume from. The user is told at once of those that are set aside: nothing else remembers why.
+
+    Raises RecipeError where none is whole, and for one in another backend's native format.
+    """
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if processes.is_leader:
+            print(line, flush=True)
+
+    saved = newest_whole(out, processes, say)
+    if saved is None:
+        raise RecipeError(f"{out}: --resume found no whole checkpoint there: {said[-1]}")
+    check_readable(saved, devices.backend)
+    return saved
 
 
 def _resumed(step: int, last: int, saved: Path | None) -> list[str]:

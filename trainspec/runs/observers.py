@@ -7,7 +7,6 @@ needs, and a line in `loop._observers`.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -323,39 +322,34 @@ class CheckpointObserver(Observer[S], Generic[S]):
 
     def stopped(self, state: S, unmade: Update | None) -> None:
         """Saves the last finished update, unless it is saved, and waits until it is complete."""
-
-        def save() -> None:
-            if state.step > self._saved_step:
-                self._save(state)
-            self._store.wait()
-
-        self._agreement.finish(save)
+        if state.step > self._saved_step:
+            self._save(state)
+        self._agreement.finish(lambda: self._store.wait(is_last=True))
 
     def finished(self, error: BaseException | None) -> None:
         """Waits for the save in flight, but not where the user ends the run at once."""
         if isinstance(error, KeyboardInterrupt):
             return
-        patience = threading.Timer(_PEERS_SECONDS, self._store.give_up)
-        patience.daemon = True
-        if error is not None and not self._agreement.is_alone:
-            patience.start()
+        may_be_gone = error is not None and not self._agreement.is_alone
         try:
-            self._store.wait()
+            self._store.wait(_PEERS_SECONDS if may_be_gone else None, is_last=True)
         except (OSError, MachineError, UserError) as unsaved:
             if error is None:
                 raise
             error.add_note(Note(f"a checkpoint was not finished: {unsaved}"))
-        finally:
-            patience.cancel()
         self._report()
 
     def _report(self) -> None:
-        """Say which saves have failed that the run goes on without."""
-        for report in self._store.report():
-            if report.error is not None:
-                self._say(f"step {report.step} was not saved: {report.error}")
+        """Say what has failed that does not end the run."""
+        for line in self._store.forgiven():
+            self._say(line)
 
     def _save(self, state: S) -> None:
+        """Begin to save a state, or save it; where an earlier save has failed in one process, no process begins."""
+        self._agreement.finish(self._store.wait)
+        self._report()
         self._store.save(state, heldout_loss=self._heldout_loss)
         self._saved_step = state.step
         self._agreement.saved()
+        if not self._store.is_asynchronous:
+            self._agreement.finish(self._store.wait)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainspec.checkpoints.checkpoint import check_readable, resumable_checkpoint
-from trainspec.checkpoints.folders import latest
+from trainspec.checkpoints.folders import latest, put_back
 from trainspec.data import check_data
 from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe
@@ -46,6 +46,8 @@ def prepare_generation(recipe: Recipe, backend: Capabilities, *, out: Path) -> R
 
 def check_output(request: TrainRequest) -> Path | None:
     """The checkpoint that a run resumes from, if any. Raises UserError where it would overwrite something."""
+    if request.resume:
+        put_back(request.out)
     saved = resumable_checkpoint(request.out, resume=request.resume)
     if request.trace:
         check_free(request.trace.directory, resumes=request.resume)

@@ -7,10 +7,12 @@ A run that has begun to train only notes the request, and stops at its next safe
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from trainspec.errors import StoppedError
 
@@ -50,9 +52,16 @@ def listening() -> Iterator[StopRequest]:
     """Inside, SIGTERM and Ctrl-C are requests; afterwards they do what they did before.
 
     A signal that is ignored, as for a program in a shell's background, stays ignored. Outside of the main thread, where
-    Python has no handlers, nothing is heard.
+    Python has no handlers, nothing is heard. A request that comes within a callback of the interpreter, which drops exceptions, is
+    looked at later.
     """
-    request, before = StopRequest(), {}
+    request, before, report = StopRequest(), {}, sys.unraisablehook
+
+    def report_others(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, StoppedError):
+            report(dropped)
+
+    sys.unraisablehook = report_others
     if threading.current_thread() is threading.main_thread():
         for number in _WORDS:
             # None is a handler that Python did not set, and could not put back.
@@ -61,5 +70,6 @@ def listening() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from writers import State, holds, in_processes, save
+from writers import State, holds, in_processes, save, store_of
 
 from trainspec.checkpoints import folders, store, verify
 from trainspec.checkpoints.checkpoint import load
 from trainspec.checkpoints.manifest import FILE, read_manifest
-from trainspec.errors import MachineError, WeightsError
+from trainspec.errors import MachineError, RecipeError, WeightsError
+from trainspec.plans.accelerators import Devices
+from trainspec.runs import loop
+from trainspec.runs.prepare import check_output
 from trainspec.runs.processes import Processes
+from trainspec.runs.request import TrainRequest
 
 # Of each file so many bits are flipped, at random places, one at a time; and it is cut at so many.
 FLIPS, CUTS = 60, 5
@@ -60,7 +65,7 @@ def test_a_whole_checkpoint_is_whole(runs: Runs):
     verify.verify(runs.newest)
     assert all(holds(runs.mine / f"checkpoints/step-00000{step}", State(step)) for step in (1, 2, 3))
     assert not holds(runs.newest, State(2))  # control
-    assert verify.newest_whole(runs.mine, Processes()) == verify.Newest(runs.newest)
+    assert verify.newest_whole(runs.mine, Processes()) == runs.newest
 
 
 def flipped(content: bytes, bit: int) -> bytes:
@@ -141,23 +146,72 @@ def test_the_newest_whole_one_is_used_and_the_damaged_are_set_aside(damaged: Pat
         file = damaged / f"checkpoints/step-00000{step}" / name
         file.write_bytes(flipped(file.read_bytes(), 8 * file.stat().st_size - 3))
     (damaged / "checkpoints/step-000003.damaged").mkdir()
-    found = in_processes(count, lambda processes: verify.newest_whole(damaged, processes))
+    found = in_processes(count, lambda processes: told_of(damaged, processes))
     assert found == [found[0]] * count
-    assert found[0].path == damaged / "checkpoints/step-000001"
-    first, second = found[0].said
+    path, (first, second) = found[0]
+    assert path == damaged / "checkpoints/step-000001"
     assert f"step-000003/{FILES[2]}: damaged" in first
     assert first.endswith("set aside as step-000003.damaged-2")
     assert second.endswith("set aside as step-000002.damaged")
-    assert folders.complete(damaged) == [found[0].path]
+    assert folders.complete(damaged) == [path]
+    assert os.readlink(damaged / "checkpoints/latest") == "step-000001"
     (damaged / "checkpoints/step-000001" / FILE).unlink()
-    found = in_processes(count, lambda processes: verify.newest_whole(damaged, processes))
-    assert [each.path for each in found] == [None] * count
-    assert "checkpoint.json is missing" in found[0].said[0]
+    found = in_processes(count, lambda processes: told_of(damaged, processes))
+    assert [path for path, _ in found] == [None] * count
+    assert "checkpoint.json is missing" in found[0][1][0]
+    assert not os.path.lexists(damaged / "checkpoints/latest")
 
 
-def test_what_cannot_be_read_stops_all_and_what_cannot_be_renamed_is_said(
-    damaged: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("losses", "best"), [((1.0, 3.0, 2.0), 1), ((3.0, 2.0, 1.0), 2)])
+def test_the_names_beside_a_checkpoint_that_is_set_aside_stand_for_others(
+    tmp_path: Path, losses: tuple[float, ...], best: int
 ):
+    store, _ = store_of(tmp_path, keep=3, keep_best=1)
+    for step, loss in enumerate(losses, start=1):
+        store.save(State(step), heldout_loss=loss)
+    store.wait()
+    home = tmp_path / "checkpoints"
+    assert os.readlink(home / "latest") == "step-000003"
+    assert os.readlink(home / "best") == f"step-{1 + losses.index(1.0):06d}"
+    (home / "step-000003" / FILE).write_text("{}")
+    assert verify.newest_whole(tmp_path, Processes()) == home / "step-000002"
+    assert os.readlink(home / "latest") == "step-000002"
+    assert os.readlink(home / "best") == f"step-{best:06d}"
+
+
+def test_a_checkpoint_that_a_kill_left_without_its_name_is_the_newest(damaged: Path):
+    """Killed between the two renames of a commit: it was to be replaced, and nothing has taken its place."""
+    home = damaged / "checkpoints"
+    (home / "step-000003").rename(home / ".step-000003.old")
+    shutil.copytree(home / "step-000002", home / ".step-000002.old")
+    request = TrainRequest(damaged, resume=True)
+    assert check_output(request) == home / "step-000003"
+    assert verify.newest_whole(damaged, Processes()) == home / "step-000003"
+    assert not (home / ".step-000002.old").exists()  # that one has been replaced
+
+
+def test_a_foreign_native_checkpoint_before_a_damaged_one_is_refused(
+    damaged: Path, capsys: pytest.CaptureFixture[str]
+):
+    home, devices = damaged / "checkpoints", Devices("torch", "cpu", 1, 1, 1, ())
+    (home / "step-000003" / FILE).write_text("{}")
+    manifest = read_manifest(home / "step-000002")
+    replace(manifest, format="native", backend="jax").write(home / "step-000002")
+    with pytest.raises(
+        RecipeError, match="step-000002: is in the native format of jax, which torch does not"
+    ):
+        loop._whole(damaged, Processes(), devices)
+    assert capsys.readouterr().out.endswith("not used, and set aside as step-000003.damaged\n")
+    assert loop._whole(damaged, Processes(), replace(devices, backend="jax")) == home / "step-000002"
+
+
+def told_of(out: Path, processes: Processes) -> tuple[Path | None, list[str]]:
+    """What is chosen, and what is said of those that are not."""
+    said: list[str] = []
+    return verify.newest_whole(out, processes, said.append), said
+
+
+def test_what_cannot_be_read_or_renamed_stops_all(damaged: Path, monkeypatch: pytest.MonkeyPatch):
     def unreadable(path: Path, *, share: tuple[int, int]) -> list[str]:
         if share[0] == 1:
             raise OSError(5, "Input/output error", str(path))
@@ -175,15 +229,29 @@ def test_what_cannot_be_read_stops_all_and_what_cannot_be_renamed_is_said(
 
         assert len(set(in_processes(2, work))) == 1
     assert folders.latest(damaged) == damaged / "checkpoints/step-000003"  # nothing was set aside
-    (damaged / "checkpoints/step-000003" / FILES[1]).unlink()
+    for step in (2, 3):
+        (damaged / f"checkpoints/step-00000{step}" / FILES[1]).unlink()
+    renamed = folders.set_aside
 
     def fixed(path: Path) -> Path:
-        raise OSError(30, "Read-only file system", str(path))
+        if path.name == "step-000002":
+            raise OSError(30, "Read-only file system", str(path))
+        return renamed(path)
 
     monkeypatch.setattr(folders, "set_aside", fixed)
-    found = verify.newest_whole(damaged, Processes())
-    assert found.path == damaged / "checkpoints/step-000002"
-    assert found.said[0].endswith("not used, and not renamed (Read-only file system)")
+    # The next checkpoint might be step 1's: of the two retention would keep the damaged one, which has the higher number.
+    said: list[list[str]] = [[], []]
+
+    def work(processes: Processes) -> str:
+        with pytest.raises(MachineError) as caught:
+            verify.newest_whole(damaged, processes, said[processes.index].append)
+        return str(caught.value)
+
+    first, second = in_processes(2, work)
+    assert first == second
+    assert "it cannot be set aside (Read-only file system): make " in first
+    assert [len(lines) for lines in said] == [1, 1]
+    assert said[0][0].endswith("not used, and set aside as step-000003.damaged")  # told before the error
 
 
 def test_a_file_is_read_once_unless_it_changes(damaged: Path, monkeypatch: pytest.MonkeyPatch):
@@ -193,7 +261,7 @@ def test_a_file_is_read_once_unless_it_changes(damaged: Path, monkeypatch: pytes
         verify, "_damage", lambda path, name, manifest: read.append(name) or damage(path, name, manifest)
     )
     found = in_processes(2, lambda processes: verify.newest_whole(damaged, processes))
-    assert found[0].path == newest
+    assert found == [newest] * 2
     assert sorted(read) == sorted(name for name in FILES if name != FILE)  # each by one of the two
     verify.verify(newest)
     assert len(read) == len(FILES) - 1
