@@ -267,3 +267,28 @@ def test_a_real_signal_of_another_process_is_heard_and_afterwards_ends_the_progr
         time.sleep(0.05)
         child.send_signal(number)
     assert child.returncode == -number
+
+
+def test_a_request_within_a_callback_that_drops_errors_is_noted_and_prints_nothing(capsys):
+    """As in the one that JAX has the garbage collector call."""
+
+    class Dropping:
+        def __init__(self, error: bool) -> None:
+            self.error = error
+
+        def __del__(self) -> None:
+            if self.error:
+                raise ValueError("another error is still told")
+            signal.raise_signal(signal.SIGTERM)
+
+    hook = sys.unraisablehook
+    sys.unraisablehook = sys.__unraisablehook__  # not pytest's
+    try:
+        with listening() as stop:
+            Dropping(error=False)
+            assert stop.asked == "SIGTERM"
+            assert capsys.readouterr().err == ""
+            Dropping(error=True)
+        assert "another error is still told" in capsys.readouterr().err
+    finally:
+        sys.unraisablehook = hook

@@ -233,8 +233,10 @@ def _of_disk(error: OSError, folder: Path, out: Path) -> MachineError:
     match error.errno:
         case None:  # not the system's: a format has waited for another process in vain
             way_out = "another process may be gone"
-        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-            way_out = "make room there, keep fewer (checkpoint.keep), or give another --out"
+        case errno.ENOSPC | errno.EDQUOT:
+            way_out = "make room there, such as by removing an older checkpoint, or give another --out"
+        case errno.EFBIG:
+            way_out = "raise the limit for a file (ulimit -f), or give an --out on another file system"
         case errno.EROFS | errno.EACCES | errno.EPERM:
             way_out = "make it writable, or give another --out"
         case errno.ENOENT:

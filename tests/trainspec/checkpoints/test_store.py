@@ -50,7 +50,7 @@ def test_an_error_of_the_writer_stops_the_run_at_the_next_step(tmp_path: Path):
     store._save.join()  # type: ignore[union-attr]
     told = (
         "weights.safetensors: No space left on device: step-000002 was not saved; the newest checkpoint is step-000001; "
-        "make room there, keep fewer (checkpoint.keep), or give another --out"
+        "make room there, such as by removing an older checkpoint, or give another --out"
     )
     assert store.failure() == told
     assert store.forgiven() == []
