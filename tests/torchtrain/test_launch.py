@@ -46,7 +46,7 @@ def planted(file: Path, out: Path, where: str, what: str) -> tuple[int, str, dic
     """
     done = run(
         "train", file, "--out", out, "--set", "checkpoint.every_steps=2", "--set", "run.steps=4",
-        PYTHONPATH=PLANTED, PLANTED_IN=where, PLANTED=what,
+        "--set", "checkpoint.asynchronous=false", PYTHONPATH=PLANTED, PLANTED_IN=where, PLANTED=what,
     )  # fmt: skip
     assert done.stdout.count("\nstep ") == 2
     logs = {rank: out / f"logs/process-{rank}.txt" for rank in range(2)}
