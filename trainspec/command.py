@@ -78,9 +78,10 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
             )
             command.add_argument(
                 "--allow",
-                default="",
+                action="append",
+                default=[],
                 metavar="WHAT",
-                help=f"with --resume: what may differ from the checkpoint's recipe: {', '.join(ALLOWABLE)}",
+                help=f"with --resume: what may differ from the checkpoint's recipe: {','.join(ALLOWABLE)}; repeatable",
             )
             command.add_argument(
                 "--timings",

@@ -77,7 +77,7 @@ class Summary:
             ("recipe", f"SHA-256 {self.recipe}"),
             *((f"digest of {name}", digest or "none") for name, digest in self.identity.items()),
             *(
-                (kind, f"{a.tensors} tensors, {a.parameters:,} parameters, {', '.join(a.dtypes)}")
+                (kind, ", ".join((f"{a.tensors} tensors", f"{a.parameters:,} parameters", *a.dtypes)))
                 for kind, a in self.arrays.items()
             ),
             ("files", f"{len(self.files)}, {sum(self.files.values()):,} bytes together"),

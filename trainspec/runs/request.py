@@ -58,11 +58,10 @@ def _trace_request(args: Namespace) -> TraceRequest | None:
 
 def _allowed(args: Namespace) -> frozenset[str]:
     """The groups that `--allow` names, such as `data,schedule`."""
-    words = frozenset(args.allow.replace(",", " ").split())
+    given = ",".join(args.allow)
+    words = frozenset(given.replace(",", " ").split())
     for word in sorted(words - set(ALLOWABLE)):
         raise UserError(f"--allow {word}: unknown{nearest(word, ALLOWABLE)}")
     if words and not args.resume:
-        raise UserError(
-            f"--allow {args.allow}: says what may change when a run resumes; give --resume as well"
-        )
+        raise UserError(f"--allow {given}: says what may change when a run resumes; give --resume as well")
     return words
