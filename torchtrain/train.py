@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,33 +26,32 @@ def train(run: Run, request: TrainRequest) -> None:
     Raises UserError for a mistake in the recipe or its files, NonFiniteLossError where the loss is not finite.
     """
     plan = run.recipe.plan
-    with explained(run, partial(describe_devices, plan), out=request.out):
-        set_up(run)
-        try:
-            policy = run.recipe.precision.policy
-            attention = choose_kernel(plan.attention, policy=policy, device=compute_device())
-            devices = replace(describe_devices(plan), attention=attention)
-            request.clock.lap("devices and processes")
-            loop.train(step, run, request, processes=processes(), devices=devices)
-        finally:
-            finish()
+    with _ready(run, out=request.out):
+        policy = run.recipe.precision.policy
+        attention = choose_kernel(plan.attention, policy=policy, device=compute_device())
+        devices = replace(describe_devices(plan), attention=attention)
+        request.clock.lap("devices and processes")
+        loop.train(step, run, request, processes=processes(), devices=devices)
 
 
 def evaluate(run: Run, *, out: Path) -> tuple[float, str]:
     """Held-out loss per target token, and whose: that of the newest checkpoint in `out`, or of the starting weights."""
-    with explained(run, partial(describe_devices, run.recipe.plan)):
-        set_up(run)
-        try:
-            return loop.evaluate(step, run, out=out, processes=processes())
-        finally:
-            finish()
+    with _ready(run):
+        return loop.evaluate(step, run, out=out, processes=processes())
 
 
 def generate(run: Run, request: GenerationRequest) -> None:
     """Generate what the request asks for with the newest checkpoint in its directory, or with the starting weights."""
-    with explained(run, partial(describe_devices, run.recipe.plan)):
+    with _ready(run):
+        generation.generate(step, run, request, processes())
+
+
+@contextmanager
+def _ready(run: Run, *, out: Path | None = None) -> Iterator[None]:
+    """Inside, the process is set up for a run, and let go after it. Errors say what helps, and what is saved in `out`."""
+    with explained(run, partial(describe_devices, run.recipe.plan), out=out):
         set_up(run)
         try:
-            generation.generate(step, run, request, processes())
+            yield
         finally:
             finish()

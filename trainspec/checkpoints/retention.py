@@ -17,8 +17,9 @@ def apply(out: Path, settings: CheckpointSettings) -> None:
     best = best_of(paths) if settings.keep_best else []
     folders.point(out, folders.LATEST, paths[-1] if paths else None)
     folders.point(out, folders.BEST, best[0] if best else None)
+    keep = kept(paths, settings, best)
     for path in paths:
-        if path not in kept(paths, settings, best):
+        if path not in keep:
             folders.remove(path)
 
 

@@ -101,10 +101,11 @@ class ShardFiles:
     """
 
     def __init__(self, files: Sequence[Path], shapes: Mapping[str, Shape] | None, *, where: Path) -> None:
-        self._files, self._shards, self._where = [TensorFiles([path]) for path in files], {}, where
+        self._shards: dict[str, list[tuple[Index, TensorFiles, str]]] = {}
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
-        for file, path in zip(self._files, files, strict=True):
+        for path in files:
+            file = TensorFiles([path])
             for key, shape in file.shapes.items():
                 self._add(file, path, key, shape, shapes)
         for name, shards in self._shards.items():

@@ -21,6 +21,7 @@ from trainspec.checkpoints.portable import metadata_of, write_shards
 from trainspec.checkpoints.shards import KINDS, as_shards
 from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.errors import MachineError, WeightsError
+from trainspec.failures import describe_os_error
 from trainspec.recipe import Checkpoint as CheckpointSettings
 from trainspec.recipe import Recipe
 from trainspec.runs.contract import ArrayFormat, S
@@ -184,7 +185,7 @@ class CheckpointStore(Generic[S]):
             except OSError as error:
                 name = folders.checkpoint_name(manifest.step)
                 raise _OldKept(
-                    f"{_words(error)}; {name} is saved, but older ones were not removed"
+                    f"{describe_os_error(error)}; {name} is saved, but older ones were not removed"
                 ) from error
 
     def _complete(self, folder: Path, manifest: Manifest) -> None:
@@ -248,13 +249,7 @@ def _of_disk(error: OSError, folder: Path, out: Path) -> MachineError:
     whole = folders.latest(out)
     kept = f"the newest checkpoint is {whole.name}" if whole else "there is no earlier one"
     name = folder.name.removeprefix(".").removesuffix(".tmp")
-    return MachineError(f"{_words(error)}: {name} was not saved; {kept}; {way_out}")
-
-
-def _words(error: OSError) -> str:
-    """The files of an error and what the system says of it."""
-    files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
-    return ": ".join(filter(None, (files, error.strerror or str(error))))
+    return MachineError(f"{describe_os_error(error)}: {name} was not saved; {kept}; {way_out}")
 
 
 class _WholeArrays:

@@ -23,6 +23,7 @@ from trainspec.checkpoints.manifest import (
 )
 from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.errors import MachineError, WeightsError
+from trainspec.failures import describe_os_error
 from trainspec.files.tensors import TensorFile
 from trainspec.runs.processes import Processes
 
@@ -36,8 +37,7 @@ def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
     """Raises DamagedError unless every file of the checkpoint is the one that was written."""
     found = damages(path, share=share)
     if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise DamagedError(path, f"{found[0]}{more}")
+        raise DamagedError(path, _in_one_line(found))
 
 
 def damages(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -91,7 +91,7 @@ def newest_whole(
 
 def _set_aside(out: Path, path: Path, found: list[str]) -> list[str]:
     """Give a damaged checkpoint another name. Returns what the user is told, and where that failed also why."""
-    damage = f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else found[0]
+    damage = _in_one_line(found)
     try:
         aside = folders.set_aside(path)
         retention.point_again(out)
@@ -104,6 +104,10 @@ def _set_aside(out: Path, path: Path, found: list[str]) -> list[str]:
     return [f"{damage}; not used, and set aside as {aside.name}"]
 
 
+def _in_one_line(found: list[str]) -> str:
+    return f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else found[0]
+
+
 def _of_leader(words: list[str], processes: Processes) -> list[str]:
     """The leader's words, in every process."""
     return list(json.loads(processes.exchange(json.dumps(words))[0]))
@@ -114,7 +118,7 @@ def _exchanged(work: Callable[[], list[str]], processes: Processes) -> list[str]
     try:
         mine: dict[str, object] = {"found": work()}
     except OSError as error:
-        mine = {"error": f"{error.filename}: {error.strerror or error}"}
+        mine = {"error": describe_os_error(error)}
     words = [json.loads(word) for word in processes.exchange(json.dumps(mine))]
     for index, word in enumerate(words):
         if "error" in word:
