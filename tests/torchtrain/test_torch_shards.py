@@ -20,6 +20,7 @@ from plan_runs import Make
 from ranks import run
 from small import VARIANTS, recipe_maker, write_checkpoint, write_tokenizer
 from torch import nn
+from whole_arrays import save_checkpoint
 
 from parity.runs.edit import Edit
 from parity.runs.launch_many import Case as Launched
@@ -28,7 +29,6 @@ from torchtrain.mesh import Peers
 from torchtrain.precision import to_numpy
 from torchtrain.weights import Elements, from_canonical, shards
 from trainspec.checkpoints.checkpoint import Checkpoint
-from trainspec.checkpoints.store import save_checkpoint
 from trainspec.files.model_config import config_of
 from trainspec.params import Normal, Param
 from trainspec.recipe import Recipe

@@ -16,11 +16,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sharded import save_sharded
 from small import SMALL
+from whole_arrays import save_checkpoint
 
 from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.manifest import read_manifest
-from trainspec.checkpoints.store import save_checkpoint
 from trainspec.cli import main
 from trainspec.methods import trainable_table
 from trainspec.recipe import Recipe

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from small import SMALL, VARIANTS, write_checkpoint
+from whole_arrays import save_checkpoint
 
-from trainspec.checkpoints import checkpoint, folders, shards, store
+from trainspec.checkpoints import checkpoint, folders, shards
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.data import Batch
 from trainspec.errors import MachineError, RecipeError, TraceError, UserError, WeightsError
@@ -218,7 +219,7 @@ def save(out: Path, recipe: Recipe, step: int) -> Checkpoint:
     saved = Checkpoint(
         step, arrays, {k: v + 1 for k, v in arrays.items()}, {k: v + 2 for k, v in arrays.items()}
     )
-    store.save_checkpoint(out, saved, recipe=recipe)
+    save_checkpoint(out, saved, recipe=recipe)
     return saved
 
 
@@ -275,7 +276,7 @@ def test_a_broken_moment_is_not_saved(make_recipe: Make, tmp_path: Path, fill: s
     broken = np.full(array.shape, np.inf) if fill == "inf" else array[...][:-1]
     bad = replace(good, step=10, moment2=dict(good.moment2) | {name: broken})
     with pytest.raises(WeightsError, match=message):
-        store.save_checkpoint(tmp_path, bad, recipe=recipe)
+        save_checkpoint(tmp_path, bad, recipe=recipe)
     assert names(tmp_path) == ["step-000005"]
 
 
@@ -355,7 +356,7 @@ def test_export_merges_by_hand_computed_numbers(make_recipe: Make, model_dirs, t
     spec, recipe = VARIANTS[variant], make_recipe(variant)
     arrays = trained(recipe, spec)
     zeros = {k: np.zeros_like(v) for k, v in arrays.items()}
-    store.save_checkpoint(tmp_path, Checkpoint(3, arrays, zeros, zeros), recipe=recipe)
+    save_checkpoint(tmp_path, Checkpoint(3, arrays, zeros, zeros), recipe=recipe)
     target = export(recipe, out=tmp_path, merge=True, shard_bytes=30_000)
     assert (target / "tokenizer.json").is_file()
     assert json.loads((target / "config.json").read_text())["dtype"] == "float32"
@@ -369,7 +370,7 @@ def test_export_merges_by_hand_computed_numbers(make_recipe: Make, model_dirs, t
 def test_export_keeps_what_a_person_put_there(make_recipe: Make, tmp_path: Path):
     recipe = make_recipe()
     arrays = trained(recipe)
-    store.save_checkpoint(tmp_path, Checkpoint(3, arrays, arrays, arrays), recipe=recipe)
+    save_checkpoint(tmp_path, Checkpoint(3, arrays, arrays, arrays), recipe=recipe)
     export(recipe, out=tmp_path, merge=True, shard_bytes=30_000)
     (tmp_path / "merged/README.md").write_text("my card")
     target = export(recipe, out=tmp_path, merge=True)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from small import QA, SMALL, write_checkpoint, write_tokenizer
+from whole_arrays import save_checkpoint
 
-from trainspec.checkpoints import checkpoint, folders, store
+from trainspec.checkpoints import checkpoint, folders
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.manifest import read_manifest
 from trainspec.data import open_dataset
@@ -149,7 +150,7 @@ def made(make_recipe: Make, tmp_path: Path) -> Callable[..., tuple[Recipe, Check
         model, _ = resolve_model(recipe.model)
         identity = identity_of(resolve(recipe), open_dataset(resolve(recipe), "train"))
         zeros = {p.name: np.zeros(p.shape, np.float32) for p in trainable_table(model, recipe.method)}
-        path = store.save_checkpoint(
+        path = save_checkpoint(
             tmp_path / "out", Checkpoint(5, zeros, zeros, zeros), recipe=recipe, identity=identity
         )
         return recipe, checkpoint.read_origin(path), identity

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from small import SMALL
+from whole_arrays import save_checkpoint
 
-from trainspec.checkpoints import store
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.families import PRESETS
@@ -235,7 +235,7 @@ def test_a_text_is_a_start(make_recipe: Make):
 def test_only_lora_is_merged(make_recipe: Make, tmp_path: Path):
     for method in (m for m in ADDED if m.not_merged):
         recipe, weights = make_recipe(method=method.model_dump()), drawn(method)
-        store.save_checkpoint(tmp_path, Checkpoint(1, weights, weights, weights), recipe=recipe)
+        save_checkpoint(tmp_path, Checkpoint(1, weights, weights, weights), recipe=recipe)
         with pytest.raises(RecipeError, match=f"method.kind={method.kind} cannot be merged"):
             export(recipe, out=tmp_path, merge=True)
         export(recipe, out=tmp_path, merge=False)

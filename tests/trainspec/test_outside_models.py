@@ -31,8 +31,8 @@ from safetensors.numpy import load_file
 from small import ROOT, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from whole_arrays import save_checkpoint
 
-from trainspec.checkpoints import store
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.manifest import read_manifest
 from trainspec.errors import DataError, ModelError, RecipeError, WeightsError
@@ -374,7 +374,7 @@ def trained_lora(
         for p in trainable_table(spec, recipe.method)
     }
     zeros = {name: np.zeros_like(array) for name, array in arrays.items()}
-    store.save_checkpoint(out, Checkpoint(3, arrays, zeros, zeros), recipe=recipe)
+    save_checkpoint(out, Checkpoint(3, arrays, zeros, zeros), recipe=recipe)
     return recipe
 
 

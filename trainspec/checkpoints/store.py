@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Generic
 
 from trainspec.checkpoints import folders, retention
-from trainspec.checkpoints.checkpoint import Checkpoint
-from trainspec.checkpoints.manifest import PORTABLE, Manifest
+from trainspec.checkpoints.manifest import Manifest
 from trainspec.checkpoints.notes import Written, leave, note, word_of
-from trainspec.checkpoints.portable import metadata_of, write_shards
-from trainspec.checkpoints.shards import KINDS, as_shards
 from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.errors import MachineError, WeightsError
 from trainspec.failures import describe_os_error
@@ -250,40 +247,6 @@ def _of_disk(error: OSError, folder: Path, out: Path) -> MachineError:
     kept = f"the newest checkpoint is {whole.name}" if whole else "there is no earlier one"
     name = folder.name.removeprefix(".").removesuffix(".tmp")
     return MachineError(f"{describe_os_error(error)}: {name} was not saved; {kept}; {way_out}")
-
-
-class _WholeArrays:
-    """A format for arrays that one process has whole in memory."""
-
-    name = PORTABLE
-
-    def __init__(self, recipe: Recipe, identity: Identity | None) -> None:
-        self._recipe, self._identity = recipe, identity
-
-    def begin(self, folder: Path, state: Checkpoint) -> Callable[[], dict[str, str]]:
-        shards = [
-            s for kind in KINDS for s in as_shards(kind, {n: w[...] for n, w in getattr(state, kind).items()})
-        ]
-        metadata = metadata_of(state.step, self._recipe, self._identity)
-        return lambda: write_shards(folder, shards, Processes(), metadata=metadata)
-
-    def restore(self, state: Checkpoint, path: Path) -> Checkpoint:
-        raise AssertionError(f"{path} is read with `load`")
-
-
-def save_checkpoint(
-    out: Path, checkpoint: Checkpoint, *, recipe: Recipe, identity: Identity | None = None
-) -> Path:
-    """Save arrays that this process has whole, and wait for it. Returns the checkpoint's directory.
-
-    Without `identity` a run that resumes from it is compared by its recipe only. Raises WeightsError, with earlier
-    checkpoints untouched, where a tensor is not finite or a moment does not have its weight's shape.
-    """
-    manifest = manifest_of(recipe, identity, {name: w.shape for name, w in checkpoint.weights.items()})
-    store = CheckpointStore(out, _WholeArrays(recipe, identity), manifest, recipe.checkpoint, Processes())
-    store.save(checkpoint)
-    store.wait()
-    return folders.checkpoints_of(out) / folders.checkpoint_name(checkpoint.step)
 
 
 def manifest_of(recipe: Recipe, identity: Identity | None, shapes: Mapping[str, tuple[int, ...]]) -> Manifest:
