@@ -39,7 +39,7 @@ from trainspec.init import starting_weights
 from trainspec.methods import leading_positions
 from trainspec.plans.pipeline import stack_order
 from trainspec.rng import name_key
-from trainspec.runs.contract import ArrayFormat, Metrics, Roundings
+from trainspec.runs.contract import ArrayFormat, Decoding, Metrics, Roundings
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
@@ -196,6 +196,11 @@ def next_logits(state: State, batch: Batch, last: NDArray[np.int32]) -> NDArray[
     program = state.program
     weights, fed = state.trainable | state.frozen, program.feeder.feed(batch)
     return to_host(program.next_logits(weights, fed, program.feeder.replicated(last)))
+
+
+def decoding(state: State, *, length: int) -> Decoding | None:
+    """A cache for rows of up to `length` tokens, where the plan has one."""
+    return None
 
 
 def weights_of(state: State, *, frozen: bool = False) -> dict[str, NDArray[Any]]:

@@ -43,7 +43,7 @@ from trainspec.init import starting_weights
 from trainspec.methods import leading_positions, position_shift, virtual_tokens
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
-from trainspec.runs.contract import ArrayFormat, Arrays, Metrics
+from trainspec.runs.contract import ArrayFormat, Arrays, Decoding, Metrics
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 from trainspec.trace import Keep
@@ -254,6 +254,11 @@ def _inferred(
         return _inputs(microbatches[index], state.run)
 
     return zip(microbatches, state.engine.infer(count, inputs), strict=False)
+
+
+def decoding(state: State, *, length: int) -> Decoding | None:
+    """A cache for rows of up to `length` tokens, where the plan has one."""
+    return None
 
 
 def weights_of(state: State, *, frozen: bool = False) -> Arrays:

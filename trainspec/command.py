@@ -138,6 +138,14 @@ def _add_generation(parser: ArgumentParser) -> None:
         help="end a response before this text; repeatable",
     )
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="how many prompts at once (8)")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="compute the whole row for every token, as training does"
+    )
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="with each token its log-probability, its closest rival and by how much that is less",
+    )
 
 
 def _step_or_all(text: str) -> int | Literal["all"]:

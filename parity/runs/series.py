@@ -33,7 +33,7 @@ from trainspec.data import Batch
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE
 from trainspec.recipe import load_recipe
 from trainspec.runs import loop
-from trainspec.runs.contract import ArrayFormat, Arrays, Backend, Cluster, Metrics
+from trainspec.runs.contract import ArrayFormat, Arrays, Backend, Cluster, Decoding, Metrics
 from trainspec.runs.processes import Processes
 from trainspec.runs.request import out_directory, train_request
 from trainspec.runs.run import Run
@@ -69,6 +69,10 @@ class SharedPrograms:
     def next_logits(self, state: Any, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
         """The backend's."""
         return self._backend.next_logits(state, batch, last)
+
+    def decoding(self, state: Any, *, length: int) -> Decoding | None:
+        """The backend's."""
+        return self._backend.decoding(state, length=length)
 
     def weights_of(self, state: Any, *, frozen: bool = False) -> Arrays:
         """The backend's."""

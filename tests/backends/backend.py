@@ -21,6 +21,7 @@ PROGRAM = f"{NAME}train"
 _cli, _dropout, _cluster, _step, _train = (
     importlib.import_module(f"{PROGRAM}.{name}") for name in ("cli", "dropout", "cluster", "step", "train")
 )
+BACKEND = _step
 main = _cli.main
 finish, check_accelerators, describe_devices, default_devices = (
     getattr(_cluster, name)

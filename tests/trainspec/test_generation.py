@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from trainspec.generation import loop
-from trainspec.generation.choice import Sampling
-from trainspec.generation.request import GenerationRequest
+from trainspec.generation.request import GenerationRequest, Settings
+from trainspec.generation.responder import Responder
 from trainspec.generation.rows import batch_of
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import resolve
@@ -25,6 +25,9 @@ class Table:
         self.tokens, self.vocab, self.shapes, self.starts = tokens, vocab, set(), {}
 
     def init_state(self, run, *, like=None):
+        return None
+
+    def decoding(self, state, *, length):
         return None
 
     def next_logits(self, state, batch, last):
@@ -42,16 +45,9 @@ def generated(make_recipe, tmp_path: Path, capsys):
     run = resolve(make_recipe())
 
     def generate(tokens: list[int], *prompts: str, **asked):
-        settings = {
-            "texts": prompts,
-            "file": None,
-            "max_tokens": 50,
-            "stop": (),
-            "sampling": Sampling(),
-            "batch": 8,
-        }
         backend = Table(tokens, run.spec.vocab)
-        made = loop.generate(backend, run, GenerationRequest(tmp_path, **settings | asked), Processes())
+        request = GenerationRequest(tmp_path, prompts, None, Settings(**{"max_tokens": 50} | asked))
+        made = loop.generate(backend, run, request, Processes())
         return made, capsys.readouterr().out, backend, run
 
     return generate
@@ -89,7 +85,7 @@ def test_a_batch_keeps_its_shape_while_its_rows_end(generated, tmp_path: Path):
 
 
 def test_what_is_done_stays_when_the_rest_is_interrupted(generated, tmp_path: Path, monkeypatch):
-    calls, respond = [], loop._respond
+    calls, respond = [], Responder._batch
 
     def interrupted(*arguments):
         calls.append(1)
@@ -97,7 +93,7 @@ def test_what_is_done_stays_when_the_rest_is_interrupted(generated, tmp_path: Pa
             raise KeyboardInterrupt
         return respond(*arguments)
 
-    monkeypatch.setattr(loop, "_respond", interrupted)
+    monkeypatch.setattr(Responder, "_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generated([7, EOS], "a", "b", batch=1)
     assert len((tmp_path / "generations.jsonl").read_text().splitlines()) == 1

@@ -61,6 +61,9 @@ class Sampling:
         return self.temperature == 0.0
 
 
+GREEDY = Sampling()
+
+
 def choose(
     logits_V: NDArray[Any], sampling: Sampling, *, seen: Sequence[int], prompt: int, position: int
 ) -> int:
@@ -72,6 +75,29 @@ def choose(
     drawn = uniform(sampling.seed, prompt, position) * cumulative_V[-1]
     # The first token whose cumulative probability is above what was drawn: one of probability 0 never is.
     return int(np.searchsorted(cumulative_V, drawn, side="right"))
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """What the logits said of a token: the logarithm of its probability, before any setting of `Sampling`.
+
+    `rival` is the most probable of the other tokens, and `margin` how far its logit is below the token's; negative where it is above.
+    """
+
+    log_prob: float
+    rival: int
+    margin: float
+
+
+def score(logits_V: NDArray[Any], token: int) -> TokenScore:
+    """What the logits say of `token`."""
+    scores_V = logits_V.astype(np.float64)
+    largest = scores_V.max()
+    log_sum = largest + np.log(np.exp(scores_V - largest).sum())
+    own = float(scores_V[token])
+    scores_V[token] = -np.inf
+    rival = int(scores_V.argmax())
+    return TokenScore(own - float(log_sum), rival, own - float(scores_V[rival]))
 
 
 def penalised(scores_V: NDArray[np.float64], seen: Sequence[int], penalty: float) -> NDArray[np.float64]:

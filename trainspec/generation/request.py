@@ -7,12 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainspec.errors import DataError, UserError
-from trainspec.generation.choice import Sampling
+from trainspec.generation.choice import GREEDY, Sampling
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How responses are made and end, whatever the prompts.
+
+    `batch`: prompts at once. `caches`: whether keys and values are kept, where the plan can. `scores`: whether the logits of each
+    token are reported.
+    """
+
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = GREEDY
+    batch: int = 8
+    caches: bool = True
+    scores: bool = False
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Prompts, as texts or the records of a `file`, and how their responses are made and end.
+    """Prompts, as texts or the records of a `file`, and how their responses are made.
 
     `out` is the run's directory: its newest checkpoint is read, and `generations.jsonl` is written there.
     """
@@ -20,10 +36,7 @@ class GenerationRequest:
     out: Path
     texts: tuple[str, ...]
     file: Path | None
-    max_tokens: int
-    stop: tuple[str, ...]
-    sampling: Sampling
-    batch: int
+    settings: Settings
 
     @property
     def streams(self) -> bool:
@@ -35,6 +48,12 @@ def generation_request(args: Namespace, out: Path) -> GenerationRequest:
     """The request that the options of `generate` make. Raises UserError."""
     if args.file is not None and not args.file.is_file():
         raise DataError(f"--file {args.file}: no such file; give records, one in each line")
+    texts = (args.prompt,) if args.prompt is not None else ()
+    return GenerationRequest(out, texts, args.file, settings(args))
+
+
+def settings(args: Namespace) -> Settings:
+    """The settings that the options make. Raises UserError."""
     for name in ("max_tokens", "batch"):
         value = getattr(args, name)
         if value < 1:
@@ -44,5 +63,6 @@ def generation_request(args: Namespace, out: Path) -> GenerationRequest:
     sampling = Sampling(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
     )
-    texts = (args.prompt,) if args.prompt is not None else ()
-    return GenerationRequest(out, texts, args.file, args.max_tokens, tuple(args.stop), sampling, args.batch)
+    return Settings(
+        args.max_tokens, tuple(args.stop), sampling, args.batch, caches=not args.no_cache, scores=args.scores
+    )

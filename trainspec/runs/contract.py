@@ -99,6 +99,22 @@ class ArrayFormat(Protocol[S]):
         ...
 
 
+class Decoding(Protocol):
+    """Rows of tokens that grow by one at a time: what attention needs of the tokens that are there is kept.
+
+    The logits are those of `Backend.next_logits` for the whole rows, but for rounding. All processes call, with the same
+    arguments.
+    """
+
+    def begin(self, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
+        """The logits [B, vocab] after position `last` [B] of each row of `batch`, which has one segment a row, padded right."""
+        ...
+
+    def extend(self, ids: NDArray[np.int32]) -> NDArray[Any]:
+        """Add a token [B] to each row: the logits [B, vocab] after it. -1 adds none to a row that has ended: its logits mean nothing."""
+        ...
+
+
 class Backend(Protocol[S]):
     """The functions of `jaxtrain.step` and `torchtrain.step`. Arrays are whole, under canonical names."""
 
@@ -123,6 +139,10 @@ class Backend(Protocol[S]):
 
     def next_logits(self, state: S, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
         """The logits [B, vocab] after position `last` [B] of each row, without dropout; on every process."""
+        ...
+
+    def decoding(self, state: S, *, length: int) -> Decoding | None:
+        """A cache for rows of up to `length` tokens; None where the plan has none, and each token computes its whole row."""
         ...
 
     def weights_of(self, state: S, *, frozen: bool = False) -> Arrays:

@@ -1,0 +1,42 @@
+"""A prompt, and what was generated after it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from trainspec.generation.choice import TokenScore
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's text and ids, and the response that its record has, if any."""
+
+    prompt: str
+    ids: tuple[int, ...]
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated after a prompt: `ids` with the token that ends it, `text` without.
+
+    `finish` is `stop` where an end token or a stop text came, `length` where the limit was reached. `scores` has what the logits
+    said of each of `ids`, where that was asked for.
+    """
+
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+    finish: Finish
+    reference: str | None = None
+    scores: tuple[TokenScore, ...] | None = None
+
+    def line(self) -> str:
+        """A line of generations.jsonl."""
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(fields, ensure_ascii=False)
