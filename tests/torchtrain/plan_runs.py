@@ -22,7 +22,9 @@ from trainspec.init import initial_value
 from trainspec.methods import Full, LoRA, adapter_table
 from trainspec.model import ModelSpec
 from trainspec.params import FromWeights, Normal
-from trainspec.recipe import Recipe
+from trainspec.plans.pipeline import stages_of
+from trainspec.recipe import Recipe, load_recipe
+from trainspec.runs.run import resolve
 from trainspec.trace import Trace
 
 Make = Callable[..., Recipe]
@@ -155,11 +157,15 @@ def saved(checkpoint: Path) -> dict[ArrayKind, dict[str, NDArray[Any]]]:
 
 
 def check_saved(home: Path, case: Case) -> None:
-    """Each process has written its files, and together they hold the moments that the trace has."""
+    """Each process that trains something has written its files, and together they hold the moments that the trace has."""
+    run = resolve(load_recipe(directory_of(home, case) / "run/recipe.yaml"))
+    plan = run.recipe.plan
+    stages = {stages_of(param, plan, run.spec)[0] for param in run.trained}  # an encoder is the first one's
+    writers = case.processes // plan.pipe * len(stages)
     checkpoint = directory_of(home, case) / f"run/checkpoints/step-{STEPS:06d}"
     found, trace = saved(checkpoint), Trace(traces(home, case)[1])
     for kind in ("moment1", "moment2"):
-        assert len(files_of(kind, (path.name for path in checkpoint.iterdir()))) == case.processes
+        assert len(files_of(kind, (path.name for path in checkpoint.iterdir()))) == writers
         names = [name for name in trace.names(STEPS) if name.startswith(f"{kind}/")]
         assert names == sorted(f"{kind}/{name}" for name in found[kind])
         for name in names:
