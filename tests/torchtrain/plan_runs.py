@@ -31,8 +31,9 @@ Make = Callable[..., Recipe]
 PROOF = 1e-10  # of each tensor's largest entry; rounding stays near 1e-14
 FP32_GRADIENT, FP32_LOSS = 1e-5, 3e-6
 BF16_GRADIENT, BF16_LOSS = 0.04, 1e-3  # a few roundings to 8 bits, each 2⁻⁹
-# DoRA divides by the norm of a weight: one process is 0.21 from its fp32 run, where a bottleneck adapter's is 0.03 from it.
-DORA_BF16_GRADIENT = 0.2
+# DoRA divides by the norm of a weight: one process is 0.21 from its fp32 run, where a bottleneck adapter's is 0.03 from it. Its
+# activations' gradients in fp32 are 2.2e-5 from those in float64 in one process, and 2.6e-5 over eight.
+DORA_BF16_GRADIENT, DORA_FP32_ACTIVATION = 0.2, 3e-5
 STEPS, LR = 3, 1e-3
 RESUMED_UPDATE = 1e-3  # of the rate: what rounding of one gradient leaves of an update is about 3e-5
 HELDOUT = ROOT / "configs/data/qa-heldout.jsonl"
@@ -120,7 +121,14 @@ def traces(home: Path, case: Case) -> tuple[Path, Path]:
     return directory_of(home, case.alone) / "trace", directory_of(home, case) / "trace"
 
 
-def check(left: Path, right: Path, precision: str, *, bf16: float = BF16_GRADIENT) -> None:
+def check(
+    left: Path,
+    right: Path,
+    precision: str,
+    *,
+    bf16: float = BF16_GRADIENT,
+    fp32_activation: float = FP32_GRADIENT,
+) -> None:
     losses = drift(left, right, "loss", steps=STEPS)
     bound = {"fp64": PROOF, "fp32": FP32_GRADIENT}.get(precision, bf16)
     assert furthest(left, right, "gradient", step=1) <= bound
@@ -136,7 +144,8 @@ def check(left: Path, right: Path, precision: str, *, bf16: float = BF16_GRADIEN
         assert furthest(left, right, "activation_gradient", step=1) <= PROOF
     elif precision == "fp32":
         for group in ("activation", "activation_gradient"):
-            assert furthest(left, right, group, step=1) <= FP32_GRADIENT, group
+            distance_of_group = furthest(left, right, group, step=1)
+            assert distance_of_group <= fp32_activation, (group, distance_of_group)
         assert losses <= FP32_LOSS
     else:
         assert losses <= BF16_LOSS

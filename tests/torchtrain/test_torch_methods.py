@@ -16,8 +16,8 @@ import torch
 from method_sections import ADDED
 from plan_cases import METHODS, MODELS, Case, case
 from plan_runs import (
-    BF16_GRADIENT,
     DORA_BF16_GRADIENT,
+    DORA_FP32_ACTIVATION,
     Make,
     check,
     drawn_adapter,
@@ -145,8 +145,10 @@ def test_a_method_is_the_run_of_one_process(launched: Callable[[str], Path], lau
     `parity matrix` holds every method under every plan to JAX (tests/parity/test_matrix.py); here are also what it has
     not: packing, recomputation and sums in bfloat16 together with these.
     """
-    bf16 = DORA_BF16_GRADIENT if case.method == "dora" else BF16_GRADIENT
-    check(*traces(launched(launch), case), case.precision, bf16=bf16)
+    bounds = (
+        {"bf16": DORA_BF16_GRADIENT, "fp32_activation": DORA_FP32_ACTIVATION} if case.method == "dora" else {}
+    )
+    check(*traces(launched(launch), case), case.precision, **bounds)
 
 
 @pytest.fixture(scope="module")
