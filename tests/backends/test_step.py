@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import numpy_llama
 import pytest
-from backend import PROGRAM, feed, moments_of, restore, spec_of, train_step, weights_of
+from backend import NAME, PROGRAM, feed, moments_of, restore, spec_of, train_step, weights_of
 from many import run_many
 from small import VARIANTS
 from test_model import FP64, FULL, LORA, PACKED, prepare
@@ -254,10 +254,12 @@ def test_what_is_kept_of_a_step_changes_no_bit_of_it(make_recipe, method, precis
     assert len(files) == 3
     for name in ("gradients", "activations"):
         kept_figures, kept_files = ended(name)
-        if precision == BF16 and name == "activations":
-            # What is recorded is rounded to bfloat16; a compiler may keep what nobody reads in wider registers.
+        if name == "activations" and precision != FP64 and (NAME == "torch" or precision == BF16):
+            # On JAX what is recorded is rounded to bfloat16; a compiler may keep what nobody reads in wider registers. On torch
+            # attention of a recorded step is in other pieces, as padding then sees what the definition says.
+            rel = 1e-2 if precision == BF16 else 1e-6
             for kept, plain in zip(kept_figures, figures, strict=True):
-                assert kept == pytest.approx(plain, rel=1e-2)
+                assert kept == pytest.approx(plain, rel=rel)
             continue
         assert kept_figures == figures
         assert kept_files == files
