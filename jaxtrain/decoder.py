@@ -140,23 +140,28 @@ class Decoder(nnx.Module):
         is_rotated = rotated_layers(self.spec, range(self.spec.layers))
 
         def block(
-            x_B1E: Array, weights: nnx.State, kept: KeysValues, layer: Array | None, rotated: Any
+            x_B1E: Array, weights: nnx.State, kept: KeysValues, rotated: Any
         ) -> tuple[Array, KeysValues]:
             own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
-            earlier = Earlier(kept, layer, seen_BT, prefix + places_B)
+            earlier = Earlier(kept, seen_BT, prefix + places_B)
             return nnx.merge(definition, weights)(x_B1E, own_cos, own_sin, earlier, None, None)
 
+        def in_stack(carry: tuple[Array, KeysValues], layer: Any) -> tuple[tuple[Array, KeysValues], None]:
+            x_B1E, kept = carry
+            i, weights, rotated = layer
+            own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), kept)
+            x_B1E, own = block(x_B1E, weights, own, rotated)
+            kept = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), kept, own)
+            return (x_B1E, kept), None
+
         if isinstance(kept, KeysValues):
-            (x_B1E, kept), _ = lax.scan(
-                lambda carry, layer: (block(carry[0], layer[0], carry[1], *layer[1:]), None),
-                (x_B1E, kept),
-                (stacked, jnp.arange(self.spec.layers), is_rotated),
-            )
+            layers = (jnp.arange(self.spec.layers), stacked, is_rotated)
+            (x_B1E, kept), _ = lax.scan(in_stack, (x_B1E, kept), layers)
             return self.head(x_B1E, None)[:, 0], kept
         apart: list[KeysValues] = []
         for i, own in enumerate(kept):
             weights, rotated = jax.tree.map(lambda w, i=i: w[i], (stacked, is_rotated), is_leaf=is_apart)
-            x_B1E, own = block(x_B1E, weights, own, None, rotated)
+            x_B1E, own = block(x_B1E, weights, own, rotated)
             apart.append(own)
         return self.head(x_B1E, None)[:, 0], apart
 

@@ -2,7 +2,7 @@
 
 No kernel of its own is needed: one query has as few scores as a row has keys. The arithmetic is the reference's.
 
-L layers, B rows, T keys that are kept (those of a prefix in front), H query heads, K kv heads, G query heads per kv head, D head dim.
+B rows, T keys that are kept (those of a prefix in front), H query heads, K kv heads, G query heads per kv head, D head dim.
 """
 
 from __future__ import annotations
@@ -21,33 +21,23 @@ from jaxtrain.precision import wide_product
 class Earlier(NamedTuple):
     """What a token of each row sees: of a layer's kept keys and values [B, K, T, D] those where `seen_BT` is true.
 
-    They are to have its own, too, at its row's place in `places_B`. Where the layers are stacked, `layer` is the one in use.
+    They are to have its own, too, at its row's place in `places_B`.
     """
 
     kept: KeysValues
-    layer: Array | None
     seen_BT: Array
     places_B: Array
 
     def with_own(self, k_B1KD: Array, v_B1KD: Array) -> KeysValues:
         """What is kept with the token's own keys and values in it; a row without a place for them stays as it is."""
 
-        def written(row: Array, own_1KD: Array, place: Array) -> Array:
-            at = row.at[:, place] if self.layer is None else row.at[self.layer, :, place]
-            return at.set(own_1KD[0], mode="drop")
+        def written(row_KTD: Array, own_1KD: Array, place: Array) -> Array:
+            return row_KTD.at[:, place].set(own_1KD[0], mode="drop")
 
-        # The dimension of rows is after that of layers.
-        rows = 0 if self.layer is None else 1
-        in_rows = jax.vmap(written, in_axes=(rows, 0, 0), out_axes=rows)
+        in_rows = jax.vmap(written)
         return KeysValues(
             in_rows(self.kept.keys, k_B1KD, self.places_B), in_rows(self.kept.values, v_B1KD, self.places_B)
         )
-
-    def in_use(self, kept: Array) -> Array:
-        """The layer's [B, K, T, D]."""
-        if self.layer is None:
-            return kept
-        return jax.lax.dynamic_index_in_dim(kept, self.layer, keepdims=False)
 
 
 def over_earlier_too(kernel: Attend) -> Attend:
@@ -55,7 +45,7 @@ def over_earlier_too(kernel: Attend) -> Attend:
 
     def either(q_BSHD: Array, k: Array, v: Array, visible: Visible | Earlier) -> Array:
         if isinstance(visible, Earlier):
-            return attend(q_BSHD, visible.in_use(k), visible.in_use(v), visible.seen_BT)
+            return attend(q_BSHD, k, v, visible.seen_BT)
         return kernel(q_BSHD, k, v, visible)
 
     return either
