@@ -205,9 +205,7 @@ def decoding(state: State, *, length: int) -> Decoding | None:
     program = state.program
     if program.cached is None:
         return None
-    return CachedRows(
-        program.cached, state.trainable | state.frozen, program.feeder, length=length
-    )
+    return CachedRows(program.cached, state.trainable | state.frozen, program.feeder, length=length)
 
 
 def weights_of(state: State, *, frozen: bool = False) -> dict[str, NDArray[Any]]:
@@ -314,7 +312,9 @@ class Program:
         self.evaluate = jax.jit(self._evaluate)
         self.logits = jax.jit(self._logits)
         self.next_logits = jax.jit(self._next_logits)
-        self.cached = None if recipe.plan.pipe > 1 else CachedPrograms(run, self.shardings, self._bind_weights)
+        self.cached = (
+            None if recipe.plan.pipe > 1 else CachedPrograms(run, self.shardings, self._bind_weights)
+        )
 
     def _bind_weights(
         self, weights: Arrays, grad_placeholders: Arrays, chunk: Array | None = None
