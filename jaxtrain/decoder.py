@@ -121,6 +121,7 @@ class Decoder(nnx.Module):
             is_rotated=rotated_layers(self.spec, range(self.spec.layers)),
             keeps_seen=True,
         )
+        assert seen is not None
         return end(x_BSE), seen
 
     def extend(
@@ -205,9 +206,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, dict[str, Array], KeysValues | None]:
         """The residual stream after all layers of the stack, and the activations recorded in each.
 
-        With `keeps_seen` also the keys and values that attention saw in each.
-
-        `is_layer` [L] is given for a stack with empty slots, and false for those: they leave x as it is. `is_rotated` [L]
+        With `keeps_seen` also the keys and values that attention saw in each. `is_layer` [L] is given for a stack with empty slots, and false for those: they leave x as it is. `is_rotated` [L]
         is given where some layers do not rotate queries and keys, and false for those.
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)

@@ -66,9 +66,10 @@ class CachedPrograms:
         logits_BV, made = model.begin(
             seen["input_ids"], positions=seen["positions"], segments=seen["segments"], end=end
         )
-        kept: Kept = jax.tree.map(lambda x: self._kept(x, length), made)
+        keys, values = (self._kept(x, length) for x in made)
+        kept: Kept = KeysValues(keys, values)
         if self.is_apart:
-            kept = [KeysValues(*layer) for layer in zip(*kept, strict=True)]
+            kept = [KeysValues(k, v) for k, v in zip(keys, values, strict=True)]
         return logits_BV, Cache(kept, last_B + 1)
 
     def _kept(self, x_LBTKD: Array, length: int) -> Array:
