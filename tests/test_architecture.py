@@ -44,7 +44,7 @@ LAYERS = {
         ("commands",),
         ("train", "cost"),
         ("step",),
-        ("native", "passes"),
+        ("native", "passes", "decoding"),
         ("pipeline", "methods", "model"),
         ("loss_chunks",),
         ("families", "decoder"),

@@ -21,7 +21,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.decoder:Decoder.blocks",
+                    "jaxtrain.decoder:Decoder.visible",
                     "self.spec.window",
                     str(REACH),
                 ),

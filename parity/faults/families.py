@@ -90,9 +90,10 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.families.llama:Attention.__call__",
-                    "return self.o_proj(__mixed, __point)",
+                    "return self.o_proj(__mixed, __point), __seen",
                     "import jax\n"
-                    "return self.o_proj(__mixed, __point) + jax.numpy.linspace(-0.02, 0.02, x_BSE.shape[-1])",
+                    "bias = jax.numpy.linspace(-0.02, 0.02, x_BSE.shape[-1])\n"
+                    "return self.o_proj(__mixed, __point) + bias, __seen",
                 ),
             ),
             "torch": (

@@ -284,10 +284,11 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.decoder:Decoder.blocks.block",
-                    "__y = nnx.merge(__layer, __weights)(__x, __cos, __sin, __mask, __point, __prefix)",
+                    "__y, __seen = nnx.merge(__layer, __weights)(__x, __cos, __sin, __mask, __point, __prefix)",
                     "from parity.faults.substitutes.jax_remat import redrawn\n"
                     "layer = nnx.merge(__layer, __weights)\n"
-                    "__y = redrawn(lambda p: layer(__x, __cos, __sin, __mask, p, __prefix), __point)",
+                    "__y = redrawn(lambda p: layer(__x, __cos, __sin, __mask, p, __prefix)[0], __point)\n"
+                    "__seen = None",
                 ),
             ),
             "torch": (
