@@ -143,7 +143,7 @@ PLANS = [
     case("tied", "full", "fp32", fsdp=2, shards="optimizer"),
     case("wide", "lora", "bf16", fsdp=2, shards="gradients"),
     case("wide", "full", "fp32", fsdp=2, shards="params"),
-    case("tied", "lora-head", "fp32", fsdp=2, shards="params", remat="full"),
+    case("wide", "lora-head", "fp32", fsdp=2, shards="params", remat="full"),
     case("wide", "prefix-projection", "fp32", fsdp=2, shards="params"),
     case("tied", "prompt", "bf16", fsdp=2, shards="params"),
     case("wide", "prompt", "fp64", data=2, tensor=2),
