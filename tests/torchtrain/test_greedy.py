@@ -100,9 +100,7 @@ def test_greedy_tokens_of_many_prompts_are_those_of_transformers(
     wanted = [theirs(model, g["prompt_ids"], 64) for g in found]
     check_same(found, wanted)
     check_same(generated(recipe, prompts(20), tmp_path / "alone", tokens=64, batch=1), wanted[:20])
-    check_same(
-        generated(recipe, prompts(20), tmp_path / "rows", tokens=64, more=["--no-cache"]), wanted[:20]
-    )
+    check_same(generated(recipe, prompts(20), tmp_path / "rows", tokens=64, more=["--no-cache"]), wanted[:20])
     assert len({tuple(ids) for ids in wanted}) > 50
 
 
