@@ -67,7 +67,7 @@ def test_a_cache_is_the_whole_rows(make_recipe, which: str):
     assert apart(begun(make_recipe, which)) < ROUNDING
 
 
-@pytest.mark.parametrize("attention", ["fused", "reference"])
+@pytest.mark.parametrize("attention", ["fused", pytest.param("reference", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-5), ("bf16", 0.05)])
 def test_a_cache_in_other_types(make_recipe, precision: str, rounding: float, attention: str):
     found = apart(begun(make_recipe, "a prompt in a window", precision, attention=attention))
