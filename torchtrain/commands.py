@@ -11,8 +11,8 @@ from types import ModuleType
 from torchtrain.launch import launch
 from torchtrain.processes import count_processes, has_launcher, is_leader
 from trainspec.backends import BACKENDS
-from trainspec.failures import explained
 from trainspec.evaluation.request import evaluation_request
+from trainspec.failures import explained
 from trainspec.generation.request import generation_request
 from trainspec.plans.accelerators import Devices
 from trainspec.recipe import load_recipe

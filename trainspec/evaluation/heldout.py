@@ -18,7 +18,10 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the answers that a record offers: its text, and its row of ids, whose tokens from `first` on are the answer's."""
+    """One of the answers that a record offers: its text, and its row of ids, whose tokens from `first` on are the answer's.
+
+    The token that ends a response is not among them: the text alone is measured, as lm-eval does.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -67,6 +70,7 @@ def questions_of(run: Run, tokenizer: Tokenizer, *, examples: int | None = None)
     if source is None:
         raise DataError("data.heldout: not given; it names the records to measure on")
     answer = tokenizer.prompts((), source, data)
+    stops = frozenset(answer["stops"]) | end_tokens(run.directory)
     numbered = list(enumerate(answer["prompts"], 1))[:examples]
     without = [number for number, record in numbered if not record["references"]]
     if without:
@@ -76,14 +80,13 @@ def questions_of(run: Run, tokenizer: Tokenizer, *, examples: int | None = None)
         )
     limit = room(run)
     fits = {number: _longest(record) <= limit for number, record in numbered}
-    asked = tuple(_question(number, record, run) for number, record in numbered if fits[number])
+    asked = tuple(_question(number, record, run, stops) for number, record in numbered if fits[number])
     if not asked:
         raise DataError(
             f"{source}: every held-out prompt is too long: {run.spec.name} has positions for {limit} tokens, and the response needs "
             "at least one; give shorter ones"
         )
     too_long = tuple(number for number, is_fitting in fits.items() if not is_fitting)
-    stops = frozenset(answer["stops"]) | end_tokens(run.directory)
     return Questions(asked, too_long, len(answer["prompts"]), stops)
 
 
@@ -98,8 +101,8 @@ def _longest(record: dict[str, Any]) -> int:
     return max(len(record["ids"]) + 1, *(len(choice["ids"]) for choice in record["choices"]), 0)
 
 
-def _question(number: int, record: dict[str, Any], run: Run) -> Question:
-    choices = tuple(Choice(c["text"], tuple(c["ids"]), c["first"]) for c in record["choices"])
+def _question(number: int, record: dict[str, Any], run: Run, stops: frozenset[int]) -> Question:
+    choices = tuple(_choice(choice, stops) for choice in record["choices"])
     largest = max(i for ids in (record["ids"], *(choice.ids for choice in choices)) for i in ids)
     if largest >= run.spec.vocab:
         raise DataError(
@@ -109,3 +112,10 @@ def _question(number: int, record: dict[str, Any], run: Run) -> Question:
     references = tuple(record["references"])
     prompt = Prompt(record["prompt"], tuple(record["ids"]), references[0])
     return Question(number, prompt, references, choices)
+
+
+def _choice(choice: dict[str, Any], stops: frozenset[int]) -> Choice:
+    ids, first = tuple(choice["ids"]), choice["first"]
+    while len(ids) > first + 1 and ids[-1] in stops:
+        ids = ids[:-1]
+    return Choice(choice["text"], ids, first)

@@ -19,7 +19,7 @@ class EvaluationRequest:
     """
 
     out: Path
-    settings: Settings = Settings()
+    settings: Settings
     examples: int | None = None
     loss_only: bool = False
 
