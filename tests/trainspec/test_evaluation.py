@@ -256,11 +256,11 @@ def test_a_prompt_that_is_too_long_is_named(evaluated, make_recipe, tmp_path: Pa
     figures, predictions = read(out)
     assert figures["heldout"]["too_long"] == [2]
     assert [p["record"] for p in predictions] == [1, 3]
+    run = resolve(make_recipe(data={"heldout": written(tmp_path, [long])}))
     with pytest.raises(
-        DataError, match="every held-out prompt is too long: small has positions for 128 tokens"
-    ) as error:
-        evaluated([long], examples=1, too_long="cut")
-    assert "\n" not in str(error.value)
+        DataError, match=r"every held-out prompt is too long: plain has positions for \d+ tokens"
+    ):
+        questions_of(run, find_tokenizer(run.recipe.data, run.directory, ""))
 
 
 def test_a_record_without_a_response_is_named(make_recipe, tmp_path: Path):
