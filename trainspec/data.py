@@ -22,6 +22,8 @@ from trainspec.model import ModelSpec
 from trainspec.recipe import Data, Recipe
 from trainspec.rng import name_key, threefry2x32
 from trainspec.runs.run import Run
+from trainspec.tasks import Prompt
+from trainspec.tasks.prompt_file import read_prompt
 from trainspec.text.store import (
     COUNTS,
     TURN,
@@ -130,6 +132,11 @@ class Dataset:
     def tokenizer_digest(self) -> str:
         """SHA-256 of the tokenizer's files."""
         return self._tokenizer.digest
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """How the file's instruction records are asked; None where it has none."""
+        return read_prompt(self._data) if self._store.about["asked"] else None
 
     @property
     def records(self) -> int:

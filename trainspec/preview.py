@@ -17,8 +17,12 @@ WIDTH = 110
 
 
 def preview(dataset: Dataset, batch: Batch) -> None:
-    """Print the summary, the first and the last record of the file, and the examples of a batch."""
+    """Print the summary, the prompt of instruction records, the first and the last record of the file, and the examples of a batch."""
     print(dataset.summary)
+    if dataset.prompt is not None:
+        print("an instruction record is asked as")
+        for line in dataset.prompt:
+            print(f"    {line}")
     documents: list[tuple[str, Ints, NDArray[np.bool_]]] = []
     ends = [("first", 0), ("last", dataset.records - 1)]
     for name, number in ends if dataset.records > 1 else ends[:1]:

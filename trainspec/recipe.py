@@ -29,7 +29,8 @@ from trainspec.methods import LoRA, Method
 from trainspec.plans.plan import Plan, Policy
 from trainspec.recipe_file import read_tree
 from trainspec.schedule import Schedule
-from trainspec.text.records import DATE, Task
+from trainspec.tasks import TASKS, Language, TaskName
+from trainspec.text.records import DATE
 
 Positive = Annotated[int, Field(ge=1)]
 # A file, a directory or `hub:ORG/NAME`.
@@ -106,9 +107,13 @@ class Data(Section):
     """The records to train on: a file, a directory that `datasets` saved, or `hub:ORG/NAME[:SPLIT]`."""
     heldout: Source | None = None
     """The records to measure the held-out loss on, given as for `train`; null: it is not measured."""
-    task: Task = "question_answering"
+    task: TaskName = "question_answering"
     """The prompt that an instruction record is written with; `conversation` makes it a question and an answer of the chat
     template, `text` trains on plain text."""
+    prompts: Source | None = None
+    """A YAML or JSON file whose prompts replace those of the tasks; null: the tasks' own."""
+    language: Language = "en"
+    """The language of the task's prompt, and that of the answers when they are measured."""
     columns: Columns = ()
     """Which field of the file stands for which of ours: `{instruction: question}`."""
     ignore: Names = ()
@@ -389,6 +394,10 @@ def idle_settings(recipe: Recipe, span: RunLength) -> list[str]:
         lines.append(
             f"checkpoint.keep_best={recipe.checkpoint.keep_best}: of the checkpoints, one every {every} updates, only those "
             f"after a measurement, every {measured} updates, can be the best: one every {math.lcm(every, measured)}, and the last"
+        )
+    if recipe.data.prompts is not None and recipe.data.task not in TASKS:
+        lines.append(
+            f"no effect: data.prompts={recipe.data.prompts}: data.task={recipe.data.task} has no prompt"
         )
     warmup = schedule.warmup(span.steps)
     if warmup >= span.steps:

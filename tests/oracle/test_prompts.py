@@ -97,6 +97,65 @@ def test_a_prompt_is_what_training_has_before_the_first_target(
         assert prompt["reference"] == records[i]["output"]
 
 
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_choice_is_what_training_makes_of_it_as_the_answer(
+    make_recipe, model_dirs, tmp_path: Path, template: str | None
+):
+    record = {"instruction": "Which?", "input": "A pear or a plum.", "output": "A plum"}
+    choices = ["A pear", "A plum"]
+    file, asked = tmp_path / "train.jsonl", tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(record | {"output": choice}) + "\n" for choice in choices))
+    asked.write_text(json.dumps(record | {"choices": choices}) + "\n")
+    data = {"train": str(file)}
+    if template is not None:
+        (tmp_path / "t.jinja").write_text(template)
+        data |= {"task": "conversation", "chat_template": str(tmp_path / "t.jinja")}
+    recipe = make_recipe(data=data)
+    run = resolve(recipe)
+    tokenizer = find_tokenizer(recipe.data, run.directory, "")
+    [made] = tokenizer.prompts((), str(asked), recipe.data)["prompts"]
+    assert (made["reference"], made["references"]) == ("A plum", ["A plum"])
+    assert [choice["text"] for choice in made["choices"]] == choices
+    batch = next(open_dataset(run, "train").in_order(2))
+    for i, choice in enumerate(made["choices"]):
+        assert choice["ids"] == batch.input_ids[i, batch.segments[i] > 0].tolist()
+        assert choice["first"] == int(np.flatnonzero(batch.labels[i] != IGNORED)[0])
+        assert choice["ids"][: choice["first"]] == made["ids"]
+    assert made["choices"][0]["ids"] != made["choices"][1]["ids"]
+
+
+def test_a_prompt_of_a_file_is_asked_and_trained(make_recipe, model_dirs, tmp_path: Path):
+    """In the language that the recipe names; the tokens, and so the digest of the data, are others."""
+    file, prompts = tmp_path / "train.jsonl", tmp_path / "prompts.yaml"
+    file.write_text(json.dumps({"instruction": "Go", "input": "a pear", "output": "b"}) + "\n")
+    prompts.write_text(
+        "translation:\n  en: |\n    {input}? {instruction}\n  zh: |\n    {instruction}\n    {input}\n"
+    )
+    shown = {}
+    for name, fields in {
+        "own": {},
+        "zh": {"language": "zh"},
+        "file": {"prompts": str(prompts)},
+        "file, zh": {"prompts": str(prompts), "language": "zh"},
+    }.items():
+        recipe = make_recipe(data={"train": str(file), "task": "translation"} | fields)
+        run = resolve(recipe)
+        tokenizer = find_tokenizer(recipe.data, run.directory, "")
+        [made] = tokenizer.prompts((), str(file), recipe.data)["prompts"]
+        dataset = open_dataset(run, "train")
+        ids, targets = dataset.record(0)
+        assert ids[~targets].tolist() == made["ids"]
+        shown[name] = (made["prompt"], dataset.digest, dataset.prompt)
+    assert [text for text, _, _ in shown.values()] == [
+        "Go\na pear\nTranslation:\n",
+        "Go\na pear\n译文：\n",
+        "a pear? Go\n",
+        "Go\na pear\n",
+    ]
+    assert len({digest for _, digest, _ in shown.values()}) == 4
+    assert shown["file"][2] == ("{input}? {instruction}",)
+
+
 def test_a_tokenizer_that_ends_texts_does_not_end_a_prompt(home: Path):
     text = (home / "tokenizer.json").read_text()
     settings = json.loads(text)

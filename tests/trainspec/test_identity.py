@@ -325,6 +325,8 @@ def test_every_setting_is_compared_or_free_on_purpose():
         "data": {"train", "heldout", "tokenizer", "chat_template", "cache"}  # by content, or measured only
         | {
             "task",
+            "prompts",
+            "language",
             "columns",
             "ignore",
             "bad_records",

@@ -15,7 +15,7 @@ from small import ROOT
 
 from trainspec.text.files import Raw, read_raw
 from trainspec.text.locate import Style, Unlocated, assistant_spans
-from trainspec.text.records import BadRecord, Chat, Reader, Text
+from trainspec.text.records import BadRecord, Chat, Reader, Text, without_response
 
 NO_TOKENS = re.compile("(?!)")
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Rome"}}}
@@ -74,6 +74,83 @@ def test_columns_name_fields_and_ignore_leaves_them_out():
         read(record, columns=columns)
     with pytest.raises(BadRecord, match="both 'instruction' and 'question'"):
         read({"instruction": "x", "question": "a", "output": "b"}, columns={"instruction": "question"})
+
+
+def test_the_english_prompts_are_those_of_earlier_runs():
+    """Tokens of runs that were made hang on every letter."""
+    asked = {
+        "question_answering": ("Question: a\nb\nAnswer:\n", "Question: a\nAnswer:\n"),
+        "summarisation": ("a\nb\nSummary:\n", "a\nSummary:\n"),
+        "translation": ("a\nb\nTranslation:\n", "a\nTranslation:\n"),
+        "reading_comprehension": ("b\nQuestion: a\nAnswer:\n", "Question: a\nAnswer:\n"),
+    }
+    for task, (with_input, without) in asked.items():
+        assert text({"instruction": "a", "input": " b ", "output": "c"}, task=task)[0][0] == with_input
+        assert text({"instruction": "a", "output": "c"}, task=task)[0][0] == without
+
+
+def test_a_prompt_of_a_users():
+    record = {"instruction": "{input}", "input": "b", "output": "c"}
+    prompt = ("Do {instruction}: {{x}}", "Text: {input}", "End")
+    assert text(record, prompt=prompt)[0][0] == "Do {input}: {x}\nText: b\nEnd\n"
+    assert text(record | {"input": ""}, prompt=prompt)[0][0] == "Do {input}: {x}\nEnd\n"
+    assert text(record | {"input": ""}, prompt=("{instruction} {input}",))[0][0] == "{input} \n"
+
+
+def test_an_output_may_be_the_first_of_the_references():
+    question = {"instruction": "a", "references": ["b", "c"]}
+    assert text(question)[-1] == ("b", True)
+    assert text(question | {"output": "c"})[-1] == ("c", True)
+    squad = {"id": "7", "title": "t", "context": "x", "question": "a"}
+    squad["answers"] = {"text": ["b", "c"], "answer_start": [1, 2]}  # type: ignore[assignment]
+    columns = {"instruction": "question", "input": "context", "references": "answers"}
+    settings = {"columns": columns, "ignore": frozenset({"id", "title"}), "task": "reading_comprehension"}
+    assert text(squad, **settings) == [("x\nQuestion: a\nAnswer:\n", False), ("b", True)]
+    reader = Reader(**settings)  # type: ignore[arg-type]
+    assert without_response(squad, reader)[1:] == ("b", ["b", "c"], [])
+    assert without_response(question | {"output": "d"}, reader)[1:] == ("d", ["d", "b", "c"], [])
+    assert without_response(question | {"output": "c"}, reader)[1:] == ("c", ["c", "b"], [])
+    assert without_response({"instruction": "a"}, reader)[1:] == (None, [], [])
+    assert without_response({"instruction": "a", "output": "b"}, reader)[1:] == ("b", ["b"], [])
+    assert without_response({"prompt": "a", "completion": "b"}, reader)[1:] == ("b", ["b"], [])
+
+
+def test_choices_are_no_part_of_what_is_trained():
+    record = {"instruction": "a", "output": "c", "choices": ["b", "c"]}
+    assert text(record) == text({"instruction": "a", "output": "c"})
+    assert without_response(record, Reader("question_answering"))[1:] == ("c", ["c"], ["b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"references": "b"}, "'references' must be a list of texts, not 'b'"),
+        ({"references": [1]}, "'references' must be a list of texts"),
+        ({"references": {"text": ["b"], "from": [0]}}, "'references' must be a list of texts"),
+        ({"references": []}, "'references' is empty, and there is no 'output'"),
+        ({"output": 1, "references": ["b"]}, "'output' must be text, not 1"),
+        ({"output": "b", "choices": ["b"]}, "'choices' are two or more different texts"),
+        ({"output": "b", "choices": ["b", "b"]}, "'choices' are two or more different texts"),
+        ({"output": "b", "choices": ["b", " "]}, "'choices' are two or more different texts"),
+        ({"output": "b", "choices": "bc"}, "'choices' must be a list of texts"),
+        ({"output": "d", "choices": ["b", "c"]}, "the output 'd' is none of the 'choices'"),
+        ({"output": "b", "choices": ["b", "c"], "references": ["b"]}, "'references' beside 'choices'"),
+        ({"output": "b", "reference": ["b"]}, "field 'reference' is not used .*did you mean 'references'"),
+        ({"answers": ["b"]}, r"such as data.columns={output: YOUR_FIELD}"),
+    ],
+)
+def test_malformed_references_and_choices_are_refused(fields: dict[str, Any], said: str):
+    record = {"instruction": "a"} | fields
+    with pytest.raises(BadRecord, match=said):
+        read(record)
+    if "answers" not in fields:
+        with pytest.raises(BadRecord, match=said):
+            Reader("question_answering").read(
+                without_response(record, Reader("question_answering")).record, lambda tools: None
+            )
+    for other in ({"messages": [user("a"), assistant("b")]}, {"prompt": "a", "completion": "b"}):
+        with pytest.raises(BadRecord, match="field 'references' is not used"):
+            read(other | {"references": ["b"]})
 
 
 def test_prompt_and_completion_as_texts_and_as_messages():

@@ -207,7 +207,7 @@ def test_a_killed_helper_ends_the_filling(tmp_path: Path, tokenizer: Path):
     )
     job = {"task": "question_answering", "columns": [], "ignore": [], "bad_records": "stop", "system": None}
     job |= {"source": str(file), "folder": str(tmp_path), "tokenizer": str(tokenizer), "chat_template": None}
-    job |= {"date": "2024-07-26", "digest": ""}
+    job |= {"date": "2024-07-26", "digest": "", "prompt": None}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(job)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )  # fmt: skip

@@ -14,6 +14,7 @@ from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run, resolve_on
+from trainspec.tasks.prompt_file import read_prompt
 from trainspec.text.store import find_tokenizer
 from trainspec.trace import check_free
 
@@ -40,6 +41,7 @@ def prepare_generation(recipe: Recipe, backend: Capabilities, *, out: Path) -> R
     """The run of a recipe whose model is to generate. Raises UserError."""
     run = resolve_on(recipe, backend)
     find_tokenizer(recipe.data, run.directory, recipe.model.from_).files()
+    read_prompt(recipe.data)
     check_readable(latest(out), backend.name)
     return run
 

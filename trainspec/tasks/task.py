@@ -12,7 +12,7 @@ from trainspec.errors import DataError
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
-# Lines with the placeholders {instruction} and {input}; the line of an absent input is left out.
+# Lines with the placeholders {instruction} and {input}, for `write_prompt`.
 Prompt = tuple[str, ...]
 
 
@@ -42,6 +42,15 @@ class Task(Protocol):
     def describe(self, answers: Sequence[Answer], *, language: Language) -> dict[str, str]:
         """For every metric how it is computed: a library with its version and settings."""
         ...
+
+
+def write_prompt(prompt: Prompt, *, instruction: str, text: str) -> str:
+    """A prompt with a record's instruction, and its input `text` in place of {input}.
+
+    Where that is empty, lines are left out that have {input} and not {instruction}.
+    """
+    lines = [line for line in prompt if text or "{input}" not in line or "{instruction}" in line]
+    return "".join(line.format(instruction=instruction, input=text) + "\n" for line in lines)
 
 
 def check_answers(answers: Sequence[Answer]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainspec.errors import DataError
-from trainspec.text.records import BadRecord, Task
+from trainspec.tasks import TaskName
+from trainspec.text.records import BadRecord
 
 # Read by the library `datasets`; the values are names of its builders.
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -55,7 +56,7 @@ def is_hub(source: str) -> bool:
     return source.startswith(HUB)
 
 
-def check_source(source: str, task: Task) -> None:
+def check_source(source: str, task: TaskName) -> None:
     """Raises DataError where `source` does not exist or is of an unsupported kind."""
     if is_hub(source):
         return

@@ -53,6 +53,7 @@ class _Tokenised:
     bad: list[str] = field(default_factory=list)
     targets: int = 0
     end_targets: int = 0
+    asked: int = 0
     largest: int = 0
     end: int = 0
 
@@ -65,6 +66,7 @@ class _Tokenised:
         self.bad += other.bad
         self.targets += other.targets
         self.end_targets += other.end_targets
+        self.asked += other.asked
         self.largest = max(self.largest, other.largest)
 
 
@@ -109,6 +111,7 @@ class _BatchEncoder:
         ids.extend(encoded.ids)
         marks.extend(flags)
         done.lengths.append(len(encoded.ids))
+        done.asked += isinstance(record, Text) and record.is_asked
 
 
 @lru_cache(maxsize=4)
@@ -125,8 +128,7 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
     Raises DataError for all bad records at once, unless `job["bad_records"]` is `skip`.
     """
     encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"], job["digest"])
-    columns, ignore = dict(job["columns"]), frozenset(job["ignore"])
-    batch_encoder = _BatchEncoder(encoder, Reader(job["task"], columns, ignore, job["system"]))
+    batch_encoder = _BatchEncoder(encoder, _reader(job))
     source, folder = job["source"], Path(job["folder"])
     total = _Tokenised()
     lengths = [0]
@@ -150,6 +152,7 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
         "bad": [*_error_lines(total), merged_locations(total.bad)] if total.bad else [],
         "targets": total.targets,
         "end_targets": total.end_targets,
+        "asked": total.asked,
         "largest": total.largest,
         "special_tokens": encoder.special_tokens,
         "has_template": encoder.template() is not None,
@@ -264,8 +267,12 @@ def _progress(source: str, batches: Iterable[tuple[int, _Tokenised]]) -> Iterato
 def prompts_of(job: dict[str, Any]) -> dict[str, Any]:
     """The prompts that a job asks for, and the ids that end a response."""
     encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"], job["digest"])
-    reader = Reader(job["task"], dict(job["columns"]), frozenset(job["ignore"]), job["system"])
-    return {"prompts": prompts(job, encoder, reader), "stops": encoder.stops}
+    return {"prompts": prompts(job, encoder, _reader(job)), "stops": encoder.stops}
+
+
+def _reader(job: dict[str, Any]) -> Reader:
+    prompt = None if job["prompt"] is None else tuple(job["prompt"])
+    return Reader(job["task"], dict(job["columns"]), frozenset(job["ignore"]), job["system"], prompt)
 
 
 def identify(source: str) -> str:

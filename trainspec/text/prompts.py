@@ -1,7 +1,8 @@
 """Prompts as token ids: what a record of training has before its response. Used by the worker process only.
 
 A prompt is written as a record of `data.train` is, with nothing in its response's place: the same fields, the same task and chat
-template. A response that a record has is its reference, and no part of the prompt.
+template. A response that a record has is its reference, and no part of the prompt; a choice is a record with the choice as
+its response.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, Protocol
 
 from trainspec.errors import DataError
 from trainspec.text.files import Raw, read_raw
-from trainspec.text.records import BadRecord, Chat, Reader, Text, without_response
+from trainspec.text.locate import Unlocated
+from trainspec.text.records import BadRecord, Chat, Encoded, Reader, Text, without_response
 
 _SHOWN_ERRORS = 5
 
@@ -28,30 +30,52 @@ class PromptEncoder(Protocol):
         """The ids and the text of everything before the response."""
         ...
 
+    def encode(self, record: Chat | Text) -> Encoded:
+        """A whole record."""
+        ...
+
 
 def prompts(request: dict[str, Any], encoder: PromptEncoder, reader: Reader) -> list[dict[str, Any]]:
-    """Text, ids and reference of every prompt: of a file's records, or of `request["texts"]`.
+    """Text, ids, references and choices of every prompt: of a file's records, or of `request["texts"]`.
 
     Raises DataError for all malformed records at once.
     """
     source, made, errors = request["source"], [], []
     for raw in read_raw(source) if source else _typed(request, reader):
         try:
-            record, reference = without_response(raw.value(), reader)
-            read = reader.renamed_already().read(record, encoder.template)
-            ids, text = encoder.encode_prompt(read)
-            if not ids:
-                raise BadRecord("the prompt is empty; write something to continue")
-        except BadRecord as error:
+            made.append(_prompt(raw.value(), encoder, reader))
+        except (BadRecord, Unlocated) as error:
             errors.append(f"{raw.where}: {error}")
-            continue
-        made.append({"prompt": _said(record) or text, "ids": ids, "reference": reference})
     if errors:
         more = f"; and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
         raise DataError(f"{source or '--prompt'} {'; '.join(errors[:_SHOWN_ERRORS])}{more}")
     if not made:
         raise DataError(f"{source}: has no prompt; give a record in each line")
     return made
+
+
+def _prompt(value: Any, encoder: PromptEncoder, reader: Reader) -> dict[str, Any]:
+    asked, ours = without_response(value, reader), reader.renamed_already()
+    ids, text = encoder.encode_prompt(ours.read(asked.record, encoder.template))
+    if not ids:
+        raise BadRecord("the prompt is empty; write something to continue")
+    chosen = [ours.read(asked.record | {"output": choice}, encoder.template) for choice in asked.choices]
+    return {
+        "prompt": _said(asked.record) or text,
+        "ids": ids,
+        "reference": asked.reference,
+        "references": asked.references,
+        "choices": [
+            _choice(choice, encoder.encode(record))
+            for choice, record in zip(asked.choices, chosen, strict=True)
+        ],
+    }
+
+
+def _choice(text: str, encoded: Encoded) -> dict[str, Any]:
+    if True not in encoded.counts:
+        raise BadRecord(f"the choice {text!r:.40} has no token to measure; leave it out")
+    return {"text": text, "ids": encoded.ids, "first": encoded.counts.index(True)}
 
 
 def _typed(request: dict[str, Any], reader: Reader) -> Iterator[Raw]:

@@ -4,6 +4,8 @@
 {"conversations": [{"from": "human", "value": ...}, ...]}              ShareGPT's
 {"prompt": ..., "completion": ...}                                     texts, or lists of messages
 {"instruction": ..., "input": ..., "output": ..., "system": ...}       `input` and `system` may be absent
+    with "references": [...]      more outputs that are right; the first is the output where that is absent. SQuAD's object too
+    with "choices": [...]         those of a multiple choice, the output among them
 {"text": ...}                                                          task `text`
 
 A field that is null is absent. Every other field is used, named in `data.ignore`, or refused by name.
@@ -14,14 +16,12 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from trainspec.errors import nearest
+from trainspec.tasks import TASKS, Prompt, TaskName, write_prompt
 
-Task = Literal[
-    "question_answering", "summarisation", "translation", "reading_comprehension", "conversation", "text"
-]
 Message = dict[str, Any]
 
 # The date that templates get as today's, so that a run does not depend on the day.
@@ -45,7 +45,7 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ("tools",)),
     "conversations": (("conversations",), ("tools", "system")),
     "prompt and completion": (("prompt", "completion"), ("tools",)),
-    "instruction": (("instruction", "output"), ("input", "system")),
+    "instruction": (("instruction", "output"), ("input", "system", "references", "choices")),
     "text": (("text",), ()),
 }
 FIELDS = tuple(dict.fromkeys(name for needed, more in SHAPES.values() for name in (*needed, *more)))
@@ -55,18 +55,13 @@ ALIASES = {
     "query": "instruction",
     "context": "input",
     "answer": "output",
+    "answers": "references",
     "response": "output",
     "functions": "tools",
     "system_prompt": "system",
 }
-# The prompt of an instruction record, line by line; the line of an absent input is left out. The response follows on a
-# line of its own.
-PROMPTS: dict[Task, tuple[str, ...]] = {
-    "question_answering": ("Question: {instruction}", "{input}", "Answer:"),
-    "summarisation": ("{instruction}", "{input}", "Summary:"),
-    "translation": ("{instruction}", "{input}", "Translation:"),
-    "reading_comprehension": ("{input}", "Question: {instruction}", "Answer:"),
-}
+# The fields of SQuAD's `answers`, and the one of these that is used.
+SQUAD_ANSWERS, ANSWER_TEXTS = ("text", "answer_start"), "text"
 
 
 class BadRecord(Exception):
@@ -84,10 +79,14 @@ class Chat:
 
 @dataclass(frozen=True)
 class Text:
-    """Stretches of text, each with whether it is trained on. `turns`: the stretches that begin a turn."""
+    """Stretches of text, each with whether it is trained on. `turns`: the stretches that begin a turn.
+
+    `is_asked`: whether it is an instruction record in its task's prompt.
+    """
 
     stretches: list[tuple[str, bool]]
     turns: list[int] = field(default_factory=list)
+    is_asked: bool = False
 
     @property
     def is_blank(self) -> bool:
@@ -107,12 +106,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the records of a file, by the settings of `data` that matter for it. Raises BadRecord."""
+    """Reads the records of a file, by the settings of `data` that matter for it. Raises BadRecord.
 
-    task: Task
+    `prompt` is how an instruction record is asked; None: as the task does in English.
+    """
+
+    task: TaskName
     columns: Mapping[str, str] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
     system: str | None = None
+    prompt: Prompt | None = None
 
     def read(self, record: object, template_for: Callable[[object], str | None]) -> Chat | Text:
         """One record; `template_for(tools)` is the text of the chat template, which may allow more roles and fields."""
@@ -136,7 +139,7 @@ class Reader:
                 return self._instruction(fields, template)
 
     def renamed(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """A record under our names, without ignored and absent fields."""
+        """A record under our names, without ignored and absent fields; an absent output is the first reference."""
         kept = {key: value for key, value in record.items() if value is not None and key not in self.ignore}
         ours = {theirs: name for name, theirs in self.columns.items()}
         renamed = {ours.get(key, key): value for key, value in kept.items()}
@@ -145,11 +148,11 @@ class Reader:
             raise BadRecord(
                 f"both {name!r} and {self.columns[name]!r}, which data.columns takes for it; name one of them in data.ignore"
             )
-        return renamed
+        return _with_output(renamed)
 
     def renamed_already(self) -> Reader:
         """The reader of records under our names."""
-        return Reader(self.task, {}, self.ignore, self.system)
+        return replace(self, columns={})
 
     def shape_of(self, record: object) -> str:
         """Which of SHAPES a record has."""
@@ -212,6 +215,7 @@ class Reader:
             key: _text(fields, key) if key in fields else "" for key in ("instruction", "input", "system")
         }
         output = _text(fields, "output")
+        choices_of(fields)
         if not texts["instruction"].strip() and not texts["input"].strip():
             return Text([])
         if self.task == "conversation":
@@ -220,9 +224,9 @@ class Reader:
             return self._chat(turns, {key: fields[key] for key in fields if key == "system"}, template)
         texts = {key: value.strip() for key, value in texts.items()}
         system = texts["system"] or (self.system or "").strip()
-        lines = [line for line in PROMPTS[self.task] if texts["input"] or line != "{input}"]
-        prompt = "".join(line.format(**texts) + "\n" for line in lines)
-        return Text([(f"{system}\n" * bool(system) + prompt, False), (output, True)])
+        prompt = self.prompt if self.prompt is not None else TASKS[self.task].prompts["en"]
+        asked = write_prompt(prompt, instruction=texts["instruction"], text=texts["input"])
+        return Text([(f"{system}\n" * bool(system) + asked, False), (output, True)], is_asked=True)
 
     def _completion(self, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
         prompt, completion = fields["prompt"], fields["completion"]
@@ -294,14 +298,37 @@ class Reader:
         return message, learnt
 
 
-def without_response(record: object, reader: Reader) -> tuple[dict[str, Any], str | None]:
-    """A record under our names with an empty response, and the response that it had. Raises BadRecord.
+class Unanswered(NamedTuple):
+    """A record under our names with an empty response, the response that it had, all that are right, and the choices."""
+
+    record: dict[str, Any]
+    reference: str | None
+    references: list[str]
+    choices: list[str]
+
+
+def without_response(record: object, reader: Reader) -> Unanswered:
+    """A record as it is asked. Raises BadRecord.
 
     A response may be absent: a list of messages may end with the user's turn.
     """
     if not isinstance(record, dict):
         raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
     fields = reader.renamed(record)
+    if "instruction" in fields:
+        reference = _text(fields, "output") if "output" in fields else None
+        references = fields.get("references") or [reference]
+        choices = choices_of(fields)
+        asked = {key: value for key, value in fields.items() if key not in ("references", "choices")}
+        return Unanswered(
+            asked | {"output": ""}, reference, [r for r in references if r is not None], choices
+        )
+    asked, reference = _without_last_response(fields, reader)
+    return Unanswered(asked, reference, [] if reference is None else [reference], [])
+
+
+def _without_last_response(fields: dict[str, Any], reader: Reader) -> tuple[dict[str, Any], str | None]:
+    """The fields of any other record with an empty response, and the one that it had."""
     if reader.task == "text" and "text" in fields:
         return fields, None
     for name in ("messages", "conversations"):
@@ -317,6 +344,45 @@ def without_response(record: object, reader: Reader) -> tuple[dict[str, Any], st
     if reference is not None and not isinstance(reference, str):
         raise BadRecord(f"{response!r} must be text, not {reference!r:.80}")
     return fields | {response: ""}, reference
+
+
+def _with_output(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record with a list of all right outputs as `references`, which begins with `output`."""
+    if "references" not in fields or "instruction" not in fields:
+        return fields
+    references = fields["references"]
+    if (
+        isinstance(references, dict)
+        and ANSWER_TEXTS in references
+        and not references.keys() - {*SQUAD_ANSWERS}
+    ):
+        references = references[ANSWER_TEXTS]
+    references = _texts(references, "references")
+    output = fields.get("output", references[0] if references else None)
+    if output is None:
+        raise BadRecord("'references' is empty, and there is no 'output'; give an answer to learn")
+    every = dict.fromkeys([output, *references] if isinstance(output, str) else references)
+    return fields | {"output": output, "references": list(every)}
+
+
+def choices_of(fields: Mapping[str, Any]) -> list[str]:
+    """The choices of a record, which may have none. Raises BadRecord."""
+    if "choices" not in fields:
+        return []
+    choices = _texts(fields["choices"], "choices")
+    if len(choices) < 2 or len(set(choices)) < len(choices) or not all(map(str.strip, choices)):
+        raise BadRecord(f"'choices' are two or more different texts, not {choices!r:.80}")
+    if "references" in fields:
+        raise BadRecord("'references' beside 'choices', of which one is right: the 'output'; leave them out")
+    if "output" in fields and fields["output"] not in choices:
+        raise BadRecord(f"the output {fields['output']!r:.40} is none of the 'choices'")
+    return choices
+
+
+def _texts(value: object, name: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise BadRecord(f"{name!r} must be a list of texts, not {value!r:.80}")
+    return value
 
 
 def _without_last_answer(value: object, name: str) -> tuple[list[Any], str | None]:

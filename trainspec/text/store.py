@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from trainspec.errors import DataError, nearest
 from trainspec.files.hf import tokenizer_files
 from trainspec.recipe import Data
+from trainspec.tasks.prompt_file import read_prompt
 from trainspec.text.files import check_source, is_hub
 from trainspec.text.process import ask, versions
-from trainspec.text.records import FIELDS, PROMPTS
+from trainspec.text.records import FIELDS
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 # Bits of a token's mark: it is a target; a turn begins with it.
 COUNTS, TURN = 1, 2
 
@@ -89,8 +90,9 @@ class Tokenizer:
     def prompts(self, texts: Sequence[str], source: str | None, data: Data) -> dict[str, Any]:
         """The prompts of `texts`, or of a file's records, as the data's task and template write them.
 
-        `prompts` are objects with `prompt`, `ids` and `reference` (None where there is none), `stops` the ids that end a
-        response. Raises DataError.
+        `prompts` are objects with `prompt`, `ids`, `reference` (None where there is none), `references` (all that are right, the
+        reference first) and `choices`, objects with `text`, `ids` (prompt, choice and end token as training has them) and `first`,
+        the number of the first of `ids` that counts. `stops` are the ids that end a response. Raises DataError.
         """
         return ask(
             do="prompts",
@@ -101,6 +103,7 @@ class Tokenizer:
             columns=data.columns,
             ignore=sorted(data.ignore),
             system=data.system,
+            prompt=read_prompt(data),
             chat_template=self.template,
             **self._asked,
         )
@@ -163,6 +166,7 @@ def check_tokens(source: str, tokenizer: Tokenizer, data: Data) -> None:
     doubled = [theirs for _, theirs in data.columns if [t for _, t in data.columns].count(theirs) > 1]
     if doubled:
         raise DataError(f"data.columns: two fields of ours cannot both come from {doubled[0]!r}")
+    read_prompt(data)
     tokenizer.files()
 
 
@@ -175,9 +179,10 @@ def tokenise(source: str, tokenizer: Tokenizer, data: Data) -> TokenStore:
         "ignore": sorted(data.ignore),
         "bad_records": data.bad_records,
         "system": data.system,
+        "prompt": read_prompt(data),
         "date": data.date.isoformat(),
     }
-    about = (CACHE_FORMAT, PROMPTS, settings, versions(), Path(source).suffix)
+    about = (CACHE_FORMAT, settings, versions(), Path(source).suffix)
     key = _digest(repr(about).encode(), _content(source).encode(), tokenizer.digest.encode())
     folder = Path(data.cache) / key[:20]
     if not folder.is_dir():
