@@ -1,0 +1,192 @@
+"""Train and measure the four tasks on both backends, and write the page that shows it.
+
+    python benchmarks/tasks.py [--only TASK ...] [--examples N] [--max-tokens N] [--out DIR] [--page FILE]
+
+A run that is measured in DIR is not made again: remove it to start anew. A figure that training does not improve is an error, and no
+page is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BACKENDS = {"jaxtrain": "JAX", "torchtrain": "torch"}
+RECIPES = {
+    "question answering": "configs/question-answering.yaml",
+    "reading comprehension": "configs/reading-comprehension.yaml",
+    "summarisation": "configs/summarisation.yaml",
+    "translation": "configs/translation.yaml",
+}
+# Figures that fall as a model learns; all others rise.
+FALL = ("heldout_loss", "perplexity")
+# Of each task the figures that must get better; others of its table may be 0 for so small a model.
+MUST_IMPROVE = {
+    "question answering": ("heldout_loss", "f1", "accuracy"),
+    "reading comprehension": ("heldout_loss", "exact_match", "f1"),
+    "summarisation": ("heldout_loss", "rouge1", "rougeL"),
+    "translation": ("heldout_loss", "bleu", "chrf"),
+}
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one backend's run of a task has left: eval.json, and the lines of predictions.jsonl."""
+
+    figures: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def main() -> None:
+    """Run what is missing, print the page, and write it where it is named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--examples", type=int, default=40, help="held-out records that are answered (40)")
+    parser.add_argument("--max-tokens", type=int, default=32, help="the longest answer (32)")
+    parser.add_argument("--out", type=Path, default=Path("build/tasks"))
+    parser.add_argument("--page", type=Path)
+    arguments = parser.parse_args()
+    results = {
+        task: {program: result(task, program, arguments) for program in BACKENDS} for task in arguments.only
+    }
+    text = page(results, arguments)
+    print(text)
+    if failed := [line for task, by_program in results.items() for line in failures(task, by_program)]:
+        sys.exit("\n".join(failed))
+    if arguments.page:
+        arguments.page.write_text(text, encoding="utf-8")
+
+
+def result(task: str, program: str, arguments: argparse.Namespace) -> Result:
+    """The result of one run, which is trained and measured unless it is."""
+    recipe, out = RECIPES[task], arguments.out / f"{task.replace(' ', '-')}-{program}"
+    if not (out / "predictions.jsonl").exists():
+        command = [sys.executable, "-m", program]
+        _run([*command, "train", recipe, "--out", str(out)])
+        limits = ["--examples", str(arguments.examples), "--max-tokens", str(arguments.max_tokens)]
+        _run([*command, "eval", recipe, "--out", str(out), *limits])
+        print(f"{task} on {BACKENDS[program]} is measured", file=sys.stderr, flush=True)
+    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    figures = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    return Result(figures, [json.loads(line) for line in lines if line])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr or done.stdout)
+
+
+def failures(task: str, results: dict[str, Result]) -> list[str]:
+    """A line for every figure that should have got better and has not, on any backend."""
+    return [
+        f"{task} on {BACKENDS[program]}: {name} was {before:.2f} and is {after:.2f}"
+        for program, found in results.items()
+        for name in MUST_IMPROVE[task]
+        for before, after in [(found.figures["untrained"][name], found.figures["trained"][name])]
+        if (after >= before if name in FALL else after <= before)
+    ]
+
+
+def page(results: dict[str, dict[str, Result]], arguments: argparse.Namespace) -> str:
+    """The page: what was done, a table, samples of every task, and how others measure the same."""
+    lines = [HEAD.format(examples=arguments.examples, tokens=arguments.max_tokens)]
+    lines += ["| task | figure | untrained | JAX | torch | how |", "|---|---|---|---|---|---|"]
+    for task, by_program in results.items():
+        lines += rows(task, by_program)
+    lines += ["", "## The same answers", "", *differences(results), "", "## Samples", ""]
+    lines += ["As JAX's runs have written them: `samples.html` of a run has all of them side by side.", ""]
+    for task, by_program in results.items():
+        lines += samples(task, by_program["jaxtrain"])
+    return "\n".join(lines).rstrip() + "\n" + TAIL
+
+
+def rows(task: str, results: dict[str, Result]) -> list[str]:
+    """A task's rows of the table."""
+    jax, torch = (results[program].figures for program in BACKENDS)
+    made = []
+    for name, how in jax["signatures"].items():
+        decimals = 4 if name == "heldout_loss" else 2
+        values = [jax["untrained"][name], jax["trained"][name], torch["trained"][name]]
+        cells = " | ".join(f"{value:.{decimals}f}" for value in values)
+        made.append(f"| {task} | {name} | {cells} | {how.replace('|', ' ')} |")
+    return made
+
+
+def differences(results: dict[str, dict[str, Result]]) -> list[str]:
+    """How many answers have the same tokens on both backends, before training and after it."""
+    lines = ["| task | untrained | trained |", "|---|---|---|"]
+    for task, by_program in results.items():
+        jax, torch = (by_program[program].predictions for program in BACKENDS)
+        before = sum(a["untrained"]["ids"] == b["untrained"]["ids"] for a, b in zip(jax, torch, strict=True))
+        after = sum(a["ids"] == b["ids"] for a, b in zip(jax, torch, strict=True))
+        lines.append(f"| {task} | {before} of {len(jax)} | {after} of {len(jax)} |")
+    return lines
+
+
+def samples(task: str, result: Result) -> list[str]:
+    """A task's first answers: the reference, the untrained model's and the trained one's."""
+    lines = [f"### {task.capitalize()}", ""]
+    for line in result.predictions[:SAMPLES]:
+        lines += ["```", line["prompt"].rstrip("\n"), "```", "", "| | |", "|---|---|"]
+        texts = {
+            "reference": " / ".join(line["references"]),
+            "untrained": line["untrained"]["prediction"],
+            "trained": line["prediction"],
+        }
+        lines += [f"| {name} | {cell(text)} |" for name, text in texts.items()]
+        lines.append("")
+    return lines
+
+
+def cell(text: str) -> str:
+    """A text in a table of Markdown, as it is."""
+    if not text:
+        return "*nothing*"
+    shown = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("\n", "↵")
+    return f"<code>{shown.replace('*', '&#42;').replace('_', '&#95;').replace('`', '&#96;')}</code>"
+
+
+HEAD = """# Tasks: what a run has learnt
+
+```sh
+jaxtrain train configs/question-answering.yaml --out runs/qa
+jaxtrain eval configs/question-answering.yaml --out runs/qa                 # torchtrain: the same command, the same figures
+jaxtrain eval configs/question-answering.yaml --out runs/qa --loss-only     # the held-out loss in one line; writes nothing
+```
+
+`eval` measures the model that the recipe starts from and the newest checkpoint in `--out`, both in one run: the held-out loss of all
+records with its perplexity; for the tasks `question_answering`, `reading_comprehension`, `summarisation` and `translation` the answers to the
+held-out prompts, by the task's metrics; and for records with `choices` the share of right ones. Answers are greedy; the options of
+`generate` apply, and `--examples N` answers the first N records only. A prompt that leaves the model no room is named and not
+answered; a record without a response is an error.
+
+| file in `--out` | what it has |
+|---|---|
+| `eval.json` | every figure of both models and how it is computed, settings, versions, digests of held-out tokens and tokenizer |
+| `predictions.jsonl` | a line for each prompt: `record`, `prompt`, `references`, `prediction`, `ids`, `finish`, `scores` of the answer by itself, `choices` with their log-likelihoods, and the same of the `untrained` model |
+| `samples.html` | prompts, references and both models' answers side by side |
+
+`run.eval_generations: N` in a recipe answers the first N held-out prompts at each measurement during training: in TensorBoard's texts, and in
+`samples.jsonl` with `step`, `prompt`, `text`, `reference`. A run that is stopped and resumed has the lines of one that was not.
+
+**Choices** are compared by the log-likelihood of their tokens after the prompt, without the token that ends a response. `accuracy` takes
+the largest, `accuracy_normalised` the largest for each character of the choice's text, as lm-eval's `acc` and `acc_norm` do; of equal ones the first.
+
+## Figures
+
+The demo's model (1.1 million parameters), LoRA, fp32; the first {examples} held-out records answered in at most {tokens} tokens. Made by
+`python benchmarks/tasks.py --page docs/tasks.md`, which fails where training improves nothing. Figures but the loss are in percent.
+"""
+TAIL = """
+"""
+
+
+if __name__ == "__main__":
+    main()
