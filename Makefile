@@ -67,8 +67,9 @@ lint: setup ## ruff and pyright
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --threads 2
 
-data: setup ## make configs/data again from this Python's docstrings
+data: setup ## make configs/data again from docstrings of this Python and names of CLDR
 	$(BIN)/python scripts/make_demo_data.py
+	$(BIN)/python scripts/make_task_data.py
 
 clean: ## remove what was built and cached; runs/ and .venv stay
 	rm -rf build .pytest_cache .ruff_cache .hypothesis

@@ -89,15 +89,13 @@ def main(out: Path) -> None:
     heldout = [e for e in entries if e.held_out]
     for split, part, counts in (("train", train, (1200, 150, 360)), ("heldout", heldout, (120, 30, 36))):
         records, chats, documents = counts
-        _write(out / f"qa-{split}.jsonl", map(_json_line, map(qa_record, choose(part, records, salt="qa"))))
-        _write(
-            out / f"chat-{split}.jsonl", map(_json_line, map(chat_record, choose(part, chats, salt="chat")))
-        )
+        write(out / f"qa-{split}.jsonl", map(json_line, map(qa_record, choose(part, records, salt="qa"))))
+        write(out / f"chat-{split}.jsonl", map(json_line, map(chat_record, choose(part, chats, salt="chat"))))
         long = [e for e in part if len(e.document) in DOCUMENT_CHARACTERS]
         chosen = choose(long, documents, salt="text")
-        _write(out / f"text-{split}.txt", ["\n\n".join(e.document for e in chosen) + "\n"])
+        write(out / f"text-{split}.txt", ["\n\n".join(e.document for e in chosen) + "\n"])
     licence = Path(sysconfig.get_path("stdlib")) / "LICENSE.txt"
-    _write(out / "LICENSE-PSF.txt", [licence.read_text(encoding="utf-8")])
+    write(out / "LICENSE-PSF.txt", [licence.read_text(encoding="utf-8")])
 
 
 def choose(entries: Sequence[Entry], count: int, *, salt: str) -> list[Entry]:
@@ -205,11 +203,13 @@ def _words(sentence: str) -> str:
     return " ".join(re.findall(r"\w+", sentence.lower()))
 
 
-def _json_line(record: object) -> str:
+def json_line(record: object) -> str:
+    """A record as a line of its file."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _write(path: Path, parts: Iterable[str]) -> None:
+def write(path: Path, parts: Iterable[str]) -> None:
+    """Write a file and say how large it is."""
     path.write_text("".join(parts), encoding="utf-8")
     print(f"{path}: {path.stat().st_size} bytes")
 
