@@ -297,14 +297,19 @@ def test_readme_and_contributing_are_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+READMES = ("README.md", "README.zh.md")
+
+
+def readme_commands(page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.S)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def test_readme_names_make_targets_and_recipes_that_exist():
+@pytest.mark.parametrize("page", READMES)
+def test_readme_names_make_targets_and_recipes_that_exist(page: str):
     makefile = (ROOT / "Makefile").read_text()
-    for command in readme_commands():
+    for command in readme_commands(page):
         words = command.split()
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.M), command
@@ -314,15 +319,26 @@ def test_readme_names_make_targets_and_recipes_that_exist():
 
 
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
-        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+    pages = (*(ROOT / name for name in READMES), ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-def test_readme_program_lines_parse():
+def test_the_chinese_readme_has_every_task_on_both_backends():
+    said = [" ".join(command.split()[:3]) for command in readme_commands("README.zh.md")]
+    recipes = ("translation", "summarisation", "reading-comprehension", "question-answering")
+    for program in ("jaxtrain", "torchtrain"):
+        for command in ("train", "eval", "generate"):
+            for recipe in recipes:
+                assert f"{program} {command} configs/{recipe}.yaml" in said
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_readme_program_lines_parse(page: str):
     """Every `jaxtrain ...`, `torchtrain ...`, `parity ...` and `trainspec ...` line is one the parsers take."""
-    lines = [c for c in readme_commands() if c.split()[0] in PACKAGES]
+    lines = [c for c in readme_commands(page) if c.split()[0] in PACKAGES]
     assert lines
     code = (
         "import sys, shlex\n"
