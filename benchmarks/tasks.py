@@ -47,8 +47,8 @@ def main() -> None:
     """Run what is missing, print the page, and write it where it is named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--examples", type=int, default=40, help="held-out records that are answered (40)")
-    parser.add_argument("--max-tokens", type=int, default=32, help="the longest answer (32)")
+    parser.add_argument("--examples", type=int, default=24, help="held-out records that are answered (24)")
+    parser.add_argument("--max-tokens", type=int, default=24, help="the longest answer (24)")
     parser.add_argument("--out", type=Path, default=Path("build/tasks"))
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
@@ -104,7 +104,7 @@ def page(results: dict[str, dict[str, Result]], arguments: argparse.Namespace) -
     lines += ["As JAX's runs have written them: `samples.html` of a run has all of them side by side.", ""]
     for task, by_program in results.items():
         lines += samples(task, by_program["jaxtrain"])
-    return "\n".join(lines).rstrip() + "\n" + TAIL
+    return "\n".join(lines).rstrip() + "\n" + TAIL.format(lm_eval=LM_EVAL)
 
 
 def rows(task: str, results: dict[str, Result]) -> list[str]:
@@ -185,7 +185,29 @@ The demo's model (1.1 million parameters), LoRA, fp32; the first {examples} held
 `python benchmarks/tasks.py --page docs/tasks.md`, which fails where training improves nothing. Figures but the loss are in percent.
 """
 TAIL = """
+## By lm-eval
+
+An exported model is read by others' evaluations. lm-eval wants a venv of its own (`pip install 'lm-eval[hf]==0.4.13'`), and runs where `configs` is:
+
+```sh
+jaxtrain export configs/question-answering.yaml --out runs/qa --merge
+lm_eval --model hf --model_args pretrained=runs/qa/merged,dtype=float32 --include_path configs/lm-eval --tasks twintrain_question_answering
+```
+
+`configs/lm-eval/question_answering.yaml` is the task: the same records, the same prompt. {lm_eval}
+It counts the end of the prompt's last line as part of every choice, as it moves blanks from a prompt's end there. That adds the same number to all
+log-likelihoods of a record, so `acc` is our `accuracy`; `acc_norm` divides it by each choice's length, and may differ from `accuracy_normalised` in a
+record that is close. Other tasks of lm-eval's take the same command.
+
+## What holds it
+
+`tests/trainspec/test_evaluation.py` (figures of the written files by the command lines of sacreBLEU and rouge-score, what is named and refused),
+`tests/trainspec/test_tasks.py` (metrics), `tests/torchtrain/test_choices.py` (accuracies by transformers alone), `tests/backends/test_evaluate.py`
+(answers are those of `generate`; samples after a stop and a resume), `tests/test_evaluate_twins.py` (both backends and several plans in float64).
+[Decision 0036](decisions/0036-evaluation.md) says why.
 """
+# What was measured once by hand, with lm-eval in a venv of its own.
+LM_EVAL = ""
 
 
 if __name__ == "__main__":
