@@ -1,6 +1,6 @@
 """Train and measure the four tasks on both backends, and write the page that shows it.
 
-    python benchmarks/tasks.py [--only TASK ...] [--examples N] [--max-tokens N] [--out DIR] [--page FILE]
+    python benchmarks/tasks.py [--only TASK ...] [--steps N] [--examples N] [--max-tokens N] [--out DIR] [--page FILE]
 
 A run that is measured in DIR is not made again: remove it to start anew. A figure that training does not improve is an error, and no
 page is written.
@@ -47,6 +47,7 @@ def main() -> None:
     """Run what is missing, print the page, and write it where it is named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--steps", type=int, help="updates, in place of the recipes' own epochs")
     parser.add_argument("--examples", type=int, default=24, help="held-out records that are answered (24)")
     parser.add_argument("--max-tokens", type=int, default=24, help="the longest answer (24)")
     parser.add_argument("--out", type=Path, default=Path("build/tasks"))
@@ -68,9 +69,11 @@ def result(task: str, program: str, arguments: argparse.Namespace) -> Result:
     recipe, out = RECIPES[task], arguments.out / f"{task.replace(' ', '-')}-{program}"
     if not (out / "predictions.jsonl").exists():
         command = [sys.executable, "-m", program]
-        _run([*command, "train", recipe, "--out", str(out)])
+        length = [f"run.steps={arguments.steps}", "run.epochs=null"] if arguments.steps else []
+        settings = [word for setting in length for word in ("--set", setting)]
+        _run([*command, "train", recipe, "--out", str(out), *settings])
         limits = ["--examples", str(arguments.examples), "--max-tokens", str(arguments.max_tokens)]
-        _run([*command, "eval", recipe, "--out", str(out), *limits])
+        _run([*command, "eval", recipe, "--out", str(out), *limits, *settings])
         print(f"{task} on {BACKENDS[program]} is measured", file=sys.stderr, flush=True)
     lines = (out / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
     figures = json.loads((out / "eval.json").read_text(encoding="utf-8"))
@@ -121,12 +124,13 @@ def rows(task: str, results: dict[str, Result]) -> list[str]:
 
 def differences(results: dict[str, dict[str, Result]]) -> list[str]:
     """How many answers have the same tokens on both backends, before training and after it."""
-    lines = ["| task | untrained | trained |", "|---|---|---|"]
+    lines = ["| task | updates | untrained | trained |", "|---|---|---|---|"]
     for task, by_program in results.items():
         jax, torch = (by_program[program].predictions for program in BACKENDS)
         before = sum(a["untrained"]["ids"] == b["untrained"]["ids"] for a, b in zip(jax, torch, strict=True))
         after = sum(a["ids"] == b["ids"] for a, b in zip(jax, torch, strict=True))
-        lines.append(f"| {task} | {before} of {len(jax)} | {after} of {len(jax)} |")
+        updates = by_program["jaxtrain"].figures["trained"]["step"]
+        lines.append(f"| {task} | {updates} | {before} of {len(jax)} | {after} of {len(jax)} |")
     return lines
 
 
