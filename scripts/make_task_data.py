@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import babel
 from babel import Locale, dates, lists, numbers, units
@@ -54,7 +54,15 @@ UNITS = (
     "temperature-celsius", "temperature-fahrenheit", "volume-cubic-meter", "volume-cup", "volume-gallon", "volume-liter",
     "volume-milliliter", "volume-tablespoon", "volume-teaspoon",
 )  # fmt: skip
-SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604_800, "year": 31_536_000}
+Span = Literal["second", "minute", "hour", "day", "week", "year"]
+SECONDS: dict[Span, int] = {
+    "second": 1,
+    "minute": 60,
+    "hour": 3600,
+    "day": 86400,
+    "week": 604_800,
+    "year": 31_536_000,
+}
 FIRST_DAY, DAYS = date(2020, 1, 1), 2000
 
 

@@ -11,7 +11,20 @@ from small import ROOT
 
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "torch", "deepspeed", "peft", "transformers"}
 # Of what `--help` does without. A refusal needs numpy and pydantic; parity also knows how to write a page.
-HEAVY = {*FRAMEWORKS, "pydantic", "yaml", "safetensors", "tokenizers", "jinja2", "tensorboard", "tqdm"}
+HEAVY = {
+    *FRAMEWORKS,
+    "sacrebleu",
+    "rouge_score",
+    "nltk",
+    "jieba",
+    "pydantic",
+    "yaml",
+    "safetensors",
+    "tokenizers",
+    "jinja2",
+    "tensorboard",
+    "tqdm",
+}
 DEMO = "configs/demo.yaml"
 REFUSALS = {
     "trainspec": (

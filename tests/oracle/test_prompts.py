@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from trainspec.data import IGNORED, open_dataset
 from trainspec.errors import DataError
+from trainspec.preview import preview
 from trainspec.recipe import Data
 from trainspec.runs.run import resolve
 from trainspec.text.store import Tokenizer, find_tokenizer
@@ -125,17 +126,22 @@ def test_a_choice_is_what_training_makes_of_it_as_the_answer(
 
 
 def test_a_prompt_of_a_file_is_asked_and_trained(make_recipe, model_dirs, tmp_path: Path):
-    """In the language that the recipe names; the tokens, and so the digest of the data, are others."""
-    file, prompts = tmp_path / "train.jsonl", tmp_path / "prompts.yaml"
+    """In the language that the recipe names; the tokens, and so the digest of the data, are others.
+
+    What the file is called does not matter.
+    """
+    file, prompts, copy = (tmp_path / name for name in ("train.jsonl", "prompts.yaml", "copy.json"))
     file.write_text(json.dumps({"instruction": "Go", "input": "a pear", "output": "b"}) + "\n")
     prompts.write_text(
         "translation:\n  en: |\n    {input}? {instruction}\n  zh: |\n    {instruction}\n    {input}\n"
     )
+    copy.write_text(json.dumps({"translation": "{input}? {instruction}"}))
     shown = {}
     for name, fields in {
         "own": {},
         "zh": {"language": "zh"},
         "file": {"prompts": str(prompts)},
+        "copy": {"prompts": str(copy)},
         "file, zh": {"prompts": str(prompts), "language": "zh"},
     }.items():
         recipe = make_recipe(data={"train": str(file), "task": "translation"} | fields)
@@ -150,10 +156,28 @@ def test_a_prompt_of_a_file_is_asked_and_trained(make_recipe, model_dirs, tmp_pa
         "Go\na pear\nTranslation:\n",
         "Go\na pear\n译文：\n",
         "a pear? Go\n",
+        "a pear? Go\n",
         "Go\na pear\n",
     ]
     assert len({digest for _, digest, _ in shown.values()}) == 4
+    assert shown["copy"] == shown["file"]
     assert shown["file"][2] == ("{input}? {instruction}",)
+
+
+def test_the_preview_shows_the_prompt_of_instruction_records_alone(
+    make_recipe, model_dirs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "train.jsonl"
+    for record, is_shown in (
+        ({"instruction": "Go", "output": "b"}, True),
+        ({"messages": [{"role": "user", "content": "a"}, ANSWER]}, False),
+    ):
+        file.write_text(json.dumps(record) + "\n")
+        recipe = make_recipe(data={"train": str(file), "task": "summarisation", "language": "zh"})
+        dataset = open_dataset(resolve(recipe), "train")
+        preview(dataset, dataset.batch(0, 1))
+        said = "asked as\n    {instruction}\n    {input}\n    摘要：\n"
+        assert (said in capsys.readouterr().out) == is_shown
 
 
 def test_a_tokenizer_that_ends_texts_does_not_end_a_prompt(home: Path):
