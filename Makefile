@@ -57,6 +57,8 @@ docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold resu
 	$(BIN)/python benchmarks/memory_and_traffic.py --page docs/memory-and-traffic.md
 	$(BIN)/python benchmarks/pipeline_schedules.py --page docs/pipeline.md
 	$(BIN)/python benchmarks/learning_curves.py --page docs/learning-curves.md
+	rm -rf build/tasks
+	$(BIN)/python benchmarks/tasks.py --page docs/tasks.md
 	$(BIN)/parity faults --precision fp64 --precision fp32 --precision bf16 --page docs/faults.md
 	$(BIN)/parity matrix
 	$(BIN)/parity matrix --families

@@ -7,6 +7,7 @@ from argparse import Namespace
 from types import ModuleType
 
 from trainspec.backends import BACKENDS
+from trainspec.evaluation.request import evaluation_request
 from trainspec.generation.request import generation_request
 from trainspec.plans.accelerators import accelerators
 from trainspec.recipe import load_recipe
@@ -30,10 +31,8 @@ def run(args: Namespace) -> None:
             request.clock.lap("JAX loaded")
             train(run, request)
         case "eval":
-            run = prepare_evaluation(recipe, BACKEND, out=out)
-            loss, whose = _jax().evaluate(run, out=out)
-            if _is_leader():
-                print(f"held-out loss {loss:.6f} of {whose}")
+            request = evaluation_request(args, out)
+            _jax().evaluate(prepare_evaluation(recipe, BACKEND, out=out), request)
         case "generate":
             request = generation_request(args, out)
             _jax().generate(prepare_generation(recipe, BACKEND, out=out), request)

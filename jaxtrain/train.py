@@ -13,6 +13,8 @@ from jaxtrain.attention import choose_kernel, site_of
 from jaxtrain.cluster import describe_devices, finish, processes, set_up
 from jaxtrain.compilation import told_to
 from jaxtrain.mesh import make_mesh
+from trainspec.evaluation import loop as evaluation
+from trainspec.evaluation.request import EvaluationRequest
 from trainspec.failures import explained
 from trainspec.generation import loop as generation
 from trainspec.generation.request import GenerationRequest
@@ -35,10 +37,11 @@ def train(run: Run, request: TrainRequest) -> None:
             loop.train(step, run, request, processes=processes(), devices=devices)
 
 
-def evaluate(run: Run, *, out: Path) -> tuple[float, str]:
-    """Held-out loss per target token, and of which weights: the newest checkpoint's in `out`, else the starting ones."""
+def evaluate(run: Run, request: EvaluationRequest) -> None:
+    """Measure the newest checkpoint in the request's directory, and the starting weights, on the held-out records."""
     with _ready(run):
-        return loop.evaluate(step, run, out=out, processes=processes())
+        devices = describe_devices(run.recipe.plan)
+        evaluation.evaluate(step, run, request, processes=processes(), devices=devices)
 
 
 def generate(run: Run, request: GenerationRequest) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 from torchtrain.launch import launch
 from torchtrain.processes import count_processes, has_launcher, is_leader
 from trainspec.backends import BACKENDS
+from trainspec.evaluation.request import evaluation_request
 from trainspec.failures import explained
 from trainspec.generation.request import generation_request
 from trainspec.plans.accelerators import Devices
@@ -46,13 +47,12 @@ def run(args: Namespace, words: Sequence[str]) -> None:
             request.clock.lap("torch loaded")
             train(run, request)
         case "eval":
+            request = evaluation_request(args, out)
             run = prepare_evaluation(recipe, BACKEND, out=out)
             if _needs_launch(run):
                 _launch(run, words, logs=out / "logs")
                 return
-            loss, whose = _torch().evaluate(run, out=out)
-            if is_leader():
-                print(f"held-out loss {loss:.6f} of {whose}")
+            _torch().evaluate(run, request)
         case "generate":
             request = generation_request(args, out)
             run = prepare_generation(recipe, BACKEND, out=out)

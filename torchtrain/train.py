@@ -12,6 +12,8 @@ from torchtrain import step
 from torchtrain.attention import choose_kernel
 from torchtrain.cluster import describe_devices, finish, processes, set_up
 from torchtrain.mesh import compute_device
+from trainspec.evaluation import loop as evaluation
+from trainspec.evaluation.request import EvaluationRequest
 from trainspec.failures import explained
 from trainspec.generation import loop as generation
 from trainspec.generation.request import GenerationRequest
@@ -34,10 +36,11 @@ def train(run: Run, request: TrainRequest) -> None:
         loop.train(step, run, request, processes=processes(), devices=devices)
 
 
-def evaluate(run: Run, *, out: Path) -> tuple[float, str]:
-    """Held-out loss per target token, and whose: that of the newest checkpoint in `out`, or of the starting weights."""
+def evaluate(run: Run, request: EvaluationRequest) -> None:
+    """Measure the newest checkpoint in the request's directory, and the starting weights, on the held-out records."""
     with _ready(run):
-        return loop.evaluate(step, run, out=out, processes=processes())
+        devices = describe_devices(run.recipe.plan)
+        evaluation.evaluate(step, run, request, processes=processes(), devices=devices)
 
 
 def generate(run: Run, request: GenerationRequest) -> None:

@@ -50,7 +50,7 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     helps = {
         "train": "train; writes metrics, TensorBoard events and checkpoints under --out",
-        "eval": "held-out loss of the newest checkpoint under --out, else of the starting weights",
+        "eval": "measure the newest checkpoint under --out and the starting weights on data.heldout: loss, metrics, samples",
         "generate": "write what the newest checkpoint under --out, else the starting model, answers to prompts",
         "export": "write the newest checkpoint under --out as a PEFT adapter or a Hugging Face model",
     }
@@ -88,7 +88,10 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
                 action="store_true",
                 help="print where the time went, to the first update and in the later ones, and write timings.json",
             )
+        if name == "eval":
+            _add_evaluation(command)
         if name == "generate":
+            _add_prompts(command)
             _add_generation(command)
         if name == "export":
             command.add_argument(
@@ -106,13 +109,34 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
     return parser
 
 
-def _add_generation(parser: ArgumentParser) -> None:
+def _add_evaluation(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--loss-only", action="store_true", help="only the newest model's held-out loss, in one line; writes nothing"
+    )  # fmt: skip
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="answer the first N held-out records only; the loss is of all",
+    )
+    _add_generation(parser)
+
+
+def _add_prompts(parser: ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt, written as a record of data.train is")
     prompts.add_argument(
         "--file", type=Path, metavar="FILE",
         help="records with prompts, such as .jsonl; a response in them is kept as the reference",
     )  # fmt: skip
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="with each token its log-probability, its closest rival and by how much that is less",
+    )
+
+
+def _add_generation(parser: ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="the longest response (128)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T",
@@ -140,11 +164,6 @@ def _add_generation(parser: ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="how many prompts at once (8)")
     parser.add_argument(
         "--no-cache", action="store_true", help="compute the whole row for every token, as training does"
-    )
-    parser.add_argument(
-        "--scores",
-        action="store_true",
-        help="with each token its log-probability, its closest rival and by how much that is less",
     )
 
 

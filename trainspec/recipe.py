@@ -274,6 +274,8 @@ class Run(Section):
     """Decides random weights, the order of the examples and dropout."""
     eval_every_steps: Positive = 50
     """Updates from one measurement of the held-out loss to the next; the last update always has one."""
+    eval_generations: Annotated[int, Field(ge=0)] = 0
+    """How many held-out prompts are answered at each measurement, shown in TensorBoard and written to samples.jsonl."""
 
     @model_validator(mode="before")
     @classmethod
@@ -329,6 +331,20 @@ class Recipe(Section):
             raise ValueError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best}: without data.heldout no held-out loss is measured; set "
                 "data.heldout, or checkpoint.keep_best=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answered_are_there(self) -> Self:
+        if self.run.eval_generations and self.data.heldout is None:
+            raise ValueError(
+                f"run.eval_generations={self.run.eval_generations}: without data.heldout there are no held-out prompts; set "
+                "data.heldout, or run.eval_generations=0"
+            )
+        if self.run.eval_generations and self.data.task == "text":
+            raise ValueError(
+                f"run.eval_generations={self.run.eval_generations}: plain text (data.task=text) has no prompts; set "
+                "run.eval_generations=0"
             )
         return self
 

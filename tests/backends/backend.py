@@ -4,6 +4,7 @@ JAX and torch never share a process: `make test` runs this directory once for ea
 """
 
 import importlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from trainspec.backends import BACKENDS
+from trainspec.evaluation.request import EvaluationRequest
 from trainspec.files.hf import resolve_model
+from trainspec.generation.request import Settings
 from trainspec.recipe import Recipe
 from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import resolve_on
@@ -46,8 +49,11 @@ def train(recipe: Recipe, out: Path, **options: Any) -> None:
     _train.train(resolve_on(recipe, BACKENDS[NAME]), TrainRequest(out, **options))
 
 
-def evaluate(recipe: Recipe, *, out: Path) -> tuple[float, str]:
-    return _train.evaluate(resolve_on(recipe, BACKENDS[NAME]), out=out)
+def evaluate(recipe: Recipe, *, out: Path, max_tokens: int = 2, **options: Any) -> dict[str, Any]:
+    """What eval.json has."""
+    request = EvaluationRequest(out, Settings(max_tokens=max_tokens), **options)
+    _train.evaluate(resolve_on(recipe, BACKENDS[NAME]), request)
+    return json.loads((out / "eval.json").read_text(encoding="utf-8"))
 
 
 def spec_of(recipe: Recipe):

@@ -138,9 +138,11 @@ def test_evaluation_measures_the_newest_checkpoint(make_recipe, tmp_path):
     recipe = make_recipe(
         method=FULL, data=MEASURED, optimizer={"lr": 1e-2}, run={"steps": 2, "eval_every_steps": 1}
     )
-    start, whose = evaluate(recipe, out=tmp_path / "nothing")
-    assert "starting weights" in whose
+    start = evaluate(recipe, out=tmp_path / "nothing", examples=1)
+    assert "trained" not in start
     train(recipe, out=tmp_path / "run")
-    measured, whose = evaluate(recipe, out=tmp_path / "run")
-    assert whose.endswith("at step 2")
-    assert metrics_of(tmp_path / "run")[-1]["heldout_loss"] == measured != start
+    measured = evaluate(recipe, out=tmp_path / "run", examples=1)
+    assert measured["untrained"] == start["untrained"]
+    assert measured["trained"]["of"].endswith("at step 2")
+    loss = metrics_of(tmp_path / "run")[-1]["heldout_loss"]
+    assert loss == measured["trained"]["heldout_loss"] != start["untrained"]["heldout_loss"]

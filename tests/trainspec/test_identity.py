@@ -337,7 +337,7 @@ def test_every_setting_is_compared_or_free_on_purpose():
         "plan": None,
         "precision": None,
         "checkpoint": None,
-        "run": {"steps", "epochs", "stop_after_steps", "eval_every_steps"},
+        "run": {"steps", "epochs", "stop_after_steps", "eval_every_steps", "eval_generations"},
         "method": None,  # all but `adapter`, which is compared by content
     }
     compared = {key for keys in (FIXED, *ALLOWABLE.values()) for key in keys}

@@ -1,18 +1,22 @@
 """The loop with a backend of numpy: who looks on, in which order, what is gathered for them, and what survives an error."""
 
+import json
 import signal
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainspec.checkpoints import checkpoint, folders, shards, store
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.portable import PortableFormat
 from trainspec.errors import NonFiniteLossError, StoppedError
 from trainspec.failures import notes_of, outcome
+from trainspec.generation.generation import Generation, Prompt
 from trainspec.runs.agreement import Agreement
 from trainspec.runs.contract import Metrics
 from trainspec.runs.loop import follow
@@ -22,10 +26,12 @@ from trainspec.runs.observers import (
     EvaluationObserver,
     Needs,
     Observer,
+    SampleObserver,
     TraceObserver,
     needs_of,
 )
 from trainspec.runs.processes import Processes
+from trainspec.runs.report import Reporter
 from trainspec.runs.run import resolve
 from trainspec.runs.run_data import open_data
 from trainspec.runs.stops import StopRequest
@@ -425,3 +431,58 @@ def test_a_step_that_is_not_finite_is_in_the_trace_of_the_run_that_it_ends(
         assert {key.partition("/")[0] for key in trace.names(broken)} == {"batch", "gradient"}
         TraceWriter(tmp_path / "trace")  # the next run's trace has none
         assert not (tmp_path / "trace/stopped.safetensors").exists()
+
+
+class Answers:
+    """Takes the place of a responder: a batch for each prompt, until it is asked to stop."""
+
+    def __init__(self, stop: StopRequest | None = None, after: int = 0) -> None:
+        self.stop, self.after, self.made = stop, after, 0
+
+    def respond(self, state, prompts, *, is_stopping):
+        for prompt in prompts:
+            if self.stop is not None and self.made == self.after:
+                self.stop.asked = "SIGTERM"
+            if is_stopping():
+                return
+            self.made += 1
+            text = f"{prompt.prompt} <{state.step}>"
+            yield [Generation(prompt.prompt, prompt.ids, (5,), text, "stop", prompt.reference)]
+
+
+def sampled(prepared, out: Path, answers: Answers, stop: StopRequest | None = None, start: int = 0):
+    """A run that answers two prompts after its updates 2 and 3, and the lines that it leaves."""
+    run, data, backend = prepared
+    agreement = Agreement(stop=stop)
+    prompts = [Prompt("a\u2028b", (1,), "A"), Prompt("c", (1,))]
+    with Reporter(out, backend="program", steps=3, resumed_at=start) as reporter:
+        observer = SampleObserver(answers, prompts, reporter, due=Due(2, 3), agreement=agreement)
+        state = replace(backend.state(), step=start)
+        with suppress(StoppedError):
+            follow(backend, run, data, state, [observer], agreement=agreement)
+    file = out / "samples.jsonl"
+    return (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+        if file.exists()
+        else []
+    )
+
+
+def test_prompts_are_answered_after_due_updates(prepared, tmp_path: Path):
+    lines = sampled(prepared, tmp_path, Answers())
+    assert [line["step"] for line in lines] == [2, 2, 3, 3]
+    assert lines[2] == {"step": 3, "prompt": "a\u2028b", "text": "a\u2028b <3>", "reference": "A"}
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    [first, last] = events.Tensors("samples/1")
+    assert (first.step, last.step) == (2, 3)
+    assert "    a\u2028b <3>" in last.tensor_proto.string_val[0].decode()
+    # A run that is resumed after update 2 has its lines once.
+    assert sampled(prepared, tmp_path, Answers(), start=2) == lines
+
+
+def test_a_stop_leaves_no_part_of_an_updates_answers(prepared, tmp_path: Path):
+    stop = StopRequest()
+    answers = Answers(stop, after=3)
+    assert [line["step"] for line in sampled(prepared, tmp_path, answers, stop)] == [2, 2]
+    assert answers.made == 3  # one of update 3 was made and is not kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainspec.errors import DataError, UserError
@@ -49,11 +49,11 @@ def generation_request(args: Namespace, out: Path) -> GenerationRequest:
     if args.file is not None and not args.file.is_file():
         raise DataError(f"--file {args.file}: no such file; give records, one in each line")
     texts = (args.prompt,) if args.prompt is not None else ()
-    return GenerationRequest(out, texts, args.file, settings(args))
+    return GenerationRequest(out, texts, args.file, replace(settings(args), scores=args.scores))
 
 
 def settings(args: Namespace) -> Settings:
-    """The settings that the options make. Raises UserError."""
+    """The settings that the options of `generate` and `eval` make. Raises UserError."""
     for name in ("max_tokens", "batch"):
         value = getattr(args, name)
         if value < 1:
@@ -63,6 +63,4 @@ def settings(args: Namespace) -> Settings:
     sampling = Sampling(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
     )
-    return Settings(
-        args.max_tokens, tuple(args.stop), sampling, args.batch, caches=not args.no_cache, scores=args.scores
-    )
+    return Settings(args.max_tokens, tuple(args.stop), sampling, args.batch, caches=not args.no_cache)

@@ -42,16 +42,24 @@ class Responder(Generic[S]):
     stops: frozenset[int]
 
     def respond(
-        self, state: S, prompts: Sequence[Prompt], *, say: Say | None = None
+        self,
+        state: S,
+        prompts: Sequence[Prompt],
+        *,
+        say: Say | None = None,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> Iterator[list[Generation]]:
         """The generations of all prompts in their order, a batch of them at a time.
 
-        `say` is called with the text of the first one of each batch, as soon as no later token changes it.
+        `say` is called with the text of the first one of each batch, as soon as no later token changes it. Where `is_stopping`,
+        which is asked before every token but a batch's first, the batch is left and no other begun.
         """
         size = min(self.settings.batch, len(prompts))
         for first in range(0, len(prompts), size):
             some = prompts[first : first + size]
-            responses = self._batch(state, some, first, size, say)
+            responses = self._batch(state, some, first, size, say, is_stopping)
+            if responses is None:
+                return
             texts = self._texts(responses)
             yield [
                 Generation(
@@ -67,9 +75,18 @@ class Responder(Generic[S]):
             ]
 
     def _batch(
-        self, state: S, prompts: Sequence[Prompt], first: int, size: int, say: Say | None
-    ) -> list[Response]:
-        """The responses to some prompts, the first of which has the number `first`; the batch has room for `size`."""
+        self,
+        state: S,
+        prompts: Sequence[Prompt],
+        first: int,
+        size: int,
+        say: Say | None,
+        is_stopping: Callable[[], bool],
+    ) -> list[Response] | None:
+        """The responses to some prompts, the first of which has the number `first`; the batch has room for `size`.
+
+        None where the run stops first.
+        """
         limit, plan = room(self.run), self.run.recipe.plan
         responses = [Response(min(self.settings.max_tokens, limit - len(prompt.ids))) for prompt in prompts]
         longest = max(len(p.ids) + r.longest for p, r in zip(prompts, responses, strict=True))
@@ -101,6 +118,8 @@ class Responder(Generic[S]):
                 shown = max(shown, len(text))
             if all(response.is_done for response in responses):
                 return responses
+            if is_stopping():
+                return None
             for row, response in enumerate(responses):
                 if response.is_done:
                     added[row] = -1

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.shards import Shard
 from trainspec.data import Batch
+from trainspec.evaluation.request import EvaluationRequest
 from trainspec.generation.request import GenerationRequest
 from trainspec.methods import METHODS, Method
 from trainspec.model import ModelSpec
@@ -219,8 +220,8 @@ class Program(Protocol):
         """Train to the recipe's last step."""
         ...
 
-    def evaluate(self, run: Run, *, out: Path) -> tuple[float, str]:
-        """The held-out loss, and whose it is."""
+    def evaluate(self, run: Run, request: EvaluationRequest) -> None:
+        """Measure the run's model on its held-out records."""
         ...
 
     def generate(self, run: Run, request: GenerationRequest) -> None:

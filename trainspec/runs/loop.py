@@ -23,25 +23,27 @@ from trainspec.checkpoints.checkpoint import check_readable, read_origin
 from trainspec.checkpoints.formats import Formats
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
 from trainspec.checkpoints.verify import newest_whole
-from trainspec.data import Batch, open_dataset
+from trainspec.data import Batch
 from trainspec.errors import MachineError, NonFiniteLossError, Note, RecipeError, StoppedError, UserError
 from trainspec.files.hf import model_notes
+from trainspec.generation.request import Settings
+from trainspec.generation.responder import Responder
 from trainspec.plans.accelerators import Devices
 from trainspec.recipe import idle_settings
 from trainspec.runs.agreement import Agreement
 from trainspec.runs.clock import AGREE, INPUT, READ, UPDATE, Clock
 from trainspec.runs.contract import Backend, S
-from trainspec.runs.newest import newest_state
 from trainspec.runs.observers import (
     CheckpointObserver,
     Due,
     EvaluationObserver,
     Observer,
     ReportObserver,
+    SampleObserver,
     StepTime,
     TraceObserver,
     Update,
-    heldout_loss,
+    heldout_examples,
     needs_of,
     trace_header,
 )
@@ -56,6 +58,7 @@ from trainspec.runs.run import Run, arithmetic_of
 from trainspec.runs.run_data import RunData, open_data
 from trainspec.runs.stops import StopRequest, listening
 from trainspec.schedule import learning_rate
+from trainspec.text.store import find_tokenizer
 
 
 def train(
@@ -218,9 +221,15 @@ def _observers(
         due = Due(recipe.run.eval_every_steps, last)
         observers.append(
             EvaluationObserver(
-                backend, data.heldout, examples=_heldout_examples(run), due=due, agreement=agreement
+                backend, data.heldout, examples=heldout_examples(run), due=due, agreement=agreement
             )
         )
+    if data.questions:
+        due = Due(recipe.run.eval_every_steps, last)
+        tokenizer = find_tokenizer(recipe.data, run.directory, recipe.model.from_)
+        responder = Responder(backend, run, tokenizer, Settings(), data.questions.stops)
+        prompts = [question.prompt for question in data.questions.asked]
+        observers.append(SampleObserver(responder, prompts, reporter, due=due, agreement=agreement))
     due = Due(recipe.checkpoint.every_steps, last)
     observers.append(CheckpointObserver(store, due=due, agreement=agreement, say=reporter.say))
     return [*observers, ReportObserver(reporter, arithmetic_of(run), last=last)]
@@ -252,6 +261,8 @@ def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]
         span.describe(examples=data.train.num_examples, global_examples=recipe.batch.global_examples),
     ]
     lines += idle_settings(recipe, span)
+    if data.questions and (note := data.questions.note()):
+        lines.append(note)
     if saved:
         origin = read_origin(saved)
         lines += check_resumable(origin, recipe, data.identity, steps=span.steps, allow=allow)
@@ -301,16 +312,3 @@ def _started(
         folders.remove_leftovers(out)
         (out / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
     return state
-
-
-def evaluate(backend: Backend[S], run: Run, *, out: Path, processes: Processes) -> tuple[float, str]:
-    """Held-out loss per target token, and of which weights: the newest checkpoint in `out`, else the starting weights."""
-    heldout = open_dataset(run, "heldout")
-    digest = heldout.tokenizer_digest
-    state, whose = newest_state(backend, run, out=out, processes=processes, tokenizer_digest=digest)
-    return heldout_loss(backend, state, heldout, _heldout_examples(run)), whose
-
-
-def _heldout_examples(run: Run) -> int:
-    """Examples per evaluation batch: an accumulation slice, which training has in memory as well."""
-    return run.recipe.batch.global_examples // run.recipe.batch.accumulation

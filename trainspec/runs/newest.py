@@ -15,19 +15,29 @@ from trainspec.runs.run import Run
 def newest_state(
     backend: Backend[S], run: Run, *, out: Path, processes: Processes, tokenizer_digest: str
 ) -> tuple[S, str]:
-    """The state of the newest checkpoint in `out`, else the starting one, and what to call it.
+    """The state of the newest checkpoint in `out`, else the starting one, and what to call it. Raises WeightsError."""
+    state, saved = backend.init_state(run), newest_checkpoint(out, processes)
+    if saved is None:
+        return state, f"the starting weights (no checkpoint under {out})"
+    return restored(backend, run, state, saved, processes=processes, tokenizer_digest=tokenizer_digest)
 
-    All processes read the one that the leader finds. Raises WeightsError for a damaged one: unlike a run that resumes, nobody
-    asked for the one before it.
-    """
-    state = backend.init_state(run)
+
+def newest_checkpoint(out: Path, processes: Processes) -> Path | None:
+    """The newest checkpoint in `out` that the leader finds, for all processes."""
     found = latest(out)
     [name, *_] = processes.exchange(found.name if found else "")
-    if not name:
-        return state, f"the starting weights (no checkpoint under {out})"
-    saved = checkpoints_of(out) / name
+    return checkpoints_of(out) / name if name else None
+
+
+def restored(
+    backend: Backend[S], run: Run, state: S, saved: Path, *, processes: Processes, tokenizer_digest: str
+) -> tuple[S, str]:
+    """`state` as it was when the checkpoint `saved` was taken, and what to call it; consumes `state`.
+
+    Raises WeightsError for a damaged one: unlike a run that resumes, nobody asked for the one before it.
+    """
     state = Formats(backend, run, processes).restore(state, saved)
     identity = read_origin(saved).identity
     is_another = identity is not None and identity.tokenizer != tokenizer_digest
     note = "; the tokenizer's files are not those that it was trained with" if is_another else ""
-    return state, f"{out} at step {state.step}{note}"
+    return state, f"{saved.parent.parent} at step {state.step}{note}"

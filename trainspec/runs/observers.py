@@ -1,4 +1,4 @@
-"""The observers of a run: trace, held-out loss, report, checkpoints.
+"""The observers of a run: trace, held-out loss, samples of answers, report, checkpoints.
 
 Every process has the same observers in the same order and calls them at the same time, as what they ask of the backend
 may be a collective; only the leader's write. A new one (a profiler, say) is a class with those of these methods that it
@@ -17,6 +17,8 @@ from typing import Generic, Protocol, TypeVar, get_args
 from trainspec.checkpoints.store import CheckpointStore
 from trainspec.data import Batch, Dataset
 from trainspec.errors import MachineError, Note, UserError
+from trainspec.generation.generation import Prompt
+from trainspec.generation.responder import Responder
 from trainspec.plans.accelerators import Devices
 from trainspec.plans.flops import Arithmetic
 from trainspec.recipe import Recipe
@@ -24,6 +26,7 @@ from trainspec.runs.agreement import Agreement
 from trainspec.runs.contract import Arrays, Backend, Metrics, S
 from trainspec.runs.identity import Identity
 from trainspec.runs.report import NullReporter, Reporter, StepReport, Work
+from trainspec.runs.run import Run
 from trainspec.trace import Keep, StepTrace, TraceName, TraceRequest, TraceWriter
 from trainspec.trace_header import TraceHeader
 
@@ -239,6 +242,11 @@ class EvaluationObserver(Observer[S]):
         return replace(update, heldout_loss=_mean(sums))
 
 
+def heldout_examples(run: Run) -> int:
+    """Examples per evaluation batch: an accumulation slice, which training has in memory as well."""
+    return run.recipe.batch.global_examples // run.recipe.batch.accumulation
+
+
 def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, examples: int) -> float:
     """Mean cross-entropy per target token over every held-out example, `examples` at a time."""
     return _mean([backend.eval_step(state, batch) for batch in heldout.in_order(examples)])
@@ -246,6 +254,38 @@ def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, examples: int)
 
 def _mean(sums: Sequence[tuple[float, int]]) -> float:
     return sum(loss_sum for loss_sum, _ in sums) / sum(tokens for _, tokens in sums)
+
+
+class SampleObserver(Observer[S], Generic[S]):
+    """Answers some prompts after due updates, unless the run is asked to stop: the answers of one update are reported whole."""
+
+    name = "samples"
+
+    def __init__(
+        self,
+        responder: Responder[S],
+        prompts: Sequence[Prompt],
+        reporter: Reporter | NullReporter,
+        *,
+        due: Due,
+        agreement: Agreement | None = None,
+    ) -> None:
+        self._responder, self._prompts, self._reporter, self._due = responder, prompts, reporter, due
+        self._agreement = agreement or Agreement()
+
+    def updated(self, state: S, update: Update) -> Update:
+        """Answers the prompts with the state after the update."""
+        is_stopping = self._agreement.is_stopping
+        if not self._due(update.step) or is_stopping():
+            return update
+        made = [
+            generation
+            for batch in self._responder.respond(state, self._prompts, is_stopping=is_stopping)
+            for generation in batch
+        ]
+        if len(made) == len(self._prompts):
+            self._reporter.samples(update.step, made)
+        return update
 
 
 class ReportObserver(Observer[S], Generic[S]):

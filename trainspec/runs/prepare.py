@@ -30,7 +30,7 @@ def prepare(recipe: Recipe, backend: Capabilities, request: TrainRequest) -> Run
 
 
 def prepare_evaluation(recipe: Recipe, backend: Capabilities, *, out: Path) -> Run:
-    """The run of a recipe that is measured on `data.heldout`, reads no other records and writes nothing. Raises UserError."""
+    """The run of a recipe that is measured on `data.heldout` and reads no other records. Raises UserError."""
     run = resolve_on(recipe, backend)
     check_data(run, "heldout")
     check_readable(latest(out), backend.name)

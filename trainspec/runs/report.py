@@ -1,20 +1,20 @@
-"""The report of a run: a progress bar, a line per step, metrics.jsonl and TensorBoard events."""
+"""The report of a run: a progress bar, a line per step, metrics.jsonl, samples.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-# tensorboard's own writer: tensorboardX would import torch, where it is installed, into JAX's process.
-from tensorboard.summary import Writer
 from tqdm import tqdm
 
+from trainspec.generation.generation import Generation
 from trainspec.runs.clock import table
+from trainspec.runs.events import Events
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,10 @@ class Reporter:
         metrics = out / "metrics.jsonl"
         _drop_steps_after(metrics, resumed_at)
         self._metrics = metrics.open("a", encoding="utf-8")
+        self._samples = out / "samples.jsonl"
+        _drop_steps_after(self._samples, resumed_at)
         self._timings, self._program = out / "timings.json", backend
-        self._events = Writer(str(out))
+        self._events = Events(out)
         self._bar = tqdm(
             total=steps,
             initial=resumed_at,
@@ -127,13 +129,27 @@ class Reporter:
         self._metrics.flush()
         for name, value in values.items():
             if name != "step":
-                self._events.add_scalar(name, value, report.step)
+                self._events.scalar(name, value, report.step)
         self._bar.update()
         heldout = "" if report.heldout_loss is None else f"  held-out {report.heldout_loss:.4f}"
         self.say(
             f"step {report.step:>5}  loss {report.loss:.4f}  |g| {report.grad_norm:.3e}  lr {report.lr:.2e}"
             f"  {report.tokens} tokens  {report.speed or f'first update {report.seconds:.2f} s'}{heldout}"
         )
+
+    def samples(self, step: int, generations: Sequence[Generation]) -> None:
+        """Record what held-out prompts are answered after an update: the lines of one step are written at once."""
+        lines = [
+            json.dumps(
+                {"step": step, "prompt": made.prompt, "text": made.text, "reference": made.reference},
+                ensure_ascii=False,
+            )
+            for made in generations
+        ]
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+        for number, made in enumerate(generations, 1):
+            self._events.text(f"samples/{number}", _shown(made), step)
 
     def timings(self, report: Mapping[str, Any]) -> None:
         """Show and record where the time went."""
@@ -158,16 +174,27 @@ class NullReporter:
     def step(self, report: StepReport) -> None:
         """Do nothing."""
 
+    def samples(self, step: int, generations: Sequence[Generation]) -> None:
+        """Do nothing."""
+
     def timings(self, report: Mapping[str, Any]) -> None:
         """Do nothing."""
 
 
-def _drop_steps_after(metrics: Path, step: int) -> None:
+def _shown(made: Generation) -> str:
+    """A prompt, its response and its reference as Markdown that shows them as they are."""
+    parts = {"prompt": made.prompt, "response": made.text, "reference": made.reference}
+    return "\n\n".join(
+        "\n".join([f"**{name}**", "", *(f"    {line}" for line in text.split("\n"))])
+        for name, text in parts.items()
+        if text is not None
+    )
+
+
+def _drop_steps_after(file: Path, step: int) -> None:
     """Drop the lines of the steps that a resumed run repeats."""
-    if metrics.is_file():
+    if file.is_file():
         # A killed run may have left half a line at the end.
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n")]
-        metrics.write_text(
-            "".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8"
-        )
+        *whole, _ = file.read_text(encoding="utf-8").split("\n")
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,226 @@
+"""Train and measure the four tasks on both backends, and write the page that shows it.
+
+    python benchmarks/tasks.py [--only TASK ...] [--steps N] [--examples N] [--max-tokens N] [--out DIR] [--page FILE]
+
+A run that is measured in DIR is not made again: remove it to start anew. A figure that training does not improve is an error, and no
+page is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BACKENDS = {"jaxtrain": "JAX", "torchtrain": "torch"}
+RECIPES = {
+    "question answering": "configs/question-answering.yaml",
+    "reading comprehension": "configs/reading-comprehension.yaml",
+    "summarisation": "configs/summarisation.yaml",
+    "translation": "configs/translation.yaml",
+}
+# Figures that fall as a model learns; all others rise.
+FALL = ("heldout_loss", "perplexity")
+# Of each task the figures that must get better; others of its table may be 0 for so small a model.
+MUST_IMPROVE = {
+    "question answering": ("heldout_loss", "f1", "accuracy"),
+    "reading comprehension": ("heldout_loss", "exact_match", "f1"),
+    "summarisation": ("heldout_loss", "rouge1", "rougeL"),
+    "translation": ("heldout_loss", "chrf"),
+}
+# In float32 two runs whose first updates differ by rounding alone are apart after some hundred updates of these rates.
+EXACT = ("precision.policy=fp64", "precision.reduce=fp64")
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one backend's run of a task has left: eval.json, and the lines of predictions.jsonl."""
+
+    figures: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def main() -> None:
+    """Run what is missing, print the page, and write it where it is named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--steps", type=int, help="updates, in place of the recipes' own epochs")
+    parser.add_argument("--examples", type=int, default=24, help="held-out records that are answered (24)")
+    parser.add_argument("--max-tokens", type=int, default=24, help="the longest answer (24)")
+    parser.add_argument("--out", type=Path, default=Path("build/tasks"))
+    parser.add_argument("--page", type=Path)
+    arguments = parser.parse_args()
+    results = {
+        task: {program: result(task, program, arguments) for program in BACKENDS} for task in arguments.only
+    }
+    text = page(results, arguments)
+    print(text)
+    if failed := [line for task, by_program in results.items() for line in failures(task, by_program)]:
+        sys.exit("\n".join(failed))
+    if arguments.page:
+        arguments.page.write_text(text, encoding="utf-8")
+
+
+def result(task: str, program: str, arguments: argparse.Namespace) -> Result:
+    """The result of one run, which is trained and measured unless it is."""
+    recipe, out = RECIPES[task], arguments.out / f"{task.replace(' ', '-')}-{program}"
+    if not (out / "predictions.jsonl").exists():
+        command = [sys.executable, "-m", program]
+        changed = list(EXACT)
+        if arguments.steps:
+            changed += [f"run.steps={arguments.steps}", "run.epochs=null"]
+        settings = [word for setting in changed for word in ("--set", setting)]
+        _run([*command, "train", recipe, "--out", str(out), *settings])
+        limits = ["--examples", str(arguments.examples), "--max-tokens", str(arguments.max_tokens)]
+        _run([*command, "eval", recipe, "--out", str(out), *limits, *settings])
+        print(f"{task} on {BACKENDS[program]} is measured", file=sys.stderr, flush=True)
+    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    figures = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    return Result(figures, [json.loads(line) for line in lines if line])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr or done.stdout)
+
+
+def failures(task: str, results: dict[str, Result]) -> list[str]:
+    """A line for every figure that should have got better and has not, on any backend."""
+    return [
+        f"{task} on {BACKENDS[program]}: {name} was {before:.2f} and is {after:.2f}"
+        for program, found in results.items()
+        for name in MUST_IMPROVE[task]
+        for before, after in [(found.figures["untrained"][name], found.figures["trained"][name])]
+        if (after >= before if name in FALL else after <= before)
+    ]
+
+
+def page(results: dict[str, dict[str, Result]], arguments: argparse.Namespace) -> str:
+    """The page: what was done, a table, samples of every task, and how others measure the same."""
+    steps, examples, tokens = arguments.steps, arguments.examples, arguments.max_tokens
+    length = f" for {steps} updates each" if steps else ""
+    options = f" --steps {steps}" * bool(steps) + f" --examples {examples} --max-tokens {tokens}"
+    lines = [HEAD.format(examples=examples, tokens=tokens, length=length, options=options)]
+    lines += ["| task | figure | untrained | JAX | torch | how |", "|---|---|---|---|---|---|"]
+    for task, by_program in results.items():
+        lines += rows(task, by_program)
+    lines += ["", "## The same answers", "", *differences(results), "", "## Samples", ""]
+    lines += ["As JAX's runs have written them: `samples.html` of a run has all of them side by side.", ""]
+    for task, by_program in results.items():
+        lines += samples(task, by_program["jaxtrain"])
+    return "\n".join(lines).rstrip() + "\n" + TAIL.format(lm_eval=LM_EVAL)
+
+
+def rows(task: str, results: dict[str, Result]) -> list[str]:
+    """A task's rows of the table."""
+    jax, torch = (results[program].figures for program in BACKENDS)
+    made = []
+    for name, how in jax["signatures"].items():
+        decimals = 4 if name == "heldout_loss" else 2
+        values = [jax["untrained"][name], jax["trained"][name], torch["trained"][name]]
+        cells = " | ".join(f"{value:.{decimals}f}" for value in values)
+        made.append(f"| {task} | {name} | {cells} | {how.replace('|', ' ')} |")
+    return made
+
+
+def differences(results: dict[str, dict[str, Result]]) -> list[str]:
+    """How many answers have the same tokens on both backends, before training and after it."""
+    lines = ["| task | updates | untrained | trained |", "|---|---|---|---|"]
+    for task, by_program in results.items():
+        jax, torch = (by_program[program].predictions for program in BACKENDS)
+        before = sum(a["untrained"]["ids"] == b["untrained"]["ids"] for a, b in zip(jax, torch, strict=True))
+        after = sum(a["ids"] == b["ids"] for a, b in zip(jax, torch, strict=True))
+        updates = by_program["jaxtrain"].figures["trained"]["step"]
+        lines.append(f"| {task} | {updates} | {before} of {len(jax)} | {after} of {len(jax)} |")
+    return lines
+
+
+def samples(task: str, result: Result) -> list[str]:
+    """A task's first answers: the reference, the untrained model's and the trained one's."""
+    lines = [f"### {task.capitalize()}", ""]
+    for line in result.predictions[:SAMPLES]:
+        lines += ["```", line["prompt"].rstrip("\n"), "```", "", "| | |", "|---|---|"]
+        texts = {
+            "reference": " / ".join(line["references"]),
+            "untrained": line["untrained"]["prediction"],
+            "trained": line["prediction"],
+        }
+        lines += [f"| {name} | {cell(text)} |" for name, text in texts.items()]
+        lines.append("")
+    return lines
+
+
+def cell(text: str) -> str:
+    """A text in a table of Markdown, as it is."""
+    if not text:
+        return "*nothing*"
+    shown = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("\n", "↵")
+    return f"<code>{shown.replace('*', '&#42;').replace('_', '&#95;').replace('`', '&#96;')}</code>"
+
+
+HEAD = """# Tasks: what a run has learnt
+
+```sh
+jaxtrain train configs/question-answering.yaml --out runs/qa
+jaxtrain eval configs/question-answering.yaml --out runs/qa                 # torchtrain: the same command, the same figures
+jaxtrain eval configs/question-answering.yaml --out runs/qa --loss-only     # the held-out loss in one line; writes nothing
+```
+
+`eval` measures the model that the recipe starts from and the newest checkpoint in `--out`, both in one run: the held-out loss of all
+records with its perplexity; for the tasks `question_answering`, `reading_comprehension`, `summarisation` and `translation` the answers to the
+held-out prompts, by the task's metrics; and for records with `choices` the share of right ones. Answers are greedy; the options of
+`generate` apply, and `--examples N` answers the first N records only. A prompt that leaves the model no room is named and not
+answered; a record without a response is an error.
+
+| file in `--out` | what it has |
+|---|---|
+| `eval.json` | every figure of both models and how it is computed, settings, versions, digests of held-out tokens and tokenizer |
+| `predictions.jsonl` | a line for each prompt: `record`, `prompt`, `references`, `prediction`, `ids`, `finish`, `scores` of the answer by itself, `choices` with their log-likelihoods, and the same of the `untrained` model |
+| `samples.html` | prompts, references and both models' answers side by side |
+
+`run.eval_generations: N` in a recipe answers the first N held-out prompts at each measurement during training: in TensorBoard's texts, and in
+`samples.jsonl` with `step`, `prompt`, `text`, `reference`. A run that is stopped and resumed has the lines of one that was not.
+
+**Choices** are compared by the log-likelihood of their tokens after the prompt, without the token that ends a response. `accuracy` takes
+the largest, `accuracy_normalised` the largest for each character of the choice's text, as lm-eval's `acc` and `acc_norm` do; of equal ones the first.
+
+## Figures
+
+The demo's model (1.1 million parameters), LoRA by the recipes in `configs/`{length}, in float64, so that what differs between the backends is
+no rounding; the first {examples} held-out records are answered in at most {tokens} tokens. Figures but the loss and the perplexity are in percent. Made by
+`python benchmarks/tasks.py{options} --page docs/tasks.md`, which fails where training improves nothing.
+"""
+TAIL = """
+## By lm-eval
+
+An exported model is read by others' evaluations. lm-eval wants a venv of its own (`pip install 'lm-eval[hf]==0.4.13'`), and runs where `configs` is:
+
+```sh
+jaxtrain export configs/question-answering.yaml --out runs/qa --merge
+lm_eval --model hf --model_args pretrained=runs/qa/merged,dtype=float32 --include_path configs/lm-eval --tasks twintrain_question_answering
+```
+
+`configs/lm-eval/question_answering.yaml` is the task: the same records, the same prompt. {lm_eval}
+It counts the end of the prompt's last line as part of every choice, as it moves blanks from a prompt's end there. That adds the same number to all
+log-likelihoods of a record, so `acc` is our `accuracy`; `acc_norm` divides it by each choice's length, and may differ from `accuracy_normalised` in a
+record that is close. Other tasks of lm-eval's take the same command.
+
+## What holds it
+
+`tests/trainspec/test_evaluation.py` (figures of the written files by the command lines of sacreBLEU and rouge-score, what is named and refused),
+`tests/trainspec/test_tasks.py` (metrics), `tests/torchtrain/test_choices.py` (accuracies by transformers alone), `tests/backends/test_evaluate.py`
+(answers are those of `generate`; samples after a stop and a resume), `tests/test_evaluate_twins.py` (both backends and several plans in float64).
+[Decision 0036](decisions/0036-evaluation.md) says why.
+"""
+# What was measured once by hand, with lm-eval in a venv of its own.
+LM_EVAL = ""
+
+
+if __name__ == "__main__":
+    main()

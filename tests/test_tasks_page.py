@@ -1,0 +1,50 @@
+"""The benchmark of the tasks: what it fails for, and what its page says of two backends that part."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from typing import Any
+
+import pytest
+from small import ROOT
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    spec = spec_from_file_location("tasks_page", ROOT / "benchmarks/tasks.py")
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def result(benchmark: Any, *, loss: float, chrf: float, ids: list[int]) -> Any:
+    untrained = {"heldout_loss": 2.0, "chrf": 1.0}
+    trained = {"heldout_loss": loss, "chrf": chrf, "step": 3}
+    line = {"ids": ids, "untrained": {"ids": [1]}}
+    return benchmark.Result({"untrained": untrained, "trained": trained}, [line, line])
+
+
+def test_a_figure_that_does_not_get_better_is_named(benchmark: Any):
+    good = result(benchmark, loss=1.0, chrf=2.0, ids=[1])
+    assert benchmark.failures("translation", {"jaxtrain": good, "torchtrain": good}) == []
+    worse = result(benchmark, loss=2.5, chrf=1.0, ids=[1])
+    assert benchmark.failures("translation", {"jaxtrain": good, "torchtrain": worse}) == [
+        "translation on torch: heldout_loss was 2.00 and is 2.50", "translation on torch: chrf was 1.00 and is 1.00"
+    ]  # fmt: skip
+
+
+def test_answers_that_differ_are_counted(benchmark: Any):
+    jax, torch = (result(benchmark, loss=1.0, chrf=2.0, ids=ids) for ids in ([1, 2], [1, 3]))
+    lines = benchmark.differences({"translation": {"jaxtrain": jax, "torchtrain": torch}})
+    assert lines[-1] == "| translation | 3 | 2 of 2 | 0 of 2 |"
+    lines = benchmark.differences({"translation": {"jaxtrain": jax, "torchtrain": jax}})
+    assert lines[-1] == "| translation | 3 | 2 of 2 | 2 of 2 |"
+
+
+def test_a_cell_shows_a_text_as_it_is(benchmark: Any):
+    assert benchmark.cell("a|b\n<*>") == "<code>a&#124;b↵&lt;&#42;></code>"
+    assert benchmark.cell("") == "*nothing*"

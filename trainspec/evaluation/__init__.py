@@ -1,0 +1,1 @@
+"""Evaluation: what a run has learnt, by its held-out records, beside the model that it started from."""
