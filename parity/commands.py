@@ -16,6 +16,7 @@ from parity.faults import SHARED
 from parity.faults.results import Result, collected, result_of, store
 from parity.faults.run import BACKENDS, chosen, run_faults
 from parity.faults.table import help_summary, listed, listed_shared, page, result_lines, summary
+from parity.generate import Questions, compare_responses
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
@@ -23,7 +24,8 @@ from parity.runs.plans import refusal, runs_as
 from parity.runs.progress import Progress
 from parity.runs.sides import Resumption, Side, parse_resumption, parse_side
 from parity.steps import SMALL_STEPS
-from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
+from trainspec.errors import EXIT_DONE, EXIT_FAILED, DataError, UserError
+from trainspec.generation.request import settings
 from trainspec.plans.plan import Plan, Policy
 from trainspec.small import RECIPE_FILE, write_small_twin
 
@@ -44,6 +46,8 @@ def run(args: Namespace) -> int:
                 steps=steps, overrides=overrides, out=out, device=args.device, resumption=_resumption(args),
                 watcher=Progress(),
             )  # fmt: skip
+        case "generate":
+            return _generate(args)
         case "diff":
             out = args.out
             verdict = diff(args.left, args.right, precision=args.precision, out=out)
@@ -54,6 +58,19 @@ def run(args: Namespace) -> int:
         case other:
             assert_never(other)
     return _tell(verdict, out)
+
+
+def _generate(args: Namespace) -> int:
+    if args.file is not None and not args.file.is_file():
+        raise DataError(f"--file {args.file}: no such file; give records, one in each line")
+    out = args.out or Path("runs") / f"parity-generate-{args.recipe.stem}"
+    verdict = compare_responses(
+        args.recipe, Questions(args.prompt, args.file, settings(args)), left=parse_side(args.left),
+        right=parse_side(args.right), precision=args.precision, overrides=args.overrides, out=out, start=args.from_,
+    )  # fmt: skip
+    print("\n".join(verdict.lines(colour=sys.stdout.isatty())))
+    print(f"report: {out / 'report.txt'}")
+    return EXIT_DONE if verdict.holds else EXIT_FAILED
 
 
 def _small(args: Namespace, sides: tuple[Side, Side], directory: Path) -> tuple[Path, tuple[Side, Side]]:

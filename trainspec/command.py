@@ -89,7 +89,13 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
                 help="print where the time went, to the first update and in the later ones, and write timings.json",
             )
         if name == "generate":
-            _add_generation(command)
+            add_prompts(command)
+            add_decoding(command)
+            command.add_argument(
+                "--scores",
+                action="store_true",
+                help="with each token its log-probability, its closest rival and by how much that is less",
+            )
         if name == "export":
             command.add_argument(
                 "--merge", action="store_true", help="merge the adapter into the model's weights"
@@ -106,13 +112,18 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
     return parser
 
 
-def _add_generation(parser: ArgumentParser) -> None:
-    prompts = parser.add_mutually_exclusive_group(required=True)
+def add_prompts(parser: ArgumentParser, *, required: bool = True) -> None:
+    """`--prompt` and `--file`, of which one is given."""
+    prompts = parser.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt, written as a record of data.train is")
     prompts.add_argument(
         "--file", type=Path, metavar="FILE",
         help="records with prompts, such as .jsonl; a response in them is kept as the reference",
     )  # fmt: skip
+
+
+def add_decoding(parser: ArgumentParser) -> None:
+    """How responses are made and end."""
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="the longest response (128)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T",
@@ -140,11 +151,6 @@ def _add_generation(parser: ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="how many prompts at once (8)")
     parser.add_argument(
         "--no-cache", action="store_true", help="compute the whole row for every token, as training does"
-    )
-    parser.add_argument(
-        "--scores",
-        action="store_true",
-        help="with each token its log-probability, its closest rival and by how much that is less",
     )
 
 
