@@ -144,6 +144,10 @@ def _of_draw(token: int, scores_V: Array, movement: Movement, sampling: Sampling
     kept_V = np.ones(len(scores_V), bool)
     if any(each is not None for each in filters):
         kept_V = probabilities(scores_V, sampling) > 0
+    if kept_V[token]:
+        own = _outside(drawn, *_stretch(token, scores_V, kept_V, movement, sampling))
+        if own.is_explained:
+            return own
     unsure = np.flatnonzero(_unsure(scores_V, kept_V, movement, sampling))
     if not kept_V[token] and token not in unsure:
         return Reach(math.inf, 0.0)

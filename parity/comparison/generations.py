@@ -126,16 +126,20 @@ class ResponseComparison:
     @property
     def first_difference(self) -> Difference | None:
         """The first one that rounding does not explain."""
-        found = [
-            Difference(gap.prompt, gap.position, _whose(gap), f"log-probability off by {gap.error:.2e}, bound {gap.bound:.2e}")
-            for gap in self.gaps
-            if not gap.holds
-        ]  # fmt: skip
+        return min(self.differences, key=lambda d: d.position, default=None)
+
+    @property
+    def differences(self) -> list[Difference]:
+        """All that rounding does not explain; of one position what was chosen first."""
+        found = []
         if self.parting and not self.parting.is_explained:
             what = "one side's response ends" if self.parting.has_ended else "another token is chosen"
             found.append(Difference(self.prompt, self.parting.position, self.parting.departing, what))
-        found += [self.other] if self.other else []
-        return min(found, key=lambda d: d.position, default=None)
+        for gap in self.gaps:
+            if not gap.holds:
+                what = f"log-probability off by {gap.error:.2e}, bound {gap.bound:.2e}"
+                found.append(Difference(self.prompt, gap.position, _whose(gap), what))
+        return [*found, self.other] if self.other else found
 
     @property
     def left_out(self) -> int:
@@ -162,9 +166,9 @@ class GenerationComparison:
 
     @property
     def departing(self) -> tuple[str, ...]:
-        """The sides of the first difference."""
-        first = self.first_difference
-        return first.sides if first else ()
+        """The sides that differ by more than rounding, in any response."""
+        sides = {side for response in self.responses for d in response.differences for side in d.sides}
+        return tuple(name for name in NAMES if name in sides)
 
     @property
     def partings(self) -> list[Parting]:
@@ -273,7 +277,7 @@ def _gaps(number: int, at: int, pair: Pair, found: Rescored, bounds: _Bounds) ->
         Gap(number, at, name, abs(each - float(found.log_probs[at])), bound)
         for name, each in zip(NAMES, said, strict=True)
     ]
-    if bounds.precision == "fp64":
+    if bounds.precision == "fp64" and all(gap.holds for gap in gaps):  # else it says which side departs
         gaps.append(Gap(number, at, BOTH, abs(said[0] - said[1]), bound))
     return gaps
 
