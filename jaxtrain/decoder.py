@@ -16,12 +16,14 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from jaxtrain.activations import IN_LAYERS, NO_PROBES, Probes, recording, tap
+from jaxtrain.attention.earlier import Earlier
 from jaxtrain.attention.visible import Visible
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import (
     Build,
     Embedding,
     Encoder,
+    KeysValues,
     Linear,
     VirtualTokens,
     in_front,
@@ -31,6 +33,9 @@ from jaxtrain.layers import (
 )
 from jaxtrain.weights import is_stacked
 from trainspec.model import ModelSpec
+
+# Keys and values [B, K, T, D] of all layers, with the layers in front or apart.
+Kept = KeysValues | list[KeysValues]
 
 
 class Decoder(nnx.Module):
@@ -86,7 +91,7 @@ class Decoder(nnx.Module):
         virtual = self.virtual(None if point is None else point.step)
         with recording(probes) as recorded:
             x_BSE = self.embed(input_ids, virtual)
-            x_BSE, in_layers = self.blocks(
+            x_BSE, in_layers, _ = self.blocks(
                 x_BSE,
                 virtual,
                 positions=positions,
@@ -97,6 +102,75 @@ class Decoder(nnx.Module):
             )
             made = self.head(x_BSE, point) if end is None else end(x_BSE)
         return made, recorded | in_layers
+
+    def begin(
+        self, input_ids: Array, *, positions: Array, segments: Array, end: Callable[[Array], Array]
+    ) -> tuple[Array, KeysValues]:
+        """What `end` makes of the last layer's output, and the keys and values [L, B, P + T, K, D] of all layers.
+
+        They are those that attention saw: rotated, and after those of a prefix of P.
+        """
+        virtual = self.virtual(None)
+        x_BSE, _, seen = self.blocks(
+            self.embed(input_ids, virtual),
+            virtual,
+            positions=positions,
+            segments=segments,
+            point=None,
+            probes=NO_PROBES,
+            is_rotated=rotated_layers(self.spec, range(self.spec.layers)),
+            keeps_seen=True,
+        )
+        return end(x_BSE), seen
+
+    def extend(
+        self, ids_B: Array, places_B: Array, kept: Kept, *, prefix: int, positions: Array, segments: Array
+    ) -> tuple[Array, Kept]:
+        """The logits [B, vocab] after one more token of each row, and its keys and values [B, K, D] of every layer.
+
+        `places_B` are the tokens' places in rows with these positions and segments [B, T], of which `kept` has the keys and
+        values [B, K, P + T, D] of every layer, the first of them those of a prefix. If it has each layer's apart, so have the
+        weights.
+        """
+        places_B1 = places_B[:, None]
+        seen_BT = self.visible(positions, segments, prefix=prefix).mask(places_B1)[:, 0]
+        seen_BT &= jnp.arange(seen_BT.shape[1]) != prefix + places_B1
+        x_B1E = self.look_up(ids_B[:, None])
+        own_positions = jnp.take_along_axis(positions, places_B1, axis=1, mode="clip")
+        cos, sin = rotary_tables(self.spec, own_positions, x_B1E.dtype)
+        definition, stacked = nnx.split(self.layers)
+
+        def block(x_B1E: Array, layer: tuple[nnx.State, KeysValues, Any]) -> tuple[Array, KeysValues]:
+            weights, kept, rotated = layer
+            own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
+            merged = nnx.merge(definition, weights)
+            x_B1E, own = merged(x_B1E, own_cos, own_sin, Earlier(kept, seen_BT), None, None)
+            return x_B1E, KeysValues(own.keys[:, 0], own.values[:, 0])
+
+        is_rotated = rotated_layers(self.spec, range(self.spec.layers))
+        if isinstance(kept, KeysValues):
+            x_B1E, made = lax.scan(block, x_B1E, (stacked, kept, is_rotated))
+            return self.head(x_B1E, None)[:, 0], made
+        apart: list[KeysValues] = []
+        for i in range(len(kept)):
+            layer = jax.tree.map(lambda w, i=i: w[i], (stacked, kept, is_rotated), is_leaf=is_apart)
+            x_B1E, made = block(x_B1E, layer)
+            apart.append(made)
+        return self.head(x_B1E, None)[:, 0], apart
+
+    def visible(
+        self, positions: Array, segments: Array, *, prefix: int, is_recorded: bool = False
+    ) -> Visible:
+        """What queries of rows with these positions and segments see, after a prefix of so many keys."""
+        return Visible(
+            segments_BS=segments,
+            positions_BS=positions,
+            prompt=self.prompt_tokens,
+            prefix=prefix,
+            window=self.spec.window,
+            prefix_has_positions=self.prefix_is_before,
+            is_recorded=is_recorded,
+        )
 
     def virtual(self, step: Array | None) -> VirtualTokens:
         """The virtual tokens of update `step`, the same for every example; None is without dropout."""
@@ -120,52 +194,59 @@ class Decoder(nnx.Module):
         probes: Probes,
         is_layer: Array | None = None,
         is_rotated: Array | NDArray[np.bool_] | None = None,
-    ) -> tuple[Array, dict[str, Array]]:
+        keeps_seen: bool = False,
+    ) -> tuple[Array, dict[str, Array], KeysValues | None]:
         """The residual stream after all layers of the stack, and the activations recorded in each.
+
+        With `keeps_seen` also the keys and values that attention saw in each.
 
         `is_layer` [L] is given for a stack with empty slots, and false for those: they leave x as it is. `is_rotated` [L]
         is given where some layers do not rotate queries and keys, and false for those.
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
-        visible = Visible(
-            segments_BS=segments,
-            positions_BS=positions,
-            prompt=self.prompt_tokens,
+        visible = self.visible(
+            positions,
+            segments,
             prefix=0 if virtual.prefix is None else virtual.prefix.shape[1],
-            window=self.spec.window,
-            prefix_has_positions=self.prefix_is_before,
             is_recorded=probes is None or len(probes) > 0,
         )
         definition, stacked = nnx.split(self.layers)
 
         def block(
             x_BSE: Array, layer: tuple[nnx.State, Probes, Array | None, Array | NDArray[np.bool_] | None]
-        ) -> tuple[Array, dict[str, Array]]:
+        ) -> tuple[Array, tuple[dict[str, Array], KeysValues | None]]:
             weights, layer_probes, prefix, rotated = layer
             own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
             with recording(layer_probes, prefix=IN_LAYERS) as recorded:
-                x_BSE = nnx.merge(definition, weights)(x_BSE, own_cos, own_sin, visible, point, prefix)
-            return x_BSE, recorded
+                x_BSE, seen = nnx.merge(definition, weights)(x_BSE, own_cos, own_sin, visible, point, prefix)
+            return x_BSE, (recorded, seen if keeps_seen else None)
 
         if self.remat == "full":
             block = jax.checkpoint(block, prevent_cse=False)
 
-        def slot(x_BSE: Array, layer_in_slot: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
+        def slot(x_BSE: Array, layer_in_slot: tuple[Any, Array]) -> tuple[Array, Any]:
             layer, is_layer = layer_in_slot
-            y_BSE, recorded = block(x_BSE, layer)
-            return jnp.where(is_layer, y_BSE, x_BSE), recorded
+            y_BSE, kept = block(x_BSE, layer)
+            return jnp.where(is_layer, y_BSE, x_BSE), kept
 
         if probes is not None:
             probes = {name: probe for name, probe in probes.items() if is_stacked(name)}
         layers = (stacked, probes, virtual.prefix, is_rotated)
         if is_layer is None:
-            return lax.scan(block, x_BSE, layers)
-        return lax.scan(slot, x_BSE, (layers, is_layer))
+            x_BSE, (recorded, seen) = lax.scan(block, x_BSE, layers)
+        else:
+            x_BSE, (recorded, seen) = lax.scan(slot, x_BSE, (layers, is_layer))
+        return x_BSE, recorded, seen
 
     def head(self, x_BSE: Array, point: DropoutPoint | None) -> Array:
         """Logits [B, T, vocab] from the last layer's output."""
         x_BSE = tap("norm", self.normed(x_BSE))
         return tap("logits", self.projected(x_BSE, point))
+
+
+def is_apart(stack: Any) -> bool:
+    """Whether a stack has each layer's array or keys and values apart."""
+    return type(stack) is list
 
 
 def rotated_layers(spec: ModelSpec, order: Iterable[int | None]) -> NDArray[np.bool_] | None:

@@ -64,6 +64,13 @@ class VirtualTokens(NamedTuple):
     prefix: Array | None = None
 
 
+class KeysValues(NamedTuple):
+    """Keys, rotated, and values: [B, T, K, D] as attention sees them, or [B, K, T, D] as a cache keeps them."""
+
+    keys: Array
+    values: Array
+
+
 class Encoder(Protocol):
     """The module that makes virtual tokens."""
 
@@ -164,15 +171,15 @@ def swiglu(gate: Array, up: Array) -> Array:
 def attention_mask(segments_BS: Array, queries: Array | None = None, end: int | None = None) -> Array:
     """True [B, Q, E] where a query sees a key: at or before itself, of its own segment or a virtual token.
 
-    Padding (segment 0) sees padding, so no row of the softmax is empty. `queries` [Q] are the places in the row of those that
-    are asked for, and `end` is the place of the first key that is not; None asks for all.
+    Padding (segment 0) sees padding, so no row of the softmax is empty. `queries` [Q], or [B, Q] if each row has its own, are the
+    places in the row of those that are asked for, and `end` is the place of the first key that is not; None asks for all.
     """
     order = jnp.arange(segments_BS.shape[1])
     query_order = order if queries is None else queries
     own_BQ, keys_BE = _of_queries(segments_BS, queries), segments_BS[:, :end]
     is_own = own_BQ[:, :, None] == keys_BE[:, None, :]
     is_virtual = keys_BE[:, None, :] == VIRTUAL
-    return (query_order[:, None] >= order[None, :end]) & (is_own | is_virtual)
+    return (query_order[..., None] >= order[:end]) & (is_own | is_virtual)
 
 
 def in_window(
@@ -192,4 +199,6 @@ def in_window(
 
 def _of_queries(x_BS: Array, queries: Array | None) -> Array:
     """x [B, Q]: that of each query; all S are queries where none are named."""
-    return x_BS if queries is None else x_BS[:, queries]
+    if queries is None:
+        return x_BS
+    return x_BS[:, queries] if queries.ndim == 1 else jnp.take_along_axis(x_BS, queries, axis=1)

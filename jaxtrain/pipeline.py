@@ -200,7 +200,7 @@ class Stages:
                 chunk = jnp.broadcast_to(chunk, self._stack_shape[1:2])
                 rest = jax.tree.map(lambda chunks: jax.vmap(select_chunk)(chunks, chunk), rest)
             (is_layer, is_rotated), prefix = rest
-            return self._bind_weights(ends | layers, grad_placeholders, chunk).blocks(
+            x_BTE, recorded, _ = self._bind_weights(ends | layers, grad_placeholders, chunk).blocks(
                 x_BTE,
                 VirtualTokens(prefix=prefix),
                 positions=batch["positions"],
@@ -210,6 +210,7 @@ class Stages:
                 is_layer=is_layer,
                 is_rotated=is_rotated,
             )
+            return x_BTE, recorded
 
         # In 1f1b nothing but a stage's input is kept anyway.
         if self.plan.remat == "full" and self.plan.schedule != "1f1b":

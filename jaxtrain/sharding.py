@@ -67,6 +67,11 @@ class Shardings:
             for kind in get_args(StateKind)
         }
 
+    @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`: that of the devices."""
+        return self._mesh.devices.flat[0].platform
+
     def weight(self, name: str, *, is_trained: bool, gradient_dtype: np.dtype) -> WeightSharding:
         """The sharding of one layer of a weight, given its native name."""
         param = self._entries[name]

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
 from jaxtrain.attention import REFERENCE, choose_kernel, site_of
+from jaxtrain.attention.earlier import over_earlier_too
 from jaxtrain.decoder import Decoder
+from jaxtrain.decoding import CachedPrograms, CachedRows
 from jaxtrain.feed import Feeder
 from jaxtrain.mesh import make_mesh
 from jaxtrain.methods import attach, tied, with_virtual_tokens
@@ -210,8 +212,13 @@ def next_logits(state: State, batch: Batch, last: NDArray[np.int32]) -> NDArray[
 
 
 def decoding(state: State, *, length: int) -> Decoding | None:
-    """A cache for rows of up to `length` tokens, where the plan has one."""
-    return None
+    """A cache for rows of up to `length` tokens; None where a pipeline has the layers."""
+    program = state.program
+    if program.cached is None:
+        return None
+    return CachedRows(
+        program.cached, state.trainable | state.frozen, program.feeder, length=length
+    )
 
 
 def weights_of(state: State, *, frozen: bool = False) -> dict[str, NDArray[Any]]:
@@ -299,7 +306,7 @@ class Program:
             policy=recipe.precision.policy,
             remat=recipe.plan.remat,
             constrain=self.shardings.constrain,
-            attend=self.attention.make(site),
+            attend=over_earlier_too(self.attention.make(site)),
         )
         self.constants = attach(model, spec, recipe.method, seed=recipe.run.seed, order=order)
         self._tied = tied(spec, recipe.method)
@@ -319,6 +326,7 @@ class Program:
         self.logits = jax.jit(self._logits)
         self.rounded_logits = jax.jit(self._rounded_logits, static_argnames="roundings")
         self.next_logits = jax.jit(self._next_logits)
+        self.cached = None if recipe.plan.pipe > 1 else CachedPrograms(run, self.shardings, self._bind_weights)
 
     def _bind_weights(
         self, weights: Arrays, grad_placeholders: Arrays, chunk: Array | None = None

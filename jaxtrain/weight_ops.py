@@ -33,8 +33,8 @@ class BoundWeight:
     """A weight as the model's modules hold it: its stored `value`, and what its gradient is taken with respect to.
 
     `grad_placeholder` has the shape of `value` and the type of the gradient; its value is never read, and it is None for
-    a frozen weight. In a stack of layers all but `sharding`, which is that of one layer, have layers in front. Where a stage
-    holds several model chunks, value and placeholder have the chunks in front, and `chunk` is the index of the one in use.
+    a frozen weight. In a stack of layers all but `sharding`, which is that of one layer, have layers in front (for decoding
+    `value` may be a list of them). Where a stage holds several model chunks, value and placeholder have the chunks in front, and `chunk` is the index of the one in use.
     """
 
     value: Array

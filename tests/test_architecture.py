@@ -60,6 +60,7 @@ LAYERS = {
         ("commands",),
         ("train", "cost", "convert"),
         ("step",),
+        ("decoding",),
         ("engines",),
         ("methods", "model"),
         ("weights",),

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchtrain.activations import Recording, by_point, point_stages, recorded
+from torchtrain.attention.cache import Cache
 from torchtrain.attention.visible import Visible, rows_of
 from torchtrain.cluster import is_leader
+from torchtrain.decoding import CachedRows
 from torchtrain.dropout import DropoutPoint
 from torchtrain.engines import make_engine
 from torchtrain.engines.deepspeed import Partitioner
@@ -222,12 +224,20 @@ def logits(state: State, batch: Batch) -> NDArray[Any]:
 @torch.no_grad()
 def next_logits(state: State, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
     """The logits [B, vocab] after position `last` [B] of each row, without dropout."""
+    return _next_logits(state, batch, last)
+
+
+def _next_logits(
+    state: State, batch: Batch, last: NDArray[np.int32], cache: Cache | None = None
+) -> NDArray[Any]:
+    """The same; a `cache` keeps the keys and values of this replica's rows."""
     leading = leading_positions(state.run.recipe.method)
 
     def expect(microbatch: Batch) -> None:
         state.head.expect_logits(_tensor(last[microbatch.rows] + leading))
 
-    return _whole_logits(state, (logits_B1V for _, logits_B1V in _inferred(state, batch, expect)))[:, 0]
+    outputs = _inferred(state, batch, expect, cache)
+    return _whole_logits(state, (logits_B1V for _, logits_B1V in outputs))[:, 0]
 
 
 def _whole_logits(state: State, shards: Iterable[Tensor]) -> NDArray[Any]:
@@ -238,11 +248,15 @@ def _whole_logits(state: State, shards: Iterable[Tensor]) -> NDArray[Any]:
 
 
 def _inferred(
-    state: State, batch: Batch, expect: Callable[[Batch], None] | None = None
+    state: State,
+    batch: Batch,
+    expect: Callable[[Batch], None] | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """This replica's examples of each microbatch, with the head's output; none where the process has none.
 
-    `expect` is called with the examples before each pass, and may have the head make something else than logits.
+    `expect` is called with the examples before each pass, and may have the head make something else than logits. A `cache`
+    takes the keys and values of a batch that is one microbatch.
     """
     state.model.eval()
     count = state.run.recipe.plan.microbatches_of(len(batch.rows))
@@ -251,14 +265,26 @@ def _inferred(
     def inputs(index: int) -> Inputs:
         if expect is not None:
             expect(microbatches[index])
-        return _inputs(microbatches[index], state.run)
+        made = _inputs(microbatches[index], state.run)
+        return made if cache is None else {**made, "cache": cache}
 
     return zip(microbatches, state.engine.infer(count, inputs), strict=False)
 
 
 def decoding(state: State, *, length: int) -> Decoding | None:
-    """A cache for rows of up to `length` tokens, where the plan has one."""
-    return None
+    """A cache for rows of up to `length` tokens; None in a pipeline, whose stages would each have to be called for a token."""
+    if state.mesh.stages.size > 1:
+        return None
+
+    @torch.no_grad()
+    def begin(batch: Batch, last: NDArray[np.int32], cache: Cache) -> NDArray[Any]:
+        return _next_logits(state, batch, last, cache)
+
+    @torch.no_grad()
+    def extend(inputs: Inputs) -> NDArray[Any]:
+        return _whole_logits(state, state.engine.infer(1, lambda _: inputs))[:, 0]
+
+    return CachedRows(state.run, state.mesh.replicas, length=length, begin=begin, extend=extend)
 
 
 def weights_of(state: State, *, frozen: bool = False) -> Arrays:

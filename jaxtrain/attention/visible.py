@@ -40,8 +40,8 @@ class Visible:
     def mask(self, queries: Array | None = None, *, end: int | None = None) -> Array:
         """True [B, Q, P + E] where a query sees a key.
 
-        `queries` [Q] are the places in the row of those that are asked for, and `end` is that of the first key that is not; None
-        asks for all.
+        `queries` [Q], or [B, Q] if each row has its own, are the places in the row of those that are asked for, and `end` is
+        that of the first key that is not; None asks for all.
         """
         mask = attention_mask(self.segments_BS, queries, end)
         if self.window is not None and not self.prefix_has_positions:

@@ -12,16 +12,28 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.activations import tap
+from jaxtrain.attention.earlier import Earlier
 from jaxtrain.attention.visible import Visible
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import Build, Dim, Embedding, Linear, RMSNorm, in_front, repeated, rotate, swiglu
+from jaxtrain.layers import (
+    Build,
+    Dim,
+    Embedding,
+    KeysValues,
+    Linear,
+    RMSNorm,
+    in_front,
+    repeated,
+    rotate,
+    swiglu,
+)
 from jaxtrain.rounding import rounded
 from trainspec.model import ModelSpec
 
 
 class Attention(nnx.Module):
-    """Rotary grouped-query self-attention."""
+    """Rotary grouped-query self-attention, and the keys and values that it saw."""
 
     # Whether the output has a bias where queries, keys and values have one.
     output_bias: ClassVar[bool] = True
@@ -43,10 +55,10 @@ class Attention(nnx.Module):
         x_BSE: Array,
         cos: Array,
         sin: Array,
-        visible: Visible,
+        visible: Visible | Earlier,
         point: DropoutPoint | None,
         prefix_N2KD: Array | None,
-    ) -> Array:
+    ) -> tuple[Array, KeysValues]:
         B, S, _ = x_BSE.shape
         q, k, v = (
             self.constrain(
@@ -65,7 +77,7 @@ class Attention(nnx.Module):
                 keys, values = self.prefix_dropout(keys, values, point)
             k, v = in_front(tap("prefix_key", keys), k), in_front(tap("prefix_value", values), v)
         mixed = tap("mixed", self.attend(q, k, v, visible))
-        return self.o_proj(mixed.reshape(B, S, -1), point)
+        return self.o_proj(mixed.reshape(B, S, -1), point), KeysValues(k, v)
 
     def rotate(self, x_BSHD: Array, cos: Array, sin: Array) -> Array:
         """The rotary embedding of queries or keys."""
@@ -92,7 +104,10 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); a bottleneck adapter, if there is one, follows attention and mlp."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); a bottleneck adapter, if there is one, follows attention and mlp.
+
+    The keys and values that attention saw are returned beside it.
+    """
 
     attention: ClassVar[type[Attention]] = Attention
     feed_forward: ClassVar[type[SwiGLU]] = SwiGLU
@@ -110,19 +125,19 @@ class Block(nnx.Module):
         x_BSE: Array,
         cos: Array,
         sin: Array,
-        visible: Visible,
+        visible: Visible | Earlier,
         point: DropoutPoint | None,
         prefix_N2KD: Array | None,
-    ) -> Array:
+    ) -> tuple[Array, KeysValues]:
         normed = tap("input_norm", self.input_layernorm(x_BSE))
-        mixed = self.self_attn(normed, cos, sin, visible, point, prefix_N2KD)
+        mixed, seen = self.self_attn(normed, cos, sin, visible, point, prefix_N2KD)
         if self.attention_adapter is not None:
             mixed = self.attention_adapter(mixed)
         x_BSE = rounded(x_BSE + tap("attention", mixed))
         inner = self.mlp(tap("post_norm", self.post_attention_layernorm(x_BSE)), point)
         if self.mlp_adapter is not None:
             inner = self.mlp_adapter(inner)
-        return tap("block", rounded(x_BSE + tap("mlp", inner)))
+        return tap("block", rounded(x_BSE + tap("mlp", inner))), seen
 
 
 class Llama(Decoder):

@@ -1,7 +1,7 @@
 """Attention: a kernel takes queries, keys, values and what a query may see. What it makes of that is its own matter.
 
 Hugging Face's layers call an attention function by its name in their configuration, with the keywords that the model was
-called with: `visible` is ours, and its own mask stays None.
+called with: `visible` and `cache` are ours, and its own mask stays None.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from torchtrain.attention import cache as cached
 from torchtrain.attention import fused, reference
+from torchtrain.attention.cache import Cache, OneToken
 from torchtrain.attention.visible import Visible
 from trainspec.errors import PlanError
 from trainspec.plans.names import AttentionChoice, Policy
@@ -53,20 +55,28 @@ def use_kernel(model: PreTrainedModel, name: str) -> None:
 
 
 def _as_hugging_face(kernel: Kernel) -> Any:
-    """The kernel as a function that Hugging Face's layers call."""
+    """The kernel as a function that Hugging Face's layers call, which fills a `cache` and reads it again."""
 
     def attention(
-        _: Any,
+        module: Any,
         query_BHTD: Tensor,
         key_BKXD: Tensor,
         value_BKXD: Tensor,
         attention_mask: None,
         *,
-        visible: Visible,
+        visible: Visible | OneToken,
         scaling: float,
+        cache: Cache | None = None,
         **rest: Any,
     ) -> tuple[Tensor, None]:
-        mixed_BHTD = kernel.attend(query_BHTD, key_BKXD, value_BKXD, visible, scale=scaling)
+        if isinstance(visible, OneToken):
+            assert cache is not None
+            key_BKXD, value_BKXD = cache.add(module.layer_idx, key_BKXD, value_BKXD, visible)
+            mixed_BHTD = cached.attend(query_BHTD, key_BKXD, value_BKXD, visible, scale=scaling)
+        else:
+            if cache is not None:
+                cache.fill(module.layer_idx, key_BKXD, value_BKXD)
+            mixed_BHTD = kernel.attend(query_BHTD, key_BKXD, value_BKXD, visible, scale=scaling)
         return mixed_BHTD.transpose(1, 2).contiguous(), None
 
     return attention

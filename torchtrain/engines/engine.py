@@ -9,11 +9,12 @@ microbatches' passes, and in which shards of the model and its training state a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple, Protocol, TypedDict
+from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from torchtrain.attention.cache import Cache, OneToken
 from torchtrain.attention.visible import Visible
 from torchtrain.optim import MOMENTS
 from torchtrain.weights import Elements
@@ -24,11 +25,15 @@ Stored = Literal[Saved, "gradient"]
 
 
 class Inputs(TypedDict):
-    """`input_ids` [B, S] and `position_ids` [B, T] of this process's examples of a microbatch, and what each may see."""
+    """`input_ids` [B, S] and `position_ids` [B, T] of this process's examples of a microbatch, and what each may see.
+
+    A `cache` keeps the keys and values of a pass over rows, and a pass over one more token of each reads and adds to it.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
-    visible: Visible
+    visible: Visible | OneToken
+    cache: NotRequired[Cache]
 
 
 class Microbatches(Protocol):

@@ -1,7 +1,7 @@
 """Prefix tuning: PEFT's encoder as a child of the model, and its keys and values before each layer's own.
 
 They are not rotated, and the layers keep S positions. PEFT passes them as a cache; Hugging Face drops a cache where layers
-are recomputed in the backward pass.
+are recomputed in the backward pass. A pass over one more token of rows finds them in the cache of attention.
 """
 
 # B examples, S sequence, N virtual tokens, X = N + S keys of a layer, H heads, K kv heads, D head dim
@@ -59,6 +59,8 @@ def attach(model: PreTrainedModel, method: PrefixTuning, site: Site) -> None:
     def give(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not kwargs["visible"].prefix:
+            return args, kwargs
         return args, kwargs | layer_inputs(model, spec, method, tensor=site.tensor)
 
     # On the inner model: DeepSpeed's hook on the whole model has to come before any weight is used.
@@ -100,11 +102,13 @@ def attend_after_prefix(
     attention_mask: None,
     *,
     attend: Callable[..., tuple[Tensor, None]],
-    prefix: Prefix,
-    prefix_dropouts: Sequence[nn.Module] | None,
+    prefix: Prefix | None = None,
+    prefix_dropouts: Sequence[nn.Module] | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """What the function `attend` of the kernel gives. Keys and queries come rotated; the prefix is not."""
+    if prefix is None:
+        return attend(module, query_BHSD, key_BKSD, value_BKSD, attention_mask, **rest)
     i = module.layer_idx
     pair: Sequence[Tensor] = [
         each_KND.transpose(0, 1).expand(len(key_BKSD), -1, -1, -1)

@@ -41,14 +41,24 @@ def all_segments(segments_BS: Tensor, method: Method) -> Tensor:
 
 
 def put_in_front(model: PreTrainedModel, encoder: nn.Module, count: int) -> None:
-    """Put the output of `encoder` for `count` virtual tokens before that of the embedding."""
+    """Put the output of `encoder` for `count` virtual tokens before that of the embedding, in passes that begin rows."""
     model.add_module(ENCODER, encoder)
     tokens_1N = torch.arange(count)[None]
+    wanted = count
+
+    # A pipeline calls its layers without it, and begins rows in every pass.
+    def look(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal wanted
+        wanted = kwargs["visible"].prompt
 
     # A hook, as the embedding may be the head as well.
     def prepend(_: nn.Module, __: Any, embedded_BSE: Tensor) -> Tensor:
+        if not wanted:
+            return embedded_BSE
         virtual_1NE = encoder(tokens_1N.to(embedded_BSE.device))
         virtual_BNE = tap("prompt", virtual_1NE.expand(len(embedded_BSE), -1, -1))
         return torch.cat((virtual_BNE, embedded_BSE), 1)
 
-    anatomy_of(model).embedding(model).register_forward_hook(prepend)
+    anatomy = anatomy_of(model)
+    anatomy.inner(model).register_forward_pre_hook(look, with_kwargs=True)
+    anatomy.embedding(model).register_forward_hook(prepend)

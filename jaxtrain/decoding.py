@@ -1,0 +1,135 @@
+"""A cache of keys and values: the pass over the prompts fills it, and each token after that is computed alone.
+
+Both are compiled once per shape. What the virtual tokens of a method give is kept as that of any token, so their encoder runs once a
+batch. Which places of a row a token sees is said by `attention.visible`, as in training.
+
+L layers, B rows, T keys that are kept (those of a prefix in front), K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from jaxtrain.decoder import Kept
+from jaxtrain.feed import Feeder
+from jaxtrain.layers import KeysValues
+from jaxtrain.methods import with_virtual_tokens
+from jaxtrain.methods.virtual_tokens import all_positions, all_segments
+from jaxtrain.pipeline import ModelFactory
+from jaxtrain.sharding import Shardings
+from jaxtrain.weights import Arrays, is_stacked, to_host
+from trainspec.data import Batch
+from trainspec.methods import leading_positions, virtual_tokens
+from trainspec.runs.run import Run
+
+# Logical axes of a layer's keys or values as they are kept.
+KEPT_AXES = ("batch", "kv_heads", "seq", "dim")
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, and how many tokens of each row they are of: what is beyond is not seen."""
+
+    kept: Kept
+    tokens_B: Array
+
+
+class CachedPrograms:
+    """The compiled functions of one recipe.
+
+    On a CPU layers are apart: it would copy what it takes of a stack, for every token all weights and the whole cache.
+    Elsewhere the program is a scan over the stack, as in training.
+    """
+
+    def __init__(self, run: Run, shardings: Shardings, bind_weights: ModelFactory) -> None:
+        self._run, self._shardings, self._bind_weights = run, shardings, bind_weights
+        leading = leading_positions(run.recipe.method)
+        self._leading, self._prefix = leading, virtual_tokens(run.recipe.method) - leading
+        self.is_apart = shardings.platform == "cpu"
+        self.begin = jax.jit(self._begin, static_argnames="length")
+        self.extend = jax.jit(self._extend, donate_argnames="cache")
+        self.apart = jax.jit(self._apart)
+
+    def _begin(self, weights: Arrays, batch: Arrays, last_B: Array, *, length: int) -> tuple[Array, Cache]:
+        """The logits [B, vocab] after position `last_B` of each row, and a cache for rows of `length` tokens."""
+        model, seen = self._bind_weights(weights, {}), with_virtual_tokens(batch, self._run.recipe.method)
+
+        def end(x_BTE: Array) -> Array:
+            last_B11 = (last_B + self._leading)[:, None, None]
+            return model.head(jnp.take_along_axis(x_BTE, last_B11, axis=1), None)[:, 0]
+
+        logits_BV, made = model.begin(
+            seen["input_ids"], positions=seen["positions"], segments=seen["segments"], end=end
+        )
+        kept: Kept = jax.tree.map(lambda x: self._kept(x, length), made)
+        if self.is_apart:
+            kept = [KeysValues(*layer) for layer in zip(*kept, strict=True)]
+        return logits_BV, Cache(kept, last_B + 1)
+
+    def _kept(self, x_LBTKD: Array, length: int) -> Array:
+        """Keys or values [L, B, K, T, D] with room for rows of `length` tokens."""
+        x_LBKTD = jnp.swapaxes(x_LBTKD, 2, 3)
+        room = self._prefix + self._leading + length - x_LBKTD.shape[3]
+        x_LBKTD = jnp.pad(x_LBKTD, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
+        return self._shardings.constrain(x_LBKTD, ("layers", *KEPT_AXES))
+
+    def _extend(self, weights: Any, cache: Cache, ids_B: Array) -> tuple[Array, Cache]:
+        """The logits [B, vocab] after one more token of each row, and the cache with it; -1 adds none."""
+        method, virtual = self._run.recipe.method, self._prefix + self._leading
+        *_, rows, _, keys, _ = jax.tree.leaves(cache.kept)[0].shape
+        order_BS = jnp.broadcast_to(jnp.arange(keys - virtual), (rows, keys - virtual))
+        logits_BV, own = self._bind_weights(weights, {}).extend(
+            jnp.maximum(ids_B, 0),
+            cache.tokens_B + self._leading,
+            cache.kept,
+            prefix=self._prefix,
+            positions=all_positions(order_BS, method),
+            segments=all_segments(jnp.ones_like(order_BS), method),
+        )
+        kept = _with_own(cache.kept, own, cache.tokens_B + virtual)
+        return logits_BV, Cache(kept, cache.tokens_B + (ids_B >= 0))
+
+    def _apart(self, weights: Arrays) -> dict[str, Array | list[Array]]:
+        """The weights, those of a stack by layer."""
+        return {name: list(w) if is_stacked(name) else w for name, w in weights.items()}
+
+
+def _with_own(kept: Kept, own: Kept, places_B: Array) -> Kept:
+    """What is kept with the keys and values [B, K, D] of a token of each row at its place; where a row is full, without."""
+
+    def written(row_KTD: Array, own_KD: Array, place: Array) -> Array:
+        return row_KTD.at[:, place].set(own_KD, mode="drop")
+
+    in_rows = jax.vmap(written)
+    if isinstance(kept, KeysValues):
+        in_rows = jax.vmap(in_rows, in_axes=(0, 0, None))
+    return jax.tree.map(lambda x, made: in_rows(x, made, places_B), kept, own)
+
+
+class CachedRows:
+    """`Decoding` with a cache for rows of up to `length` tokens."""
+
+    def __init__(self, programs: CachedPrograms, weights: Arrays, feeder: Feeder, *, length: int) -> None:
+        self._programs, self._weights, self._feeder, self._length = programs, weights, feeder, length
+        self._weights_of_step = programs.apart(weights) if programs.is_apart else weights
+        self._cache: Cache | None = None
+
+    def begin(self, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
+        """The logits [B, vocab] after position `last` [B] of each row."""
+        length = max(self._length, batch.input_ids.shape[1])
+        fed, fed_last = self._feeder.feed(batch), self._feeder.replicated(last)
+        logits_BV, self._cache = self._programs.begin(self._weights, fed, fed_last, length=length)
+        return to_host(logits_BV)
+
+    def extend(self, ids: NDArray[np.int32]) -> NDArray[Any]:
+        """The logits [B, vocab] after one more token [B] of each row; -1 for a row that has ended."""
+        assert self._cache is not None, "begin comes first"
+        logits_BV, self._cache = self._programs.extend(
+            self._weights_of_step, self._cache, self._feeder.replicated(ids)
+        )
+        return to_host(logits_BV)
