@@ -84,6 +84,10 @@ def parser() -> ArgumentParser:
     faults.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="NAME", help="only these faults (all)"
     )
+    faults.add_argument(
+        "--of", choices=("training", "generation"), default="training",
+        help="mistakes of training, which parity check must catch (the default), or of generation, which parity generate must",
+    )  # fmt: skip
     faults.add_argument("--backend", choices=get_args(Backend), help="plant them in this backend only")
     faults.add_argument(
         "--precision",

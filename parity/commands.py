@@ -15,6 +15,14 @@ from parity.diff import diff
 from parity.faults import SHARED
 from parity.faults.results import Result, collected, result_of, store
 from parity.faults.run import BACKENDS, chosen, run_faults
+from parity.faults.run_decoding import (
+    chosen_decoding,
+    decoding_lines,
+    decoding_listed,
+    decoding_page,
+    decoding_summary,
+    run_decoding_faults,
+)
 from parity.faults.table import help_summary, listed, listed_shared, page, result_lines, summary
 from parity.generate import Questions, compare_responses
 from parity.matrix.cells import run_matrix, select
@@ -113,6 +121,8 @@ def _matrix(args: Namespace) -> int:
 
 
 def _faults(args: Namespace) -> int:
+    if args.of == "generation":
+        return _faults_of_generation(args)
     faults = chosen(args.only)
     if args.list:
         print("\n".join([*listed(faults), *listed_shared(() if args.only else SHARED)]))
@@ -136,6 +146,25 @@ def _faults(args: Namespace) -> int:
         args.page.write_text(page(results), encoding="utf-8")
     print("\n".join(result_lines(outcomes)))
     return _count_up(results)
+
+
+def _faults_of_generation(args: Namespace) -> int:
+    faults = chosen_decoding(args.only)
+    if args.list:
+        print("\n".join(decoding_listed(faults)))
+        return EXIT_DONE
+    if args.from_ or args.precision not in (None, ["fp64"]):
+        raise UserError(
+            "--of generation: is run in fp64 and as a whole; leave --from and other precisions out"
+        )
+    if args.page and (args.only or args.backend):
+        raise UserError("--page: a page holds the whole registry; leave --only and --backend out")
+    backends = [args.backend] if args.backend else BACKENDS
+    outcomes = run_decoding_faults(faults, backends, args.out / "generation")
+    if args.page:
+        args.page.write_text(decoding_page(outcomes), encoding="utf-8")
+    print("\n".join([*decoding_lines(outcomes), decoding_summary(outcomes)]))
+    return EXIT_DONE if all(outcome.as_expected for outcome in outcomes) else EXIT_FAILED
 
 
 def _count_up(results: Sequence[Result]) -> int:

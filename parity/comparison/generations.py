@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Literal
 
 import numpy as np
 
@@ -102,6 +103,10 @@ class Parting:
         return tuple(choice.side for choice in self.choices if not choice.is_explained)
 
 
+# What a difference is in: the prompt's tokens, a token's log-probability, the choice of a token, the end of a response, its text.
+Kind = Literal["prompt", "score", "choice", "end", "text"]
+
+
 @dataclass(frozen=True)
 class Difference:
     """A difference that rounding does not explain: which prompt (from 0), which token of its response, which sides, and what."""
@@ -109,6 +114,7 @@ class Difference:
     prompt: int
     position: int
     sides: tuple[str, ...]
+    kind: Kind
     what: str
 
 
@@ -133,12 +139,15 @@ class ResponseComparison:
         """All that rounding does not explain; of one position what was chosen first."""
         found = []
         if self.parting and not self.parting.is_explained:
-            what = "one side's response ends" if self.parting.has_ended else "another token is chosen"
-            found.append(Difference(self.prompt, self.parting.position, self.parting.departing, what))
+            ends = self.parting.has_ended
+            kind, what = (
+                ("end", "one side's response ends") if ends else ("choice", "another token is chosen")
+            )
+            found.append(Difference(self.prompt, self.parting.position, self.parting.departing, kind, what))
         for gap in self.gaps:
             if not gap.holds:
                 what = f"log-probability off by {gap.error:.2e}, bound {gap.bound:.2e}"
-                found.append(Difference(self.prompt, gap.position, _whose(gap), what))
+                found.append(Difference(self.prompt, gap.position, _whose(gap), "score", what))
         return [*found, self.other] if self.other else found
 
     @property
@@ -321,14 +330,16 @@ def _other(number: int, pair: Pair, parting: Parting | None) -> Difference | Non
     """What differs though the tokens do not: the prompt's ids, how the response ended, its text."""
     left, right = pair
     if left.prompt_ids != right.prompt_ids:
-        return Difference(number, 0, NAMES, "the prompt has other tokens")
+        return Difference(number, 0, NAMES, "prompt", "the prompt has other tokens")
     if parting:
         return None
     last = len(left.ids) - 1
     if left.finish != right.finish:
-        return Difference(number, last, NAMES, f"ends with {left.finish!r} left, {right.finish!r} right")
+        return Difference(
+            number, last, NAMES, "end", f"ends with {left.finish!r} left, {right.finish!r} right"
+        )
     if left.text != right.text:
-        return Difference(number, last, NAMES, "the same tokens are other text")
+        return Difference(number, last, NAMES, "text", "the same tokens are other text")
     return None
 
 
