@@ -275,12 +275,14 @@ def decoding(state: State, *, length: int) -> Decoding | None:
     """A cache for rows of up to `length` tokens; None in a pipeline, whose stages would each have to be called for a token."""
     if state.mesh.stages.size > 1:
         return None
+    # Weights that are gathered in inference mode could not be trained afterwards.
+    without_gradients = torch.no_grad if state.run.recipe.plan.shards == "params" else torch.inference_mode
 
-    @torch.no_grad()
+    @without_gradients()
     def begin(batch: Batch, last: NDArray[np.int32], cache: Cache) -> NDArray[Any]:
         return _next_logits(state, batch, last, cache)
 
-    @torch.no_grad()
+    @without_gradients()
     def extend(inputs: Inputs) -> NDArray[Any]:
         return _whole_logits(state, state.engine.infer(1, lambda _: inputs))[:, 0]
 

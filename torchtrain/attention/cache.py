@@ -21,11 +21,12 @@ from torch import Tensor
 class OneToken:
     """One more token of each row, and what it sees: the keys up to its own slot, of which `used` are those of the longest row.
 
-    `slots_B` is where its keys go, and `shared_slot` the same where all rows have one. Without `mask_B11X`, which is added to
-    the scores, all tokens see all `used` keys. None of the virtual tokens is made again: `prompt` and `prefix` count those of
-    this pass, as in `Visible`.
+    `slots_B` is where its keys go in `rows_B`, and `shared_slot` the same where all rows have one. `mask_B11X` is added to the
+    scores; without it all tokens see all `used` keys. `prompt` and `prefix` count the virtual tokens that the pass makes, as in
+    `Visible`: none, as the cache has them.
     """
 
+    rows_B: Tensor
     slots_B: Tensor
     shared_slot: int | None
     used: int
@@ -49,6 +50,7 @@ def one_token(
         mask_B11X = torch.zeros(hidden_B11X.shape, dtype=dtype, device=device)
         mask_B11X.masked_fill_(hidden_B11X, -torch.inf)
     return OneToken(
+        rows_B=torch.arange(len(slots_B), device=device),
         slots_B=torch.from_numpy(slots_B).to(device),
         shared_slot=used - 1 if is_shared else None,
         used=used,
@@ -70,13 +72,13 @@ class Cache:
     def add(self, layer: int, k_BK1D: Tensor, v_BK1D: Tensor, token: OneToken) -> tuple[Tensor, Tensor]:
         """Keep those of one more token of each row; gives the keys and values [B, K, X, D] of all slots in use."""
         assert token.used <= self._slots
-        k_BKXD, v_BKXD = (kept[:, :, : token.used] for kept in self._layers[layer])
-        for kept_BKXD, new_BK1D in ((k_BKXD, k_BK1D), (v_BKXD, v_BK1D)):
+        k, v = self._layers[layer]
+        for kept, new_BK1D in ((k, k_BK1D), (v, v_BK1D)):
             if token.shared_slot is not None:
-                kept_BKXD[:, :, token.shared_slot] = new_BK1D[:, :, 0]
+                kept.narrow(2, token.shared_slot, 1).copy_(new_BK1D)
             else:
-                kept_BKXD[torch.arange(len(new_BK1D)), :, token.slots_B] = new_BK1D[:, :, 0]
-        return k_BKXD, v_BKXD
+                kept[token.rows_B, :, token.slots_B] = new_BK1D[:, :, 0]
+        return k.narrow(2, 0, token.used), v.narrow(2, 0, token.used)
 
     def _kept(self, x_BKXD: Tensor) -> Tensor:
         B, K, X, D = x_BKXD.shape
