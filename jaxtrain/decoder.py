@@ -126,36 +126,38 @@ class Decoder(nnx.Module):
     def extend(
         self, ids_B: Array, places_B: Array, kept: Kept, *, prefix: int, positions: Array, segments: Array
     ) -> tuple[Array, Kept]:
-        """The logits [B, vocab] after one more token of each row, and its keys and values [B, K, D] of every layer.
+        """The logits [B, vocab] after one more token of each row, and what is kept with its keys and values.
 
         `places_B` are the tokens' places in rows with these positions and segments [B, T], of which `kept` has the keys and
-        values [B, K, P + T, D] of every layer, the first of them those of a prefix. If it has each layer's apart, so have the
-        weights.
+        values [B, K, P + T, D], those of a prefix of P first. If it has each layer's apart, so have the weights.
         """
         places_B1 = places_B[:, None]
         seen_BT = self.visible(positions, segments, prefix=prefix).mask(places_B1)[:, 0]
-        seen_BT &= jnp.arange(seen_BT.shape[1]) != prefix + places_B1
         x_B1E = self.look_up(ids_B[:, None])
         own_positions = jnp.take_along_axis(positions, places_B1, axis=1, mode="clip")
         cos, sin = rotary_tables(self.spec, own_positions, x_B1E.dtype)
         definition, stacked = nnx.split(self.layers)
-
-        def block(x_B1E: Array, layer: tuple[nnx.State, KeysValues, Any]) -> tuple[Array, KeysValues]:
-            weights, kept, rotated = layer
-            own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
-            merged = nnx.merge(definition, weights)
-            x_B1E, own = merged(x_B1E, own_cos, own_sin, Earlier(kept, seen_BT), None, None)
-            return x_B1E, KeysValues(own.keys[:, 0], own.values[:, 0])
-
         is_rotated = rotated_layers(self.spec, range(self.spec.layers))
+
+        def block(
+            x_B1E: Array, weights: nnx.State, kept: KeysValues, layer: Array | None, rotated: Any
+        ) -> tuple[Array, KeysValues]:
+            own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
+            earlier = Earlier(kept, layer, seen_BT, prefix + places_B)
+            return nnx.merge(definition, weights)(x_B1E, own_cos, own_sin, earlier, None, None)
+
         if isinstance(kept, KeysValues):
-            x_B1E, made = lax.scan(block, x_B1E, (stacked, kept, is_rotated))
-            return self.head(x_B1E, None)[:, 0], made
+            (x_B1E, kept), _ = lax.scan(
+                lambda carry, layer: (block(carry[0], layer[0], carry[1], *layer[1:]), None),
+                (x_B1E, kept),
+                (stacked, jnp.arange(self.spec.layers), is_rotated),
+            )
+            return self.head(x_B1E, None)[:, 0], kept
         apart: list[KeysValues] = []
-        for i in range(len(kept)):
-            layer = jax.tree.map(lambda w, i=i: w[i], (stacked, kept, is_rotated), is_leaf=is_apart)
-            x_B1E, made = block(x_B1E, layer)
-            apart.append(made)
+        for i, own in enumerate(kept):
+            weights, rotated = jax.tree.map(lambda w, i=i: w[i], (stacked, is_rotated), is_leaf=is_apart)
+            x_B1E, own = block(x_B1E, weights, own, None, rotated)
+            apart.append(own)
         return self.head(x_B1E, None)[:, 0], apart
 
     def visible(
@@ -245,7 +247,7 @@ class Decoder(nnx.Module):
 
 
 def is_apart(stack: Any) -> bool:
-    """Whether a stack has each layer's array or keys and values apart."""
+    """Whether a stack has each layer's array apart."""
     return type(stack) is list
 
 

@@ -83,7 +83,7 @@ class CachedPrograms:
         method, virtual = self._run.recipe.method, self._prefix + self._leading
         *_, rows, _, keys, _ = jax.tree.leaves(cache.kept)[0].shape
         order_BS = jnp.broadcast_to(jnp.arange(keys - virtual), (rows, keys - virtual))
-        logits_BV, own = self._bind_weights(weights, {}).extend(
+        logits_BV, kept = self._bind_weights(weights, {}).extend(
             jnp.maximum(ids_B, 0),
             cache.tokens_B + self._leading,
             cache.kept,
@@ -91,24 +91,11 @@ class CachedPrograms:
             positions=all_positions(order_BS, method),
             segments=all_segments(jnp.ones_like(order_BS), method),
         )
-        kept = _with_own(cache.kept, own, cache.tokens_B + virtual)
         return logits_BV, Cache(kept, cache.tokens_B + (ids_B >= 0))
 
     def _apart(self, weights: Arrays) -> dict[str, Array | list[Array]]:
         """The weights, those of a stack by layer."""
         return {name: list(w) if is_stacked(name) else w for name, w in weights.items()}
-
-
-def _with_own(kept: Kept, own: Kept, places_B: Array) -> Kept:
-    """What is kept with the keys and values [B, K, D] of a token of each row at its place; where a row is full, without."""
-
-    def written(row_KTD: Array, own_KD: Array, place: Array) -> Array:
-        return row_KTD.at[:, place].set(own_KD, mode="drop")
-
-    in_rows = jax.vmap(written)
-    if isinstance(kept, KeysValues):
-        in_rows = jax.vmap(in_rows, in_axes=(0, 0, None))
-    return jax.tree.map(lambda x, made: in_rows(x, made, places_B), kept, own)
 
 
 class CachedRows:

@@ -2,7 +2,7 @@
 
 No kernel of its own is needed: one query has as few scores as a row has keys. The arithmetic is the reference's.
 
-B batch, T keys that are kept (those of a prefix in front), H query heads, K kv heads, G query heads per kv head, D head dim.
+L layers, B rows, T keys that are kept (those of a prefix in front), H query heads, K kv heads, G query heads per kv head, D head dim.
 """
 
 from __future__ import annotations
@@ -19,33 +19,53 @@ from jaxtrain.precision import wide_product
 
 
 class Earlier(NamedTuple):
-    """What a token of each row sees besides itself: keys and values [B, K, T, D], where `seen_BT` is true."""
+    """What a token of each row sees: of a layer's kept keys and values [B, K, T, D] those where `seen_BT` is true.
+
+    They are to have its own, too, at its row's place in `places_B`. Where the layers are stacked, `layer` is the one in use.
+    """
 
     kept: KeysValues
+    layer: Array | None
     seen_BT: Array
+    places_B: Array
+
+    def with_own(self, k_B1KD: Array, v_B1KD: Array) -> KeysValues:
+        """What is kept with the token's own keys and values in it; a row without a place for them stays as it is."""
+
+        def written(row: Array, own_1KD: Array, place: Array) -> Array:
+            at = row.at[:, place] if self.layer is None else row.at[self.layer, :, place]
+            return at.set(own_1KD[0], mode="drop")
+
+        # The dimension of rows is after that of layers.
+        rows = 0 if self.layer is None else 1
+        in_rows = jax.vmap(written, in_axes=(rows, 0, 0), out_axes=rows)
+        return KeysValues(
+            in_rows(self.kept.keys, k_B1KD, self.places_B), in_rows(self.kept.values, v_B1KD, self.places_B)
+        )
+
+    def in_use(self, kept: Array) -> Array:
+        """The layer's [B, K, T, D]."""
+        if self.layer is None:
+            return kept
+        return jax.lax.dynamic_index_in_dim(kept, self.layer, keepdims=False)
 
 
 def over_earlier_too(kernel: Attend) -> Attend:
     """`kernel` of whole rows, and `attend` where what the queries see is kept."""
 
-    def either(q_BSHD: Array, k_BTKD: Array, v_BTKD: Array, visible: Visible | Earlier) -> Array:
+    def either(q_BSHD: Array, k: Array, v: Array, visible: Visible | Earlier) -> Array:
         if isinstance(visible, Earlier):
-            return attend(q_BSHD, k_BTKD, v_BTKD, visible)
-        return kernel(q_BSHD, k_BTKD, v_BTKD, visible)
+            return attend(q_BSHD, visible.in_use(k), visible.in_use(v), visible.seen_BT)
+        return kernel(q_BSHD, k, v, visible)
 
     return either
 
 
-def attend(q_B1HD: Array, k_B1KD: Array, v_B1KD: Array, earlier: Earlier) -> Array:
-    """Grouped-query attention [B, 1, H, D] to the token itself and to earlier ones, softmax in the accumulation type."""
+def attend(q_B1HD: Array, k_BKTD: Array, v_BKTD: Array, seen_BT: Array) -> Array:
+    """Grouped-query attention [B, 1, H, D] of a token of each row, softmax in the accumulation type, no copies of keys or values."""
     B, _, H, D = q_B1HD.shape
-    k_BKD, v_BKD = k_B1KD[:, 0], v_B1KD[:, 0]
-    q_BKGD = q_B1HD.reshape(B, k_BKD.shape[1], -1, D)
-    scores_BKGT = wide_product("bkgd,bktd->bkgt", q_BKGD, earlier.kept.keys)
-    scores_BKGT = jnp.where(earlier.seen_BT[:, None, None], scores_BKGT, jnp.finfo(scores_BKGT.dtype).min)
-    own_BKG1 = wide_product("bkgd,bkd->bkg", q_BKGD, k_BKD)[..., None]
-    scores = jnp.concatenate([scores_BKGT, own_BKG1], axis=-1) * D**-0.5
-    shares = jax.nn.softmax(scores).astype(v_BKD.dtype)
-    mixed_BKGD = wide_product("bkgt,bktd->bkgd", shares[..., :-1], earlier.kept.values)
-    mixed_BKGD += wide_product("bkg,bkd->bkgd", shares[..., -1], v_BKD)
-    return mixed_BKGD.astype(v_BKD.dtype).reshape(B, 1, H, D)
+    q_BKGD = q_B1HD.reshape(B, k_BKTD.shape[1], -1, D)
+    scores = wide_product("bkgd,bktd->bkgt", q_BKGD, k_BKTD) * D**-0.5
+    scores = jnp.where(seen_BT[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    shares = jax.nn.softmax(scores).astype(v_BKTD.dtype)
+    return jnp.einsum("bkgt,bktd->bkgd", shares, v_BKTD).reshape(B, 1, H, D)

@@ -76,6 +76,8 @@ class Attention(nnx.Module):
             if self.prefix_dropout is not None and point is not None:
                 keys, values = self.prefix_dropout(keys, values, point)
             k, v = in_front(tap("prefix_key", keys), k), in_front(tap("prefix_value", values), v)
+        if isinstance(visible, Earlier):
+            k, v = visible.with_own(k, v)
         mixed = tap("mixed", self.attend(q, k, v, visible))
         return self.o_proj(mixed.reshape(B, S, -1), point), KeysValues(k, v)
 
