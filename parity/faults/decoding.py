@@ -107,8 +107,8 @@ FAULTS = (
             "jax": (
                 Edit(
                     "jaxtrain.decoder:Decoder.extend",
-                    "jnp.arange(__keys) != __prefix + __places",
-                    "__it & (jnp.arange(__keys) >= __prefix)",
+                    "self.visible(__positions, __segments, prefix=__prefix).mask(__places)[:, 0]",
+                    "__it & (jnp.arange(__prefix + __positions.shape[1]) >= __prefix)",
                 ),
             ),
             "torch": (
