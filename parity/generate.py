@@ -18,7 +18,7 @@ from parity.comparison.generations import (
     rows_of,
 )
 from parity.comparison.pair import NAMES
-from parity.comparison.rescored import Rescored, Row
+from parity.comparison.rescored import RescoredRow, Row
 from parity.comparison.tolerance import UNIT
 from parity.report.generations import CloserLook, GenerationVerdict
 from parity.runs.devices import REFERENCE_BACKEND
@@ -172,7 +172,7 @@ class _Request:
         ]
         return self.launcher.at_once(tasks) if self.at_once else [task() for task in tasks]
 
-    def _rescored(self, rows: list[Row], home: Path) -> list[Rescored]:
+    def _rescored(self, rows: list[Row], home: Path) -> list[RescoredRow]:
         """What the reference says of rows. Raises UserError if it fails."""
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)

@@ -24,7 +24,7 @@ from parity.comparison.choices import FixedMovement, MeasuredMovement, Reach, re
 from parity.comparison.estimated_bounds import EFFECTIVE_DOF, gaussian_max_quantile
 from parity.comparison.measured_bounds import rms_lower_factor
 from parity.comparison.pair import NAMES
-from parity.comparison.rescored import Rescored, Row
+from parity.comparison.rescored import RescoredRow, Row
 from parity.comparison.tolerance import FP64_TOLERANCE
 from trainspec.generation.choice import Sampling, penalised, score, uniform
 from trainspec.generation.generation import Generation
@@ -221,7 +221,7 @@ def rows_of(pairs: Sequence[Pair]) -> list[Row]:
 
 
 def compare_generations(
-    pairs: Sequence[Pair], rescored: Sequence[Rescored], *, precision: Policy, sampling: Sampling
+    pairs: Sequence[Pair], rescored: Sequence[RescoredRow], *, precision: Policy, sampling: Sampling
 ) -> GenerationComparison:
     """Compare both sides' responses; `rescored` is what the reference says of `rows_of(pairs)`, `sampling` how tokens were chosen.
 
@@ -244,7 +244,7 @@ class _Bounds:
     margin: float
 
     @staticmethod
-    def of(precision: Policy, rescored: Sequence[Rescored]) -> _Bounds:
+    def of(precision: Policy, rescored: Sequence[RescoredRow]) -> _Bounds:
         moved = np.concatenate([found.moved for found in rescored])
         draws = max((len(found.drawn) for found in rescored), default=0)
         if precision == "fp64":
@@ -266,7 +266,7 @@ def _agreed(left: Generation, right: Generation) -> int:
 
 
 def _response(
-    number: int, pair: Pair, found: Rescored, bounds: _Bounds, sampling: Sampling
+    number: int, pair: Pair, found: RescoredRow, bounds: _Bounds, sampling: Sampling
 ) -> ResponseComparison:
     left, right = pair
     agreed, lengths = _agreed(left, right), (len(left.ids), len(right.ids))
@@ -278,7 +278,7 @@ def _response(
     return ResponseComparison(number, agreed, lengths, parting, tuple(gaps), _other(number, pair, parting))
 
 
-def _gaps(number: int, at: int, pair: Pair, found: Rescored, bounds: _Bounds) -> list[Gap]:
+def _gaps(number: int, at: int, pair: Pair, found: RescoredRow, bounds: _Bounds) -> list[Gap]:
     """Those of an agreed token."""
     bound = bounds.at(float(found.moved[at]), float(found.largest[at]))
     said = [_log_prob(side, at) for side in pair]
@@ -291,7 +291,7 @@ def _gaps(number: int, at: int, pair: Pair, found: Rescored, bounds: _Bounds) ->
     return gaps
 
 
-def _parted_gaps(number: int, at: int, pair: Pair, found: Rescored, bounds: _Bounds) -> list[Gap]:
+def _parted_gaps(number: int, at: int, pair: Pair, found: RescoredRow, bounds: _Bounds) -> list[Gap]:
     """Those of the two tokens at a parting, which have the same tokens before them."""
     gaps = []
     for name, side in zip(NAMES, pair, strict=True):
@@ -305,7 +305,7 @@ def _parted_gaps(number: int, at: int, pair: Pair, found: Rescored, bounds: _Bou
 
 
 def _parting(
-    number: int, at: int, pair: Pair, found: Rescored, bounds: _Bounds, sampling: Sampling
+    number: int, at: int, pair: Pair, found: RescoredRow, bounds: _Bounds, sampling: Sampling
 ) -> Parting:
     seen = [*pair[0].prompt_ids, *pair[0].ids[:at]]
     drawn = uniform(sampling.seed, number, len(seen))

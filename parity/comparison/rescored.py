@@ -20,7 +20,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rescored:
+class RescoredRow:
     """What the reference says of a row of T agreed tokens.
 
     `log_probs` [T] are theirs, `moved` [T] the mean squares of their movements over all draws, `largest` [T] the largest

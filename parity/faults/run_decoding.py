@@ -24,7 +24,7 @@ from parity.comparison.generations import (
     rows_of,
 )
 from parity.comparison.pair import NAMES
-from parity.comparison.rescored import Rescored
+from parity.comparison.rescored import RescoredRow
 from parity.faults.decoding import FAULTS, SETUPS, WORDS, DecodingFault, Stage, decoding_recipe
 from parity.faults.run import AT_ONCE, BACKENDS
 from parity.generate import ONE_AT_A_TIME, WITHOUT_CACHE, reference_job
@@ -233,7 +233,7 @@ def _comparisons(
     }
 
 
-def _rescored(setup: str, rows: list[Any], out: Path) -> list[Rescored]:
+def _rescored(setup: str, rows: list[Any], out: Path) -> list[RescoredRow]:
     home = out / f"reference-{setup}"
     home.mkdir()
     job = reference_job(_recipe(out, setup), (), "fp64", rows, home)

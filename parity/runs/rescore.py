@@ -5,7 +5,7 @@
 Each row is a prompt with the tokens that both sides generated after it; its logits are made in one forward pass, without a
 cache, and `draws` times more with every result rounded as a narrower type rounds it (`contract.Reference.logits`).
 
-JOB is a `RescoreJob`. Row i of it gets OUT/row-00000i.safetensors, a `Rescored`. It runs as its own program, which loads the backend
+JOB is a `RescoreJob`. Row i of it gets OUT/row-00000i.safetensors, a `RescoredRow`. It runs as its own program, which loads the backend
 by name.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from parity.comparison.rescored import Rescored, Row
+from parity.comparison.rescored import RescoredRow, Row
 from parity.runs.roundings import RMS_ROUNDING
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.checkpoint import Checkpoint
@@ -67,12 +67,12 @@ def row_file(out: Path, number: int) -> Path:
     return out / f"row-{number:06d}.safetensors"
 
 
-def read_rescored(out: Path, count: int) -> list[Rescored]:
+def read_rescored(out: Path, count: int) -> list[RescoredRow]:
     """What the program wrote of `count` rows."""
-    return [Rescored(**load_file(row_file(out, number))) for number in range(count)]
+    return [RescoredRow(**load_file(row_file(out, number))) for number in range(count)]
 
 
-def rescored(row: Row, logits_TV: Array, drawn: Sequence[Array]) -> Rescored:
+def rescored(row: Row, logits_TV: Array, drawn: Sequence[Array]) -> RescoredRow:
     """A row's numbers from its logits after the prompt and each agreed token, [T + 1, V], and those of each draw."""
     ids = np.asarray(row.agreed, np.int64)
     before, count = _log_probs(logits_TV, ids), len(ids)
@@ -80,7 +80,7 @@ def rescored(row: Row, logits_TV: Array, drawn: Sequence[Array]) -> Rescored:
     for each in drawn:
         moved += np.square(_log_probs(each, ids) - before) / len(drawn)
     vocab = logits_TV.shape[-1] if row.parts else 0
-    return Rescored(
+    return RescoredRow(
         before,
         moved,
         np.abs(logits_TV[:count]).max(axis=-1, initial=0.0),
