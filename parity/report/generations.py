@@ -26,6 +26,8 @@ from trainspec.plans.names import Policy
 SHOWN = 5
 # Characters of a prompt that a report shows.
 PROMPT_WIDTH = 72
+# A bound of a log-probability that lets it be another by a factor of e shows nothing of its token.
+WIDE = 1.0
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,12 @@ class GenerationVerdict:
         if comparison.left_out:
             notes.append(
                 f"{comparison.left_out} tokens after a parting are not compared: they have other tokens before them on each side"
+            )
+        gaps = [gap for response in comparison.responses for gap in response.gaps]
+        if wide := sum(gap.bound >= WIDE for gap in gaps):
+            notes.append(
+                f"{wide / len(gaps):.1%} of the log-probabilities have a bound of {WIDE:g} or more in {self.precision}, which shows "
+                "nothing of them"
             )
         if not comparison.compared:
             notes.append("no token is the same on both sides: give other prompts")

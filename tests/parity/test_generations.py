@@ -304,3 +304,13 @@ def test_the_report_says_where_and_what_and_is_json(tmp_path: Path):
     passed = verdict(compared([(pair[0], pair[0])], [truth], precision="fp64"), [(pair[0], pair[0])])
     assert passed.lines(colour=False)[0].startswith("PASS")
     assert "--seed 3 --precision fp32" in passed.lines(colour=False)[-1]
+
+
+def test_a_bound_that_shows_nothing_is_told():
+    truth = table()
+    pair = generation(truth), generation(truth)
+    wide, narrow = (compared([pair], [truth], sigma=sigma) for sigma in (1.0, SIGMA))
+    assert verdict(wide, [pair]).notes == [
+        "100.0% of the log-probabilities have a bound of 1 or more in fp64, which shows nothing of them"
+    ]
+    assert not verdict(narrow, [pair]).notes
