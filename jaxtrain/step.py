@@ -135,11 +135,15 @@ def gradients_of(
     if roundings is None:
         result = program.gradients(*arguments, record_activations=record)
     else:
-        key = jnp.uint32(name_key(draw, "roundings", str(state.step))[0])
+        key = _draw_key(state, draw)
         result = program.rounded_gradients(*arguments, key, roundings=roundings, record_activations=record)
     metrics = _metrics(program, result, keep)
     _check_finite(metrics, state.step + 1)
     return metrics
+
+
+def _draw_key(state: State, draw: int) -> Array:
+    return jnp.uint32(name_key(draw, "roundings", str(state.step))[0])
 
 
 def _checked(
@@ -188,9 +192,16 @@ def eval_step(state: State, batch: Batch) -> tuple[float, int]:
     return float(loss_sum), int(tokens)
 
 
-def logits(state: State, batch: Batch) -> NDArray[Any]:
-    """The model's output [B, S, vocab], without dropout."""
-    return to_host(state.program.logits(state.trainable | state.frozen, state.program.feeder.feed(batch)))
+def logits(state: State, batch: Batch, *, roundings: Roundings | None = None, draw: int = 0) -> NDArray[Any]:
+    """The model's output [B, S, vocab], without dropout.
+
+    With `roundings` that of a run that rounds every result, up or down by `draw` (float64 runs only).
+    """
+    program = state.program
+    arguments = state.trainable | state.frozen, program.feeder.feed(batch)
+    if roundings is None:
+        return to_host(program.logits(*arguments))
+    return to_host(program.rounded_logits(*arguments, _draw_key(state, draw), roundings=roundings))
 
 
 def next_logits(state: State, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
@@ -311,6 +322,7 @@ class Program:
         self.update = jax.jit(self._update, donate_argnums=(0, 1, 2), keep_unused=True)
         self.evaluate = jax.jit(self._evaluate)
         self.logits = jax.jit(self._logits)
+        self.rounded_logits = jax.jit(self._rounded_logits, static_argnames="roundings")
         self.next_logits = jax.jit(self._next_logits)
         self.cached = (
             None if recipe.plan.pipe > 1 else CachedPrograms(run, self.shardings, self._bind_weights)
@@ -345,6 +357,11 @@ class Program:
     def _logits(self, weights: Arrays, batch: Arrays) -> Array:
         logits = self._passes.logits(weights, with_virtual_tokens(batch, self.recipe.method))
         return logits[:, leading_positions(self.recipe.method) :]
+
+    def _rounded_logits(self, weights: Arrays, batch: Arrays, key: Array, *, roundings: Roundings) -> Array:
+        assert self.attention is REFERENCE, "only the reference's roundings are simulated"
+        with simulate(roundings, key):
+            return self._logits(weights, batch)
 
     def _next_logits(self, weights: Arrays, batch: Arrays, last_B: Array) -> Array:
         method = self.recipe.method

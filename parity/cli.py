@@ -1,4 +1,4 @@
-"""`parity check|diff|matrix|faults`: the command line."""
+"""`parity check|generate|diff|matrix|faults`: the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from parity.steps import DEFAULT_STEPS
-from trainspec.command import add_recipe, run_command
+from trainspec.command import add_decoding, add_prompts, add_recipe, run_command
 from trainspec.plans.names import DEVICES, Backend, Policy
 
 STATUS_PAGE, FAMILIES_PAGE = Path("docs/parity-status.md"), Path("docs/parity-status-families.md")
@@ -56,6 +56,7 @@ def parser() -> ArgumentParser:
         "is there (auto); a side may name its own, such as --right torch@cpu",
     )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default")
+    _add_generate(commands.add_parser("generate", help="compare what two sides answer to the same prompts"))
     compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")
     compare.add_argument("left", type=Path, metavar="TRACE_A")
     compare.add_argument("right", type=Path, metavar="TRACE_B")
@@ -83,6 +84,10 @@ def parser() -> ArgumentParser:
     faults.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="NAME", help="only these faults (all)"
     )
+    faults.add_argument(
+        "--of", choices=("training", "generation"), default="training",
+        help="mistakes of training, which parity check must catch (the default), or of generation, which parity generate must",
+    )  # fmt: skip
     faults.add_argument("--backend", choices=get_args(Backend), help="plant them in this backend only")
     faults.add_argument(
         "--precision",
@@ -109,6 +114,25 @@ def parser() -> ArgumentParser:
         help="for traces and faults.json, to which a part of a run adds its results",
     )
     return parser
+
+
+def _add_generate(run: ArgumentParser) -> None:
+    add_recipe(run)
+    add_prompts(run, required=False)
+    add_decoding(run)
+    run.set_defaults(scores=True)
+    run.add_argument("--left", default="jax", metavar="SIDE", help="a backend and its own settings (jax)")
+    run.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
+    run.add_argument(
+        "--precision", choices=get_args(Policy), default="fp64", help="fp64 (the proof) by default"
+    )
+    run.add_argument(
+        "--from", dest="from_", type=Path, metavar="DIR",
+        help="a run's directory, whose newest checkpoint answers on both sides; without it the weights that the recipe starts from",
+    )  # fmt: skip
+    run.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the report; runs/parity-generate-RECIPE by default"
+    )
 
 
 def _run(args: Namespace) -> int:

@@ -15,7 +15,16 @@ from parity.diff import diff
 from parity.faults import SHARED
 from parity.faults.results import Result, collected, result_of, store
 from parity.faults.run import BACKENDS, chosen, run_faults
+from parity.faults.run_decoding import (
+    chosen_decoding,
+    decoding_lines,
+    decoding_listed,
+    decoding_page,
+    decoding_summary,
+    run_decoding_faults,
+)
 from parity.faults.table import help_summary, listed, listed_shared, page, result_lines, summary
+from parity.generate import Questions, compare_responses
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
@@ -23,7 +32,8 @@ from parity.runs.plans import refusal, runs_as
 from parity.runs.progress import Progress
 from parity.runs.sides import Resumption, Side, parse_resumption, parse_side
 from parity.steps import SMALL_STEPS
-from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
+from trainspec.errors import EXIT_DONE, EXIT_FAILED, DataError, UserError
+from trainspec.generation.request import settings
 from trainspec.plans.plan import Plan, Policy
 from trainspec.small import RECIPE_FILE, write_small_twin
 
@@ -44,6 +54,8 @@ def run(args: Namespace) -> int:
                 steps=steps, overrides=overrides, out=out, device=args.device, resumption=_resumption(args),
                 watcher=Progress(),
             )  # fmt: skip
+        case "generate":
+            return _generate(args)
         case "diff":
             out = args.out
             verdict = diff(args.left, args.right, precision=args.precision, out=out)
@@ -54,6 +66,19 @@ def run(args: Namespace) -> int:
         case other:
             assert_never(other)
     return _tell(verdict, out)
+
+
+def _generate(args: Namespace) -> int:
+    if args.file is not None and not args.file.is_file():
+        raise DataError(f"--file {args.file}: no such file; give records, one in each line")
+    out = args.out or Path("runs") / f"parity-generate-{args.recipe.stem}"
+    verdict = compare_responses(
+        args.recipe, Questions(args.prompt, args.file, settings(args)), left=parse_side(args.left),
+        right=parse_side(args.right), precision=args.precision, overrides=args.overrides, out=out, start=args.from_,
+    )  # fmt: skip
+    print("\n".join(verdict.lines(colour=sys.stdout.isatty())))
+    print(f"report: {out / 'report.txt'}")
+    return EXIT_DONE if verdict.holds else EXIT_FAILED
 
 
 def _small(args: Namespace, sides: tuple[Side, Side], directory: Path) -> tuple[Path, tuple[Side, Side]]:
@@ -96,6 +121,8 @@ def _matrix(args: Namespace) -> int:
 
 
 def _faults(args: Namespace) -> int:
+    if args.of == "generation":
+        return _faults_of_generation(args)
     faults = chosen(args.only)
     if args.list:
         print("\n".join([*listed(faults), *listed_shared(() if args.only else SHARED)]))
@@ -119,6 +146,25 @@ def _faults(args: Namespace) -> int:
         args.page.write_text(page(results), encoding="utf-8")
     print("\n".join(result_lines(outcomes)))
     return _count_up(results)
+
+
+def _faults_of_generation(args: Namespace) -> int:
+    faults = chosen_decoding(args.only)
+    if args.list:
+        print("\n".join(decoding_listed(faults)))
+        return EXIT_DONE
+    if args.from_ or args.precision not in (None, ["fp64"]):
+        raise UserError(
+            "--of generation: is run in fp64 and as a whole; leave --from and other precisions out"
+        )
+    if args.page and (args.only or args.backend):
+        raise UserError("--page: a page holds the whole registry; leave --only and --backend out")
+    backends = [args.backend] if args.backend else BACKENDS
+    outcomes = run_decoding_faults(faults, backends, args.out / "generation")
+    if args.page:
+        args.page.write_text(decoding_page(outcomes), encoding="utf-8")
+    print("\n".join([*decoding_lines(outcomes), decoding_summary(outcomes)]))
+    return EXIT_DONE if all(outcome.as_expected for outcome in outcomes) else EXIT_FAILED
 
 
 def _count_up(results: Sequence[Result]) -> int:

@@ -91,8 +91,13 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
         if name == "eval":
             _add_evaluation(command)
         if name == "generate":
-            _add_prompts(command)
-            _add_generation(command)
+            add_prompts(command)
+            add_decoding(command)
+            command.add_argument(
+                "--scores",
+                action="store_true",
+                help="with each token its log-probability, its closest rival and by how much that is less",
+            )
         if name == "export":
             command.add_argument(
                 "--merge", action="store_true", help="merge the adapter into the model's weights"
@@ -119,24 +124,21 @@ def _add_evaluation(parser: ArgumentParser) -> None:
         metavar="N",
         help="answer the first N held-out records only; the loss is of all",
     )
-    _add_generation(parser)
+    add_decoding(parser)
 
 
-def _add_prompts(parser: ArgumentParser) -> None:
-    prompts = parser.add_mutually_exclusive_group(required=True)
+def add_prompts(parser: ArgumentParser, *, required: bool = True) -> None:
+    """`--prompt` and `--file`, of which one is given."""
+    prompts = parser.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt, written as a record of data.train is")
     prompts.add_argument(
         "--file", type=Path, metavar="FILE",
         help="records with prompts, such as .jsonl; a response in them is kept as the reference",
     )  # fmt: skip
-    parser.add_argument(
-        "--scores",
-        action="store_true",
-        help="with each token its log-probability, its closest rival and by how much that is less",
-    )
 
 
-def _add_generation(parser: ArgumentParser) -> None:
+def add_decoding(parser: ArgumentParser) -> None:
+    """How responses are made and end."""
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="the longest response (128)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T",

@@ -229,14 +229,19 @@ class SideTraining:
             made_a_step = records.is_file() and records.stat().st_size > 0
             has_steps = made_a_step or (trace / STOPPED_FILE).is_file()
             return SideResult(Trace(trace) if has_steps else None, stopped=said)
-        if code == EXIT_USER_ERROR:
-            raise UserError(f"{where}: {said}")
-        whole = f"the whole log is {log}"
-        if code == EXIT_MACHINE:
-            raise MachineError(f"{where}: {said}; {whole}")
-        if code < 0:
-            raise MachineError(f"{where}: was ended by {Signals(-code).name}: {said}; {whole}")
-        raise UserError(f"{where}: crashed with exit code {code}: {said}; {whole}")
+        raise failure_of(where, code, said, log=log)
+
+
+def failure_of(where: str, code: int, said: str, *, log: Path) -> UserError | MachineError:
+    """What a side's failed program comes to, in the words that it `said` last. `where` names the side."""
+    if code == EXIT_USER_ERROR:
+        return UserError(f"{where}: {said}")
+    whole = f"the whole log is {log}"
+    if code == EXIT_MACHINE:
+        return MachineError(f"{where}: {said}; {whole}")
+    if code < 0:
+        return MachineError(f"{where}: was ended by {Signals(-code).name}: {said}; {whole}")
+    return UserError(f"{where}: crashed with exit code {code}: {said}; {whole}")
 
 
 def resolved_recipe(out: Path, name: str) -> str:
@@ -246,13 +251,19 @@ def resolved_recipe(out: Path, name: str) -> str:
 
 def _check_settings(precision: Policy, steps: int, checkpoint_at: int | None) -> list[str]:
     """What a check changes in a recipe: precision and number of updates, and nothing else that affects an update."""
-    settings = [f"precision.policy={precision}", f"run.stop_after_steps={steps}"]
+    settings = [f"run.stop_after_steps={steps}"]
     settings += [
         f"checkpoint.every_steps={checkpoint_at or NEVER}",
         "data.heldout=null",
         "checkpoint.keep_best=0",
     ]
     settings += [f"checkpoint.keep={NEVER}"] if checkpoint_at else []
+    return [*settings, *precision_settings(precision)]
+
+
+def precision_settings(precision: Policy) -> list[str]:
+    """What a precision changes in a recipe."""
+    settings = [f"precision.policy={precision}"]
     match precision:
         case "fp64" | "fp32":
             return [*settings, f"precision.reduce={precision}"]

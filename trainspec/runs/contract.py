@@ -176,6 +176,12 @@ class Reference(Backend[S], Protocol):
         """What an update would leave, without making it. Raises NonFiniteLossError with it, if it is not finite."""
         ...
 
+    def logits(
+        self, state: S, batch: Batch, *, roundings: Roundings | None = None, draw: int = 0
+    ) -> NDArray[Any]:
+        """The logits [B, S, vocab] after every token of `batch`, without dropout."""
+        ...
+
 
 class Cluster(Protocol):
     """`cluster`: what belongs to the whole process and to all processes of a run."""
