@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from trainspec.checkpoints.folders import flush, remove
 from trainspec.checkpoints.manifest import NATIVE, PORTABLE, DamagedError, Manifest, read_manifest
 from trainspec.checkpoints.shards import KINDS, ArrayKind, file_name
 from trainspec.checkpoints.verify import verify
-from trainspec.command import run_command
+from trainspec.command import ArgumentParser, run_command
 from trainspec.errors import RecipeError, UserError, WeightsError
 from trainspec.files.tensors import write_tensors
 from trainspec.plans.names import Backend
@@ -162,9 +162,9 @@ def _layouts_in(path: Path) -> dict[str, Layout]:
             name: Layout(**fields | {"weights": tuple(fields["weights"])})
             for name, fields in described.items()
         }
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError):
         raise DamagedError(
-            path, f"{path}: {FOLDER} is no checkpoint of jaxtrain's ({type(error).__name__})"
+            path, f"{path}: {FOLDER} does not say which weights it holds, as jaxtrain's do"
         ) from None
 
 

@@ -109,7 +109,20 @@ def _told(error: Exception) -> str:
         case _Damaged():
             return str(error)
         case _:
-            return f"{FILE} is damaged: {type(error).__name__}"
+            return f"{FILE} is damaged: {_in_words(error)}"
+
+
+def _in_words(error: Exception) -> str:
+    """What an error says of a text that is to be a manifest."""
+    match error:
+        case UnicodeDecodeError():
+            return "it is not text"
+        case json.JSONDecodeError():
+            return f"it is not JSON (line {error.lineno})"
+        case KeyError():
+            return f"it has no {error.args[0]}"
+        case _:
+            return "a value in it is of another kind"
 
 
 class _Damaged(ValueError):

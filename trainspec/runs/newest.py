@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainspec.checkpoints.checkpoint import read_origin
-from trainspec.checkpoints.folders import checkpoints_of, latest
+from trainspec.checkpoints.folders import aside, checkpoints_of, latest
 from trainspec.checkpoints.formats import Formats
 from trainspec.runs.contract import Backend, S
 from trainspec.runs.processes import Processes
@@ -24,10 +24,20 @@ def newest_state(
     found = latest(out)
     [name, *_] = processes.exchange(found.name if found else "")
     if not name:
-        return state, f"the starting weights (no checkpoint under {out})"
+        return state, f"the starting weights ({_what_is_there(out)})"
     saved = checkpoints_of(out) / name
     state = Formats(backend, run, processes).restore(state, saved)
     identity = read_origin(saved).identity
     is_another = identity is not None and identity.tokenizer != tokenizer_digest
     note = "; the tokenizer's files are not those that it was trained with" if is_another else ""
     return state, f"{out} at step {state.step}{note}"
+
+
+def _what_is_there(out: Path) -> str:
+    """Why there is no checkpoint to read: none was saved, or all are set aside."""
+    names = ", ".join(path.name for path in aside(out))
+    return (
+        f"no whole checkpoint under {out}: set aside as damaged: {names}"
+        if names
+        else f"no checkpoint under {out}"
+    )
