@@ -6,7 +6,6 @@ what is in the files. Loaded only where a checkpoint has this format.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import sys
@@ -34,6 +33,7 @@ from trainspec.checkpoints.shards import KINDS, ArrayKind, file_name
 from trainspec.checkpoints.verify import verify
 from trainspec.command import ArgumentParser, run_command
 from trainspec.errors import RecipeError, UserError, WeightsError
+from trainspec.files.digests import PART_BYTES, digest_of
 from trainspec.files.tensors import write_tensors
 from trainspec.plans.names import Backend
 from trainspec.plans.pipeline import stack_order
@@ -117,14 +117,14 @@ def _save(folder: Path, arrays: Native, held: Mapping[str, Layout]) -> ocp.Async
 
 
 def _digests(folder: Path, process: int) -> dict[str, str]:
-    """The SHA-256 of the files that a process has written; the leader's are also those that orbax writes once."""
+    """The digests of the files that a process has written; the leader's are also those that orbax writes once."""
     digests = {}
     for path in sorted(p for p in (folder / FOLDER).rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         part = _PROCESS_FOLDER.search(name)
         if (int(part[1]) if part else 0) == process:
             with path.open("rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[name] = digest_of(file)
     return digests
 
 
@@ -206,7 +206,9 @@ def convert(source: Path, target: Path) -> str:
         format_ = PORTABLE if manifest.format == NATIVE else NATIVE
         backend = BACKEND if format_ == NATIVE else manifest.backend
         sizes = {name: (unfinished / name).stat().st_size for name in digests}
-        replace(manifest, format=format_, backend=backend, sha256=digests, sizes=sizes).write(unfinished)
+        replace(
+            manifest, format=format_, backend=backend, sha256=digests, sizes=sizes, part_bytes=PART_BYTES
+        ).write(unfinished)
         unfinished.rename(target)
         flush(target.parent)
     except BaseException:

@@ -4,8 +4,8 @@
 
 A run of the demo's model is continued with --resume until it is done; then another begins. A kill (SIGKILL) is of all of a
 run's processes or, where there are several, by turns of one alone; every second one waits until a checkpoint is being
-written. A stop is SIGTERM, from the first line of a run on. Prints what was seen, as JSON; the exit code is 1 if anything was
-not as it has to be. Linux only.
+written. A stop is SIGTERM: by turns while the run loads and compiles, while it saves, and around an evaluation. Prints what was
+seen, as JSON; the exit code is 1 if anything was not as it has to be. Linux only.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from trainspec.checkpoints.verify import damages
 from trainspec.errors import EXIT_DONE, EXIT_MACHINE, EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
-EVERY, STEPS = 3, 24
+EVERY, EVALUATED, STEPS = 3, 4, 24
 SETTINGS = (
     "data.sequence_tokens=64", "batch.global_examples=4", "precision.policy=fp64", "precision.reduce=fp64",
-    f"checkpoint.every_steps={EVERY}", f"run.steps={STEPS}", "run.eval_every_steps=4", "schedule.warmup_steps=2",
+    f"checkpoint.every_steps={EVERY}", f"run.steps={STEPS}", f"run.eval_every_steps={EVALUATED}", "schedule.warmup_steps=2",
 )  # fmt: skip
 QUIET = {
     "JAX_PLATFORMS": "cpu",
@@ -205,14 +205,22 @@ class Campaign:
         self.seen.counts["kills inside a save"] += in_save
 
     def stop(self, victim: Victim, number: int) -> None:
-        """Send SIGTERM at a random moment after the first line, a third of the times before the first update."""
+        """Send SIGTERM after the first line, by turns before the first update, inside a save, and before or in an evaluation."""
+        began, before = time.monotonic(), self._newest(victim.out)
         after = 0 if number % 3 == 0 else self._random.randrange(1, STEPS // 4)
         victim.wait_until(lambda: bool(victim.lines) and victim.steps() >= after)
-        if number % 3 == 1:
-            victim.wait_until(lambda: is_saving(victim.out))
-        time.sleep(self._random.random() * 0.3)
+        match number % 3:
+            case 0:  # as long as it took to the first line: then programs are compiled
+                time.sleep(self._random.random() * (time.monotonic() - began))
+            case 1:
+                victim.wait_until(lambda: is_saving(victim.out))
+                time.sleep(self._random.random() * 0.01)
+            case _:
+                victim.wait_until(lambda: (before + victim.steps()) % EVALUATED == EVALUATED - 1)
+                time.sleep(self._random.random() * 0.2)
         if victim.process.poll() is not None:
             return
+        in_save = is_saving(victim.out)
         where = "before the first update" if not victim.steps() else "later"
         began = time.monotonic()
         victim.process.terminate()
@@ -224,8 +232,12 @@ class Campaign:
         self.seen.check(
             victim.process.returncode == EXIT_STOPPED, f"SIGTERM: code {victim.process.returncode}"
         )
+        self.seen.counts["stops inside a save"] += in_save
         metrics = victim.out / "metrics.jsonl"
-        made = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        rows = list(map(json.loads, metrics.read_text().splitlines())) if metrics.exists() else []
+        made = len(rows)
+        is_due = made > before and made % EVALUATED == 0
+        self.seen.counts["stops before or in an evaluation"] += is_due and "heldout_loss" not in rows[-1]
         self.seen.check(
             self._newest(victim.out) == made, f"SIGTERM after {made}: saved {self._newest(victim.out)}"
         )
