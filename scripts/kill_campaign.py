@@ -5,7 +5,7 @@
 A run of the demo's model is continued with --resume until it is done; then another begins. A kill (SIGKILL) is of all of a
 run's processes or, where there are several, by turns of one alone; every second one waits until a checkpoint is being
 written. A stop is SIGTERM: by turns while the run loads and compiles, while it saves, and around an evaluation. Prints what was
-seen, as JSON; the exit code is 1 if anything was not as it has to be. Linux only.
+seen, as JSON, which is in OUT/seen.json from the first one on; the exit code is 1 if anything was not as it has to be. Linux only.
 """
 
 from __future__ import annotations
@@ -114,6 +114,11 @@ def start(program: str, out: Path, processes: int) -> Victim:
     return victim
 
 
+def told(seen: Seen) -> str:
+    """All of it, as JSON."""
+    return json.dumps({"counts": seen.counts, "most": seen.most, "wrong": seen.wrong}, indent=1)
+
+
 def children_of(pid: int) -> list[int]:
     """The processes that a process has started and that run."""
     found = []
@@ -150,9 +155,9 @@ class Campaign:
         self.seen = Seen()
         whole = self._new()
         victim = start(program, whole, processes)
-        told = victim.end()
+        line = victim.end()
         if victim.process.returncode != EXIT_DONE:
-            raise RuntimeError(f"the undisturbed run ended with {victim.process.returncode}: {told}")
+            raise RuntimeError(f"the undisturbed run ended with {victim.process.returncode}: {line}")
         self._wanted = digests(whole)
 
     def run(self, times: int, end: Callable[[Victim, int], None]) -> None:
@@ -165,13 +170,14 @@ class Campaign:
                 victim = start(self._program, out, self._processes)
                 if done < times:
                     end(victim, done)
-                told = victim.end()
+                line = victim.end()
                 while children_of(victim.process.pid):
                     time.sleep(0.01)
                 is_done = victim.process.returncode == EXIT_DONE
                 if not is_done and done < times:
                     done += 1
-                self._look(victim, before, told)
+                self._look(victim, before, line)
+                (self._home / "seen.json").write_text(told(self.seen) + "\n")
             self._compare(out)
 
     def kill(self, victim: Victim, number: int) -> None:
@@ -243,7 +249,7 @@ class Campaign:
         )
         self.seen.counts["stopped and saved"] += 1
 
-    def _look(self, victim: Victim, before: int, told: str) -> None:
+    def _look(self, victim: Victim, before: int, line: str) -> None:
         """What a run that has ended leaves, and what it said when it was continued."""
         resumed = [int(line.split()[3]) for line in victim.lines if line.startswith("resuming after step ")]
         if resumed:
@@ -258,7 +264,7 @@ class Campaign:
         self.seen.check(lost <= 2 * EVERY, f"{lost} updates lost")
         code = victim.process.returncode
         if code not in (EXIT_DONE, -signal.SIGKILL):
-            self.seen.check(told.count("\n") == 1, f"code {code}, and not one line: {told!r}")
+            self.seen.check(line.count("\n") == 1, f"code {code}, and not one line: {line!r}")
 
     def _compare(self, out: Path) -> None:
         """A run that is done is the undisturbed one, and has left nothing besides."""
@@ -296,7 +302,7 @@ def main() -> int:
     campaign.run(args.kills, campaign.kill)
     campaign.run(args.stops, campaign.stop)
     seen = campaign.seen
-    print(json.dumps({"counts": seen.counts, "most": seen.most, "wrong": seen.wrong}, indent=1))
+    print(told(seen))
     return 1 if seen.wrong else 0
 
 
