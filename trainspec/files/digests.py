@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
+from io import BufferedReader
 
 PART_BYTES = 2**20
 # More would wait for the disk.
@@ -24,7 +24,7 @@ def joined_digest(parts: Sequence[bytes]) -> str:
     return (parts[0] if len(parts) == 1 else hashlib.sha256(b"".join(parts)).digest()).hex()
 
 
-def digest_of(file: BinaryIO, part_bytes: int | None = PART_BYTES) -> str:
+def digest_of(file: BufferedReader, part_bytes: int | None = PART_BYTES) -> str:
     """The digest of an open file. `part_bytes` None: the SHA-256 of the whole, as versions recorded that had no parts."""
     if part_bytes is None:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -54,7 +54,7 @@ def test_what_is_written_has_the_digest_that_is_returned(
     monkeypatch.setattr(tensors, "THREADS", threads)
     rng = np.random.default_rng(threads)
     sizes = [3, 1000, 5_000_000, 7, 20_000, 600_001, 1, 262_144]
-    arrays = {f"{i}": rng.random(size, np.float32) for i, size in enumerate(sizes)}
+    arrays: dict[str, np.ndarray] = {f"{i}": rng.random(size, np.float32) for i, size in enumerate(sizes)}
     arrays["wide"] = rng.random(70_000)
     path = tmp_path / "a.safetensors"
     digest = write_tensors(arrays, path, metadata={"step": "1"})
