@@ -6,11 +6,10 @@ what is in the files. Loaded only where a checkpoint has this format.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,8 +31,9 @@ from trainspec.checkpoints.folders import flush, remove
 from trainspec.checkpoints.manifest import NATIVE, PORTABLE, DamagedError, Manifest, read_manifest
 from trainspec.checkpoints.shards import KINDS, ArrayKind, file_name
 from trainspec.checkpoints.verify import verify
-from trainspec.command import run_command
+from trainspec.command import ArgumentParser, run_command
 from trainspec.errors import RecipeError, UserError, WeightsError
+from trainspec.files.digests import PART_BYTES, digest_of
 from trainspec.files.tensors import write_tensors
 from trainspec.plans.names import Backend
 from trainspec.plans.pipeline import stack_order
@@ -50,6 +50,8 @@ _TREE = "state"
 # Smaller chunks cost more than they save; orbax warns of them.
 _CHUNK_BYTES = 2**20
 _PROCESS_FOLDER = re.compile(r"ocdbt\.process_(\d+)")
+# The largest shards that are read at a time: orbax takes no less than one.
+_READ_AT_A_TIME = 2
 Native = Mapping[ArrayKind, Arrays]
 S = TypeVar("S")
 
@@ -103,7 +105,7 @@ class NativeFormat(Generic[S]):
         check_readable(path, BACKEND)
         _check_layouts(path, _layouts_in(path), storage.layouts(self._run.trained))
         shapes = storage.saved_shapes(self._run.trained)
-        return self._replaced(state, manifest.step, lambda: ocp.load(str(path / FOLDER), shapes))
+        return self._replaced(state, manifest.step, lambda: _load(path / FOLDER, shapes))
 
 
 def _save(folder: Path, arrays: Native, held: Mapping[str, Layout]) -> ocp.AsyncResponse[None]:
@@ -116,15 +118,30 @@ def _save(folder: Path, arrays: Native, held: Mapping[str, Layout]) -> ocp.Async
         return ocp.save_async(str(folder), dict(arrays), custom_metadata={"layouts": described})
 
 
+def _load(folder: Path, shapes: Mapping[ArrayKind, Mapping[str, jax.ShapeDtypeStruct]]) -> Native:
+    """orbax's arrays. Without a limit it reads all of them at once, and has each a second time until it is on its devices."""
+    context = ocp.Context()
+    context.memory.read_concurrent_bytes = 1 + _READ_AT_A_TIME * max(
+        math.prod(_sharded(each)) * each.dtype.itemsize for kind in shapes.values() for each in kind.values()
+    )
+    with context:
+        return ocp.load(str(folder), shapes)
+
+
+def _sharded(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The shape of one device's part."""
+    return array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+
+
 def _digests(folder: Path, process: int) -> dict[str, str]:
-    """The SHA-256 of the files that a process has written; the leader's are also those that orbax writes once."""
+    """The digests of the files that a process has written; the leader's are also those that orbax writes once."""
     digests = {}
     for path in sorted(p for p in (folder / FOLDER).rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         part = _PROCESS_FOLDER.search(name)
         if (int(part[1]) if part else 0) == process:
             with path.open("rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[name] = digest_of(file)
     return digests
 
 
@@ -162,9 +179,9 @@ def _layouts_in(path: Path) -> dict[str, Layout]:
             name: Layout(**fields | {"weights": tuple(fields["weights"])})
             for name, fields in described.items()
         }
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError):
         raise DamagedError(
-            path, f"{path}: {FOLDER} is no checkpoint of jaxtrain's ({type(error).__name__})"
+            path, f"{path}: {FOLDER} does not say which weights it holds, as jaxtrain's do"
         ) from None
 
 
@@ -206,7 +223,9 @@ def convert(source: Path, target: Path) -> str:
         format_ = PORTABLE if manifest.format == NATIVE else NATIVE
         backend = BACKEND if format_ == NATIVE else manifest.backend
         sizes = {name: (unfinished / name).stat().st_size for name in digests}
-        replace(manifest, format=format_, backend=backend, sha256=digests, sizes=sizes).write(unfinished)
+        replace(
+            manifest, format=format_, backend=backend, sha256=digests, sizes=sizes, part_bytes=PART_BYTES
+        ).write(unfinished)
         unfinished.rename(target)
         flush(target.parent)
     except BaseException:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from parity.steps import DEFAULT_STEPS
-from trainspec.command import add_decoding, add_prompts, add_recipe, run_command
+from trainspec.command import ArgumentParser, add_decoding, add_prompts, add_recipe, run_command
 from trainspec.plans.names import DEVICES, Backend, Policy
 
 STATUS_PAGE, FAMILIES_PAGE = Path("docs/parity-status.md"), Path("docs/parity-status-families.md")

@@ -4,8 +4,8 @@
 
 A run of the demo's model is continued with --resume until it is done; then another begins. A kill (SIGKILL) is of all of a
 run's processes or, where there are several, by turns of one alone; every second one waits until a checkpoint is being
-written. A stop is SIGTERM, from the first line of a run on. Prints what was seen, as JSON; the exit code is 1 if anything was
-not as it has to be. Linux only.
+written. A stop is SIGTERM: by turns while the run loads and compiles, while it saves, and around an evaluation. Prints what was
+seen, as JSON, which is in OUT/seen.json from the first one on; the exit code is 1 if anything was not as it has to be. Linux only.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from trainspec.checkpoints.verify import damages
 from trainspec.errors import EXIT_DONE, EXIT_MACHINE, EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
-EVERY, STEPS = 3, 24
+EVERY, EVALUATED, STEPS = 3, 4, 24
 SETTINGS = (
     "data.sequence_tokens=64", "batch.global_examples=4", "precision.policy=fp64", "precision.reduce=fp64",
-    f"checkpoint.every_steps={EVERY}", f"run.steps={STEPS}", "run.eval_every_steps=4", "schedule.warmup_steps=2",
+    f"checkpoint.every_steps={EVERY}", f"run.steps={STEPS}", f"run.eval_every_steps={EVALUATED}", "schedule.warmup_steps=2",
 )  # fmt: skip
 QUIET = {
     "JAX_PLATFORMS": "cpu",
@@ -78,6 +78,10 @@ class Victim:
         """The number of updates it has reported."""
         return sum(line.startswith("step ") for line in self.lines)
 
+    def has_written(self) -> bool:
+        """Whether it has said where its last checkpoint is: all that follows is the end of the process."""
+        return any(line.startswith("wrote ") for line in self.lines)
+
     def wait_until(self, is_so: Callable[[], bool]) -> None:
         """Return when it is so, or when the run has ended."""
         until = time.monotonic() + PATIENCE_SECONDS
@@ -112,6 +116,11 @@ def start(program: str, out: Path, processes: int) -> Victim:
         target=lambda stream: victim.lines.extend(stream), args=(process.stdout,), daemon=True
     ).start()
     return victim
+
+
+def told(seen: Seen) -> str:
+    """All of it, as JSON."""
+    return json.dumps({"counts": seen.counts, "most": seen.most, "wrong": seen.wrong}, indent=1)
 
 
 def children_of(pid: int) -> list[int]:
@@ -150,9 +159,9 @@ class Campaign:
         self.seen = Seen()
         whole = self._new()
         victim = start(program, whole, processes)
-        told = victim.end()
+        line = victim.end()
         if victim.process.returncode != EXIT_DONE:
-            raise RuntimeError(f"the undisturbed run ended with {victim.process.returncode}: {told}")
+            raise RuntimeError(f"the undisturbed run ended with {victim.process.returncode}: {line}")
         self._wanted = digests(whole)
 
     def run(self, times: int, end: Callable[[Victim, int], None]) -> None:
@@ -165,13 +174,14 @@ class Campaign:
                 victim = start(self._program, out, self._processes)
                 if done < times:
                     end(victim, done)
-                told = victim.end()
+                line = victim.end()
                 while children_of(victim.process.pid):
                     time.sleep(0.01)
                 is_done = victim.process.returncode == EXIT_DONE
                 if not is_done and done < times:
                     done += 1
-                self._look(victim, before, told)
+                self._look(victim, before, line)
+                (self._home / "seen.json").write_text(told(self.seen) + "\n")
             self._compare(out)
 
     def kill(self, victim: Victim, number: int) -> None:
@@ -205,33 +215,48 @@ class Campaign:
         self.seen.counts["kills inside a save"] += in_save
 
     def stop(self, victim: Victim, number: int) -> None:
-        """Send SIGTERM at a random moment after the first line, a third of the times before the first update."""
+        """Send SIGTERM after the first line, by turns before the first update, inside a save, and before or in an evaluation."""
+        began, before = time.monotonic(), self._newest(victim.out)
         after = 0 if number % 3 == 0 else self._random.randrange(1, STEPS // 4)
         victim.wait_until(lambda: bool(victim.lines) and victim.steps() >= after)
-        if number % 3 == 1:
-            victim.wait_until(lambda: is_saving(victim.out))
-        time.sleep(self._random.random() * 0.3)
+        match number % 3:
+            case 0:  # after that data and weights are read, and programs are compiled
+                until = time.monotonic() + self._random.random() * (time.monotonic() - began) / 2
+                victim.wait_until(lambda: victim.steps() > 0 or time.monotonic() > until)
+            case 1:
+                victim.wait_until(lambda: is_saving(victim.out))
+                time.sleep(self._random.random() * 0.01)
+            case _:
+                victim.wait_until(lambda: (before + victim.steps()) % EVALUATED == EVALUATED - 1)
+                time.sleep(self._random.random() * 0.2)
         if victim.process.poll() is not None:
             return
+        in_save = is_saving(victim.out)
         where = "before the first update" if not victim.steps() else "later"
         began = time.monotonic()
         victim.process.terminate()
         victim.wait_until(lambda: False)
         self.seen.at_most("seconds from SIGTERM to the end", time.monotonic() - began)
-        if victim.process.returncode == EXIT_DONE:  # it was in its last update
+        if (
+            victim.process.returncode == EXIT_DONE or victim.has_written()
+        ):  # it was in its last update, or was ending
             return
         self.seen.counts[f"stops {where}"] += 1
         self.seen.check(
             victim.process.returncode == EXIT_STOPPED, f"SIGTERM: code {victim.process.returncode}"
         )
+        self.seen.counts["stops inside a save"] += in_save
         metrics = victim.out / "metrics.jsonl"
-        made = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        rows = list(map(json.loads, metrics.read_text().splitlines())) if metrics.exists() else []
+        made = len(rows)
+        is_due = made > before and made % EVALUATED == 0
+        self.seen.counts["stops before or in an evaluation"] += is_due and "heldout_loss" not in rows[-1]
         self.seen.check(
             self._newest(victim.out) == made, f"SIGTERM after {made}: saved {self._newest(victim.out)}"
         )
         self.seen.counts["stopped and saved"] += 1
 
-    def _look(self, victim: Victim, before: int, told: str) -> None:
+    def _look(self, victim: Victim, before: int, line: str) -> None:
         """What a run that has ended leaves, and what it said when it was continued."""
         resumed = [int(line.split()[3]) for line in victim.lines if line.startswith("resuming after step ")]
         if resumed:
@@ -245,8 +270,10 @@ class Campaign:
         # Those since the last one that is complete: one is being written while the updates to the next are made.
         self.seen.check(lost <= 2 * EVERY, f"{lost} updates lost")
         code = victim.process.returncode
-        if code not in (EXIT_DONE, -signal.SIGKILL):
-            self.seen.check(told.count("\n") == 1, f"code {code}, and not one line: {told!r}")
+        if code not in (EXIT_DONE, -signal.SIGKILL) and not (
+            code == -signal.SIGTERM and victim.has_written()
+        ):
+            self.seen.check(line.count("\n") == 1, f"code {code}, and not one line: {line!r}")
 
     def _compare(self, out: Path) -> None:
         """A run that is done is the undisturbed one, and has left nothing besides."""
@@ -284,7 +311,7 @@ def main() -> int:
     campaign.run(args.kills, campaign.kill)
     campaign.run(args.stops, campaign.stop)
     seen = campaign.seen
-    print(json.dumps({"counts": seen.counts, "most": seen.most, "wrong": seen.wrong}, indent=1))
+    print(told(seen))
     return 1 if seen.wrong else 0
 
 

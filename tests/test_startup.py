@@ -83,11 +83,45 @@ def test_nothing_heavy_is_loaded_for_help_or_a_refusal(program: str):
     assert "pydantic" in refused[0][2]  # control: the probe sees what is loaded
 
 
+WRONG_WORDS = {
+    "trainspec": {
+        ("checkpoint", "show"): "the following arguments are required: DIR",
+        ("nonsense",): "argument COMMAND: invalid choice: 'nonsense'",
+        ("data", DEMO, "--rows", "x"): "argument --rows: invalid int value: 'x'",
+    },
+    "parity": {("check", DEMO, "--stepz", "1"): "unrecognized arguments: --stepz 1", (): "required: COMMAND"},
+    "jaxtrain": {
+        (
+            "train",
+            DEMO,
+            "--activations",
+            "0",
+        ): "argument --activations: '0' is not a step; give 1 or more, or all",
+        ("generate", DEMO): "one of the arguments --prompt --file is required",
+    },
+}
+WRONG_WORDS["torchtrain"] = WRONG_WORDS["jaxtrain"]
+
+
+@pytest.mark.parametrize("program", WRONG_WORDS)
+def test_words_that_a_program_does_not_know_are_one_line(program: str):
+    lines = WRONG_WORDS[program]
+    for (argv, why), (code, told, loaded) in zip(
+        lines.items(), probed(program, *map(list, lines)), strict=True
+    ):
+        assert (code, told.count("\n"), loaded) == (2, 1, []), told
+        assert told.startswith(f"{program}: ")
+        assert why in told
+        assert told.endswith(" --help\n")
+        assert f"see {program}" in told
+        assert argv != ("checkpoint", "show") or "see trainspec checkpoint show --help" in told
+
+
 def test_who_starts_the_processes_of_a_run_loads_no_framework(tmp_path):
     """They load it themselves, and would wait for it."""
     code = (
         "import sys\nfrom torchtrain import commands\nfrom torchtrain.cli import main\n"
-        "commands.launch = lambda program, words, *, processes, logs: print(processes, *words)\n"
+        "commands.launch = lambda program, words, *, processes, logs, stop: print(processes, *words)\n"
         f"code = main(['train', {DEMO!r}, '--set', 'plan.data=2', '--out', {str(tmp_path / 'run')!r}])\n"
         f"print(code, sorted({FRAMEWORKS!r} & set(sys.modules)))"
     )

@@ -20,6 +20,7 @@ from trainspec.runs.export import export
 from trainspec.runs.prepare import prepare, prepare_evaluation, prepare_generation
 from trainspec.runs.request import out_directory, train_request
 from trainspec.runs.run import Run
+from trainspec.runs.stops import StopRequest
 
 BACKEND = BACKENDS["torch"]
 
@@ -40,7 +41,7 @@ def run(args: Namespace, words: Sequence[str]) -> None:
             request = train_request(args, out)
             run = prepare(recipe, BACKEND, request)
             if _needs_launch(run):
-                _launch(run, words, logs=out / "logs", out=out)
+                _launch(run, words, logs=out / "logs", out=out, stop=request.stop)
                 return
             request.clock.lap("recipe read and checked")
             train = _torch().train
@@ -78,9 +79,11 @@ def _needs_launch(run: Run) -> bool:
     return run.recipe.plan.devices > 1 and not has_launcher(os.environ)
 
 
-def _launch(run: Run, words: Sequence[str], *, logs: Path, out: Path | None = None) -> None:
+def _launch(
+    run: Run, words: Sequence[str], *, logs: Path, out: Path | None = None, stop: StopRequest | None = None
+) -> None:
     """Run the same command in a process for each device. This one has no devices, and what it says of memory is the machine's."""
     plan = run.recipe.plan
     here = Devices(BACKEND.name, "cpu", plan.devices, plan.devices, plan.devices, ())
     with explained(run, lambda: here, out=out):
-        launch(BACKEND.program, words, processes=plan.devices, logs=logs)
+        launch(BACKEND.program, words, processes=plan.devices, logs=logs, stop=stop)

@@ -56,7 +56,9 @@ class _Failure(NamedTuple):
     line: str
 
 
-def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> None:
+def launch(
+    program: str, argv: Sequence[str], *, processes: int, logs: Path, stop: StopRequest | None = None
+) -> None:
     """Run `python -m PROGRAM ARGV` that many times, as one group.
 
     All of them end with the first that fails, within some seconds, and with this process, however it ends. Their output goes
@@ -82,7 +84,7 @@ def launch(program: str, argv: Sequence[str], *, processes: int, logs: Path) -> 
     }
     command = [sys.executable, "-m", program, *argv]
     children: list[subprocess.Popen[bytes]] = []
-    with _pipe() as (reports, end), _logs(logs, processes) as files, listening() as stop:
+    with _pipe() as (reports, end), _logs(logs, processes) as files, listening(stop) as stop:
         stop.defer()
         try:
             with store:

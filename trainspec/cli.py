@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainspec.command import add_overrides, add_recipe, add_stored_type, run_command
+from trainspec.command import ArgumentParser, add_overrides, add_recipe, add_stored_type, run_command
 
 # Of `checkpoint convert`. Some are there to be refused with the reason.
 FORMATS = ("portable", "native", "hf", "peft", "universal", "trainer")

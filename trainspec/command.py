@@ -2,24 +2,34 @@
 
 Exit codes of every program: 0 done, or the verdict is pass; 1 the verdict is fail, or training stopped itself; 2 a
 mistake of the user; 3 the machine failed (an OSError, its memory, a device, a driver, the network); 75 training was asked
-to stop, by SIGTERM or Ctrl-C, and what it had done is saved; 130 interrupted, and ended at once; 70 a mistake of ours, the
-only one that prints a stack.
+to stop, by SIGTERM or Ctrl-C, and what it had done is saved, if it had done anything; 130 interrupted, and ended at once; 70 a
+mistake of ours, the only one that prints a stack.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import select
 import sys
 import traceback
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
-from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, ProcessError
+from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, ProcessError
 from trainspec.runs.allow import ALLOWABLE
+from trainspec.runs.stops import listening
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line as every other mistake of a user is; commands below one are of the same kind."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with the line; the usage, which argparse would print before it, is in `--help`."""
+        self.exit(EXIT_USER_ERROR, f"{self.prog.split()[0]}: {message}; see {self.prog} --help\n")
 
 
 def add_recipe(parser: ArgumentParser) -> None:
@@ -193,20 +203,28 @@ def run_command(
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main(args) or EXIT_DONE
+        if getattr(args, "command", None) != "train":
+            return main(args) or EXIT_DONE
+        with listening() as args.stopping:  # what follows takes seconds before there is a loop that listens
+            return main(args) or EXIT_DONE
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        return _ended(error, parser.prog, tell)
+        return _ended(error, args, parser.prog, tell)
 
 
-def _ended(error: BaseException, program: str, tell: Callable[[int, str], None] | None) -> int:
+def _ended(
+    error: BaseException, args: Namespace, program: str, tell: Callable[[int, str], None] | None
+) -> int:
     """Report the error that ended a command, and return the exit code."""
     # Knows recipes and checkpoints, which --help does without.
-    from trainspec.failures import notes_of, outcome
+    from trainspec.failures import notes_of, outcome, saved_in
+    from trainspec.runs.request import directory_of
 
     code, line = outcome(error)
     notes = notes_of(error)
+    if code == EXIT_STOPPED and not notes:  # while it was loading, or in a process whose launcher adds them
+        notes = [saved_in(directory_of(args, program))]
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
         # The reader has seen enough, as in `| head`. Without this Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

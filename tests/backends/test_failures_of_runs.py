@@ -74,6 +74,19 @@ def test_the_line_ends_with_what_is_saved(what, at, make_recipe, tmp_path, monke
         assert main(["train", str(file), "--out", str(out), "--resume"]) == 0
 
 
+def test_a_request_while_the_program_is_loaded_is_the_same_line(make_recipe, tmp_path, monkeypatch, capsys):
+    """Wherever it comes: before anything knows what is saved, and where an error's notes are added already."""
+    file, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(make_recipe().to_yaml())
+    for place in (f"{PROGRAM}.commands.load_recipe", f"{PROGRAM}.train.set_up"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda *_: signal.raise_signal(signal.SIGTERM))
+            assert main(["train", str(file), "--out", str(out)]) == 75
+        line = f"{PROGRAM}: stopped by SIGTERM before its first update; nothing was saved yet\n"
+        assert capsys.readouterr().err == line, place
+        assert not out.exists()
+
+
 @pytest.mark.parametrize("asked", ["SIGTERM", pytest.param("Ctrl-C", marks=pytest.mark.full)])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_by_bit(
     asked, make_recipe, tmp_path, monkeypatch, capsys

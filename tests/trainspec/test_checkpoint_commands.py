@@ -229,6 +229,7 @@ def test_the_model_may_have_moved(
     assert ended(capsys, *words, "--set", f"model.from={tmp_path / 'far'}")[0] == 0
     file = tmp_path / "far/model.safetensors"
     save_file({name: array + 1 for name, array in load_file(file).items()}, file)
+    words = ("consolidate", path, "--out", tmp_path / "other", "--merge")
     assert "the model's weights are not those" in refused(
         capsys, *words, "--set", f"model.from={tmp_path / 'far'}"
     )
@@ -244,6 +245,25 @@ def test_what_is_damaged_is_not_consolidated(make_recipe: Make, tmp_path: Path, 
     flipped(path / "moment2-00001-of-00002.safetensors")
     assert "damaged" in refused(capsys, *words)
     assert not (tmp_path / "to").exists()
+
+
+def test_what_is_there_is_not_written_over(make_recipe: Make, tmp_path: Path, capsys: Any):
+    """`export` renews what it has written under --out; a directory that a user names is left as it is."""
+    path = save_sharded(tmp_path / "run", drawn(make_recipe()), recipe=make_recipe(), step=1)
+    to = tmp_path / "to"
+    (to / "empty").mkdir(parents=True)
+    assert ended(capsys, "consolidate", path, "--out", to / "empty")[0] == 0  # control
+    before = contents(to / "empty")
+    for words in (
+        ("consolidate", path, "--out", to / "empty"),
+        ("convert", path, to / "empty", "--to", "peft"),
+    ):
+        line = refused(capsys, *words)
+        assert line == f"trainspec: {to / 'empty'}: is there already; give another directory, or remove it\n"
+    assert contents(to / "empty") == before
+    assert "is there already" in refused(capsys, "consolidate", path, "--out", to)  # somebody else's
+    for _ in range(2):
+        export(make_recipe(), out=tmp_path / "run", merge=False)
 
 
 def test_convert_writes_or_says_why_not(make_recipe: Make, tmp_path: Path, capsys: Any):

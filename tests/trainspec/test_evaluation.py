@@ -218,7 +218,7 @@ def test_without_a_checkpoint_there_is_one_column(evaluated):
     assert "trained" not in figures
     assert "untrained" not in predictions[0]
     assert predictions[0]["prediction"] == ""
-    assert f"no checkpoint under {out}: there is no trained model to measure" in printed
+    assert f"no checkpoint under {out}; there is no trained model to measure" in printed
 
 
 def test_plain_text_has_a_loss_alone(evaluated, tmp_path: Path):

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 
 import pytest
 from small import ROOT
 
-from trainspec.errors import EXIT_STOPPED, MachineError, StoppedError, WeightsError
+from trainspec.command import backend_parser, run_command
+from trainspec.errors import EXIT_DONE, EXIT_STOPPED, MachineError, StoppedError, WeightsError
 from trainspec.failures import outcome
 from trainspec.runs.agreement import Agreement
 from trainspec.runs.processes import Processes
@@ -292,3 +294,32 @@ def test_a_request_within_a_callback_that_drops_errors_is_noted_and_prints_nothi
         assert "another error is still told" in capsys.readouterr().err
     finally:
         sys.unraisablehook = hook
+
+
+@pytest.mark.parametrize(("number", "word"), BOTH)
+def test_a_request_while_a_run_is_loaded_is_one_line_and_what_is_saved_is_named(
+    number, word, tmp_path, capsys
+):
+    """From the first line of `train` on, long before there is a loop that listens."""
+    before, heard = signal.getsignal(number), []
+
+    def ended(command: str, *, defers: bool = False) -> tuple[int, str]:
+        def main(args: Namespace) -> None:
+            heard.append(signal.getsignal(number) != before)
+            if command == "train":
+                if defers:
+                    args.stopping.defer()
+                signal.raise_signal(number)
+
+        words = [command, "recipe.yaml", "--out", str(tmp_path)]
+        return run_command(main, backend_parser("jaxtrain"), words), capsys.readouterr().err
+
+    line = f"jaxtrain: stopped by {word} before its first update; "
+    assert ended("train") == (EXIT_STOPPED, f"{line}nothing was saved yet\n")
+    saved = tmp_path / "checkpoints/step-000004"
+    saved.mkdir(parents=True)
+    assert ended("train") == (EXIT_STOPPED, f"{line}saved: {saved}; continue with --resume\n")
+    assert ended("train", defers=True) == (EXIT_DONE, "")  # it is the loop's to look at
+    assert ended("eval") == (EXIT_DONE, "")
+    assert heard == [True, True, True, False]
+    assert signal.getsignal(number) == before

@@ -15,6 +15,7 @@ from sharded import save_sharded
 from small import QA, ROOT, SMALL, write_tokenizer
 
 from trainspec import weight as weights_module
+from trainspec.files import digests, tensors
 from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of, read_model_spec
 from trainspec.methods import trainable_table
@@ -64,6 +65,8 @@ def trained(home: Path, width: int, method: str) -> tuple[Path, Recipe, int]:
 def test_a_few_tensors_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str):
     path, recipe, largest = trained(tmp_path / "a", 256, method)
     monkeypatch.setattr(weights_module, "BLOCK_ELEMENTS", 2**15)
+    for module in (tensors, digests):  # each has its buffer
+        monkeypatch.setattr(module, "THREADS", 2)
 
     def peak(target: str) -> int:
         tracemalloc.start()

@@ -121,8 +121,8 @@ def recipe_of(path: Path, overrides: Sequence[str]) -> Recipe:
 
 def _consolidate(path: Path, args: Namespace, out: Path, *, merge: bool) -> Path:
     """Write one checkpoint as a Hugging Face model or a PEFT adapter into `out`, and return it."""
-    if out.exists() and (not out.is_dir() or out.resolve() in (path.resolve(), *path.resolve().parents)):
-        raise UserError(f"{out}: give another directory to write to")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; give another directory, or remove it")
     try:
         consolidate(path, recipe_of(path, args.overrides), out, merge=merge, dtype=args.dtype)
     except ModelError as error:

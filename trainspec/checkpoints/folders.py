@@ -19,6 +19,7 @@ from pathlib import Path
 
 LATEST, BEST = "latest", "best"
 _COMPLETE = re.compile(r"step-(\d+)")
+_ASIDE = re.compile(r"step-\d+\.damaged(-\d+)?")
 _LEFTOVER = re.compile(rf"\.step-(?P<step>\d+)\.(?P<kind>tmp|old|gone(-\d+)?)|\.({LATEST}|{BEST})\.tmp")
 
 
@@ -48,6 +49,11 @@ def complete(out: Path) -> list[Path]:
     paths = [path for path in checkpoints_of(out).glob("step-*") if path.is_dir()]
     numbered = [(step, path) for path in paths if (step := step_of(path)) is not None]
     return [path for _, path in sorted(numbered)]
+
+
+def aside(out: Path) -> list[Path]:
+    """The checkpoints under OUT that were set aside as damaged."""
+    return sorted(path for path in checkpoints_of(out).glob("step-*") if _ASIDE.fullmatch(path.name))
 
 
 def latest(out: Path) -> Path | None:

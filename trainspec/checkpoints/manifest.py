@@ -34,7 +34,8 @@ class DamagedError(WeightsError):
 class Manifest:
     """A run after `step` updates, which is also its position in the data.
 
-    `sha256` has every file of the checkpoint, by its path in it, `sizes` their bytes; `shapes` every trained tensor (None: each
+    `sha256` has the digest of every file of the checkpoint, by its path in it (`files.digests`, in parts of `part_bytes`; None:
+    the SHA-256 of the whole, as versions wrote it that hashed in one thread), `sizes` their bytes; `shapes` every trained tensor (None: each
     file's keys are whole tensors, as versions wrote them that gathered); `identity` is None where a version without digests
     wrote it.
     """
@@ -49,6 +50,7 @@ class Manifest:
     backend: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    part_bytes: int | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint's directory with its own digest, and flush it to the disk."""
@@ -81,6 +83,7 @@ def read_manifest(path: Path) -> Manifest:
             backend=tree.get("backend"),
             versions=dict(tree.get("versions") or {}),
             sizes={str(name): int(size) for name, size in (tree.get("sizes") or {}).items()},
+            part_bytes=tree.get("part_bytes"),
         )
 
 
@@ -109,7 +112,20 @@ def _told(error: Exception) -> str:
         case _Damaged():
             return str(error)
         case _:
-            return f"{FILE} is damaged: {type(error).__name__}"
+            return f"{FILE} is damaged: {_in_words(error)}"
+
+
+def _in_words(error: Exception) -> str:
+    """What an error says of a text that is to be a manifest."""
+    match error:
+        case UnicodeDecodeError():
+            return "it is not text"
+        case json.JSONDecodeError():
+            return f"it is not JSON (line {error.lineno})"
+        case KeyError():
+            return f"it has no {error.args[0]}"
+        case _:
+            return "a value in it is of another kind"
 
 
 class _Damaged(ValueError):

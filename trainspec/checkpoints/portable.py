@@ -54,7 +54,7 @@ def metadata_of(step: int, recipe: Recipe, identity: Identity | None) -> dict[st
 def write_shards(
     folder: Path, shards: Iterable[Shard], processes: Processes, *, metadata: Mapping[str, str]
 ) -> dict[str, str]:
-    """Write one process's shards, a file for each kind, flushed to the disk; returns the SHA-256 by file name.
+    """Write one process's shards, a file for each kind, flushed to the disk; returns their digests by file name.
 
     The files are written side by side, as a digest takes longer than the disk. Raises WeightsError for a value that is not
     finite.

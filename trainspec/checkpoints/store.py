@@ -19,6 +19,7 @@ from trainspec.checkpoints.notes import Written, leave, note, word_of
 from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.errors import MachineError, WeightsError
 from trainspec.failures import describe_os_error
+from trainspec.files.digests import PART_BYTES
 from trainspec.recipe import Checkpoint as CheckpointSettings
 from trainspec.recipe import Recipe
 from trainspec.runs.contract import ArrayFormat, S
@@ -257,4 +258,5 @@ def manifest_of(recipe: Recipe, identity: Identity | None, shapes: Mapping[str, 
         sha256={},
         identity=identity,
         shapes=shapes,
+        part_bytes=PART_BYTES,
     )

@@ -5,7 +5,6 @@ What is not whole is set aside under a name by which it does not count, and kept
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from trainspec.checkpoints.manifest import (
 from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.errors import MachineError, WeightsError
 from trainspec.failures import describe_os_error
+from trainspec.files.digests import digest_of
 from trainspec.files.tensors import TensorFile
 from trainspec.runs.processes import Processes
 
@@ -147,7 +147,7 @@ def _damage(path: Path, name: str, manifest: Manifest) -> str | None:
             if size is not None and found != size:
                 lack = "empty" if not found else f"{found} bytes"
                 return f"{file}: damaged ({lack} instead of {size} bytes{_another(file, name, manifest)})"
-            if hashlib.file_digest(stream, "sha256").hexdigest() == manifest.sha256[name]:
+            if digest_of(stream, manifest.part_bytes) == manifest.sha256[name]:
                 return None
     except FileNotFoundError:
         return f"{file}: missing (incomplete checkpoint)"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from trainspec.evaluation.evaluation import Evaluation
 from trainspec.evaluation.heldout import Questions
+from trainspec.runs.newest import what_is_there
 
 
 def table(evaluation: Evaluation) -> Iterator[str]:
@@ -30,7 +31,7 @@ def table(evaluation: Evaluation) -> Iterator[str]:
         yield f"{name.ljust(widths[0])}  {aligned}  {how}".rstrip()
     yield "; ".join(f"{name}: {measurement.whose}" for name, measurement in models.items())
     if evaluation.trained is None:
-        yield f"no checkpoint under {evaluation.request.out}: there is no trained model to measure"
+        yield f"{what_is_there(evaluation.request.out)}; there is no trained model to measure"
 
 
 def _answered(evaluation: Evaluation, questions: Questions) -> str:

@@ -6,7 +6,6 @@ is reported in one line.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from numpy.typing import DTypeLike, NDArray
 from trainspec.errors import ModelError, WeightsError
 from trainspec.families import family_of, family_of_config, preset
 from trainspec.families.family import Family
+from trainspec.files.digests import digest_of
 from trainspec.files.model_config import config_notes, read_config, read_model_spec
 from trainspec.files.tensors import FLOATS, TensorFile, write_tensors
 from trainspec.files.weight_files import MODEL_FILE, MODEL_INDEX, weight_files
@@ -409,7 +409,7 @@ def write_finite(weights: Mapping[str, WeightLike], path: Path, *, where: Path) 
     checked = {name: _finite(name, weight, where) for name, weight in weights.items()}
     digest = write_tensors(checked, path, metadata={"format": "pt"})
     with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+        if digest_of(file) != digest:
             raise WeightsError(f"{path}: does not read back as written; the disk may be full or failing")
 
 

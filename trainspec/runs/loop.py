@@ -69,7 +69,7 @@ def train(
     Raises UserError for mistakes in the recipe or its files, NonFiniteLossError for a loss that is not finite, and
     StoppedError where SIGTERM or Ctrl-C asked the run to stop.
     """
-    with listening() as stop:
+    with listening(request.stop) as stop:
         _train(backend, run, request, processes=processes, devices=devices, stop=stop)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainspec.checkpoints.checkpoint import read_origin
-from trainspec.checkpoints.folders import checkpoints_of, latest
+from trainspec.checkpoints.folders import aside, checkpoints_of, latest
 from trainspec.checkpoints.formats import Formats
 from trainspec.runs.contract import Backend, S
 from trainspec.runs.processes import Processes
@@ -18,7 +18,7 @@ def newest_state(
     """The state of the newest checkpoint in `out`, else the starting one, and what to call it. Raises WeightsError."""
     state, saved = backend.init_state(run), newest_checkpoint(out, processes)
     if saved is None:
-        return state, f"the starting weights (no checkpoint under {out})"
+        return state, f"the starting weights ({what_is_there(out)})"
     return restored(backend, run, state, saved, processes=processes, tokenizer_digest=tokenizer_digest)
 
 
@@ -41,3 +41,13 @@ def restored(
     is_another = identity is not None and identity.tokenizer != tokenizer_digest
     note = "; the tokenizer's files are not those that it was trained with" if is_another else ""
     return state, f"{saved.parent.parent} at step {state.step}{note}"
+
+
+def what_is_there(out: Path) -> str:
+    """Why there is no checkpoint to read: none was saved, or all are set aside."""
+    names = ", ".join(path.name for path in aside(out))
+    return (
+        f"no whole checkpoint under {out}: set aside as damaged: {names}"
+        if names
+        else f"no checkpoint under {out}"
+    )

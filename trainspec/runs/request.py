@@ -10,6 +10,7 @@ from pathlib import Path
 from trainspec.errors import UserError, nearest
 from trainspec.runs.allow import ALLOWABLE
 from trainspec.runs.clock import Clock, command_start
+from trainspec.runs.stops import StopRequest
 from trainspec.trace import TraceRequest
 
 
@@ -18,7 +19,7 @@ class TrainRequest:
     """Where a run writes, whether it writes a trace, whether it resumes, and whether it says where its time went.
 
     With `resume` it starts from the newest checkpoint in `out`; `allow` names the groups of settings that may have changed.
-    `clock` has the run's time.
+    `clock` has the run's time, and `stop` hears who asks it to stop.
     """
 
     out: Path
@@ -27,18 +28,24 @@ class TrainRequest:
     allow: Collection[str] = ()
     timings: bool = False
     clock: Clock = field(default_factory=Clock, compare=False)
+    stop: StopRequest = field(default_factory=StopRequest, compare=False)
 
 
 def out_directory(args: Namespace, program: str) -> Path:
     """The directory of the run: `--out`, or `runs/RECIPE-PROGRAM`. Raises UserError where that is a file."""
-    out = args.out or Path("runs") / f"{args.recipe.stem}-{program}"
+    out = directory_of(args, program)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a directory")
     return out
 
 
+def directory_of(args: Namespace, program: str) -> Path:
+    """The directory of the run, be it one or not."""
+    return args.out or Path("runs") / f"{args.recipe.stem}-{program}"
+
+
 def train_request(args: Namespace, out: Path) -> TrainRequest:
-    """The request that the options of `train` make. Its clock has run since the command began."""
+    """The request that the options of `train` make. Its clock has run since the command began, and since then it is heard who asks to stop."""
     return TrainRequest(
         out,
         trace=_trace_request(args),
@@ -46,6 +53,7 @@ def train_request(args: Namespace, out: Path) -> TrainRequest:
         allow=_allowed(args),
         timings=args.timings,
         clock=Clock(command_start()),
+        stop=args.stopping,
     )
 
 

@@ -48,14 +48,14 @@ class StopRequest:
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Inside, SIGTERM and Ctrl-C are requests; afterwards they do what they did before.
+def listening(request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """Inside, SIGTERM and Ctrl-C are requests, noted in `request` where there is one; afterwards they do what they did before.
 
     A signal that is ignored, as for a program in a shell's background, stays ignored. Outside of the main thread, where
     Python has no handlers, nothing is heard. A request that comes within a callback of the interpreter, which drops exceptions, is
     looked at later.
     """
-    request, before, report = StopRequest(), {}, sys.unraisablehook
+    request, before, report = request or StopRequest(), {}, sys.unraisablehook
 
     def report_others(dropped: Any) -> None:
         if not isinstance(dropped.exc_value, StoppedError):

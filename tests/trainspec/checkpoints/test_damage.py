@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from trainspec.checkpoints.manifest import FILE, read_manifest
 from trainspec.errors import MachineError, RecipeError, WeightsError
 from trainspec.plans.accelerators import Devices
 from trainspec.runs import loop
+from trainspec.runs.newest import newest_state
 from trainspec.runs.prepare import check_output
 from trainspec.runs.processes import Processes
 from trainspec.runs.request import TrainRequest
@@ -323,8 +325,53 @@ def test_a_damaged_manifest_says_the_same_to_all(damaged: Path):
     newest = damaged / "checkpoints/step-000003"
     (newest / FILE).write_text("{}")
     (line,) = verify.damages(newest)
-    assert line == f"{newest}: incomplete checkpoint (checkpoint.json is damaged: KeyError)"
+    assert line == f"{newest}: incomplete checkpoint (checkpoint.json is damaged: it has no step)"
     for ask in (read_manifest, verify.verify):
         with pytest.raises(WeightsError) as caught:
             ask(newest)
         assert str(caught.value) == f"{line}; rename or remove {newest} to use the one before it"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe", "it is not text"),
+        (b'{"step": 3,\n oops', "it is not JSON (line 2)"),
+        (b"", "it is not JSON (line 1)"),
+        (b'{"step": 3}', "it has no recipe"),
+        (b'{"step": []}', "a value in it is of another kind"),
+        (b"[1]", "a value in it is of another kind"),
+    ],
+)
+def test_a_damaged_manifest_is_described_in_words(damaged: Path, content: bytes, words: str):
+    """Not by the names of Python's classes."""
+    newest = damaged / "checkpoints/step-000003"
+    (newest / FILE).write_bytes(content)
+    assert verify.damages(newest) == [
+        f"{newest}: incomplete checkpoint (checkpoint.json is damaged: {words})"
+    ]
+
+
+def test_what_is_set_aside_is_told_from_what_was_never_saved(tmp_path: Path):
+    """To those that read the newest state and find none: an evaluation, a generation."""
+
+    class Start:
+        step = 0
+
+        def init_state(self, run: object) -> Start:
+            return self
+
+    def whose(out: Path) -> str:
+        start: Any = Start()
+        return newest_state(start, start, out=out, processes=Processes(), tokenizer_digest="")[1]
+
+    assert whose(tmp_path) == f"the starting weights (no checkpoint under {tmp_path})"
+    save(tmp_path, 1, 2, keep=2)
+    for path in folders.complete(tmp_path):
+        (path / FILE).write_text("{}")
+    (tmp_path / "checkpoints/step-000001.damaged").mkdir()
+    (tmp_path / "checkpoints/step-000001.mine").mkdir()  # a user's own
+    assert verify.newest_whole(tmp_path, Processes()) is None
+    names = "step-000001.damaged, step-000001.damaged-2, step-000002.damaged"
+    told = f"no whole checkpoint under {tmp_path}: set aside as damaged: {names}"
+    assert whose(tmp_path) == f"the starting weights ({told})"

@@ -1,0 +1,111 @@
+"""Digests of files in parts: what several threads make of a file is what its definition says, and every flip changes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from writers import save
+
+from trainspec.checkpoints import verify
+from trainspec.checkpoints.manifest import FILE, read_manifest
+from trainspec.files import digests, tensors
+from trainspec.files.digests import PART_BYTES, digest_of
+from trainspec.files.tensors import write_tensors
+
+
+def found(path: Path, part_bytes: int | None = PART_BYTES) -> str:
+    with path.open("rb") as file:
+        return digest_of(file, part_bytes)
+
+
+def defined(content: bytes, part_bytes: int) -> str:
+    """The definition, in one line."""
+    parts = [content[at : at + part_bytes] for at in range(0, max(1, len(content)), part_bytes)]
+    whole = b"".join(hashlib.sha256(part).digest() for part in parts) if len(parts) > 1 else content
+    return hashlib.sha256(whole).hexdigest()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 200, 999, 1000])
+def test_any_number_of_threads_finds_what_is_defined(
+    tmp_path: Path, threads: int, size: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(digests, "THREADS", threads)
+    monkeypatch.setattr(digests, "_PIECE_BYTES", 33)
+    content = np.random.default_rng(size).bytes(size)
+    (tmp_path / "a").write_bytes(content)
+    assert found(tmp_path / "a", 100) == defined(content, 100)
+    assert found(tmp_path / "a", None) == hashlib.sha256(content).hexdigest()
+    # That of a file of one part is what sha256sum says; control: that of several is not.
+    assert (found(tmp_path / "a", 100) == hashlib.sha256(content).hexdigest()) == (size <= 100)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_what_is_written_has_the_digest_that_is_returned(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Small tensors that are joined, and large ones that several parts have; parts are written in any order."""
+    monkeypatch.setattr(tensors, "THREADS", threads)
+    rng = np.random.default_rng(threads)
+    sizes = [3, 1000, 5_000_000, 7, 20_000, 600_001, 1, 262_144]
+    arrays: dict[str, np.ndarray] = {f"{i}": rng.random(size, np.float32) for i, size in enumerate(sizes)}
+    arrays["wide"] = rng.random(70_000)
+    path = tmp_path / "a.safetensors"
+    digest = write_tensors(arrays, path, metadata={"step": "1"})
+    content = path.read_bytes()
+    assert len(content) > 5 * PART_BYTES
+    assert digest == defined(content, PART_BYTES) == found(path)
+    read = load_file(path)
+    assert read.keys() == arrays.keys()
+    assert all(np.array_equal(read[name], array) for name, array in arrays.items())
+
+
+def test_a_flip_in_any_part_a_swap_of_parts_and_a_cut_change_the_digest(tmp_path: Path):
+    path, rng = tmp_path / "a", np.random.default_rng(0)
+    content = rng.bytes(3 * PART_BYTES + 5)
+    path.write_bytes(content)
+    whole = found(path)
+    for place in [0, PART_BYTES - 1, PART_BYTES, 2 * PART_BYTES + 7, len(content) - 1]:
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        assert found(path) != whole, place
+    first, second = content[:PART_BYTES], content[PART_BYTES : 2 * PART_BYTES]
+    for other in (second + first + content[2 * PART_BYTES :], content[:-5], content + b"\0"):
+        path.write_bytes(other)
+        assert found(path) != whole
+    path.write_bytes(content)
+    assert found(path) == whole  # control
+
+
+def test_a_checkpoint_whose_files_were_hashed_as_a_whole_is_verified_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As earlier versions wrote it: no part_bytes, and plain SHA-256s; here parts are small, so that they differ."""
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoints/step-000001"
+    manifest = read_manifest(path)
+    assert manifest.part_bytes == PART_BYTES
+    plain = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest.sha256}
+    parted = {name: defined((path / name).read_bytes(), 64) for name in manifest.sha256}
+    for part_bytes, right, wrong in ((None, plain, parted), (64, parted, plain)):
+        replace(manifest, part_bytes=part_bytes, sha256=right).write(path)
+        assert verify.damages(path) == []
+        file = path / "moment1.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        (line,) = verify.damages(path)
+        assert "moment1.safetensors: damaged (its SHA-256 is not the recorded one" in line
+        file.write_bytes(content)
+        replace(manifest, part_bytes=part_bytes, sha256=wrong).write(path)
+        assert len(verify.damages(path)) == 3  # control: the two differ
+    tree = json.loads((path / FILE).read_text())
+    del tree["part_bytes"], tree["digest"], tree["sizes"]
+    (path / FILE).write_text(json.dumps(tree | {"sha256": plain}))
+    assert verify.damages(path) == []
