@@ -66,7 +66,8 @@ def main() -> None:
         stacked, late = sections.pop("stacked", False), sections.pop("late", False)
         recipe = recipe_of(cases.parent, sections.pop("variant", "plain"), sections)
         for key, value in run(recipe, is_stacked=stacked, is_late=late).items():
-            arrays[f"{name}/{key}"] = np.asarray(value)
+            array = np.asarray(value)
+            arrays[f"{name}/{key}"] = array if array.dtype.kind in "fi" else array.astype(np.float32)
     np.savez(out, **arrays)
 
 

@@ -21,7 +21,7 @@ CASES = {
     "fp32": ({"method": LORA, "plan": MIXED, "precision": {"policy": "fp32"}}, (1, 2)),
     "bf16": ({"method": LORA, "precision": {"policy": "bf16"}}, (4, 4)),
 }
-ROUNDING = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 0.05}
+ROUNDING = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 0.02}
 
 
 def difference(run: dict[str, np.ndarray]) -> float:
