@@ -75,6 +75,9 @@ def link_newest(start: Path, out: Path) -> None:
     checkpoints = checkpoints_of(out)
     checkpoints.mkdir(parents=True, exist_ok=True)
     (checkpoints / newest.name).symlink_to(newest.absolute(), target_is_directory=True)
+    recipe = start / "recipe.yaml"  # which an error about another recipe names
+    if recipe.is_file():
+        (out / recipe.name).symlink_to(recipe.absolute())
 
 
 def read_generations(path: Path) -> list[Generation]:

@@ -56,7 +56,9 @@ def test_the_newest_checkpoint_is_linked(tmp_path: Path):
         link_newest(tmp_path, tmp_path / "out")
     for step in (1, 2):
         (tmp_path / f"checkpoints/step-00000{step}").mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text("of the run")
     link_newest(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out/recipe.yaml").read_text() == "of the run"
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000002"]
 
 
