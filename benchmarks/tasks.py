@@ -219,7 +219,10 @@ record that is close. Other tasks of lm-eval's take the same command.
 [Decision 0036](decisions/0036-evaluation.md) says why.
 """
 # What was measured once by hand, with lm-eval in a venv of its own.
-LM_EVAL = ""
+LM_EVAL = (
+    "Of the demo's model after 20 updates of `configs/demo.yaml`, and 60 questions\nwith four choices each, lm-eval 0.4.13 found acc 0.2500 "
+    "and acc_norm 0.2667, and `eval` accuracy 25.00 and accuracy_normalised 26.67."
+)
 
 
 if __name__ == "__main__":
