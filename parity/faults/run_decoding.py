@@ -263,8 +263,9 @@ def _outcome(
     found: Mapping[Key, GenerationComparison],
 ) -> DecodingOutcome:
     name = fault.name if fault else CLEAN
-    keys = {look: (setup, name, backend, look) for look in LOOKS}
-    said = [answers[key] for key in keys.values()] + [answers[setup, CLEAN, _other(backend), "as-it-is"]]
+    keys: dict[str, Key] = {look: (setup, name, backend, look) for look in LOOKS}
+    others: Key = (setup, CLEAN, _other(backend), "as-it-is")
+    said = [*(answers[key] for key in keys.values()), answers[others]]
     crash = next((each for each in said if isinstance(each, str)), None)
     if crash is None and any(key not in found for key in keys.values()):
         crash = "other prompts were answered"

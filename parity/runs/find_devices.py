@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import cast
 
 from trainspec.backends import BACKENDS
-from trainspec.command import run_command
+from trainspec.command import ArgumentParser, run_command
 from trainspec.plans.plan import Backend
 from trainspec.runs.contract import Cluster
 
