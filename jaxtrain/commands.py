@@ -32,10 +32,12 @@ def run(args: Namespace) -> None:
             train(run, request)
         case "eval":
             request = evaluation_request(args, out)
-            _jax().evaluate(prepare_evaluation(recipe, BACKEND, out=out), request)
+            run = prepare_evaluation(recipe, BACKEND, out=out)
+            _jax().evaluate(run, request)
         case "generate":
             request = generation_request(args, out)
-            _jax().generate(prepare_generation(recipe, BACKEND, out=out), request)
+            run = prepare_generation(recipe, BACKEND, out=out)
+            _jax().generate(run, request)
         case "export":
             # Needs only files: the leader does it alone, and waits for no other process.
             if _is_leader():

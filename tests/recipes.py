@@ -10,7 +10,7 @@ from small import ROOT
 from trainspec.recipe import Recipe, load_recipe
 
 FOLDER = ROOT / "configs"
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 # The preset with the sizes of each model that a recipe fetches.
 PRESET_OF = {
     "hub:meta-llama/Llama-3.1-8B": "llama3.1-8b",

@@ -43,6 +43,7 @@ REFUSALS = {
         ["eval", DEMO, "--set", "model.from=nowhere"],
         ["eval", DEMO, "--set", "data.heldout=null"],
         ["eval", DEMO, "--set", "data.heldout=nothing.jsonl"],
+        ["generate", DEMO, "--prompt", "Why?", "--set", "model.from=nowhere"],
     ),
 }
 REFUSALS["torchtrain"] = REFUSALS["jaxtrain"]
