@@ -265,9 +265,9 @@ def _progress(source: str, batches: Iterable[tuple[int, _Tokenised]]) -> Iterato
 
 
 def prompts_of(job: dict[str, Any]) -> dict[str, Any]:
-    """The prompts that a job asks for, and the ids that end a response."""
+    """The prompts that a job asks for, the records that are left out, and the ids that end a response."""
     encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"], job["digest"])
-    return {"prompts": prompts(job, encoder, _reader(job)), "stops": encoder.stops}
+    return prompts(job, encoder, _reader(job)) | {"stops": encoder.stops}
 
 
 def _reader(job: dict[str, Any]) -> Reader:

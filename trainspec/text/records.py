@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from trainspec.errors import nearest
-from trainspec.tasks import TASKS, Prompt, TaskName, write_prompt
+from trainspec.tasks import TASKS, PromptForm, TaskName, write_prompt
 
 Message = dict[str, Any]
 
@@ -115,7 +115,7 @@ class Reader:
     columns: Mapping[str, str] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
     system: str | None = None
-    prompt: Prompt | None = None
+    prompt: PromptForm | None = None
 
     def read(self, record: object, template_for: Callable[[object], str | None]) -> Chat | Text:
         """One record; `template_for(tools)` is the text of the chat template, which may allow more roles and fields."""
