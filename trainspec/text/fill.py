@@ -26,10 +26,11 @@ from trainspec.errors import DataError
 from trainspec.parent import end_with
 from trainspec.text.chatglm import ChatGLMEncoder, is_chatglm
 from trainspec.text.encode import Encoder
+from trainspec.text.fields import BadRecord
 from trainspec.text.files import Raw, is_hub, read_raw
 from trainspec.text.locate import Unlocated
 from trainspec.text.prompts import prompts
-from trainspec.text.records import BadRecord, Reader, Text
+from trainspec.text.records import Reader, Text
 from trainspec.text.store import COUNTS, TURN
 
 _BATCH_RECORDS = 128

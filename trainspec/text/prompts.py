@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trainspec.errors import DataError
+from trainspec.text.asked import without_response
+from trainspec.text.fields import BadRecord
 from trainspec.text.files import Raw, read_raw
 from trainspec.text.locate import Unlocated
-from trainspec.text.records import BadRecord, Chat, Encoded, Reader, Text, without_response
+from trainspec.text.records import Chat, Encoded, Reader, Text
 
 _SHOWN_ERRORS = 5
 
