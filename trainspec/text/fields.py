@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,3 +65,11 @@ def text_of(fields: Mapping[str, Any], key: str) -> str:
     if not isinstance(fields[key], str):
         raise BadRecord(f"{key!r} must be text, not {fields[key]!r:.80}")
     return fields[key]
+
+
+def parsed(text: str, what: str) -> Any:
+    """The value of a JSON text. Raises BadRecord."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRecord(f"{what} are not JSON: {text!r:.80}") from None

@@ -14,29 +14,20 @@ A field that is null is absent. Every other field is used, named in `data.ignore
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainspec.errors import nearest
 from trainspec.tasks import TASKS, PromptForm, TaskName, write_prompt
-from trainspec.text.fields import BadRecord, choices_of, kind_of, text_of, with_output
+from trainspec.text.fields import BadRecord, choices_of, kind_of, parsed, text_of, with_output
+from trainspec.text.sharegpt import ROLES, from_sharegpt
 
 Message = dict[str, Any]
 
 # The date that templates get as today's, so that a run does not depend on the day.
 DATE = datetime.date(2024, 7, 26)
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# The roles of ShareGPT's conversations.
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
-    **{role: role for role in ROLES},
-}
 # Text fields that a message may have. Any other field must be named in the template.
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 MESSAGE_FIELDS = ("role", "content", "tool_calls", *TEXT_FIELDS)
@@ -124,7 +115,7 @@ class Reader:
             case "messages":
                 return self._chat(fields["messages"], fields, template)
             case "conversations":
-                return self._chat(_from_sharegpt(fields["conversations"]), fields, template)
+                return self._chat(from_sharegpt(fields["conversations"]), fields, template)
             case "prompt and completion":
                 return self._completion(fields, template)
             case "text":
@@ -338,7 +329,7 @@ def _tool_calls(value: object) -> list[dict[str, Any]]:
             raise BadRecord(f"a tool call needs a function with a name, not {call!r:.80}")
         arguments = {} if function.get("arguments") is None else function["arguments"]
         if isinstance(arguments, str):
-            arguments = _parsed(arguments, "the arguments of a tool call") if arguments.strip() else {}
+            arguments = parsed(arguments, "the arguments of a tool call") if arguments.strip() else {}
         if not isinstance(arguments, dict):
             raise BadRecord(f"the arguments of a tool call must be an object, not {arguments!r:.80}")
         if more := [name for name in (*call, *function) if name in LOSS_FIELDS]:
@@ -351,48 +342,10 @@ def _tool_calls(value: object) -> list[dict[str, Any]]:
 def _tools(value: object) -> list[dict[str, Any]] | None:
     """Descriptions of tools, given as a list or as JSON text; None where there are none."""
     if isinstance(value, str):
-        value = _parsed(value, "'tools'") if value.strip() else []
+        value = parsed(value, "'tools'") if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRecord(f"'tools' must be a list of JSON schemas, not {value!r:.80}")
     return value or None
-
-
-def _parsed(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadRecord(f"{what} are not JSON: {text!r:.80}") from None
-
-
-def _from_sharegpt(value: object) -> list[Message]:
-    if not isinstance(value, list):
-        raise BadRecord(f"'conversations' must be a list, not {kind_of(value)}")
-    messages = []
-    for turn in value:
-        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
-            messages.append(turn)  # OpenAI's messages under ShareGPT's name
-            continue
-        if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-            raise BadRecord(f"every turn needs 'from' and 'value', not {turn!r:.80}")
-        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
-            raise BadRecord(
-                f"unknown 'from' {turn['from']!r:.40}{nearest(str(turn['from']), SHAREGPT_ROLES)}"
-            )
-        if more := [name for name in ("role", "content", "tool_calls") if name in turn]:
-            raise BadRecord(f"{more[0]!r} as well as 'from' and 'value'; leave one of them out")
-        message = {k: v for k, v in turn.items() if k not in ("from", "value")}
-        message["role"] = SHAREGPT_ROLES[turn["from"]]
-        if turn["from"] == "function_call":
-            calls = (
-                _parsed(turn["value"], "the calls of a 'function_call'")
-                if isinstance(turn["value"], str)
-                else turn["value"]
-            )
-            message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-        else:
-            message["content"] = turn["value"]
-        messages.append(message)
-    return messages
 
 
 def _written_out(messages: Iterable[Message], tools: object, learnt: Sequence[bool]) -> Text:
