@@ -273,6 +273,7 @@ def settings(case: Case, precision: Low, out: Path) -> tuple[str, ...]:
         f"model.from={out / model_name(case.variant, case.trained)}",
         f"data.train={data(case, out)}",
         "data.heldout=null",
+        "run.eval_generations=0",
         f"data.task={'question_answering' if is_padded else 'text'}",
         f"data.sequence_tokens={case.tokens}",
         f"data.packing={str(not is_padded).lower()}",

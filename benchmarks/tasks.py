@@ -2,7 +2,7 @@
 
     python benchmarks/tasks.py [--only TASK ...] [--steps N] [--precision P] [--examples N] [--max-tokens N] [--out DIR] [--page FILE]
 
-A run that is measured in DIR is not made again: remove it to start anew. A figure that training does not improve is an error, and no
+A run that is measured in DIR is not made again: remove it to start anew. One that was measured with other options is an error. A figure that training does not improve is an error, and no
 page is written.
 """
 
@@ -12,9 +12,14 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from trainspec.generation.request import Settings
+from trainspec.recipe import load_recipe
+from trainspec.runs.run import resolve
+from trainspec.runs.run_data import open_data
 
 BACKENDS = {"jaxtrain": "JAX", "torchtrain": "torch"}
 RECIPES = {
@@ -35,7 +40,7 @@ MUST_IMPROVE = {
 # What differs between the backends, by the precision of the runs.
 PRECISIONS = {
     "fp64": "in float64, so that what differs between the backends is no rounding",
-    "fp32": "in float32, where rounding alone has two runs of these rates apart after some tens of updates, and their answers too",
+    "fp32": "in float32, where the backends round differently; what of a difference between them comes of it is not shown here",
 }
 SAMPLES = 3
 
@@ -85,7 +90,32 @@ def result(task: str, program: str, arguments: argparse.Namespace) -> Result:
         print(f"{task} on {BACKENDS[program]} is measured", file=sys.stderr, flush=True)
     lines = (out / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
     figures = json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    if others := other_options(figures, arguments, updates=arguments.steps or updates(recipe)):
+        sys.exit(f"{out} was measured with {', '.join(others)}; remove it, or name another --out")
     return Result(figures, [json.loads(line) for line in lines if line])
+
+
+def updates(recipe: str) -> int:
+    """How many updates a recipe's own epochs are."""
+    _, data = open_data(resolve(load_recipe(Path(recipe))))
+    return data.span.last
+
+
+def other_options(figures: dict[str, Any], arguments: argparse.Namespace, *, updates: int) -> list[str]:
+    """What a measured run was made with in place of what is asked."""
+    settings = figures["settings"]
+    asked = {
+        "precision": (figures["precision"], arguments.precision),
+        "examples": (settings["examples"], arguments.examples),
+        "updates": (figures["trained"]["step"] if "trained" in figures else 0, updates),
+    }
+    as_asked = json.loads(json.dumps(asdict(Settings(max_tokens=arguments.max_tokens))))
+    asked |= {name: (settings[name], as_asked[name]) for name in settings if name in as_asked}
+    return [
+        f"{name} {json.dumps(was)}, not {json.dumps(wanted)}"
+        for name, (was, wanted) in asked.items()
+        if was != wanted
+    ]
 
 
 def _run(command: list[str]) -> None:
@@ -182,7 +212,7 @@ HEAD = """# Tasks: what a run has learnt
 
 ```sh
 jaxtrain train configs/question-answering.yaml --out runs/qa
-jaxtrain eval configs/question-answering.yaml --out runs/qa                 # torchtrain: the same command, the same figures
+jaxtrain eval configs/question-answering.yaml --out runs/qa                 # torchtrain: the same; of the same weights the same figures, up to rounding
 jaxtrain eval configs/question-answering.yaml --out runs/qa --loss-only     # the held-out loss in one line; writes nothing
 ```
 
@@ -190,7 +220,9 @@ jaxtrain eval configs/question-answering.yaml --out runs/qa --loss-only     # th
 records with its perplexity; for the tasks `question_answering`, `reading_comprehension`, `summarisation` and `translation` the answers to the
 held-out prompts, by the task's metrics; and for records with `choices` the share of right ones. Answers are greedy; the options of
 `generate` apply, and `--examples N` answers the first N records only. A prompt that leaves the model no room is named and not
-answered; a record without a response is an error.
+answered, and so are records that training leaves out (empty ones, and bad ones with `data.bad_records: skip`); a record without a response
+is an error. Metrics are for instruction records: of conversations, prompts with completions and plain text the loss alone is measured, and
+options that say how to answer are refused. A checkpoint that is damaged is refused before anything is measured.
 
 | file in `--out` | what it has |
 |---|---|
@@ -199,7 +231,8 @@ answered; a record without a response is an error.
 | `samples.html` | prompts, references and both models' answers side by side |
 
 `run.eval_generations: N` in a recipe answers the first N held-out prompts at each measurement during training: in TensorBoard's texts, and in
-`samples.jsonl` with `step`, `prompt`, `text`, `reference`. A run that is stopped and resumed has the lines of one that was not.
+`samples.jsonl` with `step`, `prompt`, `text`, `reference` (null where the record has none). A run that is stopped and resumed has the lines of
+one that was not, but for an update in whose answers it was stopped.
 
 **Choices** are compared by the log-likelihood of their tokens after the prompt, without the token that ends a response. `accuracy` takes
 the largest, `accuracy_normalised` the largest for each character of the choice's text, as lm-eval's `acc` and `acc_norm` do; of equal ones the first.

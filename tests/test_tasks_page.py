@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from argparse import Namespace
+from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import pytest
 from small import ROOT
+
+from trainspec.generation.request import Settings
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,24 @@ def test_a_figure_that_does_not_get_better_is_named(benchmark: Any):
     assert benchmark.failures("translation", {"jaxtrain": good, "torchtrain": worse}) == [
         "translation on torch: heldout_loss was 2.00 and is 2.50", "translation on torch: chrf was 1.00 and is 1.00"
     ]  # fmt: skip
+
+
+def test_a_run_that_was_measured_otherwise_is_not_taken(benchmark: Any, tmp_path: Path, monkeypatch):
+    asked = Namespace(precision="fp64", steps=60, examples=24, max_tokens=24, out=tmp_path)
+    settings = json.loads(json.dumps(asdict(Settings(max_tokens=24)))) | {"examples": 24}
+    measured = {"precision": "fp64", "settings": settings, "trained": {"step": 60}}
+    out = tmp_path / "translation-jaxtrain"
+    out.mkdir()
+    (out / "eval.json").write_text(json.dumps(measured))
+    (out / "predictions.jsonl").write_text("{}\n")
+    assert benchmark.result("translation", "jaxtrain", asked).figures == measured
+    for name, other in {"precision": "fp32", "steps": 20, "examples": 5, "max_tokens": 9}.items():
+        with pytest.raises(SystemExit, match=rf"{out} was measured with .*, not .*; remove it"):
+            benchmark.result("translation", "jaxtrain", Namespace(**vars(asked) | {name: other}))
+    # Without --steps it has to be as long as its recipe says.
+    monkeypatch.setattr(benchmark, "updates", lambda recipe: 281)
+    with pytest.raises(SystemExit, match="updates 60, not 281"):
+        benchmark.result("translation", "jaxtrain", Namespace(**vars(asked) | {"steps": None}))
 
 
 def test_answers_that_differ_are_counted(benchmark: Any):

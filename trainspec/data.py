@@ -22,7 +22,7 @@ from trainspec.model import ModelSpec
 from trainspec.recipe import Data, Recipe
 from trainspec.rng import name_key, threefry2x32
 from trainspec.runs.run import Run
-from trainspec.tasks import Prompt
+from trainspec.tasks import PromptForm
 from trainspec.tasks.prompt_file import read_prompt
 from trainspec.text.store import (
     COUNTS,
@@ -134,7 +134,7 @@ class Dataset:
         return self._tokenizer.digest
 
     @property
-    def prompt(self) -> Prompt | None:
+    def prompt(self) -> PromptForm | None:
         """How the file's instruction records are asked; None where it has none."""
         return read_prompt(self._data) if self._store.about["asked"] else None
 

@@ -75,7 +75,7 @@ def small_twin(recipe: Recipe, spec: ModelSpec, *, directory: str, fixed: Collec
     )
     sizes |= {f"batch.{name}": size for name, size in small_batch(recipe.batch, recipe.plan, plan).items()}
     sizes |= {f"data.{name}": value for name, value in _small_data(recipe).items()}
-    sizes["checkpoint.keep_best"] = 0  # nothing is measured
+    sizes |= {"checkpoint.keep_best": 0, "run.eval_generations": 0}  # nothing is measured
     if recipe.method.start is not None:
         sizes["method.adapter"] = None  # its weights have the large model's shapes
     tree = recipe.model_dump(mode="json", by_alias=True)

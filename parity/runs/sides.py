@@ -256,6 +256,7 @@ def _check_settings(precision: Policy, steps: int, checkpoint_at: int | None) ->
         f"checkpoint.every_steps={checkpoint_at or NEVER}",
         "data.heldout=null",
         "checkpoint.keep_best=0",
+        "run.eval_generations=0",
     ]
     settings += [f"checkpoint.keep={NEVER}"] if checkpoint_at else []
     return [*settings, *precision_settings(precision)]

@@ -114,6 +114,13 @@ def test_answers_need_heldout_prompts(make_recipe, tmp_path: Path, capsys):
         ("eval", *command): "data.heldout: not given",
         ("eval", *command, "--examples", "0"): "--examples 0: give 1 or more",
         ("eval", *command, "--examples", "1", "--loss-only"): "--examples: has no effect with --loss-only",
+        (
+            "eval",
+            *command,
+            "--max-tokens",
+            "5",
+            "--loss-only",
+        ): "--max-tokens: has no effect with --loss-only",
     }.items():
         assert main([*words]) == 2
         err = capsys.readouterr().err

@@ -25,7 +25,8 @@ from oracle.random_chats import random_records
 from oracle.templates import ODD_TAGGED, TAGGED, TEMPLATES, without_tags
 from oracle.tokenizers import PLAIN, make_tokenizers
 from trainspec.text.encode import Encoder, Unlocated
-from trainspec.text.records import BadRecord, Chat, Reader
+from trainspec.text.fields import BadRecord
+from trainspec.text.records import Chat, Reader
 
 # Not the default of `data.date`, so that whoever forgets to pass it on is found.
 DATE = datetime.date(2025, 3, 9)

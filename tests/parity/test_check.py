@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from parity.runs.replay import records_of
 from parity.runs.sides import Side, parse_side
 from parity.runs.work import Size, Work, fit_at_once
 from trainspec.data import open_dataset
-from trainspec.errors import UserError
+from trainspec.errors import RecipeError, UserError
+from trainspec.recipe import load_recipe
 from trainspec.runs.run import resolve
 
 RECIPE = "model: {from: somewhere}\ndata: {train: some.jsonl}\nrun: {steps: 2}\n"
@@ -89,6 +91,18 @@ def test_bf16_keeps_the_recipe_s_reduction(check, tmp_path):
     log = (tmp_path / "here/left/log.txt").read_text()
     assert "precision.policy=bf16" in log
     assert "precision.reduce" not in log
+
+
+def test_a_recipe_that_measures_held_out_records_is_checked_without_them(check, tmp_path):
+    measured = ["data.heldout=other.jsonl", "run.eval_generations=2", "checkpoint.keep_best=1"]
+    assert check(*(word for setting in measured for word in ("--set", setting))) == 0
+    words = (tmp_path / "runs/parity-demo/left/log.txt").read_text().split()
+    given = [word for flag, word in pairwise(words) if flag == "--set"]
+    recipe = load_recipe(tmp_path / "demo.yaml", given)
+    assert (recipe.data.heldout, recipe.run.eval_generations, recipe.checkpoint.keep_best) == (None, 0, 0)
+    # Control: without held-out records, answers to them are refused.
+    with pytest.raises(RecipeError, match=r"run\.eval_generations=2: without data\.heldout"):
+        load_recipe(tmp_path / "demo.yaml", ["run.eval_generations=2"])
 
 
 def test_a_side_that_stops_itself_fails_the_check(check, tmp_path, capsys):

@@ -14,19 +14,23 @@ import numpy as np
 import pytest
 
 from trainspec.data import IGNORED
-from trainspec.errors import DataError
+from trainspec.errors import DataError, UserError, WeightsError
 from trainspec.evaluation import loop
 from trainspec.evaluation.choices import accuracies
 from trainspec.evaluation.heldout import Choice, Question, questions_of
 from trainspec.evaluation.request import EvaluationRequest
+from trainspec.generation.choice import Sampling
 from trainspec.generation.generation import Prompt
 from trainspec.generation.request import Settings
 from trainspec.plans.accelerators import Devices
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import resolve
+from trainspec.runs.run_data import open_data
+from trainspec.tasks import TASKS
 from trainspec.text.store import find_tokenizer
 
 EOS = 2
+SETTINGS = Settings(max_tokens=60, batch=2)
 DEVICES = Devices("jax", "cpu", 1, 1, 1, ("numpy",))
 RECORDS = [
     {"instruction": "What is a list?", "output": "A sequence of items.", "references": ["Items in order."]},
@@ -99,23 +103,27 @@ def evaluated(make_recipe, tmp_path: Path, monkeypatch, capsys):
         examples=None,
         processes=None,
         loss_only=False,
+        settings=SETTINGS,
         **data,
     ):
         run = resolve(make_recipe(data={"heldout": written(tmp_path, records)} | data))
         tokenizer = find_tokenizer(run.recipe.data, run.directory, "")
         prompts = [
             tuple(p["ids"])
-            for p in tokenizer.prompts((), run.recipe.data.heldout, run.recipe.data)["prompts"]
+            for p in tokenizer.prompts((), run.recipe.data.heldout, run.recipe.data, as_trained=True)[
+                "prompts"
+            ]
         ]
         backend, out = Told(run, prompts, tuple(start)), tmp_path / "run"
         if trained is not None:
             monkeypatch.setattr(
                 loop, "newest_checkpoint", lambda out, processes: out / "checkpoints/step-000009"
             )
+            monkeypatch.setattr(loop, "verify_together", lambda saved, processes: None)
             monkeypatch.setattr(
                 loop, "restored", lambda *a, **k: (State(9, tuple(trained)), f"{out} at step 9")
             )
-        request = EvaluationRequest(out, Settings(max_tokens=60, batch=2), examples, loss_only)
+        request = EvaluationRequest(out, settings, examples, loss_only)
         found = loop.evaluate(backend, run, request, processes=processes or Processes(), devices=DEVICES)
         return found, capsys.readouterr().out, out
 
@@ -222,7 +230,9 @@ def test_without_a_checkpoint_there_is_one_column(evaluated):
 
 
 def test_plain_text_has_a_loss_alone(evaluated, tmp_path: Path):
-    found, printed, out = evaluated([{"text": "A list."}, {"text": "A set."}], task="text")
+    found, printed, out = evaluated(
+        [{"text": "A list."}, {"text": "A set."}], task="text", settings=Settings()
+    )
     assert found.questions is None
     figures = json.loads((out / "eval.json").read_text())
     assert set(figures["trained"]) == {"of", "step", "heldout_loss", "perplexity"}
@@ -258,9 +268,10 @@ def test_a_prompt_that_is_too_long_is_named(evaluated, make_recipe, tmp_path: Pa
     assert [p["record"] for p in predictions] == [1, 3]
     run = resolve(make_recipe(data={"heldout": written(tmp_path, [long])}))
     with pytest.raises(
-        DataError, match=r"every held-out prompt is too long: plain has positions for \d+ tokens"
+        DataError,
+        match=r"every held-out prompt is too long: plain has positions for \d+ tokens.*, or do without$",
     ):
-        questions_of(run, find_tokenizer(run.recipe.data, run.directory, ""))
+        questions_of(run, find_tokenizer(run.recipe.data, run.directory, ""), way_out="do without")
 
 
 def test_a_record_without_a_response_is_named(make_recipe, tmp_path: Path):
@@ -269,9 +280,115 @@ def test_a_record_without_a_response_is_named(make_recipe, tmp_path: Path):
     file = written(tmp_path, [answered, {"messages": talk}])
     run = resolve(make_recipe(data={"heldout": file}))
     tokenizer = find_tokenizer(run.recipe.data, run.directory, "")
-    with pytest.raises(DataError, match=r"1 of 2 records have no response to compare with \(record 2\)"):
-        questions_of(run, tokenizer)
-    assert questions_of(run, tokenizer, examples=1).asked[0].references == ("So.",)  # control
+    with pytest.raises(
+        DataError, match=r"1 of 2 records have no response to compare with \(record 2\); .*, or do without$"
+    ):
+        questions_of(run, tokenizer, way_out="do without")
+    assert questions_of(run, tokenizer, way_out="", examples=1).asked[0].references == ("So.",)  # control
+
+
+def test_answers_in_training_need_no_reference(make_recipe, tmp_path: Path):
+    called = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    talk = [
+        {"role": "user", "content": "What is f?"},
+        {"role": "assistant", "content": None, "tool_calls": called},
+    ]
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    file = written(tmp_path, [{"messages": talk}])
+    data = {"heldout": file, "chat_template": str(template)}
+    run = resolve(make_recipe(data=data, run={"steps": 1, "eval_generations": 1}))
+    _, opened = open_data(run)
+    assert opened.questions is not None
+    [question] = opened.questions.asked
+    assert (question.prompt.reference, question.references) == (None, ())
+
+
+def test_what_training_leaves_out_is_left_out_and_named(evaluated):
+    blank, bad = {"instruction": " ", "output": "x"}, {"instruction": "Unanswered?"}
+    records = [RECORDS[0], bad, RECORDS[1], blank]
+    with pytest.raises(DataError, match="line 2: 'instruction' without 'output'"):
+        evaluated(records, trained=SAID[:2], start=["", ""])
+    _, printed, out = evaluated(records, trained=SAID[:2], start=["", ""], bad_records="skip")
+    assert (
+        "2 held-out records left out, not answered: records 2, 4 (line 2: 'instruction' without 'output'"
+        in printed
+    )
+    figures, predictions = read(out)
+    assert figures["heldout"]["left_out"] == [2, 4]
+    assert (figures["heldout"]["records"], figures["heldout"]["answered"]) == (4, 2)
+    assert [p["record"] for p in predictions] == [1, 3]
+    assert "the first ones" not in printed
+    _, printed, _ = evaluated(records[:1] + records[2:], trained=SAID[:2], start=["", ""])
+    assert "1 held-out record left out, not answered: record 3 (line 3: the record is empty)" in printed
+
+
+def test_conversations_have_a_loss_alone(evaluated):
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    found, printed, out = evaluated([{"messages": talk}], settings=Settings())
+    assert found.questions is None
+    assert (
+        "no instruction record, which data.task=question_answering is measured on; the loss alone" in printed
+    )
+    figures = json.loads((out / "eval.json").read_text())
+    assert set(figures["trained"]) == {"of", "step", "heldout_loss", "perplexity"}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"examples": 1, "settings": Settings()}, "--examples"),
+        ({"settings": Settings(max_tokens=3)}, "--max-tokens"),
+        ({"settings": Settings(caches=False)}, "--no-cache"),
+        ({"settings": Settings(sampling=Sampling(repetition_penalty=2.0))}, "--repetition-penalty"),
+    ],
+)
+def test_how_to_answer_is_refused_where_nothing_is_answered(evaluated, given, named):
+    with pytest.raises(UserError, match=rf"^{named}: has no effect"):
+        evaluated([{"text": "A list."}], task="text", **given)
+
+
+def test_a_damaged_checkpoint_is_found_before_anything_is_measured(evaluated, tmp_path: Path, monkeypatch):
+    saved = tmp_path / "run/checkpoints/step-000009"
+    saved.mkdir(parents=True)
+    (saved / "checkpoint.json").write_text("{}")
+    measured = []
+    monkeypatch.setattr(Told, "eval_step", lambda self, state, batch: measured.append(batch))
+    with pytest.raises(WeightsError, match=r"checkpoint\.json"):
+        evaluated(trained=None)
+    assert measured == []
+
+
+def test_numbers_that_json_has_not_are_null(evaluated, monkeypatch):
+    monkeypatch.setitem(globals(), "loss_of", lambda token, step: math.inf if step else 1.0)
+    _, _, out = evaluated(CHOICES, trained=["", ""], start=["", ""])
+
+    def refused(name: str):
+        raise AssertionError(name)
+
+    for line in (out / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+        read_line = json.loads(line, parse_constant=refused)
+        assert {c["log_likelihood"] for c in read_line["choices"]} == {None}
+        assert None not in {c["log_likelihood"] for c in read_line["untrained"]["choices"]}  # control
+    figures = json.loads((out / "eval.json").read_text(encoding="utf-8"), parse_constant=refused)
+    assert (figures["trained"]["heldout_loss"], figures["trained"]["perplexity"]) == (None, None)
+
+
+def test_a_corpus_is_scored_once_for_each_model(evaluated, monkeypatch):
+    scored = []
+    task = TASKS["translation"]
+    score = type(task).score
+    monkeypatch.setattr(
+        type(task),
+        "score",
+        lambda self, answers, **k: scored.append(len(answers)) or score(self, answers, **k),
+    )
+    records = [{key: r[key] for key in ("instruction", "output")} for r in RECORDS]
+    evaluated(records, task="translation")
+    assert scored == [1, 3, 3]  # first one empty answer, which tries the libraries
 
 
 def test_only_the_leader_prints_and_writes(evaluated):

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import ROOT
 
+from trainspec.text.asked import without_response
+from trainspec.text.fields import BadRecord
 from trainspec.text.files import Raw, read_raw
 from trainspec.text.locate import Style, Unlocated, assistant_spans
-from trainspec.text.records import BadRecord, Chat, Reader, Text, without_response
+from trainspec.text.records import Chat, Reader, Text
 
 NO_TOKENS = re.compile("(?!)")
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Rome"}}}

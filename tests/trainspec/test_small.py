@@ -36,6 +36,7 @@ def recipe(tmp_path, model_dirs) -> Path:
         f"data: {{train: {QA}, heldout: {QA}, sequence_tokens: 2048}}\n"
         "batch: {global_examples: 128, accumulation: 4}\n"
         "plan: {fsdp: 8, shards: params}\n"
+        "run: {eval_generations: 3}\n"
     )
     return file
 
@@ -97,7 +98,9 @@ def test_what_is_written_is_a_recipe_of_its_own(tmp_path, recipe):
     assert (spec.heads, spec.kv_heads, spec.attention_bias) == (4, 2, True)
     assert (directory / "tokenizer.json").is_file()
     assert not list(directory.glob("*.safetensors"))
+    assert written.run.eval_generations == 0
     assert "plan.fsdp 8 -> 2" in twin.changed
+    assert "run.eval_generations 3 -> 0" in twin.changed
     assert any("biases: attention, mlp" in line for line in twin.lines())
 
 

@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 
 from trainspec.errors import DataError
-from trainspec.tasks import LANGUAGES, TASKS, Answer, TaskName, agreement
+from trainspec.tasks import LANGUAGES, TASKS, Answer, TaskName, overlap
 from trainspec.tasks import task as room
 
 PREDICTIONS = [
@@ -54,6 +54,20 @@ def written(folder: Path, name: str, lines: list[str]) -> str:
     file = folder / name
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(file)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("name", TASKS)
+def test_what_an_answer_has_by_itself_is_of_a_mean(name: str, language):
+    task, some = TASKS[name], answers(language)
+    of_all = task.score(some, language=language)
+    each = [task.score([answer], language=language) for answer in some]
+    means = {
+        key
+        for key, value in of_all.items()
+        if sum(one[key] for one in each) / len(each) == pytest.approx(value)
+    }
+    assert means == set(task.per_answer)  # and of what is a corpus's, as BLEU, it is not
 
 
 def test_every_task_of_a_recipe_is_registered():
@@ -172,7 +186,7 @@ def test_the_best_reference_counts():
     ],
 )
 def test_english_agreement_by_hand(prediction: str, reference: str, exact: float, f1: float):
-    assert agreement.english(prediction, reference) == pytest.approx((exact, f1))
+    assert overlap.english(prediction, reference) == pytest.approx((exact, f1))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +205,7 @@ def test_english_agreement_by_hand(prediction: str, reference: str, exact: float
     ],
 )
 def test_chinese_agreement_by_hand(prediction: str, reference: str, exact: float, f1: float):
-    assert agreement.chinese(prediction, reference) == pytest.approx((exact, f1))
+    assert overlap.chinese(prediction, reference) == pytest.approx((exact, f1))
 
 
 @pytest.mark.parametrize("name", TASKS)

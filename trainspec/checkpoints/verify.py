@@ -40,6 +40,13 @@ def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
         raise DamagedError(path, _in_one_line(found))
 
 
+def verify_together(path: Path, processes: Processes) -> None:
+    """`verify` by all processes: each reads its share, and it raises in all of them. A collective."""
+    if found := _found_together(path, processes):
+        raise DamagedError(path, _in_one_line(found))
+    _remember(path, read_manifest(path))
+
+
 def damages(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is damaged or missing in a checkpoint, a line for each file; of every `share[1]` files the `share[0]`-th is read.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from trainspec.data import Dataset
 from trainspec.evaluation.choices import SIGNATURES, accuracies
@@ -19,13 +20,11 @@ LOSS_SIGNATURES = {
     "heldout_loss": "mean cross-entropy per target token of all held-out examples",
     "perplexity": "e to its power",
 }
-# Metrics that are means over the answers, so that one answer has a figure; those of a whole corpus are not among them.
-PER_ANSWER = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of a run: `questions` where its task has metrics. `trained` is None where there is no checkpoint."""
+    """Of a run: `questions` where its answers are measured. `trained` is None where there is no checkpoint."""
 
     run: Run
     request: EvaluationRequest
@@ -51,19 +50,29 @@ class Evaluation:
         """That of the answers."""
         return self.run.recipe.data.language
 
-    def figures(self, measurement: Measurement) -> dict[str, float]:
-        """Every figure of one model by name; the task's and the accuracies are in percent."""
+    @property
+    def task(self) -> Task | None:
+        """The task that answers are measured by."""
+        return task_of(self.run, self.heldout)
+
+    @cached_property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Every figure by name, of each of `models`; the task's and the accuracies are in percent."""
+        return {name: self._figures(measurement) for name, measurement in self.models.items()}
+
+    def _figures(self, measurement: Measurement) -> dict[str, float]:
         found = {"heldout_loss": measurement.heldout_loss, "perplexity": measurement.perplexity}
-        if task := task_of(self.run):
-            found |= task.score(self.answers(measurement), language=self.language)
+        if self.task:
+            found |= self.task.score(self.answers(measurement), language=self.language)
             found |= accuracies(self.asked, measurement.log_likelihoods)
         return found
 
+    @cached_property
     def signatures(self) -> dict[str, str]:
         """How every figure is computed."""
         found = dict(LOSS_SIGNATURES)
-        if task := task_of(self.run):
-            found |= task.describe(self.answers(self.untrained), language=self.language)
+        if self.task:
+            found |= self.task.describe(self.answers(self.untrained), language=self.language)
             found |= SIGNATURES if any(question.choices for question in self.asked) else {}
         return found
 
@@ -75,13 +84,14 @@ class Evaluation:
         ]
 
     def of_answer(self, answer: Answer) -> dict[str, float]:
-        """The figures that one answer has by itself."""
-        task = task_of(self.run)
-        assert task is not None, "only tasks with metrics have answers"
-        scores = task.score([answer], language=self.language)
-        return {name: value for name, value in scores.items() if name in PER_ANSWER}
+        """The figures that one answer has by itself; a task whose metrics are all of a corpus has none."""
+        assert self.task is not None, "only tasks with metrics have answers"
+        if not self.task.per_answer:
+            return {}
+        scores = self.task.score([answer], language=self.language)
+        return {name: scores[name] for name in self.task.per_answer}
 
 
-def task_of(run: Run) -> Task | None:
-    """The run's task; None where answers are not measured, as with plain text."""
-    return TASKS.get(run.recipe.data.task)
+def task_of(run: Run, heldout: Dataset) -> Task | None:
+    """The task that held-out answers are measured by; None where no record asks for one, as with conversations and plain text."""
+    return None if heldout.prompt is None else TASKS.get(run.recipe.data.task)

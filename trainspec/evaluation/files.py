@@ -28,9 +28,11 @@ def write(evaluation: Evaluation) -> list[Path]:
     """Write all files; which they are."""
     out = evaluation.request.out
     out.mkdir(parents=True, exist_ok=True)
-    contents = {FIGURES: json.dumps(figures(evaluation), indent=1, ensure_ascii=False) + "\n"}
+    contents = {
+        FIGURES: json.dumps(figures(evaluation), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    }
     if evaluation.questions:
-        lines = (json.dumps(line, ensure_ascii=False) for line in predictions(evaluation))
+        lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in predictions(evaluation))
         contents[PREDICTIONS] = "".join(f"{line}\n" for line in lines)
         contents[SAMPLES] = page(evaluation)
     for name, content in contents.items():
@@ -61,17 +63,17 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
             "records": questions.records,
             "answered": len(questions.asked),
             "too_long": list(questions.too_long),
+            "left_out": list(questions.left_out),
         }
         settings = asdict(request.settings)
         del settings["scores"]
         found["settings"] = settings | {"examples": request.examples}
     for name, measurement in evaluation.models.items():
-        values = evaluation.figures(measurement)
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        finite = {key: _finite(value) for key, value in evaluation.figures[name].items()}
         found[name] = {"of": measurement.whose, "step": measurement.step} | finite
         if questions:
             found[name]["ended"] = measurement.ended
-    return found | {"signatures": evaluation.signatures()}
+    return found | {"signatures": evaluation.signatures}
 
 
 def predictions(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -103,7 +105,12 @@ def _said(evaluation: Evaluation, question: Question, measurement: Measurement, 
             for name, normalised in zip(SIGNATURES, (False, True), strict=True)
         }
         found["choices"] = [
-            {"text": choice.text, "log_likelihood": likelihood}
+            {"text": choice.text, "log_likelihood": _finite(likelihood)}
             for choice, likelihood in zip(question.choices, likelihoods, strict=True)
         ]
     return found
+
+
+def _finite(value: float) -> float | None:
+    """A number that JSON has."""
+    return value if math.isfinite(value) else None

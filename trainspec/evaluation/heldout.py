@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,52 +42,77 @@ class Question:
 class Questions:
     """The held-out records of a run. `too_long` are the numbers of those that leave the model no room for an answer.
 
-    `records` is how many there are in the file, `stops` the ids that end a response.
+    `left_out` says of others, by number, why they are no prompts; training leaves them out as well. `records` is how many there
+    are in the file, `stops` the ids that end a response.
     """
 
     asked: tuple[Question, ...]
     too_long: tuple[int, ...]
+    left_out: Mapping[int, str]
     records: int
     stops: frozenset[int]
 
+    @property
+    def first(self) -> int:
+        """How many records these are, answered or not: the first ones."""
+        return len(self.asked) + len(self.too_long) + len(self.left_out)
+
     def note(self) -> str | None:
-        """What the user is told of the records that are too long."""
-        if not self.too_long:
-            return None
-        count = len(self.too_long)
-        return (
-            f"{count} held-out prompt{'s' * (count > 1)} too long for the model, not answered: record"
-            f"{'s' * (count > 1)} {listed(self.too_long)}"
-        )
+        """What the user is told of the records that are not answered."""
+        notes = []
+        if count := len(self.too_long):
+            notes.append(
+                f"{count} held-out prompt{'s' * (count > 1)} too long for the model, not answered: record"
+                f"{'s' * (count > 1)} {listed(self.too_long)}"
+            )
+        if count := len(self.left_out):
+            notes.append(
+                f"{count} held-out record{'s' * (count > 1)} left out, not answered: record{'s' * (count > 1)} "
+                f"{listed(list(self.left_out))} ({next(iter(self.left_out.values()))})"
+            )
+        return "; ".join(notes) or None
 
 
-def questions_of(run: Run, tokenizer: Tokenizer, *, examples: int | None = None) -> Questions:
-    """The first `examples` records of `data.heldout`, or all.
+def questions_of(
+    run: Run,
+    tokenizer: Tokenizer,
+    *,
+    way_out: str,
+    examples: int | None = None,
+    needs_references: bool = True,
+) -> Questions:
+    """The first `examples` records of `data.heldout`, or all; training's own are left out alike.
 
-    Raises DataError where one is malformed, has no response, or has a token that the model has not, and where no prompt fits.
+    Raises DataError where one is malformed, has no response to compare with where that is needed, or has a token that the model has
+    not, and where no prompt fits. `way_out` is what the user can do instead of changing records.
     """
     data, source = run.recipe.data, run.recipe.data.heldout
     if source is None:
         raise DataError("data.heldout: not given; it names the records to measure on")
-    answer = tokenizer.prompts((), source, data)
+    answer = tokenizer.prompts((), source, data, as_trained=True)
     stops = frozenset(answer["stops"]) | end_tokens(run.directory)
-    numbered = list(enumerate(answer["prompts"], 1))[:examples]
-    without = [number for number, record in numbered if not record["references"]]
-    if without:
+    records = len(answer["prompts"]) + len(answer["left_out"])
+    last = records if examples is None else examples
+    found = {record["number"]: record for record in answer["prompts"] if record["number"] <= last}
+    left_out = {record["number"]: record["why"] for record in answer["left_out"] if record["number"] <= last}
+    without = [number for number, record in found.items() if not record["references"]]
+    if without and needs_references:
         raise DataError(
-            f"{source}: {len(without)} of {len(numbered)} records have no response to compare with (record{'s' * (len(without) > 1)} "
-            f"{listed(without)}); give them one, or measure the loss alone"
+            f"{source}: {len(without)} of {len(found)} records have no response to compare with (record{'s' * (len(without) > 1)} "
+            f"{listed(without)}); give them one, or {way_out}"
         )
     limit = room(run)
-    fits = {number: _longest(record) <= limit for number, record in numbered}
-    asked = tuple(_question(number, record, run, stops) for number, record in numbered if fits[number])
+    fits = {number: _longest(record) <= limit for number, record in found.items()}
+    asked = tuple(_question(number, record, run, stops) for number, record in found.items() if fits[number])
+    if not asked and not found:
+        raise DataError(f"{source}: of its first {last} records none is a prompt; give more, or {way_out}")
     if not asked:
         raise DataError(
             f"{source}: every held-out prompt is too long: {run.spec.name} has positions for {limit} tokens, and the response needs "
-            "at least one; give shorter ones"
+            f"at least one; give shorter ones, or {way_out}"
         )
     too_long = tuple(number for number, is_fitting in fits.items() if not is_fitting)
-    return Questions(asked, too_long, len(answer["prompts"]), stops)
+    return Questions(asked, too_long, left_out, records, stops)
 
 
 def listed(numbers: Sequence[int]) -> str:
@@ -110,7 +135,7 @@ def _question(number: int, record: dict[str, Any], run: Run, stops: frozenset[in
             "data.tokenizer to the model's own"
         )
     references = tuple(record["references"])
-    prompt = Prompt(record["prompt"], tuple(record["ids"]), references[0])
+    prompt = Prompt(record["prompt"], tuple(record["ids"]), references[0] if references else None)
     return Question(number, prompt, references, choices)
 
 

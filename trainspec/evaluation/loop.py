@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from trainspec.data import open_dataset
+from trainspec.checkpoints.verify import verify_together
+from trainspec.data import Dataset, open_dataset
+from trainspec.errors import UserError
 from trainspec.evaluation import files
 from trainspec.evaluation.evaluation import Evaluation, task_of
 from trainspec.evaluation.heldout import Questions, questions_of
@@ -17,7 +19,7 @@ from trainspec.runs.observers import heldout_examples, heldout_loss
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 from trainspec.tasks import Answer
-from trainspec.text.store import find_tokenizer
+from trainspec.text.store import Tokenizer, find_tokenizer
 
 
 def evaluate(
@@ -25,7 +27,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Measure both models; the leader shows the table and writes the files. None where the loss alone is measured.
 
-    Raises UserError for held-out records that cannot be read or have nothing to compare answers with.
+    Raises UserError for held-out records that cannot be read or have nothing to compare answers with, and for a damaged
+    checkpoint, all of them before anything takes long.
     """
     heldout = open_dataset(run, "heldout")
     if request.loss_only:
@@ -37,15 +40,18 @@ def evaluate(
             print(f"held-out loss {loss:.6f} of {whose}")
         return None
     tokenizer = find_tokenizer(run.recipe.data, run.directory, run.recipe.model.from_)
-    questions = _questions(run, request)
+    questions = _questions(run, heldout, tokenizer, request)
     responder = Responder(
         backend, run, tokenizer, request.settings, questions.stops if questions else frozenset()
     )
     asked = questions.asked if questions else ()
     measurer = Measurer(responder, heldout, asked, processes.is_leader)
+    saved = newest_checkpoint(request.out, processes)
+    if saved:
+        verify_together(saved, processes)
     state = backend.init_state(run)
     untrained, trained = measurer.measure(state, "the starting weights"), None
-    if saved := newest_checkpoint(request.out, processes):
+    if saved:
         state, whose = restored(
             backend, run, state, saved, processes=processes, tokenizer_digest=heldout.tokenizer_digest
         )
@@ -57,12 +63,19 @@ def evaluate(
     return found
 
 
-def _questions(run: Run, request: EvaluationRequest) -> Questions | None:
-    """What is asked, where the run's task has metrics. Raises DataError where their libraries are missing, before anything takes long."""
-    task = task_of(run)
+def _questions(
+    run: Run, heldout: Dataset, tokenizer: Tokenizer, request: EvaluationRequest
+) -> Questions | None:
+    """What is asked, where answers are measured. Raises DataError where the libraries of metrics are missing."""
+    task = task_of(run, heldout)
     if task is None:
+        if given := request.answer_options():
+            raise UserError(
+                f"{given[0]}: has no effect: {run.recipe.data.heldout} has no instruction record of a task with metrics, so that none "
+                "is answered; leave it out"
+            )
         return None
-    tokenizer = find_tokenizer(run.recipe.data, run.directory, run.recipe.model.from_)
-    questions = questions_of(run, tokenizer, examples=request.examples)
+    way_out = "measure the loss alone with --loss-only"
+    questions = questions_of(run, tokenizer, way_out=way_out, examples=request.examples)
     task.score([Answer("", questions.asked[0].references)], language=run.recipe.data.language)
     return questions

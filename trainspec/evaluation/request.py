@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from trainspec.errors import UserError
 from trainspec.generation.request import Settings, settings
+
+_DEFAULT = Settings()
+# Options whose names are not those of the settings.
+_OPTIONS = {"caches": "--no-cache"}
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,24 @@ class EvaluationRequest:
     examples: int | None = None
     loss_only: bool = False
 
+    def answer_options(self) -> list[str]:
+        """The options that say how records are answered, of those that were given."""
+        given = ["--examples"] if self.examples is not None else []
+        for mine, default in ((self.settings, _DEFAULT), (self.settings.sampling, _DEFAULT.sampling)):
+            changed = [f.name for f in fields(mine) if getattr(mine, f.name) != getattr(default, f.name)]
+            given += [
+                _OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in changed if name != "sampling"
+            ]
+        return given
+
 
 def evaluation_request(args: Namespace, out: Path) -> EvaluationRequest:
     """The request that the options of `eval` make. Raises UserError."""
     if args.examples is not None and args.examples < 1:
         raise UserError(f"--examples {args.examples}: give 1 or more, or --loss-only for none")
-    if args.examples is not None and args.loss_only:
-        raise UserError("--examples: has no effect with --loss-only, which has no example answered")
-    return EvaluationRequest(out, settings(args), args.examples, args.loss_only)
+    request = EvaluationRequest(out, settings(args), args.examples, args.loss_only)
+    if args.loss_only and (given := request.answer_options()):
+        raise UserError(
+            f"{given[0]}: has no effect with --loss-only, which has no record answered; leave it out"
+        )
+    return request

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from trainspec.evaluation.evaluation import Evaluation
 from trainspec.evaluation.heldout import Questions
 from trainspec.runs.newest import what_is_there
+from trainspec.tasks import TASKS
 
 
 def table(evaluation: Evaluation) -> Iterator[str]:
@@ -15,8 +16,10 @@ def table(evaluation: Evaluation) -> Iterator[str]:
         yield _answered(evaluation, evaluation.questions)
         if note := evaluation.questions.note():
             yield note
-    models, signatures = evaluation.models, evaluation.signatures()
-    columns = [evaluation.figures(measurement) for measurement in models.values()]
+    elif (data := evaluation.run.recipe.data).task in TASKS:
+        yield f"{data.heldout}: no instruction record, which data.task={data.task} is measured on; the loss alone is measured"
+    models, signatures = evaluation.models, evaluation.signatures
+    columns = [evaluation.figures[name] for name in models]
     rows = [["", *models, ""]]
     for name, how in signatures.items():
         decimals = 4 if name == "heldout_loss" else 2
@@ -40,7 +43,7 @@ def _answered(evaluation: Evaluation, questions: Questions) -> str:
     sampling = settings.sampling
     how = "greedy" if sampling.is_greedy else f"temperature {sampling.temperature:g}, seed {sampling.seed}"
     asked, some = len(questions.asked), ""
-    if asked + len(questions.too_long) < questions.records:
+    if questions.first < questions.records:
         some = f" of {questions.records}, the first ones (--examples {evaluation.request.examples})"
     return (
         f"{data.task}: {asked} prompt{'s' * (asked != 1)} of {data.heldout}{some}, answered {how} in at most "

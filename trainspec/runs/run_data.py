@@ -40,4 +40,7 @@ def _questions(run: Run) -> Questions | None:
     data, count = run.recipe.data, run.recipe.run.eval_generations
     if not count:
         return None
-    return questions_of(run, find_tokenizer(data, run.directory, run.recipe.model.from_), examples=count)
+    tokenizer = find_tokenizer(data, run.directory, run.recipe.model.from_)
+    return questions_of(
+        run, tokenizer, way_out="set run.eval_generations=0", examples=count, needs_references=False
+    )

@@ -10,10 +10,10 @@ from typing import Literal
 from trainspec.tasks.question_answering import QuestionAnswering
 from trainspec.tasks.reading_comprehension import ReadingComprehension
 from trainspec.tasks.summarisation import Summarisation
-from trainspec.tasks.task import LANGUAGES, Answer, Language, Prompt, Task, write_prompt
+from trainspec.tasks.task import LANGUAGES, Answer, Language, PromptForm, Task, write_prompt
 from trainspec.tasks.translation import Translation
 
-__all__ = ["LANGUAGES", "TASKS", "Answer", "Language", "Prompt", "Task", "TaskName", "write_prompt"]
+__all__ = ["LANGUAGES", "TASKS", "Answer", "Language", "PromptForm", "Task", "TaskName", "write_prompt"]
 
 # The registry: the tasks that have prompts and metrics.
 TASKS: dict[str, Task] = {

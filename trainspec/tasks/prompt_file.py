@@ -21,12 +21,12 @@ from trainspec.complaint import format_value
 from trainspec.errors import DataError, nearest
 from trainspec.recipe import Data
 from trainspec.recipe_file import read_mapping
-from trainspec.tasks import LANGUAGES, TASKS, Prompt
+from trainspec.tasks import LANGUAGES, TASKS, PromptForm
 
 PLACEHOLDERS = ("instruction", "input")
 
 
-def read_prompt(data: Data) -> Prompt | None:
+def read_prompt(data: Data) -> PromptForm | None:
     """How an instruction record of `data` is asked; None for a task without a prompt.
 
     Raises DataError, or RecipeError for what is not YAML, where `data.prompts` cannot be read, is malformed in any of its
@@ -48,7 +48,7 @@ def read_prompt(data: Data) -> Prompt | None:
     return found[data.task][data.language]
 
 
-def _read(file: Path) -> dict[str, dict[str, Prompt]]:
+def _read(file: Path) -> dict[str, dict[str, PromptForm]]:
     """The prompts of a file by task and language."""
     tree = read_mapping(
         file,
@@ -61,7 +61,7 @@ def _read(file: Path) -> dict[str, dict[str, Prompt]]:
     return {task: _languages(value, f"{file}: {task}") for task, value in tree.items()}
 
 
-def _languages(value: Any, where: str) -> dict[str, Prompt]:
+def _languages(value: Any, where: str) -> dict[str, PromptForm]:
     if isinstance(value, str):
         return dict.fromkeys(LANGUAGES, _prompt(value, where))
     if not isinstance(value, Mapping) or not value:
@@ -74,7 +74,7 @@ def _languages(value: Any, where: str) -> dict[str, Prompt]:
     return {language: _prompt(text, f"{where}.{language}") for language, text in value.items()}
 
 
-def _prompt(value: Any, where: str) -> Prompt:
+def _prompt(value: Any, where: str) -> PromptForm:
     """The lines of a prompt. A record's text must have its location in it, or it would be dropped without a word."""
     if not isinstance(value, str):
         raise DataError(f"{where}: must be a text, not {format_value(value)}")

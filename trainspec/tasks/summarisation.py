@@ -11,7 +11,7 @@ from functools import lru_cache
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
-from trainspec.tasks.task import Answer, Language, Prompt, check_answers, installed, library, mean_percent
+from trainspec.tasks.task import Answer, Language, PromptForm, check_answers, installed, library, mean_percent
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 
@@ -20,10 +20,11 @@ class Summarisation:
     """What a text says, in short."""
 
     name: ClassVar[str] = "summarisation"
-    prompts: ClassVar[Mapping[Language, Prompt]] = {
+    prompts: ClassVar[Mapping[Language, PromptForm]] = {
         "en": ("{instruction}", "{input}", "Summary:"),
         "zh": ("{instruction}", "{input}", "摘要："),
     }
+    per_answer: ClassVar[tuple[str, ...]] = METRICS
 
     def score(self, answers: Sequence[Answer], *, language: Language) -> dict[str, float]:
         """`rouge1`, `rouge2` and `rougeL`: means over the answers, of each the best over its references."""

@@ -12,8 +12,8 @@ from trainspec.errors import DataError
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
-# Lines with the placeholders {instruction} and {input}, for `write_prompt`.
-Prompt = tuple[str, ...]
+# How records become prompts: lines with the placeholders {instruction} and {input}, for `write_prompt`.
+PromptForm = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Task(Protocol):
 
     name: ClassVar[str]
     """What `data.task` says."""
-    prompts: ClassVar[Mapping[Language, Prompt]]
+    prompts: ClassVar[Mapping[Language, PromptForm]]
     """How a record is asked; the response follows on a line of its own."""
+    per_answer: ClassVar[tuple[str, ...]]
+    """The metrics that are means over the answers, so that an answer has them by itself; not those of a whole corpus."""
 
     def score(self, answers: Sequence[Answer], *, language: Language) -> dict[str, float]:
         """Every metric by name, in percent. `language` is that of the answers.
@@ -44,12 +46,12 @@ class Task(Protocol):
         ...
 
 
-def write_prompt(prompt: Prompt, *, instruction: str, text: str) -> str:
-    """A prompt with a record's instruction, and its input `text` in place of {input}.
+def write_prompt(form: PromptForm, *, instruction: str, text: str) -> str:
+    """A prompt: its form with a record's instruction, and its input `text` in place of {input}.
 
     Where that is empty, lines are left out that have {input} and not {instruction}.
     """
-    lines = [line for line in prompt if text or "{input}" not in line or "{instruction}" in line]
+    lines = [line for line in form if text or "{input}" not in line or "{instruction}" in line]
     return "".join(line.format(instruction=instruction, input=text) + "\n" for line in lines)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, ClassVar
 
-from trainspec.tasks.task import Answer, Language, Prompt, check_answers, library
+from trainspec.tasks.task import Answer, Language, PromptForm, check_answers, library
 
 # sacreBLEU's splitting of text into words: 13a for any language that is written with blanks.
 WORDS: dict[Language, str] = {"en": "13a", "zh": "zh"}
@@ -16,10 +16,11 @@ class Translation:
     """A text in another language; the record's instruction says which."""
 
     name: ClassVar[str] = "translation"
-    prompts: ClassVar[Mapping[Language, Prompt]] = {
+    prompts: ClassVar[Mapping[Language, PromptForm]] = {
         "en": ("{instruction}", "{input}", "Translation:"),
         "zh": ("{instruction}", "{input}", "译文："),
     }
+    per_answer: ClassVar[tuple[str, ...]] = ()
 
     def score(self, answers: Sequence[Answer], *, language: Language) -> dict[str, float]:
         """`bleu` and `chrf` of the whole corpus; records may have different numbers of references."""

@@ -15,7 +15,8 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from trainspec.errors import DataError
-from trainspec.text.records import BadRecord, Chat, Encoded, Message, Text
+from trainspec.text.fields import BadRecord
+from trainspec.text.records import Chat, Encoded, Message, Text
 
 CLASS = "ChatGLMTokenizer"
 # Their ids follow the last piece's. None of them is ever made of text.

@@ -29,8 +29,9 @@ from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainspec.errors import DataError
+from trainspec.text.fields import BadRecord
 from trainspec.text.locate import Style, Unlocated, assistant_spans
-from trainspec.text.records import DATE, BadRecord, Chat, Encoded, Message, Text
+from trainspec.text.records import DATE, Chat, Encoded, Message, Text
 
 __all__ = ["Encoder", "Unlocated"]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from trainspec.errors import DataError
 from trainspec.tasks import TaskName
-from trainspec.text.records import BadRecord
+from trainspec.text.fields import BadRecord
 
 # Read by the library `datasets`; the values are names of its builders.
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}

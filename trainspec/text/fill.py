@@ -26,10 +26,11 @@ from trainspec.errors import DataError
 from trainspec.parent import end_with
 from trainspec.text.chatglm import ChatGLMEncoder, is_chatglm
 from trainspec.text.encode import Encoder
+from trainspec.text.fields import BadRecord
 from trainspec.text.files import Raw, is_hub, read_raw
 from trainspec.text.locate import Unlocated
 from trainspec.text.prompts import prompts
-from trainspec.text.records import BadRecord, Reader, Text
+from trainspec.text.records import Reader, Text
 from trainspec.text.store import COUNTS, TURN
 
 _BATCH_RECORDS = 128
@@ -265,9 +266,9 @@ def _progress(source: str, batches: Iterable[tuple[int, _Tokenised]]) -> Iterato
 
 
 def prompts_of(job: dict[str, Any]) -> dict[str, Any]:
-    """The prompts that a job asks for, and the ids that end a response."""
+    """The prompts that a job asks for, the records that are left out, and the ids that end a response."""
     encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"], job["digest"])
-    return {"prompts": prompts(job, encoder, _reader(job)), "stops": encoder.stops}
+    return prompts(job, encoder, _reader(job)) | {"stops": encoder.stops}
 
 
 def _reader(job: dict[str, Any]) -> Reader:

@@ -7,14 +7,16 @@ its response.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from trainspec.errors import DataError
+from trainspec.text.asked import without_response
+from trainspec.text.fields import BadRecord
 from trainspec.text.files import Raw, read_raw
 from trainspec.text.locate import Unlocated
-from trainspec.text.records import BadRecord, Chat, Encoded, Reader, Text, without_response
+from trainspec.text.records import Chat, Encoded, Reader, Text
 
 _SHOWN_ERRORS = 5
 
@@ -35,30 +37,57 @@ class PromptEncoder(Protocol):
         ...
 
 
-def prompts(request: dict[str, Any], encoder: PromptEncoder, reader: Reader) -> list[dict[str, Any]]:
-    """Text, ids, references and choices of every prompt: of a file's records, or of `request["texts"]`.
+class EmptyPrompt(BadRecord):
+    """A record with nothing before its response."""
 
-    Raises DataError for all malformed records at once.
+
+def prompts(request: dict[str, Any], encoder: PromptEncoder, reader: Reader) -> dict[str, Any]:
+    """Text, ids, references and choices of every prompt, and the records that are left out.
+
+    The prompts are those of a file's records, or of `request["texts"]`. Raises DataError for all malformed records at once.
     """
-    source, made, errors = request["source"], [], []
-    for raw in read_raw(source) if source else _typed(request, reader):
+    source, made, left_out, errors = request["source"], [], [], []
+    for number, raw in enumerate(read_raw(source) if source else _typed(request, reader), 1):
         try:
-            made.append(_prompt(raw.value(), encoder, reader))
+            value = raw.value()
+            if request["as_trained"]:
+                _check_trained(reader.read(value, encoder.template))
+            made.append({"number": number} | _prompt(value, encoder, reader))
         except (BadRecord, Unlocated) as error:
-            errors.append(f"{raw.where}: {error}")
+            line = f"{raw.where}: {error}"
+            if _is_left_out(error, request):
+                left_out.append({"number": number, "why": line})
+            else:
+                errors.append(line)
     if errors:
-        more = f"; and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
-        raise DataError(f"{source or '--prompt'} {'; '.join(errors[:_SHOWN_ERRORS])}{more}")
+        raise DataError(f"{source or '--prompt'} {_in_one_line(errors)}")
     if not made:
-        raise DataError(f"{source}: has no prompt; give a record in each line")
-    return made
+        why = f": {_in_one_line([record['why'] for record in left_out])}" if left_out else ""
+        raise DataError(f"{source}: has no prompt{why}; give a record in each line")
+    return {"prompts": made, "left_out": left_out}
+
+
+def _check_trained(record: Chat | Text) -> None:
+    if isinstance(record, Text) and record.is_blank:
+        raise EmptyPrompt("the record is empty")
+
+
+def _is_left_out(error: BadRecord | Unlocated, request: dict[str, Any]) -> bool:
+    """Whether training would leave the record out, too."""
+    is_bad = isinstance(error, BadRecord) and not isinstance(error, EmptyPrompt)
+    return request["as_trained"] and (not is_bad or request["bad_records"] == "skip")
+
+
+def _in_one_line(errors: Sequence[str]) -> str:
+    more = f"; and {len(errors) - _SHOWN_ERRORS} more" if len(errors) > _SHOWN_ERRORS else ""
+    return f"{'; '.join(errors[:_SHOWN_ERRORS])}{more}"
 
 
 def _prompt(value: Any, encoder: PromptEncoder, reader: Reader) -> dict[str, Any]:
     asked, ours = without_response(value, reader), reader.renamed_already()
     ids, text = encoder.encode_prompt(ours.read(asked.record, encoder.template))
     if not ids:
-        raise BadRecord("the prompt is empty; write something to continue")
+        raise EmptyPrompt("the prompt is empty; write something to continue")
     chosen = [ours.read(asked.record | {"output": choice}, encoder.template) for choice in asked.choices]
     return {
         "prompt": _said(asked.record) or text,

@@ -14,28 +14,20 @@ A field that is null is absent. Every other field is used, named in `data.ignore
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainspec.errors import nearest
-from trainspec.tasks import TASKS, Prompt, TaskName, write_prompt
+from trainspec.tasks import TASKS, PromptForm, TaskName, write_prompt
+from trainspec.text.fields import BadRecord, choices_of, kind_of, parsed, text_of, with_output
+from trainspec.text.sharegpt import ROLES, from_sharegpt
 
 Message = dict[str, Any]
 
 # The date that templates get as today's, so that a run does not depend on the day.
 DATE = datetime.date(2024, 7, 26)
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# The roles of ShareGPT's conversations.
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
-    **{role: role for role in ROLES},
-}
 # Text fields that a message may have. Any other field must be named in the template.
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 MESSAGE_FIELDS = ("role", "content", "tool_calls", *TEXT_FIELDS)
@@ -60,12 +52,6 @@ ALIASES = {
     "functions": "tools",
     "system_prompt": "system",
 }
-# The fields of SQuAD's `answers`, and the one of these that is used.
-SQUAD_ANSWERS, ANSWER_TEXTS = ("text", "answer_start"), "text"
-
-
-class BadRecord(Exception):
-    """A record is malformed; the text says what is wrong and the way out, without the location in the file."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +101,12 @@ class Reader:
     columns: Mapping[str, str] = field(default_factory=dict)
     ignore: frozenset[str] = frozenset()
     system: str | None = None
-    prompt: Prompt | None = None
+    prompt: PromptForm | None = None
 
     def read(self, record: object, template_for: Callable[[object], str | None]) -> Chat | Text:
         """One record; `template_for(tools)` is the text of the chat template, which may allow more roles and fields."""
         if not isinstance(record, dict):
-            raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
+            raise BadRecord(f"a record is a JSON object, not {kind_of(record)}")
         fields = self.renamed(record)
         shape = self._shape(fields)
         self._refuse_unused(fields, shape)
@@ -129,12 +115,12 @@ class Reader:
             case "messages":
                 return self._chat(fields["messages"], fields, template)
             case "conversations":
-                return self._chat(_from_sharegpt(fields["conversations"]), fields, template)
+                return self._chat(from_sharegpt(fields["conversations"]), fields, template)
             case "prompt and completion":
                 return self._completion(fields, template)
             case "text":
                 self._no_system(shape)
-                return Text([(_text(fields, "text"), True)])
+                return Text([(text_of(fields, "text"), True)])
             case _:
                 return self._instruction(fields, template)
 
@@ -148,7 +134,7 @@ class Reader:
             raise BadRecord(
                 f"both {name!r} and {self.columns[name]!r}, which data.columns takes for it; name one of them in data.ignore"
             )
-        return _with_output(renamed)
+        return with_output(renamed)
 
     def renamed_already(self) -> Reader:
         """The reader of records under our names."""
@@ -157,7 +143,7 @@ class Reader:
     def shape_of(self, record: object) -> str:
         """Which of SHAPES a record has."""
         if not isinstance(record, dict):
-            raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
+            raise BadRecord(f"a record is a JSON object, not {kind_of(record)}")
         return self._shape(self.renamed(record))
 
     def _shape(self, fields: Mapping[str, Any]) -> str:
@@ -212,9 +198,9 @@ class Reader:
 
     def _instruction(self, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
         texts = {
-            key: _text(fields, key) if key in fields else "" for key in ("instruction", "input", "system")
+            key: text_of(fields, key) if key in fields else "" for key in ("instruction", "input", "system")
         }
-        output = _text(fields, "output")
+        output = text_of(fields, "output")
         choices_of(fields)
         if not texts["instruction"].strip() and not texts["input"].strip():
             return Text([])
@@ -240,17 +226,17 @@ class Reader:
         if "tools" in fields:
             raise BadRecord("'tools' with a prompt that is text; give 'messages'")
         self._no_system("prompt and completion")
-        return Text([(_text(fields, "prompt"), False), (_text(fields, "completion"), True)])
+        return Text([(text_of(fields, "prompt"), False), (text_of(fields, "completion"), True)])
 
     def _chat(self, value: object, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
         if not isinstance(value, list):
-            raise BadRecord(f"'messages' must be a list, not {_kind(value)}")
+            raise BadRecord(f"'messages' must be a list, not {kind_of(value)}")
         messages, learnt = [], []
         for message in value:
             read, is_learnt = self._message(message, template)
             messages.append(read)
             learnt.append(is_learnt)
-        system = _text(fields, "system") if "system" in fields else self.system
+        system = text_of(fields, "system") if "system" in fields else self.system
         has_own = bool(messages) and messages[0]["role"] in ("system", "developer")
         if "system" in fields and has_own:
             raise BadRecord("a 'system' field and a conversation that begins with one")
@@ -264,7 +250,7 @@ class Reader:
     def _message(self, value: object, template: str | None) -> tuple[Message, bool]:
         """A message in Hugging Face's form, and whether it is trained on."""
         if not isinstance(value, dict):
-            raise BadRecord(f"a message is a JSON object, not {_kind(value)}")
+            raise BadRecord(f"a message is a JSON object, not {kind_of(value)}")
         message = {k: v for k, v in value.items() if v is not None and k not in self.ignore}
         role = message.get("role")
         if not isinstance(role, str):
@@ -281,7 +267,7 @@ class Reader:
                 )
         for name in TEXT_FIELDS:
             if name in message:
-                _text(message, name)
+                text_of(message, name)
         learnt = _learnt(message)
         for name in LOSS_FIELDS:
             message.pop(name, None)
@@ -298,125 +284,8 @@ class Reader:
         return message, learnt
 
 
-class Unanswered(NamedTuple):
-    """A record under our names with an empty response, the response that it had, all that are right, and the choices."""
-
-    record: dict[str, Any]
-    reference: str | None
-    references: list[str]
-    choices: list[str]
-
-
-def without_response(record: object, reader: Reader) -> Unanswered:
-    """A record as it is asked. Raises BadRecord.
-
-    A response may be absent: a list of messages may end with the user's turn.
-    """
-    if not isinstance(record, dict):
-        raise BadRecord(f"a record is a JSON object, not {_kind(record)}")
-    fields = reader.renamed(record)
-    if "instruction" in fields:
-        reference = _text(fields, "output") if "output" in fields else None
-        references = fields.get("references") or [reference]
-        choices = choices_of(fields)
-        asked = {key: value for key, value in fields.items() if key not in ("references", "choices")}
-        return Unanswered(
-            asked | {"output": ""}, reference, [r for r in references if r is not None], choices
-        )
-    asked, reference = _without_last_response(fields, reader)
-    return Unanswered(asked, reference, [] if reference is None else [reference], [])
-
-
-def _without_last_response(fields: dict[str, Any], reader: Reader) -> tuple[dict[str, Any], str | None]:
-    """The fields of any other record with an empty response, and the one that it had."""
-    if reader.task == "text" and "text" in fields:
-        return fields, None
-    for name in ("messages", "conversations"):
-        if name in fields:
-            turns, reference = _without_last_answer(fields[name], name)
-            return fields | {name: turns}, reference
-    if isinstance(fields.get("prompt"), list):
-        completion = fields.get("completion") or [{"content": None}]
-        reference = completion[-1].get("content") if isinstance(completion[-1], dict) else None
-        return fields | {"completion": [_no_answer("messages")]}, reference
-    response = "completion" if "prompt" in fields else "output"
-    reference = fields.get(response)
-    if reference is not None and not isinstance(reference, str):
-        raise BadRecord(f"{response!r} must be text, not {reference!r:.80}")
-    return fields | {response: ""}, reference
-
-
-def _with_output(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a record with a list of all right outputs as `references`, which begins with `output`."""
-    if "references" not in fields or "instruction" not in fields:
-        return fields
-    references = fields["references"]
-    if (
-        isinstance(references, dict)
-        and ANSWER_TEXTS in references
-        and not references.keys() - {*SQUAD_ANSWERS}
-    ):
-        references = references[ANSWER_TEXTS]
-    references = _texts(references, "references")
-    output = fields.get("output", references[0] if references else None)
-    if output is None:
-        raise BadRecord("'references' is empty, and there is no 'output'; give an answer to learn")
-    every = dict.fromkeys([output, *references] if isinstance(output, str) else references)
-    return fields | {"output": output, "references": list(every)}
-
-
-def choices_of(fields: Mapping[str, Any]) -> list[str]:
-    """The choices of a record, which may have none. Raises BadRecord."""
-    if "choices" not in fields:
-        return []
-    choices = _texts(fields["choices"], "choices")
-    if len(choices) < 2 or len(set(choices)) < len(choices) or not all(map(str.strip, choices)):
-        raise BadRecord(f"'choices' are two or more different texts, not {choices!r:.80}")
-    if "references" in fields:
-        raise BadRecord("'references' beside 'choices', of which one is right: the 'output'; leave them out")
-    if "output" in fields and fields["output"] not in choices:
-        raise BadRecord(f"the output {fields['output']!r:.40} is none of the 'choices'")
-    return choices
-
-
-def _texts(value: object, name: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise BadRecord(f"{name!r} must be a list of texts, not {value!r:.80}")
-    return value
-
-
-def _without_last_answer(value: object, name: str) -> tuple[list[Any], str | None]:
-    """Turns up to the last one of the assistant, which is empty, and what that said."""
-    if not isinstance(value, list):
-        raise BadRecord(f"{name!r} must be a list of turns, not {_kind(value)}")
-    last = value[-1] if value and isinstance(value[-1], dict) else {}
-    is_answer = last.get("role") == "assistant" or last.get("from") in ("gpt", "assistant", "function_call")
-    turns = value[:-1] if is_answer else value
-    if not turns:
-        raise BadRecord(f"{name!r} has no turn before the answer; give the question")
-    reference = (last.get("content") or last.get("value") or None) if is_answer else None
-    return [*turns, _no_answer("messages" if "role" in last else name)], reference
-
-
-def _no_answer(name: str) -> dict[str, Any]:
-    if name == "conversations":
-        return {"from": "gpt", "value": ""}
-    return {"role": "assistant", "content": ""}
-
-
 def _names(template: str | None, word: str) -> bool:
     return template is not None and any(quote in template for quote in (f"'{word}'", f'"{word}"', f".{word}"))
-
-
-def _kind(value: object) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return names.get(type(value), "a number")
-
-
-def _text(fields: Mapping[str, Any], key: str) -> str:
-    if not isinstance(fields[key], str):
-        raise BadRecord(f"{key!r} must be text, not {fields[key]!r:.80}")
-    return fields[key]
 
 
 def _joined(content: object) -> str:
@@ -460,7 +329,7 @@ def _tool_calls(value: object) -> list[dict[str, Any]]:
             raise BadRecord(f"a tool call needs a function with a name, not {call!r:.80}")
         arguments = {} if function.get("arguments") is None else function["arguments"]
         if isinstance(arguments, str):
-            arguments = _parsed(arguments, "the arguments of a tool call") if arguments.strip() else {}
+            arguments = parsed(arguments, "the arguments of a tool call") if arguments.strip() else {}
         if not isinstance(arguments, dict):
             raise BadRecord(f"the arguments of a tool call must be an object, not {arguments!r:.80}")
         if more := [name for name in (*call, *function) if name in LOSS_FIELDS]:
@@ -473,48 +342,10 @@ def _tool_calls(value: object) -> list[dict[str, Any]]:
 def _tools(value: object) -> list[dict[str, Any]] | None:
     """Descriptions of tools, given as a list or as JSON text; None where there are none."""
     if isinstance(value, str):
-        value = _parsed(value, "'tools'") if value.strip() else []
+        value = parsed(value, "'tools'") if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRecord(f"'tools' must be a list of JSON schemas, not {value!r:.80}")
     return value or None
-
-
-def _parsed(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadRecord(f"{what} are not JSON: {text!r:.80}") from None
-
-
-def _from_sharegpt(value: object) -> list[Message]:
-    if not isinstance(value, list):
-        raise BadRecord(f"'conversations' must be a list, not {_kind(value)}")
-    messages = []
-    for turn in value:
-        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
-            messages.append(turn)  # OpenAI's messages under ShareGPT's name
-            continue
-        if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-            raise BadRecord(f"every turn needs 'from' and 'value', not {turn!r:.80}")
-        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
-            raise BadRecord(
-                f"unknown 'from' {turn['from']!r:.40}{nearest(str(turn['from']), SHAREGPT_ROLES)}"
-            )
-        if more := [name for name in ("role", "content", "tool_calls") if name in turn]:
-            raise BadRecord(f"{more[0]!r} as well as 'from' and 'value'; leave one of them out")
-        message = {k: v for k, v in turn.items() if k not in ("from", "value")}
-        message["role"] = SHAREGPT_ROLES[turn["from"]]
-        if turn["from"] == "function_call":
-            calls = (
-                _parsed(turn["value"], "the calls of a 'function_call'")
-                if isinstance(turn["value"], str)
-                else turn["value"]
-            )
-            message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-        else:
-            message["content"] = turn["value"]
-        messages.append(message)
-    return messages
 
 
 def _written_out(messages: Iterable[Message], tools: object, learnt: Sequence[bool]) -> Text:

@@ -16,7 +16,7 @@ from writers import State, holds, in_processes, save, store_of
 
 from trainspec.checkpoints import folders, store, verify
 from trainspec.checkpoints.checkpoint import load
-from trainspec.checkpoints.manifest import FILE, read_manifest
+from trainspec.checkpoints.manifest import FILE, DamagedError, read_manifest
 from trainspec.errors import MachineError, RecipeError, WeightsError
 from trainspec.plans.accelerators import Devices
 from trainspec.runs import loop
@@ -211,6 +211,20 @@ def told_of(out: Path, processes: Processes) -> tuple[Path | None, list[str]]:
     """What is chosen, and what is said of those that are not."""
     said: list[str] = []
     return verify.newest_whole(out, processes, said.append), said
+
+
+def test_processes_that_verify_together_learn_of_all_damage(damaged: Path):
+    newest = damaged / "checkpoints/step-000003"
+    in_processes(2, lambda processes: verify.verify_together(newest, processes))  # control
+    (newest / FILES[1]).unlink()
+
+    def work(processes: Processes) -> str:
+        with pytest.raises(DamagedError, match="missing") as caught:
+            verify.verify_together(newest, processes)
+        return str(caught.value)
+
+    assert len(set(in_processes(2, work))) == 1
+    assert newest.is_dir()  # nothing was set aside
 
 
 def test_what_cannot_be_read_or_renamed_stops_all(damaged: Path, monkeypatch: pytest.MonkeyPatch):
