@@ -120,7 +120,6 @@ def _add_generate(run: ArgumentParser) -> None:
     add_recipe(run)
     add_prompts(run, required=False)
     add_decoding(run)
-    run.set_defaults(scores=True)
     run.add_argument("--left", default="jax", metavar="SIDE", help="a backend and its own settings (jax)")
     run.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
     run.add_argument(

@@ -362,9 +362,14 @@ def test_a_request_after_the_run_ends_the_program_at_once_and_changes_no_exit_co
 
 
 def test_a_sigterm_that_schedulers_repeat_does_not_hurry_a_run_that_has_stopped_for_it():
-    with listening() as outer:
-        with pytest.raises(StoppedError), listening(outer):
-            outer.defer()
+    def stopped(request: StopRequest) -> None:
+        with listening(request):
+            request.defer()
             signal.raise_signal(signal.SIGTERM)
             raise StoppedError("SIGTERM", 3)
+
+    with listening() as stop:
+        with pytest.raises(StoppedError):
+            stopped(stop)
         signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == "SIGTERM"

@@ -90,8 +90,8 @@ class ArrayFormat(Protocol[S]):
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
         """Take a copy of what this process saves of `state`, which may change as soon as this returns.
 
-        The function that is returned writes it into `folder`, in another thread, and returns the SHA-256 of each file by its
-        path there.
+        The function that is returned writes it into `folder`, in another thread, and returns the digest of each file by its path
+        there (`files.digests`).
         """
         ...
 
