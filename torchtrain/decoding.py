@@ -26,7 +26,7 @@ Extend = Callable[[Inputs], NDArray[Any]]
 class CachedRows:
     """`Decoding` for rows of up to `length` tokens. `begin` makes the pass over rows, `extend` that over a token of each.
 
-    A replica keeps its own rows, and a tensor peer its own heads.
+    A replica keeps its own rows, and a tensor peer its own heads. Differs from jaxtrain: it has no weights, which are in the model.
     """
 
     def __init__(self, run: Run, replicas: Peers, *, length: int, begin: Begin, extend: Extend) -> None:

@@ -116,6 +116,12 @@ class Decoding(Protocol):
         ...
 
 
+class DecodingWithCache(Protocol):
+    """`decoding`: `Decoding` with keys and values kept. How it is made is the backend's own: `Backend.decoding` makes it."""
+
+    CachedRows: Any
+
+
 class Backend(Protocol[S]):
     """The functions of `jaxtrain.step` and `torchtrain.step`. Arrays are whole, under canonical names."""
 
@@ -366,4 +372,5 @@ CONTRACT: dict[str, type] = {
     "families": Families,
     "methods": Methods,
     "cost": Costs,
+    "decoding": DecodingWithCache,
 } | {f"methods.{spec.__module__.rpartition('.')[2]}": MethodKind for spec in METHODS.values()}
