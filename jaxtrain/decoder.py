@@ -16,7 +16,7 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from jaxtrain.activations import IN_LAYERS, NO_PROBES, Probes, recording, tap
-from jaxtrain.attention.earlier import Earlier
+from jaxtrain.attention.one_token import OneToken
 from jaxtrain.attention.visible import Visible
 from jaxtrain.dropout import DropoutPoint
 from jaxtrain.layers import (
@@ -144,8 +144,8 @@ class Decoder(nnx.Module):
             x_B1E: Array, weights: nnx.State, kept: KeysValues, rotated: Any
         ) -> tuple[Array, KeysValues]:
             own_cos, own_sin = (cos, sin) if rotated is None else turning(rotated, cos, sin)
-            earlier = Earlier(kept, seen_BT, prefix + places_B)
-            return nnx.merge(definition, weights)(x_B1E, own_cos, own_sin, earlier, None, None)
+            visible = OneToken(kept, seen_BT, prefix + places_B)
+            return nnx.merge(definition, weights)(x_B1E, own_cos, own_sin, visible, None, None)
 
         def in_stack(carry: tuple[Array, KeysValues], layer: Any) -> tuple[tuple[Array, KeysValues], None]:
             x_B1E, kept = carry
@@ -206,8 +206,9 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, dict[str, Array], KeysValues | None]:
         """The residual stream after all layers of the stack, and the activations recorded in each.
 
-        With `keeps_seen` also the keys and values that attention saw in each. `is_layer` [L] is given for a stack with empty slots, and false for those: they leave x as it is. `is_rotated` [L]
-        is given where some layers do not rotate queries and keys, and false for those.
+        With `keeps_seen` also the keys and values that attention saw in each. `is_layer` [L] is given for a stack with empty
+        slots, and false for those: they leave x as it is. `is_rotated` [L] is given where some layers do not rotate queries and
+        keys, and false for those.
         """
         cos, sin = rotary_tables(self.spec, positions, x_BSE.dtype)
         visible = self.visible(

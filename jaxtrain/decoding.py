@@ -1,7 +1,7 @@
 """A cache of keys and values: the pass over the prompts fills it, and each token after that is computed alone.
 
-Both are compiled once per shape. What the virtual tokens of a method give is kept as that of any token, so their encoder runs once a
-batch. Which places of a row a token sees is said by `attention.visible`, as in training.
+Both are compiled once per shape. What the virtual tokens of a method give is kept as that of any token, so their encoder runs
+once a batch. Which places of a row a token sees is said by `attention.visible`, as in training.
 
 L layers, B rows, T keys that are kept (those of a prefix in front), K kv heads, D head dim.
 """
@@ -100,7 +100,10 @@ class CachedPrograms:
 
 
 class CachedRows:
-    """`Decoding` with a cache for rows of up to `length` tokens."""
+    """`Decoding` with a cache for rows of up to `length` tokens.
+
+    Differs from torchtrain: it has the weights, as each program is given them.
+    """
 
     def __init__(self, programs: CachedPrograms, weights: Arrays, feeder: Feeder, *, length: int) -> None:
         self._programs, self._weights, self._feeder, self._length = programs, weights, feeder, length

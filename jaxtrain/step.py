@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
 from jaxtrain.attention import REFERENCE, choose_kernel, site_of
-from jaxtrain.attention.earlier import over_earlier_too
+from jaxtrain.attention.one_token import over_one_token_too
 from jaxtrain.decoder import Decoder
 from jaxtrain.decoding import CachedPrograms, CachedRows
 from jaxtrain.feed import Feeder
@@ -304,7 +304,7 @@ class Program:
             policy=recipe.precision.policy,
             remat=recipe.plan.remat,
             constrain=self.shardings.constrain,
-            attend=over_earlier_too(self.attention.make(site)),
+            attend=over_one_token_too(self.attention.make(site)),
         )
         self.constants = attach(model, spec, recipe.method, seed=recipe.run.seed, order=order)
         self._tied = tied(spec, recipe.method)

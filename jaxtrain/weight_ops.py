@@ -34,7 +34,8 @@ class BoundWeight:
 
     `grad_placeholder` has the shape of `value` and the type of the gradient; its value is never read, and it is None for
     a frozen weight. In a stack of layers all but `sharding`, which is that of one layer, have layers in front (for decoding
-    `value` may be a list of them). Where a stage holds several model chunks, value and placeholder have the chunks in front, and `chunk` is the index of the one in use.
+    `value` may be a list of them). Where a stage holds several model chunks, value and placeholder have the chunks in front,
+    and `chunk` is the index of the one in use.
     """
 
     value: Array
@@ -46,9 +47,9 @@ class BoundWeight:
 class _Operation(NamedTuple):
     """forward(x, w, platform), and its gradients: by x from (dy, w, platform), by w from (dy, x, like); w is gathered.
 
-    The weight's gradient has the shape and type of `like`, and is summed in that type; `like` has the sharding of the weight in use. `contracts` says whether `forward`
-    and the gradient by x are sums over features, `sums_positions` whether that by w is one over positions, `sums_ids` whether a row
-    of it is one over the positions with its id.
+    The weight's gradient has the shape and type of `like`, and is summed in that type; `like` has the sharding of the weight
+    in use. `contracts` says whether `forward` and the gradient by x are sums over features, `sums_positions` whether that by w is
+    one over positions, `sums_ids` whether a row of it is one over the positions with its id.
     """
 
     forward: Callable[[Array, Array, str], Array]

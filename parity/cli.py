@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from parity.steps import DEFAULT_STEPS
-from trainspec.command import ArgumentParser, add_decoding, add_prompts, add_recipe, run_command
+from trainspec.command import ArgumentParser, add_recipe, run_command
+from trainspec.generation.options import add_decoding, add_prompts
 from trainspec.plans.names import DEVICES, Backend, Policy
 
 STATUS_PAGE, FAMILIES_PAGE = Path("docs/parity-status.md"), Path("docs/parity-status-families.md")
@@ -120,7 +121,6 @@ def _add_generate(run: ArgumentParser) -> None:
     add_recipe(run)
     add_prompts(run, required=False)
     add_decoding(run)
-    run.set_defaults(scores=True)
     run.add_argument("--left", default="jax", metavar="SIDE", help="a backend and its own settings (jax)")
     run.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
     run.add_argument(

@@ -24,7 +24,7 @@ from parity.faults.run_decoding import (
     run_decoding_faults,
 )
 from parity.faults.table import help_summary, listed, listed_shared, page, result_lines, summary
-from parity.generate import Questions, compare_responses
+from parity.generate import PromptRequest, compare_responses
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
@@ -32,8 +32,8 @@ from parity.runs.plans import refusal, runs_as
 from parity.runs.progress import Progress
 from parity.runs.sides import Resumption, Side, parse_resumption, parse_side
 from parity.steps import SMALL_STEPS
-from trainspec.errors import EXIT_DONE, EXIT_FAILED, DataError, UserError
-from trainspec.generation.request import settings
+from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
+from trainspec.generation.request import prompt_file, settings
 from trainspec.plans.plan import Plan, Policy
 from trainspec.small import RECIPE_FILE, write_small_twin
 
@@ -69,11 +69,10 @@ def run(args: Namespace) -> int:
 
 
 def _generate(args: Namespace) -> int:
-    if args.file is not None and not args.file.is_file():
-        raise DataError(f"--file {args.file}: no such file; give records, one in each line")
+    asked = PromptRequest(args.prompt, prompt_file(args), settings(args))
     out = args.out or Path("runs") / f"parity-generate-{args.recipe.stem}"
     verdict = compare_responses(
-        args.recipe, Questions(args.prompt, args.file, settings(args)), left=parse_side(args.left),
+        args.recipe, asked, left=parse_side(args.left),
         right=parse_side(args.right), precision=args.precision, overrides=args.overrides, out=out, start=args.from_,
     )  # fmt: skip
     print("\n".join(verdict.lines(colour=sys.stdout.isatty())))

@@ -43,7 +43,7 @@ WITHOUT_CACHE, ONE_AT_A_TIME = ("--no-cache",), ("--batch", "1")
 
 
 @dataclass(frozen=True)
-class Questions:
+class PromptRequest:
     """What is asked: a text or the records of a `file`, or the recipe's own data; `settings` say how responses are made."""
 
     prompt: str | None
@@ -52,8 +52,9 @@ class Questions:
 
     def words(self, file: Path | None) -> list[str]:
         """The options of `generate` that ask it; `file` stands for the recipe's own data."""
-        asked = self.file or file
-        prompts = ["--prompt", self.prompt or ""] if asked is None else ["--file", str(asked)]
+        records = self.file or file
+        # With "=", as a text may begin with a dash.
+        prompts = [f"--prompt={self.prompt or ''}"] if records is None else [f"--file={records}"]
         return [*prompts, *self.how]
 
     @property
@@ -71,7 +72,7 @@ class Questions:
 
 def compare_responses(
     recipe_path: Path,
-    questions: Questions,
+    asked: PromptRequest,
     *,
     left: Side,
     right: Side,
@@ -103,11 +104,11 @@ def compare_responses(
     if start is not None:
         shutil.rmtree(out / "start", ignore_errors=True)
         link_newest(start, out / "start")
-    file, source = None, "--prompt" if questions.file is None else str(questions.file)
-    if questions.prompt is None and questions.file is None:
+    file, source = None, "--prompt" if asked.file is None else str(asked.file)
+    if asked.prompt is None and asked.file is None:
         file, source = write_own_prompts(recipe.data, out)
     request = _Request(
-        recipe_path, tuple(overrides), precision, (left, right), questions, file, out,
+        recipe_path, tuple(overrides), precision, (left, right), asked, file, out,
         out / "start" if start else None, is_single and fit_at_once(size_of(resolve(recipe)), precision, programs=2),
         launcher or Launcher(),
     )  # fmt: skip
@@ -129,7 +130,7 @@ class _Request:
     overrides: tuple[str, ...]
     precision: Policy
     sides: tuple[Side, Side]
-    questions: Questions
+    asked: PromptRequest
     file: Path | None
     out: Path
     start: Path | None
@@ -141,7 +142,7 @@ class _Request:
         words = [str(self.recipe), *(w for setting in self.overrides for w in ("--set", setting))]
         words += ["--left", str(self.sides[0]), "--right", str(self.sides[1])]
         words += ["--from", str(start)] if start else []
-        return [*words, *(self.questions.how if self.file else self.questions.words(None))]
+        return [*words, *(self.asked.how if self.file else self.asked.words(None))]
 
     def judged(
         self, out: Path, *, kept: Sequence[list[Generation] | None] = (None, None), more: Sequence[str] = ()
@@ -155,13 +156,13 @@ class _Request:
             )
         pairs = list(zip(left, right, strict=True))
         found = self._rescored(rows_of(pairs), out / "reference")
-        sampling = self.questions.settings.sampling
+        sampling = self.asked.settings.sampling
         return pairs, compare_generations(pairs, found, precision=self.precision, sampling=sampling)
 
     def _said(
         self, out: Path, kept: Sequence[list[Generation] | None], more: Sequence[str]
     ) -> list[list[Generation]]:
-        words = [*self.questions.words(self.file), *more]
+        words = [*self.asked.words(self.file), *more]
         tasks = [
             partial(list, before)
             if before is not None
@@ -187,7 +188,7 @@ class _Request:
 
     def closer(self, pairs: Sequence[Pair], first: GenerationComparison) -> tuple[CloserLook, ...]:
         """The departing sides once more: on whole rows, and one prompt at a time."""
-        settings = self.questions.settings
+        settings = self.asked.settings
         options = [WITHOUT_CACHE] if settings.caches else []
         options += [ONE_AT_A_TIME] if min(settings.batch, len(pairs)) > 1 else []
         kept = [
@@ -203,7 +204,13 @@ class _Request:
     def texts(self, comparison: GenerationComparison) -> dict[int, str]:
         """The vocabulary's words for the tokens at which the sides part, and for their rivals."""
         ids = sorted(
-            {i for p in comparison.partings for c in p.choices for i in (c.token, c.rival) if i is not None}
+            {
+                i
+                for p in comparison.partings
+                for c in p.next_tokens
+                for i in (c.token, c.rival)
+                if i is not None
+            }
         )
         if not ids:
             return {}

@@ -60,7 +60,7 @@ LAYERS = {
         ("commands",),
         ("train", "cost", "convert"),
         ("step",),
-        ("decoding",),
+        ("decoding", "inputs"),
         ("engines",),
         ("methods", "model"),
         ("weights",),

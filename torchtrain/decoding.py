@@ -26,7 +26,7 @@ Extend = Callable[[Inputs], NDArray[Any]]
 class CachedRows:
     """`Decoding` for rows of up to `length` tokens. `begin` makes the pass over rows, `extend` that over a token of each.
 
-    A replica keeps its own rows, and a tensor peer its own heads.
+    A replica keeps its own rows, and a tensor peer its own heads. Differs from jaxtrain: it has no weights, which are in the model.
     """
 
     def __init__(self, run: Run, replicas: Peers, *, length: int, begin: Begin, extend: Extend) -> None:
@@ -49,7 +49,7 @@ class CachedRows:
         return self._begin(replace(batch, **cut), last, self._cache)
 
     def extend(self, ids: NDArray[np.int32]) -> NDArray[Any]:
-        """The logits [B, vocab] after one more token [B] of each row. A row that has ended gets its last one again."""
+        """The logits [B, vocab] after one more token [B] of each row. A row that has ended (-1) has token 0 in its last slot."""
         ids_B, method = self._own(ids), self._run.recipe.method
         self._last_B = self._last_B + (ids_B >= 0)
         has_positions = position_shift(method) > 0

@@ -70,18 +70,7 @@ def launch(
     """
     # On a port that the system chooses; whoever comes before the leader has opened its store waits in the socket's queue.
     store = socket.create_server(("127.0.0.1", 0), backlog=max(128, processes))
-    group = {
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.getsockname()[1]),
-        # torch's words for "do not open a store": the leader does it before it joins.
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        BEGAN: repr(command_start()),
-        # Processes share the cores: each takes one, unless a user says otherwise.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
+    group = _group(processes, port=store.getsockname()[1])
     command = [sys.executable, "-m", program, *argv]
     children: list[subprocess.Popen[bytes]] = []
     with _pipe() as (reports, end), _logs(logs, processes) as files, listening(stop) as stop:
@@ -147,6 +136,22 @@ def report_to_launcher() -> Callable[[int, str], None] | None:
         os.write(reports, f"{json.dumps([rank, code, line], ensure_ascii=False)}\n".encode())
 
     return tell
+
+
+def _group(processes: int, *, port: int) -> dict[str, str]:
+    """What the environments of all processes have in common."""
+    return {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # torch's words for "do not open a store": the leader does it before it joins.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        BEGAN: repr(command_start()),
+        # Processes share the cores: each takes one, unless a user says otherwise.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
 
 
 def _start(

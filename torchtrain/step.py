@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from torchtrain.activations import Recording, by_point, point_stages, recorded
 from torchtrain.attention.cache import Cache
-from torchtrain.attention.visible import Visible, rows_of
 from torchtrain.cluster import is_leader
 from torchtrain.decoding import CachedRows
 from torchtrain.dropout import DropoutPoint
@@ -27,10 +26,11 @@ from torchtrain.engines import make_engine
 from torchtrain.engines.deepspeed import Partitioner
 from torchtrain.engines.engine import Engine, Inputs, Saved, Stored
 from torchtrain.engines.pipeline import placeholder
+from torchtrain.inputs import inputs_of, on_device
 from torchtrain.loss import token_loss
 from torchtrain.loss_chunks import HeadLoss
 from torchtrain.mesh import Mesh, compute_device, make_mesh
-from torchtrain.methods import all_labels, all_positions, all_segments, attach
+from torchtrain.methods import all_labels, attach
 from torchtrain.model import build_model
 from torchtrain.optim import make_optimizer, set_learning_rate, set_steps
 from torchtrain.precision import compute_dtype, to_numpy
@@ -42,7 +42,7 @@ from trainspec.checkpoints.shards import ArrayKind, Shard
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
-from trainspec.methods import leading_positions, position_shift, virtual_tokens
+from trainspec.methods import leading_positions
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
 from trainspec.runs.contract import ArrayFormat, Arrays, Decoding, Metrics
@@ -174,7 +174,7 @@ class _Microbatches:
         else:
             self._recordings.append(Recording())
         self._move_dropout(index)
-        return _inputs(self._microbatches[index], self._state.run, is_recorded=is_recorded)
+        return inputs_of(self._microbatches[index], self._state.run, is_recorded=is_recorded)
 
     def loss(self, index: int, output: Tensor) -> Tensor:
         """The microbatch's share of the batch's loss."""
@@ -189,7 +189,7 @@ class _Microbatches:
 
     def _move_dropout(self, index: int) -> None:
         point = self._state.point
-        point.step, point.rows = self._state.step, _tensor(self._microbatches[index].rows)
+        point.step, point.rows = self._state.step, on_device(self._microbatches[index].rows)
 
 
 def _with_activations(metrics: Metrics, state: State, recordings: Sequence[Recording]) -> Metrics:
@@ -234,7 +234,7 @@ def _next_logits(
     leading = leading_positions(state.run.recipe.method)
 
     def expect(microbatch: Batch) -> None:
-        state.head.expect_logits(_tensor(last[microbatch.rows] + leading))
+        state.head.expect_logits(on_device(last[microbatch.rows] + leading))
 
     outputs = _inferred(state, batch, expect, cache)
     return _whole_logits(state, (logits_B1V for _, logits_B1V in outputs))[:, 0]
@@ -265,7 +265,7 @@ def _inferred(
     def inputs(index: int) -> Inputs:
         if expect is not None:
             expect(microbatches[index])
-        made = _inputs(microbatches[index], state.run)
+        made = inputs_of(microbatches[index], state.run)
         return made if cache is None else {**made, "cache": cache}
 
     return zip(microbatches, state.engine.infer(count, inputs), strict=False)
@@ -369,23 +369,6 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _inputs(batch: Batch, run: Run, *, is_recorded: bool = False) -> Inputs:
-    method, shift = run.recipe.method, position_shift(run.recipe.method)
-    positions_BT = all_positions(_tensor(batch.positions), method)
-    leading = leading_positions(method)
-    visible = Visible(
-        segments_BT=all_segments(_tensor(batch.segments), method),
-        positions_BT=positions_BT,
-        rows=rows_of(batch.segments, batch.positions, shift=shift),
-        prompt=leading,
-        prefix=virtual_tokens(method) - leading,
-        window=run.spec.window,
-        prefix_has_positions=shift > 0,
-        is_recorded=is_recorded,
-    )
-    return {"input_ids": _tensor(batch.input_ids), "position_ids": positions_BT, "visible": visible}
-
-
 def _expect_loss(state: State, batch: Batch, *, divisor: int) -> None:
     """Have the head make the loss of `batch` in the next forward pass, where the plan makes it in chunks."""
     run, (rows, tokens) = state.run, batch.labels.shape
@@ -403,12 +386,4 @@ def _loss_sum(state: State, batch: Batch, output: Tensor) -> Tensor:
 
 
 def _labels(state: State, batch: Batch) -> Tensor:
-    return all_labels(_tensor(batch.labels), state.run.recipe.method)
-
-
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """On the device. A GPU copies from pinned memory: the host waits neither for the copy nor for what was asked before."""
-    host, device = torch.from_numpy(array), compute_device()
-    if device.type == "cuda" and not host.is_pinned():
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True).to(torch.int64)
+    return all_labels(on_device(batch.labels), state.run.recipe.method)

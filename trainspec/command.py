@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, ProcessError
+from trainspec.generation.options import add_evaluation, add_generation
 from trainspec.runs.allow import ALLOWABLE
 from trainspec.runs.stops import listening
 
@@ -70,49 +71,18 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
         command.add_argument(
             "--out", type=Path, metavar="DIR", help=f"directory of the run (default: runs/RECIPE-{program})"
         )
-        if name == "train":
-            command.add_argument(
-                "--trace",
-                type=Path,
-                metavar="DIR",
-                help="write a trace for parity: every gradient and update; with --resume from the checkpoint on",
-            )
-            command.add_argument(
-                "--activations",
-                type=_step_or_all,
-                metavar="STEP",
-                help="with --trace: also activations and their gradients, at this step or at `all`",
-            )
-            command.add_argument(
-                "--resume", action="store_true", help="resume from the newest checkpoint under --out"
-            )
-            command.add_argument(
-                "--allow",
-                action="append",
-                default=[],
-                metavar="WHAT",
-                help=f"with --resume: what may differ from the checkpoint's recipe: {','.join(ALLOWABLE)}; repeatable",
-            )
-            command.add_argument(
-                "--timings",
-                action="store_true",
-                help="print where the time went, to the first update and in the later ones, and write timings.json",
-            )
-        if name == "eval":
-            _add_evaluation(command)
-        if name == "generate":
-            add_prompts(command)
-            add_decoding(command)
-            command.add_argument(
-                "--scores",
-                action="store_true",
-                help="with each token its log-probability, its closest rival and by how much that is less",
-            )
-        if name == "export":
-            command.add_argument(
-                "--merge", action="store_true", help="merge the adapter into the model's weights"
-            )
-            add_stored_type(command)
+        match name:
+            case "train":
+                _add_training(command)
+            case "eval":
+                add_evaluation(command)
+            case "generate":
+                add_generation(command)
+            case _:
+                command.add_argument(
+                    "--merge", action="store_true", help="merge the adapter into the model's weights"
+                )
+                add_stored_type(command)
     if converts:
         command = commands.add_parser(
             "convert", help="write pickled weights (.bin) as safetensors, bit for bit"
@@ -124,58 +94,31 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
     return parser
 
 
-def _add_evaluation(parser: ArgumentParser) -> None:
+def _add_training(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--loss-only", action="store_true", help="only the newest model's held-out loss, in one line; writes nothing"
-    )  # fmt: skip
-    parser.add_argument(
-        "--examples",
-        type=int,
-        metavar="N",
-        help="answer the first N held-out records only; the loss is of all",
-    )
-    add_decoding(parser)
-
-
-def add_prompts(parser: ArgumentParser, *, required: bool = True) -> None:
-    """`--prompt` and `--file`, of which one is given."""
-    prompts = parser.add_mutually_exclusive_group(required=required)
-    prompts.add_argument("--prompt", metavar="TEXT", help="one prompt, written as a record of data.train is")
-    prompts.add_argument(
-        "--file", type=Path, metavar="FILE",
-        help="records with prompts, such as .jsonl; a response in them is kept as the reference",
-    )  # fmt: skip
-
-
-def add_decoding(parser: ArgumentParser) -> None:
-    """How responses are made and end."""
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="the longest response (128)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T",
-        help="what logits are divided by before a token is drawn; 0 takes the most probable one (0)",
-    )  # fmt: skip
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the fewest tokens with that probability together"
+        "--trace",
+        type=Path,
+        metavar="DIR",
+        help="write a trace for parity: every gradient and update; with --resume from the checkpoint on",
     )
     parser.add_argument(
-        "--min-p", type=float, metavar="P", help="draw from tokens with that share of the largest probability"
+        "--activations",
+        type=_step_or_all,
+        metavar="STEP",
+        help="with --trace: also activations and their gradients, at this step or at `all`",
     )
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint under --out")
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X",
-        help="divide the logits of tokens that are there already (1: no penalty)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
-    parser.add_argument(
-        "--stop",
+        "--allow",
         action="append",
         default=[],
-        metavar="TEXT",
-        help="end a response before this text; repeatable",
+        metavar="WHAT",
+        help=f"with --resume: what may differ from the checkpoint's recipe: {','.join(ALLOWABLE)}; repeatable",
     )
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="how many prompts at once (8)")
     parser.add_argument(
-        "--no-cache", action="store_true", help="compute the whole row for every token, as training does"
+        "--timings",
+        action="store_true",
+        help="print where the time went, to the first update and in the later ones, and write timings.json",
     )
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from jaxtrain.activations import tap
-from jaxtrain.attention.earlier import Earlier
+from jaxtrain.attention.one_token import OneToken
 from jaxtrain.attention.visible import Visible
 from jaxtrain.decoder import Decoder
 from jaxtrain.dropout import DropoutPoint
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
         x_BSE: Array,
         cos: Array,
         sin: Array,
-        visible: Visible | Earlier,
+        visible: Visible | OneToken,
         point: DropoutPoint | None,
         prefix_N2KD: Array | None,
     ) -> tuple[Array, KeysValues]:
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
             if self.prefix_dropout is not None and point is not None:
                 keys, values = self.prefix_dropout(keys, values, point)
             k, v = in_front(tap("prefix_key", keys), k), in_front(tap("prefix_value", values), v)
-        if isinstance(visible, Earlier):
+        if isinstance(visible, OneToken):
             k, v = visible.with_own(k, v)
         mixed = tap("mixed", self.attend(q, k, v, visible))
         return self.o_proj(mixed.reshape(B, S, -1), point), KeysValues(k, v)
@@ -127,7 +127,7 @@ class Block(nnx.Module):
         x_BSE: Array,
         cos: Array,
         sin: Array,
-        visible: Visible | Earlier,
+        visible: Visible | OneToken,
         point: DropoutPoint | None,
         prefix_N2KD: Array | None,
     ) -> tuple[Array, KeysValues]:

@@ -116,7 +116,8 @@ class MeasuredMovement:
 class Reach:
     """How far a token is from being chosen, against how far rounding may move that.
 
-    Greedy, in logits: how far the token is below the best. Drawn, in probability: how far the drawn number is outside of the token's stretch.
+    Greedy, in logits: how far the token is below the best. Drawn, in probability: how far the drawn number is outside
+    of the token's stretch.
     """
 
     distance: float

@@ -58,7 +58,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Choice:
+class NextToken:
     """A side's next token where the sides part; `token` is None where its response has ended. `reach` None: nothing explains it.
 
     `margin` is how far the token's logit is above that of its closest rival, which is `rival`, as the side itself reported.
@@ -82,25 +82,25 @@ class Parting:
 
     prompt: int
     position: int
-    choices: tuple[Choice, Choice]
+    next_tokens: tuple[NextToken, NextToken]
     drawn: float | None = None
 
     @property
     def has_ended(self) -> bool:
         """Whether one response has ended, and the other has not."""
-        return any(choice.token is None for choice in self.choices)
+        return any(each.token is None for each in self.next_tokens)
 
     @property
     def is_explained(self) -> bool:
         """Whether rounding explains both choices. It never ends a response: tokens are numbers without rounding."""
-        return all(choice.is_explained for choice in self.choices)
+        return all(each.is_explained for each in self.next_tokens)
 
     @property
     def departing(self) -> tuple[str, ...]:
         """The sides whose choice rounding does not explain; both, where one has ended."""
         if self.has_ended:
             return NAMES
-        return tuple(choice.side for choice in self.choices if not choice.is_explained)
+        return tuple(each.side for each in self.next_tokens if not each.is_explained)
 
 
 # What a difference is in: the prompt's tokens, a token's log-probability, the choice of a token, the end of a response, its text.
@@ -309,10 +309,10 @@ def _parting(
 ) -> Parting:
     seen = [*pair[0].prompt_ids, *pair[0].ids[:at]]
     drawn = uniform(sampling.seed, number, len(seen))
-    choices = []
+    next_tokens = []
     for name, side in zip(NAMES, pair, strict=True):
         if at >= len(side.ids):
-            choices.append(Choice(name, None))
+            next_tokens.append(NextToken(name, None))
             continue
         token, own, explained = side.ids[at], side.scores[at] if side.scores else None, None
         if found.logits.size:
@@ -322,8 +322,8 @@ def _parting(
             movement = FixedMovement(scores) if is_fixed else MeasuredMovement(scores, np.array(drawn_scores))
             explained = reach(token, scores, movement, sampling, drawn)
         rival, margin = (own.rival, own.margin) if own else (None, None)
-        choices.append(Choice(name, token, rival, margin, explained))
-    return Parting(number, at, (choices[0], choices[1]), None if sampling.is_greedy else drawn)
+        next_tokens.append(NextToken(name, token, rival, margin, explained))
+    return Parting(number, at, (next_tokens[0], next_tokens[1]), None if sampling.is_greedy else drawn)
 
 
 def _other(number: int, pair: Pair, parting: Parting | None) -> Difference | None:

@@ -64,8 +64,8 @@ FAULTS = (
             "torch": (
                 Edit(
                     "torchtrain.step:_Microbatches._move_dropout",
-                    "_tensor(__rows)",
-                    "_tensor(__rows - __rows[0])",
+                    "on_device(__rows)",
+                    "on_device(__rows - __rows[0])",
                 ),
             ),
         },

@@ -122,8 +122,8 @@ FAULTS = (
             "torch": (
                 Edit(
                     "torchtrain.step:_Microbatches.forward",
-                    "_inputs(__microbatch, __run, is_recorded=__recorded)",
-                    "__it | {'visible': _inputs(self._microbatches[0], __run, is_recorded=__recorded)['visible']}",
+                    "inputs_of(__microbatch, __run, is_recorded=__recorded)",
+                    "__it | {'visible': inputs_of(self._microbatches[0], __run, is_recorded=__recorded)['visible']}",
                 ),
             ),
         },

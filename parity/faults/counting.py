@@ -77,8 +77,8 @@ FAULTS = (
             "torch": (
                 Edit(
                     "torchtrain.step:_Microbatches.forward",
-                    "_inputs(self._microbatches[__index], __run, is_recorded=__recorded)",
-                    "_inputs(self._microbatches[0], __run, is_recorded=__recorded)",
+                    "inputs_of(self._microbatches[__index], __run, is_recorded=__recorded)",
+                    "inputs_of(self._microbatches[0], __run, is_recorded=__recorded)",
                 ),
             ),
         },

@@ -131,7 +131,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.attention.earlier:attend",
+                    "jaxtrain.attention.one_token:attend",
                     "q_B1HD.reshape(__rows, __heads, -1, __size)",
                     "q_B1HD.reshape(__rows, -1, __heads, __size).swapaxes(1, 2)",
                 ),

@@ -107,7 +107,7 @@ FAULTS = (
                     "rotary_tables(__spec, __positions + 1, __dtype)",
                 ),
             ),
-            "torch": (Edit("torchtrain.step:_inputs", "_tensor(__batch.positions)", "__it + 1"),),
+            "torch": (Edit("torchtrain.inputs:inputs_of", "on_device(__batch.positions)", "__it + 1"),),
         },
         note="rotary attention depends only on differences of positions: the arithmetic is the same, so it must pass",
     ),
@@ -186,8 +186,8 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.step:_inputs",
-                    "_tensor(__batch.positions)",
+                    "torchtrain.inputs:inputs_of",
+                    "on_device(__batch.positions)",
                     "torch.arange(__batch.positions.shape[1]).expand(__batch.positions.shape)",
                 ),
             ),

@@ -20,9 +20,9 @@ from parity.faults.fault import RESUMED, RESUMED_AFTER, UNRECORDED, Fault, in_ev
 from parity.runs.fixture import LORA, write_tiny
 from parity.runs.join import join
 from parity.runs.launch_many import Case, run_cases, training
-from parity.runs.work import cores
 from trainspec import backends
 from trainspec.checkpoints.folders import checkpoint_name
+from trainspec.cores import cores
 from trainspec.errors import UserError, nearest
 from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe

@@ -32,11 +32,10 @@ from parity.runs.devices import environment
 from parity.runs.fixture import write_tiny
 from parity.runs.launch_many import Case, run_cases
 from parity.runs.rescore import read_rescored
-from parity.runs.responses import read_generations
-from parity.runs.work import cores
+from trainspec.cores import cores
 from trainspec.errors import UserError, nearest
 from trainspec.generation.choice import Sampling
-from trainspec.generation.generation import Generation
+from trainspec.generation.generation import Generation, read_generations
 from trainspec.generation.loop import FILE
 from trainspec.plans.names import Backend
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from parity.comparison.generations import (
-    Choice,
     Difference,
     Gap,
     GenerationComparison,
+    NextToken,
     Pair,
     Parting,
     ResponseComparison,
@@ -133,20 +133,20 @@ class GenerationVerdict:
             "position": parting.position,
             "explained_by_rounding": parting.is_explained,
             "drawn": parting.drawn,
-            **{choice.side: self._choice(choice) for choice in parting.choices},
+            **{each.side: self._next_token(each) for each in parting.next_tokens},
         }
 
-    def _choice(self, choice: Choice) -> dict[str, Any] | None:
-        if choice.token is None:
+    def _next_token(self, each: NextToken) -> dict[str, Any] | None:
+        if each.token is None:
             return None
         return {
-            "token": choice.token,
-            "text": self.texts.get(choice.token),
-            "rival": choice.rival,
-            "margin": finite(choice.margin),
-            "distance": finite(choice.reach.distance) if choice.reach else None,
-            "bound": finite(choice.reach.bound) if choice.reach else None,
-            "explained_by_rounding": choice.is_explained,
+            "token": each.token,
+            "text": self.texts.get(each.token),
+            "rival": each.rival,
+            "margin": finite(each.margin),
+            "distance": finite(each.reach.distance) if each.reach else None,
+            "bound": finite(each.reach.bound) if each.reach else None,
+            "explained_by_rounding": each.is_explained,
         }
 
     @property
@@ -215,18 +215,18 @@ class GenerationVerdict:
         drawn = "" if parting.drawn is None else f", {parting.drawn:.6f} drawn"
         yield f"parting: {_where(parting.prompt, parting.position)}{drawn}: {verdict}"
         unit = "" if parting.drawn is None else " of probability"
-        for choice in parting.choices:
-            if choice.token is None:
-                yield f"  {choice.side:<5} the response has ended"
+        for each in parting.next_tokens:
+            if each.token is None:
+                yield f"  {each.side:<5} the response has ended"
                 continue
-            said = f"  {choice.side:<5} {self._token(choice.token)}"
-            if choice.margin is not None and choice.rival is not None:
-                said += f", {choice.margin:+.3g} to {self._token(choice.rival)}"
-            if choice.reach:
-                mark = "within" if choice.is_explained else "over"
+            said = f"  {each.side:<5} {self._token(each.token)}"
+            if each.margin is not None and each.rival is not None:
+                said += f", {each.margin:+.3g} to {self._token(each.rival)}"
+            if each.reach:
+                mark = "within" if each.is_explained else "over"
                 said += (
-                    f"; by the reference {number(choice.reach.distance)}{unit} from being chosen, {mark} the bound "
-                    f"{number(choice.reach.bound)}"
+                    f"; by the reference {number(each.reach.distance)}{unit} from being chosen, {mark} the bound "
+                    f"{number(each.reach.bound)}"
                 )
             yield said
 

@@ -29,6 +29,7 @@ from trainspec.backends import BACKENDS
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
+from trainspec.generation.choice import log_prob
 from trainspec.generation.rows import STRETCH, batch_of, room
 from trainspec.plans.names import Backend
 from trainspec.plans.plan import Plan
@@ -74,8 +75,8 @@ def read_rescored(out: Path, count: int) -> list[RescoredRow]:
 
 def rescored(row: Row, logits_TV: Array, drawn: Sequence[Array]) -> RescoredRow:
     """A row's numbers from its logits after the prompt and each agreed token, [T + 1, V], and those of each draw."""
-    ids = np.asarray(row.agreed, np.int64)
-    before, count = _log_probs(logits_TV, ids), len(ids)
+    ids, count = row.agreed, len(row.agreed)
+    before = _log_probs(logits_TV, ids)
     moved = np.zeros(count)
     for each in drawn:
         moved += np.square(_log_probs(each, ids) - before) / len(drawn)
@@ -89,12 +90,9 @@ def rescored(row: Row, logits_TV: Array, drawn: Sequence[Array]) -> RescoredRow:
     )
 
 
-def _log_probs(logits_TV: Array, ids: Array) -> Array:
-    """The log-probability of each of T ids, before which T + 1 logits are."""
-    scores_TV = logits_TV[: len(ids)]
-    largest = scores_TV.max(axis=-1, initial=-np.inf, keepdims=True)
-    sums = np.exp(scores_TV - largest).sum(axis=-1)
-    return scores_TV[np.arange(len(ids)), ids] - largest[:, 0] - np.log(sums)
+def _log_probs(logits_TV: Array, ids: Sequence[int]) -> Array:
+    """The log-probability of each of T ids, of T + 1 logits those before it."""
+    return np.array([log_prob(logits_V, token) for logits_V, token in zip(logits_TV, ids, strict=False)])
 
 
 class Rescorer:

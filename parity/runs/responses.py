@@ -14,8 +14,7 @@ from parity.runs.sides import Side, failure_of, precision_settings
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.folders import checkpoints_of, latest
 from trainspec.errors import EXIT_DONE, DataError, UserError
-from trainspec.generation.choice import TokenScore
-from trainspec.generation.generation import Generation
+from trainspec.generation.generation import Generation, read_generations
 from trainspec.generation.loop import FILE
 from trainspec.plans.names import DeviceKind, Policy
 from trainspec.recipe import Data
@@ -78,24 +77,6 @@ def link_newest(start: Path, out: Path) -> None:
     recipe = start / "recipe.yaml"  # which an error about another recipe names
     if recipe.is_file():
         (out / recipe.name).symlink_to(recipe.absolute())
-
-
-def read_generations(path: Path) -> list[Generation]:
-    """The responses in a generations.jsonl."""
-    return [_generation(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _generation(line: str) -> Generation:
-    said = json.loads(line)
-    return Generation(
-        said["prompt"],
-        tuple(said["prompt_ids"]),
-        tuple(said["ids"]),
-        said["text"],
-        said["finish"],
-        said.get("reference"),
-        tuple(TokenScore(**each) for each in said["scores"]) if "scores" in said else None,
-    )
 
 
 def write_own_prompts(data: Data, out: Path, count: int = OWN_PROMPTS) -> tuple[Path, str]:

@@ -7,10 +7,10 @@ updates are made, `parity.runs.progress` goes by those.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from trainspec.cores import cores
 from trainspec.plans.cost import width
 from trainspec.plans.plan import STORED_DTYPE, Backend, Policy
 from trainspec.runs.memory import available_memory
@@ -212,11 +212,6 @@ class Work:
 def fit_at_once(size: Size, policy: Policy, *, programs: int) -> bool:
     """Whether as many programs as that have memory, and a core each for two of them."""
     return cores() > 1 and programs * size.bytes_at_most(policy) <= MEMORY_SHARE * available_memory()
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_words(seconds: float) -> str:

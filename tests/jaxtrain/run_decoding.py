@@ -2,7 +2,8 @@
 
     python tests/jaxtrain/run_decoding.py CASES.json OUT.npz      CASES: {name: {"variant": ..., sections of a recipe ...}}
 
-A case with "stacked" has its layers in a scan, as where the devices are no CPU; one with "late" rotates each token one position late. OUT has
+A case with "stacked" has its layers in a scan, as where the devices are no CPU; one with "late" rotates each token one position
+late. OUT has
 `NAME/cached` and `NAME/whole` [steps, B, vocab], `NAME/shard`, the shape of a device's keys, and `NAME/compiled`: how many
 programs a first batch, a second one of its shape, and one of another shape compiled.
 """

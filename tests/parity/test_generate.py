@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from many import run_many
 
-from parity.generate import Questions
+from parity.generate import PromptRequest
 from parity.runs.fixture import write_tiny
 from parity.runs.responses import link_newest, write_own_prompts
 from trainspec.errors import DataError, UserError
@@ -18,11 +18,12 @@ from trainspec.recipe import Data
 
 
 def test_the_options_of_the_sides_are_those_that_differ_from_the_usual():
-    assert Questions("What?", None, Settings()).words(None) == ["--prompt", "What?"]
+    assert PromptRequest("What?", None, Settings()).words(None) == ["--prompt=What?"]
+    assert PromptRequest("-x", None, Settings()).words(None) == ["--prompt=-x"]
     sampling = Sampling(temperature=0.5, top_k=3, seed=4)
-    asked = Questions(None, Path("p.jsonl"), Settings(20, ("END",), sampling, 2, caches=False))
+    asked = PromptRequest(None, Path("p.jsonl"), Settings(20, ("END",), sampling, 2, caches=False))
     assert asked.words(Path("own.jsonl")) == [
-        "--file", "p.jsonl", "--max-tokens", "20", "--batch", "2", "--temperature", "0.5", "--top-k", "3", "--seed", "4",
+        "--file=p.jsonl", "--max-tokens", "20", "--batch", "2", "--temperature", "0.5", "--top-k", "3", "--seed", "4",
         "--stop=END", "--no-cache",
     ]  # fmt: skip
 

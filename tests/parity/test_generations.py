@@ -137,7 +137,7 @@ def test_a_near_tie_explains_a_parting_and_a_wider_one_does_not(ways: int):
     comparison = compared([(generation(near), generation(other))], [near])
     [parting] = comparison.partings
     assert comparison.holds
-    assert (parting.position, [c.token for c in parting.choices]) == (5, [order[0], order[-1]])
+    assert (parting.position, [c.token for c in parting.next_tokens]) == (5, [order[0], order[-1]])
     assert comparison.left_out == 2 * (12 - 5)
     assert comparison.compared == 5
     # The same margin, and less rounding.

@@ -19,6 +19,7 @@ from ranks import run
 from torchtrain import decoding, step
 from torchtrain.attention.cache import OneToken
 from torchtrain.cluster import start
+from torchtrain.methods import prefix
 from torchtrain.step import State
 from trainspec.data import open_dataset
 from trainspec.generation.rows import batch_of
@@ -118,6 +119,15 @@ def test_an_update_after_decoding_is_the_one_without(make_recipe, which: str):
         state, metrics = step.train_step(state, batch, lr=1e-3)
         losses += [metrics.loss_sum, metrics.grad_norm, step.eval_step(state, batch)[0]]
     assert losses[:3] == losses[3:]
+
+
+def test_a_training_pass_that_loses_its_prefix_is_seen(make_recipe, monkeypatch):
+    """It would train without one."""
+    state = begun(make_recipe, "a prefix in a window")
+    monkeypatch.setattr(prefix, "layer_inputs", lambda *args, **kwargs: {})
+    batch = open_dataset(state.run, "train").batch(4, 4)
+    with pytest.raises(AssertionError, match="has its prefix"):
+        step.train_step(state, batch, lr=1e-3)
 
 
 def test_a_row_is_the_same_in_any_batch(make_recipe):

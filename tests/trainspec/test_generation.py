@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from trainspec.generation import loop
+from trainspec.generation.choice import TokenScore
+from trainspec.generation.generation import Generation, read_generations
 from trainspec.generation.request import GenerationRequest, Settings
 from trainspec.generation.responder import Responder
 from trainspec.generation.rows import batch_of
@@ -104,3 +106,16 @@ def test_rows_are_padded_to_the_room_that_there_is():
     assert batch.input_ids.shape == (3, 10)
     assert last.tolist() == [2, 0, 0]
     assert batch.segments.sum(1).tolist() == [3, 1, 1]
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\x0c", "\r\n", "\n", ""])
+def test_a_generation_is_read_as_it_was_written_whatever_its_text_has_in_it(end: str, tmp_path: Path):
+    """Characters that are the end of a line to some, too."""
+    scores = (TokenScore(-0.5, 3, 0.25), TokenScore(-1.0, 4, -0.125))
+    made = [
+        Generation(f"a{end}b", (1, 5), (6, EOS), f"c{end}", "stop", f"{end}d"),
+        Generation("e", (1,), (7, 8), end, "length", scores=scores),
+    ]
+    path = tmp_path / "generations.jsonl"
+    path.write_text("".join(f"{each.line()}\n" for each in made), encoding="utf-8")
+    assert read_generations(path) == made

@@ -13,7 +13,15 @@ import pytest
 from small import ROOT
 
 from trainspec.command import backend_parser, run_command
-from trainspec.errors import EXIT_DONE, EXIT_STOPPED, MachineError, StoppedError, WeightsError
+from trainspec.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_MACHINE,
+    EXIT_STOPPED,
+    MachineError,
+    StoppedError,
+    WeightsError,
+)
 from trainspec.failures import outcome
 from trainspec.runs.agreement import Agreement
 from trainspec.runs.processes import Processes
@@ -323,3 +331,45 @@ def test_a_request_while_a_run_is_loaded_is_one_line_and_what_is_saved_is_named(
     assert ended("eval") == (EXIT_DONE, "")
     assert heard == [True, True, True, False]
     assert signal.getsignal(number) == before
+
+
+def test_a_request_after_the_run_ends_the_program_at_once_and_changes_no_exit_code(capsys):
+    """When the loop no longer looks at requests, and processes are let go, which may wait for each other."""
+    reached = []
+
+    def ended(number: signal.Signals, error: Exception | None = None) -> int:
+        def main(args: Namespace) -> None:
+            try:
+                with listening(args.stopping) as stop:
+                    stop.defer()
+                    if error:
+                        raise error
+            finally:
+                signal.raise_signal(number)
+                reached.append(number)
+
+        try:
+            return run_command(main, backend_parser("jaxtrain"), ["train", "recipe.yaml"])
+        except SystemExit as end:
+            return int(end.code or 0)
+
+    assert ended(signal.SIGTERM) == EXIT_DONE
+    assert ended(signal.SIGINT) == EXIT_INTERRUPTED
+    capsys.readouterr()
+    assert ended(signal.SIGTERM, MachineError("the disk")) == EXIT_MACHINE
+    assert capsys.readouterr().err == "jaxtrain: the disk\n"
+    assert not reached
+
+
+def test_a_sigterm_that_schedulers_repeat_does_not_hurry_a_run_that_has_stopped_for_it():
+    def stopped(request: StopRequest) -> None:
+        with listening(request):
+            request.defer()
+            signal.raise_signal(signal.SIGTERM)
+            raise StoppedError("SIGTERM", 3)
+
+    with listening() as stop:
+        with pytest.raises(StoppedError):
+            stopped(stop)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == "SIGTERM"

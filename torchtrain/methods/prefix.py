@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from torchtrain.activations import tap
+from torchtrain.attention.cache import OneToken
 from torchtrain.dropout import CounterDropout
 from torchtrain.families import anatomy_of
 from torchtrain.mesh import Peers, compute_device
@@ -106,8 +107,12 @@ def attend_after_prefix(
     prefix_dropouts: Sequence[nn.Module] | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """What the function `attend` of the kernel gives. Keys and queries come rotated; the prefix is not."""
+    """What the function `attend` of the kernel gives. Keys and queries come rotated; the prefix is not.
+
+    One more token of each row has no `prefix`: the kernel finds it in the cache.
+    """
     if prefix is None:
+        assert isinstance(rest["visible"], OneToken), "a pass that begins rows has its prefix"
         return attend(module, query_BHSD, key_BKSD, value_BKSD, attention_mask, **rest)
     i = module.layer_idx
     pair: Sequence[Tensor] = [

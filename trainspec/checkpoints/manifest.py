@@ -35,9 +35,9 @@ class Manifest:
     """A run after `step` updates, which is also its position in the data.
 
     `sha256` has the digest of every file of the checkpoint, by its path in it (`files.digests`, in parts of `part_bytes`; None:
-    the SHA-256 of the whole, as versions wrote it that hashed in one thread), `sizes` their bytes; `shapes` every trained tensor (None: each
-    file's keys are whole tensors, as versions wrote them that gathered); `identity` is None where a version without digests
-    wrote it.
+    the SHA-256 of the whole, as versions wrote it that hashed in one thread), `sizes` their bytes; `shapes` every trained
+    tensor (None: each file's keys are whole tensors, as versions wrote them that gathered); `identity` is None where a version
+    without digests wrote it.
     """
 
     step: int
@@ -83,7 +83,7 @@ def read_manifest(path: Path) -> Manifest:
             backend=tree.get("backend"),
             versions=dict(tree.get("versions") or {}),
             sizes={str(name): int(size) for name, size in (tree.get("sizes") or {}).items()},
-            part_bytes=tree.get("part_bytes"),
+            part_bytes=_part_bytes(tree),
         )
 
 
@@ -94,6 +94,14 @@ def run_metadata(recipe: Mapping[str, Any], identity: Identity | None) -> dict[s
         key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
         for key, value in told.items()
     }
+
+
+def _part_bytes(tree: Mapping[str, Any]) -> int | None:
+    """How long a part of a file is. Raises ValueError for what is no length."""
+    length = tree.get("part_bytes")
+    if length is not None and (type(length) is not int or length < 1):
+        raise ValueError(f"part_bytes {length!r}")
+    return length
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from trainspec.checkpoints.manifest import (
     run_metadata,
 )
 from trainspec.checkpoints.wholeness import wrong_shards
+from trainspec.cores import cores
 from trainspec.errors import MachineError, WeightsError
 from trainspec.failures import describe_os_error
 from trainspec.files.digests import digest_of
@@ -64,7 +65,7 @@ def damages(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     names = sorted(manifest.sha256)[index::count]
     if _stamp(path, manifest) in _whole:
         return []
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_MOST_THREADS, cores())) as pool:
         found = [line for line in pool.map(lambda name: _damage(path, name, manifest), names) if line]
     if not found and count == 1:
         found = list(wrong_shards(path, manifest))
@@ -158,7 +159,7 @@ def _damage(path: Path, name: str, manifest: Manifest) -> str | None:
                 return None
     except FileNotFoundError:
         return f"{file}: missing (incomplete checkpoint)"
-    return f"{file}: damaged (its SHA-256 is not the recorded one{_another(file, name, manifest)})"
+    return f"{file}: damaged (its digest is not the recorded one{_another(file, name, manifest)})"
 
 
 def _another(file: Path, name: str, manifest: Manifest) -> str:

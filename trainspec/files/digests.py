@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 
+from trainspec.cores import cores
+
 PART_BYTES = 2**20
 # More would wait for the disk.
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, cores())
 # So much is read before it is hashed: it stays in a core's cache.
 _PIECE_BYTES = 512 * 2**10
 

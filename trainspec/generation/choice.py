@@ -92,12 +92,16 @@ class TokenScore:
 def score(logits_V: NDArray[Any], token: int) -> TokenScore:
     """What the logits say of `token`."""
     scores_V = logits_V.astype(np.float64)
-    largest = scores_V.max()
-    log_sum = largest + np.log(np.exp(scores_V - largest).sum())
-    own = float(scores_V[token])
+    logarithm, own = log_prob(scores_V, token), float(scores_V[token])
     scores_V[token] = -np.inf
     rival = int(scores_V.argmax())
-    return TokenScore(own - float(log_sum), rival, own - float(scores_V[rival]))
+    return TokenScore(logarithm, rival, own - float(scores_V[rival]))
+
+
+def log_prob(scores_V: NDArray[np.float64], token: int) -> float:
+    """The logarithm of the probability of `token`."""
+    largest = scores_V.max()
+    return float(scores_V[token] - largest - np.log(np.exp(scores_V - largest).sum()))
 
 
 def penalised(scores_V: NDArray[np.float64], seen: Sequence[int], penalty: float) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from trainspec.generation.choice import TokenScore
@@ -40,3 +41,22 @@ class Generation:
         """A line of generations.jsonl."""
         fields = {name: value for name, value in asdict(self).items() if value is not None}
         return json.dumps(fields, ensure_ascii=False)
+
+
+def read_generations(path: Path) -> list[Generation]:
+    """The generations in a generations.jsonl."""
+    # A text may hold characters that `splitlines` takes for the end of a line.
+    return [_generation(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _generation(line: str) -> Generation:
+    said = json.loads(line)
+    return Generation(
+        said["prompt"],
+        tuple(said["prompt_ids"]),
+        tuple(said["ids"]),
+        said["text"],
+        said["finish"],
+        said.get("reference"),
+        tuple(TokenScore(**each) for each in said["scores"]) if "scores" in said else None,
+    )

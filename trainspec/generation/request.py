@@ -46,10 +46,15 @@ class GenerationRequest:
 
 def generation_request(args: Namespace, out: Path) -> GenerationRequest:
     """The request that the options of `generate` make. Raises UserError."""
+    texts = (args.prompt,) if args.prompt is not None else ()
+    return GenerationRequest(out, texts, prompt_file(args), replace(settings(args), scores=args.scores))
+
+
+def prompt_file(args: Namespace) -> Path | None:
+    """What `--file` names. Raises DataError where that is no file."""
     if args.file is not None and not args.file.is_file():
         raise DataError(f"--file {args.file}: no such file; give records, one in each line")
-    texts = (args.prompt,) if args.prompt is not None else ()
-    return GenerationRequest(out, texts, args.file, replace(settings(args), scores=args.scores))
+    return args.file
 
 
 def settings(args: Namespace) -> Settings:

@@ -90,8 +90,8 @@ class ArrayFormat(Protocol[S]):
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
         """Take a copy of what this process saves of `state`, which may change as soon as this returns.
 
-        The function that is returned writes it into `folder`, in another thread, and returns the SHA-256 of each file by its
-        path there.
+        The function that is returned writes it into `folder`, in another thread, and returns the digest of each file by its path
+        there (`files.digests`).
         """
         ...
 
@@ -114,6 +114,12 @@ class Decoding(Protocol):
     def extend(self, ids: NDArray[np.int32]) -> NDArray[Any]:
         """Add a token [B] to each row: the logits [B, vocab] after it. -1 adds none to a row that has ended: its logits mean nothing."""
         ...
+
+
+class DecodingWithCache(Protocol):
+    """`decoding`: `Decoding` with keys and values kept. How it is made is the backend's own: `Backend.decoding` makes it."""
+
+    CachedRows: Any
 
 
 class Backend(Protocol[S]):
@@ -366,4 +372,5 @@ CONTRACT: dict[str, type] = {
     "families": Families,
     "methods": Methods,
     "cost": Costs,
+    "decoding": DecodingWithCache,
 } | {f"methods.{spec.__module__.rpartition('.')[2]}": MethodKind for spec in METHODS.values()}

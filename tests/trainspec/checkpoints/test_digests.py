@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from writers import save
 
 from trainspec.checkpoints import verify
 from trainspec.checkpoints.manifest import FILE, read_manifest
+from trainspec.cores import cores
 from trainspec.files import digests, tensors
 from trainspec.files.digests import PART_BYTES, digest_of
 from trainspec.files.tensors import write_tensors
@@ -101,7 +106,7 @@ def test_a_checkpoint_whose_files_were_hashed_as_a_whole_is_verified_as_it_says(
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         (line,) = verify.damages(path)
-        assert "moment1.safetensors: damaged (its SHA-256 is not the recorded one" in line
+        assert "moment1.safetensors: damaged (its digest is not the recorded one" in line
         file.write_bytes(content)
         replace(manifest, part_bytes=part_bytes, sha256=wrong).write(path)
         assert len(verify.damages(path)) == 3  # control: the two differ
@@ -109,3 +114,21 @@ def test_a_checkpoint_whose_files_were_hashed_as_a_whole_is_verified_as_it_says(
     del tree["part_bytes"], tree["digest"], tree["sizes"]
     (path / FILE).write_text(json.dumps(tree | {"sha256": plain}))
     assert verify.damages(path) == []
+
+
+@pytest.mark.parametrize("length", [0, -1, "1048576", 1.5, True])
+def test_a_part_that_has_no_length_is_a_damaged_manifest(tmp_path: Path, length: Any):
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoints/step-000001"
+    replace(read_manifest(path), part_bytes=length).write(path)
+    words = "checkpoint.json is damaged: a value in it is of another kind"
+    assert verify.damages(path) == [f"{path}: incomplete checkpoint ({words})"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no process to cores")
+def test_a_process_that_is_bound_to_a_core_hashes_in_one_thread():
+    """Others of the machine are not its own, as in Slurm's jobs."""
+    bound = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})"
+    code = f"{bound}; from trainspec.files.digests import THREADS; assert THREADS == 1, THREADS"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert cores() == len(os.sched_getaffinity(0))

@@ -18,7 +18,7 @@ from jaxtrain.layers import Attend, KeysValues
 from jaxtrain.precision import wide_product
 
 
-class Earlier(NamedTuple):
+class OneToken(NamedTuple):
     """What a token of each row sees: of a layer's kept keys and values [B, K, T, D] those where `seen_BT` is true.
 
     They are to have its own, too, at its row's place in `places_B`.
@@ -40,11 +40,11 @@ class Earlier(NamedTuple):
         )
 
 
-def over_earlier_too(kernel: Attend) -> Attend:
+def over_one_token_too(kernel: Attend) -> Attend:
     """`kernel` of whole rows, and `attend` where what the queries see is kept."""
 
-    def either(q_BSHD: Array, k: Array, v: Array, visible: Visible | Earlier) -> Array:
-        if isinstance(visible, Earlier):
+    def either(q_BSHD: Array, k: Array, v: Array, visible: Visible | OneToken) -> Array:
+        if isinstance(visible, OneToken):
             return attend(q_BSHD, k, v, visible.seen_BT)
         return kernel(q_BSHD, k, v, visible)
 
