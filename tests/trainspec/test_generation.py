@@ -96,8 +96,9 @@ def test_what_is_done_stays_when_the_rest_is_interrupted(generated, tmp_path: Pa
         return respond(*arguments)
 
     monkeypatch.setattr(Responder, "_batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         generated([7, EOS], "a", "b", batch=1)
+    assert stopped.value.__notes__ == [f"{tmp_path / 'generations.jsonl'} has the first 1 of 2 responses"]
     assert len((tmp_path / "generations.jsonl").read_text().splitlines()) == 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from trainspec.checkpoints.verify import verify_together
 from trainspec.data import Dataset, open_dataset
 from trainspec.errors import UserError
@@ -14,7 +16,7 @@ from trainspec.evaluation.table import table
 from trainspec.generation.responder import Responder
 from trainspec.plans.accelerators import Devices
 from trainspec.runs.contract import Backend, S
-from trainspec.runs.newest import newest_checkpoint, newest_state, restored
+from trainspec.runs.newest import newest_checkpoint, newest_state, restored, what_is_there
 from trainspec.runs.observers import heldout_examples, heldout_loss
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
@@ -49,6 +51,8 @@ def evaluate(
     saved = newest_checkpoint(request.out, processes)
     if saved:
         verify_together(saved, processes)
+    if processes.is_leader:
+        print(_measured(saved, len(asked), request), flush=True)
     state = backend.init_state(run)
     untrained, trained = measurer.measure(state, "the starting weights"), None
     if saved:
@@ -61,6 +65,14 @@ def evaluate(
         print("\n".join(table(found)), flush=True)
         print(f"wrote {', '.join(map(str, files.write(found)))}")
     return found
+
+
+def _measured(saved: Path | None, asked: int, request: EvaluationRequest) -> str:
+    """What is about to be measured: it takes its time."""
+    what = f"the held-out loss and {asked} answers" if asked else "the held-out loss"
+    whose = f"of {saved} beside the untrained model" if saved else "of the untrained model alone"
+    why = "" if saved else f": {what_is_there(request.out)}"
+    return f"measuring {what} {whose}{why}"
 
 
 def _questions(

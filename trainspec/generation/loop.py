@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
-from trainspec.errors import DataError
+from trainspec.errors import DataError, Note
 from trainspec.files.hf import end_tokens
 from trainspec.generation.generation import Generation, Prompt
 from trainspec.generation.request import GenerationRequest
@@ -33,7 +33,7 @@ def generate(
     tokenizer = find_tokenizer(data, run.directory, run.recipe.model.from_)
     asked = tokenizer.prompts(request.texts, str(request.file) if request.file else None, data)
     prompts = [Prompt(p["prompt"], tuple(p["ids"]), p["reference"]) for p in asked["prompts"]]
-    check_prompts(prompts, run)
+    check_prompts(prompts, run, source=str(request.file) if request.file else None)
     stops = frozenset(asked["stops"]) | end_tokens(run.directory)
     state, whose = newest_state(
         backend, run, out=request.out, processes=processes, tokenizer_digest=tokenizer.digest
@@ -43,29 +43,41 @@ def generate(
     responder = Responder(backend, run, tokenizer, request.settings, stops)
     made: list[Generation] = []
     with _file(request.out / FILE) if processes.is_leader else nullcontext() as file:
-        for done in responder.respond(state, prompts, say=say if request.streams else None):
-            made += done
-            if file is not None:  # what is done stays, whatever ends the rest
-                file.write("".join(generation.line() + "\n" for generation in done))
-                file.flush()
+        try:
+            for done in responder.respond(state, prompts, say=say if request.streams else None):
+                made += done
+                if file is not None:  # what is done stays, whatever ends the rest
+                    file.write("".join(generation.line() + "\n" for generation in done))
+                    file.flush()
+                if len(prompts) > request.settings.batch:
+                    say(f"{len(made)} of {len(prompts)} responses\n")
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(
+                Note(f"{request.out / FILE} has the first {len(made)} of {len(prompts)} responses")
+            )
+            raise
     stopped = sum(g.finish == "stop" for g in made)
     end = "\n" if request.streams else ""
-    say(f"{end}wrote {request.out / FILE}: {len(made)} responses, {stopped} ended by themselves\n")
+    responses = f"{len(made)} response{'s' * (len(made) != 1)}"
+    say(f"{end}wrote {request.out / FILE}: {responses}, {stopped} ended by themselves\n")
     return made
 
 
-def check_prompts(prompts: Sequence[Prompt], run: Run) -> None:
-    """Raises DataError for a prompt that leaves no room for a response, or has a token that the model has not."""
-    limit = room(run)
+def check_prompts(prompts: Sequence[Prompt], run: Run, *, source: str | None = None) -> None:
+    """Raises DataError for a prompt that leaves no room for a response, or has a token that the model has not.
+
+    `source`: the file that they are the records of, in its order.
+    """
+    limit, of = room(run), f" of {source}" if source else ""
     for number, prompt in enumerate(prompts, 1):
         if len(prompt.ids) >= limit:
             raise DataError(
-                f"prompt {number} has {len(prompt.ids)} tokens: {run.spec.name} has positions for {limit}, and the response "
+                f"prompt {number}{of} has {len(prompt.ids)} tokens: {run.spec.name} has positions for {limit}, and the response "
                 "needs at least one; shorten it"
             )
         if max(prompt.ids) >= run.spec.vocab:
             raise DataError(
-                f"prompt {number} has token {max(prompt.ids)}: {run.spec.name} has {run.spec.vocab}; set data.tokenizer to "
+                f"prompt {number}{of} has token {max(prompt.ids)}: {run.spec.name} has {run.spec.vocab}; set data.tokenizer to "
                 "the model's own"
             )
 

@@ -53,7 +53,8 @@ def generation_request(args: Namespace, out: Path) -> GenerationRequest:
 def prompt_file(args: Namespace) -> Path | None:
     """What `--file` names. Raises DataError where that is no file."""
     if args.file is not None and not args.file.is_file():
-        raise DataError(f"--file {args.file}: no such file; give records, one in each line")
+        what = "is a directory" if args.file.is_dir() else "no such file"
+        raise DataError(f"--file {args.file}: {what}; give records, one in each line")
     return args.file
 
 
