@@ -25,16 +25,18 @@ from parity.runs.devices import REFERENCE_BACKEND
 from parity.runs.plans import refusal
 from parity.runs.programs import Launcher
 from parity.runs.rescore import RescoreJob, read_rescored
-from parity.runs.responses import SideGeneration, link_newest, write_own_prompts
+from parity.runs.responses import SideGeneration, link_newest, newest_of, write_own_prompts
 from parity.runs.roundings import DRAWS
 from parity.runs.sides import Side, precision_settings
 from parity.runs.work import REFERENCE, fit_at_once, size_of
+from trainspec.checkpoints.checkpoint import read_origin
 from trainspec.errors import EXIT_DONE, UserError
 from trainspec.generation.generation import Generation
 from trainspec.generation.request import Settings
 from trainspec.plans.names import Policy
 from trainspec.plans.plan import COMPUTE_DTYPE
 from trainspec.recipe import load_recipe
+from trainspec.runs.resume import check_loadable
 from trainspec.runs.run import resolve
 from trainspec.text.store import find_tokenizer
 
@@ -89,16 +91,19 @@ def compare_responses(
     in the arguments, the recipe or the prompts.
     """
     recipe = load_recipe(recipe_path, overrides)
-    is_single = True
+    is_single, saved = True, newest_of(start) if start else None
     for name, side in zip(NAMES, (left, right), strict=True):
         if side.device not in (None, "cpu"):
             raise UserError(
                 f"--{name} {shlex.quote(str(side))}: responses are compared on the cores; leave @ out"
             )
-        plan = load_recipe(recipe_path, (*overrides, *side.overrides)).plan
+        of_side = load_recipe(recipe_path, (*overrides, *side.overrides))
+        plan = of_side.plan
         is_single = is_single and plan.devices == 1
         if line := refusal(plan, precision, side.backend):
             raise UserError(f"{name} ({side}): {line}")
+        if saved:
+            check_loadable(read_origin(saved), resolve(of_side))
     if (out / "checkpoints").exists() or (out / "recipe.yaml").exists():
         raise UserError(f"--out {out}: holds a training run; give the comparison its own directory")
     if start is not None:

@@ -64,16 +64,21 @@ class SideGeneration:
         return [*words, "--out", str(out), "--scores", *self.words]
 
 
-def link_newest(start: Path, out: Path) -> None:
-    """Have `out` hold the newest checkpoint of the run in `start` as its own. Raises UserError where there is none."""
+def newest_of(start: Path) -> Path:
+    """The newest checkpoint of the run in `start`. Raises UserError where there is none."""
     newest = latest(start)
     if newest is None:
         raise UserError(
             f"--from {start}: has no checkpoint; give the --out directory of a run that saved one"
         )
-    checkpoints = checkpoints_of(out)
+    return newest
+
+
+def link_newest(start: Path, out: Path) -> None:
+    """Have `out` hold the newest checkpoint of the run in `start` as its own. Raises UserError where there is none."""
+    saved, checkpoints = newest_of(start), checkpoints_of(out)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    (checkpoints / newest.name).symlink_to(newest.absolute(), target_is_directory=True)
+    (checkpoints / saved.name).symlink_to(saved.absolute(), target_is_directory=True)
     recipe = start / "recipe.yaml"  # which an error about another recipe names
     if recipe.is_file():
         (out / recipe.name).symlink_to(recipe.absolute())
