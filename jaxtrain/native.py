@@ -50,8 +50,6 @@ _TREE = "state"
 # Smaller chunks cost more than they save; orbax warns of them.
 _CHUNK_BYTES = 2**20
 _PROCESS_FOLDER = re.compile(r"ocdbt\.process_(\d+)")
-# The largest shards that are read at a time: orbax takes no less than one.
-_READ_AT_A_TIME = 2
 Native = Mapping[ArrayKind, Arrays]
 S = TypeVar("S")
 
@@ -105,7 +103,7 @@ class NativeFormat(Generic[S]):
         check_readable(path, BACKEND)
         _check_layouts(path, _layouts_in(path), storage.layouts(self._run.trained))
         shapes = storage.saved_shapes(self._run.trained)
-        return self._replaced(state, manifest.step, lambda: _load(path / FOLDER, shapes))
+        return self._replaced(state, manifest.step, lambda: ocp.load(str(path / FOLDER), shapes))
 
 
 def _save(folder: Path, arrays: Native, held: Mapping[str, Layout]) -> ocp.AsyncResponse[None]:
@@ -116,21 +114,6 @@ def _save(folder: Path, arrays: Native, held: Mapping[str, Layout]) -> ocp.Async
     with context:
         described: Any = {name: asdict(layout) for name, layout in held.items()}
         return ocp.save_async(str(folder), dict(arrays), custom_metadata={"layouts": described})
-
-
-def _load(folder: Path, shapes: Mapping[ArrayKind, Mapping[str, jax.ShapeDtypeStruct]]) -> Native:
-    """orbax's arrays. Without a limit it reads all of them at once, and has each a second time until it is on its devices."""
-    context = ocp.Context()
-    context.memory.read_concurrent_bytes = 1 + _READ_AT_A_TIME * max(
-        math.prod(_sharded(each)) * each.dtype.itemsize for kind in shapes.values() for each in kind.values()
-    )
-    with context:
-        return ocp.load(str(folder), shapes)
-
-
-def _sharded(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The shape of one device's part."""
-    return array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
 
 
 def _digests(folder: Path, process: int) -> dict[str, str]:
