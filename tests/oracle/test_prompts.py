@@ -98,6 +98,19 @@ def test_a_prompt_is_what_training_has_before_the_first_target(
         assert prompt["reference"] == records[i]["output"]
 
 
+def test_of_the_first_records_alone_prompts_are_made(make_recipe, tmp_path: Path):
+    file = tmp_path / "asked.jsonl"
+    lines = ['{"instruction": "One?"}', '{"instruction": "Two?"}', '{"question": "Which column?"}']
+    file.write_text("\n".join(lines) + "\n")
+    recipe = make_recipe()
+    tokenizer = find_tokenizer(recipe.data, resolve(recipe).directory, "")
+    made = tokenizer.prompts((), str(file), recipe.data, first=2)
+    assert [prompt["prompt"] for prompt in made["prompts"]] == ["One?", "Two?"]
+    assert made["records"] == 3
+    with pytest.raises(DataError, match="line 3"):  # control: it is looked at where all are asked for
+        tokenizer.prompts((), str(file), recipe.data)
+
+
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_a_choice_is_what_training_makes_of_it_as_the_answer(
     make_recipe, model_dirs, tmp_path: Path, template: str | None

@@ -9,7 +9,7 @@ from typing import Any
 from trainspec.errors import DataError
 from trainspec.files.hf import end_tokens
 from trainspec.generation.generation import Prompt
-from trainspec.generation.rows import room
+from trainspec.generation.rows import check_vocabulary, room
 from trainspec.runs.run import Run
 from trainspec.text.store import Tokenizer
 
@@ -89,12 +89,10 @@ def questions_of(
     data, source = run.recipe.data, run.recipe.data.heldout
     if source is None:
         raise DataError("data.heldout: not given; it names the records to measure on")
-    answer = tokenizer.prompts((), source, data, as_trained=True)
+    answer = tokenizer.prompts((), source, data, as_trained=True, first=examples)
     stops = frozenset(answer["stops"]) | end_tokens(run.directory)
-    records = len(answer["prompts"]) + len(answer["left_out"])
-    last = records if examples is None else examples
-    found = {record["number"]: record for record in answer["prompts"] if record["number"] <= last}
-    left_out = {record["number"]: record["why"] for record in answer["left_out"] if record["number"] <= last}
+    found = {record["number"]: record for record in answer["prompts"]}
+    left_out = {record["number"]: record["why"] for record in answer["left_out"]}
     without = [number for number, record in found.items() if not record["references"]]
     if without and needs_references:
         raise DataError(
@@ -105,14 +103,16 @@ def questions_of(
     fits = {number: _longest(record) <= limit for number, record in found.items()}
     asked = tuple(_question(number, record, run, stops) for number, record in found.items() if fits[number])
     if not asked and not found:
-        raise DataError(f"{source}: of its first {last} records none is a prompt; give more, or {way_out}")
+        raise DataError(
+            f"{source}: of its first {examples} records none is a prompt; give more, or {way_out}"
+        )
     if not asked:
         raise DataError(
             f"{source}: every held-out prompt is too long: {run.spec.name} has positions for {limit} tokens, and the response needs "
             f"at least one; give shorter ones, or {way_out}"
         )
     too_long = tuple(number for number, is_fitting in fits.items() if not is_fitting)
-    return Questions(asked, too_long, left_out, records, stops)
+    return Questions(asked, too_long, left_out, answer["records"], stops)
 
 
 def listed(numbers: Sequence[int]) -> str:
@@ -128,12 +128,8 @@ def _longest(record: dict[str, Any]) -> int:
 
 def _question(number: int, record: dict[str, Any], run: Run, stops: frozenset[int]) -> Question:
     choices = tuple(_choice(choice, stops) for choice in record["choices"])
-    largest = max(i for ids in (record["ids"], *(choice.ids for choice in choices)) for i in ids)
-    if largest >= run.spec.vocab:
-        raise DataError(
-            f"{run.recipe.data.heldout}: record {number} has token {largest}: {run.spec.name} has {run.spec.vocab}; set "
-            "data.tokenizer to the model's own"
-        )
+    ids = (i for row in (record["ids"], *(choice.ids for choice in choices)) for i in row)
+    check_vocabulary(ids, run, f"{run.recipe.data.heldout}: record {number}")
     references = tuple(record["references"])
     prompt = Prompt(record["prompt"], tuple(record["ids"]), references[0] if references else None)
     return Question(number, prompt, references, choices)

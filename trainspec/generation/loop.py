@@ -12,7 +12,7 @@ from trainspec.files.hf import end_tokens
 from trainspec.generation.generation import Generation, Prompt
 from trainspec.generation.request import GenerationRequest
 from trainspec.generation.responder import Responder
-from trainspec.generation.rows import room
+from trainspec.generation.rows import check_vocabulary, room
 from trainspec.runs.contract import Backend, S
 from trainspec.runs.newest import newest_state
 from trainspec.runs.processes import Processes
@@ -75,11 +75,7 @@ def check_prompts(prompts: Sequence[Prompt], run: Run, *, source: str | None = N
                 f"prompt {number}{of} has {len(prompt.ids)} tokens: {run.spec.name} has positions for {limit}, and the response "
                 "needs at least one; shorten it"
             )
-        if max(prompt.ids) >= run.spec.vocab:
-            raise DataError(
-                f"prompt {number}{of} has token {max(prompt.ids)}: {run.spec.name} has {run.spec.vocab}; set data.tokenizer to "
-                "the model's own"
-            )
+        check_vocabulary(prompt.ids, run, f"prompt {number}{of}")
 
 
 def _file(path: Path) -> TextIO:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.data import IGNORED, Batch
+from trainspec.errors import DataError
 from trainspec.methods import position_shift
 from trainspec.runs.run import Run
 
@@ -18,6 +19,15 @@ STRETCH = 64
 def room(run: Run) -> int:
     """How many tokens a row may have: the model's positions but for those of virtual tokens."""
     return run.spec.max_positions - position_shift(run.recipe.method)
+
+
+def check_vocabulary(ids: Iterable[int], run: Run, what: str) -> None:
+    """Raises DataError where `what` has a token that the model has not."""
+    largest = max(ids)
+    if largest >= run.spec.vocab:
+        raise DataError(
+            f"{what} has token {largest}: {run.spec.name} has {run.spec.vocab}; set data.tokenizer to the model's own"
+        )
 
 
 def batch_of(rows: Sequence[Sequence[int]], *, limit: int, count: int) -> tuple[Batch, NDArray[np.int32]]:

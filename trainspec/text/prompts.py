@@ -42,12 +42,15 @@ class EmptyPrompt(BadRecord):
 
 
 def prompts(request: dict[str, Any], encoder: PromptEncoder, reader: Reader) -> dict[str, Any]:
-    """Text, ids, references and choices of every prompt, and the records that are left out.
+    """Text, ids, references and choices of every prompt, the records that are left out, and how many records there are.
 
     The prompts are those of a file's records, or of `request["texts"]`. Raises DataError for all malformed records at once.
     """
-    source, made, left_out, errors = request["source"], [], [], []
+    source, first, made, left_out, errors, records = request["source"], request["first"], [], [], [], 0
     for number, raw in enumerate(read_raw(source) if source else _typed(request, reader), 1):
+        records = number
+        if first is not None and number > first:  # it is counted
+            continue
         try:
             value = raw.value()
             if request["as_trained"]:
@@ -61,10 +64,10 @@ def prompts(request: dict[str, Any], encoder: PromptEncoder, reader: Reader) -> 
                 errors.append(line)
     if errors:
         raise DataError(f"{source or '--prompt'} {_in_one_line(errors)}")
-    if not made:
+    if not made and (first is None or records <= first):
         why = f": {_in_one_line([record['why'] for record in left_out])}" if left_out else ""
         raise DataError(f"{source}: has no prompt{why}; give a record in each line")
-    return {"prompts": made, "left_out": left_out}
+    return {"prompts": made, "left_out": left_out, "records": records}
 
 
 def _check_trained(record: Chat | Text) -> None:

@@ -88,16 +88,23 @@ class Tokenizer:
         return ask(do="said", ids=sequences, **self._asked)
 
     def prompts(
-        self, texts: Sequence[str], source: str | None, data: Data, *, as_trained: bool = False
+        self,
+        texts: Sequence[str],
+        source: str | None,
+        data: Data,
+        *,
+        as_trained: bool = False,
+        first: int | None = None,
     ) -> dict[str, Any]:
-        """The prompts of `texts`, or of a file's records, as the data's task and template write them.
+        """The prompts of `texts`, or of a file's records or the `first` of them, as the data's task and template write them.
 
         Every record must be a prompt; `as_trained` leaves out those that training does: empty ones, and as `data.bad_records` says.
 
-        `prompts` are objects with `number`, which counts the records from 1, `prompt`, `ids`, `reference` (None where there is none), `references` (all that are right, the
-        reference first) and `choices`, objects with `text`, `ids` (prompt, choice and end token as training has them) and `first`,
-        the number of the first of `ids` that counts. `left_out` are the records that are no prompts, objects with `number` and `why`.
-        `stops` are the ids that end a response. Raises DataError.
+        `prompts` are objects with `number`, which counts the records from 1, `prompt`, `ids`, `reference` (None where there is
+        none), `references` (all that are right, the reference first) and `choices`, objects with `text`, `ids` (prompt, choice and
+        end token as training has them) and `first`, the number of the first of `ids` that counts. `left_out` are the records that
+        are no prompts, objects with `number` and `why`.
+        `records` is how many there are in all. `stops` are the ids that end a response. Raises DataError.
         """
         return ask(
             do="prompts",
@@ -110,6 +117,7 @@ class Tokenizer:
             system=data.system,
             prompt=read_prompt(data),
             as_trained=as_trained,
+            first=first,
             bad_records=data.bad_records,
             chat_template=self.template,
             **self._asked,
