@@ -41,17 +41,16 @@ def chosen(question: Question, log_likelihoods: Sequence[float], *, normalised: 
 
 def accuracies(questions: Sequence[Question], log_likelihoods: Sequence[Sequence[float]]) -> dict[str, float]:
     """The figures of SIGNATURES in percent, over the records that offer choices; empty where none does."""
-    offered = [(q, found) for q, found in zip(questions, log_likelihoods, strict=True) if q.choices]
-    if not offered:
+    judged = [are_right(q, found) for q, found in zip(questions, log_likelihoods, strict=True) if q.choices]
+    if not judged:
         return {}
-    return {
-        name: 100
-        * sum(is_right(q, chosen(q, found, normalised=normalised)) for q, found in offered)
-        / len(offered)
+    return {name: 100 * sum(each[name] for each in judged) / len(judged) for name in SIGNATURES}
+
+
+def are_right(question: Question, log_likelihoods: Sequence[float]) -> dict[str, bool]:
+    """Of each of SIGNATURES whether the choice that the model takes is one of the right answers."""
+    taken = {
+        name: question.choices[chosen(question, log_likelihoods, normalised=normalised)]
         for name, normalised in zip(SIGNATURES, (False, True), strict=True)
     }
-
-
-def is_right(question: Question, index: int) -> bool:
-    """Whether a choice is one of the right answers."""
-    return question.choices[index].text in question.references
+    return {name: choice.text in question.references for name, choice in taken.items()}

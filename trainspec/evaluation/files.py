@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainspec.evaluation.choices import SIGNATURES, chosen, is_right
+from trainspec.evaluation.choices import are_right
 from trainspec.evaluation.evaluation import Evaluation
 from trainspec.evaluation.heldout import Question
-from trainspec.evaluation.measurement import Measurement
 from trainspec.evaluation.page import page
+from trainspec.generation.generation import Generation
+from trainspec.tasks import Answer
 from trainspec.versions import installed_versions
 
 FIGURES, PREDICTIONS, SAMPLES = "eval.json", "predictions.jsonl", "samples.html"
@@ -78,11 +79,21 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
 
 def predictions(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     """The lines of predictions.jsonl: what the newest model says, and in `untrained` what the starting one does."""
+    said_by = {
+        name: [
+            _said(evaluation, *of_question)
+            for of_question in zip(
+                evaluation.asked,
+                measurement.generations,
+                evaluation.answers(measurement),
+                measurement.log_likelihoods,
+                strict=True,
+            )
+        ]
+        for name, measurement in evaluation.models.items()
+    }
     for index, question in enumerate(evaluation.asked):
-        said = {
-            name: _said(evaluation, question, measurement, index)
-            for name, measurement in evaluation.models.items()
-        }
+        said = {name: lines[index] for name, lines in said_by.items()}
         line = {
             "record": question.number,
             "prompt": question.prompt.prompt,
@@ -94,16 +105,14 @@ def predictions(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
             yield line | said["untrained"]
 
 
-def _said(evaluation: Evaluation, question: Question, measurement: Measurement, index: int) -> dict[str, Any]:
+def _said(
+    evaluation: Evaluation, question: Question, made: Generation, answer: Answer, likelihoods: Sequence[float]
+) -> dict[str, Any]:
     """One model's answer to a question, and how good it is by itself."""
-    made, likelihoods = measurement.generations[index], measurement.log_likelihoods[index]
-    scores = evaluation.of_answer(evaluation.answers(measurement)[index])
+    scores = evaluation.of_answer(answer)
     found = {"prediction": made.text, "finish": made.finish, "ids": list(made.ids), "scores": scores}
     if question.choices:
-        scores |= {
-            name: 100.0 * is_right(question, chosen(question, likelihoods, normalised=normalised))
-            for name, normalised in zip(SIGNATURES, (False, True), strict=True)
-        }
+        scores |= {name: 100.0 * is_right for name, is_right in are_right(question, likelihoods).items()}
         found["choices"] = [
             {"text": choice.text, "log_likelihood": _finite(likelihood)}
             for choice, likelihood in zip(question.choices, likelihoods, strict=True)
