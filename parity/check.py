@@ -30,7 +30,7 @@ from parity.runs.devices import (
 from parity.runs.plans import refusal
 from parity.runs.programs import Launcher, Watcher
 from parity.runs.roundings import DRAWS
-from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, resolved_recipe
+from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, as_options, resolved_recipe
 from parity.runs.work import REFERENCE, Size, Work, fit_at_once, size_of
 from parity.steps import DEFAULT_STEPS
 from trainspec.data import open_dataset
@@ -201,7 +201,7 @@ class _Request:
     @property
     def _recipe_arguments(self) -> list[str]:
         """Those of the command line that name the recipe."""
-        return [str(self.recipe), *(word for setting in self.overrides for word in ("--set", setting))]
+        return [str(self.recipe), *as_options(self.overrides)]
 
     @property
     def arguments(self) -> list[str]:

@@ -27,7 +27,7 @@ from parity.runs.programs import Launcher
 from parity.runs.rescore import RescoreJob, read_rescored
 from parity.runs.responses import SideGeneration, link_newest, newest_of, write_own_prompts
 from parity.runs.roundings import DRAWS
-from parity.runs.sides import Side, precision_settings
+from parity.runs.sides import Side, as_options, precision_settings
 from parity.runs.work import REFERENCE, fit_at_once, size_of
 from trainspec.checkpoints.checkpoint import read_origin
 from trainspec.errors import EXIT_DONE, UserError
@@ -144,7 +144,7 @@ class _Request:
 
     def arguments(self, start: Path | None) -> list[str]:
         """Those of the command line that ask for the same, but for the precision."""
-        words = [str(self.recipe), *(w for setting in self.overrides for w in ("--set", setting))]
+        words = [str(self.recipe), *as_options(self.overrides)]
         words += ["--left", str(self.sides[0]), "--right", str(self.sides[1])]
         words += ["--from", str(start)] if start else []
         return [*words, *(self.asked.how if self.file else self.asked.words(None))]
@@ -160,7 +160,10 @@ class _Request:
                 f"left has {len(left)} responses, right {len(right)}: both must answer all prompts"
             )
         pairs = list(zip(left, right, strict=True))
-        found = self._rescored(rows_of(pairs), out / "reference")
+        job = reference_job(
+            self.recipe, self.overrides, self.precision, rows_of(pairs), out / "reference", start=self.start
+        )
+        found = by_reference(job, self.launcher)
         sampling = self.asked.settings.sampling
         return pairs, compare_generations(pairs, found, precision=self.precision, sampling=sampling)
 
@@ -177,19 +180,6 @@ class _Request:
             for side, name, before in zip(self.sides, NAMES, kept, strict=True)
         ]
         return self.launcher.at_once(tasks) if self.at_once else [task() for task in tasks]
-
-    def _rescored(self, rows: list[Row], home: Path) -> list[RescoredRow]:
-        """What the reference says of rows. Raises UserError if it fails."""
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir(parents=True)
-        file, log = home / "job.json", home / "log.txt"
-        job = reference_job(self.recipe, self.overrides, self.precision, rows, home, start=self.start)
-        file.write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
-        command = [sys.executable, "-m", "parity.runs.rescore", str(file)]
-        code, last = self.launcher.run(REFERENCE, command, log=log)
-        if code != EXIT_DONE:
-            raise UserError(f"the fp64 reference ({REFERENCE_BACKEND}): {last}; the whole log is {log}")
-        return read_rescored(home, len(rows))
 
     def closer(self, pairs: Sequence[Pair], first: GenerationComparison) -> tuple[CloserLook, ...]:
         """The departing sides once more: on whole rows, and one prompt at a time."""
@@ -242,3 +232,16 @@ def reference_job(
         REFERENCE_BACKEND, str(recipe), exact, str(start) if start else None, COMPUTE_DTYPE[precision],
         (UNIT[precision], UNIT["fp32"], UNIT["fp32"]), 0 if precision == "fp64" else DRAWS[precision], rows, str(out),
     )  # fmt: skip
+
+
+def by_reference(job: RescoreJob, launcher: Launcher) -> list[RescoredRow]:
+    """What the reference says of the job's rows. Raises UserError if it fails."""
+    home = Path(job.out)
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    file, log = home / "job.json", home / "log.txt"
+    file.write_text(json.dumps(asdict(job)) + "\n", encoding="utf-8")
+    code, last = launcher.run(REFERENCE, [sys.executable, "-m", "parity.runs.rescore", str(file)], log=log)
+    if code != EXIT_DONE:
+        raise UserError(f"the fp64 reference ({REFERENCE_BACKEND}): {last}; the whole log is {log}")
+    return read_rescored(home, len(job.rows))

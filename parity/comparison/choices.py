@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any, Protocol
 
@@ -80,11 +81,11 @@ class MeasuredMovement:
     scores_V: Array
     drawn_DV: Array
 
-    @property
+    @cached_property
     def _moved_DV(self) -> Array:
         return self.drawn_DV - self.scores_V
 
-    @property
+    @cached_property
     def _sigma(self) -> float:
         moved_DV = self._moved_DV
         return float(np.sqrt(np.mean(np.square(moved_DV - moved_DV.mean(axis=1, keepdims=True)))))

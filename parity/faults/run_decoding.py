@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,14 +22,14 @@ from parity.comparison.generations import (
     rows_of,
 )
 from parity.comparison.pair import NAMES
-from parity.comparison.rescored import RescoredRow
+from parity.comparison.rescored import RescoredRow, Row
 from parity.faults.decoding import FAULTS, SETUPS, WORDS, DecodingFault, Stage, decoding_recipe
 from parity.faults.run import AT_ONCE, BACKENDS
-from parity.generate import ONE_AT_A_TIME, WITHOUT_CACHE, reference_job
-from parity.runs.devices import environment
+from parity.generate import ONE_AT_A_TIME, WITHOUT_CACHE, by_reference, reference_job
+from parity.report.markdown import table
 from parity.runs.fixture import write_tiny
 from parity.runs.launch_many import Case, run_cases
-from parity.runs.rescore import read_rescored
+from parity.runs.programs import Launcher
 from trainspec.cores import cores
 from trainspec.errors import UserError, nearest
 from trainspec.generation.choice import Sampling
@@ -232,15 +230,9 @@ def _comparisons(
     }
 
 
-def _rescored(setup: str, rows: list[Any], out: Path) -> list[RescoredRow]:
-    home = out / f"reference-{setup}"
-    home.mkdir()
-    job = reference_job(_recipe(out, setup), (), "fp64", rows, home)
-    (home / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
-    command = [sys.executable, "-m", "parity.runs.rescore", str(home / "job.json")]
-    with (home / "log.txt").open("w", encoding="utf-8") as log:
-        subprocess.run(command, stdout=log, stderr=log, env=environment("cpu"), check=True)
-    return read_rescored(home, len(rows))
+def _rescored(setup: str, rows: list[Row], out: Path) -> list[RescoredRow]:
+    job = reference_job(_recipe(out, setup), (), "fp64", rows, out / f"reference-{setup}")
+    return by_reference(job, Launcher())
 
 
 def _sampling(setup: str) -> Sampling:
@@ -308,20 +300,17 @@ def decoding_summary(outcomes: Sequence[DecodingOutcome]) -> str:
 
 def decoding_page(outcomes: Sequence[DecodingOutcome]) -> str:
     """The results as a Markdown page."""
-    rows = [("fault", "backend", "result", "location named"), ("---",) * 4]
-    rows += [(o.name, o.backend if o.fault else "both", o.word, o.said()) for o in outcomes]
-    about = [("fault", "imitates", "source", "shows at", "set-up"), ("---",) * 5]
-    about += [(f.name, f.imitates, f.source, f.stage, f.setup) for f in FAULTS]
-    lines = [
-        PAGE_HEAD,
-        f"{decoding_summary(outcomes)}.",
-        "",
-        *map(_row, rows),
-        "",
+    rows = [(o.name, o.backend if o.fault else "both", o.word, o.said()) for o in outcomes]
+    about = [(f.name, f.imitates, f.source, f.stage, f.setup) for f in FAULTS]
+    lines = [PAGE_HEAD, f"{decoding_summary(outcomes)}.", ""]
+    lines += [*table(("fault", "backend", "result", "location named"), rows), ""]
+    lines += [
         "## What they imitate",
         "",
+        *table(("fault", "imitates", "source", "shows at", "set-up"), about),
+        "",
     ]
-    lines += [*map(_row, about), "", "## Set-ups", "", *(f"- `{n}`: {words}." for n, words in SETUPS.items())]
+    lines += ["## Set-ups", "", *(f"- `{n}`: {words}." for n, words in SETUPS.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -331,8 +320,3 @@ def decoding_listed(faults: Sequence[DecodingFault]) -> Iterator[str]:
         yield f"{fault.name}: {fault.imitates}"
         yield f"    source: {fault.source}"
         yield f"    shows:  {fault.stage}; set-up {fault.setup} ({SETUPS[fault.setup]})"
-
-
-def _row(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("|", "\\|") for cell in cells)
-    return f"| {' | '.join(escaped)} |"

@@ -9,6 +9,7 @@ from parity.faults.fault import SETUPS, Fault
 from parity.faults.results import EXPECTED, Result, result_of
 from parity.faults.run import Outcome
 from parity.faults.shared import SharedFault
+from parity.report.markdown import table
 
 PAGE_HEAD = """# Faults that must be caught
 
@@ -102,24 +103,19 @@ def page(results: Sequence[Result]) -> str:
     for precision in dict.fromkeys(result.precision for result in results):
         mine = [result for result in results if result.precision == precision]
         rows = [
-            _row(r.fault, r.backend, r.word, r.said, r.expected, r.named, r.help or "–")
+            (r.fault, r.backend, r.word, r.said, r.expected, r.named, r.help or "–")
             for r in mine
             if r.is_planted
         ]
-        head = [_row(*columns), _row(*["---"] * len(columns))]
-        lines += [f"## {precision}", "", f"{summary(mine)}; {help_summary(mine)}.", "", *head, *rows, ""]
+        said = f"{summary(mine)}; {help_summary(mine)}."
+        lines += [f"## {precision}", "", said, "", *table(columns, rows), ""]
     planted = {result.fault for result in results}
     about = [
-        _row(f.name, f.imitates, f.source, f.cause or "–", f.setup, f.note or "–")
+        (f.name, f.imitates, f.source, f.cause or "–", f.setup, f.note or "–")
         for f in FAULTS
         if f.name in planted
     ]
-    head = [_row("fault", "imitates", "source", "cause", "set-up", "note"), _row(*["---"] * 6)]
-    lines += ["## What they imitate", "", *head, *about, ""]
+    columns = ("fault", "imitates", "source", "cause", "set-up", "note")
+    lines += ["## What they imitate", "", *table(columns, about), ""]
     lines += ["## Set-ups", "", *(f"- `{name}`: {words}." for name, words in SETUPS.items())]
     return "\n".join(lines) + "\n"
-
-
-def _row(*cells: str) -> str:
-    escaped = (cell.replace("|", "\\|") for cell in cells)
-    return f"| {' | '.join(escaped)} |"

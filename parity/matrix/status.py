@@ -10,6 +10,7 @@ from typing import Any
 
 from parity.matrix.cells import STEPS, Cell, CellResult
 from parity.report.html import versions
+from parity.report.markdown import table
 from parity.report.verdict import TITLES, finite, number
 from parity.runs.fixture import FAMILIES
 
@@ -138,8 +139,7 @@ def _refusals(results: Sequence[CellResult]) -> list[list[str]]:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"{line}\n" for line in table(columns, rows))
 
 
 def _object(result: CellResult) -> dict[str, Any]:

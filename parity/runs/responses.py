@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from parity.runs.programs import Launcher
-from parity.runs.sides import Side, failure_of, precision_settings
+from parity.runs.sides import Side, as_options, failure_of, precision_settings
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.folders import checkpoints_of, latest
 from trainspec.errors import EXIT_DONE, DataError, UserError
@@ -60,7 +60,7 @@ class SideGeneration:
 
     def _arguments(self, out: Path) -> list[str]:
         settings = [*self.overrides, *self.side.overrides, *precision_settings(self.precision)]
-        words = ["generate", str(self.recipe), *(w for setting in settings for w in ("--set", setting))]
+        words = ["generate", str(self.recipe), *as_options(settings)]
         return [*words, "--out", str(out), "--scores", *self.words]
 
 

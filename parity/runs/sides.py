@@ -211,7 +211,7 @@ class SideTraining:
         """The command line of the backend's program that trains up to step `steps` and writes `trace`."""
         settings = [*self.overrides, *self.side.overrides]
         settings += _check_settings(self.precision, steps, checkpoint_at)
-        words = ["train", str(self.recipe), *(word for setting in settings for word in ("--set", setting))]
+        words = ["train", str(self.recipe), *as_options(settings)]
         words += ["--out", str(self.home / "run"), "--trace", str(trace)]
         words += ["--resume"] if resume else []
         return [*words, "--activations", str(activations_at)] if activations_at else words
@@ -260,6 +260,11 @@ def _check_settings(precision: Policy, steps: int, checkpoint_at: int | None) ->
     ]
     settings += [f"checkpoint.keep={NEVER}"] if checkpoint_at else []
     return [*settings, *precision_settings(precision)]
+
+
+def as_options(settings: Sequence[str]) -> list[str]:
+    """Settings of a recipe as words of a command line."""
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 def precision_settings(precision: Policy) -> list[str]:
