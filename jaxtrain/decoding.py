@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from jaxtrain.decoder import Kept
 from jaxtrain.feed import Feeder
-from jaxtrain.layers import KeysValues
+from jaxtrain.layers import KeysValues, at_position
 from jaxtrain.methods import with_virtual_tokens
 from jaxtrain.methods.virtual_tokens import all_positions, all_segments
 from jaxtrain.pipeline import ModelFactory
@@ -60,8 +60,7 @@ class CachedPrograms:
         model, seen = self._bind_weights(weights, {}), with_virtual_tokens(batch, self._run.recipe.method)
 
         def end(x_BTE: Array) -> Array:
-            last_B11 = (last_B + self._leading)[:, None, None]
-            return model.head(jnp.take_along_axis(x_BTE, last_B11, axis=1), None)[:, 0]
+            return model.head(at_position(x_BTE, last_B + self._leading), None)[:, 0]
 
         logits_BV, made = model.begin(
             seen["input_ids"], positions=seen["positions"], segments=seen["segments"], end=end

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxtrain.activations import NO_PROBES, Probes, zero_probes
 from jaxtrain.dropout import DropoutPoint
-from jaxtrain.layers import VirtualTokens
+from jaxtrain.layers import VirtualTokens, at_position
 from jaxtrain.loss_chunks import head_loss
 from jaxtrain.pipeline import (
     Inputs,
@@ -68,7 +68,7 @@ class SingleStage:
         model = self._bind_weights(weights, {})
 
         def end(x_BTE: Array) -> Array:
-            return model.head(_at(x_BTE, last_B), None)
+            return model.head(at_position(x_BTE, last_B), None)
 
         return model(**_model_inputs(batch), end=end)[0][:, 0]
 
@@ -136,7 +136,9 @@ class AutodiffPipeline:
         inputs = self._stages.encode({}, Inputs(weights, batch, None))
         x_MBTE, _ = self._forward({}, Recorded(), inputs)
         last_MB = last_B.reshape(len(x_MBTE), -1)
-        logits = lax.map(lambda xs: self._stages.logits({}, _at(*xs), inputs, None)[:, 0], (x_MBTE, last_MB))
+        logits = lax.map(
+            lambda xs: self._stages.logits({}, at_position(*xs), inputs, None)[:, 0], (x_MBTE, last_MB)
+        )
         return logits.reshape(-1, logits.shape[-1])
 
     def evaluate(self, weights: Arrays, batch: Arrays) -> tuple[Array, Array]:
@@ -376,11 +378,6 @@ class OneFOneB(AutodiffPipeline):
 
 def _model_inputs(batch: Arrays) -> dict[str, Any]:
     return {name: batch[name] for name in ("input_ids", "positions", "segments")}
-
-
-def _at(x_BTE: Array, position_B: Array) -> Array:
-    """One position of each row, [B, 1, E]."""
-    return jnp.take_along_axis(x_BTE, position_B[:, None, None], axis=1)
 
 
 def _times(count: int, probes: Probes) -> Probes:

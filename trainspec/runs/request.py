@@ -45,7 +45,10 @@ def directory_of(args: Namespace, program: str) -> Path:
 
 
 def train_request(args: Namespace, out: Path) -> TrainRequest:
-    """The request that the options of `train` make. Its clock has run since the command began, and since then it is heard who asks to stop."""
+    """The request that the options of `train` make.
+
+    Its clock has run since the command began, and since then it is heard who asks to stop.
+    """
     return TrainRequest(
         out,
         trace=_trace_request(args),

@@ -59,9 +59,9 @@ class StopRequest:
 def listening(request: StopRequest | None = None) -> Iterator[StopRequest]:
     """Inside, SIGTERM and Ctrl-C are requests, noted in `request` where there is one; afterwards they do what they did before.
 
-    What listens to the same `request` around this does so after its end. A signal that is ignored, as for a program in a shell's background, stays ignored. Outside of the main thread, where
-    Python has no handlers, nothing is heard. A request that comes within a callback of the interpreter, which drops exceptions, is
-    looked at later.
+    What listens to the same `request` around this does so after its end. A signal that is ignored, as for a program in a shell's
+    background, stays ignored. Outside of the main thread, where Python has no handlers, nothing is heard. A request that comes
+    within a callback of the interpreter, which drops exceptions, is looked at later.
     """
     request, before, report = request or StopRequest(), {}, sys.unraisablehook
 

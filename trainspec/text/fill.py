@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from trainspec.cores import cores
 from trainspec.errors import DataError
 from trainspec.parent import end_with
 from trainspec.text.chatglm import ChatGLMEncoder, is_chatglm
@@ -199,7 +200,7 @@ def _encoded(encoder: _BatchEncoder, source: str) -> Iterator[tuple[int, _Tokeni
     """The number of records and the tokens of each batch, in the order of the file."""
     raw = read_raw(source)
     batches = iter(lambda: list(islice(raw, _BATCH_RECORDS)), [])
-    processes = len(os.sched_getaffinity(0)) if _size(source) >= _LARGE_BYTES else 1
+    processes = cores() if _size(source) >= _LARGE_BYTES else 1
     if processes == 1:
         yield from ((len(batch), encoder.encode(batch)) for batch in batches)
         return
