@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from decoded import apart, both, moved  # noqa: E402
+from probing import probe_all  # noqa: E402
 
 from torchtrain import cluster, decoding, step  # noqa: E402
 from trainspec.data import open_dataset  # noqa: E402
@@ -50,13 +49,5 @@ def decoded(state: step.State) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    cases, results = map(Path, sys.argv[1:])
-    torch.set_num_threads(1)
-    probed = [probe(Path(file)) for file in json.loads(cases.read_text())]
-    if cluster.is_leader():
-        results.write_text(json.dumps(probed))
-
-
 if __name__ == "__main__":
-    main()
+    probe_all(lambda file: probe(Path(file)))

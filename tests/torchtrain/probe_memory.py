@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
+
+from probing import probe_all  # noqa: E402
 
 from torchtrain import cluster, step  # noqa: E402
 from trainspec.checkpoints import folders  # noqa: E402
@@ -79,13 +79,5 @@ def probe(case: dict[str, Any]) -> dict[str, list[int]]:
     return {key: [each[key] for each in said] for key in mine}
 
 
-def main() -> None:
-    cases, results = map(Path, sys.argv[1:])
-    torch.set_num_threads(1)
-    probed = [probe(case) for case in json.loads(cases.read_text())]
-    if cluster.is_leader():
-        results.write_text(json.dumps(probed))
-
-
 if __name__ == "__main__":
-    main()
+    probe_all(probe)

@@ -7,17 +7,17 @@ the same bits on each after two updates.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
+
+from probing import probe_all  # noqa: E402
 
 from torchtrain import cluster, step  # noqa: E402
 from torchtrain.weights import canonical_name  # noqa: E402
@@ -71,13 +71,5 @@ def probe(file: Path) -> dict[str, Any]:
     return {key: [each[key] for each in every] for key in mine}
 
 
-def main() -> None:
-    cases, results = map(Path, sys.argv[1:])
-    torch.set_num_threads(1)
-    probed = [probe(Path(file)) for file in json.loads(cases.read_text())]
-    if cluster.is_leader():
-        results.write_text(json.dumps(probed))
-
-
 if __name__ == "__main__":
-    main()
+    probe_all(lambda file: probe(Path(file)))
