@@ -162,12 +162,12 @@ def rotate(x_BSHD: Array, cos: Array, sin: Array) -> Array:
     return rounded(x_BSHD * cos + jnp.concatenate([-second, first], axis=-1) * sin)
 
 
-@computed_wide
 def at_position(x_BTE: Array, position_B: Array) -> Array:
     """One position of each row, [B, 1, E]."""
     return jnp.take_along_axis(x_BTE, position_B[:, None, None], axis=1)
 
 
+@computed_wide
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up, arXiv 2002.05202."""
     return rounded(rounded(jax.nn.silu(gate)) * up)
