@@ -65,6 +65,7 @@ from parity.comparison.tolerance import (
     DETERMINED,
     EXACT_PHASES,
     FLOAT32_TINY,
+    RMS_ROUNDING,
     SAME_DOUBLE,
     UNIT,
     WEIGHT_ROUNDINGS,
@@ -85,6 +86,7 @@ NAMES = (("left", "fp64 from left"), ("right", "fp64 from right"))
 # Elements that are not zero from which on it is no chance that sums in float32 are all bfloat16 numbers: 0.46^64 is 1e-21, which
 # leaves room for elements that go together.
 SUMMED_ELEMENTS = 64
+_UNIT_OF_TYPE = {"float64": UNIT["fp64"], "float32": UNIT["fp32"], "bfloat16": UNIT["bf16"]}
 OWN_NAMES = (("left", "its own rule"), ("right", "its own rule"))
 
 
@@ -255,10 +257,18 @@ class MeasuredBounds:
     def _measured_bound(self, location: Location) -> Array:
         key = f"{location.phase}/{location.tensor}"
         sigma = self.measurement.sigma(location.step, key, self._shape(location))
+        own = np.abs(self.measurement.references[0].read(location.step, key)).reshape(sigma.shape)
+        own *= RMS_ROUNDING * self._stored_unit(location)
+        np.maximum(sigma, own, out=sigma, where=(sigma > 0) & np.isfinite(own))
         dof = EFFECTIVE_DOF * self.measurement.draws
         sigma *= gaussian_max_quantile(sigma.size) * rms_lower_factor(dof)
         sigma += FLOAT32_TINY
         return sigma
+
+    def _stored_unit(self, location: Location) -> float:
+        """The rounding unit of the type that a tensor is stored in; of two sides' the smaller."""
+        forms = self._pair.forms(location.step, location.phase, location.tensor)
+        return min(_UNIT_OF_TYPE.get(form.dtype, 0.0) for form in forms if form is not None)
 
     def _shape(self, location: Location) -> tuple[int, ...]:
         """That of the left side's reference."""

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from parity.comparison.pair import NAMES
-from parity.comparison.tolerance import component_along
+from parity.comparison.tolerance import RMS_ROUNDING, component_along
 from parity.measure import Job
-from parity.runs.roundings import RMS_ROUNDING, folded
+from parity.runs.roundings import folded
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.data import Batch, open_dataset

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from parity.comparison.rescored import RescoredRow, Row
-from parity.runs.roundings import RMS_ROUNDING
+from parity.comparison.tolerance import RMS_ROUNDING
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.files.hf import write_model

@@ -24,13 +24,13 @@ from parity.comparison.estimated_bounds import gaussian_max_quantile, rms_upper_
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation, rms_lower_factor
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
-from parity.comparison.tolerance import DETERMINED, Bound, CheckedPair, as_a_whole
+from parity.comparison.tolerance import DETERMINED, RMS_ROUNDING, Bound, CheckedPair, as_a_whole
 from parity.many import CheckRequest, RunPair, make_runs
 from parity.measure import measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
 from parity.runs.fixture import METHODS, TinySetup, write_tiny
 from parity.runs.replay import mean_squares
-from parity.runs.roundings import RMS_ROUNDING, folded
+from parity.runs.roundings import folded
 from parity.runs.sides import Side, SideTraining
 from trainspec.recipe import AdamW, load_recipe
 from trainspec.runs.contract import Metrics
@@ -294,28 +294,52 @@ def test_a_whole_bound_as_large_as_the_tensor_proves_nothing():
 DRAWN, SHAPE = 8, (24, 32)
 
 
-@pytest.fixture(scope="module")
-def noisy_gradient(tmp_path_factory: pytest.TempPathFactory) -> tuple[MeasuredBounds, np.ndarray]:
-    """Bounds of a step whose gradients are moved by rounding half as far as they are large; and the gradient of `w`."""
-    home, rng = tmp_path_factory.mktemp("noisy"), np.random.default_rng(0)
-    names = ["w", *(f"other{i}" for i in range(20))]
-    gradients = {name: rng.standard_normal(SHAPE) for name in names}
-    drawn = [
-        Metrics(1.0, 1, 1.0, {name: g + 0.5 * rng.standard_normal(SHAPE) for name, g in gradients.items()})
-        for _ in range(DRAWN)
-    ]
-    save_file(
-        mean_squares(Metrics(1.0, 1, 1.0, gradients), iter(drawn), DRAWN), home / "step-000001.safetensors"
-    )
+def bounds_of_draws(
+    home: Path, precision: Low, gradients: dict[str, np.ndarray], draws: list[dict[str, np.ndarray]]
+) -> MeasuredBounds:
+    """Bounds of one step whose gradients are these, and move to those of each draw."""
+    reference, *drawn = (Metrics(1.0, 1, 1.0, each) for each in (gradients, *draws))
+    save_file(mean_squares(reference, iter(drawn), len(drawn)), home / "step-000001.safetensors")
     writer = TraceWriter(home / "trace")
     writer.initial({})
     writer.step(StepTrace(1, {}, 1.0, 1, 1.0, 1e-3, gradients, updates={}, moment1={}, moment2={}))
     trace = Trace(home / "trace")
-    measurement = Measurement((trace, trace), home, DRAWN)
+    measurement = Measurement((trace, trace), home, len(drawn))
     rule = AdamRule(AdamW(lr=1e-3), frozenset())
     return MeasuredBounds(
-        Pair(trace, trace), "bf16", measurement=measurement, rule=rule, summation=Summation("bf16")
-    ), gradients["w"]
+        Pair(trace, trace), precision, measurement=measurement, rule=rule, summation=Summation(precision)
+    )
+
+
+@pytest.fixture(scope="module")
+def noisy_gradient(tmp_path_factory: pytest.TempPathFactory) -> tuple[MeasuredBounds, np.ndarray]:
+    """Bounds of a step whose gradients are moved by rounding half as far as they are large; and the gradient of `w`."""
+    rng = np.random.default_rng(0)
+    names = ["w", *(f"other{i}" for i in range(20))]
+    gradients = {name: rng.standard_normal(SHAPE) for name in names}
+    draws = [
+        {name: g + 0.5 * rng.standard_normal(SHAPE) for name, g in gradients.items()} for _ in range(DRAWN)
+    ]
+    return bounds_of_draws(tmp_path_factory.mktemp("noisy"), "bf16", gradients, draws), gradients["w"]
+
+
+def test_a_peak_whose_roundings_cancel_in_every_draw_may_be_off_by_its_own_rounding(tmp_path: Path):
+    """(p - 1) / N of one of four targets, whose two roundings take each other back, among numbers a thousandth as large."""
+    rng = np.random.default_rng(3)
+    gradient = (rng.standard_normal((4, 400)) * 5e-5).astype(np.float32)
+    gradient[range(4), [3, 7, 90, 250]] = -0.0523
+    draws = []
+    for _ in range(4):
+        moved = gradient * (1 + 2.0**-25 * rng.choice([-1, 1], gradient.shape))
+        moved[1, 7] = gradient[1, 7]
+        draws.append({"w": moved})
+    bounds = bounds_of_draws(tmp_path, "fp32", {"w": gradient}, draws)
+    location = Location(1, "gradient", "w")
+    for roundings, holds in ((2, True), (60, False)):
+        side = gradient.copy()
+        side[1, 7] *= 1 + roundings * 2.0**-24
+        found = _worst(location, bounds.checked_pairs(location, side, gradient))
+        assert found.holds == holds, roundings
 
 
 def test_a_gradient_of_mostly_noise_is_proven_along_itself(noisy_gradient):

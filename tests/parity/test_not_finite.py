@@ -53,7 +53,7 @@ IN_A_GRADIENT = (
 
 
 def at_a_token(token: int) -> tuple[str, str, str]:
-    spoilt = f"jax.numpy.where((input_ids == {token})[..., None], jax.numpy.nan, __it)"
+    spoilt = f"__it + (0.0 / (input_ids != {token}).astype('float32'))[..., None]"
     return ("jaxtrain.families.llama:Llama.look_up", "self.embed_tokens(__ids)", spoilt)
 
 
