@@ -44,6 +44,7 @@ LAYERS = {
         ("commands",),
         ("train", "cost"),
         ("step",),
+        ("program",),
         ("native", "passes", "decoding"),
         ("pipeline", "methods", "model"),
         ("loss_chunks",),

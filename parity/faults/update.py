@@ -47,7 +47,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._update",
+                    "jaxtrain.program:Program._update",
                     "__g = clip(__g, __norm, max_norm=__max)",
                     "clip(__g, __norm, max_norm=__max)",
                 ),
@@ -246,7 +246,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._update",
+                    "jaxtrain.program:Program._update",
                     "jax.tree.map(jnp.add, __weights, __deltas)",
                     "jax.tree.map(lambda w, d: w + 0 * d, __weights, __deltas)",
                 ),
