@@ -27,8 +27,8 @@ from jaxtrain.weight_ops import BoundWeight, select_chunk
 from jaxtrain.weights import Arrays, is_stacked, native_name
 from trainspec.methods import leading_positions
 from trainspec.plans.pipeline import stack_order
-from trainspec.runs.contract import Roundings
 from trainspec.runs.run import Run
+from trainspec.step import Roundings
 
 
 class StepGradients(NamedTuple):

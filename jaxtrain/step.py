@@ -22,13 +22,14 @@ from jaxtrain.weights import Arrays, native_name, to_host
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.shards import KINDS, ArrayKind, Shard
+from trainspec.checkpoints.states import ArrayFormat
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.rng import name_key
-from trainspec.runs.contract import ArrayFormat, Decoding, Metrics, Roundings
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
+from trainspec.step import Decoding, Metrics, Roundings
 from trainspec.trace import Keep
 from trainspec.weight import WeightLike
 

@@ -17,9 +17,9 @@ from trainspec.evaluation.request import EvaluationRequest
 from trainspec.failures import explained
 from trainspec.generation import loop as generation
 from trainspec.generation.request import GenerationRequest
-from trainspec.runs import loop
-from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run
+from trainspec.training import loop
+from trainspec.training.request import TrainRequest
 
 
 def train(run: Run, request: TrainRequest) -> None:

@@ -13,7 +13,7 @@ TORCH_OPTIMIZER = (
     "torch.optim.AdamW(__groups, lr=__lr, betas=__betas, eps=__eps, fused=True)",
 )
 SCHEDULE = (
-    "trainspec.runs.loop:follow",
+    "trainspec.training.loop:follow",
     "learning_rate(__schedule, peak=__peak, step=__step, steps=__steps)",
 )
 DELTA = ("jaxtrain.optim:make_optimizer.update", "__step - __decay if __decays else __step")

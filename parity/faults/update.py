@@ -193,7 +193,7 @@ FAULTS = (
         where=Where("lr", "lr"),
         edits=in_every_backend(
             Edit(
-                "trainspec.runs.loop:follow",
+                "trainspec.training.loop:follow",
                 "learning_rate(__schedule, peak=__peak, step=__step, steps=__steps)",
                 "learning_rate(__schedule, peak=__peak, step=__step + 1, steps=__steps)",
             )

@@ -41,9 +41,9 @@ from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
 from trainspec.plans.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
-from trainspec.runs.contract import Metrics, Reference, Roundings
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
+from trainspec.step import Metrics, Reference, Roundings
 from trainspec.trace import STOPPED_FILE, Keep, StepTrace, Trace, TraceWriter
 
 Array = NDArray[Any]

@@ -28,16 +28,18 @@ from parity.runs.replay import Replayer, replay
 from parity.runs.work import REFERENCE
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.shards import Shard
+from trainspec.checkpoints.states import ArrayFormat
 from trainspec.command import backend_parser, run_command
+from trainspec.contract import Cluster
 from trainspec.data import Batch
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE
 from trainspec.recipe import load_recipe
-from trainspec.runs import loop
-from trainspec.runs.contract import ArrayFormat, Arrays, Backend, Cluster, Decoding, Metrics
 from trainspec.runs.processes import Processes
-from trainspec.runs.request import out_directory, train_request
 from trainspec.runs.run import Run
+from trainspec.step import Arrays, Backend, Decoding, Metrics
 from trainspec.trace import Keep
+from trainspec.training import loop
+from trainspec.training.request import out_directory, train_request
 
 
 class SharedPrograms:

@@ -33,8 +33,8 @@ from parity.runs.replay import mean_squares
 from parity.runs.roundings import RMS_ROUNDING, folded
 from parity.runs.sides import Side, SideTraining
 from trainspec.recipe import AdamW, load_recipe
-from trainspec.runs.contract import Metrics
 from trainspec.runs.run import resolve
+from trainspec.step import Metrics
 from trainspec.trace import StepTrace, Trace, TraceWriter
 
 Low = Literal["fp32", "bf16"]

@@ -21,10 +21,12 @@ from trainspec.causal import causal_order
 from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import check_readable, read_origin
 from trainspec.checkpoints.formats import Formats
+from trainspec.checkpoints.resume import check_resumable
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
 from trainspec.checkpoints.verify import newest_whole
 from trainspec.data import Batch
 from trainspec.errors import MachineError, NonFiniteLossError, Note, RecipeError, StoppedError, UserError
+from trainspec.evaluation.loss import heldout_examples
 from trainspec.files.hf import model_notes
 from trainspec.generation.request import Settings
 from trainspec.generation.responder import Responder
@@ -32,8 +34,14 @@ from trainspec.plans.accelerators import Devices
 from trainspec.recipe import idle_settings
 from trainspec.runs.agreement import Agreement
 from trainspec.runs.clock import AGREE, INPUT, READ, UPDATE, Clock
-from trainspec.runs.contract import Backend, S
-from trainspec.runs.observers import (
+from trainspec.runs.opening import describe, opening
+from trainspec.runs.processes import Processes
+from trainspec.runs.run import Run, arithmetic_of
+from trainspec.runs.stops import StopRequest, listening
+from trainspec.schedule import learning_rate
+from trainspec.step import Backend, S
+from trainspec.text.store import find_tokenizer
+from trainspec.training.observers import (
     CheckpointObserver,
     Due,
     EvaluationObserver,
@@ -43,22 +51,14 @@ from trainspec.runs.observers import (
     StepTime,
     TraceObserver,
     Update,
-    heldout_examples,
     needs_of,
     trace_header,
 )
-from trainspec.runs.opening import describe, opening
-from trainspec.runs.prefetch import prefetch
-from trainspec.runs.prepare import check_output
-from trainspec.runs.processes import Processes
-from trainspec.runs.report import NullReporter, Reporter
-from trainspec.runs.request import TrainRequest
-from trainspec.runs.resume import check_resumable
-from trainspec.runs.run import Run, arithmetic_of
-from trainspec.runs.run_data import RunData, open_data
-from trainspec.runs.stops import StopRequest, listening
-from trainspec.schedule import learning_rate
-from trainspec.text.store import find_tokenizer
+from trainspec.training.prefetch import prefetch
+from trainspec.training.prepare import check_output
+from trainspec.training.report import NullReporter, Reporter
+from trainspec.training.request import TrainRequest
+from trainspec.training.run_data import RunData, open_data
 
 
 def train(
