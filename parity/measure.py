@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -19,40 +19,19 @@ from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summa
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import UNIT, Bounds
 from parity.runs.devices import REFERENCE_BACKEND
+from parity.runs.job import Job
 from parity.runs.programs import Launcher
 from parity.runs.roundings import DRAWS
 from parity.runs.work import REFERENCE
 from trainspec.errors import EXIT_DONE, UserError
 from trainspec.plans.names import DeviceKind
-from trainspec.plans.plan import COMPUTE_DTYPE, Backend
+from trainspec.plans.plan import COMPUTE_DTYPE
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.runs.run import Run, resolve
 from trainspec.trace import Trace
 
 Low = Literal["fp32", "bf16"]
 ESTIMATED = "the bounds are estimated, not measured: the runs do not start from the recipe's weights, or train other ones"
-
-
-@dataclass(frozen=True)
-class Job:
-    """The input of `parity.runs.replay`: the reference's backend and recipe, and the runs (traces) that it repeats.
-
-    `draws` is the number of repetitions of the first run with simulated roundings, of unit roundoffs `units` (of stored
-    results, of wide ones and of weights' gradients); step `activations_at` is recorded with activations. `computed` is the type that the runs
-    compute in, to which their weights are rounded. `ended` names a file for each run that is there once the run has ended:
-    its trace may still grow until then. Without names all traces are whole.
-    """
-
-    backend: Backend
-    recipe: str
-    overrides: list[str]
-    computed: str
-    units: tuple[float, float, float]
-    draws: int
-    activations_at: int | None
-    runs: list[str]
-    out: str
-    ended: list[str] = field(default_factory=list)
 
 
 class Replay:

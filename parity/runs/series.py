@@ -3,7 +3,7 @@
     python -m parity.runs.series WORK.json ENDED.jsonl
 
 WORK is {"program": PROGRAM, "groups": [[{"argv": [...], "log": FILE}, ...], ...]}. PROGRAM is a backend's, whose `train`
-command line `argv` is, or `reference`, where `argv` is the file of a `parity.measure.Job`. The recipes of a group differ in
+command line `argv` is, or `reference`, where `argv` is the file of a `parity.runs.job.Job`. The recipes of a group differ in
 the model's weights and in the data alone: all its runs use the programs that the first has compiled, so their numbers are
 those of separate processes. ENDED gets a line {"code": ..., "last": ...} when a run has ended, in the order of WORK.
 """
