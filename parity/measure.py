@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -34,25 +34,30 @@ Low = Literal["fp32", "bf16"]
 ESTIMATED = "the bounds are estimated, not measured: the runs do not start from the recipe's weights, or train other ones"
 
 
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What is repeated in float64: runs of a recipe in a precision. What is found is under `out`/measured.
+
+    Step `activations_at` is recorded with activations.
+    """
+
+    recipe: Path
+    overrides: Sequence[str]
+    precision: Low
+    out: Path
+    activations_at: int | None = None
+
+
 class Replay:
-    """The float64 reference of `runs`, under `out`/measured: a program that repeats every step, the first run's with draws.
+    """The float64 reference of `runs`: a program that repeats every step, the first run's with draws.
 
     With `follows` it may start before the runs do, and repeats each step once it is recorded; `tell_ended` says that a
     run has ended.
     """
 
-    def __init__(
-        self,
-        runs: Sequence[Path],
-        precision: Low,
-        *,
-        recipe: Path,
-        overrides: Sequence[str],
-        out: Path,
-        activations_at: int | None = None,
-        follows: bool = False,
-    ) -> None:
-        self._home, self._runs, self._draws = out / "measured", runs, DRAWS[precision]
+    def __init__(self, runs: Sequence[Path], settings: ReplaySettings, *, follows: bool = False) -> None:
+        recipe, overrides, precision = settings.recipe, settings.overrides, settings.precision
+        self._home, self._runs, self._draws = settings.out / "measured", runs, DRAWS[precision]
         self._failure: str | None = None
         shutil.rmtree(self._home, ignore_errors=True)
         self._home.mkdir(parents=True)
@@ -72,7 +77,7 @@ class Replay:
                 UNIT[load_recipe(recipe, overrides).precision.reduce if precision == "bf16" else "fp32"],
             ),
             self._draws,
-            activations_at,
+            settings.activations_at,
             [str(r) for r in runs],
             str(self._home),
             [str(file) for file in self._ended],
@@ -114,31 +119,24 @@ class Replay:
 
 def measured_bounds(
     pair: Pair,
-    precision: Low,
+    settings: ReplaySettings,
     *,
-    recipe: Path,
-    overrides: Sequence[str],
-    out: Path,
     summands: tuple[int, int] = (1, 1),
-    activations_at: int | None = None,
     launcher: Launcher | None = None,
     device: DeviceKind = "cpu",
     replay: Replay | None = None,
 ) -> Bounds:
-    """Bounds for two runs of `recipe`, measured under `out`/measured; `replay` has measured them already.
+    """Bounds for the two runs of a pair, measured as `settings` say; `replay` has measured them already.
 
     `summands` is the number of gradients that each side sums. Runs that do not start as the recipe does, or train
     something else, cannot be replayed: they get estimated bounds, and a note that says so.
     """
-    run = resolve(load_recipe(recipe, overrides))
+    run, precision = resolve(load_recipe(settings.recipe, settings.overrides)), settings.precision
     if not _start_as(run, pair):
         scale = lora_scale(run.recipe.method)
         return EstimatedBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
     if replay is None:
-        runs = [trace.directory for trace in pair.traces]
-        replay = Replay(
-            runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
-        )
+        replay = Replay([trace.directory for trace in pair.traces], settings)
         replay.run(launcher or Launcher(), device)
     summation = Summation(run.recipe.precision.reduce, summands)
     return MeasuredBounds(
