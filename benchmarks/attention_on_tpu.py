@@ -61,7 +61,7 @@ def _arguments() -> argparse.Namespace:
 
 def report(name: str, attention: str) -> None:
     """Print a line for each program of a case."""
-    from jaxtrain.step import Program
+    from jaxtrain.program import Program
 
     model, topology, sizes, microbatches = CASES[name]
     settings = argparse.Namespace(model=model, mesh=sizes, tokens=TOKENS)

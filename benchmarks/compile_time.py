@@ -63,7 +63,7 @@ def compiled(layers: int, policy: str, method: str) -> dict[str, float]:
     from jaxtrain.cluster import start
     from jaxtrain.mesh import make_mesh
     from jaxtrain.optim import Moments, rates
-    from jaxtrain.step import Program
+    from jaxtrain.program import Program
     from trainspec.recipe import load_recipe
 
     case = Case("28m", method, policy)

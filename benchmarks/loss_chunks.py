@@ -128,13 +128,14 @@ def jax_steps(runs: list[Run]) -> Callable[[int], None]:
     """Makes an update of one kind, all on the same weights."""
     import jax
 
-    jaxtrain, make_mesh = (
+    jaxtrain, make_mesh, program_of = (
         importlib.import_module("jaxtrain.step"),
         importlib.import_module("jaxtrain.mesh").make_mesh,
+        importlib.import_module("jaxtrain.program").Program,
     )
     importlib.import_module("jaxtrain.precision").use_precision(runs[0].recipe.precision.policy)
     state = jaxtrain.init_state(runs[0])
-    programs = [state.program, *(jaxtrain.Program(each, make_mesh(each.recipe.plan)) for each in runs[1:])]
+    programs = [state.program, *(program_of(each, make_mesh(each.recipe.plan)) for each in runs[1:])]
     examples = batch(runs[0])
 
     def step(kind: int) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.stages import Lowered
 
-    from jaxtrain.step import Program
+    from jaxtrain.program import Program
 
 # libtpu asks for its pod over the network, and one process at a time may hold its lock, unless told otherwise.
 NO_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -179,7 +179,7 @@ def pod(topology: str, sizes: Sequence[int]) -> Mesh:
 
 def needs(recipe: Recipe, mesh: Mesh) -> dict[str, Need]:
     """What each program of one step takes."""
-    from jaxtrain.step import Program
+    from jaxtrain.program import Program
 
     program = Program(resolve(recipe), mesh)
     trained = program.run.trained

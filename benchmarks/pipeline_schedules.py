@@ -190,7 +190,7 @@ def temporary_bytes() -> Iterator[dict[str, Any]]:
     import jax
 
     from jaxtrain.mesh import make_mesh
-    from jaxtrain.step import Program
+    from jaxtrain.program import Program
 
     jax.config.update("jax_num_cpu_devices", WEIGHED_STAGES)
     for remat, schedule, microbatches in itertools.product(

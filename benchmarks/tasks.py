@@ -19,7 +19,7 @@ from typing import Any
 from trainspec.generation.request import Settings
 from trainspec.recipe import load_recipe
 from trainspec.runs.run import resolve
-from trainspec.runs.run_data import open_data
+from trainspec.training.run_data import open_data
 
 BACKENDS = {"jaxtrain": "JAX", "torchtrain": "torch"}
 RECIPES = {

@@ -93,9 +93,9 @@ def make_model(sizes: dict[str, Any], directory: Path) -> None:
 
 def train_ours(package: str, recipe: Recipe, turns: Turns) -> None:
     """Train with this project's own loop, without checkpoints and reports."""
-    from trainspec.runs import loop
-    from trainspec.runs.observers import Observer, Update
-    from trainspec.runs.run_data import open_data
+    from trainspec.training import loop
+    from trainspec.training.observers import Observer, Update
+    from trainspec.training.run_data import open_data
 
     cluster: Any = importlib.import_module(f"{package}.cluster")
     step: Any = importlib.import_module(f"{package}.step")

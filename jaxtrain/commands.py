@@ -7,13 +7,13 @@ from argparse import Namespace
 from types import ModuleType
 
 from trainspec.backends import BACKENDS
+from trainspec.checkpoints.export import export
 from trainspec.evaluation.request import evaluation_request
 from trainspec.generation.request import generation_request
 from trainspec.plans.accelerators import accelerators
 from trainspec.recipe import load_recipe
-from trainspec.runs.export import export
-from trainspec.runs.prepare import prepare, prepare_evaluation, prepare_generation
-from trainspec.runs.request import out_directory, train_request
+from trainspec.training.prepare import prepare, prepare_evaluation, prepare_generation
+from trainspec.training.request import out_directory, train_request
 
 BACKEND = BACKENDS["jax"]
 

@@ -1,4 +1,4 @@
-"""The loss is a sum and a count; `step.py` divides once, by the global count."""
+"""The loss is a sum and a count; `program.py` divides once, by the global count."""
 
 # B examples, S sequence, V vocabulary
 

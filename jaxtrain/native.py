@@ -29,6 +29,7 @@ from jaxtrain.weights import Arrays, Layout, from_canonical, is_stacked, layouts
 from trainspec.checkpoints.checkpoint import check_readable, load, way_out
 from trainspec.checkpoints.folders import flush, remove
 from trainspec.checkpoints.manifest import NATIVE, PORTABLE, DamagedError, Manifest, read_manifest
+from trainspec.checkpoints.resume import check_loadable
 from trainspec.checkpoints.shards import KINDS, ArrayKind, file_name
 from trainspec.checkpoints.verify import verify
 from trainspec.command import ArgumentParser, run_command
@@ -39,7 +40,6 @@ from trainspec.plans.names import Backend
 from trainspec.plans.pipeline import stack_order
 from trainspec.plans.plan import STORED_DTYPE
 from trainspec.runs.processes import Processes
-from trainspec.runs.resume import check_loadable
 from trainspec.runs.run import Run, resolve
 from trainspec.weight import Index, Weight
 

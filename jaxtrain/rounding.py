@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from trainspec.runs.contract import RoundingKind, Roundings
+from trainspec.step import RoundingKind, Roundings
 
 # Odd 32-bit constants: the golden ratio's, and those of murmur3's and Chris Wellons's (lowbias32) hashes.
 _NEXT_OPERATION = 0x9E3779B9

@@ -15,7 +15,7 @@ from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.diagnosis import Diagnosis, counts_of, diagnose
 from parity.judge import compare_sides, traces_of, write_report_of
-from parity.measure import Replay, measured_bounds, num_summands
+from parity.measure import Replay, ReplaySettings, measured_bounds, num_summands
 from parity.report.next import next_commands
 from parity.report.verdict import Verdict
 from parity.runs.devices import (
@@ -65,25 +65,10 @@ def check(
     parts, the second resumed from a checkpoint. Raises UserError for a mistake in the arguments or the recipe.
     """
     recipe = load_recipe(recipe_path, overrides)
-    span = recipe.span(lambda: open_dataset(resolve(recipe), "train").num_examples)
-    steps = steps or min(DEFAULT_STEPS, span.last)
-    if steps > span.last:
-        raise UserError(f"--steps {steps}: {recipe_path} makes {span.last} updates; compare at most those")
-    if resumption and resumption.after >= steps:
-        raise UserError(
-            f"--resume-at {resumption.after}: {steps} updates are compared; resume after an earlier one"
-        )
-    _check_rates(recipe, span, steps)
-    # A mistake in the right side's recipe must show before the left side is trained.
-    sides = [load_recipe(recipe_path, (*overrides, *side.overrides)) for side in (left, right)]
-    for name, side, resolved in zip(NAMES, (left, right), sides, strict=True):
-        if line := refusal(resolved.plan, precision, side.backend):
-            raise UserError(f"{name} ({side}): {line}")
+    steps = _steps_to_compare(recipe_path, recipe, steps, resumption)
+    sides = _recipes_of((left, right), recipe_path, overrides, precision)
     placement = _placed((left, right), sides, device, precision, look)
-    if (out / "checkpoints").exists() or (out / "recipe.yaml").exists():
-        raise UserError(f"--out {out}: holds a training run; give the check its own directory")
-    for old in ("first-divergence", "measured"):  # of an earlier check
-        shutil.rmtree(out / old, ignore_errors=True)
+    _clear(out)
     launcher = Launcher(watcher)
     request = _Request(
         recipe_path,
@@ -114,6 +99,41 @@ def check(
         heads=request.heads, following=next_commands(verdict, request.arguments, out),
     )  # fmt: skip
     return verdict
+
+
+def _steps_to_compare(
+    recipe_path: Path, recipe: Recipe, steps: int | None, resumption: Resumption | None
+) -> int:
+    """How many updates are compared. Raises UserError where the recipe makes fewer, or they would prove nothing."""
+    span = recipe.span(lambda: open_dataset(resolve(recipe), "train").num_examples)
+    steps = steps or min(DEFAULT_STEPS, span.last)
+    if steps > span.last:
+        raise UserError(f"--steps {steps}: {recipe_path} makes {span.last} updates; compare at most those")
+    if resumption and resumption.after >= steps:
+        raise UserError(
+            f"--resume-at {resumption.after}: {steps} updates are compared; resume after an earlier one"
+        )
+    _check_rates(recipe, span, steps)
+    return steps
+
+
+def _recipes_of(
+    sides: tuple[Side, Side], recipe_path: Path, overrides: Sequence[str], precision: Policy
+) -> list[Recipe]:
+    """Both sides' recipes: a mistake in the right one must show before the left side is trained. Raises UserError."""
+    recipes = [load_recipe(recipe_path, (*overrides, *side.overrides)) for side in sides]
+    for name, side, recipe in zip(NAMES, sides, recipes, strict=True):
+        if line := refusal(recipe.plan, precision, side.backend):
+            raise UserError(f"{name} ({side}): {line}")
+    return recipes
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier check left. Raises UserError for a directory that is not a check's."""
+    if (out / "checkpoints").exists() or (out / "recipe.yaml").exists():
+        raise UserError(f"--out {out}: holds a training run; give the check its own directory")
+    for old in ("first-divergence", "measured"):
+        shutil.rmtree(out / old, ignore_errors=True)
 
 
 def _placed(
@@ -262,10 +282,8 @@ class _Request:
     def _replay(self, trainings: Mapping[str, SideTraining], out: Path, activations_at: int | None) -> Replay:
         """The reference that follows both trainings."""
         assert self.precision != "fp64"
-        return Replay(
-            [training.trace for training in trainings.values()], self.precision, recipe=self.recipe,
-            overrides=self.overrides, out=out, activations_at=activations_at, follows=True,
-        )  # fmt: skip
+        settings = ReplaySettings(self.recipe, self.overrides, self.precision, out, activations_at)
+        return Replay([training.trace for training in trainings.values()], settings, follows=True)
 
     def _train(
         self,
@@ -315,9 +333,9 @@ class _Request:
                 case "fp64":
                     made = ProofBounds(pair)
                 case "fp32" | "bf16" as low:
+                    settings = ReplaySettings(self.recipe, self.overrides, low, out, activations_at)
                     made = measured_bounds(
-                        pair, low, recipe=self.recipe, overrides=self.overrides, out=out,
-                        summands=self.summands, activations_at=activations_at, launcher=self.launcher,
+                        pair, settings, summands=self.summands, launcher=self.launcher,
                         device=self.placement.reference, replay=replay,
                     )  # fmt: skip
                 case other:

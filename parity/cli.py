@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
+from parity.matrix.pages import FAMILIES_PAGE, STATUS_PAGE
 from parity.steps import DEFAULT_STEPS
 from trainspec.command import ArgumentParser, add_recipe, run_command
 from trainspec.generation.options import add_decoding, add_prompts
 from trainspec.plans.names import DEVICES, Backend, Policy
-
-STATUS_PAGE, FAMILIES_PAGE = Path("docs/parity-status.md"), Path("docs/parity-status-families.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,48 +23,71 @@ def parser() -> ArgumentParser:
     """The command line's arguments."""
     parser = ArgumentParser(prog="parity", description="Prove that two runs did the same training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("check", help="train a recipe on two sides and compare every update")
-    add_recipe(run)
-    run.add_argument(
-        "--left",
-        default="jax",
-        metavar="SIDE",
-        help='a backend and its own settings, such as "jax plan.data=2" or jax@gpu (jax)',
-    )
-    run.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
-    run.add_argument(
-        "--precision", choices=get_args(Policy), default="fp64", help="fp64 (the proof) by default"
-    )
-    run.add_argument(
+    for name, (add, what) in _COMMANDS.items():
+        add(commands.add_parser(name, help=what))
+    return parser
+
+
+def _add_check(check: ArgumentParser) -> None:
+    add_recipe(check)
+    _add_sides(check, left='a backend and its own settings, such as "jax plan.data=2" or jax@gpu (jax)')
+    check.add_argument(
         "--steps", type=_count, metavar="N", help=f"how many updates to compare ({DEFAULT_STEPS})"
     )
-    run.add_argument(
+    check.add_argument(
         "--resume-at", metavar="[SIDE:]N",
         help="train both sides, or left:N or right:N alone, up to step N, then --resume to the end",
     )  # fmt: skip
-    run.add_argument(
+    check.add_argument(
         "--continue-from", choices=("own", "other"), default="own",
         help="with --resume-at left:N or right:N: from its own checkpoint (the default), or the other side's",
     )  # fmt: skip
-    run.add_argument(
+    check.add_argument(
         "--small", action="store_true",
         help="prove a small twin of the recipe: the same family, flags, method, data and plan axes, small sizes",
     )  # fmt: skip
-    run.add_argument(
+    check.add_argument(
         "--device", choices=DEVICES, default="cpu",
         help="where both sides and the float64 reference compute, one after the other: on the cores (cpu, the default), or on what "
         "is there (auto); a side may name its own, such as --right torch@cpu",
     )  # fmt: skip
-    run.add_argument("--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default")
-    _add_generate(commands.add_parser("generate", help="compare what two sides answer to the same prompts"))
-    compare = commands.add_parser("diff", help="compare two traces, whoever wrote them")
+    check.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default"
+    )
+
+
+def _add_generate(generate: ArgumentParser) -> None:
+    add_recipe(generate)
+    add_prompts(generate, required=False)
+    add_decoding(generate)
+    _add_sides(generate, left="a backend and its own settings (jax)")
+    generate.add_argument(
+        "--from", dest="from_", type=Path, metavar="DIR",
+        help="a run's directory, whose newest checkpoint answers on both sides; without it the weights that the recipe starts from",
+    )  # fmt: skip
+    generate.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the report; runs/parity-generate-RECIPE by default"
+    )
+
+
+def _add_sides(command: ArgumentParser, *, left: str) -> None:
+    command.add_argument("--left", default="jax", metavar="SIDE", help=left)
+    command.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
+    command.add_argument(
+        "--precision", choices=get_args(Policy), default="fp64", help="fp64 (the proof) by default"
+    )
+
+
+def _add_diff(compare: ArgumentParser) -> None:
     compare.add_argument("left", type=Path, metavar="TRACE_A")
     compare.add_argument("right", type=Path, metavar="TRACE_B")
     compare.add_argument("--precision", choices=get_args(Policy), help="that of the coarser trace by default")
     compare.add_argument(
         "--out", type=Path, metavar="DIR", help="write verdict.json and report.html here, too"
     )
-    matrix = commands.add_parser("matrix", help="models, methods, plans and precisions, proven or refused")
+
+
+def _add_matrix(matrix: ArgumentParser) -> None:
     matrix.add_argument("--only", metavar="TEXT", help="only cells whose name contains TEXT, such as /lora/")
     matrix.add_argument(
         "--families", action="store_true", help="the families other than Llama, on their own page"
@@ -81,7 +103,9 @@ def parser() -> ArgumentParser:
         "--status", type=Path, metavar="FILE",
         help=f"the page to write; {STATUS_PAGE} or {FAMILIES_PAGE} by default, with --only one in DIR",
     )  # fmt: skip
-    faults = commands.add_parser("faults", help="plant known mistakes; each must be caught at its location")
+
+
+def _add_faults(faults: ArgumentParser) -> None:
     faults.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="NAME", help="only these faults (all)"
     )
@@ -114,25 +138,15 @@ def parser() -> ArgumentParser:
         metavar="DIR",
         help="for traces and faults.json, to which a part of a run adds its results",
     )
-    return parser
 
 
-def _add_generate(run: ArgumentParser) -> None:
-    add_recipe(run)
-    add_prompts(run, required=False)
-    add_decoding(run)
-    run.add_argument("--left", default="jax", metavar="SIDE", help="a backend and its own settings (jax)")
-    run.add_argument("--right", default="torch", metavar="SIDE", help="the other side (torch)")
-    run.add_argument(
-        "--precision", choices=get_args(Policy), default="fp64", help="fp64 (the proof) by default"
-    )
-    run.add_argument(
-        "--from", dest="from_", type=Path, metavar="DIR",
-        help="a run's directory, whose newest checkpoint answers on both sides; without it the weights that the recipe starts from",
-    )  # fmt: skip
-    run.add_argument(
-        "--out", type=Path, metavar="DIR", help="for the report; runs/parity-generate-RECIPE by default"
-    )
+_COMMANDS: dict[str, tuple[Callable[[ArgumentParser], None], str]] = {
+    "check": (_add_check, "train a recipe on two sides and compare every update"),
+    "generate": (_add_generate, "compare what two sides answer to the same prompts"),
+    "diff": (_add_diff, "compare two traces, whoever wrote them"),
+    "matrix": (_add_matrix, "models, methods, plans and precisions, proven or refused"),
+    "faults": (_add_faults, "plant known mistakes; each must be caught at its location"),
+}
 
 
 def _run(args: Namespace) -> int:

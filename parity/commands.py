@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import assert_never
 
 from parity.check import check
-from parity.cli import FAMILIES_PAGE, STATUS_PAGE
 from parity.diff import diff
 from parity.faults import SHARED
 from parity.faults.results import Result, collected, result_of, store
@@ -26,6 +25,7 @@ from parity.faults.run_decoding import (
 from parity.faults.table import help_summary, listed, listed_shared, page, result_lines, summary
 from parity.generate import PromptRequest, compare_responses
 from parity.matrix.cells import run_matrix, select
+from parity.matrix.pages import FAMILIES_PAGE, STATUS_PAGE
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal, runs_as

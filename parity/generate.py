@@ -30,13 +30,13 @@ from parity.runs.roundings import DRAWS
 from parity.runs.sides import Side, as_options, precision_settings
 from parity.runs.work import REFERENCE, fit_at_once, size_of
 from trainspec.checkpoints.checkpoint import read_origin
+from trainspec.checkpoints.resume import check_loadable
 from trainspec.errors import EXIT_DONE, UserError
 from trainspec.generation.generation import Generation
 from trainspec.generation.request import Settings
 from trainspec.plans.names import Policy
 from trainspec.plans.plan import COMPUTE_DTYPE
 from trainspec.recipe import load_recipe
-from trainspec.runs.resume import check_loadable
 from trainspec.runs.run import resolve
 from trainspec.text.store import find_tokenizer
 

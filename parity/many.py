@@ -19,7 +19,7 @@ from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.judge import compare_sides
-from parity.measure import Low, Replay, measured_bounds, num_summands
+from parity.measure import Low, Replay, ReplaySettings, measured_bounds, num_summands
 from parity.runs.devices import ON_CORES, Placement
 from parity.runs.programs import Launcher
 from parity.runs.sides import NAMES, Side, SideResult, SideTraining
@@ -147,14 +147,16 @@ def _replay(asked: CheckRequest, results: Sequence[SideResult], precision: Low) 
     traces = [result.trace.directory for result in results if result.trace]
     if len(traces) < len(results):
         return None
-    return Replay(traces, precision, recipe=asked.recipe, overrides=asked.overrides, out=asked.out)
+    return Replay(traces, _settings(asked, precision))
+
+
+def _settings(asked: CheckRequest, precision: Low) -> ReplaySettings:
+    return ReplaySettings(asked.recipe, asked.overrides, precision, asked.out)
 
 
 def _bounds(
     pair: Pair, *, precision: Low, asked: CheckRequest, sides: tuple[Side, Side], replay: Replay | None
 ) -> Bounds:
     left, right = (load_recipe(asked.recipe, (*asked.overrides, *side.overrides)) for side in sides)
-    return measured_bounds(
-        pair, precision, recipe=asked.recipe, overrides=asked.overrides, out=asked.out,
-        summands=num_summands(left, right), replay=replay,
-    )  # fmt: skip
+    settings, summands = _settings(asked, precision), num_summands(left, right)
+    return measured_bounds(pair, settings, summands=summands, replay=replay)

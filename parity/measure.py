@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +19,13 @@ from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summa
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import UNIT, Bounds
 from parity.runs.devices import REFERENCE_BACKEND
+from parity.runs.job import Job
 from parity.runs.programs import Launcher
 from parity.runs.roundings import DRAWS
 from parity.runs.work import REFERENCE
 from trainspec.errors import EXIT_DONE, UserError
 from trainspec.plans.names import DeviceKind
-from trainspec.plans.plan import COMPUTE_DTYPE, Backend
+from trainspec.plans.plan import COMPUTE_DTYPE
 from trainspec.recipe import Recipe, load_recipe
 from trainspec.runs.run import Run, resolve
 from trainspec.trace import Trace
@@ -34,46 +35,29 @@ ESTIMATED = "the bounds are estimated, not measured: the runs do not start from 
 
 
 @dataclass(frozen=True)
-class Job:
-    """The input of `parity.runs.replay`: the reference's backend and recipe, and the runs (traces) that it repeats.
+class ReplaySettings:
+    """What is repeated in float64: runs of a recipe in a precision. What is found is under `out`/measured.
 
-    `draws` is the number of repetitions of the first run with simulated roundings, of unit roundoffs `units` (of stored
-    results, of wide ones and of weights' gradients); step `activations_at` is recorded with activations. `computed` is the type that the runs
-    compute in, to which their weights are rounded. `ended` names a file for each run that is there once the run has ended:
-    its trace may still grow until then. Without names all traces are whole.
+    Step `activations_at` is recorded with activations.
     """
 
-    backend: Backend
-    recipe: str
-    overrides: list[str]
-    computed: str
-    units: tuple[float, float, float]
-    draws: int
-    activations_at: int | None
-    runs: list[str]
-    out: str
-    ended: list[str] = field(default_factory=list)
+    recipe: Path
+    overrides: Sequence[str]
+    precision: Low
+    out: Path
+    activations_at: int | None = None
 
 
 class Replay:
-    """The float64 reference of `runs`, under `out`/measured: a program that repeats every step, the first run's with draws.
+    """The float64 reference of `runs`: a program that repeats every step, the first run's with draws.
 
     With `follows` it may start before the runs do, and repeats each step once it is recorded; `tell_ended` says that a
     run has ended.
     """
 
-    def __init__(
-        self,
-        runs: Sequence[Path],
-        precision: Low,
-        *,
-        recipe: Path,
-        overrides: Sequence[str],
-        out: Path,
-        activations_at: int | None = None,
-        follows: bool = False,
-    ) -> None:
-        self._home, self._runs, self._draws = out / "measured", runs, DRAWS[precision]
+    def __init__(self, runs: Sequence[Path], settings: ReplaySettings, *, follows: bool = False) -> None:
+        recipe, overrides, precision = settings.recipe, settings.overrides, settings.precision
+        self._home, self._runs, self._draws = settings.out / "measured", runs, DRAWS[precision]
         self._failure: str | None = None
         shutil.rmtree(self._home, ignore_errors=True)
         self._home.mkdir(parents=True)
@@ -93,7 +77,7 @@ class Replay:
                 UNIT[load_recipe(recipe, overrides).precision.reduce if precision == "bf16" else "fp32"],
             ),
             self._draws,
-            activations_at,
+            settings.activations_at,
             [str(r) for r in runs],
             str(self._home),
             [str(file) for file in self._ended],
@@ -135,31 +119,24 @@ class Replay:
 
 def measured_bounds(
     pair: Pair,
-    precision: Low,
+    settings: ReplaySettings,
     *,
-    recipe: Path,
-    overrides: Sequence[str],
-    out: Path,
     summands: tuple[int, int] = (1, 1),
-    activations_at: int | None = None,
     launcher: Launcher | None = None,
     device: DeviceKind = "cpu",
     replay: Replay | None = None,
 ) -> Bounds:
-    """Bounds for two runs of `recipe`, measured under `out`/measured; `replay` has measured them already.
+    """Bounds for the two runs of a pair, measured as `settings` say; `replay` has measured them already.
 
     `summands` is the number of gradients that each side sums. Runs that do not start as the recipe does, or train
     something else, cannot be replayed: they get estimated bounds, and a note that says so.
     """
-    run = resolve(load_recipe(recipe, overrides))
+    run, precision = resolve(load_recipe(settings.recipe, settings.overrides)), settings.precision
     if not _start_as(run, pair):
         scale = lora_scale(run.recipe.method)
         return EstimatedBounds(pair, precision, lora_scale=scale, notes=(ESTIMATED,))
     if replay is None:
-        runs = [trace.directory for trace in pair.traces]
-        replay = Replay(
-            runs, precision, recipe=recipe, overrides=overrides, out=out, activations_at=activations_at
-        )
+        replay = Replay([trace.directory for trace in pair.traces], settings)
         replay.run(launcher or Launcher(), device)
     summation = Summation(run.recipe.precision.reduce, summands)
     return MeasuredBounds(

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.checkpoints import folders
+from trainspec.checkpoints.identity import Identity
 from trainspec.checkpoints.portable import metadata_of, write_shards
 from trainspec.checkpoints.shards import Shard, boxes
 from trainspec.checkpoints.store import manifest_of
 from trainspec.recipe import Recipe
-from trainspec.runs.identity import Identity
 from trainspec.runs.processes import Processes
 
 Arrays = Mapping[str, NDArray[Any]]

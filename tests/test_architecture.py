@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from trainspec.contract import CONTRACT
 from trainspec.families import FAMILIES, PRESETS
 from trainspec.methods import METHODS
 from trainspec.params import param_table
-from trainspec.runs.contract import CONTRACT
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trainspec", "jaxtrain", "torchtrain", "parity")
@@ -44,6 +44,7 @@ LAYERS = {
         ("commands",),
         ("train", "cost"),
         ("step",),
+        ("program",),
         ("native", "passes", "decoding"),
         ("pipeline", "methods", "model"),
         ("loss_chunks",),
@@ -139,7 +140,7 @@ def test_the_neutral_half_runs_without_a_framework():
     code = (
         "import sys\n"
         f"for name in {sorted(JAX_WORLD | TORCH_WORLD)!r}: sys.modules[name] = None\n"
-        "import trainspec.commands, trainspec.runs.loop, trainspec.runs.export, trainspec.backends, parity.commands\n"
+        "import trainspec.commands, trainspec.training.loop, trainspec.checkpoints.export, trainspec.backends, parity.commands\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -155,7 +156,7 @@ def test_a_backend_does_not_load_the_other_framework(package: str, other: str):
 def test_layers(package: str):
     rank = {name: i for i, layer in enumerate(LAYERS[package]) for name in layer}
     for path in modules(package):
-        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")  # a file, or a folder of files
+        room = room_of(path, ROOT / package)
         if room in ("__init__", "__main__"):
             continue
         assert room in rank, f"{path}: give it a layer"
@@ -163,6 +164,64 @@ def test_layers(package: str):
             parts = name.split(".")
             if parts[0] == package and len(parts) > 1 and parts[1] in rank:
                 assert rank[parts[1]] >= rank[room], f"{path} imports {name}, which lies above it"
+
+
+def room_of(path: Path, package: Path) -> str:
+    """The folder of a package that a module is in; a module outside the folders is a room of its own."""
+    return path.relative_to(package).parts[0].removesuffix(".py")
+
+
+def rooms(package: Path) -> dict[str, set[str]]:
+    """Each room, with the other rooms that its modules import."""
+    paths = sorted(package.glob("**/*.py"))
+    found: dict[str, set[str]] = {room_of(path, package): set() for path in paths}
+    for path in paths:
+        for name in imports(path):
+            first, _, rest = name.partition(".")
+            room = rest.partition(".")[0]
+            if first == package.name and room in found:
+                found[room_of(path, package)].add(room)
+    return {room: needed - {room} for room, needed in found.items()}
+
+
+def in_circles(needs: dict[str, set[str]]) -> set[str]:
+    """The rooms that are left when those that need no other, or are needed by no other, are taken away again and again."""
+    left = dict(needs)
+    while free := [
+        room
+        for room, needed in left.items()
+        if not needed & left.keys() or room not in set().union(*left.values())
+    ]:
+        for room in free:
+            del left[room]
+    return set(left)
+
+
+@pytest.mark.parametrize("package", ["trainspec", "parity"])
+def test_no_rooms_import_each_other(package: str):
+    """Those of a backend have layers."""
+    found = rooms(ROOT / package)
+    assert {"trainspec": {"checkpoints", "training", "contract"}, "parity": {"comparison", "runs"}}[
+        package
+    ] <= found.keys()
+    assert not in_circles(found)
+
+
+def test_a_circle_of_rooms_is_seen(tmp_path: Path):
+    home = tmp_path / "trainspec"
+    for room, text in (
+        ("runs", "from trainspec.checkpoints.store import Store\n"),
+        ("checkpoints", "def begin():\n    from trainspec import errors, recipe\n"),
+        ("files", "import trainspec.files.digests\n"),
+        ("imports", "import trainspec.recipe\n"),
+    ):
+        (home / room).mkdir(parents=True)
+        (home / room / "store.py").write_text(text)
+    (home / "recipe.py").write_text("from trainspec.files import digests\n")
+    (home / "errors.py").write_text("import trainspec.data\n")
+    assert not in_circles(rooms(home))
+    (home / "recipe.py").write_text("from trainspec.runs import store\n")
+    assert in_circles(rooms(home)) == {"runs", "checkpoints", "recipe"}
 
 
 def test_a_type_is_imported_as_everything_else_is():
@@ -209,11 +268,11 @@ def test_files_of_one_test_run_have_names_of_their_own():
 
 
 def contract(protocol: type) -> dict[str, tuple[str, ...] | None]:
-    """What a Protocol names: functions with their parameters, and None for other names."""
+    """What a Protocol and those that it extends name: functions with their parameters, and None for other names."""
     functions = {
         name: tuple(inspect.signature(value).parameters)[1:]
-        for name, value in vars(protocol).items()
-        if inspect.isfunction(value) and not name.startswith("_")
+        for name, value in inspect.getmembers(protocol, inspect.isfunction)
+        if not name.startswith("_")
     }
     return functions | dict.fromkeys(protocol.__annotations__)
 
@@ -249,6 +308,10 @@ def test_a_broken_contract_is_seen(tmp_path: Path):
     (tmp_path / "loss.py").write_text("def token_loss(logits, labels, *, tensor): ...\n")
     assert not broken(tmp_path / "loss.py", CONTRACT["loss"])
     assert "CLIP_EPS" in broken(tmp_path / "loss.py", CONTRACT["optim"])
+    (tmp_path / "step.py").write_text("def train_step(state, batch, *, lr, keep): ...\n")
+    missing = broken(tmp_path / "step.py", CONTRACT["step"])
+    assert {"eval_step", "restore"} <= set(missing)  # its own, and that of the Protocol it extends
+    assert "train_step" not in missing
 
 
 def test_every_method_is_in_the_contract():

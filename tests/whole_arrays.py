@@ -7,12 +7,12 @@ from pathlib import Path
 
 from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.identity import Identity
 from trainspec.checkpoints.manifest import PORTABLE
 from trainspec.checkpoints.portable import metadata_of, write_shards
 from trainspec.checkpoints.shards import KINDS, as_shards
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
 from trainspec.recipe import Recipe
-from trainspec.runs.identity import Identity
 from trainspec.runs.processes import Processes
 
 

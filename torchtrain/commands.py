@@ -11,16 +11,16 @@ from types import ModuleType
 from torchtrain.launch import launch
 from torchtrain.processes import count_processes, has_launcher, is_leader
 from trainspec.backends import BACKENDS
+from trainspec.checkpoints.export import export
 from trainspec.evaluation.request import evaluation_request
 from trainspec.failures import explained
 from trainspec.generation.request import generation_request
 from trainspec.plans.accelerators import Devices
 from trainspec.recipe import load_recipe
-from trainspec.runs.export import export
-from trainspec.runs.prepare import prepare, prepare_evaluation, prepare_generation
-from trainspec.runs.request import out_directory, train_request
 from trainspec.runs.run import Run
 from trainspec.runs.stops import StopRequest
+from trainspec.training.prepare import prepare, prepare_evaluation, prepare_generation
+from trainspec.training.request import out_directory, train_request
 
 BACKEND = BACKENDS["torch"]
 

@@ -39,15 +39,16 @@ from torchtrain.weights import allocate, canonical_name, from_canonical, shards,
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.shards import ArrayKind, Shard
+from trainspec.checkpoints.states import ArrayFormat
 from trainspec.data import Batch
 from trainspec.errors import NonFiniteLossError
 from trainspec.init import starting_weights
 from trainspec.methods import leading_positions
 from trainspec.params import Param
 from trainspec.plans.pipeline import stages_of
-from trainspec.runs.contract import ArrayFormat, Arrays, Decoding, Metrics
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
+from trainspec.step import Arrays, Decoding, Metrics
 from trainspec.trace import Keep
 from trainspec.weight import WeightLike
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
-from torchtrain import step
+from torchtrain import cluster, step
 from torchtrain.attention import choose_kernel
-from torchtrain.cluster import describe_devices, finish, processes, set_up
 from torchtrain.mesh import compute_device
 from trainspec.evaluation import loop as evaluation
 from trainspec.evaluation.request import EvaluationRequest
-from trainspec.failures import explained
 from trainspec.generation import loop as generation
 from trainspec.generation.request import GenerationRequest
-from trainspec.runs import loop
-from trainspec.runs.request import TrainRequest
+from trainspec.ready import ready
 from trainspec.runs.run import Run
+from trainspec.training import loop
+from trainspec.training.request import TrainRequest
 
 
 def train(run: Run, request: TrainRequest) -> None:
@@ -28,33 +23,22 @@ def train(run: Run, request: TrainRequest) -> None:
     Raises UserError for a mistake in the recipe or its files, NonFiniteLossError where the loss is not finite.
     """
     plan = run.recipe.plan
-    with _ready(run, out=request.out):
+    with ready(cluster, run, out=request.out):
         policy = run.recipe.precision.policy
         attention = choose_kernel(plan.attention, policy=policy, device=compute_device())
-        devices = replace(describe_devices(plan), attention=attention)
+        devices = replace(cluster.describe_devices(plan), attention=attention)
         request.clock.lap("devices and processes")
-        loop.train(step, run, request, processes=processes(), devices=devices)
+        loop.train(step, run, request, processes=cluster.processes(), devices=devices)
 
 
 def evaluate(run: Run, request: EvaluationRequest) -> None:
     """Measure the newest checkpoint in the request's directory, and the starting weights, on the held-out records."""
-    with _ready(run):
-        devices = describe_devices(run.recipe.plan)
-        evaluation.evaluate(step, run, request, processes=processes(), devices=devices)
+    with ready(cluster, run):
+        devices = cluster.describe_devices(run.recipe.plan)
+        evaluation.evaluate(step, run, request, processes=cluster.processes(), devices=devices)
 
 
 def generate(run: Run, request: GenerationRequest) -> None:
     """Generate what the request asks for with the newest checkpoint in its directory, or with the starting weights."""
-    with _ready(run):
-        generation.generate(step, run, request, processes())
-
-
-@contextmanager
-def _ready(run: Run, *, out: Path | None = None) -> Iterator[None]:
-    """Inside, the process is set up for a run, and let go after it. Errors say what helps, and what is saved in `out`."""
-    with explained(run, partial(describe_devices, run.recipe.plan), out=out):
-        set_up(run)
-        try:
-            yield
-        finally:
-            finish()
+    with ready(cluster, run):
+        generation.generate(step, run, request, cluster.processes())

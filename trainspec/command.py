@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from trainspec.checkpoints.allow import ALLOWABLE
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, ProcessError
 from trainspec.generation.options import add_evaluation, add_generation
-from trainspec.runs.allow import ALLOWABLE
 from trainspec.runs.stops import listening
 
 
@@ -162,7 +162,7 @@ def _ended(
     """Report the error that ended a command, and return the exit code."""
     # Knows recipes and checkpoints, which --help does without.
     from trainspec.failures import notes_of, outcome, saved_in
-    from trainspec.runs.request import directory_of
+    from trainspec.training.request import directory_of
 
     code, line = outcome(error)
     notes = notes_of(error)

@@ -23,7 +23,7 @@ from trainspec.recipe import Data, Recipe
 from trainspec.rng import name_key, threefry2x32
 from trainspec.runs.run import Run
 from trainspec.tasks import PromptForm
-from trainspec.tasks.prompt_file import read_prompt
+from trainspec.text.prompt_file import read_prompt
 from trainspec.text.store import (
     COUNTS,
     TURN,

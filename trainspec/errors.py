@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,7 +57,7 @@ class ProcessError(Exception):
 class NonFiniteLossError(Exception):
     """Loss or gradient is NaN or infinite. Raised before the update, so the weights are still good. Exit code 1.
 
-    `metrics` are the step's (`runs.contract.Metrics`), with what it was asked to keep.
+    `metrics` are the step's (`step.Metrics`), with what it was asked to keep.
     """
 
     def __init__(self, line: str, metrics: Any = None) -> None:
@@ -84,3 +85,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     options = sorted(known)
     close = difflib.get_close_matches(word, options, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(options)}"
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file, where it is known, and the system's own message; or the text of an error that has only a text."""
+    if error.strerror is None:
+        return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+    names = (error.filename, error.filename2)
+    files = " -> ".join(os.fsdecode(n) for n in names if isinstance(n, str | bytes | os.PathLike))
+    return f"{files}: {error.strerror}" if files else error.strerror

@@ -6,7 +6,6 @@ Errors of the frameworks are recognised by class name and text: no framework is 
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from trainspec.errors import (
     ProcessError,
     StoppedError,
     UserError,
+    describe_os_error,
 )
 from trainspec.plans.accelerators import Devices
 from trainspec.runs import memory
@@ -101,15 +101,6 @@ def _of_machine(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and _XLA_COLLECTIVE.match(text):
         return text
     return text if isinstance(error, RuntimeError) and known and _NOT_ITS_FAULT not in text else None
-
-
-def describe_os_error(error: OSError) -> str:
-    """The file, where it is known, and the system's own message; or the text of an error that has only a text."""
-    if error.strerror is None:
-        return os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
-    names = (error.filename, error.filename2)
-    files = " -> ".join(os.fsdecode(n) for n in names if isinstance(n, str | bytes | os.PathLike))
-    return f"{files}: {error.strerror}" if files else error.strerror
 
 
 @contextmanager

@@ -24,13 +24,13 @@ from pydantic import (
 )
 
 from trainspec.complaint import LARGEST, complaint, format_value
+from trainspec.date import DATE
 from trainspec.errors import RecipeError
 from trainspec.methods import LoRA, Method
 from trainspec.plans.plan import Plan, Policy
 from trainspec.recipe_file import read_tree
 from trainspec.schedule import Schedule
 from trainspec.tasks import TASKS, Language, TaskName
-from trainspec.text.records import DATE
 
 Positive = Annotated[int, Field(ge=1)]
 # A file, a directory or `hub:ORG/NAME`.

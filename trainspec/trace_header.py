@@ -3,7 +3,7 @@
     policy, reduce         the precision, as in a recipe: fp64, fp32 or bf16; the type that gradients are summed in
     backend, versions      the program, and the versions of the packages that can change its numbers
     plan, method           as in a recipe
-    identity               digests of the run's contents (`trainspec.runs.identity`): model, weights, tokenizer, data, method
+    identity               digests of the run's contents (`trainspec.checkpoints.identity`): model, weights, tokenizer, data, method
     first_step             the first recorded step: 1 where nothing is said, more where the run resumed from a checkpoint
     order                  where the causal order of the names comes from: given (by the program's user), names (the order of a
                            name map) or recording (the order in which the weights were recorded); nothing where it is exact

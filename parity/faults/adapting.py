@@ -14,7 +14,7 @@ def no_gradient(jax: str, torch: str) -> dict:
     return {
         "jax": (
             Edit(
-                "jaxtrain.step:Program._bind_weights",
+                "jaxtrain.program:Program._bind_weights",
                 "__slots.get(__name)",
                 f"(lax.stop_gradient if {jax} else jnp.asarray)(__slots[__name]) if __name in __slots else None",
             ),

@@ -111,7 +111,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients.add",
+                    "jaxtrain.program:Program._gradients.add",
                     "self._passes.gradients(__weights, __slots, __batch, __step, record_activations=__records)",
                     "self._passes.gradients(\n"
                     "    __weights, __slots, __batch | {'segments': stacked['segments'][0]}, __step,\n"

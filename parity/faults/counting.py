@@ -65,7 +65,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients.add",
+                    "jaxtrain.program:Program._gradients.add",
                     "self._passes.gradients(__weights, __slots, __batch, __step, record_activations=__records)",
                     "self._passes.gradients(\n"
                     "    __weights, __slots,\n"
@@ -92,7 +92,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients.add",
+                    "jaxtrain.program:Program._gradients.add",
                     "totals[1] + __tokens",
                     "totals[1] + jnp.sum(batch['segments'] != 0)",
                 ),
@@ -185,7 +185,7 @@ FAULTS = (
         where=LOGITS_GRADIENT,
         edits={
             "jax": (
-                Edit("jaxtrain.step:Program._gradients", DIVIDED, "__sum"),
+                Edit("jaxtrain.program:Program._gradients", DIVIDED, "__sum"),
                 EACH_AVERAGED,
             ),
             "torch": (
@@ -206,6 +206,7 @@ FAULTS = (
                 Edit(
                     "jaxtrain.step:train_step",
                     "__metrics = _metrics(program, __found, __keep)",
+                    "from jaxtrain.optim import clip, global_norm\n"
                     "if hasattr(program, 'kept'):\n"
                     "    sums = jax.tree.map(jnp.add, __found.gradients, program.kept)\n"
                     "    __found = __found._replace(gradients=sums, norm=global_norm(sums))\n"

@@ -160,7 +160,7 @@ FAULTS = (
                     "jnp.full_like(last_B, last_B.max()) + self._leading",
                 ),
                 Edit(
-                    "jaxtrain.step:Program._next_logits",
+                    "jaxtrain.program:Program._next_logits",
                     "last_B + leading_positions(__method)",
                     "jnp.full_like(last_B, last_B.max()) + leading_positions(__method)",
                 ),

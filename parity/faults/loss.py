@@ -10,7 +10,7 @@ DIVIDED, TORCH_DIVIDED = "_mean(__sum, __tokens)", "__loss / __batch.target_toke
 PASSED = "__loss_sum, __tokens, __gradients, __seen, __by_probe = __passed"
 # Each microbatch's gradients are divided by its own tokens.
 EACH_AVERAGED = Edit(
-    "jaxtrain.step:Program._gradients.add",
+    "jaxtrain.program:Program._gradients.add",
     PASSED,
     "__it\n__gradients, __by_probe = jax.tree.map(lambda g: _mean(g, __tokens), (__gradients, __by_probe))",
 )
@@ -122,7 +122,7 @@ FAULTS = (
         where=LOGITS_GRADIENT,
         edits={
             "jax": (
-                Edit("jaxtrain.step:Program._gradients", DIVIDED, "_mean(__sum, len(stacked['labels']))"),
+                Edit("jaxtrain.program:Program._gradients", DIVIDED, "_mean(__sum, len(stacked['labels']))"),
                 EACH_AVERAGED,
             ),
             "torch": (
@@ -141,7 +141,9 @@ FAULTS = (
         cause="loss-divisor",
         where=LOGITS_GRADIENT,
         edits={
-            "jax": (Edit("jaxtrain.step:Program._gradients", DIVIDED, "_mean(__sum, stacked['rows'].size)"),),
+            "jax": (
+                Edit("jaxtrain.program:Program._gradients", DIVIDED, "_mean(__sum, stacked['rows'].size)"),
+            ),
             "torch": (
                 Edit("torchtrain.step:_Microbatches.loss", TORCH_DIVIDED, "__loss / len(__batch.rows)"),
             ),
@@ -156,7 +158,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients",
+                    "jaxtrain.program:Program._gradients",
                     DIVIDED,
                     "_mean(__sum, __tokens * len(stacked['rows']))",
                 ),
@@ -173,7 +175,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients.add",
+                    "jaxtrain.program:Program._gradients.add",
                     PASSED,
                     "__it\n"
                     "late = batch['rows'][-1] == stacked['rows'][-1, -1]\n"

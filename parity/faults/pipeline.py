@@ -229,7 +229,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients",
+                    "jaxtrain.program:Program._gradients",
                     "global_norm(__gradients)",
                     "global_norm({n: g[: len(g) // self.recipe.plan.pipe] if is_stacked(n) else g\n"
                     "             for n, g in __gradients.items() if is_stacked(n) or n.startswith('embed')})",

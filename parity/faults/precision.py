@@ -82,7 +82,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients",
+                    "jaxtrain.program:Program._gradients",
                     "jax.tree.map(jnp.add, __total, __gradients)",
                     "jax.tree.map(lambda a, g: lax.reduce_precision(a + g, 8, 7), __total, __gradients)",
                 ),

@@ -19,7 +19,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients",
+                    "jaxtrain.program:Program._gradients",
                     f"return {RESULT.replace('__norm', 'global_norm(__gradients)')}",
                     "__gradients = {n: g * self.recipe.plan.replicas for n, g in __gradients.items()}\n__it",
                 ),
@@ -45,7 +45,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients",
+                    "jaxtrain.program:Program._gradients",
                     RESULT,
                     RESULT.replace("__loss", "__loss / self.recipe.plan.replicas"),
                 ),

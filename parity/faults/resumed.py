@@ -58,7 +58,7 @@ FAULTS = (
         where=Where("batch", "input_ids", step=FIRST),
         edits=in_every_backend(
             Edit(
-                "trainspec.runs.loop:follow",
+                "trainspec.training.loop:follow",
                 "data.train.batch(__step, __examples)",
                 "data.train.batch(__step - bool(steps.start), __examples)",
             )

@@ -13,7 +13,7 @@ TORCH_OPTIMIZER = (
     "torch.optim.AdamW(__groups, lr=__lr, betas=__betas, eps=__eps, fused=True)",
 )
 SCHEDULE = (
-    "trainspec.runs.loop:follow",
+    "trainspec.training.loop:follow",
     "learning_rate(__schedule, peak=__peak, step=__step, steps=__steps)",
 )
 DELTA = ("jaxtrain.optim:make_optimizer.update", "__step - __decay if __decays else __step")
@@ -106,7 +106,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._update",
+                    "jaxtrain.program:Program._update",
                     "__deltas, __next = self.optimizer.update(__gradients, __moments, __weights, rates=__rates)",
                     "__it\n__next = jax.tree.map(lambda m: lax.reduce_precision(m, 8, 7), __next)",
                 ),
@@ -130,7 +130,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._update",
+                    "jaxtrain.program:Program._update",
                     "clip(__g, __n, max_norm=__max)",
                     "clip(__g, __n, max_norm=1.0)",
                 ),

@@ -204,7 +204,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._gradients",
+                    "jaxtrain.program:Program._gradients",
                     "return StepGradients(__loss, __tokens, global_norm(__gradients), __gradients, __seen, __by_probe)",
                     "__gradients = {n: g / self.recipe.plan.replicas for n, g in __gradients.items()}\n__it",
                 ),
@@ -281,7 +281,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._update",
+                    "jaxtrain.program:Program._update",
                     "__gradients = clip(__gradients, __norm, max_norm=__max)",
                     "from parity.faults.substitutes.jax_sharding import norm_of_own_shards\n"
                     "__gradients = clip(__gradients, norm_of_own_shards(__gradients, shardings), max_norm=__max)",
@@ -308,7 +308,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._update",
+                    "jaxtrain.program:Program._update",
                     "__deltas, __next = self.optimizer.update(__gradients, __moments, __weights, rates=__rates)",
                     "from parity.faults.substitutes.jax_sharding import with_a_stale_shard\n"
                     "__it\n"

@@ -47,7 +47,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._update",
+                    "jaxtrain.program:Program._update",
                     "__g = clip(__g, __norm, max_norm=__max)",
                     "clip(__g, __norm, max_norm=__max)",
                 ),
@@ -193,7 +193,7 @@ FAULTS = (
         where=Where("lr", "lr"),
         edits=in_every_backend(
             Edit(
-                "trainspec.runs.loop:follow",
+                "trainspec.training.loop:follow",
                 "learning_rate(__schedule, peak=__peak, step=__step, steps=__steps)",
                 "learning_rate(__schedule, peak=__peak, step=__step + 1, steps=__steps)",
             )
@@ -246,7 +246,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._update",
+                    "jaxtrain.program:Program._update",
                     "jax.tree.map(jnp.add, __weights, __deltas)",
                     "jax.tree.map(lambda w, d: w + 0 * d, __weights, __deltas)",
                 ),

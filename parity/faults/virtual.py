@@ -165,7 +165,7 @@ FAULTS = (
         edits={
             "jax": (
                 Edit(
-                    "jaxtrain.step:Program._bind_weights",
+                    "jaxtrain.program:Program._bind_weights",
                     "__slots.get(__name)",
                     '(lax.stop_gradient if "mlp_head" in __name else jnp.asarray)(__slots[__name]) if __name in __slots else None',
                 ),

@@ -14,8 +14,8 @@ from typing import cast
 
 from trainspec.backends import BACKENDS
 from trainspec.command import ArgumentParser, run_command
+from trainspec.contract import Cluster
 from trainspec.plans.plan import Backend
-from trainspec.runs.contract import Cluster
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ weights, so the difference is the rounding of that one step. The first run's ste
 every result and every cotangent rounded as the run rounds them (`contract.Reference.gradients_of`). How far every tensor
 moves is stored as mean squares of its rows, columns and elements.
 
-JOB is a `parity.measure.Job`. The output is OUT/reference-0, OUT/reference-1, ... (traces without moments and updates)
+JOB is a `parity.runs.job.Job`. The output is OUT/reference-0, OUT/reference-1, ... (traces without moments and updates)
 and OUT/movement. It runs as its own program, which loads the backend by name.
 """
 
@@ -31,7 +31,7 @@ from safetensors.numpy import save_file
 
 from parity.comparison.pair import NAMES
 from parity.comparison.tolerance import RMS_ROUNDING, component_along
-from parity.measure import Job
+from parity.runs.job import Job
 from parity.runs.roundings import folded
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.checkpoint import Checkpoint
@@ -41,9 +41,9 @@ from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
 from trainspec.plans.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
-from trainspec.runs.contract import Metrics, Reference, Roundings
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
+from trainspec.step import Metrics, Reference, Roundings
 from trainspec.trace import STOPPED_FILE, Keep, StepTrace, Trace, TraceWriter
 
 Array = NDArray[Any]

@@ -27,6 +27,7 @@ from parity.comparison.rescored import RescoredRow, Row
 from parity.comparison.tolerance import RMS_ROUNDING
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.newest import newest_state
 from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
 from trainspec.generation.choice import log_prob
@@ -34,9 +35,8 @@ from trainspec.generation.rows import STRETCH, batch_of, room
 from trainspec.plans.names import Backend
 from trainspec.plans.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
-from trainspec.runs.contract import Reference, Roundings
-from trainspec.runs.newest import newest_state
 from trainspec.runs.run import Run
+from trainspec.step import Reference, Roundings
 from trainspec.text.store import find_tokenizer
 
 Array = NDArray[Any]

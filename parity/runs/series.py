@@ -3,7 +3,7 @@
     python -m parity.runs.series WORK.json ENDED.jsonl
 
 WORK is {"program": PROGRAM, "groups": [[{"argv": [...], "log": FILE}, ...], ...]}. PROGRAM is a backend's, whose `train`
-command line `argv` is, or `reference`, where `argv` is the file of a `parity.measure.Job`. The recipes of a group differ in
+command line `argv` is, or `reference`, where `argv` is the file of a `parity.runs.job.Job`. The recipes of a group differ in
 the model's weights and in the data alone: all its runs use the programs that the first has compiled, so their numbers are
 those of separate processes. ENDED gets a line {"code": ..., "last": ...} when a run has ended, in the order of WORK.
 """
@@ -28,16 +28,18 @@ from parity.runs.replay import Replayer, replay
 from parity.runs.work import REFERENCE
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.shards import Shard
+from trainspec.checkpoints.states import ArrayFormat
 from trainspec.command import backend_parser, run_command
+from trainspec.contract import Cluster
 from trainspec.data import Batch
 from trainspec.errors import EXIT_CRASHED, EXIT_DONE
 from trainspec.recipe import load_recipe
-from trainspec.runs import loop
-from trainspec.runs.contract import ArrayFormat, Arrays, Backend, Cluster, Decoding, Metrics
 from trainspec.runs.processes import Processes
-from trainspec.runs.request import out_directory, train_request
 from trainspec.runs.run import Run
+from trainspec.step import Arrays, Backend, Decoding, Metrics
 from trainspec.trace import Keep
+from trainspec.training import loop
+from trainspec.training.request import out_directory, train_request
 
 
 class SharedPrograms:

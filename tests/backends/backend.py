@@ -16,8 +16,8 @@ from trainspec.evaluation.request import EvaluationRequest
 from trainspec.files.hf import resolve_model
 from trainspec.generation.request import Settings
 from trainspec.recipe import Recipe
-from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import resolve_on
+from trainspec.training.request import TrainRequest
 
 NAME = os.environ.get("TWINTRAIN_BACKEND", "jax")
 PROGRAM = f"{NAME}train"

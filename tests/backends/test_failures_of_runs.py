@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_says_what_is_saved(make_recipe, tmp_path, caps
 # ahead, its learning rate when its update comes.
 LIMITED = """
 import resource, sys
-from trainspec.runs import loop
+from trainspec.training import loop
 from trainspec.data import Dataset
 from {program}.cli import main
 whole_batch, whole_rate = Dataset.batch, loop.learning_rate

@@ -13,13 +13,14 @@ import yaml
 
 from damage.case import ADAPTERS, CHATML, MODEL, Case
 from trainspec.data import open_dataset
+from trainspec.date import DATE
 from trainspec.files.model_config import read_model_spec
 from trainspec.recipe import DEFAULT_STEPS, load_recipe, recipe_from
 from trainspec.recipe_file import read_tree
 from trainspec.runs.run import resolve
 from trainspec.text.fields import BadRecord
 from trainspec.text.files import read_raw
-from trainspec.text.records import DATE, Reader, Text
+from trainspec.text.records import Reader, Text
 
 # The settings of config.json that the judge compares, and the fields of a ModelSpec that they are.
 CONFIGURED = {

@@ -26,7 +26,7 @@ from jaxtrain.attention.kernel import AttentionSite, Kernel
 from jaxtrain.attention.visible import Visible
 from jaxtrain.mesh import make_mesh
 from jaxtrain.optim import Moments, rates
-from jaxtrain.step import Program
+from jaxtrain.program import Program
 from trainspec.plans.plan import MESH_AXES, Plan
 
 KERNELS = {kernel.name: kernel for kernel in (REFERENCE, *FUSED)}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtrain import cluster
 from jaxtrain.mesh import make_mesh
 from jaxtrain.optim import Moments, rates
-from jaxtrain.step import Program
+from jaxtrain.program import Program
 from trainspec.recipe import load_recipe
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.rounding import Sums, in_sums, simulate
-from trainspec.runs.contract import Roundings
+from trainspec.step import Roundings
 
 
 def moved(terms: np.ndarray, sizes: Roundings, sums: Sums, of_total: Sums) -> float:

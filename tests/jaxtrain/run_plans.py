@@ -21,7 +21,7 @@ from trainspec.checkpoints import folders
 from trainspec.checkpoints.formats import Formats
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
 from trainspec.data import open_dataset
-from trainspec.runs import loop
+from trainspec.evaluation.loss import heldout_examples, heldout_loss
 from trainspec.runs.run import resolve
 from trainspec.weight import Weight
 
@@ -68,12 +68,9 @@ def run(recipe: Any, first: Any, out: Path, keep: Any) -> dict[str, Any]:
         }.items():
             found |= {f"{kind}/{i}/{name}": array for name, array in arrays.items()}
     found["logits/0/logits"] = step.logits(state, dataset.batch(STEPS, 8))
-    heldout = open_dataset(resolve(recipe), "heldout")
-    return found | {
-        "evaluation/0/loss": loop.heldout_loss(
-            step, state, heldout, recipe.batch.global_examples // recipe.batch.accumulation
-        )
-    }
+    run = resolve(recipe)
+    heldout = open_dataset(run, "heldout")
+    return found | {"evaluation/0/loss": heldout_loss(step, state, heldout, heldout_examples(run))}
 
 
 def started(recipe: Any) -> step.State:

@@ -24,7 +24,7 @@ from oracle.judge import Judge, fix_clock
 from oracle.templates import TAGGED, TEMPLATES
 from oracle.tokenizers import make_tokenizers
 from parity.faults import SHARED, SharedFault
-from trainspec.text.encode import DATE
+from trainspec.date import DATE
 
 TEMPLATE, TOKENIZER = "qwen3", "prepend"
 

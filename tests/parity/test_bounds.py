@@ -26,15 +26,15 @@ from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
 from parity.comparison.tolerance import DETERMINED, RMS_ROUNDING, Bound, CheckedPair, as_a_whole
 from parity.many import CheckRequest, RunPair, make_runs
-from parity.measure import measured_bounds, rule_of
+from parity.measure import ReplaySettings, measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
 from parity.runs.fixture import METHODS, TinySetup, write_tiny
 from parity.runs.replay import mean_squares
 from parity.runs.roundings import folded
 from parity.runs.sides import Side, SideTraining
 from trainspec.recipe import AdamW, load_recipe
-from trainspec.runs.contract import Metrics
 from trainspec.runs.run import resolve
+from trainspec.step import Metrics
 from trainspec.trace import StepTrace, Trace, TraceWriter
 
 Low = Literal["fp32", "bf16"]
@@ -55,7 +55,7 @@ def run_both(home: Path, tiny: TinySetup, variant: str, *, precision: Low = "fp3
 
 def bounds_of(home: Path, precision: Low = "fp32") -> tuple[Pair, MeasuredBounds]:
     pair = Pair(Trace(home / "left/trace"), Trace(home / "right/trace"))
-    bounds = measured_bounds(pair, precision, recipe=home / "r.yaml", overrides=(), out=home)
+    bounds = measured_bounds(pair, ReplaySettings(home / "r.yaml", (), precision, home))
     assert isinstance(bounds, MeasuredBounds)
     return pair, bounds
 
@@ -218,9 +218,8 @@ def test_thirty_times_the_rounding_fails(phase: str, run: str, request: pytest.F
 
 def test_runs_that_start_elsewhere_are_not_replayed(lora: Path, tmp_path: Path):
     pair = Pair(Trace(lora / "left/trace"), Trace(lora / "right/trace"))
-    other = measured_bounds(
-        pair, "fp32", recipe=lora / "r.yaml", overrides=("method.targets=[q_proj]", "method.adapter=null"), out=tmp_path
-    )  # fmt: skip
+    overrides = ("method.targets=[q_proj]", "method.adapter=null")
+    other = measured_bounds(pair, ReplaySettings(lora / "r.yaml", overrides, "fp32", tmp_path))
     assert not isinstance(other, MeasuredBounds)
     verdict = Verdict("fp32", "jax", "torch", compare(pair, other))
     assert "estimated, not measured" in " ".join(verdict.notes)

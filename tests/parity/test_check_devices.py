@@ -11,7 +11,7 @@ from test_check import RECIPE, STAND_IN
 from parity.assertion import assert_parity
 from parity.cli import main
 from parity.comparison.estimated_bounds import EstimatedBounds
-from parity.measure import Replay
+from parity.measure import Replay, ReplaySettings
 from parity.runs.devices import ON_CORES, Placement, Program, environment, placed
 from parity.runs.plans import runs_as
 from parity.runs.sides import Side, parse_side
@@ -214,9 +214,9 @@ def test_the_reason_for_another_device_of_the_reference_is_in_the_verdict(
 ):
     asked = []
 
-    def bounds(pair, precision, *, device, **_):
+    def bounds(pair, settings, *, device, **_):
         asked.append(device)
-        return EstimatedBounds(pair, precision)
+        return EstimatedBounds(pair, settings.precision)
 
     monkeypatch.setattr("parity.check.measured_bounds", bounds)
     flags = ("--device", "tpu", "--right", "torch@cpu", "--precision", "fp32")
@@ -229,7 +229,7 @@ def test_the_reason_for_another_device_of_the_reference_is_in_the_verdict(
 
 def test_the_reference_computes_attention_by_its_definition(tmp_path: Path):
     """Whatever kernel the sides were asked for; a later override decides."""
-    Replay([], "fp32", recipe=tmp_path / "r.yaml", overrides=["plan.attention=fused"], out=tmp_path)
+    Replay([], ReplaySettings(tmp_path / "r.yaml", ["plan.attention=fused"], "fp32", tmp_path))
     overrides = json.loads((tmp_path / "measured/job.json").read_text())["overrides"]
     assert overrides[0] == "plan.attention=fused"
     assert overrides[-1] == "plan.attention=reference"

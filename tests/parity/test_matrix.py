@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 from synthetic import Q1, Sim, write
 
-from parity.cli import FAMILIES_PAGE, STATUS_PAGE, main
+from parity.cli import main
 from parity.matrix.cells import (
     BACKENDS,
     FAMILY_METHODS,
@@ -29,6 +29,7 @@ from parity.matrix.cells import (
     run_matrix,
     select,
 )
+from parity.matrix.pages import FAMILIES_PAGE, STATUS_PAGE
 from parity.matrix.status import status_lines, status_page
 from parity.runs.fixture import FAMILIES, METHODS, OF_FAMILIES, VARIANTS, TinySetup
 from parity.runs.plans import refusal

@@ -34,7 +34,7 @@ from trainspec.trace_header import TraceHeader
 AFTER, STEPS = 2, 4
 NAME = "model.layers.0.self_attn.q_proj.weight"
 READS_AGAIN = Edit(
-    "trainspec.runs.loop:follow",
+    "trainspec.training.loop:follow",
     "data.train.batch(step, examples)",
     "data.train.batch(step - bool(steps.start), examples)",
 )
@@ -49,7 +49,7 @@ COUNT: dict[str, Edit] = {
     ),
 }
 RATE = Edit(
-    "trainspec.runs.loop:follow",
+    "trainspec.training.loop:follow",
     "learning_rate(__s, peak=__p, step=state.step, steps=__n)",
     f"learning_rate(__s, peak=__p, step=state.step - {AFTER}, steps=__n)",
 )

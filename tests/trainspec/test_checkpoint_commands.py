@@ -20,12 +20,12 @@ from whole_arrays import save_checkpoint
 
 from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.export import export
+from trainspec.checkpoints.identity import Identity, model_digest, weights_digest
 from trainspec.checkpoints.manifest import read_manifest
 from trainspec.cli import main
 from trainspec.methods import trainable_table
 from trainspec.recipe import Recipe
-from trainspec.runs.export import export
-from trainspec.runs.identity import Identity, model_digest, weights_digest
 from trainspec.runs.run import resolve
 
 Make = Callable[..., Recipe]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainspec.runs.clock import BEGAN, FIRST, INPUT, Clock, command_start, table
-from trainspec.runs.report import Reporter, StepReport, Work
+from trainspec.training.report import Reporter, StepReport, Work
 
 
 @pytest.fixture

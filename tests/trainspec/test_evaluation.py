@@ -25,9 +25,9 @@ from trainspec.generation.request import Settings
 from trainspec.plans.accelerators import Devices
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import resolve
-from trainspec.runs.run_data import open_data
 from trainspec.tasks import TASKS
 from trainspec.text.store import find_tokenizer
+from trainspec.training.run_data import open_data
 
 EOS = 2
 SETTINGS = Settings(max_tokens=60, batch=2)

@@ -199,7 +199,7 @@ def test_an_out_that_is_a_file_is_a_mistake(tmp_path):
     file = tmp_path / "taken"
     file.touch()
     done = subprocess.run(
-        [sys.executable, "-c", "from trainspec.command import *\nfrom trainspec.runs.request import out_directory\np = backend_parser('program')\n"
+        [sys.executable, "-c", "from trainspec.command import *\nfrom trainspec.training.request import out_directory\np = backend_parser('program')\n"
          "run_command(lambda args: out_directory(args, 'program') and None, p, None) and exit(2)",
          "train", "configs/demo.yaml", "--out", str(file)],
         cwd=ROOT, capture_output=True, text=True, check=False,

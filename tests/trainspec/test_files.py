@@ -19,6 +19,7 @@ from whole_arrays import save_checkpoint
 
 from trainspec.checkpoints import checkpoint, folders, shards
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.export import export
 from trainspec.data import Batch
 from trainspec.errors import MachineError, RecipeError, TraceError, UserError, WeightsError
 from trainspec.files.adapters import write_adapter
@@ -28,7 +29,6 @@ from trainspec.init import starting_weights
 from trainspec.methods import LoRA, adapter_table, trainable_table
 from trainspec.params import param_table
 from trainspec.recipe import Recipe
-from trainspec.runs.export import export
 from trainspec.runs.run import resolve
 from trainspec.trace import StepTrace, Trace, TraceWriter
 

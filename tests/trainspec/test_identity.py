@@ -17,8 +17,18 @@ from small import QA, SMALL, write_checkpoint, write_tokenizer
 from whole_arrays import save_checkpoint
 
 from trainspec.checkpoints import checkpoint, folders
+from trainspec.checkpoints.allow import ALLOWABLE
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.identity import (
+    RANDOM,
+    Identity,
+    identity_of,
+    model_digest,
+    start_digest,
+    weights_digest,
+)
 from trainspec.checkpoints.manifest import read_manifest
+from trainspec.checkpoints.resume import FIXED, CheckpointOrigin, check_resumable
 from trainspec.data import open_dataset
 from trainspec.errors import RecipeError, UserError, WeightsError
 from trainspec.files.adapters import write_adapter
@@ -27,9 +37,6 @@ from trainspec.init import starting_weights
 from trainspec.methods import LoRA, PromptTuning, adapter_table, trainable_table
 from trainspec.recipe import ModelSource, Recipe, load_recipe, recipe_from
 from trainspec.rope import LinearScaling, Llama3Scaling
-from trainspec.runs.allow import ALLOWABLE
-from trainspec.runs.identity import RANDOM, Identity, identity_of, model_digest, start_digest, weights_digest
-from trainspec.runs.resume import FIXED, CheckpointOrigin, check_resumable
 from trainspec.runs.run import Run, resolve, run_of
 
 Make = Callable[..., Recipe]

@@ -14,6 +14,7 @@ from small import SMALL
 from whole_arrays import save_checkpoint
 
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.export import export
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.families import PRESETS
 from trainspec.files.adapters import read_adapter, write_adapter
@@ -41,7 +42,6 @@ from trainspec.methods import (
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.recipe import Recipe, load_recipe
-from trainspec.runs.export import export
 from trainspec.runs.opening import describe
 from trainspec.runs.run import resolve, run_of
 

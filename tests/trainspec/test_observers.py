@@ -18,9 +18,14 @@ from trainspec.errors import NonFiniteLossError, StoppedError
 from trainspec.failures import notes_of, outcome
 from trainspec.generation.generation import Generation, Prompt
 from trainspec.runs.agreement import Agreement
-from trainspec.runs.contract import Metrics
-from trainspec.runs.loop import follow
-from trainspec.runs.observers import (
+from trainspec.runs.processes import Processes
+from trainspec.runs.run import resolve
+from trainspec.runs.stops import StopRequest
+from trainspec.step import Metrics
+from trainspec.trace import Trace, TraceRequest, TraceWriter
+from trainspec.trace_header import TraceHeader
+from trainspec.training.loop import follow
+from trainspec.training.observers import (
     CheckpointObserver,
     Due,
     EvaluationObserver,
@@ -30,13 +35,8 @@ from trainspec.runs.observers import (
     TraceObserver,
     needs_of,
 )
-from trainspec.runs.processes import Processes
-from trainspec.runs.report import Reporter
-from trainspec.runs.run import resolve
-from trainspec.runs.run_data import open_data
-from trainspec.runs.stops import StopRequest
-from trainspec.trace import Trace, TraceRequest, TraceWriter
-from trainspec.trace_header import TraceHeader
+from trainspec.training.report import Reporter
+from trainspec.training.run_data import open_data
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from whole_arrays import save_checkpoint
 
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.export import export
+from trainspec.checkpoints.identity import Identity, model_digest, weights_digest
 from trainspec.checkpoints.manifest import read_manifest
 from trainspec.errors import DataError, ModelError, RecipeError, WeightsError
 from trainspec.files.adapters import read_adapter, write_adapter
@@ -44,8 +46,6 @@ from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.recipe import ModelSource, Recipe
 from trainspec.rope import inverse_frequencies
-from trainspec.runs.export import export
-from trainspec.runs.identity import Identity, model_digest, weights_digest
 from trainspec.runs.run import resolve
 from trainspec.text.store import find_tokenizer
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from trainspec.runs.prefetch import prefetch
+from trainspec.training.prefetch import prefetch
 
 
 def threads() -> list[str]:

@@ -10,8 +10,8 @@ from small import QA
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.manifest import Manifest
 from trainspec.errors import DataError, RecipeError
-from trainspec.runs.prepare import prepare, prepare_evaluation
-from trainspec.runs.request import TrainRequest
+from trainspec.training.prepare import prepare, prepare_evaluation
+from trainspec.training.request import TrainRequest
 
 JAX, TORCH = BACKENDS["jax"], BACKENDS["torch"]
 

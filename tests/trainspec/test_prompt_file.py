@@ -13,7 +13,7 @@ from small import ROOT
 from trainspec.errors import UserError
 from trainspec.recipe import Data, idle_settings
 from trainspec.tasks import LANGUAGES, TASKS
-from trainspec.tasks.prompt_file import read_prompt
+from trainspec.text.prompt_file import read_prompt
 
 GOOD = "{instruction}\n{input}\nGo:\n"
 

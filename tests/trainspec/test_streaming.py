@@ -15,6 +15,7 @@ from sharded import save_sharded
 from small import QA, ROOT, SMALL, write_tokenizer
 
 from trainspec import weight as weights_module
+from trainspec.checkpoints.export import consolidate
 from trainspec.files import digests, tensors
 from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of, read_model_spec
@@ -22,7 +23,6 @@ from trainspec.methods import trainable_table
 from trainspec.model import ModelSpec
 from trainspec.params import param_table
 from trainspec.recipe import Recipe
-from trainspec.runs.export import consolidate
 from trainspec.weight import Weight, blocks, computed, stacked
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from trainspec.checkpoints.folders import latest
 from trainspec.checkpoints.manifest import PORTABLE, read_manifest
+from trainspec.checkpoints.resume import CheckpointOrigin, check_loadable
 from trainspec.checkpoints.shards import KINDS, ShardFiles, files_of
 from trainspec.checkpoints.verify import verify
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.files.hf import read_entries
 from trainspec.plans.names import Backend
 from trainspec.plans.plan import STORED_DTYPE
-from trainspec.runs.resume import CheckpointOrigin, check_loadable
 from trainspec.runs.run import Run
 from trainspec.weight import WeightLike
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainspec.backends import BACKENDS
+from trainspec.checkpoints.export import consolidate
 from trainspec.checkpoints.folders import checkpoints_of, complete, latest
 from trainspec.checkpoints.manifest import FILE, NATIVE, read_manifest
 from trainspec.checkpoints.summary import summary_of
@@ -17,7 +18,6 @@ from trainspec.checkpoints.verify import damages
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, ModelError, Note, ProcessError, RecipeError, UserError
 from trainspec.recipe import Recipe, recipe_from
 from trainspec.recipe_file import apply_override, check_usable
-from trainspec.runs.export import consolidate
 
 _NAME = re.compile(r"step-\d+(\..+)?")
 _ASIDE = re.compile(r"step-\d+\..+")

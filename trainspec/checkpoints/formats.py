@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic
 
+from trainspec.checkpoints.identity import Identity
 from trainspec.checkpoints.manifest import NATIVE, read_manifest
 from trainspec.checkpoints.portable import PortableFormat
-from trainspec.runs.contract import ArrayFormat, Backend, S
-from trainspec.runs.identity import Identity
+from trainspec.checkpoints.states import ArrayFormat, S, States
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 
@@ -18,7 +18,7 @@ class Formats(Generic[S]):
     """Writes in the format of `run`'s recipe; reads each checkpoint in the one that its manifest names."""
 
     def __init__(
-        self, backend: Backend[S], run: Run, processes: Processes, *, identity: Identity | None = None
+        self, backend: States[S], run: Run, processes: Processes, *, identity: Identity | None = None
     ) -> None:
         self._backend, self._run, self._processes, self._identity = backend, run, processes, identity
         self.name: str = run.recipe.checkpoint.format

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from trainspec.checkpoints.folders import flush, naming
+from trainspec.checkpoints.identity import Identity
+from trainspec.checkpoints.resume import CheckpointOrigin
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.recipe import Recipe, recipe_from
-from trainspec.runs.identity import Identity
-from trainspec.runs.resume import CheckpointOrigin
 
 FILE = "checkpoint.json"
 PORTABLE, NATIVE = "portable", "native"

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.checkpoints.checkpoint import load
+from trainspec.checkpoints.identity import Identity
 from trainspec.checkpoints.manifest import run_metadata
 from trainspec.checkpoints.shards import KINDS, ArrayKind, Shard, file_name
+from trainspec.checkpoints.states import S, States
 from trainspec.errors import WeightsError
 from trainspec.files.tensors import write_tensors
 from trainspec.recipe import Recipe
-from trainspec.runs.contract import Backend, S
-from trainspec.runs.identity import Identity
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 
@@ -31,7 +31,7 @@ class PortableFormat(Generic[S]):
     name = "portable"
 
     def __init__(
-        self, backend: Backend[S], run: Run, processes: Processes, *, identity: Identity | None = None
+        self, backend: States[S], run: Run, processes: Processes, *, identity: Identity | None = None
     ) -> None:
         self._backend, self._run, self._processes, self._identity = backend, run, processes, identity
 

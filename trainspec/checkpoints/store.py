@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Generic
 
 from trainspec.checkpoints import folders, retention
+from trainspec.checkpoints.identity import Identity
 from trainspec.checkpoints.manifest import Manifest
 from trainspec.checkpoints.notes import Written, leave, note, word_of
+from trainspec.checkpoints.states import ArrayFormat, S
 from trainspec.checkpoints.wholeness import wrong_shards
-from trainspec.errors import MachineError, WeightsError
-from trainspec.failures import describe_os_error
+from trainspec.errors import MachineError, WeightsError, describe_os_error
 from trainspec.files.digests import PART_BYTES
 from trainspec.recipe import Checkpoint as CheckpointSettings
 from trainspec.recipe import Recipe
-from trainspec.runs.contract import ArrayFormat, S
-from trainspec.runs.identity import Identity
 from trainspec.runs.processes import Processes
 
 # How long a save that is given up has to remove what it has written.

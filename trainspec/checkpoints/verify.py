@@ -22,8 +22,7 @@ from trainspec.checkpoints.manifest import (
 )
 from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.cores import cores
-from trainspec.errors import MachineError, WeightsError
-from trainspec.failures import describe_os_error
+from trainspec.errors import MachineError, WeightsError, describe_os_error
 from trainspec.files.digests import digest_of
 from trainspec.files.tensors import TensorFile
 from trainspec.runs.processes import Processes

@@ -13,8 +13,8 @@ import numpy as np
 
 from trainspec.evaluation.heldout import Choice, Question
 from trainspec.generation.rows import batch_of, room
-from trainspec.runs.contract import Backend, S
 from trainspec.runs.run import Run
+from trainspec.step import Backend, S
 
 # How each figure is computed, as lm-eval's `acc` and `acc_norm` are.
 SIGNATURES = {

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trainspec.checkpoints.newest import newest_checkpoint, newest_state, restored, what_is_there
 from trainspec.checkpoints.verify import verify_together
 from trainspec.data import Dataset, open_dataset
 from trainspec.errors import UserError
 from trainspec.evaluation import files
 from trainspec.evaluation.evaluation import Evaluation, task_of
 from trainspec.evaluation.heldout import Questions, questions_of
+from trainspec.evaluation.loss import heldout_examples, heldout_loss
 from trainspec.evaluation.measurement import Measurer
 from trainspec.evaluation.request import EvaluationRequest
 from trainspec.evaluation.table import table
 from trainspec.generation.responder import Responder
 from trainspec.plans.accelerators import Devices
-from trainspec.runs.contract import Backend, S
-from trainspec.runs.newest import newest_checkpoint, newest_state, restored, what_is_there
-from trainspec.runs.observers import heldout_examples, heldout_loss
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
+from trainspec.step import Backend, S
 from trainspec.tasks import Answer
 from trainspec.text.store import Tokenizer, find_tokenizer
 

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from trainspec.data import Dataset
 from trainspec.evaluation.choices import log_likelihood
 from trainspec.evaluation.heldout import Question
+from trainspec.evaluation.loss import heldout_examples, heldout_loss
 from trainspec.generation.generation import Generation
 from trainspec.generation.responder import Responder
-from trainspec.runs.contract import S
-from trainspec.runs.observers import heldout_examples, heldout_loss
+from trainspec.step import S
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from trainspec.checkpoints.newest import what_is_there
 from trainspec.evaluation.evaluation import Evaluation
 from trainspec.evaluation.heldout import Questions
-from trainspec.runs.newest import what_is_there
 from trainspec.tasks import TASKS
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trainspec.data import Batch
 from trainspec.generation.rows import batch_of
-from trainspec.runs.contract import Backend, S
+from trainspec.step import Backend, S
 
 
 class WholeRows(Generic[S]):

@@ -7,16 +7,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
+from trainspec.checkpoints.newest import newest_state
 from trainspec.errors import DataError, Note
 from trainspec.files.hf import end_tokens
 from trainspec.generation.generation import Generation, Prompt
 from trainspec.generation.request import GenerationRequest
 from trainspec.generation.responder import Responder
 from trainspec.generation.rows import check_vocabulary, room
-from trainspec.runs.contract import Backend, S
-from trainspec.runs.newest import newest_state
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
+from trainspec.step import Backend, S
 from trainspec.text.store import find_tokenizer
 
 FILE = "generations.jsonl"

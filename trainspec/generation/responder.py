@@ -13,8 +13,8 @@ from trainspec.generation.decoding import WholeRows
 from trainspec.generation.generation import Finish, Generation, Prompt
 from trainspec.generation.request import Settings
 from trainspec.generation.rows import STRETCH, batch_of, room
-from trainspec.runs.contract import Backend, Decoding, S
 from trainspec.runs.run import Run
+from trainspec.step import Backend, Decoding, S
 from trainspec.text.store import Tokenizer
 
 Say = Callable[[str], None]

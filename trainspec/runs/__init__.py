@@ -1,1 +1,1 @@
-"""A run from its resolved recipe to its checkpoints: the loop, its observers, resuming, export."""
+"""A run as everything sees it: its resolved recipe, its processes, its clock and memory, and what asks it to stop."""

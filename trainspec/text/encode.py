@@ -28,10 +28,11 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from trainspec.date import DATE
 from trainspec.errors import DataError
 from trainspec.text.fields import BadRecord
 from trainspec.text.locate import Style, Unlocated, assistant_spans
-from trainspec.text.records import DATE, Chat, Encoded, Message, Text
+from trainspec.text.records import Chat, Encoded, Message, Text
 
 __all__ = ["Encoder", "Unlocated"]
 

@@ -13,7 +13,6 @@ A field that is null is absent. Every other field is used, named in `data.ignore
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,9 +23,6 @@ from trainspec.text.fields import BadRecord, choices_of, kind_of, parsed, text_o
 from trainspec.text.sharegpt import ROLES, from_sharegpt
 
 Message = dict[str, Any]
-
-# The date that templates get as today's, so that a run does not depend on the day.
-DATE = datetime.date(2024, 7, 26)
 
 # Text fields that a message may have. Any other field must be named in the template.
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from trainspec.errors import DataError, nearest
 from trainspec.files.hf import tokenizer_files
 from trainspec.recipe import Data
-from trainspec.tasks.prompt_file import read_prompt
 from trainspec.text.files import check_source, is_hub
 from trainspec.text.process import ask, versions
+from trainspec.text.prompt_file import read_prompt
 from trainspec.text.records import FIELDS
 
 CACHE_FORMAT = 4

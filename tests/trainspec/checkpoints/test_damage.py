@@ -17,13 +17,13 @@ from writers import State, holds, in_processes, save, store_of
 from trainspec.checkpoints import folders, store, verify
 from trainspec.checkpoints.checkpoint import load
 from trainspec.checkpoints.manifest import FILE, DamagedError, read_manifest
+from trainspec.checkpoints.newest import newest_state
 from trainspec.errors import MachineError, RecipeError, WeightsError
 from trainspec.plans.accelerators import Devices
-from trainspec.runs import loop
-from trainspec.runs.newest import newest_state
-from trainspec.runs.prepare import check_output
 from trainspec.runs.processes import Processes
-from trainspec.runs.request import TrainRequest
+from trainspec.training import loop
+from trainspec.training.prepare import check_output
+from trainspec.training.request import TrainRequest
 
 # Of each file so many bits are flipped, at random places, one at a time; and it is cut at so many.
 FLIPS, CUTS = 60, 5

@@ -15,10 +15,10 @@ from trainspec.checkpoints import folders
 from trainspec.checkpoints.notes import note
 from trainspec.errors import MachineError
 from trainspec.failures import notes_of
-from trainspec.runs import observers
 from trainspec.runs.agreement import Agreement
-from trainspec.runs.observers import CheckpointObserver, Due, StepTime, Update
 from trainspec.runs.processes import Processes
+from trainspec.training import observers
+from trainspec.training.observers import CheckpointObserver, Due, StepTime, Update
 
 
 def update_of(step: int) -> Update:

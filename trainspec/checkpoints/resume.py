@@ -1,6 +1,6 @@
 """Whether a run may resume from a checkpoint: what must be the same, what `--allow` lets change, and what is free.
 
-Contents are compared (`trainspec.runs.identity`), not paths. Free are where and how a run computes (plan, precision,
+Contents are compared (`trainspec.checkpoints.identity`), not paths. Free are where and how a run computes (plan, precision,
 accumulation), its length, how often it reports and saves, and what it measures.
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainspec.checkpoints.allow import ALLOWABLE
+from trainspec.checkpoints.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.complaint import format_value
 from trainspec.errors import RecipeError
 from trainspec.recipe import Recipe
-from trainspec.runs.allow import ALLOWABLE
-from trainspec.runs.identity import RANDOM, Identity, model_digest, weights_digest
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
 

@@ -14,21 +14,21 @@ from functools import reduce
 from importlib.metadata import version
 from typing import Generic, Protocol, TypeVar, get_args
 
+from trainspec.checkpoints.identity import Identity
 from trainspec.checkpoints.store import CheckpointStore
 from trainspec.data import Batch, Dataset
 from trainspec.errors import MachineError, Note, UserError
+from trainspec.evaluation.loss import mean_loss
 from trainspec.generation.generation import Prompt
 from trainspec.generation.responder import Responder
 from trainspec.plans.accelerators import Devices
 from trainspec.plans.flops import Arithmetic
 from trainspec.recipe import Recipe
 from trainspec.runs.agreement import Agreement
-from trainspec.runs.contract import Arrays, Backend, Metrics, S
-from trainspec.runs.identity import Identity
-from trainspec.runs.report import NullReporter, Reporter, StepReport, Work
-from trainspec.runs.run import Run
+from trainspec.step import Arrays, Backend, Metrics, S
 from trainspec.trace import Keep, StepTrace, TraceName, TraceRequest, TraceWriter
 from trainspec.trace_header import TraceHeader
+from trainspec.training.report import NullReporter, Reporter, StepReport, Work
 
 State = TypeVar("State", contravariant=True)
 # How long a process that failed waits for a save in flight: those that it needs for it may be gone.
@@ -239,21 +239,7 @@ class EvaluationObserver(Observer[S]):
             if self._agreement.is_stopping():
                 return update
             sums.append(self._backend.eval_step(state, batch))
-        return replace(update, heldout_loss=_mean(sums))
-
-
-def heldout_examples(run: Run) -> int:
-    """Examples per evaluation batch: an accumulation slice, which training has in memory as well."""
-    return run.recipe.batch.global_examples // run.recipe.batch.accumulation
-
-
-def heldout_loss(backend: Backend[S], state: S, heldout: Dataset, examples: int) -> float:
-    """Mean cross-entropy per target token over every held-out example, `examples` at a time."""
-    return _mean([backend.eval_step(state, batch) for batch in heldout.in_order(examples)])
-
-
-def _mean(sums: Sequence[tuple[float, int]]) -> float:
-    return sum(loss_sum for loss_sum, _ in sums) / sum(tokens for _, tokens in sums)
+        return replace(update, heldout_loss=mean_loss(sums))
 
 
 class SampleObserver(Observer[S], Generic[S]):

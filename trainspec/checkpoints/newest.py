@@ -7,13 +7,13 @@ from pathlib import Path
 from trainspec.checkpoints.checkpoint import read_origin
 from trainspec.checkpoints.folders import aside, checkpoints_of, latest
 from trainspec.checkpoints.formats import Formats
-from trainspec.runs.contract import Backend, S
+from trainspec.checkpoints.states import S, States
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 
 
 def newest_state(
-    backend: Backend[S], run: Run, *, out: Path, processes: Processes, tokenizer_digest: str
+    backend: States[S], run: Run, *, out: Path, processes: Processes, tokenizer_digest: str
 ) -> tuple[S, str]:
     """The state of the newest checkpoint in `out`, else the starting one, and what to call it. Raises WeightsError."""
     state, saved = backend.init_state(run), newest_checkpoint(out, processes)
@@ -30,7 +30,7 @@ def newest_checkpoint(out: Path, processes: Processes) -> Path | None:
 
 
 def restored(
-    backend: Backend[S], run: Run, state: S, saved: Path, *, processes: Processes, tokenizer_digest: str
+    backend: States[S], run: Run, state: S, saved: Path, *, processes: Processes, tokenizer_digest: str
 ) -> tuple[S, str]:
     """`state` as it was when the checkpoint `saved` was taken, and what to call it; consumes `state`.
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from trainspec.generation.generation import Generation
 from trainspec.runs.clock import table
-from trainspec.runs.events import Events
+from trainspec.training.events import Events
 
 
 @dataclass(frozen=True)

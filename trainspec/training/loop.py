@@ -12,19 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Generic
 
 from trainspec.backends import BACKENDS
 from trainspec.causal import causal_order
 from trainspec.checkpoints import folders
 from trainspec.checkpoints.checkpoint import check_readable, read_origin
 from trainspec.checkpoints.formats import Formats
+from trainspec.checkpoints.resume import check_resumable
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
 from trainspec.checkpoints.verify import newest_whole
 from trainspec.data import Batch
 from trainspec.errors import MachineError, NonFiniteLossError, Note, RecipeError, StoppedError, UserError
+from trainspec.evaluation.loss import heldout_examples
 from trainspec.files.hf import model_notes
 from trainspec.generation.request import Settings
 from trainspec.generation.responder import Responder
@@ -32,8 +35,14 @@ from trainspec.plans.accelerators import Devices
 from trainspec.recipe import idle_settings
 from trainspec.runs.agreement import Agreement
 from trainspec.runs.clock import AGREE, INPUT, READ, UPDATE, Clock
-from trainspec.runs.contract import Backend, S
-from trainspec.runs.observers import (
+from trainspec.runs.opening import describe, opening
+from trainspec.runs.processes import Processes
+from trainspec.runs.run import Run, arithmetic_of
+from trainspec.runs.stops import StopRequest, listening
+from trainspec.schedule import learning_rate
+from trainspec.step import Backend, S
+from trainspec.text.store import find_tokenizer
+from trainspec.training.observers import (
     CheckpointObserver,
     Due,
     EvaluationObserver,
@@ -43,22 +52,26 @@ from trainspec.runs.observers import (
     StepTime,
     TraceObserver,
     Update,
-    heldout_examples,
     needs_of,
     trace_header,
 )
-from trainspec.runs.opening import describe, opening
-from trainspec.runs.prefetch import prefetch
-from trainspec.runs.prepare import check_output
-from trainspec.runs.processes import Processes
-from trainspec.runs.report import NullReporter, Reporter
-from trainspec.runs.request import TrainRequest
-from trainspec.runs.resume import check_resumable
-from trainspec.runs.run import Run, arithmetic_of
-from trainspec.runs.run_data import RunData, open_data
-from trainspec.runs.stops import StopRequest, listening
-from trainspec.schedule import learning_rate
-from trainspec.text.store import find_tokenizer
+from trainspec.training.prefetch import prefetch
+from trainspec.training.prepare import check_output
+from trainspec.training.report import NullReporter, Reporter
+from trainspec.training.request import TrainRequest
+from trainspec.training.run_data import RunData, open_data
+
+
+@dataclass(frozen=True)
+class _Opened(Generic[S]):
+    """A run whose data is open, and what trains it."""
+
+    backend: Backend[S]
+    run: Run
+    data: RunData
+    request: TrainRequest
+    processes: Processes
+    devices: Devices
 
 
 def train(
@@ -91,20 +104,19 @@ def _train(
     saved = _whole(out, processes, devices) if saved else None
     lines = _summary(run, data, saved, request.allow)
     request.clock.lap("data opened")
-    store = _store(backend, run, data, request, processes, devices)
+    opened = _Opened(backend, run, data, request, processes, devices)
+    store = _store(opened)
     agreement = Agreement(
         processes, stop, failure=store.failure, check=store.check, minutes=run.recipe.checkpoint.every_minutes
     )
-    state, last = _started(backend, run, store, out, saved, is_leader=is_leader), data.span.last
+    state, last = _started(opened, store, saved), data.span.last
     request.clock.lap("starting weights read")
     with (
         Reporter(out, backend=program, steps=last, resumed_at=state.step) if is_leader else NullReporter()
     ) as reporter:
         for line in [*lines, *_resumed(state.step, last, saved)]:
             reporter.say(line)
-        observers = _observers(
-            backend, run, data, store, reporter, request, agreement, is_leader=is_leader, devices=devices
-        )
+        observers = _observers(opened, store, reporter, agreement)
         follow(backend, run, data, state, observers, clock=request.clock, agreement=agreement)
         if state.step < last:
             reporter.say(f"wrote {folders.latest(out) or out}")
@@ -199,24 +211,19 @@ def _not_finite(
 
 
 def _observers(
-    backend: Backend[S],
-    run: Run,
-    data: RunData,
+    opened: _Opened[S],
     store: CheckpointStore[S],
     reporter: Reporter | NullReporter,
-    request: TrainRequest,
     agreement: Agreement,
-    *,
-    is_leader: bool,
-    devices: Devices,
 ) -> list[Observer[S]]:
     """The observers of a run, in the order in which they are notified."""
-    recipe, last = run.recipe, data.span.last
+    backend, run, data, trace = opened.backend, opened.run, opened.data, opened.request.trace
+    recipe, last, is_leader = run.recipe, data.span.last, opened.processes.is_leader
     observers: list[Observer[S]] = []
-    if request.trace:
+    if trace:
         order = causal_order(run.spec, recipe.method)
-        header = trace_header(recipe, data.identity, devices)
-        observers.append(TraceObserver(backend, request.trace, order, is_leader=is_leader, header=header))
+        header = trace_header(recipe, data.identity, opened.devices)
+        observers.append(TraceObserver(backend, trace, order, is_leader=is_leader, header=header))
     if data.heldout:
         due = Due(recipe.run.eval_every_steps, last)
         observers.append(
@@ -235,22 +242,16 @@ def _observers(
     return [*observers, ReportObserver(reporter, arithmetic_of(run), last=last)]
 
 
-def _store(
-    backend: Backend[S],
-    run: Run,
-    data: RunData,
-    request: TrainRequest,
-    processes: Processes,
-    devices: Devices,
-) -> CheckpointStore[S]:
+def _store(opened: _Opened[S]) -> CheckpointStore[S]:
     """The store of the run's checkpoints."""
+    run, identity, devices, processes = opened.run, opened.data.identity, opened.devices, opened.processes
     manifest = replace(
-        manifest_of(run.recipe, data.identity, {p.name: p.shape for p in run.trained}),
+        manifest_of(run.recipe, identity, {p.name: p.shape for p in run.trained}),
         backend=devices.backend,
         versions={package: version(package) for package in devices.packages},
     )
-    formats = Formats(backend, run, processes, identity=data.identity)
-    return CheckpointStore(request.out, formats, manifest, run.recipe.checkpoint, processes)
+    formats = Formats(opened.backend, run, processes, identity=identity)
+    return CheckpointStore(opened.request.out, formats, manifest, run.recipe.checkpoint, processes)
 
 
 def _summary(run: Run, data: RunData, saved: Path | None, allow: Collection[str]) -> list[str]:
@@ -294,21 +295,14 @@ def _resumed(step: int, last: int, saved: Path | None) -> list[str]:
     return [f"resuming after step {step} of {last}, from {saved}{done}"] if saved else []
 
 
-def _started(
-    backend: Backend[S],
-    run: Run,
-    store: CheckpointStore[S],
-    out: Path,
-    saved: Path | None,
-    *,
-    is_leader: bool,
-) -> S:
+def _started(opened: _Opened[S], store: CheckpointStore[S], saved: Path | None) -> S:
     """The state from which the run continues: its start, or a checkpoint."""
+    run, out = opened.run, opened.request.out
     out.mkdir(parents=True, exist_ok=True)
-    state = backend.init_state(run)
+    state = opened.backend.init_state(run)
     if saved:
         state = store.load(state, saved)
-    if is_leader:
+    if opened.processes.is_leader:
         folders.remove_leftovers(out)
         (out / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
     return state

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from trainspec.checkpoints.identity import Identity, identity_of
 from trainspec.data import Dataset, open_dataset
 from trainspec.evaluation.heldout import Questions, questions_of
 from trainspec.recipe import RunLength
-from trainspec.runs.identity import Identity, identity_of
 from trainspec.runs.run import Run
 from trainspec.text.store import find_tokenizer
 

@@ -12,11 +12,11 @@ from trainspec.checkpoints.folders import latest, put_back
 from trainspec.data import check_data
 from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe
-from trainspec.runs.request import TrainRequest
 from trainspec.runs.run import Run, resolve_on
-from trainspec.tasks.prompt_file import read_prompt
+from trainspec.text.prompt_file import read_prompt
 from trainspec.text.store import find_tokenizer
 from trainspec.trace import check_free
+from trainspec.training.request import TrainRequest
 
 
 def prepare(recipe: Recipe, backend: Capabilities, request: TrainRequest) -> Run:

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainspec.checkpoints.allow import ALLOWABLE
 from trainspec.errors import UserError, nearest
-from trainspec.runs.allow import ALLOWABLE
 from trainspec.runs.clock import Clock, command_start
 from trainspec.runs.stops import StopRequest
 from trainspec.trace import TraceRequest
