@@ -27,7 +27,7 @@ from jaxtrain.model import build_model
 from jaxtrain.optim import Moments, Rates, clip, global_norm, make_optimizer, rates
 from jaxtrain.passes import passes_of
 from jaxtrain.precision import accumulation_dtype
-from jaxtrain.rounding import simulate
+from jaxtrain.rounding import Draw, simulate
 from jaxtrain.sharding import Shardings, constrain_all
 from jaxtrain.storage import Storage
 from jaxtrain.weight_ops import BoundWeight, select_chunk
@@ -127,7 +127,7 @@ def gradients_of(
 ) -> Metrics:
     """Loss and gradients of a global batch; `state` stays as it is. Raises NonFiniteLossError.
 
-    With `roundings` they are those of a run that rounds every result, up or down by `draw` (float64 runs only).
+    With `roundings` they are those of a run that rounds every result, as `draw` says (float64 runs only).
     """
     program = state.program
     stacked, step = program.feeder.slices(batch), jnp.int32(state.step)
@@ -135,15 +135,15 @@ def gradients_of(
     if roundings is None:
         result = program.gradients(*arguments, record_activations=record)
     else:
-        key = _draw_key(state, draw)
-        result = program.rounded_gradients(*arguments, key, roundings=roundings, record_activations=record)
+        drawn = _draw(state, draw)
+        result = program.rounded_gradients(*arguments, drawn, roundings=roundings, record_activations=record)
     metrics = _metrics(program, result, keep)
     _check_finite(metrics, state.step + 1)
     return metrics
 
 
-def _draw_key(state: State, draw: int) -> Array:
-    return jnp.uint32(name_key(draw, "roundings", str(state.step))[0])
+def _draw(state: State, number: int) -> Draw:
+    return Draw.numbered(number, name_key(number, "roundings", str(state.step))[0])
 
 
 def _checked(
@@ -195,13 +195,13 @@ def eval_step(state: State, batch: Batch) -> tuple[float, int]:
 def logits(state: State, batch: Batch, *, roundings: Roundings | None = None, draw: int = 0) -> NDArray[Any]:
     """The model's output [B, S, vocab], without dropout.
 
-    With `roundings` that of a run that rounds every result, up or down by `draw` (float64 runs only).
+    With `roundings` that of a run that rounds every result, as `draw` says (float64 runs only).
     """
     program = state.program
     arguments = state.trainable | state.frozen, program.feeder.feed(batch)
     if roundings is None:
         return to_host(program.logits(*arguments))
-    return to_host(program.rounded_logits(*arguments, _draw_key(state, draw), roundings=roundings))
+    return to_host(program.rounded_logits(*arguments, _draw(state, draw), roundings=roundings))
 
 
 def next_logits(state: State, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
@@ -358,9 +358,9 @@ class Program:
         logits = self._passes.logits(weights, with_virtual_tokens(batch, self.recipe.method))
         return logits[:, leading_positions(self.recipe.method) :]
 
-    def _rounded_logits(self, weights: Arrays, batch: Arrays, key: Array, *, roundings: Roundings) -> Array:
+    def _rounded_logits(self, weights: Arrays, batch: Arrays, draw: Draw, *, roundings: Roundings) -> Array:
         assert self.attention is REFERENCE, "only the reference's roundings are simulated"
-        with simulate(roundings, key):
+        with simulate(roundings, draw):
             return self._logits(weights, batch)
 
     def _next_logits(self, weights: Arrays, batch: Arrays, last_B: Array) -> Array:
@@ -426,13 +426,13 @@ class Program:
         frozen: Arrays,
         stacked: Arrays,
         step: Array,
-        key: Array,
+        draw: Draw,
         *,
         roundings: Roundings,
         record_activations: bool,
     ) -> StepGradients:
         assert self.attention is REFERENCE, "only the reference's roundings are simulated"
-        with simulate(roundings, key):
+        with simulate(roundings, draw):
             return self._gradients(trainable, frozen, stacked, step, record_activations=record_activations)
 
     def _update(

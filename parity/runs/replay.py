@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 from parity.comparison.pair import NAMES
 from parity.comparison.tolerance import component_along
 from parity.measure import Job
-from parity.runs.roundings import RMS_ROUNDING, folded
+from parity.runs.roundings import folded
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.data import Batch, open_dataset
@@ -41,7 +41,7 @@ from trainspec.files.hf import write_model
 from trainspec.files.model_config import config_of
 from trainspec.plans.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
-from trainspec.runs.contract import Metrics, Reference, Roundings
+from trainspec.runs.contract import RMS_ROUNDING, Metrics, Reference, Roundings
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
 from trainspec.trace import STOPPED_FILE, Keep, StepTrace, Trace, TraceWriter

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from parity.comparison.rescored import RescoredRow, Row
-from parity.runs.roundings import RMS_ROUNDING
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.files.hf import write_model
@@ -34,7 +33,7 @@ from trainspec.generation.rows import STRETCH, batch_of, room
 from trainspec.plans.names import Backend
 from trainspec.plans.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
-from trainspec.runs.contract import Reference, Roundings
+from trainspec.runs.contract import RMS_ROUNDING, Reference, Roundings
 from trainspec.runs.newest import newest_state
 from trainspec.runs.run import Run
 from trainspec.text.store import find_tokenizer

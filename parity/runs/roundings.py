@@ -13,9 +13,6 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 # Number of draws. The rounding of bf16 is coarse: the margin for few draws widens its bounds the most.
 DRAWS = {"fp32": 4, "bf16": 8}
-# The root mean square of a rounding to nearest, in units of the largest: an error uniform in half a last place, whose
-# relative size is 1 / m at mantissa m, over mantissas of log-uniform numbers: √(1/3 · (1 - 1/4) / (2 ln 2)).
-RMS_ROUNDING = 0.4247
 
 
 def folded(array: Array) -> Array:
