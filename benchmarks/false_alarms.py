@@ -246,6 +246,8 @@ def judged(runs: RunPair) -> Record:
         "first": f"{first.location}: {said}" if first else None,
         "used": shares(comparison),
         "undetermined": comparison.undetermined,
+        "unproven": len(comparison.unproven),
+        "examined": len(comparison.examined),
         "times_30": shares(control),
         "control_passes": [phase for phase in MUST_FAIL if control.worst[phase].holds],
     }
@@ -364,6 +366,10 @@ def lines(record: Record) -> list[str]:
     shown = [f"{record['verdict']}  {used}  {record['name']}"]
     if record["first"]:
         shown.append(f"      {record['first']}")
+    if record["unproven"]:
+        shown.append(
+            f"      not provable: {record['unproven']} of {record['examined']} gradients and updates"
+        )
     if record["control_passes"]:
         shown.append(f"      thirty times the rounding passes: {', '.join(record['control_passes'])}")
     return shown

@@ -22,6 +22,8 @@ RESULT: Record = {
     "first": None,
     "used": {"loss": 0.25},
     "undetermined": 0.0,
+    "unproven": 1,
+    "examined": 50,
     "times_30": {"loss": 7.5},
     "control_passes": [],
 }
@@ -106,8 +108,8 @@ def test_the_page_keeps_codes_apart(main: Main, tmp_path: Path, capsys):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rewritten))
     assert main("--page", str(page)) == 0
     text = page.read_text()
-    assert "| `ffffffff` | find | fp32 | 2 | 3 | 3 | 3 | 0 |" in text
-    assert f"| `{now}` | test | fp32 | 2 | 4 | 3 | 0 | 0 |" in text
+    assert "| `ffffffff` | find | fp32 | 2 | 3 | 3 | 3 | 0 | 2.0% |" in text
+    assert f"| `{now}` | test | fp32 | 2 | 4 | 3 | 0 | 0 | 2.0% |" in text
     assert f"made to test with `{now}`" in text
     assert text.count("- `ffffffff`, fp32, made to find: ") == 3
     # The largest share of this code's tests, which are the fourth to the sixth case.
