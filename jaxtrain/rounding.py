@@ -141,7 +141,7 @@ class Contraction:
         """x as a factor in contractions of `terms` terms; `number` is another for each movement of the operation."""
         return _moved_at_random(self.sizes.wide * (terms / 6) ** 0.5, x, self._word_of(number))
 
-    def total(self, x: Array, terms: int | Array, number: int) -> Array:
+    def total(self, x: Array, terms: int, number: int) -> Array:
         """x as the stored result of contractions of `terms` terms."""
         movement = _movement(self.sizes, "stored", self.sizes.wide * (terms / 3) ** 0.5)
         return _moved(movement, x, replace(self.draw, word=self._word_of(number)))
