@@ -16,6 +16,7 @@ from jax import Array
 from jax.extend.random import threefry2x32_p
 
 from jaxtrain.precision import accumulation_dtype
+from jaxtrain.rounding import rounded
 from trainspec.rng import drop_threshold
 
 
@@ -70,4 +71,4 @@ def dropped(
     _, S, F = x_BSF.shape
     keep = keep_mask(key, step=step, rows=rows, sequence_tokens=S, features=F, rate=rate, stretch=stretch)
     kept = x_BSF.astype(accumulation_dtype(x_BSF.dtype)) / (1 - rate)
-    return jnp.where(keep, kept.astype(x_BSF.dtype), 0)
+    return rounded(jnp.where(keep, kept.astype(x_BSF.dtype), 0))

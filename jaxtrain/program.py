@@ -20,7 +20,7 @@ from jaxtrain.model import build_model
 from jaxtrain.optim import Moments, Rates, clip, global_norm, make_optimizer
 from jaxtrain.passes import passes_of
 from jaxtrain.precision import accumulation_dtype
-from jaxtrain.rounding import simulate
+from jaxtrain.rounding import Draw, simulate
 from jaxtrain.sharding import Shardings, constrain_all
 from jaxtrain.storage import Storage
 from jaxtrain.weight_ops import BoundWeight, select_chunk
@@ -116,9 +116,9 @@ class Program:
         logits = self._passes.logits(weights, with_virtual_tokens(batch, self.recipe.method))
         return logits[:, leading_positions(self.recipe.method) :]
 
-    def _rounded_logits(self, weights: Arrays, batch: Arrays, key: Array, *, roundings: Roundings) -> Array:
+    def _rounded_logits(self, weights: Arrays, batch: Arrays, draw: Draw, *, roundings: Roundings) -> Array:
         assert self.attention is REFERENCE, "only the reference's roundings are simulated"
-        with simulate(roundings, key):
+        with simulate(roundings, draw):
             return self._logits(weights, batch)
 
     def _next_logits(self, weights: Arrays, batch: Arrays, last_B: Array) -> Array:
@@ -184,13 +184,13 @@ class Program:
         frozen: Arrays,
         stacked: Arrays,
         step: Array,
-        key: Array,
+        draw: Draw,
         *,
         roundings: Roundings,
         record_activations: bool,
     ) -> StepGradients:
         assert self.attention is REFERENCE, "only the reference's roundings are simulated"
-        with simulate(roundings, key):
+        with simulate(roundings, draw):
             return self._gradients(trainable, frozen, stacked, step, record_activations=record_activations)
 
     def _update(

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from numpy.typing import NDArray
 
 from jaxtrain.activations import by_point
@@ -18,6 +17,7 @@ from jaxtrain.decoding import CachedRows
 from jaxtrain.mesh import make_mesh
 from jaxtrain.optim import Moments, rates
 from jaxtrain.program import Program, StepGradients
+from jaxtrain.rounding import Draw
 from jaxtrain.weights import Arrays, native_name, to_host
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
@@ -102,7 +102,7 @@ def gradients_of(
 ) -> Metrics:
     """Loss and gradients of a global batch; `state` stays as it is. Raises NonFiniteLossError.
 
-    With `roundings` they are those of a run that rounds every result, up or down by `draw` (float64 runs only).
+    With `roundings` they are those of a run that rounds every result, as `draw` says (float64 runs only).
     """
     program = state.program
     stacked, step = program.feeder.slices(batch), jnp.int32(state.step)
@@ -110,15 +110,15 @@ def gradients_of(
     if roundings is None:
         result = program.gradients(*arguments, record_activations=record)
     else:
-        key = _draw_key(state, draw)
-        result = program.rounded_gradients(*arguments, key, roundings=roundings, record_activations=record)
+        drawn = _draw(state, draw)
+        result = program.rounded_gradients(*arguments, drawn, roundings=roundings, record_activations=record)
     metrics = _metrics(program, result, keep)
     _check_finite(metrics, state.step + 1)
     return metrics
 
 
-def _draw_key(state: State, draw: int) -> Array:
-    return jnp.uint32(name_key(draw, "roundings", str(state.step))[0])
+def _draw(state: State, number: int) -> Draw:
+    return Draw.numbered(number, name_key(number, "roundings", str(state.step))[0])
 
 
 def _checked(
@@ -170,13 +170,13 @@ def eval_step(state: State, batch: Batch) -> tuple[float, int]:
 def logits(state: State, batch: Batch, *, roundings: Roundings | None = None, draw: int = 0) -> NDArray[Any]:
     """The model's output [B, S, vocab], without dropout.
 
-    With `roundings` that of a run that rounds every result, up or down by `draw` (float64 runs only).
+    With `roundings` that of a run that rounds every result, as `draw` says (float64 runs only).
     """
     program = state.program
     arguments = state.trainable | state.frozen, program.feeder.feed(batch)
     if roundings is None:
         return to_host(program.logits(*arguments))
-    return to_host(program.rounded_logits(*arguments, _draw_key(state, draw), roundings=roundings))
+    return to_host(program.rounded_logits(*arguments, _draw(state, draw), roundings=roundings))
 
 
 def next_logits(state: State, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:

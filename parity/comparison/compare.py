@@ -39,6 +39,8 @@ Array = NDArray[Any]
 
 # Elements of a tensor that are judged at a time.
 BLOCK = 2**16
+# Phases whose bounds may be as large as what they bound; all after the gradient is computed from judged values.
+EXAMINED = ("gradient", "update")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,16 @@ class Comparison:
     def holds(self) -> bool:
         """Whether every location is within its bound."""
         return all(finding.holds for finding in self.findings)
+
+    @property
+    def examined(self) -> list[Finding]:
+        """The gradients and updates that are within their bounds: those may be so wide that they accept another tensor, too."""
+        return [f for f in self.findings if f.location.phase in EXAMINED and f.holds]
+
+    @property
+    def unproven(self) -> list[Finding]:
+        """Those whose bounds are that wide: their agreement says nothing."""
+        return [f for f in self.examined if not f.proven]
 
     @property
     def first_divergence(self) -> Finding | None:
@@ -387,19 +399,27 @@ def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Findin
 def _unproven(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
     """Two kinds of agreement that prove nothing: no update was made, or the bound would accept a different tensor.
 
-    Only gradients and updates are examined: everything after the gradient is computed from judged values.
+    A tensor that is not proven is no failure where one of its like is: the same weight of another layer, or its own at another
+    step, computed by the same code. Where none is, nothing is proven of that code.
     """
     moving = [step for step in pair.step_numbers if max(pair.scalar(step, "lr")) > 0]
     updates = [f for f in findings if f.location.phase == "update"]
     location = Location(moving[0] if moving else pair.first_step, "update", "every tensor")
     if moving and all(f.error == 0 and not f.elements for f in updates):
         yield _failure(location, "nothing was trained: every update is zero on both sides")
-    for finding in findings:
-        if finding.location.phase in ("gradient", "update") and finding.holds and not finding.proven:
+
+    def code(finding: Finding) -> tuple[str, str]:
+        return finding.location.phase, pair.structure.in_any_layer(finding.location.tensor)
+
+    examined = [f for f in findings if f.location.phase in EXAMINED and f.holds]
+    proven = {code(f) for f in examined if f.proven and f.elements}
+    for finding in examined:
+        if not finding.proven and code(finding) not in proven:
             share = finding.undetermined / finding.elements
             yield _failure(
                 finding.location,
-                f"nothing is proven: {share:.0%} of the elements are within the reach of rounding",
+                f"nothing is proven: {share:.0%} of the elements are within the reach of rounding, and in no layer or step fewer "
+                "than half",
             )
 
 

@@ -65,7 +65,6 @@ from parity.comparison.tolerance import (
     DETERMINED,
     EXACT_PHASES,
     FLOAT32_TINY,
-    RMS_ROUNDING,
     SAME_DOUBLE,
     UNIT,
     WEIGHT_ROUNDINGS,
@@ -76,6 +75,7 @@ from parity.comparison.tolerance import (
     largest,
 )
 from trainspec.plans.plan import Policy
+from trainspec.step import RMS_ROUNDING
 from trainspec.trace import Trace
 
 Array = NDArray[Any]

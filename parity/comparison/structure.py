@@ -59,6 +59,11 @@ class Structure:
             return self._entries[name].role
         return "embedding" if _is_embedding(name) and _layer_in(name) is None else None
 
+    def in_any_layer(self, name: str) -> str:
+        """`name` with the number of its layer left open: the same code computes all of them."""
+        match = _LAYER.search(name)
+        return f"{name[: match.start(1)]}*{name[match.end(1) :]}" if match else name
+
     def num_layers(self, names: Iterable[str]) -> int:
         """The number of layers that `names` belong to."""
         return len({self._layer(name) for name in names} - {None})

@@ -27,9 +27,6 @@ FP64_TOLERANCE = 1e-9
 # Unit roundoff (half the distance from 1 to the next number) of the type that a policy computes in. In bf16, sums and
 # stored state (master weights, moments) have fp32's.
 UNIT: dict[Policy, float] = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8}
-# The root mean square of a rounding to nearest, in units of the largest: an error uniform in half a last place, whose
-# relative size is 1 / m at mantissa m, over mantissas of log-uniform numbers: √(1/3 · (1 - 1/4) / (2 ln 2)).
-RMS_ROUNDING = 0.4247
 # XLA flushes numbers below this to zero, torch keeps them.
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 # Roundings at the size of the weight in one side's update: the factor 1 - lr · decay, its product with the weight, the sum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -45,6 +46,8 @@ class Verdict:
             notes.append(
                 f"{share:.2%} of the update elements are rounding noise in {self.precision}: undetermined"
             )
+        if self.holds and (unproven := self.comparison.unproven):
+            notes.append(_of_unproven(unproven, len(self.comparison.examined)))
         updates = [f for f in self.comparison.findings if f.location.phase == "update"]
         if updates and self.holds and not any(f.elements for f in updates):
             notes.append(
@@ -64,6 +67,7 @@ class Verdict:
             "worst": {name: _entry(finding) for name, finding in self.comparison.worst.items()},
             "first_divergence": _entry(first) | {"phase": first.location.phase} if first else None,
             "diagnosis": self.diagnosis.as_json() if self.diagnosis else None,
+            "unproven": [str(finding.location) for finding in self.comparison.unproven],
             "notes": self.notes,
         }
 
@@ -93,6 +97,20 @@ class Verdict:
         if self.diagnosis:
             end += self.diagnosis.lines()
         return [head, *table, *end, *(f"note: {note}" for note in self.notes)]
+
+
+def _of_unproven(unproven: Sequence[Finding], examined: int) -> str:
+    """The note that names all tensors whose agreement says nothing; each with its steps."""
+    steps: dict[str, list[int]] = {}
+    for finding in unproven:
+        steps.setdefault(f"{finding.location.phase} of {finding.location.tensor}", []).append(
+            finding.location.step
+        )
+    named = "; ".join(f"{name}, step {', '.join(map(str, each))}" for name, each in steps.items())
+    return (
+        f"{len(unproven)} of {examined} gradients and updates are not provable, as rounding moves them by half of themselves "
+        f"or more: {named}. Each is proven in another layer or at another step; fp64 proves all"
+    )
 
 
 def read_results(path: Path) -> dict[str, Any]:

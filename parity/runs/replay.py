@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from parity.comparison.pair import NAMES
-from parity.comparison.tolerance import RMS_ROUNDING, component_along
+from parity.comparison.tolerance import component_along
 from parity.runs.job import Job
 from parity.runs.roundings import folded
 from trainspec.backends import BACKENDS
@@ -43,7 +43,7 @@ from trainspec.plans.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
 from trainspec.runs.run import Run
 from trainspec.schedule import learning_rate
-from trainspec.step import Metrics, Reference, Roundings
+from trainspec.step import RMS_ROUNDING, Metrics, Reference, Roundings
 from trainspec.trace import STOPPED_FILE, Keep, StepTrace, Trace, TraceWriter
 
 Array = NDArray[Any]

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from parity.comparison.rescored import RescoredRow, Row
-from parity.comparison.tolerance import RMS_ROUNDING
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.checkpoint import Checkpoint
 from trainspec.checkpoints.newest import newest_state
@@ -36,7 +35,7 @@ from trainspec.plans.names import Backend
 from trainspec.plans.plan import Plan
 from trainspec.recipe import ModelSource, load_recipe
 from trainspec.runs.run import Run
-from trainspec.step import Reference, Roundings
+from trainspec.step import RMS_ROUNDING, Reference, Roundings
 from trainspec.text.store import find_tokenizer
 
 Array = NDArray[Any]

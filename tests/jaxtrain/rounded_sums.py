@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.rounding import Sums, in_sums, simulate
+from jaxtrain.rounding import Draw, Sums, in_sums, simulate
 from trainspec.step import Roundings
 
 
 def moved(terms: np.ndarray, sizes: Roundings, sums: Sums, of_total: Sums) -> float:
     """The root mean square of the sums' movement."""
-    with simulate(sizes, jnp.uint32(7)):
+    with simulate(sizes, Draw.numbered(0, 7)):
         result = in_sums(jnp.sum(in_sums(jnp.asarray(terms), sums), axis=1), of_total)
     return float(np.sqrt(np.mean(np.square(np.asarray(result) - terms.sum(axis=1)))))
 

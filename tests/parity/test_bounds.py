@@ -19,12 +19,12 @@ from safetensors.numpy import save_file
 from synthetic import Q1, Sim, write
 
 from parity.comparison.adam import AdamRule
-from parity.comparison.compare import _measure, _worst, compare
+from parity.comparison.compare import Comparison, _measure, _worst, compare
 from parity.comparison.estimated_bounds import gaussian_max_quantile, rms_upper_factor
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation, rms_lower_factor
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
-from parity.comparison.tolerance import DETERMINED, RMS_ROUNDING, Bound, CheckedPair, as_a_whole
+from parity.comparison.tolerance import DETERMINED, Bound, CheckedPair, as_a_whole
 from parity.many import CheckRequest, RunPair, make_runs
 from parity.measure import ReplaySettings, measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
@@ -34,7 +34,7 @@ from parity.runs.roundings import folded
 from parity.runs.sides import Side, SideTraining
 from trainspec.recipe import AdamW, load_recipe
 from trainspec.runs.run import resolve
-from trainspec.step import Metrics
+from trainspec.step import RMS_ROUNDING, Metrics
 from trainspec.trace import StepTrace, Trace, TraceWriter
 
 Low = Literal["fp32", "bf16"]
@@ -114,12 +114,12 @@ def test_clean_lora_keeps_its_distance(lora: Path, measured: MeasuredBounds):
 def test_clean_lora_in_bf16_keeps_its_distance_and_every_gradient_is_proven(
     coarse: Path, measured_coarse: MeasuredBounds
 ):
-    """Most single elements may be noise there; each tensor as a whole is held to less than half its norm."""
+    """Many single elements may be noise there; each tensor as a whole is held to less than half its norm."""
     pair = Pair(Trace(coarse / "left/trace"), Trace(coarse / "right/trace"))
     keeps_its_distance(pair, measured_coarse, noise=0.6)
     gradients = [f for f in compare(pair, measured_coarse).findings if f.location.phase == "gradient"]
     assert all(gradient.proven for gradient in gradients)
-    assert any(gradient.undetermined > DETERMINED * gradient.elements for gradient in gradients)
+    assert any(gradient.undetermined > DETERMINED / 2 * gradient.elements for gradient in gradients)
 
 
 FULL: list[tuple[str, Low]] = [
@@ -424,24 +424,88 @@ def test_the_rule_decays_what_the_table_says(lora: Path):
         np.testing.assert_array_equal(moved, -0.5 * 0.1 if decays else 0.0)
 
 
-@pytest.mark.parametrize("phase", ["gradient", "update"])
-@pytest.mark.parametrize(("noisy", "holds"), [(DETERMINED, True), (DETERMINED + 0.1, False)])
-def test_a_tensor_that_is_mostly_noise_proves_nothing(phase: str, noisy: float, holds: bool, tmp_path: Path):
-    """Equal to the last bit and still no proof: a bound as large as most updates would accept any fault."""
-    pair = Pair(*(Trace(write(Sim(steps=1), tmp_path / side)) for side in ("a", "b")))
+Q0 = Q1.replace("layers.1", "layers.0")
+HEAD = "lm_head.weight"
+CLEAN = Sim(steps=2)
+
+
+def judged_with_noise(
+    home: Path,
+    noisy: dict[tuple[int, str, str], float],
+    *,
+    left: Sim = CLEAN,
+    right: Sim = CLEAN,
+) -> Comparison:
+    """Two runs whose bounds are as large as a share of the elements where it is `noisy`, and elsewhere 1e-6 of them."""
+    pair = Pair(*(Trace(write(sim, home / side)) for side, sim in (("a", left), ("b", right))))
 
     def checked_pairs(location: Location, left: np.ndarray, right: np.ndarray) -> list[CheckedPair]:
-        own = np.zeros(left.shape)
-        if (location.phase, location.tensor) == (phase, Q1):
-            own.ravel()[: round(noisy * own.size)] = 1.0
+        own = 1e-6 * np.abs(left)
+        share = noisy.get((location.step, location.phase, location.tensor), 0.0)
+        own.ravel()[: round(share * own.size)] = 1.0
         return [CheckedPair(left, right, Bound(own))]
 
-    comparison = compare(
-        pair, SimpleNamespace(notes=(), incomparable=lambda *_: None, checked_pairs=checked_pairs)
-    )
+    bounds = SimpleNamespace(notes=(), incomparable=lambda *_: None, checked_pairs=checked_pairs)
+    return compare(pair, bounds)
+
+
+@pytest.mark.parametrize("phase", ["gradient", "update"])
+@pytest.mark.parametrize(("share", "holds"), [(DETERMINED, True), (DETERMINED + 0.1, False)])
+def test_a_tensor_that_is_mostly_noise_in_every_layer_and_step_proves_nothing(
+    phase: str, share: float, holds: bool, tmp_path: Path
+):
+    """Equal to the last bit and still no proof: a bound as large as most updates would accept any fault."""
+    noisy = {(step, phase, name): share for step in (1, 2) for name in (Q0, Q1)}
+    comparison = judged_with_noise(tmp_path, noisy)
     assert comparison.holds == holds
+    assert bool(comparison.unproven) != holds
     if not holds:
         first = comparison.first_divergence
         assert first is not None
-        assert first.location == Location(1, phase, Q1)
+        assert first.location.phase == phase
         assert "nothing is proven" in str(first.reason)
+
+
+@pytest.mark.parametrize("proven", [(1, "gradient", Q0), (2, "gradient", Q1)])
+def test_a_tensor_that_another_layer_or_step_proves_is_named_and_no_failure(proven, tmp_path: Path):
+    places = [(step, "gradient", name) for step in (1, 2) for name in (Q0, Q1)]
+    comparison = judged_with_noise(tmp_path, {place: 1.0 for place in places if place != proven})
+    assert comparison.holds
+    assert len(comparison.unproven) == 3
+    verdict = Verdict("bf16", "jax", "torch", comparison)
+    assert verdict.word == "pass"
+    (note,) = (note for note in verdict.notes if "not provable" in note)
+    assert note.startswith("3 of 28 gradients and updates")
+    assert f"gradient of {Q1}, step 1" in note
+    assert f"step 1, gradient, {Q1}" in verdict.as_json()["unproven"]
+
+
+def test_a_weight_of_no_layer_is_proven_by_itself_at_another_step_alone(tmp_path: Path):
+    assert judged_with_noise(tmp_path / "one", {(1, "gradient", HEAD): 1.0}).holds
+    assert not judged_with_noise(tmp_path / "all", {(s, "gradient", HEAD): 1.0 for s in (1, 2)}).holds
+
+
+def test_a_fault_does_not_hide_in_a_tensor_that_is_not_provable(tmp_path: Path):
+    """What its bound accepts shows where its like is proven; what is over its bound shows itself."""
+    noisy = {(step, "gradient", Q1): 1.0 for step in (1, 2)}
+    everywhere = Sim(
+        steps=2, gradient_factor=(Q0, 1.001)
+    )  # in the code of all layers, seen in the proven one
+    first = judged_with_noise(tmp_path / "code", noisy, right=everywhere).first_divergence
+    assert first is not None
+    assert first.location == Location(1, "gradient", Q0)
+    gross = CLEAN.but(gradient_factor=(Q1, 1e3))
+    first = judged_with_noise(tmp_path / "gross", noisy, right=gross).first_divergence
+    assert first is not None
+    assert first.location == Location(1, "gradient", Q1)
+    # The moments and updates that follow from a gradient are held to their own bounds, so this shows as well.
+    small = CLEAN.but(gradient_factor=(Q1, 1.001))
+    assert not judged_with_noise(tmp_path / "small", noisy, right=small).holds
+
+
+def test_a_gradient_of_zeros_proves_nothing_of_its_like(tmp_path: Path):
+    """As LoRA's A has at the first update, while B is zero."""
+    zero = CLEAN.but(gradient_factor=(Q0, 0.0))
+    noisy = {(step, "gradient", Q1): 1.0 for step in (1, 2)}
+    assert not judged_with_noise(tmp_path / "zero", noisy, left=zero, right=zero).holds
+    assert judged_with_noise(tmp_path / "other", noisy).holds

@@ -39,6 +39,7 @@ def test_equal_runs_pass_and_verdict_json_has_the_documented_keys(base, tmp_path
         "worst",
         "first_divergence",
         "diagnosis",
+        "unproven",
         "notes",
     ]
     assert (verdict["verdict"], verdict["precision"], verdict["steps"]) == ("pass", "fp64", 3)

@@ -7,23 +7,35 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from small import ROOT
+from synthetic import Q1, Sim, write
 
+from parity.comparison.compare import compare
+from parity.comparison.pair import Pair
+from parity.comparison.phases import Location
+from parity.comparison.tolerance import Bound, CheckedPair
 from parity.faults.results import sources
+from trainspec.trace import Trace
 
 Record = dict[str, Any]
 Main = Callable[..., int]
 OTHER_CODE = "f" * 64
+Q0 = Q1.replace("layers.1", "layers.0")
 RESULT: Record = {
     "verdict": "pass",
     "first": None,
     "used": {"loss": 0.25},
     "undetermined": 0.0,
+    "unproven": 1,
+    "examined": 50,
     "times_30": {"loss": 7.5},
     "control_passes": [],
+    "hidden": [],
 }
 
 
@@ -106,8 +118,8 @@ def test_the_page_keeps_codes_apart(main: Main, tmp_path: Path, capsys):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rewritten))
     assert main("--page", str(page)) == 0
     text = page.read_text()
-    assert "| `ffffffff` | find | fp32 | 2 | 3 | 3 | 3 | 0 |" in text
-    assert f"| `{now}` | test | fp32 | 2 | 4 | 3 | 0 | 0 |" in text
+    assert "| `ffffffff` | find | fp32 | 2 | 3 | 3 | 3 | 0 | 2.0% | 0 |" in text
+    assert f"| `{now}` | test | fp32 | 2 | 4 | 3 | 0 | 0 | 2.0% | 0 |" in text
     assert f"made to test with `{now}`" in text
     assert text.count("- `ffffffff`, fp32, made to find: ") == 3
     # The largest share of this code's tests, which are the fourth to the sixth case.
@@ -153,3 +165,23 @@ def test_a_record_without_its_code_is_refused(main: Main, tmp_path: Path, capsys
         said = capsys.readouterr().err
         assert "results.jsonl:1: the record has no sources" in said
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("noisy", "said"), [((Q1,), []), ((Q0, Q1), [Q1.replace("layers.1", "layers.*")])])
+def test_a_mistake_is_hidden_only_where_no_layer_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noisy: tuple[str, ...], said: list[str]
+):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = import_module("false_alarms")
+    left, right = (Trace(write(Sim(steps=1), tmp_path / side)) for side in ("a", "b"))
+
+    def checked_pairs(location: Location, left: np.ndarray, right: np.ndarray) -> list[CheckedPair]:
+        size = 1.0 if location.phase == "gradient" and location.tensor in noisy else 1e-6 * np.abs(left).max()
+        return [CheckedPair(left, right, Bound(np.full(left.shape, size)))]
+
+    bounds = SimpleNamespace(notes=(), incomparable=lambda *_: None, checked_pairs=checked_pairs)
+    sides = SimpleNamespace(trace=left), SimpleNamespace(trace=right)
+    runs = SimpleNamespace(results=sides, bounds=lambda _: bounds)
+    comparison = compare(Pair(left, right), bounds)
+    assert {finding.location.tensor for finding in comparison.unproven} == set(noisy)
+    assert script.hidden(runs, comparison) == said
