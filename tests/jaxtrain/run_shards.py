@@ -98,7 +98,7 @@ def saved(state: step.State, out: Path, *, omits: str | None, updates: int) -> s
     formats = Formats(step, run, processes)
     store = CheckpointStore(out, formats, manifest, run.recipe.checkpoint, processes)
     is_last, shards_of = processes.index == processes.count - 1, step.shards_of
-    kept = (lambda state: (s for s in shards_of(state) if s.name != omits)) if is_last else shards_of
+    kept = (lambda state, copy: (s for s in shards_of(state, copy) if s.name != omits)) if is_last else shards_of
     batches = [open_dataset(run, "train").batch(i, run.recipe.batch.global_examples) for i in range(updates)]
     error = ""
     with patch.object(step, "shards_of", kept):

@@ -24,6 +24,7 @@ from probing import probe_all  # noqa: E402
 
 from torchtrain import cluster, step  # noqa: E402
 from trainspec.checkpoints import folders  # noqa: E402
+from trainspec.checkpoints.copies import Copy  # noqa: E402
 from trainspec.checkpoints.portable import PortableFormat  # noqa: E402
 from trainspec.checkpoints.shards import Shard, as_shards  # noqa: E402
 from trainspec.checkpoints.store import CheckpointStore, manifest_of  # noqa: E402
@@ -46,7 +47,7 @@ def resident(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def gathered(state: step.State) -> Iterator[Shard]:
+def gathered(state: step.State, copy: Copy) -> Iterator[Shard]:
     weights, (moment1, moment2) = step.weights_of(state), step.moments_of(state)
     for kind, arrays in (("weights", weights), ("moment1", moment1), ("moment2", moment2)):
         yield from as_shards(kind, arrays)

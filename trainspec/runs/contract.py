@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.copies import Copy
 from trainspec.checkpoints.shards import Shard
 from trainspec.data import Batch
 from trainspec.evaluation.request import EvaluationRequest
@@ -160,8 +161,11 @@ class Backend(Protocol[S]):
         """Adam's first and second moments."""
         ...
 
-    def shards_of(self, state: S) -> Iterator[Shard]:
-        """Copies of what this process saves: of all processes together every element of weights and moments once."""
+    def shards_of(self, state: S, copy: Copy = np.copy) -> Iterator[Shard]:
+        """Copies of what this process saves: of all processes together every element of weights and moments once.
+
+        `copy` makes those of arrays that are on the host, and may fill them until the last shard was taken and later.
+        """
         ...
 
     def restore(self, state: S, checkpoint: Checkpoint) -> S:
