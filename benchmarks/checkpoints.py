@@ -286,7 +286,7 @@ def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dic
     def read() -> list[Arrays]:
         manifest = read_manifest(path)
         files = [
-            ShardFiles([path / name for name in files_of(kind, manifest.sha256)], shapes, where=path)  # type: ignore[arg-type]
+            ShardFiles([path / name for name in files_of(kind, manifest.digests)], shapes, where=path)  # type: ignore[arg-type]
             for kind in KINDS
         ]
         return [
