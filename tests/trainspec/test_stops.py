@@ -361,7 +361,9 @@ def test_a_request_after_the_run_ends_the_program_at_once_and_changes_no_exit_co
     assert not reached
 
 
-@pytest.mark.parametrize(("words", "code"), [("None", EXIT_MACHINE), ("['train', 'r.yaml']", -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("words", "code"), [("None", EXIT_MACHINE), ("['train', 'r.yaml']", -signal.SIGTERM)]
+)
 def test_a_sigterm_while_the_interpreter_ends_changes_no_exit_code(words: str, code: int):
     """The program's own command line; control: a command that another program runs in its process leaves signals as they were."""
     program = (

@@ -15,8 +15,9 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ _BLOCK_BYTES = 64 * 2**10
 # The sides of a tile of a matrix that is transposed.
 _TILE = 64
 # What is longer is read by several threads: the system has to clear the memory that it goes to, which takes longer than reading.
-_ALONE_BYTES = 2 * 2**20
+_ALONE_BYTES = 256 * 2**10
 # Files that are open at a time, over all readers: systems allow a process some 1,000.
 _MOST_OPEN = 64
 
@@ -380,9 +381,23 @@ def _read_bytes(handle: _Handle, offset: int, into: NDArray[Any]) -> None:
         _read_stretch(handle, offset, whole)
         return
     step = -(-len(whole) // THREADS)
-    with ThreadPoolExecutor(THREADS) as pool:
-        begins = range(0, len(whole), step)
-        list(pool.map(lambda at: _read_stretch(handle, offset + at, whole[at : at + step]), begins))
+    others = [
+        _readers().submit(_read_stretch, handle, offset + at, whole[at : at + step])
+        for at in range(step, len(whole), step)
+    ]
+    try:
+        _read_stretch(handle, offset, whole[:step])
+    finally:
+        wait(others)  # they write into the array
+    for other in others:
+        other.result()
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """The threads that read beside the one that asks, from the first array on that is long enough."""
+    os.register_at_fork(after_in_child=_readers.cache_clear)  # a fork has none of them
+    return ThreadPoolExecutor(max(1, THREADS - 1), thread_name_prefix="read")
 
 
 def _read_stretch(handle: _Handle, offset: int, rest: memoryview) -> None:
