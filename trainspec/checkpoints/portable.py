@@ -93,5 +93,5 @@ def write_shards(
 
 def _is_finite(array: NDArray[Any]) -> bool:
     """Whether all of an array is finite. Piece by piece, as one that fits the cache is looked at several times as fast."""
-    flat = array.reshape(-1)
+    flat = array.ravel(order="K")  # as it is in memory: a transposed one is not copied
     return all(np.isfinite(flat[at : at + _PIECE]).all() for at in range(0, flat.size, _PIECE))
