@@ -5,9 +5,9 @@
     OUT/checkpoints/.step-000100.tmp/                                  one that is being written, or that a kill has left
     OUT/checkpoints/latest, best                                       names that point at two of the complete
 
-`shards` says what a process has to save, `portable` and a backend's native format how arrays become files, `formats` which of
-the two it is, `manifest` what else there is to know, `store` when they are written, `notes` how its processes meet, `retention`
-what is kept. `verify` says whether what is read is what was written, and `wholeness` whether that is all there has to be;
+`shards` says what a process has to save, `copies` has the memory for its copy, `portable` and a backend's native format how
+arrays become files, `formats` which of the two it is, `manifest` what else there is to know, `store` when they are written,
+`notes` how its processes meet, `retention` what is kept. `verify` says whether what is read is what was written, and `wholeness` whether that is all there has to be;
 `checkpoint` opens it for a run. `command` is `trainspec checkpoint`, `summary` what it shows. A checkpoint is complete as soon
 as its directory has its final name (`folders`).
 """

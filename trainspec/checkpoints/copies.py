@@ -1,7 +1,7 @@
 """Host memory for the copy that a save takes of a process's share, which the next save takes again.
 
-Most of the time of a copy is the system's, which clears every page that is new to a process: copying into pages that are there takes a
-that are there (docs/decisions/0041-the-copy-of-a-save.md).
+Most of the time of a copy is the system's, which clears every page that is new to a process: into pages that are there a copy
+takes a fifth of it (docs/decisions/0041-the-copy-of-a-save.md).
 """
 
 from __future__ import annotations
