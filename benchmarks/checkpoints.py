@@ -5,7 +5,8 @@
 Weights and both moments in float32, random numbers. Each program is a process of its own, and they take turns. `write` is
 without the flush to the disk, which cp and safetensors do not do either; `save` with it: for these two an fsync comes after,
 for the others it is what each calls its save. `load` has the files in the system's cache and ends with all arrays in memory, ours after their SHA-256 were compared.
-`blocking` is the part of an asynchronous save that a run waits for. Memory is the growth of the process, in states.
+`blocking` is the part of an asynchronous save that a run waits for; ours of a run's later saves (`again`), which copy into the memory of
+the first, and of the first beside it. Memory is the growth of the process, in states.
 """
 
 from __future__ import annotations
@@ -99,6 +100,13 @@ def table(rounds: dict[str, list[dict[str, float]]]) -> str:
         ]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     ours = rounds.get("twintrain", [])
+    for column, what in (
+        ("first_blocking", "blocking ÷ save of a run's first save"),
+        ("again", "GB/s of a later save"),
+        ("again_core_seconds", "core seconds of a later save"),
+    ):
+        if ours:
+            lines.append(f"\ntwintrain: {_middle(ours, column, '{:.2f}')} {what}")
     for other, column in (("cp", "write"), ("cp", "save"), ("safetensors", "write"), ("safetensors", "save"), ("safetensors", "load"), ("safetensors", "read"), ("orbax", "save"), ("orbax", "load"), ("dcp", "save"), ("dcp", "load")):  # fmt: skip
         pairs = [
             (mine[column], theirs.get(column, theirs.get("load" if column == "read" else column)))
@@ -249,8 +257,8 @@ def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dic
     shapes = {name: array.shape for name, array in arrays["weights"].items()}
 
     class Backend:
-        def shards_of(self, state: Any) -> Any:
-            copies = {kind: {n: a.copy() for n, a in each.items()} for kind, each in arrays.items()}
+        def shards_of(self, state: Any, copy: Any) -> Any:
+            copies = {kind: {n: copy(a) for n, a in each.items()} for kind, each in arrays.items()}
             return (shard for kind, each in copies.items() for shard in as_shards(kind, each))  # type: ignore[arg-type]
 
     run: Any = SimpleNamespace(recipe=recipe)
@@ -269,24 +277,23 @@ def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dic
                 )
             )
 
-    state: Any = SimpleNamespace(step=1)
-    blocking = 0.0
+    blocking: dict[int, float] = {}
 
-    def save() -> None:
-        nonlocal blocking
+    def save(step: int) -> None:
+        state: Any = SimpleNamespace(step=step)
         began = time.perf_counter()
         store.save(state)
-        blocking = time.perf_counter() - began
+        blocking[step] = time.perf_counter() - began
         store.wait()
 
-    saved, written = taken(save), taken(write)
+    saved, again, written = taken(lambda: save(1)), taken(lambda: save(2)), taken(write)
     arrays.clear()
     path = folder / "checkpoints/latest"
 
     def read() -> list[Arrays]:
         manifest = read_manifest(path)
         files = [
-            ShardFiles([path / name for name in files_of(kind, manifest.sha256)], shapes, where=path)  # type: ignore[arg-type]
+            ShardFiles([path / name for name in files_of(kind, manifest.digests)], shapes, where=path)  # type: ignore[arg-type]
             for kind in KINDS
         ]
         return [
@@ -295,7 +302,12 @@ def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dic
 
     loaded = taken(lambda: (verify(path), read()))
     figures = _figures(size, write=written, save=saved, load=loaded, read=taken(read))
-    return figures | {"blocking": blocking / saved.seconds}
+    return figures | {
+        "first_blocking": blocking[1] / saved.seconds,
+        "blocking": blocking[2] / again.seconds,
+        "again": size / 1e9 / again.seconds,
+        "again_core_seconds": again.core_seconds,
+    }
 
 
 def turn_of_orbax(folder: Path, arrays: dict[str, Arrays], size: int) -> dict[str, float]:

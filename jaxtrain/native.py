@@ -207,7 +207,7 @@ def convert(source: Path, target: Path) -> str:
         backend = BACKEND if format_ == NATIVE else manifest.backend
         sizes = {name: (unfinished / name).stat().st_size for name in digests}
         replace(
-            manifest, format=format_, backend=backend, sha256=digests, sizes=sizes, part_bytes=PART_BYTES
+            manifest, format=format_, backend=backend, digests=digests, sizes=sizes, part_bytes=PART_BYTES
         ).write(unfinished)
         unfinished.rename(target)
         flush(target.parent)

@@ -21,6 +21,7 @@ from jaxtrain.rounding import Draw
 from jaxtrain.weights import Arrays, native_name, to_host
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.copies import Copy
 from trainspec.checkpoints.shards import KINDS, ArrayKind, Shard
 from trainspec.checkpoints.states import ArrayFormat
 from trainspec.data import Batch
@@ -217,10 +218,10 @@ def arrays_of(state: State) -> dict[ArrayKind, Arrays]:
     }
 
 
-def shards_of(state: State) -> Iterator[Shard]:
+def shards_of(state: State, copy: Copy = np.copy) -> Iterator[Shard]:
     """Copies of what this process saves of weights and moments."""
     program = state.program
-    return program.storage.shards(arrays_of(state), program.run.trained)
+    return program.storage.shards(arrays_of(state), program.run.trained, copy)
 
 
 def restore(state: State, checkpoint: Checkpoint) -> State:

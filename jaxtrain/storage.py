@@ -26,6 +26,7 @@ from jaxtrain.weights import (
     native_shapes,
     to_canonical,
 )
+from trainspec.checkpoints.copies import Copy
 from trainspec.checkpoints.shards import KINDS, ArrayKind, Shard
 from trainspec.params import Param
 from trainspec.plans.plan import COMPUTE_DTYPE, STORED_DTYPE, StateKind
@@ -92,7 +93,9 @@ class Storage:
         """What each native array of a table holds."""
         return layouts(entries, order=self._order)
 
-    def shards(self, native: Mapping[ArrayKind, Arrays], entries: Sequence[Param]) -> Iterator[Shard]:
+    def shards(
+        self, native: Mapping[ArrayKind, Arrays], entries: Sequence[Param], copy: Copy
+    ) -> Iterator[Shard]:
         """Copies of what this process saves, as boxes of canonical weights: of all processes together every element once.
 
         Nothing is sent between processes. All copies from the devices are under way before the first is waited for.
@@ -105,7 +108,7 @@ class Storage:
             index = tuple(
                 slice(*s.indices(n)[:2]) for s, n in zip(shard.index, native[kind][name].shape, strict=True)
             )
-            for weight, box, array in held[name].boxes(index, _copy(_data(shard))):
+            for weight, box, array in held[name].boxes(index, _copied(_data(shard), copy)):
                 yield Shard(kind, weight, shapes[weight], box, array)
 
     def zero_moments(self, stored: Arrays, optimizer: optax.GradientTransformationExtraArgs) -> Moments:
@@ -149,8 +152,8 @@ def _data(shard: jax.Shard) -> Array:
     return shard.data
 
 
-def _copy(shard: Array) -> NDArray[Any]:
+def _copied(shard: Array, copy: Copy) -> NDArray[Any]:
     """A shard on the host, in memory of its own: on the cores an array of numpy would be that of the device."""
     (device,) = shard.devices()
     host = np.asarray(shard)
-    return host.copy() if device.platform == "cpu" else host
+    return copy(host) if device.platform == "cpu" else host

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec, Sharding
 from numpy.typing import DTypeLike, NDArray
 
+from trainspec.files.tensors import copy_tiles, transposed
 from trainspec.methods import ENCODER, PEFT_PREFIX
 from trainspec.params import Param
 from trainspec.plans.plan import DimAxes
@@ -188,7 +189,10 @@ def _native_shard(
         if layer in stack:
             is_transposed = name.endswith(TRANSPOSED)
             weight = stack[layer][inner[::-1] if is_transposed else inner]
-            target[...] = weight.T if is_transposed else weight
+            if is_transposed:
+                copy_tiles(target, weight.astype(target.dtype, copy=False).T)
+            else:
+                target[...] = weight
     return shard
 
 
@@ -203,7 +207,7 @@ def to_canonical(
         name, layer = native_name(param)
         array = host[name] if layer is None else host[name][order.index(layer)]
         # A copy: the host array may share memory with a buffer that the next update reuses.
-        canonical[param.name] = np.array(array.T if name.endswith(TRANSPOSED) else array, order="C")
+        canonical[param.name] = transposed(array) if name.endswith(TRANSPOSED) else np.array(array, order="C")
     return canonical
 
 

@@ -50,7 +50,7 @@ def save_sharded(
         metadata = metadata_of(step, recipe, identity)
         digests |= write_shards(folder, shards, Processes(process, processes), metadata=metadata)
     sizes = {name: (folder / name).stat().st_size for name in digests}
-    replace(manifest, step=step, sha256=digests, sizes=sizes, **fields).write(folder)
+    replace(manifest, step=step, digests=digests, sizes=sizes, **fields).write(folder)
     return folders.commit(out, step)
 
 

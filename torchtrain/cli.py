@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     tell = report_to_launcher()
     parser = backend_parser(PROGRAM, converts=True)
-    command = partial(run_command, lambda args: _run(args, words), parser, words, tell=tell)
+    run = partial(run_command, is_program=argv is None, tell=tell)
+    command = partial(run, lambda args: _run(args, words), parser, words)
     return command() if tell or is_leader() else _follow(command)
 
 
@@ -39,6 +41,7 @@ def _follow(command: Callable[[], int]) -> int:
         return code
     finally:  # also where the parser or a traceback ends the process
         if code not in (EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED) and stderr.getvalue():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever has started it need not wait
             time.sleep(_FOLLOWER_DELAY_SECONDS)
             sys.stderr.write(stderr.getvalue())
 

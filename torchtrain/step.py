@@ -38,6 +38,7 @@ from torchtrain.tensor_parallel import is_split
 from torchtrain.weights import allocate, canonical_name, from_canonical, shards, to_canonical
 from trainspec.causal import activation_points
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.copies import Copy
 from trainspec.checkpoints.shards import ArrayKind, Shard
 from trainspec.checkpoints.states import ArrayFormat
 from trainspec.data import Batch
@@ -304,14 +305,15 @@ def moments_of(state: State) -> tuple[Arrays, Arrays]:
     return _arrays(state, "moment1", trained), _arrays(state, "moment2", trained)
 
 
-def shards_of(state: State) -> Iterator[Shard]:
+def shards_of(state: State, copy: Copy = np.copy) -> Iterator[Shard]:
     """Copies of what this process saves of weights and moments. Nothing is gathered, and no process waits for another."""
     parameters = {canonical_name(name): p for name, p in _trainable(state.model).items()}
     mine = [param for param in state.run.trained if _saves(state, param)]
     for stored, kind in _SAVED.items():
         for param in mine:
             first, elements = state.engine.store.own(stored, parameters[param.name])
-            copied = to_numpy(elements.to("cpu", copy=True))
+            host = to_numpy(elements)
+            copied = copy(host) if elements.device.type == "cpu" else host
             yield from shards(kind, param, first, copied, tensor=state.mesh.tensor)
 
 

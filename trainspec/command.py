@@ -136,8 +136,12 @@ def run_command(
     argv: Sequence[str] | None,
     *,
     tell: Callable[[int, str], None] | None = None,
+    is_program: bool | None = None,
 ) -> int:
     """Parse, run, and turn an error into an exit code and one line.
+
+    The process is this program's (`is_program`; None: where the words are those of its command line) and ends with the code,
+    or it may run others.
 
     The line goes to stderr, after the stack if the mistake is ours. With `tell`, line (without its notes) and code go there
     instead, while the error is still being handled.
@@ -148,7 +152,10 @@ def run_command(
     try:
         if getattr(args, "command", None) != "train":
             return main(args) or EXIT_DONE
-        with listening() as args.stopping:  # what follows takes seconds before there is a loop that listens
+        ends = argv is None if is_program is None else is_program
+        with listening(
+            is_last=ends
+        ) as args.stopping:  # what follows takes seconds before there is a loop that listens
             return main(args) or EXIT_DONE
     except (SystemExit, GeneratorExit):
         raise

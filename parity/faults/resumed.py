@@ -37,10 +37,10 @@ def from_the_checkpoint_before(group: str) -> dict:
     return in_every_backend(
         Edit(
             LOAD,
-            "files = [path / name for name in files_of(kind, manifest.sha256)]",
+            "files = [path / name for name in files_of(kind, manifest.digests)]",
             "from trainspec.checkpoints.folders import complete\n"
             f"source = complete(path.parents[1])[-2] if kind == {group!r} else path\n"
-            "files = [source / name for name in files_of(kind, manifest.sha256)]",
+            "files = [source / name for name in files_of(kind, manifest.digests)]",
         )
     )
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from parity.runs.replay import Replayer, replay
 from parity.runs.work import REFERENCE
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.copies import Copy
 from trainspec.checkpoints.shards import Shard
 from trainspec.checkpoints.states import ArrayFormat
 from trainspec.command import backend_parser, run_command
@@ -84,9 +85,9 @@ class SharedPrograms:
         """The backend's."""
         return self._backend.moments_of(state)
 
-    def shards_of(self, state: Any) -> Iterator[Shard]:
+    def shards_of(self, state: Any, copy: Copy = np.copy) -> Iterator[Shard]:
         """The backend's."""
-        return self._backend.shards_of(state)
+        return self._backend.shards_of(state, copy)
 
     def restore(self, state: Any, checkpoint: Checkpoint) -> Any:
         """The backend's."""

@@ -210,3 +210,5 @@ def test_a_save_and_a_load_take_the_memory_of_the_process_s_share(tmp_path, proc
             # The control: both hold the share itself, which a measurement that misses it would not show.
             assert of_process[what] > 0.8 * of_process["share"], what
             assert of_process[what] <= MEMORY * of_process["share"] + of_process["tensor"], what
+        # The next save copies into the same memory.
+        assert of_process["again"] <= (MEMORY - 1) * of_process["share"] + of_process["tensor"]

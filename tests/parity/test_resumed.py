@@ -64,7 +64,7 @@ def older(part: str, name: str = NAME) -> Callable[[Path], None]:
         save_file(load_file(file) | {name: load_file(before / file.name)[name]}, file)
         manifest, digest = read_manifest(newest), hashlib.sha256(file.read_bytes()).hexdigest()
         sizes = {**manifest.sizes, file.name: file.stat().st_size}
-        replace(manifest, sha256={**manifest.sha256, file.name: digest}, sizes=sizes).write(newest)
+        replace(manifest, digests={**manifest.digests, file.name: digest}, sizes=sizes).write(newest)
 
     return alter
 

@@ -159,7 +159,7 @@ def saved(checkpoint: Path) -> dict[ArrayKind, dict[str, NDArray[Any]]]:
     """The whole arrays of a checkpoint, read from the files of all processes."""
     manifest, arrays = read_manifest(checkpoint), {}
     for kind in get_args(ArrayKind):
-        files = [checkpoint / name for name in files_of(kind, manifest.sha256)]
+        files = [checkpoint / name for name in files_of(kind, manifest.digests)]
         tensors = ShardFiles(files, manifest.shapes, where=checkpoint)
         arrays[kind] = {name: tensors.weight(name, None)[...] for name in tensors.shapes}
     return arrays

@@ -2,7 +2,7 @@
 
 CASES is a list of {"recipe", "out", "gathers"}: with `gathers` each process's shards are those of a leader that has gathered
 everything. The leader writes of each case, for all processes: bytes of the state that the process saves, and by how many bytes
-`save` and `load` raise what it has in memory at most.
+`save`, another save (`again`) and `load` raise what it has in memory at most.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from probing import probe_all  # noqa: E402
 
 from torchtrain import cluster, step  # noqa: E402
 from trainspec.checkpoints import folders  # noqa: E402
+from trainspec.checkpoints.copies import Copy  # noqa: E402
 from trainspec.checkpoints.portable import PortableFormat  # noqa: E402
 from trainspec.checkpoints.shards import Shard, as_shards  # noqa: E402
 from trainspec.checkpoints.store import CheckpointStore, manifest_of  # noqa: E402
@@ -46,7 +48,7 @@ def resident(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def gathered(state: step.State) -> Iterator[Shard]:
+def gathered(state: step.State, copy: Copy) -> Iterator[Shard]:
     weights, (moment1, moment2) = step.weights_of(state), step.moments_of(state)
     for kind, arrays in (("weights", weights), ("moment1", moment1), ("moment2", moment2)):
         yield from as_shards(kind, arrays)
@@ -61,8 +63,8 @@ def probe(case: dict[str, Any]) -> dict[str, list[int]]:
     store = CheckpointStore(Path(case["out"]), portable, manifest, recipe.checkpoint, processes)
     share = sum(shard.array.nbytes for shard in step.shards_of(state))
 
-    def save() -> None:
-        store.save(state)
+    def save(updates: int = 0) -> None:
+        store.save(replace(state, step=updates))
         store.wait()
 
     def load() -> None:
@@ -72,8 +74,10 @@ def probe(case: dict[str, Any]) -> dict[str, list[int]]:
 
     with patch.object(step, "shards_of", gathered) if case["gathers"] else nullcontext():
         saving = raised_by(save)
-    processes.exchange("written")  # by the leader, after the others' files
-    mine = {"share": share, "save": saving, "load": raised_by(load)}
+        processes.exchange("written")  # by the leader, after the others' files
+        again = raised_by(lambda: save(1))
+    processes.exchange("written again")
+    mine = {"share": share, "save": saving, "again": again, "load": raised_by(load)}
     said = [json.loads(text) for text in processes.exchange(json.dumps(mine))]
     cluster.finish()
     return {key: [each[key] for each in said] for key in mine}

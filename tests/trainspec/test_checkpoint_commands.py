@@ -151,9 +151,9 @@ def test_verify_reads_what_the_manifest_says(make_recipe: Make, tmp_path: Path, 
     # A shard is left out, and its digest with it.
     manifest = read_manifest(path)
     left = {
-        name: each for name, each in manifest.sha256.items() if name != "moment1-00000-of-00002.safetensors"
+        name: each for name, each in manifest.digests.items() if name != "moment1-00000-of-00002.safetensors"
     }
-    replace(manifest, sha256=left).write(path)
+    replace(manifest, digests=left).write(path)
     code, text, _ = ended(capsys, "verify", path)
     assert code == 1
     assert "incomplete checkpoint: no file has all of base_model" in text

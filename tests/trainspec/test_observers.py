@@ -71,7 +71,7 @@ class Numpy:
         self.calls.append("all weights" if frozen else "weights")
         return dict(state.weights)
 
-    def shards_of(self, state):
+    def shards_of(self, state, copy=np.copy):
         self.calls.append("shards")
         return (shard for kind in shards.KINDS for shard in shards.as_shards(kind, state.weights))
 
@@ -141,7 +141,9 @@ def test_every_process_makes_the_same_calls_and_the_leader_completes_what_all_wr
         is_leader = index == 0
         mine = {"weights"} if is_leader else {"moment1", "moment2"}
         monkeypatch.setattr(
-            backend, "shards_of", lambda state, mine=mine: [s for s in shards_of(state) if s.kind in mine]
+            backend,
+            "shards_of",
+            lambda state, copy, mine=mine: [s for s in shards_of(state) if s.kind in mine],
         )
         backend.calls = []
         observers = [

@@ -361,6 +361,22 @@ def test_a_request_after_the_run_ends_the_program_at_once_and_changes_no_exit_co
     assert not reached
 
 
+@pytest.mark.parametrize(
+    ("words", "code"), [("None", EXIT_MACHINE), ("['train', 'r.yaml']", -signal.SIGTERM)]
+)
+def test_a_sigterm_while_the_interpreter_ends_changes_no_exit_code(words: str, code: int):
+    """The program's own command line; control: a command that another program runs in its process leaves signals as they were."""
+    program = (
+        "import atexit, signal, sys; from trainspec.command import backend_parser, run_command; "
+        "from trainspec.errors import MachineError; sys.argv[1:] = ['train', 'r.yaml']; "
+        "atexit.register(signal.raise_signal, signal.SIGTERM); "
+        "main = lambda args: (_ for _ in ()).throw(MachineError('the disk')); "
+        f"sys.exit(run_command(main, backend_parser('jaxtrain'), {words}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (code, "jaxtrain: the disk\n")
+
+
 def test_a_sigterm_that_schedulers_repeat_does_not_hurry_a_run_that_has_stopped_for_it():
     def stopped(request: StopRequest) -> None:
         with listening(request):

@@ -5,11 +5,12 @@
     OUT/checkpoints/.step-000100.tmp/                                  one that is being written, or that a kill has left
     OUT/checkpoints/latest, best                                       names that point at two of the complete
 
-`shards` says what a process has to save, `portable` and a backend's native format how arrays become files, `formats` which of
-the two it is, `manifest` what else there is to know, `store` when they are written, `notes` how its processes meet, `retention`
-what is kept. `verify` says whether what is read is what was written, and `wholeness` whether that is all there has to be;
-`checkpoint` opens it for a run, `newest` for those that change nothing, and `export` as files of Hugging Face and PEFT. A run
-resumes where its inputs are the same (`identity`) and its recipe is (`resume`), but for what a user may `allow`. What all of
-this asks of a backend is in `states`. `command` is `trainspec checkpoint`, `summary` what it shows. A checkpoint is complete as soon
+`shards` says what a process has to save, `copies` has the memory for its copy, `portable` and a backend's native format how
+arrays become files, `formats` which of the two it is, `manifest` what else there is to know, `store` when they are written,
+`notes` how its processes meet, `retention` what is kept. `verify` says whether what is read is what was written, and
+`wholeness` whether that is all there has to be; `checkpoint` opens it for a run, `newest` for those that change nothing, and
+`export` as files of Hugging Face and PEFT. A run resumes where its inputs are the same (`identity`) and its recipe is
+(`resume`), but for what a user may `allow`. What all of this asks of a backend is in `states`. `command` is
+`trainspec checkpoint`, `summary` what it shows. A checkpoint is complete as soon
 as its directory has its final name (`folders`).
 """

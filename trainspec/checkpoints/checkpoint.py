@@ -79,7 +79,7 @@ def load(path: Path, run: Run) -> Checkpoint:
     dtype = STORED_DTYPE[run.recipe.precision.policy]
     arrays = []
     for kind in KINDS:
-        files = [path / name for name in files_of(kind, manifest.sha256)]
+        files = [path / name for name in files_of(kind, manifest.digests)]
         opened = ShardFiles(files, manifest.shapes, where=path)
         arrays.append(
             {p.name: weight for p, weight in read_entries(opened, run.trained, dtype=dtype, where=path)}

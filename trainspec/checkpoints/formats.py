@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic
 
+from trainspec.checkpoints.copies import Copies
 from trainspec.checkpoints.identity import Identity
 from trainspec.checkpoints.manifest import NATIVE, read_manifest
 from trainspec.checkpoints.portable import PortableFormat
@@ -21,6 +22,7 @@ class Formats(Generic[S]):
         self, backend: States[S], run: Run, processes: Processes, *, identity: Identity | None = None
     ) -> None:
         self._backend, self._run, self._processes, self._identity = backend, run, processes, identity
+        self._copies = Copies()
         self.name: str = run.recipe.checkpoint.format
 
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
@@ -34,4 +36,6 @@ class Formats(Generic[S]):
     def _format(self, name: str) -> ArrayFormat[S]:
         if name == NATIVE:
             return self._backend.native_format(self._run, self._processes)
-        return PortableFormat(self._backend, self._run, self._processes, identity=self._identity)
+        return PortableFormat(
+            self._backend, self._run, self._processes, identity=self._identity, copies=self._copies
+        )

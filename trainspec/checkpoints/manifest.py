@@ -14,11 +14,14 @@ from trainspec.checkpoints.folders import flush, naming
 from trainspec.checkpoints.identity import Identity
 from trainspec.checkpoints.resume import CheckpointOrigin
 from trainspec.errors import RecipeError, WeightsError
+from trainspec.files.digests import BLAKE3, SHA256, algorithm_of
 from trainspec.recipe import Recipe, recipe_from
 
 FILE = "checkpoint.json"
 PORTABLE, NATIVE = "portable", "native"
 _DIGEST = "digest"
+# The digests of versions that knew no other.
+_SHA256 = "sha256"
 _BLANK = "0" * 64
 
 
@@ -34,7 +37,7 @@ class DamagedError(WeightsError):
 class Manifest:
     """A run after `step` updates, which is also its position in the data.
 
-    `sha256` has the digest of every file of the checkpoint, by its path in it (`files.digests`, in parts of `part_bytes`; None:
+    `digests` has that of every file of the checkpoint, by its path in it (`files.digests`, in parts of `part_bytes`; None:
     the SHA-256 of the whole, as versions wrote it that hashed in one thread), `sizes` their bytes; `shapes` every trained
     tensor (None: each file's keys are whole tensors, as versions wrote them that gathered); `identity` is None where a version
     without digests wrote it.
@@ -42,7 +45,7 @@ class Manifest:
 
     step: int
     recipe: dict[str, Any]
-    sha256: Mapping[str, str]
+    digests: Mapping[str, str]
     identity: Identity | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
     format: str = PORTABLE
@@ -75,7 +78,7 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest(
             step=int(tree["step"]),
             recipe=dict(tree["recipe"]),
-            sha256={str(name): str(digest) for name, digest in tree["sha256"].items()},
+            digests=_digests(tree),
             identity=Identity(**identity) if identity else None,
             shapes={name: tuple(map(int, s)) for name, s in shapes.items()} if shapes is not None else None,
             format=str(tree.get("format", PORTABLE)),
@@ -94,6 +97,15 @@ def run_metadata(recipe: Mapping[str, Any], identity: Identity | None) -> dict[s
         key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
         for key, value in told.items()
     }
+
+
+def _digests(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The digest of every file. Raises ValueError for one of a hash that this version does not know."""
+    recorded = tree[_SHA256] if _SHA256 in tree else tree["digests"]
+    found = {str(name): str(digest) for name, digest in recorded.items()}
+    if unknown := {algorithm_of(digest) for digest in found.values()} - {SHA256, BLAKE3}:
+        raise ValueError(f"digests of {sorted(unknown)}")
+    return found
 
 
 def _part_bytes(tree: Mapping[str, Any]) -> int | None:
@@ -146,7 +158,7 @@ def _digest(text: str) -> str:
 
 def _check(tree: Mapping[str, Any], text: str, path: Path) -> None:
     """Raises _Damaged unless the manifest is as it was written. Those of earlier versions have no digest."""
-    known = {column.name for column in fields(Manifest)}
+    known = {column.name for column in fields(Manifest)} | {_SHA256}
     digest = tree.get(_DIGEST)
     if digest is None and "sizes" not in tree and tree.keys() <= known:
         return

@@ -21,7 +21,7 @@ _PATIENCE_SECONDS = 1800.0
 class Written:
     """What a process leaves in the directory when it has written its files, or could not: then `error` says why."""
 
-    sha256: Mapping[str, str]
+    digests: Mapping[str, str]
     sizes: Mapping[str, int]
     error: str | None = None
     is_of_machine: bool = False

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.checkpoints.checkpoint import load
+from trainspec.checkpoints.copies import Copies
 from trainspec.checkpoints.identity import Identity
 from trainspec.checkpoints.manifest import run_metadata
 from trainspec.checkpoints.shards import KINDS, ArrayKind, Shard, file_name
@@ -31,13 +32,26 @@ class PortableFormat(Generic[S]):
     name = "portable"
 
     def __init__(
-        self, backend: States[S], run: Run, processes: Processes, *, identity: Identity | None = None
+        self,
+        backend: States[S],
+        run: Run,
+        processes: Processes,
+        *,
+        identity: Identity | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self._backend, self._run, self._processes, self._identity = backend, run, processes, identity
+        self._copies = copies or Copies()
 
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
-        """Copy this process's shards of `state`; the function that is returned writes them, and returns their digests."""
-        shards = list(self._backend.shards_of(state))
+        """Copy this process's shards of `state`; the function that is returned writes them, and returns their digests.
+
+        The copies are in the memory of the save before, which has ended.
+        """
+        with self._copies.filling() as copy:
+            shards = list(self._backend.shards_of(state, copy))
+        if not self._run.recipe.checkpoint.asynchronous:
+            self._copies.release()
         metadata = metadata_of(state.step, self._run.recipe, self._identity)
         return lambda: write_shards(folder, shards, self._processes, metadata=metadata)
 
@@ -79,5 +93,5 @@ def write_shards(
 
 def _is_finite(array: NDArray[Any]) -> bool:
     """Whether all of an array is finite. Piece by piece, as one that fits the cache is looked at several times as fast."""
-    flat = array.reshape(-1)
+    flat = array.ravel(order="K")  # as it is in memory: a transposed one is not copied
     return all(np.isfinite(flat[at : at + _PIECE]).all() for at in range(0, flat.size, _PIECE))

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from trainspec.checkpoints.checkpoint import Checkpoint
+from trainspec.checkpoints.copies import Copy
 from trainspec.checkpoints.shards import Shard
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
@@ -49,8 +52,11 @@ class States(Protocol[S]):
         """The run before its first update. Reuses what was compiled for `like`, a state of an equal recipe."""
         ...
 
-    def shards_of(self, state: S) -> Iterator[Shard]:
-        """Copies of what this process saves: of all processes together every element of weights and moments once."""
+    def shards_of(self, state: S, copy: Copy = np.copy) -> Iterator[Shard]:
+        """Copies of what this process saves: of all processes together every element of weights and moments once.
+
+        `copy` makes those of arrays that are on the host, and may fill them until the last shard was taken and later.
+        """
         ...
 
     def restore(self, state: S, checkpoint: Checkpoint) -> S:

@@ -191,7 +191,7 @@ class CheckpointStore(Generic[S]):
         words = [word_of(folder, process, count, self._given_up) for process in range(count)]
         manifest = replace(
             manifest,
-            sha256={name: digest for word in words for name, digest in word.sha256.items()},
+            digests={name: digest for word in words for name, digest in word.digests.items()},
             sizes={name: size for word in words for name, size in word.sizes.items()},
         )
         if wrong := next(wrong_shards(folder, manifest), None):
@@ -254,7 +254,7 @@ def manifest_of(recipe: Recipe, identity: Identity | None, shapes: Mapping[str, 
     return Manifest(
         step=0,
         recipe=recipe.model_dump(mode="json", by_alias=True),
-        sha256={},
+        digests={},
         identity=identity,
         shapes=shapes,
         part_bytes=PART_BYTES,

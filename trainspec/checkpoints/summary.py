@@ -109,7 +109,7 @@ def summary_of(path: Path) -> Summary:
     manifest = read_manifest(path)
     with explained(path):
         tree = manifest.recipe
-        sizes = {name: (path / name).stat().st_size for name in sorted({FILE, *manifest.sha256})}
+        sizes = {name: (path / name).stat().st_size for name in sorted({FILE, *manifest.digests})}
         counts = {int(match[1]) for name in sizes if (match := _COUNT.search(name))}
         counts |= {1 + int(match[1]) for name in sizes if (match := _PROCESS.search(name))}
         text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
@@ -143,7 +143,7 @@ def _arrays(path: Path, manifest: Manifest) -> dict[str, ArraySummary]:
 
 
 def _summed(path: Path, kind: ArrayKind, manifest: Manifest) -> ArraySummary:
-    files = [path / name for name in files_of(kind, manifest.sha256)]
+    files = [path / name for name in files_of(kind, manifest.digests)]
     tensors = ShardFiles(files, manifest.shapes, where=path)
     return ArraySummary(
         tensors=len(tensors.shapes),

@@ -22,8 +22,8 @@ from trainspec.checkpoints.manifest import (
 )
 from trainspec.checkpoints.wholeness import wrong_shards
 from trainspec.cores import cores
-from trainspec.errors import MachineError, WeightsError, describe_os_error
-from trainspec.files.digests import digest_of
+from trainspec.errors import MachineError, RecipeError, WeightsError, describe_os_error
+from trainspec.files.digests import algorithm_of, digest_of
 from trainspec.files.tensors import TensorFile
 from trainspec.runs.processes import Processes
 
@@ -51,7 +51,7 @@ def damages(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is damaged or missing in a checkpoint, a line for each file; of every `share[1]` files the `share[0]`-th is read.
 
     Who reads all of them looks as well whether they are all that there has to be. Files that this process has found whole
-    before are not read again unless they have changed.
+    before are not read again unless they have changed. Raises RecipeError where what made the digests is not installed.
     """
     try:
         manifest = read_manifest(path)
@@ -61,11 +61,14 @@ def damages(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     if named is not None and named != manifest.step:
         return [f"{path / FILE}: is that of step {manifest.step}"]
     index, count = share
-    names = sorted(manifest.sha256)[index::count]
+    names = sorted(manifest.digests)[index::count]
     if _stamp(path, manifest) in _whole:
         return []
     with ThreadPoolExecutor(min(_MOST_THREADS, cores())) as pool:
-        found = [line for line in pool.map(lambda name: _damage(path, name, manifest), names) if line]
+        try:
+            found = [line for line in pool.map(lambda name: _damage(path, name, manifest), names) if line]
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
     if not found and count == 1:
         found = list(wrong_shards(path, manifest))
         if not found:
@@ -154,7 +157,8 @@ def _damage(path: Path, name: str, manifest: Manifest) -> str | None:
             if size is not None and found != size:
                 lack = "empty" if not found else f"{found} bytes"
                 return f"{file}: damaged ({lack} instead of {size} bytes{_another(file, name, manifest)})"
-            if digest_of(stream, manifest.part_bytes) == manifest.sha256[name]:
+            recorded = manifest.digests[name]
+            if digest_of(stream, manifest.part_bytes, algorithm_of(recorded)) == recorded:
                 return None
     except FileNotFoundError:
         return f"{file}: missing (incomplete checkpoint)"
@@ -185,7 +189,7 @@ def _remember(path: Path, manifest: Manifest) -> None:
 def _stamp(path: Path, manifest: Manifest) -> tuple[object, ...] | None:
     """What changes when one of the files does; None where one is missing."""
     try:
-        stats = [(path / name).stat() for name in [FILE, *sorted(manifest.sha256)]]
+        stats = [(path / name).stat() for name in [FILE, *sorted(manifest.digests)]]
     except OSError:
         return None
     return (path.absolute(), *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))

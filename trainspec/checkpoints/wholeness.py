@@ -22,7 +22,7 @@ def wrong_shards(path: Path, manifest: Manifest) -> Iterator[str]:
         return
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for kind in KINDS:
-        files = [path / name for name in files_of(kind, manifest.sha256)]
+        files = [path / name for name in files_of(kind, manifest.digests)]
         if not files:
             yield f"{path}: incomplete checkpoint: no file of {kind}"
             continue

@@ -56,8 +56,11 @@ class StopRequest:
 
 
 @contextmanager
-def listening(request: StopRequest | None = None) -> Iterator[StopRequest]:
+def listening(request: StopRequest | None = None, *, is_last: bool = False) -> Iterator[StopRequest]:
     """Inside, SIGTERM and Ctrl-C are requests, noted in `request` where there is one; afterwards they do what they did before.
+
+    `is_last`: afterwards the program only has to end, with a code that is known. A SIGTERM is ignored then, as it would take the
+    code's place.
 
     What listens to the same `request` around this does so after its end. A signal that is ignored, as for a program in a shell's
     background, stays ignored. Outside of the main thread, where Python has no handlers, nothing is heard. A request that comes
@@ -84,4 +87,4 @@ def listening(request: StopRequest | None = None) -> Iterator[StopRequest]:
     finally:
         sys.unraisablehook = report
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if is_last and number == signal.SIGTERM else handler)

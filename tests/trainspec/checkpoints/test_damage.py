@@ -303,9 +303,9 @@ def test_a_manifest_of_an_earlier_version_has_no_digest(damaged: Path):
 def without(path: Path, name: str) -> None:
     """Leave a file out, and its digest with it."""
     manifest = read_manifest(path)
-    sha256, sizes = ({k: v for k, v in of.items() if k != name} for of in (manifest.sha256, manifest.sizes))
+    digests, sizes = ({k: v for k, v in of.items() if k != name} for of in (manifest.digests, manifest.sizes))
     (path / name).unlink()
-    replace(manifest, sha256=sha256, sizes=sizes).write(path)
+    replace(manifest, digests=digests, sizes=sizes).write(path)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -13,15 +13,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import load_file
 from writers import save
 
 from trainspec.checkpoints import verify
 from trainspec.checkpoints.manifest import FILE, read_manifest
 from trainspec.cores import cores
+from trainspec.errors import RecipeError
 from trainspec.files import digests, tensors
-from trainspec.files.digests import PART_BYTES, digest_of
+from trainspec.files.digests import BLAKE3, PART_BYTES, SHA256, algorithm_of, digest_of
 from trainspec.files.tensors import write_tensors
+
+HASHES = {SHA256: hashlib.sha256, BLAKE3: blake3}
+TAGS = {SHA256: "", BLAKE3: "blake3:"}
+
+
+@pytest.fixture(params=HASHES)
+def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each hash as that of new digests."""
+    for module in (digests, tensors):
+        monkeypatch.setattr(module, "ALGORITHM", request.param)
+    return request.param
 
 
 def found(path: Path, part_bytes: int | None = PART_BYTES) -> str:
@@ -29,31 +42,33 @@ def found(path: Path, part_bytes: int | None = PART_BYTES) -> str:
         return digest_of(file, part_bytes)
 
 
-def defined(content: bytes, part_bytes: int) -> str:
+def defined(content: bytes, part_bytes: int, algorithm: str) -> str:
     """The definition, in one line."""
     parts = [content[at : at + part_bytes] for at in range(0, max(1, len(content)), part_bytes)]
-    whole = b"".join(hashlib.sha256(part).digest() for part in parts) if len(parts) > 1 else content
-    return hashlib.sha256(whole).hexdigest()
+    hashed = HASHES[algorithm]
+    whole = b"".join(hashed(part).digest() for part in parts) if len(parts) > 1 else content
+    return TAGS[algorithm] + hashed(whole).hexdigest()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 200, 999, 1000])
 def test_any_number_of_threads_finds_what_is_defined(
-    tmp_path: Path, threads: int, size: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, threads: int, size: int, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(digests, "THREADS", threads)
     monkeypatch.setattr(digests, "_PIECE_BYTES", 33)
     content = np.random.default_rng(size).bytes(size)
     (tmp_path / "a").write_bytes(content)
-    assert found(tmp_path / "a", 100) == defined(content, 100)
+    assert found(tmp_path / "a", 100) == defined(content, 100, algorithm)
     assert found(tmp_path / "a", None) == hashlib.sha256(content).hexdigest()
-    # That of a file of one part is what sha256sum says; control: that of several is not.
-    assert (found(tmp_path / "a", 100) == hashlib.sha256(content).hexdigest()) == (size <= 100)
+    # That of a file of one part is what sha256sum and b3sum say; control: that of several is not.
+    plain = TAGS[algorithm] + HASHES[algorithm](content).hexdigest()
+    assert (found(tmp_path / "a", 100) == plain) == (size <= 100)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_what_is_written_has_the_digest_that_is_returned(
-    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, threads: int, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Small tensors that are joined, and large ones that several parts have; parts are written in any order."""
     monkeypatch.setattr(tensors, "THREADS", threads)
@@ -65,13 +80,13 @@ def test_what_is_written_has_the_digest_that_is_returned(
     digest = write_tensors(arrays, path, metadata={"step": "1"})
     content = path.read_bytes()
     assert len(content) > 5 * PART_BYTES
-    assert digest == defined(content, PART_BYTES) == found(path)
+    assert digest == defined(content, PART_BYTES, algorithm) == found(path)
     read = load_file(path)
     assert read.keys() == arrays.keys()
     assert all(np.array_equal(read[name], array) for name, array in arrays.items())
 
 
-def test_a_flip_in_any_part_a_swap_of_parts_and_a_cut_change_the_digest(tmp_path: Path):
+def test_a_flip_in_any_part_a_swap_of_parts_and_a_cut_change_the_digest(tmp_path: Path, algorithm: str):
     path, rng = tmp_path / "a", np.random.default_rng(0)
     content = rng.bytes(3 * PART_BYTES + 5)
     path.write_bytes(content)
@@ -97,10 +112,10 @@ def test_a_checkpoint_whose_files_were_hashed_as_a_whole_is_verified_as_it_says(
     path = tmp_path / "checkpoints/step-000001"
     manifest = read_manifest(path)
     assert manifest.part_bytes == PART_BYTES
-    plain = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest.sha256}
-    parted = {name: defined((path / name).read_bytes(), 64) for name in manifest.sha256}
+    plain = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest.digests}
+    parted = {name: defined((path / name).read_bytes(), 64, SHA256) for name in manifest.digests}
     for part_bytes, right, wrong in ((None, plain, parted), (64, parted, plain)):
-        replace(manifest, part_bytes=part_bytes, sha256=right).write(path)
+        replace(manifest, part_bytes=part_bytes, digests=right).write(path)
         assert verify.damages(path) == []
         file = path / "moment1.safetensors"
         content = file.read_bytes()
@@ -108,12 +123,51 @@ def test_a_checkpoint_whose_files_were_hashed_as_a_whole_is_verified_as_it_says(
         (line,) = verify.damages(path)
         assert "moment1.safetensors: damaged (its digest is not the recorded one" in line
         file.write_bytes(content)
-        replace(manifest, part_bytes=part_bytes, sha256=wrong).write(path)
+        replace(manifest, part_bytes=part_bytes, digests=wrong).write(path)
         assert len(verify.damages(path)) == 3  # control: the two differ
     tree = json.loads((path / FILE).read_text())
-    del tree["part_bytes"], tree["digest"], tree["sizes"]
+    del tree["part_bytes"], tree["digest"], tree["sizes"], tree["digests"]
     (path / FILE).write_text(json.dumps(tree | {"sha256": plain}))
     assert verify.damages(path) == []
+
+
+def test_each_file_says_what_made_its_digest(tmp_path: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch):
+    """Of one checkpoint each may be another, as of processes of several installations."""
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoints/step-000001"
+    manifest = read_manifest(path)
+    assert {algorithm_of(digest) for digest in manifest.digests.values()} == {algorithm}
+    mixed = {
+        name: defined((path / name).read_bytes(), PART_BYTES, each)
+        for name, each in zip(manifest.digests, [SHA256, BLAKE3, algorithm], strict=True)
+    }
+    replace(manifest, digests=mixed).write(path)
+    assert verify.damages(path) == []
+    # Controls: the number of one hash under the name of the other, and a hash that nobody knows.
+    other = {name: "blake3:" + digest.removeprefix("blake3:") for name, digest in mixed.items()}
+    replace(manifest, digests=other).write(path)
+    assert len(verify.damages(path)) == 1 + (algorithm == SHA256)
+    replace(manifest, digests={name: "crc32:00" for name in mixed}).write(path)
+    assert "a value in it is of another kind" in verify.damages(path)[0]
+
+
+def test_without_its_package_blake3_is_refused_and_named_and_sha256_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert digests.ALGORITHM == BLAKE3  # as both backends are installed
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoints/step-000001"
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    monkeypatch.setattr(digests, "blake3", None)
+    with pytest.raises(RecipeError) as refused:
+        verify.damages(path)
+    assert str(refused.value) == (
+        f"{path}: its digests are of BLAKE3, which is not installed; pip install 'twintrain[digests]'"
+    )
+    assert path.is_dir()  # it is not damaged, and not set aside
+    code = "import sys; sys.modules['blake3'] = None; from trainspec.files import digests; print(digests.ALGORITHM)"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert said.stdout.strip() == SHA256
 
 
 @pytest.mark.parametrize("length", [0, -1, "1048576", 1.5, True])

@@ -192,9 +192,9 @@ def test_what_some_processes_write_is_one_checkpoint(tmp_path: Path, count: int)
     newest = tmp_path / "checkpoints/latest"
     assert holds(newest, State(3))
     manifest = read_manifest(newest)
-    assert len(manifest.sha256) == 3 * count
+    assert len(manifest.digests) == 3 * count
     assert manifest.shapes == SHAPES
-    assert {name: (newest / name).stat().st_size for name in manifest.sha256} == manifest.sizes
+    assert {name: (newest / name).stat().st_size for name in manifest.digests} == manifest.sizes
 
 
 def test_a_part_that_no_process_has_is_missed(tmp_path: Path):

@@ -139,7 +139,7 @@ def holds(path: Path, state: State) -> bool:
     manifest = read_manifest(path)
     for kind in KINDS:
         files = ShardFiles(
-            [path / name for name in files_of(kind, manifest.sha256)], manifest.shapes, where=path
+            [path / name for name in files_of(kind, manifest.digests)], manifest.shapes, where=path
         )
         for name, array in state.arrays(kind).items():
             if not np.array_equal(files.read(name, (slice(None),) * array.ndim), array):
