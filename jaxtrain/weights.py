@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec, Sharding
 from numpy.typing import DTypeLike, NDArray
 
-from trainspec.files.tensors import copy_tiles, transposed
+from trainspec.files.tensors import copy_into, transposed
 from trainspec.methods import ENCODER, PEFT_PREFIX
 from trainspec.params import Param
 from trainspec.plans.plan import DimAxes
@@ -189,10 +189,7 @@ def _native_shard(
         if layer in stack:
             is_transposed = name.endswith(TRANSPOSED)
             weight = stack[layer][inner[::-1] if is_transposed else inner]
-            if is_transposed:
-                copy_tiles(target, weight.astype(target.dtype, copy=False).T)
-            else:
-                target[...] = weight
+            copy_into(target, weight.T if is_transposed else weight)
     return shard
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from trainspec.errors import WeightsError
 from trainspec.files import tensors
-from trainspec.files.tensors import TensorFile, copy_tiles, row_major, write_tensors
+from trainspec.files.tensors import TensorFile, copy_into, row_major, write_tensors
 
 RNG = np.random.default_rng(0)
 
@@ -71,8 +71,11 @@ def test_tiles_are_what_numpy_copies(shape: tuple[int, int], dtype: type, tmp_pa
     assert found.flags.c_contiguous
     np.testing.assert_array_equal(found, array.T)
     into = np.zeros(shape, dtype)
-    copy_tiles(into, np.ascontiguousarray(array.T).T)
+    copy_into(into, np.ascontiguousarray(array.T).T)
     np.testing.assert_array_equal(into, array)
+    wide = np.zeros(shape)
+    copy_into(wide, np.ascontiguousarray(array.T).T)
+    np.testing.assert_array_equal(wide, array.astype(np.float64))
     assert row_major(array) is array
     write_tensors({"a": array.T}, tmp_path / "a")
     if dtype is not ml_dtypes.bfloat16:  # which safetensors does not give to numpy

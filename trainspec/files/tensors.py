@@ -131,17 +131,20 @@ def row_major(array: NDArray[Any]) -> NDArray[Any]:
 def transposed(array: NDArray[Any]) -> NDArray[Any]:
     """A copy of a matrix, transposed, in row-major order."""
     result = np.empty(array.shape[::-1], array.dtype)
-    copy_tiles(result, array.T)
+    copy_into(result, array.T)
     return result
 
 
-def copy_tiles(target: NDArray[Any], source: NDArray[Any]) -> None:
-    """Copy a matrix that is transposed, or into one that is, tile by tile: numpy's own way takes five times as long.
+def copy_into(target: NDArray[Any], source: NDArray[Any]) -> None:
+    """`target[...] = source`; a matrix that lies the other way tile by tile, which takes a fifth of numpy's time.
 
     A tile stays in the core's cache while it is read in one order and written in the other.
     """
-    bits = f"u{source.dtype.itemsize}"  # numpy copies types that are not its own one by one
-    target, source = target.view(bits), source.view(bits)
+    if source.ndim != 2 or source.flags.c_contiguous == target.flags.c_contiguous:
+        target[...] = source
+        return
+    bits = f"u{target.dtype.itemsize}"  # numpy copies types that are not its own one by one
+    target, source = target.view(bits), source.astype(target.dtype, copy=False).view(bits)
     rows, columns = source.shape
     for row in range(0, rows, _TILE):
         for column in range(0, columns, _TILE):
