@@ -43,7 +43,9 @@ REFUSALS = {
         ["eval", DEMO, "--set", "model.from=nowhere"],
         ["eval", DEMO, "--set", "data.heldout=null"],
         ["eval", DEMO, "--set", "data.heldout=nothing.jsonl"],
+        ["eval", DEMO, "--out", "nowhere"],
         ["generate", DEMO, "--prompt", "Why?", "--set", "model.from=nowhere"],
+        ["generate", DEMO, "--prompt", "Why?", "--out", "nowhere"],
     ),
 }
 REFUSALS["torchtrain"] = REFUSALS["jaxtrain"]

@@ -62,7 +62,7 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
     helps = {
         "train": "train; writes metrics, TensorBoard events and checkpoints under --out",
         "eval": "measure the newest checkpoint under --out and the starting weights on data.heldout: loss, metrics, samples",
-        "generate": "write what the newest checkpoint under --out, else the starting model, answers to prompts",
+        "generate": "write what the newest checkpoint under --out answers to prompts",
         "export": "write the newest checkpoint under --out as a PEFT adapter or a Hugging Face model",
     }
     for name, help_text in helps.items():

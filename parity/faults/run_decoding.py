@@ -196,7 +196,7 @@ def _answers(
             keys.append((setup, name, backend, look))
             edits = fault.edits[backend] if fault else ()
             home = _home(out, keys[-1])
-            argv = ["generate", str(_recipe(out, setup)), "--out", str(home), "--scores"]
+            argv = ["generate", str(_recipe(out, setup)), "--out", str(home), "--scores", "--untrained"]
             argv += ["--file", str(out / "prompts.jsonl"), "--max-tokens", str(TOKENS), "--batch", str(BATCH)]
             cases.append(Case((*argv, *WORDS.get(setup, ()), *words), 1, edits))
     results = run_cases(backend, cases, home=out / "launches", at_once=min(AT_ONCE, cores()))

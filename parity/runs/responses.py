@@ -61,7 +61,8 @@ class SideGeneration:
     def _arguments(self, out: Path) -> list[str]:
         settings = [*self.overrides, *self.side.overrides, *precision_settings(self.precision)]
         words = ["generate", str(self.recipe), *as_options(settings)]
-        return [*words, "--out", str(out), "--scores", *self.words]
+        start = [] if self.start else ["--untrained"]
+        return [*words, "--out", str(out), "--scores", *start, *self.words]
 
 
 def newest_of(start: Path) -> Path:

@@ -103,6 +103,7 @@ def evaluated(make_recipe, tmp_path: Path, monkeypatch, capsys):
         examples=None,
         processes=None,
         loss_only=False,
+        untrained=None,
         settings=SETTINGS,
         **data,
     ):
@@ -123,7 +124,9 @@ def evaluated(make_recipe, tmp_path: Path, monkeypatch, capsys):
             monkeypatch.setattr(
                 loop, "restored", lambda *a, **k: (State(9, tuple(trained)), f"{out} at step 9")
             )
-        request = EvaluationRequest(out, settings, examples, loss_only)
+        request = EvaluationRequest(
+            out, settings, examples, loss_only, untrained=trained is None if untrained is None else untrained
+        )
         found = loop.evaluate(backend, run, request, processes=processes or Processes(), devices=DEVICES)
         return found, capsys.readouterr().out, out
 
@@ -220,13 +223,13 @@ def test_figures_of_summaries_are_those_of_rouge_on_the_written_file(evaluated, 
     assert 0 == figures["untrained"]["rouge1"] < figures["trained"]["rouge1"] < 100  # control
 
 
-def test_without_a_checkpoint_there_is_one_column(evaluated):
+def test_of_the_untrained_model_there_is_one_column(evaluated):
     _, printed, out = evaluated(trained=None)
     figures, predictions = read(out)
     assert "trained" not in figures
     assert "untrained" not in predictions[0]
     assert predictions[0]["prediction"] == ""
-    assert f"no checkpoint under {out}; there is no trained model to measure" in printed
+    assert printed.startswith("measuring the held-out loss and 3 answers of the untrained model alone\n")
 
 
 def test_plain_text_has_a_loss_alone(evaluated, tmp_path: Path):
@@ -244,7 +247,7 @@ def test_the_loss_alone_is_a_line_and_writes_nothing(evaluated):
     found, printed, out = evaluated(loss_only=True, trained=None)
     assert found is None
     assert printed.startswith("held-out loss 0.")
-    assert printed.endswith(f" of the starting weights (no checkpoint under {out})\n")
+    assert printed.endswith(" of the starting weights\n")
     assert not out.exists()
 
 
@@ -358,7 +361,7 @@ def test_a_damaged_checkpoint_is_found_before_anything_is_measured(evaluated, tm
     measured = []
     monkeypatch.setattr(Told, "eval_step", lambda self, state, batch: measured.append(batch))
     with pytest.raises(WeightsError, match=r"checkpoint\.json"):
-        evaluated(trained=None)
+        evaluated(trained=None, untrained=False)
     assert measured == []
 
 

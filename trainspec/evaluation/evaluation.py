@@ -24,7 +24,7 @@ LOSS_SIGNATURES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of a run: `questions` where its answers are measured. `trained` is None where there is no checkpoint."""
+    """Of a run: `questions` where its answers are measured. `trained` is None where the starting weights alone are measured."""
 
     run: Run
     request: EvaluationRequest

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from trainspec.evaluation.evaluation import Evaluation
 from trainspec.evaluation.heldout import Questions
-from trainspec.runs.newest import what_is_there
 from trainspec.tasks import TASKS
 
 
@@ -33,8 +32,6 @@ def table(evaluation: Evaluation) -> Iterator[str]:
         aligned = "  ".join(value.rjust(width) for value, width in zip(values, widths[1:-1], strict=True))
         yield f"{name.ljust(widths[0])}  {aligned}  {how}".rstrip()
     yield "; ".join(f"{name}: {measurement.whose}" for name, measurement in models.items())
-    if evaluation.trained is None:
-        yield f"{what_is_there(evaluation.request.out)}; there is no trained model to measure"
 
 
 def _answered(evaluation: Evaluation, questions: Questions) -> str:
