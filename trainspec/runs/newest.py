@@ -12,7 +12,6 @@ from trainspec.runs.contract import Backend, S
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 
-
 STARTING = "the starting weights"
 
 
