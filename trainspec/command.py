@@ -16,7 +16,7 @@ import select
 import sys
 import traceback
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -44,8 +44,8 @@ class ArgumentParser(argparse.ArgumentParser):
         """End the program with the line; the usage, which argparse would print before it, is in `--help`."""
         self.exit(EXIT_USER_ERROR, f"{self.prog.split()[0]}: {message}; see {self.prog} --help\n")
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Iterable[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """argparse's, which every parser of a command is called by; an option that it does not know is an error here.
 
