@@ -25,8 +25,9 @@ from parity.comparison.pair import NAMES
 from parity.comparison.rescored import RescoredRow, Row
 from parity.faults.decoding import FAULTS, SETUPS, WORDS, DecodingFault, Stage, decoding_recipe
 from parity.faults.run import AT_ONCE, BACKENDS
-from parity.generate import ONE_AT_A_TIME, WITHOUT_CACHE, by_reference, reference_job
+from parity.generate import by_reference, reference_job
 from parity.report.markdown import table
+from parity.runs.answers import ONE_AT_A_TIME, WITHOUT_CACHE
 from parity.runs.fixture import write_tiny
 from parity.runs.launch_many import Case, run_cases
 from parity.runs.programs import Launcher

@@ -108,6 +108,14 @@ def write_own_prompts(data: Data, out: Path, count: int = OWN_PROMPTS) -> tuple[
     return path, f"the first {len(records)} records of the {whose} data, {source}"
 
 
+def count_records(file: Path) -> int:
+    """How many records a file has, be they what they may; 0 for one that cannot be read, of which a side says why."""
+    try:
+        return sum(1 for _ in read_raw(str(file)))
+    except (DataError, OSError):
+        return 0
+
+
 def _beginning(record: object) -> object:
     """A document of plain text, cut."""
     if isinstance(record, dict):
