@@ -221,7 +221,7 @@ jaxtrain eval configs/question-answering.yaml --out runs/qa --loss-only     # th
 held-out prompts, by the task's metrics; and for records with `choices` the share of right ones. Answers are greedy; the options of
 `generate` apply, and `--examples N` answers the first N records only. A prompt that leaves the model no room is named and not
 answered, and so are records that training leaves out (empty ones, and bad ones with `data.bad_records: skip`); a record without a response
-is an error. Metrics are for instruction records: of conversations, prompts with completions and plain text the loss alone is measured, and
+is an error. Metrics are for instruction records and for prompts with completions as texts: of conversations and plain text the loss alone is measured, and
 options that say how to answer are refused. A checkpoint that is damaged is refused before anything is measured.
 
 | file in `--out` | what it has |

@@ -139,6 +139,11 @@ class Dataset:
         return read_prompt(self._data) if self._store.about["asked"] else None
 
     @property
+    def has_answers(self) -> bool:
+        """Whether the file has prompts with answers, as texts, which a task's metrics can judge."""
+        return self._store.about["answered"] > 0
+
+    @property
     def records(self) -> int:
         """How many records became tokens."""
         return len(self._store.offsets) - 1

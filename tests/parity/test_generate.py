@@ -115,7 +115,9 @@ def test_the_time_to_go_is_told_from_measured_responses():
     for at, count in ((100.0, 8), (110.0, 16)):
         clock[0] = at
         progress.said("left", f"{count} of 40 responses")
-    assert stream.getvalue().endswith("left 16/40 responses; 1 min 50 s so far, about 30 s to go for this part")
+    assert stream.getvalue().endswith(
+        "left 16/40 responses; 1 min 50 s so far, about 30 s to go for this part"
+    )
 
 
 def test_a_closer_look_is_announced():

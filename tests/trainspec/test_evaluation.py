@@ -26,7 +26,7 @@ from trainspec.plans.accelerators import Devices
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import resolve
 from trainspec.runs.run_data import open_data
-from trainspec.tasks import TASKS
+from trainspec.tasks import TASKS, write_prompt
 from trainspec.text.store import find_tokenizer
 
 EOS = 2
@@ -329,15 +329,62 @@ def test_what_training_leaves_out_is_left_out_and_named(evaluated):
     assert "1 held-out record left out, not answered: record 3 (line 3: the record is empty)" in printed
 
 
-def test_conversations_have_a_loss_alone(evaluated):
+def test_conversations_have_a_loss_alone(evaluated, tmp_path: Path):
     talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     found, printed, out = evaluated([{"messages": talk}], settings=Settings())
     assert found.questions is None
-    assert (
-        "no instruction record, which data.task=question_answering is measured on; the loss alone" in printed
-    )
+    named = "neither an instruction nor a prompt with a completion as texts, which data.task=question_answering is measured on"
+    assert f"{named}; the loss alone is measured" in printed
     figures = json.loads((out / "eval.json").read_text())
     assert set(figures["trained"]) == {"of", "step", "heldout_loss", "perplexity"}
+    # As a prompt with a completion, a conversation is none the less one.
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    record = {"prompt": talk[:1], "completion": talk[1:]}
+    found, printed, _ = evaluated([record], settings=Settings(), chat_template=str(template))
+    assert found.questions is None
+    assert named in printed
+
+
+@pytest.mark.parametrize("task", ["question_answering", "translation", "summarisation"])
+def test_a_prompt_with_a_completion_is_measured_as_the_same_instruction(evaluated, task: str):
+    """A user who writes the task's prompt out has the same tokens, the same answers and the same figures."""
+    asked = [{key: r[key] for key in ("instruction", "output")} for r in RECORDS]
+    form = TASKS[task].prompts["en"]
+    written_out = [
+        {"prompt": write_prompt(form, instruction=r["instruction"], text=""), "completion": r["output"]}
+        for r in asked
+    ]
+    found = {}
+    for shape, records in {"instruction": asked, "completion": written_out}.items():
+        _, printed, out = evaluated(records, task=task)
+        figures, predictions = read(out)
+        assert "3 prompts of" in printed
+        found[shape] = (
+            figures["trained"],
+            figures["signatures"],
+            [(p["prediction"], p["scores"]) for p in predictions],
+        )
+    assert found["instruction"] == found["completion"]
+    assert (
+        max(
+            found["completion"][0][name]
+            for name in ("f1", "chrf", "rouge1")
+            if name in found["completion"][0]
+        )
+        > 0
+    )
+
+
+def test_a_task_without_metrics_measures_the_loss_of_completions_alone(evaluated):
+    found, printed, _ = evaluated(
+        [{"prompt": "Why?", "completion": "So."}], task="conversation", settings=Settings()
+    )
+    assert found.questions is None
+    assert "answered" not in printed
 
 
 @pytest.mark.parametrize(

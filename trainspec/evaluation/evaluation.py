@@ -93,5 +93,5 @@ class Evaluation:
 
 
 def task_of(run: Run, heldout: Dataset) -> Task | None:
-    """The task that held-out answers are measured by; None where no record asks for one, as with conversations and plain text."""
-    return None if heldout.prompt is None else TASKS.get(run.recipe.data.task)
+    """The task that held-out answers are measured by; None where no record has one as text, as with conversations and plain text."""
+    return TASKS.get(run.recipe.data.task) if heldout.has_answers else None

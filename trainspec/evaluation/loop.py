@@ -86,8 +86,8 @@ def _questions(
     if task is None:
         if given := request.answer_options():
             raise UserError(
-                f"{given[0]}: has no effect: {run.recipe.data.heldout} has no instruction record of a task with metrics, so that none "
-                "is answered; leave it out"
+                f"{given[0]}: has no effect: {run.recipe.data.heldout} has no instruction record and no prompt with a completion as texts of a "
+                "task with metrics, so that none is answered; leave it out"
             )
         return None
     way_out = "measure the loss alone with --loss-only"

@@ -16,7 +16,10 @@ def table(evaluation: Evaluation) -> Iterator[str]:
         if note := evaluation.questions.note():
             yield note
     elif (data := evaluation.run.recipe.data).task in TASKS:
-        yield f"{data.heldout}: no instruction record, which data.task={data.task} is measured on; the loss alone is measured"
+        yield (
+            f"{data.heldout}: neither an instruction nor a prompt with a completion as texts, which data.task={data.task} is "
+            "measured on; the loss alone is measured"
+        )
     models, signatures = evaluation.models, evaluation.signatures
     columns = [evaluation.figures[name] for name in models]
     rows = [["", *models, ""]]

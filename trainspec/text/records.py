@@ -67,12 +67,14 @@ class Chat:
 class Text:
     """Stretches of text, each with whether it is trained on. `turns`: the stretches that begin a turn.
 
-    `is_asked`: whether it is an instruction record in its task's prompt.
+    `is_asked`: whether it is an instruction record in its task's prompt. `is_answered`: whether it is a prompt with an answer, which
+    the metrics of `data.task` can judge: that, or a prompt and a completion.
     """
 
     stretches: list[tuple[str, bool]]
     turns: list[int] = field(default_factory=list)
     is_asked: bool = False
+    is_answered: bool = False
 
     @property
     def is_blank(self) -> bool:
@@ -212,7 +214,8 @@ class Reader:
         system = texts["system"] or (self.system or "").strip()
         prompt = self.prompt if self.prompt is not None else TASKS[self.task].prompts["en"]
         asked = write_prompt(prompt, instruction=texts["instruction"], text=texts["input"])
-        return Text([(f"{system}\n" * bool(system) + asked, False), (output, True)], is_asked=True)
+        stretches = [(f"{system}\n" * bool(system) + asked, False), (output, True)]
+        return Text(stretches, is_asked=True, is_answered=True)
 
     def _completion(self, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
         prompt, completion = fields["prompt"], fields["completion"]
@@ -226,7 +229,8 @@ class Reader:
         if "tools" in fields:
             raise BadRecord("'tools' with a prompt that is text; give 'messages'")
         self._no_system("prompt and completion")
-        return Text([(text_of(fields, "prompt"), False), (text_of(fields, "completion"), True)])
+        stretches = [(text_of(fields, "prompt"), False), (text_of(fields, "completion"), True)]
+        return Text(stretches, is_answered=True)
 
     def _chat(self, value: object, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
         if not isinstance(value, list):
