@@ -114,6 +114,8 @@ class Dataset:
         self.summary = "\n".join(
             [_summary(store, segments, data, self.num_examples, where), *self._warnings(segments, vocab)]
         )
+        if not store.about["records"]:
+            raise DataError(f"{where}: has no record; give one in each line, or name another file")
         if not segments.usable:
             way_out = (
                 "raise data.sequence_tokens or set data.too_long=cut"
