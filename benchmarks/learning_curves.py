@@ -86,7 +86,7 @@ def curve_of(method: str, backend: str, *, steps: int, every: int) -> Curve:
         settings = (f"run.steps={max(steps, 1)}", f"run.eval_every_steps={every}", *extra)
         words = [word for setting in settings for word in ("--set", setting)]
         command = [sys.executable, "-m", backend]
-        started = _output([*command, "eval", recipe, "--loss-only", "--out", str(out), *words])
+        started = _output([*command, "eval", recipe, "--loss-only", "--untrained", "--out", str(out), *words])
         found = UNTRAINED.search(started)
         assert found, started
         points = [(0, float(found[1]))]

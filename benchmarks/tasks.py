@@ -216,12 +216,12 @@ jaxtrain eval configs/question-answering.yaml --out runs/qa                 # to
 jaxtrain eval configs/question-answering.yaml --out runs/qa --loss-only     # the held-out loss in one line; writes nothing
 ```
 
-`eval` measures the model that the recipe starts from and the newest checkpoint in `--out`, both in one run: the held-out loss of all
-records with its perplexity; for the tasks `question_answering`, `reading_comprehension`, `summarisation` and `translation` the answers to the
+`eval` measures the model that the recipe starts from and the newest checkpoint in `--out`, both in one run, and refuses a directory without one;
+`--untrained` measures the first of the two alone. Measured are the held-out loss of all records with its perplexity; for the tasks `question_answering`, `reading_comprehension`, `summarisation` and `translation` the answers to the
 held-out prompts, by the task's metrics; and for records with `choices` the share of right ones. Answers are greedy; the options of
 `generate` apply, and `--examples N` answers the first N records only. A prompt that leaves the model no room is named and not
 answered, and so are records that training leaves out (empty ones, and bad ones with `data.bad_records: skip`); a record without a response
-is an error. Metrics are for instruction records: of conversations, prompts with completions and plain text the loss alone is measured, and
+is an error. Metrics are for instruction records and for prompts with completions as texts: of conversations and plain text the loss alone is measured, and
 options that say how to answer are refused. A checkpoint that is damaged is refused before anything is measured.
 
 | file in `--out` | what it has |

@@ -32,11 +32,11 @@ def run(args: Namespace) -> None:
             train(run, request)
         case "eval":
             request = evaluation_request(args, out)
-            run = prepare_evaluation(recipe, BACKEND, out=out)
+            run = prepare_evaluation(recipe, BACKEND, out=request.trained_in)
             _jax().evaluate(run, request)
         case "generate":
             request = generation_request(args, out)
-            run = prepare_generation(recipe, BACKEND, out=out)
+            run = prepare_generation(recipe, BACKEND, out=request.trained_in)
             _jax().generate(run, request)
         case "export":
             # Needs only files: the leader does it alone, and waits for no other process.

@@ -29,6 +29,7 @@ from parity.matrix.pages import FAMILIES_PAGE, STATUS_PAGE
 from parity.matrix.status import status_lines, write_json, write_status
 from parity.report.verdict import Verdict
 from parity.runs.plans import refusal, runs_as
+from parity.runs.programs import Launcher
 from parity.runs.progress import Progress
 from parity.runs.sides import Resumption, Side, parse_resumption, parse_side
 from parity.steps import SMALL_STEPS
@@ -74,6 +75,7 @@ def _generate(args: Namespace) -> int:
     verdict = compare_responses(
         args.recipe, asked, left=parse_side(args.left),
         right=parse_side(args.right), precision=args.precision, overrides=args.overrides, out=out, start=args.from_,
+        launcher=Launcher(Progress()),
     )  # fmt: skip
     print("\n".join(verdict.lines(colour=sys.stdout.isatty())))
     print(f"report: {out / 'report.txt'}")

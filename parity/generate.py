@@ -21,11 +21,12 @@ from parity.comparison.pair import NAMES
 from parity.comparison.rescored import RescoredRow, Row
 from parity.comparison.tolerance import UNIT
 from parity.report.generations import CloserLook, GenerationVerdict
+from parity.runs.answers import ONE_AT_A_TIME, WITHOUT_CACHE, Answers
 from parity.runs.devices import REFERENCE_BACKEND
 from parity.runs.plans import refusal
 from parity.runs.programs import Launcher
 from parity.runs.rescore import RescoreJob, read_rescored
-from parity.runs.responses import SideGeneration, link_newest, newest_of, write_own_prompts
+from parity.runs.responses import SideGeneration, count_records, link_newest, newest_of, write_own_prompts
 from parity.runs.roundings import DRAWS
 from parity.runs.sides import Side, as_options, precision_settings
 from parity.runs.work import REFERENCE, fit_at_once, size_of
@@ -39,9 +40,6 @@ from trainspec.plans.plan import COMPUTE_DTYPE
 from trainspec.recipe import load_recipe
 from trainspec.runs.run import resolve
 from trainspec.text.store import find_tokenizer
-
-# What a closer look changes, in the order of the looks, and what it is for when the sides agree then.
-WITHOUT_CACHE, ONE_AT_A_TIME = ("--no-cache",), ("--batch", "1")
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,17 @@ def compare_responses(
     file, source = None, "--prompt" if asked.file is None else str(asked.file)
     if asked.prompt is None and asked.file is None:
         file, source = write_own_prompts(recipe.data, out)
+    launcher = launcher or Launcher()
     request = _Request(
         recipe_path, tuple(overrides), precision, (left, right), asked, file, out,
         out / "start" if start else None, is_single and fit_at_once(size_of(resolve(recipe)), precision, programs=2),
-        launcher or Launcher(),
+        launcher,
     )  # fmt: skip
-    pairs, comparison = request.judged(out)
-    looks = () if comparison.holds else request.closer(pairs, comparison)
+    try:
+        pairs, comparison = request.judged(out)
+        looks = () if comparison.holds else request.closer(pairs, comparison)
+    finally:
+        launcher.watcher.finished()
     verdict = GenerationVerdict(
         precision, (str(left), str(right)), source, pairs, comparison, looks,
         request.texts(comparison), request.arguments(start),
@@ -153,6 +155,7 @@ class _Request:
         self, out: Path, *, kept: Sequence[list[Generation] | None] = (None, None), more: Sequence[str] = ()
     ) -> tuple[list[Pair], GenerationComparison]:
         """Both sides' responses, compared; those `kept` of an earlier look are not made again. `more` options come last."""
+        self.launcher.watcher.planned(self._planned(kept, tuple(more)))
         said = self._said(out, kept, more)
         left, right = said
         if len(left) != len(right):
@@ -164,8 +167,24 @@ class _Request:
             self.recipe, self.overrides, self.precision, rows_of(pairs), out / "reference", start=self.start
         )
         found = by_reference(job, self.launcher)
+        self.launcher.watcher.comparing()
         sampling = self.asked.settings.sampling
         return pairs, compare_generations(pairs, found, precision=self.precision, sampling=sampling)
+
+    def _planned(self, kept: Sequence[list[Generation] | None], more: tuple[str, ...]) -> Answers:
+        """What is about to run."""
+        again = [
+            (name, str(side))
+            for side, name, before in zip(self.sides, NAMES, kept, strict=True)
+            if before is None
+        ]
+        records = self.asked.file or self.file
+        prompts = count_records(records) if records else 1
+        draws = _draws(self.precision)
+        return Answers(
+            str(self.recipe), again, prompts, self.asked.settings.max_tokens, self.precision, draws, self.at_once,
+            more or None,
+        )  # fmt: skip
 
     def _said(
         self, out: Path, kept: Sequence[list[Generation] | None], more: Sequence[str]
@@ -230,8 +249,13 @@ def reference_job(
     exact = [*overrides, *precision_settings("fp64"), "plan.attention=reference"]
     return RescoreJob(
         REFERENCE_BACKEND, str(recipe), exact, str(start) if start else None, COMPUTE_DTYPE[precision],
-        (UNIT[precision], UNIT["fp32"], UNIT["fp32"]), 0 if precision == "fp64" else DRAWS[precision], rows, str(out),
+        (UNIT[precision], UNIT["fp32"], UNIT["fp32"]), _draws(precision), rows, str(out),
     )  # fmt: skip
+
+
+def _draws(precision: Policy) -> int:
+    """How often the reference goes through every response again, with roundings."""
+    return 0 if precision == "fp64" else DRAWS[precision]
 
 
 def by_reference(job: RescoreJob, launcher: Launcher) -> list[RescoredRow]:

@@ -35,6 +35,7 @@ def test_both_backends_generate_the_same_tokens(make_recipe, tmp_path: Path):
                 str(prompts),
                 "--max-tokens",
                 "20",
+                "--untrained",
                 *words,
             ]
             for name, words in SETTINGS.items()

@@ -43,7 +43,9 @@ REFUSALS = {
         ["eval", DEMO, "--set", "model.from=nowhere"],
         ["eval", DEMO, "--set", "data.heldout=null"],
         ["eval", DEMO, "--set", "data.heldout=nothing.jsonl"],
+        ["eval", DEMO, "--out", "nowhere"],
         ["generate", DEMO, "--prompt", "Why?", "--set", "model.from=nowhere"],
+        ["generate", DEMO, "--prompt", "Why?", "--out", "nowhere"],
     ),
 }
 REFUSALS["torchtrain"] = REFUSALS["jaxtrain"]
@@ -89,8 +91,33 @@ WRONG_WORDS = {
         ("checkpoint", "show"): "the following arguments are required: DIR",
         ("nonsense",): "argument COMMAND: invalid choice: 'nonsense'",
         ("data", DEMO, "--rows", "x"): "argument --rows: invalid int value: 'x'",
+        ("data", DEMO, "-rows", "2"): "unrecognised option -rows; did you mean '--rows'?",
+        (
+            "checkpoint",
+            "show",
+            "--jsn",
+            "runs/demo",
+        ): "did you mean '--json'?; see trainspec checkpoint show --help",
     },
-    "parity": {("check", DEMO, "--stepz", "1"): "unrecognized arguments: --stepz 1", (): "required: COMMAND"},
+    "parity": {
+        (
+            "check",
+            DEMO,
+            "--stepz",
+            "1",
+        ): "unrecognised option --stepz; did you mean '--steps'?; see parity check --help",
+        ("check", "--stepz", "1"): "did you mean '--steps'?",
+        (
+            "generate",
+            DEMO,
+            "--form=runs/demo",
+            "--temperature",
+            "-1",
+        ): "unrecognised option --form; did you mean '--from'?",
+        ("--vresion", "check"): "unrecognised option --vresion; known here: --help, -h; see parity --help",
+        ("diff", "a", "b", "c"): "unrecognized arguments: c",
+        (): "required: COMMAND",
+    },
     "jaxtrain": {
         (
             "train",
@@ -99,6 +126,17 @@ WRONG_WORDS = {
             "0",
         ): "argument --activations: '0' is not a step; give 1 or more, or all",
         ("generate", DEMO): "one of the arguments --prompt --file is required",
+        ("generate", DEMO, "--promt", "Why?"): "unrecognised option --promt; did you mean '--prompt'?",
+        ("train", DEMO, "--setp", "run.steps=1"): "unrecognised option --setp; did you mean '--set'?",
+        ("eval", DEMO, "--", "--examples"): "unrecognized arguments: --examples",
+        (
+            "generate",
+            DEMO,
+            "--prompt",
+            "--what is a list?",
+            "--top-k",
+            "x",
+        ): "argument --top-k: invalid int value",
     },
 }
 WRONG_WORDS["torchtrain"] = WRONG_WORDS["jaxtrain"]

@@ -49,14 +49,14 @@ def run(args: Namespace, words: Sequence[str]) -> None:
             train(run, request)
         case "eval":
             request = evaluation_request(args, out)
-            run = prepare_evaluation(recipe, BACKEND, out=out)
+            run = prepare_evaluation(recipe, BACKEND, out=request.trained_in)
             if _needs_launch(run):
                 _launch(run, words, logs=out / "logs")
                 return
             _torch().evaluate(run, request)
         case "generate":
             request = generation_request(args, out)
-            run = prepare_generation(recipe, BACKEND, out=out)
+            run = prepare_generation(recipe, BACKEND, out=request.trained_in)
             if _needs_launch(run):
                 _launch(run, words, logs=out / "logs")
                 return

@@ -11,18 +11,30 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import select
 import sys
 import traceback
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from trainspec.checkpoints.allow import ALLOWABLE
-from trainspec.errors import EXIT_CRASHED, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, ProcessError
+from trainspec.errors import (
+    EXIT_CRASHED,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    ProcessError,
+    nearest,
+)
 from trainspec.generation.options import add_evaluation, add_generation
 from trainspec.runs.stops import listening
+
+# A word that begins with a dash and is no option.
+_NUMBER = re.compile(r"-\.?\d")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -31,6 +43,29 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the program with the line; the usage, which argparse would print before it, is in `--help`."""
         self.exit(EXIT_USER_ERROR, f"{self.prog.split()[0]}: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """argparse's, which every parser of a command is called by; an option that it does not know is an error here.
+
+        The first of them is told before anything that is missing: most likely it is the same mistake.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        if unknown := next(self._unknown(words), None):
+            self.error(f"unrecognised option {unknown}{nearest(unknown, self._option_string_actions)}")
+        return super().parse_known_args(words, namespace)
+
+    def _unknown(self, words: Sequence[str]) -> Iterator[str]:
+        """The words that argparse takes for options, as they begin with a dash, and that are none, nor the beginning of one."""
+        for word in words:
+            if word == "--" or (self._subparsers and not word.startswith("-")):
+                return  # what follows are no options, or those of a command
+            if not word.startswith("-") or word == "-" or " " in word or _NUMBER.match(word):
+                continue
+            name = word.partition("=")[0]
+            if not any(option.startswith(name) for option in self._option_string_actions):
+                yield name
 
 
 def add_recipe(parser: ArgumentParser) -> None:
@@ -62,7 +97,7 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
     helps = {
         "train": "train; writes metrics, TensorBoard events and checkpoints under --out",
         "eval": "measure the newest checkpoint under --out and the starting weights on data.heldout: loss, metrics, samples",
-        "generate": "write what the newest checkpoint under --out, else the starting model, answers to prompts",
+        "generate": "write what the newest checkpoint under --out answers to prompts",
         "export": "write the newest checkpoint under --out as a PEFT adapter or a Hugging Face model",
     }
     for name, help_text in helps.items():

@@ -7,7 +7,7 @@ from argparse import Namespace
 
 from trainspec.checkpoints.command import run_checkpoint
 from trainspec.data import open_dataset
-from trainspec.errors import EXIT_DONE
+from trainspec.errors import EXIT_DONE, UserError
 from trainspec.imports.command import run_import
 from trainspec.preview import preview
 from trainspec.recipe import Recipe, load_recipe
@@ -27,9 +27,12 @@ def run(args: Namespace) -> int:
         case "import":
             run_import(args)
         case "data":
+            if args.rows < 1:
+                raise UserError(f"--rows {args.rows}: give 1 or more")
             recipe = load_recipe(args.recipe, args.overrides)
             dataset = open_dataset(resolve(recipe), args.split)
-            preview(dataset, dataset.batch(0, args.rows))
+            # Each example once: a larger batch would begin the next epoch.
+            preview(dataset, dataset.batch(0, min(args.rows, dataset.num_examples)))
             if args.split == "train":
                 span = recipe.span(lambda: dataset.num_examples)
                 print(

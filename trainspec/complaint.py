@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from trainspec.errors import nearest
+from trainspec.errors import meant, nearest
 from trainspec.methods import METHODS
 
 # The largest 64-bit integer; a larger number is a typing error.
@@ -35,6 +36,8 @@ def format_value(value: Any) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel = 3
+# The values of a closed choice, in pydantic's message.
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 # What each of pydantic's error types means to the author of a recipe.
@@ -74,7 +77,8 @@ def complaint(error: ValidationError, recipe: type[BaseModel]) -> str:
         names_itself = message.startswith(tuple(f"{section}." for section in recipe.model_fields))
         return message if names_itself else f"{where}: {message}"
     if kind not in _WANTED:
-        return f"{where}: {message[0].lower()}{message[1:]}, not {format_value(value)}{number}"
+        hint = meant(str(value), _QUOTED.findall(message)) if kind == "literal_error" else ""
+        return f"{where}: {message[0].lower()}{message[1:]}, not {format_value(value)}{number}{hint}"
     # Every branch of a union reports an error: take all that are about this value.
     kinds = [d["type"] for d in error.errors() if d["loc"][0] == detail["loc"][0] and d["input"] is value]
     wanted = " or ".join(dict.fromkeys(_WANTED[k] for k in kinds if k in _WANTED))

@@ -114,6 +114,8 @@ class Dataset:
         self.summary = "\n".join(
             [_summary(store, segments, data, self.num_examples, where), *self._warnings(segments, vocab)]
         )
+        if not store.about["records"]:
+            raise DataError(f"{where}: has no record; give one in each line, or name another file")
         if not segments.usable:
             way_out = (
                 "raise data.sequence_tokens or set data.too_long=cut"
@@ -137,6 +139,11 @@ class Dataset:
     def prompt(self) -> PromptForm | None:
         """How the file's instruction records are asked; None where it has none."""
         return read_prompt(self._data) if self._store.about["asked"] else None
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the file has prompts with answers, as texts, which a task's metrics can judge."""
+        return self._store.about["answered"] > 0
 
     @property
     def records(self) -> int:

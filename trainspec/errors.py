@@ -83,8 +83,13 @@ class Note(str):
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the closest of `known`, or else a list of `known`."""
     options = sorted(known)
-    close = difflib.get_close_matches(word, options, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(options)}"
+    return meant(word, options) or f"; known here: {', '.join(options)}"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the closest of `known`; nothing where none is close."""
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def describe_os_error(error: OSError) -> str:

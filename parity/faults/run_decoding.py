@@ -25,8 +25,9 @@ from parity.comparison.pair import NAMES
 from parity.comparison.rescored import RescoredRow, Row
 from parity.faults.decoding import FAULTS, SETUPS, WORDS, DecodingFault, Stage, decoding_recipe
 from parity.faults.run import AT_ONCE, BACKENDS
-from parity.generate import ONE_AT_A_TIME, WITHOUT_CACHE, by_reference, reference_job
+from parity.generate import by_reference, reference_job
 from parity.report.markdown import table
+from parity.runs.answers import ONE_AT_A_TIME, WITHOUT_CACHE
 from parity.runs.fixture import write_tiny
 from parity.runs.launch_many import Case, run_cases
 from parity.runs.programs import Launcher
@@ -196,7 +197,7 @@ def _answers(
             keys.append((setup, name, backend, look))
             edits = fault.edits[backend] if fault else ()
             home = _home(out, keys[-1])
-            argv = ["generate", str(_recipe(out, setup)), "--out", str(home), "--scores"]
+            argv = ["generate", str(_recipe(out, setup)), "--out", str(home), "--scores", "--untrained"]
             argv += ["--file", str(out / "prompts.jsonl"), "--max-tokens", str(TOKENS), "--batch", str(BATCH)]
             cases.append(Case((*argv, *WORDS.get(setup, ()), *words), 1, edits))
     results = run_cases(backend, cases, home=out / "launches", at_once=min(AT_ONCE, cores()))

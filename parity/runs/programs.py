@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
+from parity.runs.answers import Answers
 from parity.runs.devices import environment
 from parity.runs.work import Work
 from trainspec.plans.names import DeviceKind
@@ -23,7 +24,7 @@ T = TypeVar("T")
 class Watcher:
     """Is told what a check does, by several threads. A subclass overrides the methods that it needs; these do nothing."""
 
-    def planned(self, work: Work) -> None:
+    def planned(self, work: Work | Answers) -> None:
         """Called before anything runs, and again before a step is looked at closer."""
 
     def started(self, program: str, process: int) -> None:

@@ -1,4 +1,4 @@
-"""What a check is doing, on stderr: one line that is rewritten on a terminal, elsewhere a line now and then."""
+"""What a check or a comparison of responses is doing, on stderr: one line that is rewritten on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from parity.comparison.pair import NAMES
+from parity.runs.answers import Answers
 from parity.runs.programs import Watcher
 from parity.runs.work import REFERENCE, Work, in_words
 
 # A line of a training, and of the reference: both are printed once a pass is made.
 _UPDATE = re.compile(r"step +(\d+)  loss ")
 _REPEATED = re.compile(r"reference of (left|right): step (\d+)(?:, draw (\d+))?$")
+# Lines of a side that generates, and of its reference, after a batch of prompts; and of a side at its end.
+_ANSWERED = re.compile(
+    r"(?:reference: )?(\d+) of \d+ responses$|wrote .*: (\d+) responses?, \d+ ended by themselves$"
+)
 # In the order in which they are shown.
 PROGRAMS = (*NAMES, REFERENCE)
 # Elsewhere than on a terminal: seconds from one line to the next.
@@ -30,28 +35,34 @@ WIDTH = 118
 
 @dataclass
 class _Part:
-    """A program that runs, or has run: `passes` of `total` are made, the first after `first` seconds, the last after `last`."""
+    """A program that runs, or has run: `passes` of `total` are made, the last after `last` seconds.
+
+    The first that were told together are `first_passes`, after `first` seconds.
+    """
 
     total: int
     began: float
     passes: int = 0
+    first_passes: int = 0
     first: float = 0.0
     last: float = 0.0
     at: str = "starting"
     has_ended: bool = False
 
-    def made(self, now: float, at: str) -> None:
-        """Note that one more pass is made."""
-        self.passes, self.last, self.at = self.passes + 1, now - self.began, at
-        self.first = self.first or self.last
+    def made(self, now: float, at: str, *, passes: int | None = None) -> None:
+        """Note that one more pass is made, or that `passes` are by now."""
+        self.passes, self.last, self.at = passes or self.passes + 1, now - self.began, at
+        if not self.first:
+            self.first, self.first_passes = self.last, self.passes
 
     def seconds_left(self) -> float | None:
         """At the speed since the first pass, which holds the compilation; None before the second."""
         if self.has_ended:
             return 0.0
-        if self.passes < 2:
+        if self.passes == self.first_passes:
             return None
-        return (self.total - self.passes) * (self.last - self.first) / (self.passes - 1)
+        each = (self.last - self.first) / (self.passes - self.first_passes)
+        return max(0, self.total - self.passes) * each
 
 
 @dataclass
@@ -66,12 +77,12 @@ class Progress(Watcher):
         self._lock = threading.Lock()
         self._is_terminal = self.stream.isatty() if self.watched is None else self.watched
         self._began, self._said, self._shown = self.clock(), -SPARSE_SECONDS, ""
-        self._work: Work | None = None
+        self._work: Work | Answers | None = None
         self._parts: dict[str, _Part] = {}
         self._held: list[str] = []
         self._is_quiet = not self._is_terminal
 
-    def planned(self, work: Work) -> None:
+    def planned(self, work: Work | Answers) -> None:
         """Says what will run, how long it may take, and what would make it cheaper."""
         with self._lock:
             self._work, self._parts = work, {}
@@ -88,7 +99,7 @@ class Progress(Watcher):
             self._show("starts")
 
     def said(self, program: str, line: str) -> None:
-        """Counts an update of a side, or a pass of the reference."""
+        """Counts an update of a side, a pass of the reference, or responses."""
         with self._lock:
             part = self._parts.get(program)
             if part is None:
@@ -97,6 +108,10 @@ class Progress(Watcher):
                 part.made(self.clock(), f"{update[1]}/{part.total} updates")
             elif repeated := _REPEATED.match(line):
                 part.made(self.clock(), self._described(*repeated.groups()))
+            elif isinstance(self._work, Answers) and (answered := _ANSWERED.match(line)):
+                count = int(answered[1] or answered[2])
+                at = f"{'reference ' * (program == REFERENCE)}{count}/{part.total} responses"
+                part.made(self.clock(), at, passes=count)
             else:
                 return
             self._is_quiet = False
@@ -123,7 +138,7 @@ class Progress(Watcher):
             self._shown = ""
 
     def _described(self, side: str, step: str, draw: str | None) -> str:
-        assert self._work is not None
+        assert isinstance(self._work, Work)
         of = f"reference of {side}: update {step}/{self._work.steps}"
         return f"{of}, draw {draw}/{self._work.draws}" if draw else of
 

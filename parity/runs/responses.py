@@ -61,7 +61,8 @@ class SideGeneration:
     def _arguments(self, out: Path) -> list[str]:
         settings = [*self.overrides, *self.side.overrides, *precision_settings(self.precision)]
         words = ["generate", str(self.recipe), *as_options(settings)]
-        return [*words, "--out", str(out), "--scores", *self.words]
+        start = [] if self.start else ["--untrained"]
+        return [*words, "--out", str(out), "--scores", *start, *self.words]
 
 
 def newest_of(start: Path) -> Path:
@@ -105,6 +106,14 @@ def write_own_prompts(data: Data, out: Path, count: int = OWN_PROMPTS) -> tuple[
     path.write_text("".join(_lines(records)), encoding="utf-8")
     whose = "held-out" if data.heldout else "training"
     return path, f"the first {len(records)} records of the {whose} data, {source}"
+
+
+def count_records(file: Path) -> int:
+    """How many records a file has, be they what they may; 0 for one that cannot be read, of which a side says why."""
+    try:
+        return sum(1 for _ in read_raw(str(file)))
+    except (DataError, OSError):
+        return 0
 
 
 def _beginning(record: object) -> object:

@@ -40,11 +40,11 @@ def test_both_models_answer_as_generate_does(make_recipe, heldout: str, tmp_path
     file.write_text(recipe.to_yaml())
     words = [str(file), "--out", str(out), "--max-tokens", "5"]
 
-    def generated() -> list[list[int]]:
-        assert main(["generate", *words, "--file", heldout]) == 0
+    def generated(*more: str) -> list[list[int]]:
+        assert main(["generate", *words, *more, "--file", heldout]) == 0
         return [line["ids"] for line in lines_of(out / "generations.jsonl")]
 
-    before = generated()
+    before = generated("--untrained")
     train(recipe, out)
     after = generated()
     assert before != after  # control
@@ -62,6 +62,10 @@ def test_both_models_answer_as_generate_does(make_recipe, heldout: str, tmp_path
     assert main(["eval", *words[:3], "--loss-only"]) == 0
     loss = figures["trained"]["heldout_loss"]
     assert capsys.readouterr().out == f"held-out loss {loss:.6f} of {out} at step 3\n"
+    # Beside a checkpoint as well, the model that the recipe starts from is measured where that is asked.
+    assert main(["eval", *words[:3], "--loss-only", "--untrained"]) == 0
+    loss = figures["untrained"]["heldout_loss"]
+    assert capsys.readouterr().out == f"held-out loss {loss:.6f} of the starting weights\n"
 
 
 @pytest.mark.parametrize("method", [LORA, PROMPT], ids=["lora", "prompt"])

@@ -46,7 +46,7 @@ def test_prompts_of_a_file_are_answered_by_what_was_trained(make_recipe, tmp_pat
     file.write_text(recipe.to_yaml())
     prompts.write_text('{"instruction": "What is a list?", "output": "Items."}\n{"instruction": "Why?"}\n')
     command = ["generate", str(file), "--out", str(out), "--max-tokens", "5"]
-    assert main([*command, "--file", str(prompts)]) == 0
+    assert main([*command, "--untrained", "--file", str(prompts)]) == 0
     before = generations(out)
     assert [g["prompt"] for g in before] == ["What is a list?", "Why?"]
     assert [g.get("reference") for g in before] == ["Items.", None]
@@ -54,7 +54,7 @@ def test_prompts_of_a_file_are_answered_by_what_was_trained(make_recipe, tmp_pat
     assert "the starting weights" in capsys.readouterr().out
     # Alone, with the text that stops it.
     stop = before[0]["text"][1:3]
-    assert main([*command, "--prompt", "What is a list?", "--stop", stop]) == 0
+    assert main([*command, "--untrained", "--prompt", "What is a list?", "--stop", stop]) == 0
     [alone] = generations(out)
     assert alone["finish"] == "stop"
     assert stop not in alone["text"]
@@ -65,6 +65,9 @@ def test_prompts_of_a_file_are_answered_by_what_was_trained(make_recipe, tmp_pat
     assert main([*command, "--file", str(prompts)]) == 0
     assert "at step 3" in capsys.readouterr().out
     assert [g["ids"] for g in generations(out)] != [g["ids"] for g in before]
+    assert main([*command, "--untrained", "--file", str(prompts)]) == 0
+    assert "the starting weights" in capsys.readouterr().out
+    assert generations(out) == before
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_prompts_of_a_file_are_answered_by_what_was_trained(make_recipe, tmp_pat
 def test_what_cannot_be_generated_is_one_line(make_recipe, tmp_path: Path, capsys, words, said):
     file = tmp_path / "r.yaml"
     file.write_text(make_recipe().to_yaml())
-    assert main(["generate", str(file), "--out", str(tmp_path / "run"), *words]) == 2
+    assert main(["generate", str(file), "--out", str(tmp_path / "run"), "--untrained", *words]) == 2
     err = capsys.readouterr().err
     assert said in err
     assert err.startswith(f"{PROGRAM}: ")

@@ -138,7 +138,7 @@ def test_evaluation_measures_the_newest_checkpoint(make_recipe, tmp_path):
     recipe = make_recipe(
         method=FULL, data=MEASURED, optimizer={"lr": 1e-2}, run={"steps": 2, "eval_every_steps": 1}
     )
-    start = evaluate(recipe, out=tmp_path / "nothing", examples=1)
+    start = evaluate(recipe, out=tmp_path / "nothing", examples=1, untrained=True)
     assert "trained" not in start
     train(recipe, out=tmp_path / "run")
     measured = evaluate(recipe, out=tmp_path / "run", examples=1)

@@ -66,7 +66,7 @@ def test_two_processes_have_one_leader(recipe_file, tmp_path):
     command = [str(recipe_file), "--out", out]
     cases = {
         "train": {"argv": ["train", *command]},
-        "eval": {"argv": ["eval", *command, "--loss-only", "--set", "plan.data=8"]},
+        "eval": {"argv": ["eval", *command, "--loss-only", "--untrained", "--set", "plan.data=8"]},
         "export": {"argv": ["export", *command]},
     }
     leader, follower = results(launch("run_commands.py", cases, tmp_path / "scratch", processes=2))

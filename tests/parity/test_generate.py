@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from many import run_many
 
 from parity.generate import PromptRequest
+from parity.runs.answers import ONE_AT_A_TIME, Answers
 from parity.runs.fixture import write_tiny
-from parity.runs.responses import link_newest, write_own_prompts
+from parity.runs.progress import Progress
+from parity.runs.responses import count_records, link_newest, write_own_prompts
 from trainspec.errors import DataError, UserError
 from trainspec.generation.choice import Sampling
 from trainspec.generation.request import Settings
@@ -63,6 +66,74 @@ def test_the_newest_checkpoint_is_linked(tmp_path: Path):
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000002"]
 
 
+SIDES = (("left", "jax"), ("right", "torch plan.data=2"))
+
+
+def test_progress_is_that_of_a_check_in_responses():
+    stream, clock = io.StringIO(), [0.0]
+    progress = Progress(stream, watched=False, clock=lambda: clock[0])
+    answers = Answers("r.yaml", SIDES, 24, 128, "bf16", draws=8, at_once=True)
+    progress.planned(answers)
+    for name in ("left", "right"):
+        progress.started(name, 1)
+        progress.said(name, "generating with the starting weights")
+    assert stream.getvalue() == ""  # so that a mistake of the user is one line
+    for at, count in ((20.0, 8), (40.0, 16)):
+        clock[0] = at
+        progress.said("left", f"{count} of 24 responses")
+    progress.said("left", "wrote out/left/run/generations.jsonl: 24 responses, 3 ended by themselves")
+    progress.ended("left")
+    progress.said("right", "wrote out/right/run/generations.jsonl: 24 responses, 3 ended by themselves")
+    progress.ended("right")
+    progress.started("reference", 3)
+    for at, count in ((60.0, 12), (80.0, 24)):
+        clock[0] = at
+        progress.said("reference", f"reference: {count} of 24 responses")
+    progress.ended("reference")
+    progress.comparing()
+    assert stream.getvalue().splitlines() == [
+        "parity: r.yaml: 24 responses of at most 128 tokens each on each side, in bf16",
+        "parity: left (jax) and right (torch plan.data=2) at the same time, then the float64 reference: every response once, and 8 "
+        "times more with roundings",
+        "parity: left 8/24 responses, right starting; 20 s so far",
+        "parity: left 16/24 responses, right starting; 40 s so far",
+        "parity: left done, right starting; 40 s so far",
+        "parity: left done, right done; 40 s so far",
+        "parity: left done, right done, reference 12/24 responses; 60 s so far",
+        "parity: left done, right done, reference 24/24 responses; 80 s so far",
+        "parity: left done, right done, reference done; 80 s so far",
+        "parity: comparing every token of 24 responses",
+    ]
+
+
+def test_the_time_to_go_is_told_from_measured_responses():
+    """Of which eight come at once: the speed is that of those after the first eight."""
+    stream, clock = io.StringIO(), [0.0]
+    progress = Progress(stream, watched=True, clock=lambda: clock[0])
+    progress.planned(Answers("r.yaml", SIDES, 40, 128, "fp64", draws=0, at_once=False))
+    progress.started("left", 1)
+    for at, count in ((100.0, 8), (110.0, 16)):
+        clock[0] = at
+        progress.said("left", f"{count} of 40 responses")
+    assert stream.getvalue().endswith(
+        "left 16/40 responses; 1 min 50 s so far, about 30 s to go for this part"
+    )
+
+
+def test_a_closer_look_is_announced():
+    again = Answers("r.yaml", SIDES[1:], 8, 128, "fp32", draws=8, at_once=True, option=ONE_AT_A_TIME)
+    assert again.announcement() == [
+        "parity: they differ; looks closer: right again, one prompt at a time (--batch 1)"
+    ]
+
+
+def test_records_are_counted_for_the_announcement_alone(tmp_path: Path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"instruction": "Why?"}\n\nnot JSON\n')
+    assert count_records(file) == 2  # a side says what is wrong with the second
+    assert count_records(tmp_path / "p.csv") == 0
+
+
 def test_mistakes_of_a_user_are_one_line(tmp_path: Path):
     tiny = write_tiny(tmp_path / "tiny")
     recipe = tmp_path / "r.yaml"
@@ -107,6 +178,9 @@ def test_both_backends_answer_alike_and_a_difference_of_one_setting_is_found(tmp
         failed = name == "no adapter"
         assert (result["code"], said["verdict"]) == ((1, "fail") if failed else (0, "pass")), result
         assert (outs[name] / "report.txt").is_file()
+        # What the sides and the reference print is what progress is read from.
+        for told in ("left done", "right done", "reference done", "comparing every token of 8 responses"):
+            assert told in result["err"]
         if failed:
             first = said["first_difference"]
             assert (first["position"], first["sides"]) == (0, ["right"])

@@ -47,7 +47,7 @@ def test_accuracy_is_that_of_transformers_alone(make_recipe, model_dirs, tmp_pat
     heldout.write_text("".join(json.dumps(record) + "\n" for record in asked), encoding="utf-8")
     recipe = make_recipe(data={"heldout": str(heldout), "sequence_tokens": 400}, precision={"policy": "fp64"})
     file.write_text(recipe.to_yaml())
-    assert main(["eval", str(file), "--out", str(out), "--max-tokens", "1"]) == 0
+    assert main(["eval", str(file), "--out", str(out), "--untrained", "--max-tokens", "1"]) == 0
     figures = json.loads((out / "eval.json").read_text())["untrained"]
     lines = [
         json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()

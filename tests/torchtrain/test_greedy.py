@@ -50,7 +50,8 @@ def generated(
     file = out / "r.yaml"
     file.write_text(recipe.to_yaml())
     words = ["--out", str(out), "--file", str(prompts), "--max-tokens", str(tokens), "--batch", str(batch)]
-    assert main(["generate", str(file), *words, "--scores", *more]) == 0
+    start = [] if (out / "checkpoints").exists() else ["--untrained"]
+    assert main(["generate", str(file), *words, "--scores", *start, *more]) == 0
     return [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
 
 

@@ -213,7 +213,7 @@ def test_malformed_records_name_the_line(dataset, line: str, message: str):
 def test_no_usable_record(dataset):
     with pytest.raises(DataError, match="no usable record"):
         dataset([{"instruction": "x", "output": ""}])
-    with pytest.raises(DataError, match="no usable record"):
+    with pytest.raises(DataError, match="has no record; give one in each line"):
         dataset([])
 
 

@@ -25,7 +25,7 @@ from trainspec.generation.request import Settings
 from trainspec.plans.accelerators import Devices
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import resolve
-from trainspec.tasks import TASKS
+from trainspec.tasks import TASKS, write_prompt
 from trainspec.text.store import find_tokenizer
 from trainspec.training.run_data import open_data
 
@@ -103,6 +103,7 @@ def evaluated(make_recipe, tmp_path: Path, monkeypatch, capsys):
         examples=None,
         processes=None,
         loss_only=False,
+        untrained=None,
         settings=SETTINGS,
         **data,
     ):
@@ -123,7 +124,9 @@ def evaluated(make_recipe, tmp_path: Path, monkeypatch, capsys):
             monkeypatch.setattr(
                 loop, "restored", lambda *a, **k: (State(9, tuple(trained)), f"{out} at step 9")
             )
-        request = EvaluationRequest(out, settings, examples, loss_only)
+        request = EvaluationRequest(
+            out, settings, examples, loss_only, untrained=trained is None if untrained is None else untrained
+        )
         found = loop.evaluate(backend, run, request, processes=processes or Processes(), devices=DEVICES)
         return found, capsys.readouterr().out, out
 
@@ -220,13 +223,13 @@ def test_figures_of_summaries_are_those_of_rouge_on_the_written_file(evaluated, 
     assert 0 == figures["untrained"]["rouge1"] < figures["trained"]["rouge1"] < 100  # control
 
 
-def test_without_a_checkpoint_there_is_one_column(evaluated):
+def test_of_the_untrained_model_there_is_one_column(evaluated):
     _, printed, out = evaluated(trained=None)
     figures, predictions = read(out)
     assert "trained" not in figures
     assert "untrained" not in predictions[0]
     assert predictions[0]["prediction"] == ""
-    assert f"no checkpoint under {out}; there is no trained model to measure" in printed
+    assert printed.startswith("measuring the held-out loss and 3 answers of the untrained model alone\n")
 
 
 def test_plain_text_has_a_loss_alone(evaluated, tmp_path: Path):
@@ -244,7 +247,7 @@ def test_the_loss_alone_is_a_line_and_writes_nothing(evaluated):
     found, printed, out = evaluated(loss_only=True, trained=None)
     assert found is None
     assert printed.startswith("held-out loss 0.")
-    assert printed.endswith(f" of the starting weights (no checkpoint under {out})\n")
+    assert printed.endswith(" of the starting weights\n")
     assert not out.exists()
 
 
@@ -326,15 +329,62 @@ def test_what_training_leaves_out_is_left_out_and_named(evaluated):
     assert "1 held-out record left out, not answered: record 3 (line 3: the record is empty)" in printed
 
 
-def test_conversations_have_a_loss_alone(evaluated):
+def test_conversations_have_a_loss_alone(evaluated, tmp_path: Path):
     talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     found, printed, out = evaluated([{"messages": talk}], settings=Settings())
     assert found.questions is None
-    assert (
-        "no instruction record, which data.task=question_answering is measured on; the loss alone" in printed
-    )
+    named = "neither an instruction nor a prompt with a completion as texts, which data.task=question_answering is measured on"
+    assert f"{named}; the loss alone is measured" in printed
     figures = json.loads((out / "eval.json").read_text())
     assert set(figures["trained"]) == {"of", "step", "heldout_loss", "perplexity"}
+    # As a prompt with a completion, a conversation is none the less one.
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    record = {"prompt": talk[:1], "completion": talk[1:]}
+    found, printed, _ = evaluated([record], settings=Settings(), chat_template=str(template))
+    assert found.questions is None
+    assert named in printed
+
+
+@pytest.mark.parametrize("task", ["question_answering", "translation", "summarisation"])
+def test_a_prompt_with_a_completion_is_measured_as_the_same_instruction(evaluated, task: str):
+    """A user who writes the task's prompt out has the same tokens, the same answers and the same figures."""
+    asked = [{key: r[key] for key in ("instruction", "output")} for r in RECORDS]
+    form = TASKS[task].prompts["en"]
+    written_out = [
+        {"prompt": write_prompt(form, instruction=r["instruction"], text=""), "completion": r["output"]}
+        for r in asked
+    ]
+    found = {}
+    for shape, records in {"instruction": asked, "completion": written_out}.items():
+        _, printed, out = evaluated(records, task=task)
+        figures, predictions = read(out)
+        assert "3 prompts of" in printed
+        found[shape] = (
+            figures["trained"],
+            figures["signatures"],
+            [(p["prediction"], p["scores"]) for p in predictions],
+        )
+    assert found["instruction"] == found["completion"]
+    assert (
+        max(
+            found["completion"][0][name]
+            for name in ("f1", "chrf", "rouge1")
+            if name in found["completion"][0]
+        )
+        > 0
+    )
+
+
+def test_a_task_without_metrics_measures_the_loss_of_completions_alone(evaluated):
+    found, printed, _ = evaluated(
+        [{"prompt": "Why?", "completion": "So."}], task="conversation", settings=Settings()
+    )
+    assert found.questions is None
+    assert "answered" not in printed
 
 
 @pytest.mark.parametrize(
@@ -358,7 +408,7 @@ def test_a_damaged_checkpoint_is_found_before_anything_is_measured(evaluated, tm
     measured = []
     monkeypatch.setattr(Told, "eval_step", lambda self, state, batch: measured.append(batch))
     with pytest.raises(WeightsError, match=r"checkpoint\.json"):
-        evaluated(trained=None)
+        evaluated(trained=None, untrained=False)
     assert measured == []
 
 

@@ -48,7 +48,9 @@ def generated(make_recipe, tmp_path: Path, capsys):
 
     def generate(tokens: list[int], *prompts: str, **asked):
         backend = Table(tokens, run.spec.vocab)
-        request = GenerationRequest(tmp_path, prompts, None, Settings(**{"max_tokens": 50} | asked))
+        request = GenerationRequest(
+            tmp_path, prompts, None, Settings(**{"max_tokens": 50} | asked), untrained=True
+        )
         made = loop.generate(backend, run, request, Processes())
         return made, capsys.readouterr().out, backend, run
 

@@ -9,8 +9,8 @@ from small import QA
 
 from trainspec.backends import BACKENDS
 from trainspec.checkpoints.manifest import Manifest
-from trainspec.errors import DataError, RecipeError
-from trainspec.training.prepare import prepare, prepare_evaluation
+from trainspec.errors import DataError, RecipeError, UserError
+from trainspec.training.prepare import prepare, prepare_evaluation, prepare_generation
 from trainspec.training.request import TrainRequest
 
 JAX, TORCH = BACKENDS["jax"], BACKENDS["torch"]
@@ -18,11 +18,22 @@ JAX, TORCH = BACKENDS["jax"], BACKENDS["torch"]
 
 def test_an_evaluation_needs_the_heldout_records_alone(make_recipe, tmp_path: Path):
     measured = make_recipe(data={"train": "nothing.jsonl", "heldout": str(QA)})
-    assert prepare_evaluation(measured, JAX, out=tmp_path).recipe == measured
+    assert prepare_evaluation(measured, JAX, out=None).recipe == measured
     with pytest.raises(DataError, match=r"^data\.heldout: not given; it names the records to measure on$"):
         prepare_evaluation(make_recipe(), JAX, out=tmp_path)
     with pytest.raises(DataError, match="nothing"):
         prepare_evaluation(make_recipe(data={"heldout": "nothing.jsonl"}), JAX, out=tmp_path)
+
+
+@pytest.mark.parametrize("prepares", [prepare_evaluation, prepare_generation])
+def test_a_directory_without_a_checkpoint_is_no_run(make_recipe, tmp_path: Path, prepares):
+    """A mistyped --out would else have the untrained model measured in place of the trained one."""
+    recipe = make_recipe(data={"heldout": str(QA)})
+    (tmp_path / "checkpoints/.step-000003.tmp").mkdir(parents=True)
+    for out, said in {tmp_path: ";", tmp_path / "mistyped": ", which does not exist;"}.items():
+        with pytest.raises(UserError, match=f"^no checkpoint under {out}{said} .* or give --untrained for"):
+            prepares(recipe, JAX, out=out)
+    assert prepares(recipe, JAX, out=None).recipe == recipe
 
 
 def test_training_needs_the_records_of_training_and_the_heldout_ones_that_are_given(

@@ -138,7 +138,7 @@ def test_choices_are_no_part_of_what_is_trained():
         ({"output": "d", "choices": ["b", "c"]}, "the output 'd' is none of the 'choices'"),
         ({"output": "b", "choices": ["b", "c"], "references": ["b"]}, "'references' beside 'choices'"),
         ({"output": "b", "reference": ["b"]}, "field 'reference' is not used .*did you mean 'references'"),
-        ({"answers": ["b"]}, r"such as data.columns={output: YOUR_FIELD}"),
+        ({"answers": ["b"]}, r"such as data.columns={references: answers}"),
     ],
 )
 def test_malformed_references_and_choices_are_refused(fields: dict[str, Any], said: str):

@@ -8,25 +8,44 @@ from trainspec.checkpoints.checkpoint import read_origin
 from trainspec.checkpoints.folders import aside, checkpoints_of, latest
 from trainspec.checkpoints.formats import Formats
 from trainspec.checkpoints.states import S, States
+from trainspec.errors import UserError
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run
 
+STARTING = "the starting weights"
+
 
 def newest_state(
-    backend: States[S], run: Run, *, out: Path, processes: Processes, tokenizer_digest: str
+    backend: States[S], run: Run, *, out: Path | None, processes: Processes, tokenizer_digest: str
 ) -> tuple[S, str]:
-    """The state of the newest checkpoint in `out`, else the starting one, and what to call it. Raises WeightsError."""
-    state, saved = backend.init_state(run), newest_checkpoint(out, processes)
+    """The state of the newest checkpoint in `out`, the starting one where that is None, and what to call it.
+
+    Raises UserError where there is no checkpoint, WeightsError for a damaged one.
+    """
+    saved = newest_checkpoint(out, processes)
+    state = backend.init_state(run)
     if saved is None:
-        return state, f"the starting weights ({what_is_there(out)})"
+        return state, STARTING
     return restored(backend, run, state, saved, processes=processes, tokenizer_digest=tokenizer_digest)
 
 
-def newest_checkpoint(out: Path, processes: Processes) -> Path | None:
-    """The newest checkpoint in `out` that the leader finds, for all processes."""
+def newest_checkpoint(out: Path | None, processes: Processes) -> Path | None:
+    """The newest checkpoint in `out` that the leader finds, for all processes; None without `out`.
+
+    Raises UserError where there is none.
+    """
+    if out is None:
+        return None
     found = latest(out)
     [name, *_] = processes.exchange(found.name if found else "")
-    return checkpoints_of(out) / name if name else None
+    if not name:
+        raise UserError(nothing_there(out))
+    return checkpoints_of(out) / name
+
+
+def check_there(out: Path | None) -> Path | None:
+    """What `newest_checkpoint` says, of this process alone, before there are others."""
+    return newest_checkpoint(out, Processes())
 
 
 def restored(
@@ -43,11 +62,10 @@ def restored(
     return state, f"{saved.parent.parent} at step {state.step}{note}"
 
 
-def what_is_there(out: Path) -> str:
-    """Why there is no checkpoint to read: none was saved, or all are set aside."""
-    names = ", ".join(path.name for path in aside(out))
-    return (
-        f"no whole checkpoint under {out}: set aside as damaged: {names}"
-        if names
-        else f"no checkpoint under {out}"
-    )
+def nothing_there(out: Path) -> str:
+    """Why there is no checkpoint to read (none was saved, or all are set aside), and the way out."""
+    if names := ", ".join(path.name for path in aside(out)):
+        why = f"no whole checkpoint under {out}: set aside as damaged: {names}"
+    else:
+        why = f"no checkpoint under {out}{'' if out.exists() else ', which does not exist'}"
+    return f"{why}; name the --out of a run that saved one, or give --untrained for the model that the recipe starts from"

@@ -24,7 +24,7 @@ LOSS_SIGNATURES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of a run: `questions` where its answers are measured. `trained` is None where there is no checkpoint."""
+    """Of a run: `questions` where its answers are measured. `trained` is None where the starting weights alone are measured."""
 
     run: Run
     request: EvaluationRequest
@@ -93,5 +93,5 @@ class Evaluation:
 
 
 def task_of(run: Run, heldout: Dataset) -> Task | None:
-    """The task that held-out answers are measured by; None where no record asks for one, as with conversations and plain text."""
-    return None if heldout.prompt is None else TASKS.get(run.recipe.data.task)
+    """The task that held-out answers are measured by; None where no record has one as text, as with conversations and plain text."""
+    return TASKS.get(run.recipe.data.task) if heldout.has_answers else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainspec.checkpoints.newest import newest_checkpoint, newest_state, restored, what_is_there
+from trainspec.checkpoints.newest import STARTING, newest_checkpoint, newest_state, restored
 from trainspec.checkpoints.verify import verify_together
 from trainspec.data import Dataset, open_dataset
 from trainspec.errors import UserError
@@ -30,12 +30,16 @@ def evaluate(
     """Measure both models; the leader shows the table and writes the files. None where the loss alone is measured.
 
     Raises UserError for held-out records that cannot be read or have nothing to compare answers with, and for a damaged
-    checkpoint, all of them before anything takes long.
+    or missing checkpoint, all of them before anything takes long.
     """
     heldout = open_dataset(run, "heldout")
     if request.loss_only:
         state, whose = newest_state(
-            backend, run, out=request.out, processes=processes, tokenizer_digest=heldout.tokenizer_digest
+            backend,
+            run,
+            out=request.trained_in,
+            processes=processes,
+            tokenizer_digest=heldout.tokenizer_digest,
         )
         loss = heldout_loss(backend, state, heldout, heldout_examples(run))
         if processes.is_leader:
@@ -48,13 +52,13 @@ def evaluate(
     )
     asked = questions.asked if questions else ()
     measurer = Measurer(responder, heldout, asked, processes.is_leader)
-    saved = newest_checkpoint(request.out, processes)
+    saved = newest_checkpoint(request.trained_in, processes)
     if saved:
         verify_together(saved, processes)
     if processes.is_leader:
-        print(_measured(saved, len(asked), request), flush=True)
+        print(_measured(saved, len(asked)), flush=True)
     state = backend.init_state(run)
-    untrained, trained = measurer.measure(state, "the starting weights"), None
+    untrained, trained = measurer.measure(state, STARTING), None
     if saved:
         state, whose = restored(
             backend, run, state, saved, processes=processes, tokenizer_digest=heldout.tokenizer_digest
@@ -67,12 +71,11 @@ def evaluate(
     return found
 
 
-def _measured(saved: Path | None, asked: int, request: EvaluationRequest) -> str:
+def _measured(saved: Path | None, asked: int) -> str:
     """What is about to be measured: it takes its time."""
     what = f"the held-out loss and {asked} answers" if asked else "the held-out loss"
     whose = f"of {saved} beside the untrained model" if saved else "of the untrained model alone"
-    why = "" if saved else f": {what_is_there(request.out)}"
-    return f"measuring {what} {whose}{why}"
+    return f"measuring {what} {whose}"
 
 
 def _questions(
@@ -83,8 +86,8 @@ def _questions(
     if task is None:
         if given := request.answer_options():
             raise UserError(
-                f"{given[0]}: has no effect: {run.recipe.data.heldout} has no instruction record of a task with metrics, so that none "
-                "is answered; leave it out"
+                f"{given[0]}: has no effect: {run.recipe.data.heldout} has no instruction record and no prompt with a completion as texts of a "
+                "task with metrics, so that none is answered; leave it out"
             )
         return None
     way_out = "measure the loss alone with --loss-only"

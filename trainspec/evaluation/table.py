@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainspec.checkpoints.newest import what_is_there
 from trainspec.evaluation.evaluation import Evaluation
 from trainspec.evaluation.heldout import Questions
 from trainspec.tasks import TASKS
@@ -17,7 +16,10 @@ def table(evaluation: Evaluation) -> Iterator[str]:
         if note := evaluation.questions.note():
             yield note
     elif (data := evaluation.run.recipe.data).task in TASKS:
-        yield f"{data.heldout}: no instruction record, which data.task={data.task} is measured on; the loss alone is measured"
+        yield (
+            f"{data.heldout}: neither an instruction nor a prompt with a completion as texts, which data.task={data.task} is "
+            "measured on; the loss alone is measured"
+        )
     models, signatures = evaluation.models, evaluation.signatures
     columns = [evaluation.figures[name] for name in models]
     rows = [["", *models, ""]]
@@ -33,8 +35,6 @@ def table(evaluation: Evaluation) -> Iterator[str]:
         aligned = "  ".join(value.rjust(width) for value, width in zip(values, widths[1:-1], strict=True))
         yield f"{name.ljust(widths[0])}  {aligned}  {how}".rstrip()
     yield "; ".join(f"{name}: {measurement.whose}" for name, measurement in models.items())
-    if evaluation.trained is None:
-        yield f"{what_is_there(evaluation.request.out)}; there is no trained model to measure"
 
 
 def _answered(evaluation: Evaluation, questions: Questions) -> str:

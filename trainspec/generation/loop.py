@@ -27,7 +27,8 @@ def generate(
 ) -> list[Generation]:
     """Generate for every prompt, in their order; the leader writes `generations.jsonl` and says what was generated.
 
-    Raises UserError for a prompt that cannot be read, is empty, or leaves no room in the model.
+    Raises UserError for a prompt that cannot be read, is empty, or leaves no room in the model, and where there is no checkpoint
+    to answer.
     """
     data = run.recipe.data
     tokenizer = find_tokenizer(data, run.directory, run.recipe.model.from_)
@@ -36,7 +37,7 @@ def generate(
     check_prompts(prompts, run, source=str(request.file) if request.file else None)
     stops = frozenset(asked["stops"]) | end_tokens(run.directory)
     state, whose = newest_state(
-        backend, run, out=request.out, processes=processes, tokenizer_digest=tokenizer.digest
+        backend, run, out=request.trained_in, processes=processes, tokenizer_digest=tokenizer.digest
     )
     say = _print if processes.is_leader else _ignore
     say(f"generating with {whose}\n")

@@ -10,6 +10,7 @@ def add_generation(parser: ArgumentParser) -> None:
     """The prompts, how they are answered, and what is said of the answers."""
     add_prompts(parser)
     add_decoding(parser)
+    _add_untrained(parser)
     parser.add_argument(
         "--scores",
         action="store_true",
@@ -29,6 +30,13 @@ def add_evaluation(parser: ArgumentParser) -> None:
         help="answer the first N held-out records only; the loss is of all",
     )
     add_decoding(parser)
+    _add_untrained(parser)
+
+
+def _add_untrained(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--untrained", action="store_true", help="only the model that the recipe starts from; reads no checkpoint"
+    )  # fmt: skip
 
 
 def add_prompts(parser: ArgumentParser, *, required: bool = True) -> None:

@@ -30,13 +30,20 @@ class Settings:
 class GenerationRequest:
     """Prompts, as texts or the records of a `file`, and how their responses are made.
 
-    `out` is the run's directory: its newest checkpoint is read, and `generations.jsonl` is written there.
+    `out` is the run's directory: its newest checkpoint is read, and `generations.jsonl` is written there. `untrained`: the
+    starting weights answer, and no checkpoint is read.
     """
 
     out: Path
     texts: tuple[str, ...]
     file: Path | None
     settings: Settings
+    untrained: bool = False
+
+    @property
+    def trained_in(self) -> Path | None:
+        """Where the checkpoint is that is read."""
+        return None if self.untrained else self.out
 
     @property
     def streams(self) -> bool:
@@ -47,7 +54,8 @@ class GenerationRequest:
 def generation_request(args: Namespace, out: Path) -> GenerationRequest:
     """The request that the options of `generate` make. Raises UserError."""
     texts = (args.prompt,) if args.prompt is not None else ()
-    return GenerationRequest(out, texts, prompt_file(args), replace(settings(args), scores=args.scores))
+    how = replace(settings(args), scores=args.scores)
+    return GenerationRequest(out, texts, prompt_file(args), how, args.untrained)
 
 
 def prompt_file(args: Namespace) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from trainspec.text.fields import BadRecord
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 # Cells are taken as text, and an empty cell is absent.
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# By which tables are separated that have one column here.
+OTHER_SEPARATORS = (";", *SEPARATORS.values())
 KNOWN = (".jsonl", ".json", ".txt", *SEPARATORS, *TABLES)
 HUB = "hub:"
 
@@ -67,6 +70,7 @@ def check_source(source: str, task: TaskName) -> None:
             "`datasets` saved, or hub:ORG/NAME"
         )
     if path.is_dir():
+        _check_saved(path)
         return
     if path.suffix not in KNOWN:
         raise DataError(
@@ -92,17 +96,23 @@ def read_raw(source: str) -> Iterator[Raw]:
         else:
             yield from _lines(path)
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise DataError(
+            f"{source}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 def _lines(path: Path) -> Iterator[Raw]:
-    end = 0
+    end, seen = 0, False
+    _refuse_utf16(path)
     # Read as bytes, so that the progress is known; a byte-order mark is dropped.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             end += len(line)
             text = _decoded(number, line)
             if text.strip():
+                if not seen and path.suffix == ".jsonl" and _begins_array(text):
+                    raise DataError(f"{path}: a JSON array, not a record in each line; name it .json")
+                seen = True
                 yield Raw(f"line {number}", text, True, end)
 
 
@@ -112,6 +122,21 @@ def _decoded(number: int, line: bytes) -> str | bytes:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         return line
+
+
+def _begins_array(text: str | bytes) -> bool:
+    """Whether a file's first line is an array of records, or the beginning of one."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text.strip() in ("[", "[{")
+    return isinstance(found, list) and bool(found) and all(isinstance(record, dict) for record in found)
+
+
+def _refuse_utf16(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path}: UTF-16 text; save it as UTF-8")
 
 
 def _is_one_object(text: str) -> bool:
@@ -146,9 +171,14 @@ def _cells(path: Path, separator: str) -> Iterator[Raw]:
         reader = csv.DictReader(lines, delimiter=separator, strict=True)
         try:
             names = list(reader.fieldnames or ())
-            if len(names) == 1 and ";" in names[0]:
+            others = [
+                other for other in OTHER_SEPARATORS if other != separator and other in "".join(names[:1])
+            ]
+            if len(names) == 1 and others:
+                named = {theirs: suffix for suffix, theirs in SEPARATORS.items()}.get(others[0])
+                way_out = f"; name it {named}" if named else ""
                 raise DataError(
-                    f"{path}: one column, {names[0]!r}; cells are separated by {separator!r}, not by ';'"
+                    f"{path}: one column, {names[0]!r}; cells are separated by {separator!r}, not by {others[0]!r}{way_out}"
                 )
             for row in reader:
                 where = f"line {reader.line_num}"
@@ -165,11 +195,12 @@ def _documents(path: Path) -> Iterator[Raw]:
     """Documents separated by blank lines."""
     block: list[str] = []
     first, end = 1, 0
+    _refuse_utf16(path)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             text = _decoded(number, line)
             if isinstance(text, bytes):
-                raise DataError(f"{path} line {number}: {_not_utf8(line)}")
+                raise DataError(f"{path} line {number}: {_not_utf8(line)}; save it as UTF-8")
             text = text.replace("\r\n", "\n")
             if text.strip():
                 first = first if block else number
@@ -223,6 +254,15 @@ def table(source: str) -> Any:
         raise
     except Exception as error:  # its readers raise errors of every kind
         raise DataError(f"{source}: datasets cannot read it: {_one_line(error)}") from None
+
+
+def _check_saved(directory: Path) -> None:
+    """Raises DataError for a directory that `datasets` did not save, naming the files in it that can be read."""
+    if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
+        return
+    files = sorted(str(path) for path in directory.iterdir() if path.is_file() and path.suffix in KNOWN)
+    there = f"name a file in it, such as {files[0]}" if files else f"name a file ({', '.join(KNOWN)})"
+    raise DataError(f"{directory}: a directory that `datasets` did not save; {there}")
 
 
 def _one_line(error: Exception) -> str:

@@ -56,6 +56,7 @@ class _Tokenised:
     targets: int = 0
     end_targets: int = 0
     asked: int = 0
+    answered: int = 0
     largest: int = 0
     end: int = 0
 
@@ -69,6 +70,7 @@ class _Tokenised:
         self.targets += other.targets
         self.end_targets += other.end_targets
         self.asked += other.asked
+        self.answered += other.answered
         self.largest = max(self.largest, other.largest)
 
 
@@ -114,6 +116,7 @@ class _BatchEncoder:
         marks.extend(flags)
         done.lengths.append(len(encoded.ids))
         done.asked += isinstance(record, Text) and record.is_asked
+        done.answered += isinstance(record, Text) and record.is_answered
 
 
 @lru_cache(maxsize=4)
@@ -155,6 +158,7 @@ def fill(job: dict[str, Any]) -> dict[str, Any]:
         "targets": total.targets,
         "end_targets": total.end_targets,
         "asked": total.asked,
+        "answered": total.answered,
         "largest": total.largest,
         "special_tokens": encoder.special_tokens,
         "has_template": encoder.template() is not None,

@@ -13,11 +13,12 @@ A field that is null is absent. Every other field is used, named in `data.ignore
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
-from trainspec.errors import nearest
+from trainspec.errors import meant, nearest
 from trainspec.tasks import TASKS, PromptForm, TaskName, write_prompt
 from trainspec.text.fields import BadRecord, choices_of, kind_of, parsed, text_of, with_output
 from trainspec.text.sharegpt import ROLES, from_sharegpt
@@ -63,12 +64,14 @@ class Chat:
 class Text:
     """Stretches of text, each with whether it is trained on. `turns`: the stretches that begin a turn.
 
-    `is_asked`: whether it is an instruction record in its task's prompt.
+    `is_asked`: whether it is an instruction record in its task's prompt. `is_answered`: whether it is a prompt with an answer, which
+    the metrics of `data.task` can judge: that, or a prompt and a completion.
     """
 
     stretches: list[tuple[str, bool]]
     turns: list[int] = field(default_factory=list)
     is_asked: bool = False
+    is_answered: bool = False
 
     @property
     def is_blank(self) -> bool:
@@ -171,8 +174,7 @@ class Reader:
         unknown = [name for name in fields if name not in FIELDS]
         if not unknown:
             return f" among {', '.join(map(repr, fields))}" if fields else ": the record is empty"
-        likely = {ALIASES[name]: name for name in unknown if name in ALIASES}
-        pairs = ", ".join(f"{name}: {likely.get(name, 'YOUR_FIELD')}" for name in missing)
+        pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in _likely(unknown, missing))
         return f" among {', '.join(map(repr, fields))}; say which is which, such as data.columns={{{pairs}}}"
 
     def _refuse_unused(self, fields: Mapping[str, Any], shape: str) -> None:
@@ -184,7 +186,7 @@ class Reader:
             pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in likely.items() if ours not in fields)
             raise BadRecord(
                 f"field{'s' * (len(unused) > 1)} {named} {'are' if len(unused) > 1 else 'is'} not used beside {needed[0]!r}"
-                f"{nearest(unused[0], (*needed, *more))}; set data.ignore=[{', '.join(unused)}]"
+                f"{_meant_of(unused[0], fields, (*needed, *more))}; set data.ignore=[{', '.join(unused)}]"
                 f"{f', or map it: data.columns={{{pairs}}}' if pairs else ''}"
             )
 
@@ -208,7 +210,8 @@ class Reader:
         system = texts["system"] or (self.system or "").strip()
         prompt = self.prompt if self.prompt is not None else TASKS[self.task].prompts["en"]
         asked = write_prompt(prompt, instruction=texts["instruction"], text=texts["input"])
-        return Text([(f"{system}\n" * bool(system) + asked, False), (output, True)], is_asked=True)
+        stretches = [(f"{system}\n" * bool(system) + asked, False), (output, True)]
+        return Text(stretches, is_asked=True, is_answered=True)
 
     def _completion(self, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
         prompt, completion = fields["prompt"], fields["completion"]
@@ -219,10 +222,15 @@ class Reader:
                 learnt = [flag and i >= start for i, flag in enumerate(chat.learnt)]
                 return Chat(chat.messages, chat.tools, learnt)
             raise BadRecord("messages as prompt and completion need a chat template; set data.chat_template")
+        if isinstance(prompt, list) or isinstance(completion, list):
+            raise BadRecord(
+                f"'prompt' is {kind_of(prompt)} and 'completion' {kind_of(completion)}; give two texts, or two lists of messages"
+            )
         if "tools" in fields:
             raise BadRecord("'tools' with a prompt that is text; give 'messages'")
         self._no_system("prompt and completion")
-        return Text([(text_of(fields, "prompt"), False), (text_of(fields, "completion"), True)])
+        stretches = [(text_of(fields, "prompt"), False), (text_of(fields, "completion"), True)]
+        return Text(stretches, is_answered=True)
 
     def _chat(self, value: object, fields: Mapping[str, Any], template: str | None) -> Chat | Text:
         if not isinstance(value, list):
@@ -278,6 +286,25 @@ class Reader:
         elif "tool_calls" not in message:
             raise BadRecord(f"every message needs a text 'content', or tool calls, not {value!r:.80}")
         return message, learnt
+
+
+def _likely(unknown: Sequence[str], missing: Sequence[str]) -> list[tuple[str, str]]:
+    """Which of a record's unknown fields may be ours: those written almost alike, or else other names of the `missing` ones."""
+    close = [
+        (ours[0], name) for name in unknown if (ours := get_close_matches(name, FIELDS, n=1, cutoff=0.8))
+    ]
+    if close:
+        return close
+    known = {ALIASES[name]: name for name in unknown if name in ALIASES}
+    if "output" not in known and "references" in known:
+        missing = ["references" if name == "output" else name for name in missing]
+    theirs = known | ({"completion": known["output"]} if "output" in known else {})
+    return [(name, theirs.get(name, "YOUR_FIELD")) for name in missing]
+
+
+def _meant_of(word: str, there: Collection[str], known: Sequence[str]) -> str:
+    """`nearest`, which does not take a field for one that the record has."""
+    return meant(word, set(known) - set(there)) or f"; known here: {', '.join(sorted(known))}"
 
 
 def _names(template: str | None, word: str) -> bool:

@@ -26,7 +26,7 @@ from trainspec.text.process import ask, versions
 from trainspec.text.prompt_file import read_prompt
 from trainspec.text.records import FIELDS
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 # Bits of a token's mark: it is a target; a turn begins with it.
 COUNTS, TURN = 1, 2
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainspec.checkpoints.checkpoint import check_readable, resumable_checkpoint
-from trainspec.checkpoints.folders import latest, put_back
+from trainspec.checkpoints.folders import put_back
+from trainspec.checkpoints.newest import check_there
 from trainspec.data import check_data
 from trainspec.plans.capabilities import Capabilities
 from trainspec.recipe import Recipe
@@ -29,20 +30,23 @@ def prepare(recipe: Recipe, backend: Capabilities, request: TrainRequest) -> Run
     return run
 
 
-def prepare_evaluation(recipe: Recipe, backend: Capabilities, *, out: Path) -> Run:
-    """The run of a recipe that is measured on `data.heldout` and reads no other records. Raises UserError."""
+def prepare_evaluation(recipe: Recipe, backend: Capabilities, *, out: Path | None) -> Run:
+    """The run of a recipe that is measured on `data.heldout` and reads no other records. Raises UserError.
+
+    `out` is where its newest checkpoint must be; None: the starting weights alone are measured.
+    """
     run = resolve_on(recipe, backend)
     check_data(run, "heldout")
-    check_readable(latest(out), backend.name)
+    check_readable(check_there(out), backend.name)
     return run
 
 
-def prepare_generation(recipe: Recipe, backend: Capabilities, *, out: Path) -> Run:
-    """The run of a recipe whose model is to generate. Raises UserError."""
+def prepare_generation(recipe: Recipe, backend: Capabilities, *, out: Path | None) -> Run:
+    """The run of a recipe whose model is to generate: the newest checkpoint in `out`, or None's starting weights. Raises UserError."""
     run = resolve_on(recipe, backend)
     find_tokenizer(recipe.data, run.directory, recipe.model.from_).files()
     read_prompt(recipe.data)
-    check_readable(latest(out), backend.name)
+    check_readable(check_there(out), backend.name)
     return run
 
 

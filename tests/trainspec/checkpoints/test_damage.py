@@ -18,7 +18,7 @@ from trainspec.checkpoints import folders, store, verify
 from trainspec.checkpoints.checkpoint import load
 from trainspec.checkpoints.manifest import FILE, DamagedError, read_manifest
 from trainspec.checkpoints.newest import newest_state
-from trainspec.errors import MachineError, RecipeError, WeightsError
+from trainspec.errors import MachineError, RecipeError, UserError, WeightsError
 from trainspec.plans.accelerators import Devices
 from trainspec.runs.processes import Processes
 from trainspec.training import loop
@@ -375,11 +375,18 @@ def test_what_is_set_aside_is_told_from_what_was_never_saved(tmp_path: Path):
         def init_state(self, run: object) -> Start:
             return self
 
-    def whose(out: Path) -> str:
+    def whose(out: Path | None) -> str:
         start: Any = Start()
         return newest_state(start, start, out=out, processes=Processes(), tokenizer_digest="")[1]
 
-    assert whose(tmp_path) == f"the starting weights (no checkpoint under {tmp_path})"
+    assert whose(None) == "the starting weights"
+    way_out = "name the --out of a run that saved one, or give --untrained for the model that the recipe starts from"
+    with pytest.raises(UserError, match=f"^no checkpoint under {tmp_path}; {way_out}$"):
+        whose(tmp_path)
+    with pytest.raises(
+        UserError, match=f"^no checkpoint under {tmp_path}/run, which does not exist; {way_out}$"
+    ):
+        whose(tmp_path / "run")
     save(tmp_path, 1, 2, keep=2)
     for path in folders.complete(tmp_path):
         (path / FILE).write_text("{}")
@@ -388,4 +395,5 @@ def test_what_is_set_aside_is_told_from_what_was_never_saved(tmp_path: Path):
     assert verify.newest_whole(tmp_path, Processes()) is None
     names = "step-000001.damaged, step-000001.damaged-2, step-000002.damaged"
     told = f"no whole checkpoint under {tmp_path}: set aside as damaged: {names}"
-    assert whose(tmp_path) == f"the starting weights ({told})"
+    with pytest.raises(UserError, match=f"^{told}; {way_out}$"):
+        whose(tmp_path)
