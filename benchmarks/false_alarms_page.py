@@ -31,11 +31,11 @@ Checks of JAX against torch where nothing is wrong: a share of a bound above 1 i
 `scripts/make_demo_model.py` after 0 to 200 steps; each case has its method, rows, seed and data drawn. Cases were run with one
 set of seeds to find what bounds lack, and with others to test them; no seed is in both. The errors that were made, times
 thirty, are judged by the same bounds, and must fail in every phase of many numbers (gradient, moments, update); a single number,
-such as the loss, may be right by chance. *Not provable* are gradients and updates that rounding moves by half of themselves or more, which
-the verdict of a run names and which another layer or step proves ([what-pass-means.md](what-pass-means.md)); such a weight's gradients a
-fifth too large in all layers and steps must fail, and runs where they do not hide a mistake. Made by `python benchmarks/false_alarms.py --seed S --precision P --groups G --each E
---purpose find|test` for every row of the first table, and `--page docs/false-alarms.md`. What each bound is:
-[numerics.md](numerics.md).
+such as the loss, may be right by chance. *Not provable* are gradients and updates that rounding moves by half of themselves or
+more, which the verdict of a run names and another layer or step proves ([what-pass-means.md](what-pass-means.md)). Gradients of such
+a weight, a fifth too large in all layers and steps, must fail; runs where they do not *hide a mistake*. Made by
+`python benchmarks/false_alarms.py --seed S --precision P --groups G --each E --purpose find|test` for every row of the first
+table, and `--page docs/false-alarms.md`. What each bound is: [numerics.md](numerics.md).
 
 A run is of the code whose digest begins as its row says (`sources()` of `parity/faults/results.py`). The tables after the first
 are of the runs made to test with {code}, the code that this page was written by.
