@@ -28,8 +28,8 @@ from trainspec.data import Batch
 from trainspec.methods import leading_positions, virtual_tokens
 from trainspec.runs.run import Run
 
-# Logical axes of a layer's keys or values as they are kept.
-KEPT_AXES = ("batch", "kv_heads", "seq", "dim")
+# Logical axes of a layer's keys and values as they are kept: each as it is multiplied, which a CPU would do by a copy otherwise.
+KEPT_AXES = KeysValues(("batch", "kv_heads", "dim", "seq"), ("batch", "kv_heads", "seq", "dim"))
 
 
 class Cache(NamedTuple):
@@ -65,23 +65,25 @@ class CachedPrograms:
         logits_BV, made = model.begin(
             seen["input_ids"], positions=seen["positions"], segments=seen["segments"], end=end
         )
-        keys, values = (self._kept(x, length) for x in made)
+        keys = self._kept(jnp.moveaxis(made.keys, 2, 4), KEPT_AXES.keys, length)
+        values = self._kept(jnp.moveaxis(made.values, 2, 3), KEPT_AXES.values, length)
         kept: Kept = KeysValues(keys, values)
         if self.is_apart:
             kept = [KeysValues(k, v) for k, v in zip(keys, values, strict=True)]
         return logits_BV, Cache(kept, last_B + 1)
 
-    def _kept(self, x_LBTKD: Array, length: int) -> Array:
-        """Keys or values [L, B, K, T, D] with room for rows of `length` tokens."""
-        x_LBKTD = jnp.swapaxes(x_LBTKD, 2, 3)
-        room = self._prefix + self._leading + length - x_LBKTD.shape[3]
-        x_LBKTD = jnp.pad(x_LBKTD, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
-        return self._shardings.constrain(x_LBKTD, ("layers", *KEPT_AXES))
+    def _kept(self, x: Array, axes: tuple[str, ...], length: int) -> Array:
+        """Keys or values of all layers, which have these logical axes, with room for rows of `length` tokens."""
+        axes = ("layers", *axes)
+        tokens = axes.index("seq")
+        room = self._prefix + self._leading + length - x.shape[tokens]
+        x = jnp.pad(x, [(0, room if dim == tokens else 0) for dim in range(x.ndim)])
+        return self._shardings.constrain(x, axes)
 
     def _extend(self, weights: Any, cache: Cache, ids_B: Array) -> tuple[Array, Cache]:
         """The logits [B, vocab] after one more token of each row, and the cache with it; -1 adds none."""
         method, virtual = self._run.recipe.method, self._prefix + self._leading
-        *_, rows, _, keys, _ = jax.tree.leaves(cache.kept)[0].shape
+        *_, rows, _, _, keys = jax.tree.leaves(cache.kept)[0].shape
         order_BS = jnp.broadcast_to(jnp.arange(keys - virtual), (rows, keys - virtual))
         logits_BV, kept = self._bind_weights(weights, {}).extend(
             jnp.maximum(ids_B, 0),
