@@ -34,7 +34,7 @@ from jaxtrain.layers import (
 from jaxtrain.weights import is_stacked
 from trainspec.model import ModelSpec
 
-# Keys and values [B, K, T, D] of all layers, with the layers in front or apart.
+# Keys [B, K, D, T] and values [B, K, T, D] of all layers, with the layers in front or apart.
 Kept = KeysValues | list[KeysValues]
 
 
@@ -129,8 +129,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, Kept]:
         """The logits [B, vocab] after one more token of each row, and what is kept with its keys and values.
 
-        `places_B` are the tokens' places in rows with these positions and segments [B, T], of which `kept` has the keys and
-        values [B, K, P + T, D], those of a prefix of P first. If it has each layer's apart, so have the weights.
+        `places_B` are the tokens' places in rows with these positions and segments [B, T], of which `kept` has the P + T keys and
+        values, those of a prefix of P first. If it has each layer's apart, so have the weights.
         """
         places_B1 = places_B[:, None]
         seen_BT = self.visible(positions, segments, prefix=prefix).mask(places_B1)[:, 0]

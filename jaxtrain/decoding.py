@@ -20,6 +20,7 @@ from jaxtrain.decoder import Kept
 from jaxtrain.feed import Feeder
 from jaxtrain.layers import KeysValues, at_position
 from jaxtrain.methods import with_virtual_tokens
+from jaxtrain.methods.dora import give_norms, norms_of
 from jaxtrain.methods.virtual_tokens import all_positions, all_segments
 from jaxtrain.pipeline import ModelFactory
 from jaxtrain.sharding import Shardings
@@ -28,8 +29,8 @@ from trainspec.data import Batch
 from trainspec.methods import leading_positions, virtual_tokens
 from trainspec.runs.run import Run
 
-# Logical axes of a layer's keys or values as they are kept.
-KEPT_AXES = ("batch", "kv_heads", "seq", "dim")
+# Logical axes of a layer's keys and values as they are kept: each as it is multiplied, which a CPU would do by a copy otherwise.
+KEPT_AXES = KeysValues(("batch", "kv_heads", "dim", "seq"), ("batch", "kv_heads", "seq", "dim"))
 
 
 class Cache(NamedTuple):
@@ -53,7 +54,7 @@ class CachedPrograms:
         self.is_apart = shardings.platform == "cpu"
         self.begin = jax.jit(self._begin, static_argnames="length")
         self.extend = jax.jit(self._extend, donate_argnames="cache")
-        self.apart = jax.jit(self._apart)
+        self._once = jax.jit(self._computed_once)
 
     def _begin(self, weights: Arrays, batch: Arrays, last_B: Array, *, length: int) -> tuple[Array, Cache]:
         """The logits [B, vocab] after position `last_B` of each row, and a cache for rows of `length` tokens."""
@@ -65,25 +66,29 @@ class CachedPrograms:
         logits_BV, made = model.begin(
             seen["input_ids"], positions=seen["positions"], segments=seen["segments"], end=end
         )
-        keys, values = (self._kept(x, length) for x in made)
+        keys = self._kept(jnp.moveaxis(made.keys, 2, 4), KEPT_AXES.keys, length)
+        values = self._kept(jnp.moveaxis(made.values, 2, 3), KEPT_AXES.values, length)
         kept: Kept = KeysValues(keys, values)
         if self.is_apart:
             kept = [KeysValues(k, v) for k, v in zip(keys, values, strict=True)]
         return logits_BV, Cache(kept, last_B + 1)
 
-    def _kept(self, x_LBTKD: Array, length: int) -> Array:
-        """Keys or values [L, B, K, T, D] with room for rows of `length` tokens."""
-        x_LBKTD = jnp.swapaxes(x_LBTKD, 2, 3)
-        room = self._prefix + self._leading + length - x_LBKTD.shape[3]
-        x_LBKTD = jnp.pad(x_LBKTD, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
-        return self._shardings.constrain(x_LBKTD, ("layers", *KEPT_AXES))
+    def _kept(self, x: Array, axes: tuple[str, ...], length: int) -> Array:
+        """Keys or values of all layers, which have these logical axes, with room for rows of `length` tokens."""
+        axes = ("layers", *axes)
+        tokens = axes.index("seq")
+        room = self._prefix + self._leading + length - x.shape[tokens]
+        x = jnp.pad(x, [(0, room if dim == tokens else 0) for dim in range(x.ndim)])
+        return self._shardings.constrain(x, axes)
 
     def _extend(self, weights: Any, cache: Cache, ids_B: Array) -> tuple[Array, Cache]:
         """The logits [B, vocab] after one more token of each row, and the cache with it; -1 adds none."""
         method, virtual = self._run.recipe.method, self._prefix + self._leading
-        *_, rows, _, keys, _ = jax.tree.leaves(cache.kept)[0].shape
+        *_, rows, _, _, keys = jax.tree.leaves(cache.kept)[0].shape
         order_BS = jnp.broadcast_to(jnp.arange(keys - virtual), (rows, keys - virtual))
-        logits_BV, kept = self._bind_weights(weights, {}).extend(
+        model = self._bind_weights(weights, {})
+        give_norms(model, weights)
+        logits_BV, kept = model.extend(
             jnp.maximum(ids_B, 0),
             cache.tokens_B + self._leading,
             cache.kept,
@@ -93,9 +98,16 @@ class CachedPrograms:
         )
         return logits_BV, Cache(kept, cache.tokens_B + (ids_B >= 0))
 
-    def _apart(self, weights: Arrays) -> dict[str, Array | list[Array]]:
-        """The weights, those of a stack by layer."""
-        return {name: list(w) if is_stacked(name) else w for name, w in weights.items()}
+    def prepare(self, weights: Arrays) -> Any:
+        """The weights as `extend` takes them, with what it would compute of them alone for every token."""
+        return weights | self._once(weights)
+
+    def _computed_once(self, weights: Arrays) -> dict[str, Array | list[Array]]:
+        """The norms of DoRA, and where layers are apart, all of a stack by layer."""
+        norms = norms_of(self._bind_weights(weights, {}))
+        if not self.is_apart:
+            return dict(norms)
+        return {name: list(w) for name, w in (weights | norms).items() if is_stacked(name)}
 
 
 class CachedRows:
@@ -106,7 +118,7 @@ class CachedRows:
 
     def __init__(self, programs: CachedPrograms, weights: Arrays, feeder: Feeder, *, length: int) -> None:
         self._programs, self._weights, self._feeder, self._length = programs, weights, feeder, length
-        self._weights_of_step = programs.apart(weights) if programs.is_apart else weights
+        self._weights_of_step = programs.prepare(weights)
         self._cache: Cache | None = None
 
     def begin(self, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:

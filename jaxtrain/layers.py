@@ -65,7 +65,7 @@ class VirtualTokens(NamedTuple):
 
 
 class KeysValues(NamedTuple):
-    """Keys, rotated, and values: [B, T, K, D] as attention sees them, or [B, K, T, D] as a cache keeps them."""
+    """Keys, rotated, and values: [B, T, K, D] as attention sees them; a cache keeps keys [B, K, D, T] and values [B, K, T, D]."""
 
     keys: Array
     values: Array

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torchtrain.attention.cache import Cache, one_token
 from torchtrain.engines.engine import Inputs
 from torchtrain.mesh import Peers, compute_device
+from torchtrain.methods.dora import Norms, computed_once
 from torchtrain.precision import compute_dtype
 from trainspec.data import Batch
 from trainspec.methods import leading_positions, position_shift, virtual_tokens
@@ -35,6 +36,7 @@ class CachedRows:
         self._virtual = virtual_tokens(run.recipe.method)
         self._cache = Cache(self._virtual + length)
         self._last_B = np.zeros(0, np.int64)
+        self._norms: Norms = {}
 
     def begin(self, batch: Batch, last: NDArray[np.int32]) -> NDArray[Any]:
         """The logits [B, vocab] after position `last` [B] of each row; what is kept of other rows is forgotten."""
@@ -46,7 +48,9 @@ class CachedRows:
             for name, array in vars(batch).items()
             if array.ndim > 1
         }
-        return self._begin(replace(batch, **cut), last, self._cache)
+        self._norms = {}
+        with computed_once(self._norms):
+            return self._begin(replace(batch, **cut), last, self._cache)
 
     def extend(self, ids: NDArray[np.int32]) -> NDArray[Any]:
         """The logits [B, vocab] after one more token [B] of each row. A row that has ended (-1) has token 0 in its last slot."""
@@ -62,14 +66,14 @@ class CachedRows:
             device=device,
         )
         positions_B = self._last_B + position_shift(method)
-        return self._extend(
-            {
-                "input_ids": torch.from_numpy(ids_B.clip(0).astype(np.int64))[:, None].to(device),
-                "position_ids": torch.from_numpy(positions_B)[:, None].to(device),
-                "visible": token,
-                "cache": self._cache,
-            }
-        )
+        inputs: Inputs = {
+            "input_ids": torch.from_numpy(ids_B.clip(0).astype(np.int64))[:, None].to(device),
+            "position_ids": torch.from_numpy(positions_B)[:, None].to(device),
+            "visible": token,
+            "cache": self._cache,
+        }
+        with computed_once(self._norms):
+            return self._extend(inputs)
 
     def _own(self, rows_B: NDArray[np.int32]) -> NDArray[np.int32]:
         """Those of this replica."""

@@ -19,7 +19,7 @@ from jaxtrain.precision import wide_product
 
 
 class OneToken(NamedTuple):
-    """What a token of each row sees: of a layer's kept keys and values [B, K, T, D] those where `seen_BT` is true.
+    """What a token of each row sees: of a layer's kept keys [B, K, D, T] and values [B, K, T, D] those where `seen_BT` is true.
 
     They are to have its own, too, at its row's place in `places_B`.
     """
@@ -31,12 +31,15 @@ class OneToken(NamedTuple):
     def with_own(self, k_B1KD: Array, v_B1KD: Array) -> KeysValues:
         """What is kept with the token's own keys and values in it; a row without a place for them stays as it is."""
 
-        def written(row_KTD: Array, own_1KD: Array, place: Array) -> Array:
+        def with_key(row_KDT: Array, own_1KD: Array, place: Array) -> Array:
+            return row_KDT.at[:, :, place].set(own_1KD[0], mode="drop")
+
+        def with_value(row_KTD: Array, own_1KD: Array, place: Array) -> Array:
             return row_KTD.at[:, place].set(own_1KD[0], mode="drop")
 
-        in_rows = jax.vmap(written)
         return KeysValues(
-            in_rows(self.kept.keys, k_B1KD, self.places_B), in_rows(self.kept.values, v_B1KD, self.places_B)
+            jax.vmap(with_key)(self.kept.keys, k_B1KD, self.places_B),
+            jax.vmap(with_value)(self.kept.values, v_B1KD, self.places_B),
         )
 
 
@@ -51,11 +54,11 @@ def over_one_token_too(kernel: Attend) -> Attend:
     return either
 
 
-def attend(q_B1HD: Array, k_BKTD: Array, v_BKTD: Array, seen_BT: Array) -> Array:
+def attend(q_B1HD: Array, k_BKDT: Array, v_BKTD: Array, seen_BT: Array) -> Array:
     """Grouped-query attention [B, 1, H, D] of a token of each row, softmax in the accumulation type, no copies of keys or values."""
     B, _, H, D = q_B1HD.shape
-    q_BKGD = q_B1HD.reshape(B, k_BKTD.shape[1], -1, D)
-    scores = wide_product("bkgd,bktd->bkgt", q_BKGD, k_BKTD) * D**-0.5
+    q_BKGD = q_B1HD.reshape(B, k_BKDT.shape[1], -1, D)
+    scores = wide_product("bkgd,bkdt->bkgt", q_BKGD, k_BKDT) * D**-0.5
     scores = jnp.where(seen_BT[:, None, None], scores, jnp.finfo(scores.dtype).min)
     shares = jax.nn.softmax(scores).astype(v_BKTD.dtype)
     return jnp.einsum("bkgt,bktd->bkgd", shares, v_BKTD).reshape(B, 1, H, D)

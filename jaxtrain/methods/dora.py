@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +28,10 @@ class IsTarget(nnx.Variable):
     """Whether each layer of a stack is a target: a constant of the module, never trained."""
 
 
+class Norms(nnx.Variable):
+    """The norms of a layer's weights, where they are computed once for many calls."""
+
+
 class DoRALinear(LoRALinear):
     """y = x W + b + (m (u + s (d A) B) / n - u) with d = dropout(x), u = d W, and n the norms of W + s A B.
 
@@ -36,6 +43,7 @@ class DoRALinear(LoRALinear):
         *stack, _, out_size = base.kernel.shape
         self.lora_magnitude_vector = abstract((*stack, out_size), base.kernel.dtype)
         self.is_target = IsTarget(jax.ShapeDtypeStruct(keys.shape[:-1], jnp.bool_))
+        self.known_norms: Norms | None = None
 
     def __call__(self, x: Array, point: DropoutPoint | None) -> Array:
         x = self.constrain(x, ("batch", "seq", self.in_axis))
@@ -55,7 +63,8 @@ class DoRALinear(LoRALinear):
         u, is_target = plain.astype(accumulation_dtype(plain.dtype)), self.is_target[...]
         scaled = tap(f"{self.name}.lora_B", self.scale * up.astype(u.dtype))
         turned = rounded(u + scaled, "wide")
-        direction = rounded(turned / jnp.where(is_target, self._norms(), 1), "wide")
+        norms = self._norms() if self.known_norms is None else self.known_norms[...]
+        direction = rounded(turned / jnp.where(is_target, norms, 1), "wide")
         change = scale(direction, self.lora_magnitude_vector.get_value()) - u
         return jnp.where(is_target, change, 0).astype(plain.dtype)
 
@@ -66,6 +75,32 @@ class DoRALinear(LoRALinear):
             for w in (self.kernel, self.lora_a, self.lora_b)
         )
         return lax.stop_gradient(jnp.linalg.norm(weight + self.scale * (a @ b), axis=0))
+
+    def all_norms(self) -> Array:
+        """Those of the layer, or of a stack of them with the layers in front."""
+        if self.is_target[...].ndim == 0:
+            return self._norms()
+        definition, stacked = nnx.split(self)
+        return lax.map(lambda own: nnx.merge(definition, own)._norms(), stacked)
+
+
+def norms_of(model: Decoder) -> dict[str, Array]:
+    """The norms that every `DoRALinear` of a model with weights computes in each call, by a name in its module."""
+    return {name: layer.all_norms() for name, layer in _layers(model)}
+
+
+def give_norms(model: Decoder, norms: Mapping[str, Any]) -> None:
+    """Let every `DoRALinear` take its own of `norms_of` instead of computing them."""
+    for name, layer in _layers(model):
+        layer.known_norms = nnx.data(Norms(norms[name]))
+
+
+def _layers(model: Decoder) -> list[tuple[str, DoRALinear]]:
+    return [
+        (".".join([*map(str, path), "known_norms"]), module)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, DoRALinear)
+    ]
 
 
 def attach(model: Decoder, method: DoRA, site: Site) -> dict[str, np.ndarray]:

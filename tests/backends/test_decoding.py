@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
-from backend import BACKEND, start_state, train_step
+from backend import BACKEND, PROGRAM, start_state, train_step
 from test_model import FP64, FULL, LORA
 
 from trainspec.data import open_dataset
@@ -22,6 +24,7 @@ METHODS = {
     "prompt": {"kind": "prompt", "virtual_tokens": 3},
     "ptuning": {"kind": "ptuning", "virtual_tokens": 3, "hidden": 8},
 }
+LAYER_WITH_NORMS = {"jaxtrain": "DoRALinear", "torchtrain": "Magnitude"}
 FROM_ZERO = {"kind": "prefix", "virtual_tokens": 3, "positions": "from_zero"}
 FEW_METHODS = ("lora", "prefix", "prompt")
 FAMILIES = ("mistral", "smollm3", "glm")
@@ -88,6 +91,28 @@ def test_virtual_tokens_are_seen_as_in_whole_rows(make_recipe, family: str, meth
 def test_a_cache_has_any_length_and_room_for_its_last_token(make_recipe):
     recipe = make_recipe("mistral", method=FULL, precision=FP64)
     assert difference(recipe, start_state(recipe), limit=len(ROWS[2]) + len(ADDED)) < ROUNDING
+
+
+def test_norms_of_dora_are_computed_once(make_recipe, monkeypatch):
+    layer = getattr(importlib.import_module(f"{PROGRAM}.methods.dora"), LAYER_WITH_NORMS[PROGRAM])
+    calls, norms = [0], layer._norms
+
+    def counted(*args):
+        calls[0] += 1
+        return norms(*args)
+
+    state = moved(make_recipe(method=METHODS["dora"], precision=FP64))
+    monkeypatch.setattr(layer, "_norms", counted)
+    batch, last = batch_of(ROWS, limit=LIMIT, count=4)
+    decoding = BACKEND.decoding(state, length=LIMIT)
+    decoding.begin(batch, last)
+    before = calls[0]
+    for ids in np.array(ADDED, np.int32):
+        decoding.extend(ids)
+    assert calls[0] == before > 0
+    # The control: rows without a cache compute them.
+    WholeRows(BACKEND, state, limit=LIMIT).begin(batch, last)
+    assert calls[0] > before
 
 
 @pytest.mark.parametrize("change", ["another method", "another token"])

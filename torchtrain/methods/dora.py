@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +22,18 @@ from torchtrain.tensor_parallel import RowLinear
 from trainspec.methods import DoRA
 
 _ALONE = Peers()
+Norms = dict[nn.Module, Tensor]
+_known: ContextVar[Norms | None] = ContextVar("norms that are computed once", default=None)
+
+
+@contextmanager
+def computed_once(norms: Norms) -> Iterator[None]:
+    """While weights stay as they are: each `Magnitude` puts its norms into `norms`, and takes them from there."""
+    token = _known.set(norms)
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 class Magnitude(nn.Module):
@@ -30,8 +45,21 @@ class Magnitude(nn.Module):
         # A row of a row layer is spread over all peers, one of a column layer is on a single one.
         self._peers = tensor if isinstance(base, RowLinear) else _ALONE
 
-    def forward(self, direction_BSO: Tensor, weight_OI: Tensor, product_OI: Tensor) -> Tensor:
-        return self.weight * (direction_BSO / self._norms(weight_OI, product_OI))
+    def forward(self, direction_BSO: Tensor, weight_OI: Tensor, product_OI: Tensor | None) -> Tensor:
+        """Without the product s B A the norms are those that are known."""
+        known = _known.get()
+        if product_OI is None:
+            assert known is not None, "needed unless norms are known"
+            return self.weight * (direction_BSO / known[self])
+        norms_O = self._norms(weight_OI, product_OI)
+        if known is not None:
+            known[self] = norms_O
+        return self.weight * (direction_BSO / norms_O)
+
+    def has_norms(self) -> bool:
+        """Whether its norms are known."""
+        known = _known.get()
+        return known is not None and self in known
 
     @torch.no_grad()
     def _norms(self, weight_OI: Tensor, product_OI: Tensor) -> Tensor:
@@ -53,10 +81,12 @@ class _Variant(LoraVariant):
         plain_BSO = (base(dropped_BSI) if drops else result).to(dtype)
         if base.bias is not None:
             plain_BSO = plain_BSO - base.bias
-        with torch.no_grad():
-            product_OI = scale * (b.weight.to(dtype) @ a.weight.to(dtype))
+        magnitude, product_OI = module.lora_magnitude_vector[active_adapter], None
+        if not magnitude.has_norms():
+            with torch.no_grad():
+                product_OI = scale * (b.weight.to(dtype) @ a.weight.to(dtype))
         direction_BSO = plain_BSO + scale * b(a(dropped_BSI)).to(dtype)
-        scaled_BSO = module.lora_magnitude_vector[active_adapter](direction_BSO, base.weight, product_OI)
+        scaled_BSO = magnitude(direction_BSO, base.weight, product_OI)
         return result + (scaled_BSO - plain_BSO).to(result.dtype)
 
 
