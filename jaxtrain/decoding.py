@@ -30,7 +30,7 @@ from trainspec.methods import leading_positions, virtual_tokens
 from trainspec.runs.run import Run
 
 # Logical axes of a layer's keys and values as they are kept: each as it is multiplied, which a CPU would do by a copy otherwise.
-KEPT_AXES = KeysValues(("batch", "kv_heads", "dim", "seq"), ("batch", "kv_heads", "seq", "dim"))
+KEY_AXES, VALUE_AXES = ("batch", "kv_heads", "dim", "seq"), ("batch", "kv_heads", "seq", "dim")
 
 
 class Cache(NamedTuple):
@@ -66,8 +66,8 @@ class CachedPrograms:
         logits_BV, made = model.begin(
             seen["input_ids"], positions=seen["positions"], segments=seen["segments"], end=end
         )
-        keys = self._kept(jnp.moveaxis(made.keys, 2, 4), KEPT_AXES.keys, length)
-        values = self._kept(jnp.moveaxis(made.values, 2, 3), KEPT_AXES.values, length)
+        keys = self._kept(jnp.moveaxis(made.keys, 2, 4), KEY_AXES, length)
+        values = self._kept(jnp.moveaxis(made.values, 2, 3), VALUE_AXES, length)
         kept: Kept = KeysValues(keys, values)
         if self.is_apart:
             kept = [KeysValues(k, v) for k, v in zip(keys, values, strict=True)]

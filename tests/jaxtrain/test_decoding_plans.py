@@ -5,6 +5,7 @@ import pytest
 from launch import Runs, launch
 from test_plans import FP64, FULL, LORA
 
+DORA = {"kind": "dora", "rank": 2, "alpha": 4, "targets": ["q_proj", "o_proj"]}
 PREFIX = {"kind": "prefix", "virtual_tokens": 3}
 PROMPT = {"kind": "prompt", "virtual_tokens": 3}
 FSDP = {"fsdp": 4, "shards": "params"}
@@ -18,6 +19,8 @@ CASES = {
     "data-tensor": ({"variant": "qwen3", "method": FULL, "plan": {"data": 2, "tensor": 2}}, (2, 2)),
     "mixed": ({"method": PROMPT, "plan": MIXED}, (1, 2)),
     "mixed-stacked": ({"method": LORA, "plan": MIXED, "stacked": True}, (1, 2)),
+    "dora-stacked": ({"variant": "smollm3", "method": DORA, "stacked": True}, (4, 4)),
+    "mixed-dora": ({"method": DORA, "plan": MIXED}, (1, 2)),
     "fp32": ({"method": LORA, "plan": MIXED, "precision": {"policy": "fp32"}}, (1, 2)),
     "bf16": ({"method": LORA, "precision": {"policy": "bf16"}}, (4, 4)),
 }
