@@ -16,7 +16,7 @@ from jaxtrain.dropout import DropoutKey, dropped
 from jaxtrain.layers import Build, VirtualTokens, abstract
 from jaxtrain.methods.site import Site
 from jaxtrain.methods.virtual_tokens import linear_layers
-from jaxtrain.rounding import rounded
+from jaxtrain.rounding import Sums, in_sums, rounded
 from jaxtrain.weight_ops import matmul_transposed, read, shift
 from trainspec.methods import ENCODER, PTuning
 from trainspec.model import ModelSpec
@@ -95,11 +95,14 @@ class Recurrence(nnx.Module):
         given = shift(given.astype(self.dtype), self.bias_hh.get_value())
         given = self.constrain(given, ("virtual", "hidden"))
         # Gathered once: `matmul` would gather it for every token.
-        weight_hh = read(self.weight_hh.get_value())
+        tokens, gate_size = given.shape
+        weight_hh = in_sums(read(self.weight_hh.get_value()), Sums(back_total=tokens))
 
         def token(before: tuple[Array, Array], given: Array) -> tuple[tuple[Array, Array], Array]:
             hidden, cell = before
-            gates = rounded(given + rounded(weight_hh.astype(self.dtype) @ hidden))
+            factor = in_sums(hidden, Sums(factor=self.hidden, back_total=gate_size))
+            sums = Sums(total=self.hidden, back_factor=max(gate_size, tokens))
+            gates = rounded(given + rounded(weight_hh.astype(self.dtype) @ factor, sums=sums))
             i, f, g, o = jnp.split(gates, 4)
             cell = rounded(jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g))
             hidden = rounded(jax.nn.sigmoid(o) * jnp.tanh(cell))
