@@ -122,7 +122,7 @@ class Amplified:
 
 
 @dataclass(frozen=True)
-class Mistaken:
+class Mistake:
     """Bounds that are told of gradients `TOO_LARGE` times the right side's, of every weight that `is_mistaken`."""
 
     bounds: Bounds
@@ -297,7 +297,7 @@ def hidden(runs: RunPair, comparison: Comparison) -> list[str]:
     if not unproven:
         return []
     judged = compare(
-        pair, Mistaken(runs.bounds(pair), lambda name: pair.structure.in_any_layer(name) in unproven)
+        pair, Mistake(runs.bounds(pair), lambda name: pair.structure.in_any_layer(name) in unproven)
     )
     found = {
         pair.structure.in_any_layer(finding.location.tensor)

@@ -107,7 +107,8 @@ class CachedPrograms:
         norms = norms_of(self._bind_weights(weights, {}))
         if not self.is_apart:
             return dict(norms)
-        return {name: list(w) for name, w in (weights | norms).items() if is_stacked(name)}
+        apart = {name: list(w) for name, w in weights.items() if is_stacked(name)}
+        return apart | {name: list(w) if is_stacked(name) else w for name, w in norms.items()}
 
 
 class CachedRows:

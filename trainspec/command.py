@@ -188,9 +188,8 @@ def run_command(
         if getattr(args, "command", None) != "train":
             return main(args) or EXIT_DONE
         ends = argv is None if is_program is None else is_program
-        with listening(
-            is_last=ends
-        ) as args.stopping:  # what follows takes seconds before there is a loop that listens
+        # What follows takes seconds before there is a loop that listens.
+        with listening(is_last=ends) as args.stopping:
             return main(args) or EXIT_DONE
     except (SystemExit, GeneratorExit):
         raise

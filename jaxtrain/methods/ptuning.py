@@ -94,8 +94,8 @@ class Recurrence(nnx.Module):
         given = shift(matmul_transposed(x_NI, self.weight_ih.get_value()), self.bias_ih.get_value())
         given = shift(given.astype(self.dtype), self.bias_hh.get_value())
         given = self.constrain(given, ("virtual", "hidden"))
-        # Gathered once: `matmul` would gather it for every token.
         tokens, gate_size = given.shape
+        # Gathered once: `matmul` would gather it for every token.
         weight_hh = in_sums(read(self.weight_hh.get_value()), Sums(back_total=tokens))
 
         def token(before: tuple[Array, Array], given: Array) -> tuple[tuple[Array, Array], Array]:

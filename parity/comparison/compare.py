@@ -31,7 +31,7 @@ from parity.comparison.phases import (
 )
 from parity.comparison.recorded import one_sided, recorded
 from parity.comparison.restored import restored_pairs, restored_tensors
-from parity.comparison.tolerance import DETERMINED, Bounds, CheckedPair, largest
+from parity.comparison.tolerance import DETERMINED, Bounds, CheckedPair, ProofBounds, largest
 from parity.comparison.untrained import frozen_on_one_side, untouched
 from trainspec.points import TURNED
 
@@ -133,7 +133,7 @@ def compare(pair: Pair, bounds: Bounds, *, stopped: Mapping[str, str] | None = N
     `stopped` gives the reason why a side stopped its training; it is reported as a failure at the next step.
     """
     findings = [_judge(location, pair, bounds) for location in locations(pair)]
-    findings += _unproven(pair, findings)
+    findings += _unproven(pair, findings, by_their_like=not isinstance(bounds, ProofBounds))
     findings += ending(pair.steps, stopped or {}, first=pair.first_step)
     notes = [*bounds.notes, *pair.structure.notes(pair.names(0, "weight")), *one_sided(pair)]
     if turned := _turned_alike(findings):
@@ -396,11 +396,12 @@ def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Findin
     )
 
 
-def _unproven(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
+def _unproven(pair: Pair, findings: list[Finding], *, by_their_like: bool) -> Iterator[Finding]:
     """Two kinds of agreement that prove nothing: no update was made, or the bound would accept a different tensor.
 
-    A tensor that is not proven is no failure where one of its like is: the same weight of another layer, or its own at another
-    step, computed by the same code. Where none is, nothing is proven of that code.
+    In a precision that hides some tensors (`by_their_like`) one that is not proven is no failure where one of its like is: the
+    same weight of another layer, or its own at another step, computed by the same code; but not one before a resume by one after
+    it. Where none is, nothing is proven of that code.
     """
     moving = [step for step in pair.step_numbers if max(pair.scalar(step, "lr")) > 0]
     updates = [f for f in findings if f.location.phase == "update"]
@@ -408,18 +409,21 @@ def _unproven(pair: Pair, findings: list[Finding]) -> Iterator[Finding]:
     if moving and all(f.error == 0 and not f.elements for f in updates):
         yield _failure(location, "nothing was trained: every update is zero on both sides")
 
-    def code(finding: Finding) -> tuple[str, str]:
-        return finding.location.phase, pair.structure.in_any_layer(finding.location.tensor)
+    resumed = {f.location.step for f in findings if f.location.phase == RESUME.name}
+
+    def code(finding: Finding) -> tuple[str, str, int]:
+        at = finding.location
+        return at.phase, pair.structure.in_any_layer(at.tensor), sum(at.step >= each for each in resumed)
 
     examined = [f for f in findings if f.location.phase in EXAMINED and f.holds]
-    proven = {code(f) for f in examined if f.proven and f.elements}
+    proven = {code(f) for f in examined if by_their_like and f.proven and f.elements}
     for finding in examined:
         if not finding.proven and code(finding) not in proven:
             share = finding.undetermined / finding.elements
             yield _failure(
                 finding.location,
-                f"nothing is proven: {share:.0%} of the elements are within the reach of rounding, and in no layer or step fewer "
-                "than half",
+                f"nothing is proven: {share:.0%} of the elements are within the reach of rounding"
+                + (", and in no layer or step fewer than half" if by_their_like else ""),
             )
 
 

@@ -135,7 +135,7 @@ class Cell:
 class CellResult:
     """The result of a cell. `shown` is the finding that uses most of its bound or, if the cell fails, the first divergence.
 
-    `refused` has the sentence of each backend that refuses the plan; it ran on one device, unless both refuse.
+    `unproven` gradients and updates agree, and rounding reaches so far that this says nothing. `refused` has the sentence of each backend that refuses the plan; it ran on one device, unless both refuse.
     """
 
     cell: Cell
@@ -143,6 +143,7 @@ class CellResult:
     shown: Finding | None = None
     undetermined: float = 0.0
     reason: str | None = None
+    unproven: int = 0
     refused: Mapping[Backend, str] = field(default_factory=dict)
 
 
@@ -253,7 +254,8 @@ def result_of(cell: Cell, comparison: Comparison) -> CellResult:
     undetermined = comparison.undetermined
     if first := comparison.first_divergence:
         return CellResult(cell, "fail", first, undetermined, explained(first))
-    return CellResult(cell, "pass", max(comparison.findings, key=lambda f: f.used), undetermined)
+    worst = max(comparison.findings, key=lambda f: f.used)
+    return CellResult(cell, "pass", worst, undetermined, unproven=len(comparison.unproven))
 
 
 def _train(supported: Sequence[Cell], out: Path) -> dict[Cell, str]:

@@ -113,6 +113,8 @@ def _names(result: CellResult) -> list[str]:
 
 def _ran(result: CellResult) -> list[str]:
     verdict = "pass" if result.verdict == "pass" else "**fail**"
+    if result.unproven:
+        verdict += f", {result.unproven} not provable"
     alone = ", ".join(result.refused) or "–"
     if result.shown is None:
         return [*_names(result), alone, verdict, "–", "–", "–", "–", result.reason or ""]
@@ -147,6 +149,7 @@ def _object(result: CellResult) -> dict[str, Any]:
         zip(("model", "method", "rows", "plan", "precision"), _names(result), strict=True)
     )
     entry |= {"verdict": result.verdict, "reason": result.reason, "undetermined": result.undetermined}
+    entry["unproven"] = result.unproven
     if result.refused:
         entry["refused_by"] = list(result.refused)
     if shown := result.shown:

@@ -51,7 +51,8 @@ class _Part:
 
     def made(self, now: float, at: str, *, passes: int | None = None) -> None:
         """Note that one more pass is made, or that `passes` are by now."""
-        self.passes, self.last, self.at = passes or self.passes + 1, now - self.began, at
+        self.passes = self.passes + 1 if passes is None else passes
+        self.last, self.at = now - self.began, at
         if not self.first:
             self.first, self.first_passes = self.last, self.passes
 

@@ -5,7 +5,7 @@
 A low-precision run drifts away from any other run, and Adam turns the noise of a near-zero gradient into a whole step,
 so two trajectories say little about each other after a few updates. Here each step starts from the recorded run's
 weights, so the difference is the rounding of that one step. The first run's steps are also repeated `draws` times with
-every result and every cotangent rounded as the run rounds them (`contract.Reference.gradients_of`). How far every tensor
+every result and every cotangent rounded as the run rounds them (`trainspec.step.Reference.gradients_of`). How far every tensor
 moves is stored as mean squares of its rows, columns and elements.
 
 JOB is a `parity.runs.job.Job`. The output is OUT/reference-0, OUT/reference-1, ... (traces without moments and updates)

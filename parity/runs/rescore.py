@@ -3,7 +3,7 @@
     python -m parity.runs.rescore JOB.json
 
 Each row is a prompt with the tokens that both sides generated after it; its logits are made in one forward pass, without a
-cache, and `draws` times more with every result rounded as a narrower type rounds it (`contract.Reference.logits`).
+cache, and `draws` times more with every result rounded as a narrower type rounds it (`trainspec.step.Reference.logits`).
 
 JOB is a `RescoreJob`. Row i of it gets OUT/row-00000i.safetensors, a `RescoredRow`. It runs as its own program, which loads the backend
 by name.

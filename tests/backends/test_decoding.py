@@ -17,7 +17,7 @@ from trainspec.runs.run import resolve
 METHODS = {
     "full": FULL,
     "lora": LORA,
-    "dora": {"kind": "dora", "rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]},
+    "dora": {"kind": "dora", "rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj", "lm_head"]},
     "adapter": {"kind": "adapter", "bottleneck": 4},
     "prefix": {"kind": "prefix", "virtual_tokens": 3},
     "projected": {"kind": "prefix", "virtual_tokens": 3, "projection": True, "hidden": 8},

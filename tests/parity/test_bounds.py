@@ -24,7 +24,7 @@ from parity.comparison.estimated_bounds import gaussian_max_quantile, rms_upper_
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation, rms_lower_factor
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
-from parity.comparison.tolerance import DETERMINED, Bound, CheckedPair, as_a_whole
+from parity.comparison.tolerance import DETERMINED, Bound, CheckedPair, ProofBounds, as_a_whole
 from parity.many import CheckRequest, RunPair, make_runs
 from parity.measure import ReplaySettings, measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
@@ -435,6 +435,7 @@ def judged_with_noise(
     *,
     left: Sim = CLEAN,
     right: Sim = CLEAN,
+    proof: bool = False,
 ) -> Comparison:
     """Two runs whose bounds are as large as a share of the elements where it is `noisy`, and elsewhere 1e-6 of them."""
     pair = Pair(*(Trace(write(sim, home / side)) for side, sim in (("a", left), ("b", right))))
@@ -445,7 +446,8 @@ def judged_with_noise(
         own.ravel()[: round(share * own.size)] = 1.0
         return [CheckedPair(left, right, Bound(own))]
 
-    bounds = SimpleNamespace(notes=(), incomparable=lambda *_: None, checked_pairs=checked_pairs)
+    bounds = ProofBounds(pair) if proof else SimpleNamespace(notes=(), incomparable=lambda *_: None)
+    bounds.checked_pairs = checked_pairs
     return compare(pair, bounds)
 
 
@@ -478,6 +480,14 @@ def test_a_tensor_that_another_layer_or_step_proves_is_named_and_no_failure(prov
     assert note.startswith("3 of 28 gradients and updates")
     assert f"gradient of {Q1}, step 1" in note
     assert f"step 1, gradient, {Q1}" in verdict.as_json()["unproven"]
+
+
+def test_in_float64_no_tensor_is_proven_by_its_like(tmp_path: Path):
+    noisy = {(1, "gradient", Q1): 1.0}
+    assert judged_with_noise(tmp_path / "bf16", noisy).holds  # control
+    first = judged_with_noise(tmp_path / "fp64", noisy, proof=True).first_divergence
+    assert first is not None
+    assert first.location == Location(1, "gradient", Q1)
 
 
 def test_a_weight_of_no_layer_is_proven_by_itself_at_another_step_alone(tmp_path: Path):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trainspec.files.digests import THREADS
 
 Array = NDArray[Any]
-# Gives the copy of an array: whoever has asked for all of its copies finds them filled.
+# Gives the copy of an array. It is filled when `Copies.filling` ends, and not to be read before.
 Copy = Callable[[Array], Array]
 # A thread copies so much at a time.
 _PIECE_BYTES = 4 * 2**20

@@ -55,7 +55,7 @@ class States(Protocol[S]):
     def shards_of(self, state: S, copy: Copy = np.copy) -> Iterator[Shard]:
         """Copies of what this process saves: of all processes together every element of weights and moments once.
 
-        `copy` makes those of arrays that are on the host, and may fill them until the last shard was taken and later.
+        `copy` makes those of arrays that are on the host. They are filled when `Copies.filling` ends, and not to be read before.
         """
         ...
 

@@ -124,17 +124,20 @@ def _of_leader(words: list[str], processes: Processes) -> list[str]:
 
 
 def _exchanged(work: Callable[[], list[str]], processes: Processes) -> list[str]:
-    """What all processes find together. Raises MachineError in all where one of them fails."""
+    """What all processes find together. Raises MachineError, or RecipeError, in all where one of them does."""
     try:
         mine: dict[str, object] = {"found": work()}
     except OSError as error:
-        mine = {"error": describe_os_error(error)}
+        mine = {"failed": describe_os_error(error)}
+    except RecipeError as error:
+        mine = {"refused": str(error)}
     words = [json.loads(word) for word in processes.exchange(json.dumps(mine))]
     for index, word in enumerate(words):
-        if "error" in word:
-            raise MachineError(
-                f"process {index} of {processes.count} cannot read a checkpoint: {word['error']}"
-            )
+        who = f"process {index} of {processes.count}"
+        if "failed" in word:
+            raise MachineError(f"{who} cannot read a checkpoint: {word['failed']}")
+        if "refused" in word:
+            raise RecipeError(word["refused"] if processes.count == 1 else f"{who}: {word['refused']}")
     return list(dict.fromkeys(line for word in words for line in word["found"]))
 
 

@@ -53,9 +53,8 @@ def algorithm_of(digest: str) -> str:
     return name if colon else SHA256
 
 
-def joined_digest(parts: Sequence[bytes], algorithm: str | None = None) -> str:
+def joined_digest(parts: Sequence[bytes], algorithm: str) -> str:
     """The digest of a file whose parts have these."""
-    algorithm = algorithm or ALGORITHM
     whole = parts[0]
     if len(parts) > 1:
         joined = hash_of(algorithm)()

@@ -213,7 +213,7 @@ def _write(file: io.FileIO, parts: Iterator[_Part]) -> tuple[list[_Sample], str]
                 samples.append(_Sample(part.offset, len(begin), zlib.crc32(begin)))
             end = part.offset + sum(map(len, part.chunks))
         digests += [each.result() for each in waiting]
-    return [*samples, _Sample(end, 0, 0)], joined_digest(digests)
+    return [*samples, _Sample(end, 0, 0)], joined_digest(digests, ALGORITHM)
 
 
 def _write_part(descriptor: int, part: _Part) -> bytes:

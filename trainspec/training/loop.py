@@ -1,6 +1,6 @@
 """The training loop of both backends: prepare a run, update it step by step, and notify the observers.
 
-A backend is its `step` module: any module with the functions of `contract.Backend`, to which the type checker holds
+A backend is its `step` module: any module with the functions of `trainspec.step.Backend`, to which the type checker holds
 both. There are no numerics here.
 
 All processes of a run make the same calls in the same order, as any call may be a collective; only the leader uses the
@@ -63,7 +63,7 @@ from trainspec.training.run_data import RunData, open_data
 
 
 @dataclass(frozen=True)
-class _Opened(Generic[S]):
+class _OpenRun(Generic[S]):
     """A run whose data is open, and what trains it."""
 
     backend: Backend[S]
@@ -104,7 +104,7 @@ def _train(
     saved = _whole(out, processes, devices) if saved else None
     lines = _summary(run, data, saved, request.allow)
     request.clock.lap("data opened")
-    opened = _Opened(backend, run, data, request, processes, devices)
+    opened = _OpenRun(backend, run, data, request, processes, devices)
     store = _store(opened)
     agreement = Agreement(
         processes, stop, failure=store.failure, check=store.check, minutes=run.recipe.checkpoint.every_minutes
@@ -211,7 +211,7 @@ def _not_finite(
 
 
 def _observers(
-    opened: _Opened[S],
+    opened: _OpenRun[S],
     store: CheckpointStore[S],
     reporter: Reporter | NullReporter,
     agreement: Agreement,
@@ -242,7 +242,7 @@ def _observers(
     return [*observers, ReportObserver(reporter, arithmetic_of(run), last=last)]
 
 
-def _store(opened: _Opened[S]) -> CheckpointStore[S]:
+def _store(opened: _OpenRun[S]) -> CheckpointStore[S]:
     """The store of the run's checkpoints."""
     run, identity, devices, processes = opened.run, opened.data.identity, opened.devices, opened.processes
     manifest = replace(
@@ -295,7 +295,7 @@ def _resumed(step: int, last: int, saved: Path | None) -> list[str]:
     return [f"resuming after step {step} of {last}, from {saved}{done}"] if saved else []
 
 
-def _started(opened: _Opened[S], store: CheckpointStore[S], saved: Path | None) -> S:
+def _started(opened: _OpenRun[S], store: CheckpointStore[S], saved: Path | None) -> S:
     """The state from which the run continues: its start, or a checkpoint."""
     run, out = opened.run, opened.request.out
     out.mkdir(parents=True, exist_ok=True)

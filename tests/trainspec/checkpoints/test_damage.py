@@ -227,6 +227,25 @@ def test_processes_that_verify_together_learn_of_all_damage(damaged: Path):
     assert newest.is_dir()  # nothing was set aside
 
 
+def test_a_digest_that_one_process_cannot_make_is_refused_by_all(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(path: Path, *, share: tuple[int, int]) -> list[str]:
+        if share[0] == 1:
+            raise RecipeError(f"{path}: BLAKE3 is not installed")
+        return []
+
+    monkeypatch.setattr(verify, "damages", refused)
+
+    def work(processes: Processes) -> str:
+        with pytest.raises(RecipeError, match=r"^process 1 of 2: .*: BLAKE3 is not installed") as caught:
+            verify.newest_whole(damaged, processes)
+        return str(caught.value)
+
+    assert len(set(in_processes(2, work))) == 1
+    assert folders.latest(damaged) == damaged / "checkpoints/step-000003"  # nothing was set aside
+
+
 def test_what_cannot_be_read_or_renamed_stops_all(damaged: Path, monkeypatch: pytest.MonkeyPatch):
     def unreadable(path: Path, *, share: tuple[int, int]) -> list[str]:
         if share[0] == 1:
