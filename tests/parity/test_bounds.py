@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from synthetic import Q1, Sim, write
 
 from parity.comparison.adam import AdamRule
-from parity.comparison.compare import Comparison, _measure, _worst, compare
+from parity.comparison.compare import Comparison, Finding, _measure, _unproven, _worst, compare
 from parity.comparison.estimated_bounds import gaussian_max_quantile, rms_upper_factor
 from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summation, rms_lower_factor
 from parity.comparison.pair import Pair
@@ -488,6 +488,21 @@ def test_in_float64_no_tensor_is_proven_by_its_like(tmp_path: Path):
     first = judged_with_noise(tmp_path / "fp64", noisy, proof=True).first_divergence
     assert first is not None
     assert first.location == Location(1, "gradient", Q1)
+
+
+def test_what_was_proven_before_a_resume_proves_nothing_after_it(tmp_path: Path):
+    pair = Pair(*(Trace(write(CLEAN, tmp_path / side)) for side in ("a", "b")))
+
+    def gradient(step: int, *, proven: bool) -> Finding:
+        return Finding(
+            Location(step, "gradient", Q1), 0.0, 1.0, 0.0, undetermined=4, elements=4, proven=proven
+        )
+
+    findings = [gradient(1, proven=True), gradient(2, proven=False)]
+    assert not list(_unproven(pair, findings, by_their_like=True))  # control
+    findings.append(Finding(Location(2, "resume", f"weight/{Q1}"), 0.0, 0.0, 0.0))
+    (failure,) = _unproven(pair, findings, by_their_like=True)
+    assert failure.location == Location(2, "gradient", Q1)
 
 
 def test_a_weight_of_no_layer_is_proven_by_itself_at_another_step_alone(tmp_path: Path):
