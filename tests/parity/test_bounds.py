@@ -498,7 +498,8 @@ def test_what_was_proven_before_a_resume_proves_nothing_after_it(tmp_path: Path)
             Location(step, "gradient", Q1), 0.0, 1.0, 0.0, undetermined=4, elements=4, proven=proven
         )
 
-    findings = [gradient(1, proven=True), gradient(2, proven=False)]
+    trained = Finding(Location(1, "update", Q1), 1e-9, 1.0, 0.0, elements=4)
+    findings = [gradient(1, proven=True), gradient(2, proven=False), trained]
     assert not list(_unproven(pair, findings, by_their_like=True))  # control
     findings.append(Finding(Location(2, "resume", f"weight/{Q1}"), 0.0, 0.0, 0.0))
     (failure,) = _unproven(pair, findings, by_their_like=True)
