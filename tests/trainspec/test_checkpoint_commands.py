@@ -106,7 +106,7 @@ def emptied(file: Path) -> None:
 def forge(path: Path, file: Path) -> None:
     """Let the manifest say that this is the file that was written."""
     manifest, data = read_manifest(path), file.read_bytes()
-    told = {"sha256": hashlib.sha256(data).hexdigest(), "sizes": len(data)}
+    told = {"digests": hashlib.sha256(data).hexdigest(), "sizes": len(data)}
     replace(
         manifest, **{key: {**getattr(manifest, key), file.name: each} for key, each in told.items()}
     ).write(path)
