@@ -78,7 +78,7 @@ def test_a_request_while_the_program_is_loaded_is_the_same_line(make_recipe, tmp
     """Wherever it comes: before anything knows what is saved, and where an error's notes are added already."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "run"
     file.write_text(make_recipe().to_yaml())
-    for place in (f"{PROGRAM}.commands.load_recipe", f"{PROGRAM}.train.set_up"):
+    for place in (f"{PROGRAM}.commands.load_recipe", f"{PROGRAM}.cluster.set_up"):
         with monkeypatch.context() as patch:
             patch.setattr(place, lambda *_: signal.raise_signal(signal.SIGTERM))
             assert main(["train", str(file), "--out", str(out)]) == 75
