@@ -202,7 +202,8 @@ def test_a_crash_of_one_process_is_one_line_too(make_recipe, tmp_path):
     )
     assert told.count("\n") == 1
     assert "KeyError: 'x'" in logs[1]
-    assert PEER.search(logs[0])
+    # The other either notices that its peer is gone, or is still busy when it is asked for its stacks and ended.
+    assert PEER.search(logs[0]) or "most recent call first" in logs[0]
 
 
 @pytest.mark.full
