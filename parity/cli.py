@@ -9,7 +9,7 @@ from typing import get_args
 
 from parity.matrix.pages import FAMILIES_PAGE, STATUS_PAGE
 from parity.steps import DEFAULT_STEPS
-from trainspec.command import ArgumentParser, add_recipe, run_command
+from trainspec.command import ArgumentParser, add_recipe, directory, run_command
 from trainspec.generation.options import add_decoding, add_prompts
 from trainspec.plans.names import DEVICES, Backend, Policy
 
@@ -52,7 +52,7 @@ def _add_check(check: ArgumentParser) -> None:
         "is there (auto); a side may name its own, such as --right torch@cpu",
     )  # fmt: skip
     check.add_argument(
-        "--out", type=Path, metavar="DIR", help="for the report; runs/parity-RECIPE by default"
+        "--out", type=directory, metavar="DIR", help="for the report; runs/parity-RECIPE by default"
     )
 
 
@@ -66,7 +66,7 @@ def _add_generate(generate: ArgumentParser) -> None:
         help="a run's directory, whose newest checkpoint answers on both sides; without it the weights that the recipe starts from",
     )  # fmt: skip
     generate.add_argument(
-        "--out", type=Path, metavar="DIR", help="for the report; runs/parity-generate-RECIPE by default"
+        "--out", type=directory, metavar="DIR", help="for the report; runs/parity-generate-RECIPE by default"
     )
 
 
@@ -83,7 +83,7 @@ def _add_diff(compare: ArgumentParser) -> None:
     compare.add_argument("right", type=Path, metavar="TRACE_B")
     compare.add_argument("--precision", choices=get_args(Policy), help="that of the coarser trace by default")
     compare.add_argument(
-        "--out", type=Path, metavar="DIR", help="write verdict.json and report.html here, too"
+        "--out", type=directory, metavar="DIR", help="write verdict.json and report.html here, too"
     )
 
 
@@ -94,7 +94,7 @@ def _add_matrix(matrix: ArgumentParser) -> None:
     )
     matrix.add_argument(
         "--out",
-        type=Path,
+        type=directory,
         default=Path("runs/parity-matrix"),
         metavar="DIR",
         help="for traces and matrix.json",
@@ -133,7 +133,7 @@ def _add_faults(faults: ArgumentParser) -> None:
     )  # fmt: skip
     faults.add_argument(
         "--out",
-        type=Path,
+        type=directory,
         default=Path("runs/parity-faults"),
         metavar="DIR",
         help="for traces and faults.json, to which a part of a run adds its results",

@@ -68,6 +68,7 @@ def mistakes(
         "plan with nothing to split over": (change("plan.shards=params"), "use plan.shards=nothing"),
         "plan that does not divide the model": (change("plan.tensor=3"), "plan.tensor can be 1, 2"),
         "plan that does not divide the batch": (change("plan.data=3"), "use batch.global_examples=6"),
+        "no directory": ([str(recipe), "--out", ""], "no directory is named"),
         "nothing to resume": ([str(recipe), "--resume"], "--resume found no checkpoint"),
     }
 

@@ -6,7 +6,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainspec.command import ArgumentParser, add_overrides, add_recipe, add_stored_type, run_command
+from trainspec.command import (
+    ArgumentParser,
+    add_overrides,
+    add_recipe,
+    add_stored_type,
+    directory,
+    run_command,
+)
 
 # Of `checkpoint convert`. Some are there to be refused with the reason.
 FORMATS = ("portable", "native", "hf", "peft", "universal", "trainer")
@@ -91,13 +98,13 @@ def _add_checkpoint(parser: ArgumentParser) -> None:
                 )
             case "consolidate":
                 command.add_argument(
-                    "--out", type=Path, required=True, metavar="DIR", help="the directory to write"
+                    "--out", type=directory, required=True, metavar="DIR", help="the directory to write"
                 )
                 command.add_argument(
                     "--merge", action="store_true", help="merge the adapter into the model's weights"
                 )
             case _:
-                command.add_argument("out", type=Path, metavar="OUT", help="the directory to write")
+                command.add_argument("out", type=directory, metavar="OUT", help="the directory to write")
                 command.add_argument(
                     "--to", choices=FORMATS, required=True, help="hf: a model, an adapter merged into it"
                 )

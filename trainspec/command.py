@@ -104,7 +104,10 @@ def backend_parser(program: str, *, converts: bool = False) -> ArgumentParser:
         command = commands.add_parser(name, help=help_text)
         add_recipe(command)
         command.add_argument(
-            "--out", type=Path, metavar="DIR", help=f"directory of the run (default: runs/RECIPE-{program})"
+            "--out",
+            type=directory,
+            metavar="DIR",
+            help=f"directory of the run (default: runs/RECIPE-{program})",
         )
         match name:
             case "train":
@@ -157,6 +160,13 @@ def _add_training(parser: ArgumentParser) -> None:
     )
 
 
+def directory(text: str) -> Path:
+    """A directory that is given; an empty text, as of a variable that is not set, is none."""
+    if not text:
+        raise ArgumentTypeError("no directory is named; give one, or . for the one that you are in")
+    return Path(text)
+
+
 def _step_or_all(text: str) -> int | Literal["all"]:
     if text == "all":
         return "all"
@@ -190,6 +200,9 @@ def run_command(
         ends = argv is None if is_program is None else is_program
         # What follows takes seconds before there is a loop that listens.
         with listening(is_last=ends) as args.stopping:
+            with args.stopping.held_back():
+                import trainspec.failures
+                import trainspec.training.request  # noqa: F401 - what `_ended` needs
             return main(args) or EXIT_DONE
     except (SystemExit, GeneratorExit):
         raise

@@ -48,7 +48,10 @@ _NOT_ITS_FAULT = "device-side assert"
 _STACK = re.compile(r"\s*(Exception raised from|C\+\+ CapturedTraceback|For debugging consider).*", re.DOTALL)
 _LONGEST_CHARACTERS = 1000
 NOTHING_SAVED = Note("nothing was saved yet")
-_SAVED = re.compile(r"; (?:nothing was saved yet|saved: \S.*; continue with --resume)$")
+NOTHING_WHOLE = Note("nothing that was saved is whole")
+_SAVED = re.compile(
+    r"; (?:nothing was saved yet|nothing that was saved is whole|saved: \S.*; continue with --resume)$"
+)
 
 
 def outcome(error: BaseException) -> tuple[int, str]:
@@ -127,9 +130,10 @@ def saved_in(out: Path) -> Note:
     """What the run has saved so far, and how to continue it."""
     try:
         newest = _newest(out)
+        nothing = NOTHING_WHOLE if folders.aside(out) else NOTHING_SAVED
     except OSError as error:
         return Note(f"what is saved in {out} cannot be read ({describe_os_error(error)})")
-    return Note(f"saved: {newest}; continue with --resume") if newest else NOTHING_SAVED
+    return Note(f"saved: {newest}; continue with --resume") if newest else nothing
 
 
 def without_saved(line: str) -> str:

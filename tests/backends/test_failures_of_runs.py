@@ -87,6 +87,31 @@ def test_a_request_while_the_program_is_loaded_is_the_same_line(make_recipe, tmp
         assert not out.exists()
 
 
+SIGNALLED_WITHIN_AN_IMPORT = """
+import os, signal, sys
+class Asking:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.{number})
+sys.meta_path.insert(0, Asking())
+from {program}.cli import main
+sys.exit(main({words!r}))
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_request_within_an_import_is_the_same_line(number: str, make_recipe, tmp_path):
+    """What is imported in part cannot be imported again, not even to say what has happened."""
+    file, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(make_recipe().to_yaml())
+    words = ["train", str(file), "--out", str(out)]
+    code = SIGNALLED_WITHIN_AN_IMPORT.format(module="yaml.nodes", number=number, program=PROGRAM, words=words)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    asked = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}[number]
+    line = f"{PROGRAM}: stopped by {asked} before its first update; nothing was saved yet\n"
+    assert (ended.returncode, ended.stderr) == (75, line)
+
+
 @pytest.mark.parametrize("asked", ["SIGTERM", pytest.param("Ctrl-C", marks=pytest.mark.full)])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_by_bit(
     asked, make_recipe, tmp_path, monkeypatch, capsys
@@ -142,7 +167,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(make_recip
     for path in (out / "checkpoints").glob("step-00000[34]"):
         (path / "checkpoint.json").write_text("{}")
     assert main(["train", str(file), "--out", str(out), "--resume"]) == 2
-    assert "--resume found no whole checkpoint there" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--resume found no whole checkpoint there" in told
+    assert told.endswith("; nothing that was saved is whole\n")
+    assert main(["train", str(file), "--out", str(out), "--resume"]) == 2
+    assert "set aside as damaged: step-000003.damaged, step-000004.damaged" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_says_what_is_saved(make_recipe, tmp_path, capsys):

@@ -51,6 +51,21 @@ def test_a_request_is_noted_where_it_is_deferred_and_an_error_before(number, wor
         assert (stop.asked, stop.signal) == (word, number)
 
 
+@pytest.mark.parametrize(("number", "word"), BOTH)
+def test_a_request_that_is_held_back_is_an_error_afterwards(number, word):
+    with listening() as stop:
+        held = stop.held_back()
+        held.__enter__()
+        signal.raise_signal(number)  # and on it goes
+        with pytest.raises(StoppedError, match=f"^stopped by {word} before"):
+            held.__exit__(None, None, None)
+    with listening() as stop:
+        with stop.held_back():
+            pass
+        with pytest.raises(StoppedError):  # nothing is held back any more
+            signal.raise_signal(number)
+
+
 def test_a_ctrl_c_after_any_request_stops_at_once_and_a_repeated_sigterm_does_not():
     for first, word in BOTH:
         with listening() as stop:

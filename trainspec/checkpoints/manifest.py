@@ -69,7 +69,10 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at `path`. Raises DamagedError for an incomplete one, and where it is damaged."""
+    """The manifest of the checkpoint at `path`. Raises DamagedError for an incomplete one, and where it is damaged.
+
+    Raises WeightsError for one whose digests this version does not know.
+    """
     with explained(path):
         text = (path / FILE).read_bytes().decode()
         tree = dict(json.loads(text))
@@ -78,7 +81,7 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest(
             step=int(tree["step"]),
             recipe=dict(tree["recipe"]),
-            digests=_digests(tree),
+            digests=_digests(tree, path),
             identity=Identity(**identity) if identity else None,
             shapes={name: tuple(map(int, s)) for name, s in shapes.items()} if shapes is not None else None,
             format=str(tree.get("format", PORTABLE)),
@@ -99,12 +102,15 @@ def run_metadata(recipe: Mapping[str, Any], identity: Identity | None) -> dict[s
     }
 
 
-def _digests(tree: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of every file. Raises ValueError for one of a hash that this version does not know."""
+def _digests(tree: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The digest of every file. Raises WeightsError for one of a hash that this version does not know."""
     recorded = tree[_SHA256] if _SHA256 in tree else tree["digests"]
     found = {str(name): str(digest) for name, digest in recorded.items()}
     if unknown := {algorithm_of(digest) for digest in found.values()} - {SHA256, BLAKE3}:
-        raise ValueError(f"digests of {sorted(unknown)}")
+        raise WeightsError(
+            f"{path}: its digests are of {', '.join(sorted(unknown))}, which this version does not know; read it with the version that "
+            "wrote it"
+        )
     return found
 
 

@@ -37,6 +37,15 @@ class StopRequest:
         """From here on only note a request: who calls this looks at `asked`."""
         self._is_deferred = True
 
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Inside, a request is noted; it raises StoppedError at the end. An import that is broken off cannot be made again."""
+        self.defer()
+        yield
+        self._is_deferred = False
+        if self.asked is not None:
+            raise StoppedError(self.asked)
+
     def end(self, error: BaseException | None) -> None:
         """The run is over, by this error or well. SIGTERM changes nothing of how the program ends, it only ends it now."""
         self._ending = error or SystemExit(EXIT_DONE)
