@@ -68,7 +68,6 @@ def mistakes(
         "plan with nothing to split over": (change("plan.shards=params"), "use plan.shards=nothing"),
         "plan that does not divide the model": (change("plan.tensor=3"), "plan.tensor can be 1, 2"),
         "plan that does not divide the batch": (change("plan.data=3"), "use batch.global_examples=6"),
-        "no directory": ([str(recipe), "--out", ""], "no directory is named"),
         "nothing to resume": ([str(recipe), "--resume"], "--resume found no checkpoint"),
     }
 
@@ -108,6 +107,17 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     [line] = result["err"].strip().splitlines()
     assert line.startswith(f"{program}: ")
     assert mistakes[mistake][1] in line
+
+
+def test_an_empty_out_is_no_directory(capsys: pytest.CaptureFixture[str]):
+    """As of a variable that is not set: the run would be in the directory that one is in."""
+    parser = backend_parser("jaxtrain")
+    assert parser.parse_args(["train", "r.yaml", "--out", "."]).out == Path()  # control
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["train", "r.yaml", "--out", ""])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--out: no directory is named; give one" in line
 
 
 def test_every_mistake_is_tried(mistakes: dict[str, tuple[list[str], str]]):
