@@ -12,6 +12,8 @@ from many import run_many
 from safetensors.numpy import load_file, save_file
 from small import recipe_maker
 
+from trainspec.command import backend_parser
+
 MISTAKES = (
     "no recipe", "unknown key", "unknown key in --set", "wrong type", "missing model directory",
     "unsupported architecture", "truncated safetensors", "missing tensor", "wrong shape", "unexpected tensor",
