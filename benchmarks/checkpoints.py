@@ -4,7 +4,7 @@
 
 Weights and both moments in float32, random numbers. Each program is a process of its own, and they take turns. `write` is
 without the flush to the disk, which cp and safetensors do not do either; `save` with it: for these two an fsync comes after,
-for the others it is what each calls its save. `load` has the files in the system's cache and ends with all arrays in memory, ours after their SHA-256 were compared.
+for the others it is what each calls its save. `load` has the files in the system's cache and ends with all arrays in memory, ours after their digests were compared.
 `blocking` is the part of an asynchronous save that a run waits for; ours of a run's later saves (`again`), which copy into the memory of
 the first, and of the first beside it. Memory is the growth of the process, in states.
 """

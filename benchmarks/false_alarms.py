@@ -292,10 +292,10 @@ def is_over(finding: Finding) -> bool:
 
 def hidden(runs: RunPair, comparison: Comparison) -> list[str]:
     """The weights, layers left open, of which a gradient is not provable and a mistake in all of them passes."""
+    if not comparison.unproven:
+        return []
     pair = traces(runs)
     unproven = {pair.structure.in_any_layer(finding.location.tensor) for finding in comparison.unproven}
-    if not unproven:
-        return []
     judged = compare(
         pair, Mistake(runs.bounds(pair), lambda name: pair.structure.in_any_layer(name) in unproven)
     )

@@ -92,7 +92,7 @@ class Comparison:
     @property
     def examined(self) -> list[Finding]:
         """The gradients and updates that are within their bounds: those may be so wide that they accept another tensor, too."""
-        return [f for f in self.findings if f.location.phase in EXAMINED and f.holds]
+        return _examined(self.findings)
 
     @property
     def unproven(self) -> list[Finding]:
@@ -396,6 +396,10 @@ def _as_a_whole(location: Location, checked: CheckedPair, norm: float) -> Findin
     )
 
 
+def _examined(findings: Sequence[Finding]) -> list[Finding]:
+    return [f for f in findings if f.location.phase in EXAMINED and f.holds]
+
+
 def _unproven(pair: Pair, findings: list[Finding], *, by_their_like: bool) -> Iterator[Finding]:
     """Two kinds of agreement that prove nothing: no update was made, or the bound would accept a different tensor.
 
@@ -415,7 +419,7 @@ def _unproven(pair: Pair, findings: list[Finding], *, by_their_like: bool) -> It
         at = finding.location
         return at.phase, pair.structure.in_any_layer(at.tensor), sum(at.step >= each for each in resumed)
 
-    examined = [f for f in findings if f.location.phase in EXAMINED and f.holds]
+    examined = _examined(findings)
     proven = {code(f) for f in examined if by_their_like and f.proven and f.elements}
     for finding in examined:
         if not finding.proven and code(finding) not in proven:

@@ -135,7 +135,8 @@ class Cell:
 class CellResult:
     """The result of a cell. `shown` is the finding that uses most of its bound or, if the cell fails, the first divergence.
 
-    `unproven` gradients and updates agree, and rounding reaches so far that this says nothing. `refused` has the sentence of each backend that refuses the plan; it ran on one device, unless both refuse.
+    `unproven` gradients and updates agree, and rounding reaches so far that this says nothing. `refused` has the
+    sentence of each backend that refuses the plan; it ran on one device, unless both refuse.
     """
 
     cell: Cell

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainspec.checkpoints.folders import aside, latest
+from trainspec.checkpoints.folders import latest, names_aside
 from trainspec.checkpoints.manifest import PORTABLE, read_manifest
 from trainspec.checkpoints.resume import CheckpointOrigin, check_loadable
 from trainspec.checkpoints.shards import KINDS, ShardFiles, files_of
@@ -36,8 +36,7 @@ def resumable_checkpoint(out: Path, *, resume: bool) -> Path | None:
         raise RecipeError(
             f"{out}: holds {newest.name} of an earlier run; continue with --resume, or give another --out"
         )
-    if resume and newest is None and (damaged := aside(out)):
-        names = ", ".join(path.name for path in damaged)
+    if resume and newest is None and (names := names_aside(out)):
         raise RecipeError(
             f"{out}: --resume found no whole checkpoint there: set aside as damaged: {names}; leave --resume out to start over"
         )

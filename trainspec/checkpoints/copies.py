@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainspec.files.digests import THREADS
+from trainspec.files.tensors import copy_into
 
 Array = NDArray[Any]
 # Gives the copy of an array. It is filled when `Copies.filling` ends, and not to be read before.
@@ -91,4 +92,4 @@ class _Filler:
 
 def _copy(pairs: list[tuple[Array, Array]]) -> None:
     for target, source in pairs:
-        np.copyto(target, source)
+        copy_into(target, source)

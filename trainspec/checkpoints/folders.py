@@ -56,6 +56,11 @@ def aside(out: Path) -> list[Path]:
     return sorted(path for path in checkpoints_of(out).glob("step-*") if _ASIDE.fullmatch(path.name))
 
 
+def names_aside(out: Path) -> str:
+    """Those of `aside`, as users are told them; empty where there is none."""
+    return ", ".join(path.name for path in aside(out))
+
+
 def latest(out: Path) -> Path | None:
     """The newest complete checkpoint under OUT, if any."""
     paths = complete(out)

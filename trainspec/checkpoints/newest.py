@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainspec.checkpoints.checkpoint import read_origin
-from trainspec.checkpoints.folders import aside, checkpoints_of, latest
+from trainspec.checkpoints.folders import checkpoints_of, latest, names_aside
 from trainspec.checkpoints.formats import Formats
 from trainspec.checkpoints.states import S, States
 from trainspec.errors import UserError
@@ -64,7 +64,7 @@ def restored(
 
 def nothing_there(out: Path) -> str:
     """Why there is no checkpoint to read (none was saved, or all are set aside), and the way out."""
-    if names := ", ".join(path.name for path in aside(out)):
+    if names := names_aside(out):
         why = f"no whole checkpoint under {out}: set aside as damaged: {names}"
     else:
         why = f"no checkpoint under {out}{'' if out.exists() else ', which does not exist'}"

@@ -62,6 +62,6 @@ def test_an_error_of_a_thread_is_raised(monkeypatch):
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(np, "copyto", fail)
+    monkeypatch.setattr("trainspec.checkpoints.copies.copy_into", fail)
     with pytest.raises(MemoryError, match="no room"):
         copied(Copies(), {"a": np.zeros(8)})
