@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from false_alarms_page import KEYS, SHOWN, Record, largest, number, page
@@ -102,16 +102,22 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Amplified:
-    """Bounds that are told of `times` the errors that were made."""
+class Control:
+    """Bounds that are told of other errors than were made, and otherwise say what `bounds` do."""
 
     bounds: Bounds
-    times: float
-    notes: Sequence[str] = ()
+    notes: ClassVar[Sequence[str]] = ()
 
     def incomparable(self, location: Location, left: NDArray[Any], right: NDArray[Any]) -> str | None:
         """As the bounds say."""
         return self.bounds.incomparable(location, left, right)
+
+
+@dataclass(frozen=True)
+class Amplified(Control):
+    """They are told of `times` the errors that were made."""
+
+    times: float
 
     def checked_pairs(self, location: Location, left: NDArray[Any], right: NDArray[Any]) -> list[CheckedPair]:
         """The bounds' pairs, further apart."""
@@ -122,16 +128,10 @@ class Amplified:
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """Bounds that are told of gradients `TOO_LARGE` times the right side's, of every weight that `is_mistaken`."""
+class Mistake(Control):
+    """They are told of gradients `TOO_LARGE` times the right side's, of every weight that `is_mistaken`."""
 
-    bounds: Bounds
     is_mistaken: Callable[[str], bool]
-    notes: Sequence[str] = ()
-
-    def incomparable(self, location: Location, left: NDArray[Any], right: NDArray[Any]) -> str | None:
-        """As the bounds say."""
-        return self.bounds.incomparable(location, left, right)
 
     def checked_pairs(
         self, location: Location, left: NDArray[Any], right: NDArray[Any]

@@ -1,7 +1,8 @@
 """From a chat file and a model directory to loss and gradients: both backends beside transformers alone, end to end.
 
-The judge is `transformers_alone.py`, which shares nothing with us. Directories of different shapes and families; conversations with
-system texts, tools, calls, thoughts, code and emoji, by a template that drops earlier thoughts.
+The judge is `transformers_alone.py`, which shares nothing with us and takes every conversation by itself. Directories of different
+shapes and families; conversations with system texts, tools, calls, thoughts, code and emoji, by a template that drops earlier
+thoughts; padded on either side, and packed into one row.
 """
 
 from __future__ import annotations
@@ -25,8 +26,19 @@ from small import CACHE
 PROGRAMS = ("jaxtrain", "torchtrain")
 CHATS = ("many_turns", "system", "tool_markup", "code", "emoji", "think_many")
 CONTROL, CONTROL_OF = "prompt-trained", "torchtrain"
-# Of the fast tests; the control is of the same model.
-FAST = ("tied",)
+# How conversations become rows: settings of `data` and `batch`.
+FILLED = {
+    "left": ({"sequence_tokens": 1280, "padding_side": "left"}, {"global_examples": 6, "accumulation": 2}),
+    "right": ({"sequence_tokens": 1280, "padding_side": "right"}, {"global_examples": 6, "accumulation": 2}),
+    "packed": ({"sequence_tokens": 2048, "packing": True}, {"global_examples": 1}),
+}
+# Of the fast tests; the control is of the same model and rows.
+FAST = ("tied", "left")
+CASES = [
+    pytest.param(shape, filled, marks=[] if (shape, filled) == FAST else pytest.mark.full(minutes=3))
+    for shape in SHAPES
+    for filled in FILLED
+]
 BOUND = {"exact": 1e-12, "as-is": 1e-6}
 
 
@@ -35,35 +47,33 @@ def home(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     """Traces of both backends and what transformers finds, for every directory that a selected test asks for."""
     home = tmp_path_factory.mktemp("alone")
     asked = {"tied", *asked_for(request, "shape")}
+    fillings = dict.fromkeys(["left", *asked_for(request, "filled")])
     shapes = {name: path for name, path in make_model_shapes(home).items() if name in asked}
     records = [CONVERSATIONS[name] for name in CHATS]
     (home / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    commands = []
+    recipes = {}
     for name, directory in shapes.items():
         (directory / "chat_template.jinja").write_text(TAGGED["qwen3"])
-        recipe = {
-            "model": {"from": str(directory)},
-            "method": {"kind": "full"},
-            "data": {
-                "train": str(home / "chats.jsonl"),
-                "sequence_tokens": 1280,
-                "padding_side": "left",
-                "cache": str(CACHE),
-            },
-            "batch": {"global_examples": len(records), "accumulation": 2},
-            "precision": {"policy": "fp64"},
-            "run": {"steps": 1},
-        }
-        (home / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-        commands.append(["train", str(home / f"{name}.yaml")])
+        for filled in fillings:
+            data, batch = FILLED[filled]
+            recipe = {
+                "model": {"from": str(directory)},
+                "method": {"kind": "full"},
+                "data": {"train": str(home / "chats.jsonl"), "cache": str(CACHE), **data},
+                "batch": batch,
+                "precision": {"policy": "fp64"},
+                "run": {"steps": 1},
+            }
+            recipes[f"{name}-{filled}"] = file = home / f"{name}-{filled}.yaml"
+            file.write_text(yaml.safe_dump(recipe))
     script = [sys.executable, str(ROOT / "tests/transformers_alone.py"), str(home / "chats.jsonl"), str(home)]
     subprocess.run([*script, *map(str, shapes.values())], check=True, cwd=ROOT)
-    control = ["train", str(home / "tied.yaml"), "--set", "data.loss_on=all"]
+    commands = {name: ["train", str(file)] for name, file in recipes.items()}
+    control = {CONTROL: [*commands["-".join(FAST)], "--set", "data.loss_on=all"]}
     for program in PROGRAMS:
         lines = [
             [*command, "--out", str(home / program / name), "--trace", str(home / program / name / "trace")]
-            for name, command in zip((*shapes, CONTROL), (*commands, control), strict=True)
-            if name != CONTROL or program == CONTROL_OF
+            for name, command in (commands | (control if program == CONTROL_OF else {})).items()
         ]
         for result in run_many(program, lines, home / program):
             assert result["code"] == 0, result
@@ -76,14 +86,13 @@ def distance(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", BOUND)
-@pytest.mark.parametrize(
-    "shape",
-    [pytest.param(name, marks=[] if name in FAST else pytest.mark.full(minutes=3)) for name in SHAPES],
-)
+@pytest.mark.parametrize(("shape", "filled"), CASES)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_loss_and_gradients_are_those_of_transformers(home: Path, program: str, shape: str, kind: str):
+def test_loss_and_gradients_are_those_of_transformers(
+    home: Path, program: str, shape: str, filled: str, kind: str
+):
     wanted = np.load(home / f"{shape}-{kind}.npz")
-    trace = home / program / shape / "trace"
+    trace = home / program / f"{shape}-{filled}" / "trace"
     row = json.loads((trace / "trace.jsonl").read_text())
     step = load_file(trace / "step-000001.safetensors")
     assert row["tokens"] == wanted["tokens"]
