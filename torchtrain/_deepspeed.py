@@ -7,12 +7,13 @@ DeepSpeed's own optimizer around ours.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -56,9 +57,21 @@ def report_version() -> None:
     report_other_version("deepspeed", installed, written_for=WRITTEN_FOR, program="torchtrain")
 
 
-def quiet() -> contextlib.AbstractContextManager[Any]:
-    """Keeps DeepSpeed's prints off the console: BF16_Optimizer's of memory, a pipeline's of its topology."""
-    return contextlib.redirect_stdout(io.StringIO())
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """For DeepSpeed's start: BF16_Optimizer prints what memory there is, six times, and collects garbage before each.
+
+    Its prints, and a pipeline's of its topology, stay off the console. A collection goes through all objects that there are, most of
+    a second; here through those of the start alone.
+    """
+    others_froze = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if not others_froze:
+            gc.unfreeze()
 
 
 def destroy_group(group: Any) -> None:
@@ -317,7 +330,7 @@ def pipeline_module(
     topology = deepspeed.runtime.pipe.topology.PipeModelDataParallelTopology(
         num_pp=plan.pipe, num_mp=plan.tensor, num_dp=plan.replicas
     )
-    with quiet():
+    with starting():
         return Stages(list(layers), topology=topology, loss_fn=loss)
 
 

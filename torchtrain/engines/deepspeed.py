@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchtrain import _deepspeed
-from torchtrain._deepspeed import import_deepspeed, quiet, runs_on_deepspeed
+from torchtrain._deepspeed import import_deepspeed, runs_on_deepspeed, starting
 from torchtrain.engines.engine import Inputs, Microbatches, Saved, Store, Stored, Stretch, by_kind
 from torchtrain.engines.plain import WholeStore
 from torchtrain.families import anatomy_of
@@ -138,7 +138,7 @@ class Partitioner:
 
 def initialize(run: Run, module: nn.Module, optimizer: torch.optim.AdamW, *, mpu: Mpu | None = None) -> Any:
     """DeepSpeed's own engine. A pipeline's module brings its own `mpu`."""
-    with quiet():
+    with starting():
         return import_deepspeed().initialize(
             model=module,
             optimizer=optimizer,
