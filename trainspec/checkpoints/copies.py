@@ -44,12 +44,16 @@ class Copies:
         )
         self._making.start()
 
-    @contextmanager
-    def filling(self) -> Iterator[Copy]:
-        """Inside, what is given copies; at the end all are filled. The copies of the time before are overwritten."""
+    def wait(self) -> None:
+        """Wait for the memory that is being made."""
         if self._making is not None:
             self._making.join()
             self._making = None
+
+    @contextmanager
+    def filling(self) -> Iterator[Copy]:
+        """Inside, what is given copies; at the end all are filled. The copies of the time before are overwritten."""
+        self.wait()
         before, self._held = self._held, []
         pairs: list[Pair] = []
 
