@@ -6,7 +6,8 @@ Weights and both moments in float32, random numbers. Each program is a process o
 without the flush to the disk, which cp and safetensors do not do either; `save` with it: for these two an fsync comes after,
 for the others it is what each calls its save. `load` has the files in the system's cache and ends with all arrays in memory, ours after their digests were compared.
 `blocking` is the part of an asynchronous save that a run waits for; ours of a run's later saves (`again`), which copy into the memory of
-the first, and of the first beside it. Memory is the growth of the process, in states.
+the first, and of the first beside it, whose memory is made before, as during a run's first updates. Its core seconds are beside it: other work on the machine
+lengthens what two threads do at once more than the rest. Memory is the growth of the process, in states.
 """
 
 from __future__ import annotations
@@ -102,6 +103,9 @@ def table(rounds: dict[str, list[dict[str, float]]]) -> str:
     ours = rounds.get("twintrain", [])
     for column, what in (
         ("first_blocking", "blocking ÷ save of a run's first save"),
+        ("first_blocking_cores", "the same in core seconds"),
+        ("blocking_cores", "blocking ÷ save of a later save in core seconds"),
+        ("room_core_seconds", "core seconds for its memory before the first save"),
         ("again", "GB/s of a later save"),
         ("again_core_seconds", "core seconds of a later save"),
     ):
@@ -244,6 +248,7 @@ def turn_of_safetensors(folder: Path, arrays: dict[str, Arrays], size: int) -> d
 
 def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dict[str, float]:
     """The portable format and its store, of one process."""
+    from trainspec.checkpoints.copies import Copies
     from trainspec.checkpoints.manifest import read_manifest
     from trainspec.checkpoints.portable import PortableFormat
     from trainspec.checkpoints.shards import ShardFiles, as_shards, everything, files_of
@@ -261,9 +266,13 @@ def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dic
             copies = {kind: {n: copy(a) for n, a in each.items()} for kind, each in arrays.items()}
             return (shard for kind, each in copies.items() for shard in as_shards(kind, each))  # type: ignore[arg-type]
 
+        def copied_bytes(self, state: Any) -> list[int]:
+            return [array.nbytes for each in arrays.values() for array in each.values()]
+
     run: Any = SimpleNamespace(recipe=recipe)
     backend: Any = Backend()
-    portable = PortableFormat(backend, run, Processes())
+    copies = Copies()
+    portable = PortableFormat(backend, run, Processes(), copies=copies)
     store = CheckpointStore(
         folder, portable, manifest_of(recipe, None, shapes), recipe.checkpoint, Processes()
     )
@@ -278,15 +287,26 @@ def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dic
             )
 
     blocking: dict[int, float] = {}
+    blocking_cores: dict[int, float] = {}
+
+    def make_room() -> None:
+        state: Any = SimpleNamespace(step=0)
+        store.prepare(state)
+        copies.wait()
 
     def save(step: int) -> None:
         state: Any = SimpleNamespace(step=step)
-        began = time.perf_counter()
+        began, used = time.perf_counter(), _cores()
         store.save(state)
-        blocking[step] = time.perf_counter() - began
+        blocking[step], blocking_cores[step] = time.perf_counter() - began, _cores() - used
         store.wait()
 
-    saved, again, written = taken(lambda: save(1)), taken(lambda: save(2)), taken(write)
+    room, saved, again, written = (
+        taken(make_room),
+        taken(lambda: save(1)),
+        taken(lambda: save(2)),
+        taken(write),
+    )
     arrays.clear()
     path = folder / "checkpoints/latest"
 
@@ -304,7 +324,11 @@ def turn_of_twintrain(folder: Path, arrays: dict[str, Arrays], size: int) -> dic
     figures = _figures(size, write=written, save=saved, load=loaded, read=taken(read))
     return figures | {
         "first_blocking": blocking[1] / saved.seconds,
+        "first_blocking_cores": blocking_cores[1] / saved.core_seconds,
         "blocking": blocking[2] / again.seconds,
+        "blocking_cores": blocking_cores[2] / again.core_seconds,
+        "room_core_seconds": room.core_seconds,
+        "save_memory": (room.growth_bytes + saved.growth_bytes) / size,
         "again": size / 1e9 / again.seconds,
         "again_core_seconds": again.core_seconds,
     }

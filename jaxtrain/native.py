@@ -71,6 +71,9 @@ class NativeFormat(Generic[S]):
         self._run, self._processes = run, processes
         self._storage_of, self._arrays_of, self._replaced = storage_of, arrays_of, replaced
 
+    def prepare(self, state: S) -> None:
+        """orbax makes its own copies."""
+
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
         """Start orbax's save, which has copied the arrays when this returns; the function that is returned waits for its end.
 

@@ -224,6 +224,12 @@ def shards_of(state: State, copy: Copy = np.copy) -> Iterator[Shard]:
     return program.storage.shards(arrays_of(state), program.run.trained, copy)
 
 
+def copied_bytes(state: State) -> list[int]:
+    """The size of each array that `shards_of` gives to `copy`; none where the devices are not the cores."""
+    program = state.program
+    return program.storage.copied_bytes(arrays_of(state), program.run.trained)
+
+
 def restore(state: State, checkpoint: Checkpoint) -> State:
     """`state` as it was when the checkpoint was saved; consumes `state`."""
     storage, trained = state.program.storage, state.program.run.trained

@@ -101,7 +101,7 @@ class Storage:
         Nothing is sent between processes. All copies from the devices are under way before the first is waited for.
         """
         held, shapes = self.layouts(entries), {p.name: p.shape for p in entries}
-        saved = list(_saved_here([(kind, name, native[kind][name]) for kind in native for name in held]))
+        saved = self._saved(native, entries)
         for _, _, shard in saved:
             _data(shard).copy_to_host_async()
         for kind, name, shard in saved:
@@ -110,6 +110,19 @@ class Storage:
             )
             for weight, box, array in held[name].boxes(index, _copied(_data(shard), copy)):
                 yield Shard(kind, weight, shapes[weight], box, array)
+
+    def copied_bytes(self, native: Mapping[ArrayKind, Arrays], entries: Sequence[Param]) -> list[int]:
+        """The size of each array that `shards` gives to `copy`, in order."""
+        saved = (_data(shard) for *_, shard in self._saved(native, entries))
+        return [array.nbytes for array in saved if _is_on_host(array)]
+
+    def _saved(self, native: Mapping[ArrayKind, Arrays], entries: Sequence[Param]) -> list[Saved]:
+        """What this process saves, in the order of `shards`."""
+        return list(
+            _saved_here(
+                [(kind, name, native[kind][name]) for kind in native for name in self.layouts(entries)]
+            )
+        )
 
     def zero_moments(self, stored: Arrays, optimizer: optax.GradientTransformationExtraArgs) -> Moments:
         """The moments before the first update."""
@@ -129,9 +142,10 @@ class Storage:
 
 
 Held = tuple[ArrayKind, str, Array]
+Saved = tuple[ArrayKind, str, jax.Shard]
 
 
-def _saved_here(arrays: Iterable[Held]) -> Iterator[tuple[ArrayKind, str, jax.Shard]]:
+def _saved_here(arrays: Iterable[Held]) -> Iterator[Saved]:
     """The shards that this process saves, each once: of the processes that hold one, that which has the fewest bytes so far.
 
     All processes come to the same result, each by itself: they see the same arrays in the same order.
@@ -154,6 +168,10 @@ def _data(shard: jax.Shard) -> Array:
 
 def _copied(shard: Array, copy: Copy) -> NDArray[Any]:
     """A shard on the host, in memory of its own: on the cores an array of numpy would be that of the device."""
-    (device,) = shard.devices()
     host = np.asarray(shard)
-    return copy(host) if device.platform == "cpu" else host
+    return copy(host) if _is_on_host(shard) else host
+
+
+def _is_on_host(shard: Array) -> bool:
+    (device,) = shard.devices()
+    return device.platform == "cpu"

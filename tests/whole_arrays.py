@@ -24,6 +24,9 @@ class WholeArrays:
     def __init__(self, recipe: Recipe, identity: Identity | None) -> None:
         self._recipe, self._identity = recipe, identity
 
+    def prepare(self, state: Checkpoint) -> None:
+        pass
+
     def begin(self, folder: Path, state: Checkpoint) -> Callable[[], dict[str, str]]:
         shards = [
             s for kind in KINDS for s in as_shards(kind, {n: w[...] for n, w in getattr(state, kind).items()})

@@ -24,7 +24,7 @@ from torchtrain.decoding import CachedRows
 from torchtrain.dropout import DropoutPoint
 from torchtrain.engines import make_engine
 from torchtrain.engines.deepspeed import Partitioner
-from torchtrain.engines.engine import Engine, Inputs, Saved, Stored
+from torchtrain.engines.engine import Engine, Inputs, Saved, Stored, Stretch
 from torchtrain.engines.pipeline import placeholder
 from torchtrain.inputs import inputs_of, on_device
 from torchtrain.loss import token_loss
@@ -307,14 +307,24 @@ def moments_of(state: State) -> tuple[Arrays, Arrays]:
 
 def shards_of(state: State, copy: Copy = np.copy) -> Iterator[Shard]:
     """Copies of what this process saves of weights and moments. Nothing is gathered, and no process waits for another."""
+    for kind, param, (first, elements) in _saved(state):
+        host = to_numpy(elements)
+        copied = copy(host) if elements.device.type == "cpu" else host
+        yield from shards(kind, param, first, copied, tensor=state.mesh.tensor)
+
+
+def copied_bytes(state: State) -> list[int]:
+    """The size of each array that `shards_of` gives to `copy`; none on a GPU."""
+    return [elements.nbytes for *_, (_, elements) in _saved(state) if elements.device.type == "cpu"]
+
+
+def _saved(state: State) -> Iterator[tuple[ArrayKind, Param, Stretch]]:
+    """What this process saves, where it is."""
     parameters = {canonical_name(name): p for name, p in _trainable(state.model).items()}
     mine = [param for param in state.run.trained if _saves(state, param)]
     for stored, kind in _SAVED.items():
         for param in mine:
-            first, elements = state.engine.store.own(stored, parameters[param.name])
-            host = to_numpy(elements)
-            copied = copy(host) if elements.device.type == "cpu" else host
-            yield from shards(kind, param, first, copied, tensor=state.mesh.tensor)
+            yield kind, param, state.engine.store.own(stored, parameters[param.name])
 
 
 def _saves(state: State, param: Param) -> bool:

@@ -196,18 +196,24 @@ def run_command(
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if getattr(args, "command", None) != "train":
-            return main(args) or EXIT_DONE
+            return _written(main(args))
         ends = argv is None if is_program is None else is_program
         # What follows takes seconds before there is a loop that listens.
         with listening(is_last=ends) as args.stopping:
             with args.stopping.held_back():
                 import trainspec.failures
                 import trainspec.training.request  # noqa: F401 - what `_ended` needs
-            return main(args) or EXIT_DONE
+            return _written(main(args))
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         return _ended(error, args, parser.prog, tell)
+
+
+def _written(code: int | None) -> int:
+    """The exit code of a command, when all that it has printed is written: the interpreter's end would tell an error in its own way."""
+    print(end="", flush=True)
+    return code or EXIT_DONE
 
 
 def _ended(

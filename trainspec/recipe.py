@@ -288,7 +288,7 @@ class Run(Section):
     def _one_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
-                f"run.steps={self.steps} and run.epochs={self.epochs:g}: give one of them and set the other to null"
+                f"run.steps={self.steps} and run.epochs={self.epochs:g}: give one of them, and null for the other: --set run.epochs=null"
             )
         return self
 

@@ -89,6 +89,10 @@ class SharedPrograms:
         """The backend's."""
         return self._backend.shards_of(state, copy)
 
+    def copied_bytes(self, state: Any) -> list[int]:
+        """The backend's."""
+        return self._backend.copied_bytes(state)
+
     def restore(self, state: Any, checkpoint: Checkpoint) -> Any:
         """The backend's."""
         return self._backend.restore(state, checkpoint)

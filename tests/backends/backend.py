@@ -30,15 +30,17 @@ finish, check_accelerators, describe_devices, default_devices = (
     getattr(_cluster, name)
     for name in ("finish", "check_accelerators", "describe_devices", "default_devices")
 )
-eval_step, feed, logits, moments_of, next_logits, restore, train_step, weights_of = (
+copied_bytes, eval_step, feed, logits, moments_of, next_logits, restore, shards_of, train_step, weights_of = (
     getattr(_step, name)
     for name in (
+        "copied_bytes",
         "eval_step",
         "feed",
         "logits",
         "moments_of",
         "next_logits",
         "restore",
+        "shards_of",
         "train_step",
         "weights_of",
     )

@@ -148,6 +148,15 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_by_bit(
     assert "wrote " not in told
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="in /proc nobody makes a directory")
+def test_an_out_that_cannot_be_there_is_a_mistake(make_recipe, tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(make_recipe(run={"steps": 1}).to_yaml())
+    assert main(["train", str(file), "--out", "/proc/none"]) == 2
+    told = f"{PROGRAM}: /proc/none: no directory can be made there; give another --out\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(make_recipe, tmp_path, capsys):
     file, out = tmp_path / "recipe.yaml", tmp_path / "run"
     file.write_text(make_recipe(run={"steps": 4}, checkpoint={"every_steps": 1}).to_yaml())

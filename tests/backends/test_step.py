@@ -6,7 +6,18 @@ from dataclasses import fields, replace
 import numpy as np
 import numpy_llama
 import pytest
-from backend import NAME, PROGRAM, feed, moments_of, restore, spec_of, train_step, weights_of
+from backend import (
+    NAME,
+    PROGRAM,
+    copied_bytes,
+    feed,
+    moments_of,
+    restore,
+    shards_of,
+    spec_of,
+    train_step,
+    weights_of,
+)
 from many import run_many
 from small import VARIANTS
 from test_model import FP64, FULL, LORA, PACKED, prepare
@@ -151,6 +162,23 @@ def test_frozen_weights_stay(make_recipe):
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed
     assert changed <= trained
+
+
+@pytest.mark.parametrize("precision", [FP64, BF16], ids=["fp64", "bf16"])
+def test_the_sizes_of_what_a_save_copies_are_known_before_it(make_recipe, precision):
+    """Before the first update as well, when the memory is made."""
+    state, batch = prepare(make_recipe(method=LORA, precision=precision))
+    known, sizes = copied_bytes(state), []
+
+    def copy(array):
+        sizes.append(array.nbytes)
+        return array.copy()
+
+    saved = sum(shard.array.nbytes for shard in shards_of(state, copy))
+    assert known == sizes
+    assert sum(known) == saved
+    state, _ = train_step(state, batch, lr=1e-2)
+    assert copied_bytes(state) == known
 
 
 def test_dropout_moves_with_the_step_and_is_off_in_evaluation(make_recipe):

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 from jax.experimental import multihost_utils
+from numpy.typing import NDArray
 from run_plans import recipe_of
 
 from jaxtrain import cluster, native, step
@@ -144,9 +145,16 @@ def examine(case: dict[str, Any], scratch: Path, out: Path) -> dict[str, Any]:
     if spoiled:
         expected.moment1[spoiled].flat[-1] = np.nan
     state = step.restore(state, expected)
+    sizes: list[int] = []
+
+    def copy(array: NDArray[Any]) -> NDArray[Any]:
+        sizes.append(array.nbytes)
+        return array.copy()
+
     with gathered_calls() as calls:
-        shards = list(step.shards_of(state))
+        shards = list(step.shards_of(state, copy))
     found = examined(shards, expected) | {"gathered": calls.call_count}
+    found["sizes known"] = step.copied_bytes(state) == sizes
     if not targets and omits is None and spoiled is None:
         return found
     found["error"] = saved(state, out, omits=omits, updates=updates)

@@ -47,6 +47,7 @@ def assert_saved_once(found: dict[str, Any], name: str) -> None:
     """By one process: every element, once, and as it is."""
     assert found["equal"], name
     assert found["gathered"] == 0, name
+    assert found["sizes known"], name
     assert (found["more"], found["once"]) == (0, found["elements"]), name
 
 
@@ -125,6 +126,7 @@ def test_processes_save_one_checkpoint_with_nothing_gathered(tmp_path, processes
         parts = [of_process[name] for of_process in found]
         for part in parts:
             assert part["equal"], name
+            assert part["sizes known"], name
             assert (part["gathered"], part["more"], part["error"]) == (0, 0, ""), name
             assert [target for target in cases[name]["to"] if not part[target]] == [], name
             assert not part["another"], name

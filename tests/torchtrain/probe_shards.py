@@ -177,10 +177,17 @@ def probe(recipe_file: Path, source: Path, out: Path) -> dict[str, Any]:
     calls: list[str] = []
     with sent(calls):
         shards = list(step.shards_of(state))
+        room = sum(step.copied_bytes(state))
     gathered: list[str] = []
     with sent(gathered):
         whole = state_of(state)
-    mine = {"bytes": sum(s.array.nbytes for s in shards), "read": read, "sent": calls, "gathered": gathered}
+    mine = {
+        "bytes": sum(s.array.nbytes for s in shards),
+        "room": room,
+        "read": read,
+        "sent": calls,
+        "gathered": gathered,
+    }
     said = [json.loads(text) for text in processes.exchange(json.dumps(mine))]
     found |= {key: [each[key] for each in said] for key in mine}
     manifest = manifest_of(recipe, None, {p.name: p.shape for p in run.trained})

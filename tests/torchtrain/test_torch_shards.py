@@ -173,6 +173,7 @@ def test_every_process_saves_its_share(probed: dict[Case, dict[str, Any]], make:
     itemsize = 8 if case.precision == "fp64" else 4
     total = 3 * itemsize * sum(p.size for p in resolve(recipe_of(make, case)).trained)
     assert sum(sizes) == total
+    assert probed[case]["room"] == sizes
     if not {"pipe", "tensor"} & dict(case.plan).keys():
         # DeepSpeed pads flat buffers and shards; a tensor of a few rows has a few rows more on one replica.
         assert max(sizes) <= 1.15 * total / case.processes

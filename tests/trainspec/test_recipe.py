@@ -140,7 +140,7 @@ def test_the_schema_describes_every_setting():
         ("run.epochs=0", "run.epochs"),
         (
             "run={steps: 5, epochs: 2}",
-            "run.steps=5 and run.epochs=2: give one of them and set the other to null",
+            "run.steps=5 and run.epochs=2: give one of them, and null for the other: --set run.epochs=null",
         ),
         (
             "schedule={warmup_steps: 5, warmup_ratio: 0.1}",

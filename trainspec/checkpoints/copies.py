@@ -1,4 +1,4 @@
-"""Host memory for the copy that a save takes of a process's share, which the next save takes again.
+"""Host memory for the copy that a save takes of a process's share: made while the first updates are, and taken by every save.
 
 Most of the time of a copy is the system's, which clears every page that is new to a process: into pages that are there a copy
 takes a fifth of it (docs/decisions/0041-the-copy-of-a-save.md).
@@ -6,8 +6,10 @@ takes a fifth of it (docs/decisions/0041-the-copy-of-a-save.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import mmap
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +22,8 @@ from trainspec.files.tensors import copy_into
 Array = NDArray[Any]
 # Gives the copy of an array. It is filled when `Copies.filling` ends, and not to be read before.
 Copy = Callable[[Array], Array]
+# What is to be written, and what is written there.
+Pair = tuple[Array, Array]
 # A thread copies so much at a time.
 _PIECE_BYTES = 4 * 2**20
 
@@ -29,67 +33,84 @@ class Copies:
 
     def __init__(self) -> None:
         self._held: list[NDArray[np.uint8]] = []
+        self._making: threading.Thread | None = None
+
+    def make_room(self, sizes: Iterable[int]) -> None:
+        """Begin to make the memory for copies of so many bytes each, in a thread; `filling` waits for it."""
+        self._held = [np.empty(size, np.uint8) for size in sizes]
+        # One that is not needed in the end does not keep the program from ending.
+        self._making = threading.Thread(
+            target=_touch, args=(self._held,), name="room for a copy", daemon=True
+        )
+        self._making.start()
+
+    def wait(self) -> None:
+        """Wait for the memory that is being made."""
+        if self._making is not None:
+            self._making.join()
+            self._making = None
 
     @contextmanager
     def filling(self) -> Iterator[Copy]:
         """Inside, what is given copies; at the end all are filled. The copies of the time before are overwritten."""
+        self.wait()
         before, self._held = self._held, []
-        with ThreadPoolExecutor(THREADS) as pool:
-            filler = _Filler(pool)
+        pairs: list[Pair] = []
 
-            def copy(array: Array) -> Array:
-                place = before[len(self._held)] if len(self._held) < len(before) else None
-                if place is None or place.nbytes != array.nbytes:
-                    place = np.empty(array.nbytes, np.uint8)
-                self._held.append(place)
-                target = place.view(array.dtype).reshape(array.shape)
-                filler.fill(target, array)
-                return target
+        def copy(array: Array) -> Array:
+            place = before[len(self._held)] if len(self._held) < len(before) else None
+            if place is None or place.nbytes != array.nbytes:
+                place = np.empty(array.nbytes, np.uint8)
+            self._held.append(place)
+            target = place.view(array.dtype).reshape(array.shape)
+            pairs.append((target, array))
+            return target
 
-            yield copy
-            filler.finish()
+        yield copy
+        _fill(pairs)
 
     def release(self) -> None:
         """Give the memory back, as soon as nobody else has the copies."""
         self._held = []
 
 
-class _Filler:
-    """Copies in the threads of a pool: a large array is cut, small ones are joined to a piece of work."""
-
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
-        self._work: list[Future[None]] = []
-        self._pairs: list[tuple[Array, Array]] = []
-        self._bytes = 0
-
-    def fill(self, target: Array, source: Array) -> None:
-        """Begin to copy, or wait for more."""
-        if not source.flags.c_contiguous:
-            self._add(target, source)
-            return
-        # As bytes, which numpy copies at once whatever the type, without the interpreter's lock.
-        into, found = (each.reshape(-1).view(np.uint8) for each in (target, source))
-        for at in range(0, len(into), _PIECE_BYTES):
-            self._add(into[at : at + _PIECE_BYTES], found[at : at + _PIECE_BYTES])
-
-    def finish(self) -> None:
-        """Wait until all is copied. Raises the error of one that could not be."""
-        self._begin()
-        for each in self._work:
-            each.result()
-
-    def _add(self, target: Array, source: Array) -> None:
-        self._pairs.append((target, source))
-        self._bytes += source.nbytes
-        if self._bytes >= _PIECE_BYTES:
-            self._begin()
-
-    def _begin(self) -> None:
-        self._work.append(self._pool.submit(_copy, self._pairs))
-        self._pairs, self._bytes = [], 0
+def _touch(places: Sequence[NDArray[np.uint8]]) -> None:
+    """Write to every page, so that the system clears it now."""
+    for place in places:
+        place[:: mmap.PAGESIZE] = 0
 
 
-def _copy(pairs: list[tuple[Array, Array]]) -> None:
+def _fill(pairs: Sequence[Pair]) -> None:
+    """Copy, in threads. Raises the error of one that could not."""
+    portions = list(_portions(pairs))  # a thread would wait for the interpreter's lock while more are made
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(_copy, portions))
+
+
+def _portions(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """What a thread copies at a time: large arrays are cut, and small ones are joined."""
+    portion: list[Pair] = []
+    size = 0
+    for piece in (piece for pair in pairs for piece in _pieces(*pair)):
+        portion.append(piece)
+        size += piece[1].nbytes
+        if size >= _PIECE_BYTES:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
+def _pieces(target: Array, source: Array) -> Iterator[Pair]:
+    if not source.flags.c_contiguous:
+        yield target, source
+        return
+    # As bytes, which numpy copies at once whatever the type, without the interpreter's lock.
+    into, found = (each.reshape(-1).view(np.uint8) for each in (target, source))
+    for at in range(0, len(into), _PIECE_BYTES):
+        yield into[at : at + _PIECE_BYTES], found[at : at + _PIECE_BYTES]
+
+
+def _copy(pairs: Sequence[Pair]) -> None:
     for target, source in pairs:
         copy_into(target, source)

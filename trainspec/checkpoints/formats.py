@@ -25,6 +25,10 @@ class Formats(Generic[S]):
         self._copies = Copies()
         self.name: str = run.recipe.checkpoint.format
 
+    def prepare(self, state: S) -> None:
+        """As `ArrayFormat.prepare`."""
+        self._format(self.name).prepare(state)
+
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
         """As `ArrayFormat.begin`."""
         return self._format(self.name).begin(folder, state)

@@ -43,6 +43,11 @@ class PortableFormat(Generic[S]):
         self._backend, self._run, self._processes, self._identity = backend, run, processes, identity
         self._copies = copies or Copies()
 
+    def prepare(self, state: S) -> None:
+        """Begin to make the memory of the copies."""
+        if self._run.recipe.checkpoint.asynchronous:
+            self._copies.make_room(self._backend.copied_bytes(state))
+
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
         """Copy this process's shards of `state`; the function that is returned writes them, and returns their digests.
 

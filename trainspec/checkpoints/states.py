@@ -32,6 +32,10 @@ class ArrayFormat(Protocol[S]):
 
     name: str
 
+    def prepare(self, state: S) -> None:
+        """Begin what later saves of states like this one need, beside the updates. `begin` may be called without it."""
+        ...
+
     def begin(self, folder: Path, state: S) -> Callable[[], dict[str, str]]:
         """Take a copy of what this process saves of `state`, which may change as soon as this returns.
 
@@ -57,6 +61,10 @@ class States(Protocol[S]):
 
         `copy` makes those of arrays that are on the host. They are filled when `Copies.filling` ends, and not to be read before.
         """
+        ...
+
+    def copied_bytes(self, state: S) -> list[int]:
+        """The size of each array that `shards_of` gives to `copy`, in order."""
         ...
 
     def restore(self, state: S, checkpoint: Checkpoint) -> S:

@@ -64,6 +64,10 @@ class CheckpointStore(Generic[S]):
         """Whether the run is to go on while a save is in flight."""
         return self._settings.asynchronous
 
+    def prepare(self, state: S) -> None:
+        """Begin what saves of states like this one need, beside the updates, so that the first need not wait for it."""
+        self._format.prepare(state)
+
     def save(self, state: S, *, heldout_loss: float | None = None) -> None:
         """Begin to save `state`; returns as soon as the state may change. A collective.
 

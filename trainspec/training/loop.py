@@ -298,7 +298,10 @@ def _resumed(step: int, last: int, saved: Path | None) -> list[str]:
 def _started(opened: _OpenRun[S], store: CheckpointStore[S], saved: Path | None) -> S:
     """The state from which the run continues: its start, or a checkpoint."""
     run, out = opened.run, opened.request.out
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise UserError(f"{out}: no directory can be made there; give another --out") from None
     state = opened.backend.init_state(run)
     if saved:
         state = store.load(state, saved)

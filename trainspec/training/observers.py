@@ -335,6 +335,7 @@ class CheckpointObserver(Observer[S], Generic[S]):
     def started(self, state: S) -> None:
         """What the run starts from is saved, or the recipe makes it again."""
         self._saved_step = state.step
+        self._store.prepare(state)
 
     def updated(self, state: S, update: Update) -> Update:
         """Begins to save a due update; the update with the seconds for which that kept the run."""

@@ -1,9 +1,13 @@
 """The copy that a save takes: in memory of its own, in that of the save before, and whole."""
 
+import mmap
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+import trainspec.checkpoints.copies as copies_module
 from trainspec.checkpoints.copies import Copies
 
 RNG = np.random.default_rng(0)
@@ -56,6 +60,45 @@ def test_what_is_released_is_not_used_again():
     copies.release()
     second = copied(copies, {"a": np.ones(8)})
     assert not np.shares_memory(first["a"], second["a"])
+
+
+def test_the_memory_is_made_before_it_is_needed(monkeypatch):
+    touched = []
+    monkeypatch.setattr("trainspec.checkpoints.copies._touch", touched.extend)
+    copies = Copies()
+    copies.make_room(array.nbytes for array in ARRAYS.values())
+    found = copied(copies, ARRAYS)
+    assert len(touched) == len(ARRAYS)
+    for place, (name, array) in zip(touched, ARRAYS.items(), strict=True):
+        assert np.shares_memory(place, found[name]) == bool(array.size), name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_every_page_of_it_is_written_to():
+    places = [np.ones(size, np.uint8) for size in (0, 1, 5 * mmap.PAGESIZE + 7)]
+    copies_module._touch(places)
+    for place in places:
+        assert not place[:: mmap.PAGESIZE].any()
+        assert len(place) - np.count_nonzero(place) == -(
+            -len(place) // mmap.PAGESIZE
+        )  # control: and to no more
+
+
+def test_a_copy_waits_for_its_memory(monkeypatch):
+    """What is written to a page afterwards would be in the copy."""
+    is_asked, order = threading.Event(), []
+
+    def touch(places):
+        is_asked.wait(60)
+        order.append("memory")
+
+    monkeypatch.setattr("trainspec.checkpoints.copies._touch", touch)
+    copies = Copies()
+    copies.make_room([8])
+    threading.Timer(0.05, is_asked.set).start()
+    with copies.filling():
+        order.append("copies")
+    assert order == ["memory", "copies"]
 
 
 def test_an_error_of_a_thread_is_raised(monkeypatch):

@@ -6,14 +6,20 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from writers import SHAPES, State, holds, in_processes, names, save, store_of
+from writers import SHAPES, State, holds, in_processes, names, recipe_of, save, store_of
 
-from trainspec.checkpoints import folders, retention
+from trainspec.checkpoints import folders, portable, retention
+from trainspec.checkpoints.copies import Copy
 from trainspec.checkpoints.manifest import read_manifest
+from trainspec.checkpoints.portable import write_shards
+from trainspec.checkpoints.shards import KINDS, Shard, as_shards
+from trainspec.checkpoints.store import CheckpointStore, manifest_of
 from trainspec.errors import MachineError, WeightsError
 from trainspec.runs.processes import Processes
 
@@ -40,6 +46,60 @@ def test_the_run_goes_on_while_one_save_is_in_flight(tmp_path: Path):
     assert names(tmp_path) == ["latest", "step-000001", "step-000002"]
     assert store.forgiven() == []
     assert all(holds(tmp_path / f"checkpoints/step-00000{step}", State(step)) for step in (1, 2))
+
+
+class InPlace:
+    """Arrays that every update writes over, as both backends do: each state into the memory of the one before."""
+
+    def __init__(self) -> None:
+        self.arrays = {kind: State(0).arrays(kind) for kind in KINDS}
+
+    def updated(self, step: int) -> State:
+        for kind, arrays in self.arrays.items():
+            for name, array in State(step).arrays(kind).items():
+                arrays[name][...] = array
+        return State(step)
+
+    def shards_of(self, state: State, copy: Copy) -> Iterator[Shard]:
+        for kind, arrays in self.arrays.items():
+            yield from as_shards(kind, {name: copy(array) for name, array in arrays.items()})
+
+    def copied_bytes(self, state: State) -> list[int]:
+        return [array.nbytes for arrays in self.arrays.values() for array in arrays.values()]
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "control: does not wait"])
+def test_a_save_in_flight_has_its_own_state_when_the_next_is_copied(
+    waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second copy is taken into the memory of the first, whose writer is held until the store waits for it."""
+    recipe, backend = recipe_of(), InPlace()
+    may_write = {"1": threading.Event(), "2": threading.Event()}
+
+    def write(*arguments: Any, metadata: dict[str, str]) -> dict[str, str]:
+        assert may_write[metadata["step"]].wait(60)
+        return write_shards(*arguments, metadata=metadata)
+
+    monkeypatch.setattr(portable, "write_shards", write)
+    array_format = portable.PortableFormat(
+        cast(Any, backend), cast(Any, SimpleNamespace(recipe=recipe)), Processes()
+    )
+    store = CheckpointStore(
+        tmp_path, array_format, manifest_of(recipe, None, SHAPES), recipe.checkpoint, Processes()
+    )
+    store.prepare(backend.updated(0))
+    store.save(backend.updated(1))
+    first, wait = store._save, store.wait
+    assert first is not None
+    backend.updated(9)  # the copy is the save's own
+    monkeypatch.setattr(store, "wait", lambda: (may_write["1"].set(), wait()) if waits else None)
+    store.save(backend.updated(2))
+    may_write["1"].set()
+    first.join()
+    may_write["2"].set()
+    wait()
+    found = [holds(tmp_path / f"checkpoints/step-00000{step}", State(step)) for step in (1, 2)]
+    assert found == [waits, True]
 
 
 def test_an_error_of_the_writer_stops_the_run_at_the_next_step(tmp_path: Path):

@@ -67,6 +67,9 @@ class Sharded:
         self.hold, self.fail = threading.Event(), lambda step: None
         self.hold.set()
 
+    def prepare(self, state: State) -> None:
+        pass
+
     def begin(self, folder: Path, state: State) -> Callable[[], dict[str, str]]:
         shards = list(shards_of(state, self._processes))
 
