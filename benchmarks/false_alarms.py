@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from false_alarms_page import KEYS, SHOWN, Record, largest, number, page
@@ -106,7 +106,11 @@ class Control:
     """Bounds that are told of other errors than were made, and otherwise say what `bounds` do."""
 
     bounds: Bounds
-    notes: ClassVar[Sequence[str]] = ()
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """None of its own."""
+        return ()
 
     def incomparable(self, location: Location, left: NDArray[Any], right: NDArray[Any]) -> str | None:
         """As the bounds say."""
