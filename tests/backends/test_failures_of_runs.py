@@ -89,6 +89,7 @@ def test_a_request_while_the_program_is_loaded_is_the_same_line(make_recipe, tmp
 
 SIGNALLED_WITHIN_AN_IMPORT = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins without
 class Asking:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
