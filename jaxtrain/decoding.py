@@ -24,9 +24,10 @@ from jaxtrain.methods.dora import give_norms, norms_of
 from jaxtrain.methods.virtual_tokens import all_positions, all_segments
 from jaxtrain.pipeline import ModelFactory
 from jaxtrain.sharding import Shardings
-from jaxtrain.weights import Arrays, is_stacked, to_host
+from jaxtrain.weight_ops import OutputsFirst
+from jaxtrain.weights import TRANSPOSED, Arrays, is_stacked, to_host
 from trainspec.data import Batch
-from trainspec.methods import leading_positions, virtual_tokens
+from trainspec.methods import ENCODER, leading_positions, virtual_tokens
 from trainspec.runs.run import Run
 
 # Logical axes of a layer's keys and values as they are kept: each as it is multiplied, which a CPU would do by a copy otherwise.
@@ -43,7 +44,8 @@ class Cache(NamedTuple):
 class CachedPrograms:
     """The compiled functions of one recipe.
 
-    On a CPU layers are apart: it would copy what it takes of a stack, for every token all weights and the whole cache.
+    On a CPU layers are apart: it would copy what it takes of a stack, for every token all weights and the whole cache. Their
+    matrices are transposed.
     Elsewhere the program is a scan over the stack, as in training.
     """
 
@@ -102,13 +104,21 @@ class CachedPrograms:
         """The weights as `extend` takes them, with what it would compute of them alone for every token."""
         return weights | self._once(weights)
 
-    def _computed_once(self, weights: Arrays) -> dict[str, Array | list[Array]]:
-        """The norms of DoRA, and where layers are apart, all of a stack by layer."""
+    def _computed_once(self, weights: Arrays) -> dict[str, Any]:
+        """The norms of DoRA, and on a CPU all weights but an encoder's as it multiplies with them."""
         norms = norms_of(self._bind_weights(weights, {}))
         if not self.is_apart:
             return dict(norms)
-        apart = {name: list(w) for name, w in weights.items() if is_stacked(name)}
-        return apart | {name: list(w) if is_stacked(name) else w for name, w in norms.items()}
+        needed = {name: w for name, w in weights.items() if not name.startswith(ENCODER)}
+        return {name: _as_multiplied(name, w) for name, w in (needed | norms).items()}
+
+
+def _as_multiplied(name: str, weight: Array) -> Any:
+    """A weight as a CPU multiplies few rows with it: matrices with outputs first, those of a stack each by itself."""
+    layers = list(weight) if is_stacked(name) else [weight]
+    if name.endswith(TRANSPOSED):
+        layers = [OutputsFirst(w.T) for w in layers]
+    return layers if is_stacked(name) else layers[0]
 
 
 class CachedRows:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from many import run_many
@@ -51,3 +53,87 @@ def test_both_backends_generate_the_same_tokens(make_recipe, tmp_path: Path):
     assert ours["drawn"] == ours["one at a time"]
     assert ours["greedy"] != ours["drawn"] != ours["filtered"]  # control
     assert len({tuple(ids) for ids in ours["drawn"]}) == 10
+
+
+MANY, TOKENS = 100, 64
+DRAWN = {
+    "drawn": ["--temperature", "1", "--seed", "3"],
+    "filtered": ["--temperature", "0.9", "--top-k", "60", "--top-p", "0.95", "--seed", "3"],
+    "another seed": ["--temperature", "1", "--seed", "4"],
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": "all-linear"},
+    "dora": {"kind": "dora", "rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj", "down_proj"]},
+    "prefix": {"kind": "prefix", "virtual_tokens": 5},
+    "prompt": {"kind": "prompt", "virtual_tokens": 5},
+}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A file of MANY different prompts."""
+    file, lines = tmp_path / "prompts.jsonl", QA.read_text(encoding="utf-8").splitlines()[:MANY]
+    assert len(set(lines)) == MANY
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def said_by_both(
+    directory: Path, prompts: Path, cases: dict[str, list[str]], before: Sequence[list[str]] = ()
+) -> dict[str, list[list[int]]]:
+    """What both programs generate, the ids of every prompt by case, which is checked to be the same.
+
+    A case is words after `generate`, with its own directory in `directory`. Commands `before` are torchtrain's, which runs first.
+    """
+    said = []
+    for program, first in (("torchtrain", before), ("jaxtrain", ())):
+        how = ["--file", str(prompts), "--max-tokens", str(TOKENS), "--batch", "25"]
+        commands = [
+            ["generate", *words, "--out", str(directory / name), *how] for name, words in cases.items()
+        ]
+        for case in run_many(program, [*first, *commands], directory / f"{program}-scratch"):
+            assert case["code"] == 0, case
+        files = {name: directory / name / "generations.jsonl" for name in cases}
+        said.append(
+            {
+                name: [json.loads(line)["ids"] for line in file.read_text().splitlines()]
+                for name, file in files.items()
+            }
+        )
+        for file in files.values():
+            file.unlink()
+    for name in cases:
+        different = [i for i, (a, b) in enumerate(zip(said[0][name], said[1][name], strict=True)) if a != b]
+        assert not different, f"{name}: prompts {different}"
+        assert len(said[0][name]) == MANY
+    return said[0]
+
+
+@pytest.mark.full(minutes=4)
+def test_both_backends_draw_the_same_tokens_for_many_prompts(make_recipe, tmp_path: Path, prompts: Path):
+    file = tmp_path / "r.yaml"
+    file.write_text(make_recipe(precision={"policy": "fp64", "reduce": "fp64"}).to_yaml())
+    cases = {name: [str(file), "--untrained", *words] for name, words in DRAWN.items()}
+    said = said_by_both(tmp_path, prompts, cases)
+    for name in ("filtered", "another seed"):  # controls: the settings and the seed are read
+        assert sum(a != b for a, b in zip(said["drawn"], said[name], strict=True)) > 90
+    assert len({tuple(ids) for ids in said["drawn"]}) > 90
+    assert max(map(len, said["drawn"])) == TOKENS
+
+
+@pytest.mark.full(minutes=6)
+def test_both_backends_say_the_same_with_a_trained_adapter(make_recipe, tmp_path: Path, prompts: Path):
+    """Greedy, of checkpoints that torchtrain wrote."""
+    cases, trained = {}, []
+    for kind, method in METHODS.items():
+        file = tmp_path / f"{kind}.yaml"
+        precision = {"policy": "fp64", "reduce": "fp64"}
+        file.write_text(make_recipe(method=method, optimizer={"lr": 0.05}, precision=precision).to_yaml())
+        trained.append(["train", str(file), "--out", str(tmp_path / kind)])
+        cases[kind] = [str(file)]
+    cases["untrained"] = [cases["lora"][0], "--untrained"]
+    said = said_by_both(tmp_path, prompts, cases, before=trained)
+    for kind in METHODS:  # control: it was trained away from its start
+        assert said[kind] != said["untrained"], kind
+        assert max(map(len, said[kind])) == TOKENS
+    assert len({json.dumps(said[kind]) for kind in METHODS}) == len(METHODS)

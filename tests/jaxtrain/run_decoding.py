@@ -3,12 +3,13 @@
     python tests/jaxtrain/run_decoding.py CASES.json OUT.npz      CASES: {name: {"variant": ..., sections of a recipe ...}}
 
 A case with "stacked" has its layers in a scan, as where the devices are no CPU; one with "late" rotates each token one position
-late. OUT has
-`NAME/cached` and `NAME/whole` [steps, B, vocab], `NAME/shard`, the shape of a device's keys, and `NAME/compiled`: how many
-programs a first batch, a second one of its shape, and one of another shape compiled.
+late; of one with "factors" the program of a token is read. OUT has `NAME/cached` and `NAME/whole` [steps, B, vocab], `NAME/shard`,
+the shape of a device's keys, and `NAME/compiled`: how many programs a first batch, a second one of its shape, and one of another
+shape compiled. `NAME/products` [N, 2] are the shapes of what the products of two matrices in a program make.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from run_plans import recipe_of
 
 from jaxtrain import cluster, step
-from jaxtrain.decoding import Cache
+from jaxtrain.decoding import Cache, CachedPrograms, CachedRows
 from trainspec.generation.decoding import WholeRows
 from trainspec.generation.rows import batch_of
 
@@ -32,7 +33,13 @@ def count(event: str, _: float, **__: Any) -> None:
     compiled += event == "/jax/core/compile/backend_compile_duration"
 
 
-def run(recipe: Any, *, is_stacked: bool, is_late: bool) -> dict[str, Any]:
+def products(programs: CachedPrograms, decoding: CachedRows) -> list[tuple[int, ...]]:
+    ids = decoding._feeder.replicated(np.array(ADDED[0], np.int32))
+    text = programs.extend.lower(decoding._weights_of_step, decoding._cache, ids).compile().as_text()
+    return [(int(a), int(b)) for a, b in re.findall(r"= f\d\d\[(\d+),(\d+)\]\S* dot\(", text)]
+
+
+def run(recipe: Any, *, is_stacked: bool, is_late: bool, is_read: bool) -> dict[str, Any]:
     state = step.init_state(cluster.start(recipe))
     programs = state.program.cached
     assert programs is not None
@@ -49,6 +56,8 @@ def run(recipe: Any, *, is_stacked: bool, is_late: bool) -> dict[str, Any]:
                 decoding._cache = Cache(cache.kept, cache.tokens_B + 1)
             logits.append(decoding.extend(ids))
         found["compiled"].append(compiled - before)
+    if is_read:
+        found["products"] = products(programs, decoding)
     kept = decoding._cache.kept
     found["shard"] = jax.tree.leaves(kept)[0].addressable_shards[0].data.shape
     whole = WholeRows(step, state, limit=70)
@@ -64,9 +73,9 @@ def main() -> None:
     arrays = {}
     for name, case in json.loads(cases.read_text()).items():
         sections = dict(case)
-        stacked, late = sections.pop("stacked", False), sections.pop("late", False)
+        stacked, late, read = (sections.pop(key, False) for key in ("stacked", "late", "factors"))
         recipe = recipe_of(cases.parent, sections.pop("variant", "plain"), sections)
-        for key, value in run(recipe, is_stacked=stacked, is_late=late).items():
+        for key, value in run(recipe, is_stacked=stacked, is_late=late, is_read=read).items():
             array = np.asarray(value)
             arrays[f"{name}/{key}"] = array if array.dtype.kind in "fi" else array.astype(np.float32)
     np.savez(out, **arrays)

@@ -38,6 +38,7 @@ def difference(run: dict[str, np.ndarray]) -> float:
 def runs(tmp_path_factory) -> Runs:
     cases = {name: {"precision": FP64} | case for name, (case, _) in CASES.items()}
     cases["late"] = cases["one"] | {"late": True}
+    cases |= {f"factors of {name}": cases[name] | {"factors": True} for name in ("one", "stacked")}
     return Runs(launch("run_decoding.py", cases, tmp_path_factory.mktemp("decoding"))[0])
 
 
@@ -60,6 +61,14 @@ def test_a_cache_under_a_plan_gives_the_logits_of_whole_rows(runs, name):
 def test_a_token_at_another_place_would_show(runs):
     """The negative control: every token one place late."""
     assert difference(runs.of("late")) > 1e-3
+
+
+@pytest.mark.full
+def test_a_cpu_multiplies_with_weights_as_left_factors(runs):
+    made = runs.of("factors of one")["products"]
+    assert len(made) > 14
+    assert set(made[:, 1]) == {4}  # rows
+    assert 4 in runs.of("factors of stacked")["products"][:, 0]  # control
 
 
 @pytest.mark.full
