@@ -239,7 +239,7 @@ def test_a_shard_that_is_left_out_is_noticed(make: Make, tmp_path: Path):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.model_copy(update={"run": recipe.run.model_copy(update={"steps": 1})}).to_yaml())
     left_out = Edit(
-        "torchtrain.step:shards_of",
+        "torchtrain.step:_saved",
         "_saves(__state, __param)",
         '__it and (__param.name != "model.norm.weight" or __state.mesh.replicas.index == 0)',
     )
