@@ -38,14 +38,14 @@ ESTIMATED = "the bounds are estimated, not measured: the runs do not start from 
 class ReplaySettings:
     """What is repeated in float64: runs of a recipe in a precision. What is found is under `out`/measured.
 
-    Step `activations_at` is recorded with activations.
+    Step `activations_at`, or `all`, is recorded with activations.
     """
 
     recipe: Path
     overrides: Sequence[str]
     precision: Low
     out: Path
-    activations_at: int | None = None
+    activations_at: int | Literal["all"] | None = None
 
 
 class Replay:
@@ -108,6 +108,10 @@ class Replay:
         """Say that run `number` (from 0) has ended, for a program that follows it."""
         if self._ended:
             self._ended[number].touch()
+
+    def remove(self) -> None:
+        """Remove what was measured."""
+        shutil.rmtree(self._home)
 
     def measurement(self) -> Measurement:
         """What the program wrote. Raises UserError if it failed."""

@@ -93,7 +93,7 @@ FAULTS = (
                     "return self.o_proj(__mixed, __point), __seen",
                     "import jax\n"
                     "bias = jax.numpy.linspace(-0.02, 0.02, x_BSE.shape[-1])\n"
-                    "return self.o_proj(__mixed, __point) + bias, __seen",
+                    "return self.o_proj(__mixed, __point) + bias.astype(x_BSE.dtype), __seen",
                 ),
             ),
             "torch": (

@@ -246,6 +246,11 @@ FAULTS = (
                     "__run.trained",
                     "__run.full_table",
                 ),
+                Edit(
+                    "torchtrain.step:init_state",
+                    "{__p.name for __p in __run.trained}",
+                    '__it | {"model.norm.weight"}',
+                ),
             ),
         },
         setup="adapter",
@@ -267,9 +272,9 @@ FAULTS = (
             ),
             "torch": (
                 Edit(
-                    "torchtrain.weights:allocate",
-                    "torch.from_numpy(__array)",
-                    f'torch.from_numpy(__array.T.copy() if param.name == "{SQUARE}" else __array)',
+                    "torchtrain.weights:_read",
+                    "weight[pieces[0][1]]",
+                    f'(weight[everything(param.shape)].T.copy() if param.name == "{SQUARE}" else weight)[pieces[0][1]]',
                 ),
             ),
         },

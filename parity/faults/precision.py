@@ -26,7 +26,10 @@ FAULTS = (
                     'jax.device_put(__shard.astype("bfloat16").astype(dtype), __device)',
                 ),
             ),
-            "torch": (Edit("torchtrain.weights:allocate", "torch.from_numpy(__array)", "__it.bfloat16()"),),
+            "torch": (
+                Edit("torchtrain.weights:allocate", "torch.from_numpy(__array)", "__it.bfloat16()"),
+                Edit("torchtrain.step:init_state", '__policy == "bf16"', "False"),
+            ),
         },
     ),
     Fault(

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,17 @@ from parity.comparison.compare import Finding, compare
 from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
-from parity.comparison.tolerance import ProofBounds
+from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.diagnosis import Diagnosis, counts_of, diagnose
 from parity.faults import FAULTS, SHARED
 from parity.faults.fault import RESUMED, RESUMED_AFTER, UNRECORDED, Fault, in_every_backend, setup_recipe
+from parity.many import Series
+from parity.measure import Low, Replay, ReplaySettings, measured_bounds, num_summands
 from parity.runs.fixture import LORA, write_tiny
 from parity.runs.join import join
 from parity.runs.launch_many import Case, run_cases, training
+from parity.runs.programs import Launcher
+from parity.runs.work import REFERENCE
 from trainspec import backends
 from trainspec.checkpoints.folders import checkpoint_name
 from trainspec.cores import cores
@@ -33,6 +38,9 @@ Help = Literal["helpful", "silent", "misleading"]
 BACKENDS: tuple[Backend, ...] = tuple(backends.BACKENDS)
 # Nearly all of the time goes into compiling JAX's programs, each in one thread.
 AT_ONCE = 2
+# Where estimated bounds hide most mistakes, and raise an alarm after a fresh adapter's first update: there bounds are measured, as
+# those of `parity check` are.
+MEASURED: tuple[Low, ...] = ("bf16",)
 # The error of each failed run, by backend and fault.
 Crashes = dict[tuple[Backend, str], str]
 
@@ -122,7 +130,8 @@ def run_faults(
 ) -> list[Outcome]:
     """Train everything under `out` and judge it: first the clean pairs, which must pass, then every fault.
 
-    fp64 is the proof; fp32 and bf16 show which faults exceed rounding, and which location is named then. Traces of faults that
+    fp64 is the proof; fp32, by the estimated bounds of `parity diff`, and bf16, by measured ones, show which faults exceed rounding,
+    and which location is named then. Traces of faults that
     came out as expected are removed unless `keep`.
     """
     tiny = write_tiny(out / "tiny")
@@ -140,8 +149,20 @@ def run_faults(
         (f, b) for f in clean for b in (BACKENDS if f.setup in RESUMED else BACKENDS[1:])
     ]
     cases = [*pairs, *((fault, b) for fault in faults for b in BACKENDS if fault in planted[b])]
+    replays = _measured(cases, crashes, out, precision) if precision in MEASURED else {}
     with ProcessPoolExecutor(min(AT_ONCE, cores())) as pool:
-        judged = (pool.submit(_judge, f, b, recipes[b][f.setup], crashes, out) for f, b in cases)
+        judged = (
+            pool.submit(
+                _judge,
+                f,
+                b,
+                [recipes[side][f.setup] for side in BACKENDS],
+                crashes,
+                out,
+                replays.get((b, f.name)),
+            )
+            for f, b in cases
+        )
         outcomes = [each.result() for each in list(judged)]
     for outcome in outcomes[len(pairs) :]:
         if outcome.as_expected and not keep:
@@ -232,25 +253,94 @@ def _resumed_case(backend: Backend, fault: Fault, recipe: Recipe, out: Path) -> 
     return Case((*argv, "--activations", "all"), recipe.plan.devices, fault.edits[backend])
 
 
-def _judge(fault: Fault, backend: Backend, recipe: Recipe, crashes: Crashes, out: Path) -> Outcome:
-    """Compare the planted backend with the clean run of the first other one, and diagnose what differs."""
-    precision = recipe.precision.policy
+def _sides(fault: Fault, backend: Backend, out: Path) -> list[tuple[Backend, Fault, Path]]:
+    """The planted backend and the first other one, which is clean, in the order of BACKENDS, with the directories of their traces."""
     other = next(b for b in BACKENDS if b != backend)
-    sides: list[tuple[Backend, Fault]] = [
-        (b, fault if b == backend else clean_pair(fault.setup)) for b in BACKENDS if b in (backend, other)
+    clean = clean_pair(fault.setup)
+    return [
+        (b, fault, home_of(out, b, fault) / "trace")
+        if b == backend
+        else (b, clean, whole_trace(out, b, fault.setup))
+        for b in BACKENDS
+        if b in (backend, other)
     ]
-    for b, side in sides:
-        if why := crashes.get((b, side.name)):
-            return Outcome(fault, backend, precision, None, crash=why)
-    left, right = (
-        Trace(home_of(out, b, side) / "trace" if b == backend else whole_trace(out, b, fault.setup))
-        for b, side in sides
+
+
+def _why(fault: Fault, backend: Backend, crashes: Crashes, out: Path) -> str | None:
+    """Why there is nothing to compare; None if both sides have a trace."""
+    return next(
+        (why for b, side, _ in _sides(fault, backend, out) if (why := crashes.get((b, side.name)))), None
     )
+
+
+def _measured(
+    cases: Sequence[tuple[Fault, Backend]], crashes: Crashes, out: Path, precision: Low
+) -> dict[tuple[Backend, str], Replay]:
+    """Every case's float64 reference and roundings, those of a set-up by the programs of the first."""
+    found: dict[tuple[Backend, str], Replay] = {}
+    by_setup: list[list[Replay]] = []
+    for setup, some in groupby(sorted(cases, key=lambda case: case[0].setup), key=lambda case: case[0].setup):
+        by_setup.append([])
+        for fault, backend in some:
+            if _why(fault, backend, crashes, out) is None:
+                runs = [trace for *_, trace in _sides(fault, backend, out)]
+                replay = Replay(runs, _settings(fault, backend, setup, out, precision))
+                found[backend, fault.name] = replay
+                by_setup[-1].append(replay)
+    shares = [by_setup[number::AT_ONCE] for number in range(min(AT_ONCE, cores()))]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        list(pool.map(lambda n: _replayed(shares[n], out / f"launches/reference-{n}"), range(len(shares))))
+    return found
+
+
+def _replayed(groups: Sequence[Sequence[Replay]], home: Path) -> None:
+    runs = [[([str(replay.job_file)], replay.log) for replay in group] for group in groups]
+    ended = Series(home, Launcher()).run(REFERENCE, runs)
+    for replay, (code, last) in zip(chain(*groups), ended, strict=True):
+        replay.ended(code, last)
+
+
+def _settings(fault: Fault, backend: Backend, setup: str, out: Path, precision: Low) -> ReplaySettings:
+    """What is repeated: with activations, where the runs have them."""
+    recorded: Literal["all"] | None = None if setup in UNRECORDED else "all"
+    return ReplaySettings(
+        out / f"{setup}-{BACKENDS[0]}.yaml", (), precision, home_of(out, backend, fault), recorded
+    )
+
+
+def _judge(
+    fault: Fault,
+    backend: Backend,
+    recipes: Sequence[Recipe],
+    crashes: Crashes,
+    out: Path,
+    replay: Replay | None = None,
+) -> Outcome:
+    """Compare the planted backend with the clean run of the first other one, and diagnose what differs."""
+    precision = recipes[0].precision.policy
+    if why := _why(fault, backend, crashes, out):
+        return Outcome(fault, backend, precision, None, crash=why)
+    left, right = (Trace(trace) for *_, trace in _sides(fault, backend, out))
     pair = Pair(left, right)
-    # Estimated bounds need only the two traces; measured ones would need a further run for each fault.
-    bounds = (
-        ProofBounds(pair) if precision == "fp64" else EstimatedBounds(pair, precision, lora_scale=LORA.scale)
-    )
+    try:
+        bounds = _bounds(pair, fault, backend, recipes, out, replay)
+    except UserError as error:
+        return Outcome(fault, backend, precision, None, crash=str(error))
     comparison = compare(pair, bounds)
-    diagnosis = diagnose(comparison, (left, right), counts=counts_of(recipe))
+    diagnosis = diagnose(comparison, (left, right), counts=counts_of(recipes[BACKENDS.index(backend)]))
+    if replay is not None:
+        replay.remove()
     return Outcome(fault, backend, precision, comparison.first_divergence, diagnosis=diagnosis)
+
+
+def _bounds(
+    pair: Pair, fault: Fault, backend: Backend, recipes: Sequence[Recipe], out: Path, replay: Replay | None
+) -> Bounds:
+    """Raises UserError where the reference failed."""
+    precision = recipes[0].precision.policy
+    if precision == "fp64":
+        return ProofBounds(pair)
+    if replay is None:
+        return EstimatedBounds(pair, precision, lora_scale=LORA.scale)
+    settings = _settings(fault, backend, fault.setup, out, precision)
+    return measured_bounds(pair, settings, summands=num_summands(recipes[0], recipes[1]), replay=replay)

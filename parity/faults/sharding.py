@@ -270,6 +270,7 @@ FAULTS = (
             ),
         },
         setup="data",
+        below_bound_in=("bf16",),
         note="in JAX each layer's gradient is rounded as it leaves the layer: the sum over devices is the compiler's",
     ),
     Fault(

@@ -133,7 +133,7 @@ class Replayer:
             state = self.backend.restore(state, Checkpoint(step - 1, weights, zeros, zeros))
             # The recipe's batch, whatever the recorded run used.
             batch = self.dataset.batch(step - 1, self.recipe.batch.global_examples)
-            keep: Keep = "activations" if step == self.job.activations_at else "gradients"
+            keep: Keep = "activations" if self.job.activations_at in (step, "all") else "gradients"
             gradients = partial(self.backend.gradients_of, state, batch, keep=keep)
             try:
                 metrics = gradients()
