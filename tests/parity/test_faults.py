@@ -250,7 +250,7 @@ def test_a_fault_whose_clean_run_failed_is_no_catch(tmp_path: Path, monkeypatch:
         ("jax", clean.name): "no memory",
         ("jax", resumed.name): "the clean run that it resumes failed",
     }
-    outcome = faults_run._judge(resumed, "jax", recipes[resumed.setup], crashes, tmp_path)
+    outcome = faults_run._judge(resumed, "jax", [recipes[resumed.setup]], crashes, tmp_path)
     assert (outcome.word, outcome.crash) == ("CRASHED", "the clean run that it resumes failed")
 
 
