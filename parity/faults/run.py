@@ -17,7 +17,7 @@ from parity.comparison.phases import Location
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.diagnosis import Diagnosis, counts_of, diagnose
 from parity.faults import FAULTS, SHARED
-from parity.faults.fault import RESUMED, RESUMED_AFTER, UNRECORDED, Fault, in_every_backend, setup_recipe
+from parity.faults.fault import RESUMED, RESUMED_AFTER, UNRECORDED, Fault, Where, in_every_backend, setup_recipe
 from parity.many import Series
 from parity.measure import Low, Replay, ReplaySettings, measured_bounds, num_summands
 from parity.runs.fixture import LORA, write_tiny
@@ -62,15 +62,20 @@ class Outcome:
         return self.divergence.location if self.divergence else None
 
     @property
+    def expected(self) -> Where | None:
+        """Where the check must say that it shows first; None if the check must pass."""
+        return self.fault.shows_in(self.precision)
+
+    @property
     def as_expected(self) -> bool:
         """Whether it was caught at the expected location, or rightly passed."""
         if self.crash is not None:
             return False
         below = self.precision in self.fault.below_bound_in
-        if self.said is None or self.fault.where is None:
-            return self.said is None and (self.fault.where is None or below)
+        if self.said is None or self.expected is None:
+            return self.said is None and (self.expected is None or below)
         # A difference about as large as the bound may show first at a neighbour, or a step later.
-        return self.fault.where.matches(self.said) or (below and self.said.phase == self.fault.where.phase)
+        return self.expected.matches(self.said) or (below and self.said.phase == self.expected.phase)
 
     @property
     def word(self) -> str:
@@ -78,8 +83,8 @@ class Outcome:
         if self.crash is not None:
             return "CRASHED"
         if self.as_expected:
-            return "caught" if self.said else "below bound" if self.fault.where else "passes"
-        return "MISSED" if self.said is None else "MISPLACED" if self.fault.where else "FALSE ALARM"
+            return "caught" if self.said else "below bound" if self.expected else "passes"
+        return "MISSED" if self.said is None else "MISPLACED" if self.expected else "FALSE ALARM"
 
     @property
     def help(self) -> Help | None:
@@ -99,7 +104,7 @@ class Outcome:
             "location": asdict(self.divergence.location) | {"error": self.divergence.error}
             if self.divergence
             else None,
-            "true": asdict(self.fault.where) if self.fault.where else None,
+            "true": asdict(self.expected) if self.expected else None,
             "cause": self.fault.cause,
             "diagnosis": self.diagnosis.as_json() if self.diagnosis else None,
             "report": self.diagnosis.lines() if self.diagnosis else None,
@@ -130,9 +135,8 @@ def run_faults(
 ) -> list[Outcome]:
     """Train everything under `out` and judge it: first the clean pairs, which must pass, then every fault.
 
-    fp64 is the proof; fp32, by the estimated bounds of `parity diff`, and bf16, by measured ones, show which faults exceed rounding,
-    and which location is named then. Traces of faults that
-    came out as expected are removed unless `keep`.
+    fp64 is the proof; fp32, by the estimated bounds of `parity diff`, and bf16, by measured ones, show which faults exceed
+    rounding, and which location is named then. Traces of faults that came out as expected are removed unless `keep`.
     """
     tiny = write_tiny(out / "tiny")
     setups = dict.fromkeys(fault.setup for fault in faults)
