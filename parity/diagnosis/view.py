@@ -23,6 +23,9 @@ TOKEN_WISE = ("activation", "activation_gradient")
 QUIET = 1 / 30
 # The bound of a tensor as a whole says this much of the elements: their root mean square, times the tail of a normal.
 TAIL = 5.0
+# A rounding of an element, and about how many of them a tensor has that is not the first to be rounded.
+UNITS: Mapping[str, float] = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8}
+ROUNDINGS = 4.0
 # Of the points in a trace (their last component, or the last but one of an adapter's), the kind of fact that says where.
 OPERATIONS: dict[str, str] = {
     "prompt": "at-virtual",
@@ -133,6 +136,21 @@ class View:
             return float(self.first.bound * max(sizes))
         norm = max(np.linalg.norm(side) for side in self.sides)
         return float(TAIL * self.first.bound * norm / np.sqrt(max(self.sides[0].size, 1)))
+
+    @cached_property
+    def rounding(self) -> float:
+        """How far rounding moves the tensor about, as a share of its norm.
+
+        A loss, a norm or a rate has the bound of its own. Of a tensor that is judged by its elements that of the worst one says
+        little: it is a few roundings of the run's type.
+        """
+        if self.sides is None or self.first.bound is None:
+            return 0.0
+        if self.sides[0].size == 1 or self.first.index is None:
+            return float(self.first.bound)
+        policies = [trace.header.policy for trace in self.pair.traces if trace.header]
+        unit = max((UNITS[policy] for policy in policies if policy in UNITS), default=0.0)
+        return unit * (1.0 if self.tensor == "logits" else ROUNDINGS)
 
     def batch(self, name: str) -> Array | None:
         """The left side's array of the batch."""

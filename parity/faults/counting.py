@@ -132,6 +132,7 @@ FAULTS = (
         source="pytorch/pytorch#73205, OpenNMT/OpenNMT-py#1463; arXiv 1512.00567",
         cause="loss-form",
         where=LOSS,
+        later_in={"bf16": Where("activation_gradient", "logits")},
         edits={
             "jax": (Edit(*JAX_LOSS, "__it + 0.1 * (__picked - jnp.mean(__wide, axis=-1))"),),
             "torch": (
@@ -148,6 +149,7 @@ FAULTS = (
         source="allenai/OLMo#760, erfanzar/EasyDeL#123; PaLM, arXiv 2204.02311",
         cause="loss-form",
         where=LOSS,
+        below_bound_in=("bf16",),
         edits={
             "jax": (Edit(*JAX_LOSS, "__it + 1e-4 * jax.nn.logsumexp(__wide, axis=-1) ** 2"),),
             "torch": (
@@ -164,6 +166,7 @@ FAULTS = (
         source="unslothai/unsloth#11277 (the fused loss and the logits differ); Gemma 2, arXiv 2408.00118",
         cause="loss-form",
         where=LOSS,
+        below_bound_in=("bf16",),
         edits={
             "jax": (
                 Edit(

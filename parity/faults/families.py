@@ -18,6 +18,7 @@ FAULTS = (
         source="apache/tvm#15856, pytorch/torchtitan#4395 (the default of another model); transformers' GlmConfig against LlamaConfig",
         cause="norm-epsilon",
         where=at_point("input_norm"),
+        below_bound_in=("bf16",),
         edits=in_every_backend(
             Edit("trainspec.families.config:DecoderFields.spec", "__fields.rms_norm_eps", "1e-5")
         ),
@@ -115,6 +116,7 @@ FAULTS = (
         source="EleutherAI/gpt-neox#1003, sgl-project/sglang-jax#1472",
         cause="rotation-precision",
         where=at_point("rotated_query"),
+        below_bound_in=("bf16",),
         edits={
             "jax": (
                 Edit(

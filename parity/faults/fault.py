@@ -37,7 +37,7 @@ class Fault:
     """A mistake made in the field, as edits of each backend's source.
 
     `imitates` describes it and `source` cites it. `where` is where it must show first; None means that the arithmetic is
-    the same, so the check must pass in fp64, and `note` says why. `where_in` is where it shows first in a precision whose
+    the same, so the check must pass in fp64, and `note` says why. `later_in` is where it may show first in a precision whose
     rounding hides that place: further on in the same update, where its share of the value is larger. `cause` is what a
     diagnosis must name (`parity.diagnosis.causes`); None for a fault that must pass. A backend without `edits` cannot have
     it (`note`). `below_bound_in` names the precisions in which rounding explains the difference: there it may pass.
@@ -51,14 +51,14 @@ class Fault:
     where: Where | None
     edits: Mapping[Backend, tuple[Edit, ...]] = field(hash=False)
     setup: str = "full"
-    where_in: Mapping[Policy, Where] = field(default_factory=dict, hash=False)
+    later_in: Mapping[Policy, Where] = field(default_factory=dict, hash=False)
     below_bound_in: tuple[Policy, ...] = ()
     fp64_only: tuple[Backend, ...] = ()
     note: str = ""
 
-    def shows_in(self, precision: Policy) -> Where | None:
-        """Where it must show first in a run of `precision`; None if it must pass."""
-        return self.where_in.get(precision, self.where)
+    def shows_in(self, precision: Policy) -> tuple[Where, ...]:
+        """Where it may show first in a run of `precision`; empty if it must pass."""
+        return tuple(where for where in (self.where, self.later_in.get(precision)) if where)
 
     def applies(self, backend: Backend, precision: Policy) -> bool:
         """Whether it can be planted in `backend` in a run of `precision`; not if that refuses the set-up's plan."""

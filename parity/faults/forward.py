@@ -202,6 +202,7 @@ FAULTS = (
         source="NVIDIA/TransformerEngine#364, fla-org/flash-linear-attention#508",
         cause="norm-epsilon",
         where=at_point("input_norm"),
+        below_bound_in=("bf16",),
         edits={
             "jax": (
                 Edit(

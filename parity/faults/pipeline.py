@@ -239,7 +239,7 @@ FAULTS = (
                 Edit(
                     "torchtrain._deepspeed:Pipeline.__init__",
                     "__engine._compute_loss = __yes",
-                    "__it\n__engine.optimizer.model_parallel_group = None",
+                    "__it\n__engine.optimizer.model_parallel_group = __engine.optimizer.mpu = None",
                 ),
             ),
         },

@@ -38,6 +38,7 @@ FAULTS = (
         source="apple/axlearn#18, huggingface/transformers#24519",
         cause="softmax-precision",
         where=at_point("mixed"),
+        below_bound_in=("bf16",),
         edits={
             "jax": (
                 Edit("jaxtrain.attention.reference:attend", "", "from jax import lax"),
@@ -63,6 +64,7 @@ FAULTS = (
         source="google-deepmind/optax#1020, Modalities/modalities#464",
         cause="loss-precision",
         where=Where("loss", "loss_sum"),
+        below_bound_in=("bf16",),
         edits={
             "jax": (
                 Edit(
@@ -82,6 +84,7 @@ FAULTS = (
         source="deepspeedai/DeepSpeed#1800, #2352, #2768",
         cause="rounded-sum",
         where=Where("gradient", r"lm_head\.weight"),
+        below_bound_in=("bf16",),
         edits={
             "jax": (
                 Edit(

@@ -62,7 +62,7 @@ def result_of(outcome: Outcome) -> Result:
         outcome.precision,
         outcome.word,
         _said(outcome),
-        str(outcome.expected or "none: must pass"),
+        " or ".join(map(str, outcome.expected)) or "none: must pass",
         _named(outcome),
         outcome.help,
     )

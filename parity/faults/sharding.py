@@ -132,6 +132,7 @@ FAULTS = (
         source="apple/ml-cross-entropy#59, #42",
         cause="vocabulary-offset",
         where=Where("loss", "loss_sum"),
+        later_in={"bf16": Where("activation_gradient", "logits")},
         edits={
             "jax": (
                 Edit(

@@ -99,6 +99,7 @@ FAULTS = (
         source="PaddlePaddle/FastDeploy#2797, huggingface/transformers#38026",
         cause="norm-epsilon",
         where=Where("activation", "norm"),
+        below_bound_in=("bf16",),
         edits={
             "jax": (
                 Edit(

@@ -24,7 +24,7 @@ A diagnosis (docs/diagnosis.md) is *helpful* if the cause it names, or the one i
 
 fp64 is the proof. In fp32 the two traces are compared with the estimated bounds of `parity diff`; in bf16, where both sides
 compute in bfloat16, with measured ones, as `parity check` does. A fault smaller than rounding is "below bound" there, and
-one whose first place rounding hides is expected where it shows next.
+one whose first place rounding hides is expected there or where it shows next.
 
 A fault of a resume is planted in the second part of a run, which goes on from a clean run's checkpoint, and compared with the
 other backend's run that was not stopped. A whole run takes long; it can be made in parts, `parity faults --only NAME ... --out DIR`,
@@ -38,8 +38,8 @@ def listed(faults: Sequence[Fault]) -> Iterator[str]:
         yield f"{fault.name}: {fault.imitates}"
         yield f"    source: {fault.source}"
         yield f"    shows:  {fault.where or 'nowhere in fp64'}; set-up {fault.setup} ({SETUPS[fault.setup]})"
-        for precision, where in fault.where_in.items():
-            yield f"    in {precision}: {where}"
+        for precision, where in fault.later_in.items():
+            yield f"    in {precision}, perhaps: {where}"
         if fault.cause:
             yield f"    cause:  {fault.cause}"
         if fault.below_bound_in:
@@ -63,7 +63,7 @@ def result_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
         backend = outcome.backend if outcome.fault.source else "both"
         line = f"{result.word:<11} {result.precision} {backend:<6} {result.fault:<{width}}  {result.said}"
         if not outcome.as_expected:
-            line += f"; expected: {outcome.expected or 'a pass'}"
+            line += f"; expected: {' or '.join(map(str, outcome.expected)) or 'a pass'}"
         yield line + (f"; {result.help}: {result.named}" if result.help else "")
         if result.help not in (None, "helpful"):
             yield f"{'':<{12}}expected cause: {outcome.fault.cause}"

@@ -90,10 +90,10 @@ def test_the_registry_is_whole():
         assert fault.imitates
         assert fault.source
         assert fault.setup in SETUPS
-        places = [where for where in (fault.where, *fault.where_in.values()) if where]
+        places = [where for where in (fault.where, *fault.later_in.values()) if where]
         assert {where.phase for where in places} <= {phase.name for phase in PHASES}
         # fp64 hides nothing, and what is below a bound shows nowhere.
-        assert not {"fp64", *fault.below_bound_in} & set(fault.where_in), fault.name
+        assert not {"fp64", *fault.below_bound_in} & set(fault.later_in), fault.name
         # What a diagnosis must name; nothing where the check must pass.
         assert fault.cause in (CAUSES if fault.where else (None,)), fault.name
         # A fault that must pass and a backend without edits are explained.

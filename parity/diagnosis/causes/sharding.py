@@ -163,7 +163,6 @@ CAUSES = (
         # A shard may be a block of a weight, or some weights as wholes.
         fits={"unchanged-block": 5, "optimizer-split": 2, "zero-block": 3, "unchanged": 2},
         needs=("unchanged-block|zero-block|unchanged",),
-        excluded=("every-tensor",),
         next='parity check RECIPE --right "RIGHT plan.fsdp=1"',
         alike=("update-skipped",),
     ),

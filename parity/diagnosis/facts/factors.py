@@ -12,8 +12,8 @@ from parity.comparison.phases import WEIGHT_SHAPED
 from parity.diagnosis.fact import Fact
 from parity.diagnosis.view import Array, View
 
-# A factor explains a difference if the residual is below this share of it.
-MAX_RESIDUAL = 0.02
+# A factor explains a difference if the residual is below the first share of it; or the second, if rounding explains the residual.
+MAX_RESIDUAL, MAX_ROUNDED = 0.02, 0.1
 # Two ratios are called equal if they agree to this, or to how well the factor is known.
 SAME_RATIO = 1e-4
 FINEST_RATIO = 1e-9
@@ -30,11 +30,11 @@ def multiple(view: View) -> Iterator[Fact]:
     """A constant factor, what count or ratio it may be, and whether other tensors have it, too."""
     if view.sides is None or view.phase in ("batch", "tokens"):
         return
-    found = factor_of(*view.sides)
+    found = factor_of(*view.sides, rounding=view.rounding)
     if found is None:
         return
     factor, residual = found
-    names, tried = _names(view, factor, max(FINEST_RATIO, 4 * residual))
+    names, tried = _names(view, factor, max(FINEST_RATIO, min(4 * residual, SAME_RATIO), view.rounding))
     single = view.sides[0].size < 3  # any two numbers have a ratio
     if single and not names:
         return
@@ -47,22 +47,25 @@ def multiple(view: View) -> Iterator[Fact]:
         yield Fact("count-factor", f"right is {factor:.7g} times left{named}")
 
 
-def factor_of(left: Array, right: Array) -> tuple[float, float] | None:
-    """(factor, residual as a share of right) if right is a multiple of left; None if not, or if it is left itself."""
+def factor_of(left: Array, right: Array, *, rounding: float = 0.0) -> tuple[float, float] | None:
+    """(factor, residual as a share of right) if right is a multiple of left; None if not, or if it is left itself.
+
+    `rounding` is how far the two may be apart by rounding, as a share of their norm.
+    """
     top, bottom = float(np.sum(left * right)), float(np.sum(left**2))
     apart, size = float(np.linalg.norm(right - left)), float(np.linalg.norm(right))
     if not top or not bottom or not apart or not size:
         return None
     factor = top / bottom
     residual = float(np.linalg.norm(right - factor * left))
-    return (factor, residual / size) if residual <= MAX_RESIDUAL * apart else None
+    explained = max(MAX_RESIDUAL * apart, min(rounding * size, MAX_ROUNDED * apart))
+    return (factor, residual / size) if residual <= explained else None
 
 
 def _names(view: View, factor: float, tolerance: float) -> tuple[list[str], int]:
     """Every count or ratio that equals the factor, none where as many would by chance; and how many were tried."""
     counts = dict(view.counts) | _batch_counts(view) | _plan_counts(view)
     tried = [(name, value) for name, value in _ratios(counts) if abs(value - 1.0) > SAME_RATIO]
-    tolerance = min(tolerance, SAME_RATIO)
     near = sum(0.5 <= value / factor <= 2.0 for _, value in tried) if factor > 0 else 0
     fitting = [name for name, value in tried if math.isclose(factor, value, rel_tol=tolerance)]
     by_chance = near * 2 * tolerance / math.log(4.0)
@@ -106,7 +109,7 @@ def other_factors(view: View) -> Iterator[Fact]:
     for finding in view.failing[:TENSORS]:
         name = finding.location.tensor
         both = view.both(view.phase, name)
-        found = factor_of(*both) if both else None
+        found = factor_of(*both, rounding=view.rounding) if both else None
         if both and found is None and np.array_equal(*both):
             found = 1.0, 0.0
         if found is None:
@@ -114,7 +117,7 @@ def other_factors(view: View) -> Iterator[Fact]:
         factors[name] = found[0]
     values = np.array(list(factors.values()))
     if len(factors) == min(len(view.failing), TENSORS) and len(factors) > 1:
-        if np.allclose(values, values[0], rtol=SAME_RATIO):
+        if np.allclose(values, values[0], rtol=_same(view)):
             yield Fact(
                 "one-factor",
                 f"all {len(view.failing)} tensors that differ do so by the factor {values[0]:.7g}",
@@ -124,12 +127,13 @@ def other_factors(view: View) -> Iterator[Fact]:
                 "factor-by-tensor",
                 f"each tensor has a factor of its own, {values.min():.4g} to {values.max():.4g}",
             )
-    elif factor_of(*view.sides) is None:
+    elif factor_of(*view.sides, rounding=view.rounding) is None:
         for axis in range(view.sides[0].ndim):
             for ways in WAYS:
                 blocks = [np.array_split(side, ways, axis=axis) for side in view.sides]
                 found = [
-                    factor_of(*each) or ((1.0, 0.0) if np.array_equal(*each) else None)
+                    factor_of(*each, rounding=view.rounding)
+                    or ((1.0, 0.0) if np.array_equal(*each) else None)
                     for each in zip(*blocks, strict=True)
                 ]
                 if view.sides[0].shape[axis] >= 2 * ways and all(found):
@@ -170,9 +174,22 @@ def by_slice(view: View) -> Iterator[Fact]:
         if len(rows) < 2 or max(part.max() for part in rows) >= len(view.sides[0]):
             continue
         factors = [_of_rows(view, part) for part in rows]
-        if all(each is not None for each in factors) and len({round(each or 0, 6) for each in factors}) > 1:
-            yield from _slices(view, rows, [each if each is not None else math.nan for each in factors])
+        known = [each for each in factors if each is not None]
+        if len(known) == len(factors) and _several(known, max(1e-6, view.rounding)):
+            yield from _slices(view, rows, known)
             return
+
+
+def _several(factors: list[float], same: float) -> bool:
+    """Whether there are several factors, some zero, infinite or none perhaps."""
+    finite = [each for each in factors if math.isfinite(each)]
+    apart = max(finite) - min(finite) if finite else 0.0
+    return len(finite) < len(factors) or apart > same
+
+
+def _same(view: View) -> float:
+    """Two factors are called equal if their ratio is 1 to this."""
+    return max(SAME_RATIO, view.rounding)
 
 
 def _of_rows(view: View, rows: Array) -> float | None:
@@ -184,7 +201,7 @@ def _of_rows(view: View, rows: Array) -> float | None:
         return math.nan if left.any() == right.any() else math.inf if right.any() else 0.0
     if np.abs(left - right).max() <= view.allowed:
         return 1.0
-    found = factor_of(left, right)
+    found = factor_of(left, right, rounding=view.rounding)
     return found[0] if found else None
 
 
@@ -202,14 +219,12 @@ def _slices(view: View, rows: list[Array], factors: list[float]) -> Iterator[Fac
     for means in (expected, every):
         for turned in (counted, [1.0 / each for each in counted]):
             wanted = [m for m, f in zip(means, factors, strict=True) if not math.isnan(f)]
-            if np.allclose(turned, wanted, rtol=SAME_RATIO):
+            if np.allclose(turned, wanted, rtol=_same(view)):
                 yield Fact(
                     "mean-of-slices",
                     f"factors {shown} are those of slices with {targets} targets, averaged each by itself",
                 )
                 return
-    others = [each for each in counted if abs(each - 1.0) > SAME_RATIO]
-    if len(others) < len(counted) and all(
-        abs(x - round(x)) < SAME_RATIO for each in others for x in (max(each, 1 / each),)
-    ):
+    others = [max(each, 1 / each) for each in counted if abs(each - 1.0) > _same(view)]
+    if len(others) < len(counted) and all(abs(each / round(each) - 1.0) <= _same(view) for each in others):
         yield Fact("slice-doubled", f"the examples of a slice count more often: factors {shown}")

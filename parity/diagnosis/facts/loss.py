@@ -12,8 +12,9 @@ from parity.diagnosis.facts.numbers import short, width_of
 from parity.diagnosis.view import Array, View
 from trainspec.data import IGNORED
 
-# A loss is what it is made again as, if the two agree to this share of what is to be explained.
-EXPLAINS = 0.02
+# A loss is what it is made again as, if the two agree to the first share of what is to be explained; or the second, if rounding
+# explains the rest.
+EXPLAINS, MAX_ROUNDED = 0.02, 0.25
 # A sum of a few bfloat16 numbers has at most so many bits, in a float64 or float32 run.
 SUM_BITS = {8: 20, 4: 12}
 # Over how many ranks a vocabulary may be split.
@@ -34,9 +35,12 @@ def made_again(view: View) -> Iterator[Fact]:
     worse = int(np.argmax(off))
     if off[1 - worse] > EXPLAINS * off[worse] or not off[worse]:
         return  # neither is what the logits say
-    name = NAMES[worse]
+    name, near = (
+        NAMES[worse],
+        max(EXPLAINS * off[worse], min(view.rounding * abs(wanted), MAX_ROUNDED * off[worse])),
+    )
     for kind, value, words in _mistakes(scores, labels):
-        if abs(sums[worse] - value) <= EXPLAINS * off[worse]:
+        if abs(sums[worse] - value) <= near:
             yield Fact(
                 kind,
                 f"{name}'s loss, {sums[worse]:.6g}, is that of {words} on the same logits ({wanted:.6g} without)",

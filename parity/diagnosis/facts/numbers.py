@@ -107,14 +107,14 @@ def rounded(view: View) -> Iterator[Fact]:
     """Which side's numbers have few digits, and a difference of the size of a rounding."""
     if view.sides is None or view.phase in ("batch", "tokens"):
         return
-    width = width_of(view)
+    width, is_small = width_of(view), _share(*view.sides) <= ROUNDING[1]
     for name, side, other in view.named_sides():
         if min(np.unique(each[each != 0]).size for each in (side, other)) < ENOUGH:
             continue
         if short(side, BF16_BITS) >= ALL and short(other, BF16_BITS) <= FEW:
             yield Fact("bf16-numbers", f"{name} has bfloat16 numbers only, the other side has not")
             return
-        for scale in (1.0, float(max(view.targets(), 1))):
+        for scale in (1.0, float(max(view.targets(), 1))) if is_small else ():
             if (
                 short(side * scale, SUM_BITS[width]) >= MOST_OF
                 and short(other * scale, SUM_BITS[width]) <= FEW
@@ -134,17 +134,22 @@ def size(view: View) -> Iterator[Fact]:
     if view.sides is None or view.phase in ("batch", "tokens") or view.sides[0].size < ENOUGH:
         return
     left, right = view.sides
-    apart, whole = float(np.linalg.norm(right - left)), float(np.linalg.norm(left))
-    share = apart / whole if whole else math.inf
+    share = _share(left, right)
     if 0.0 < share <= SMALL:
         yield Fact("small", f"the difference is {share:.1e} of the tensor")
     if ROUNDING[0] <= share <= ROUNDING[1]:
-        related = abs(float(np.sum((right - left) * left))) / (apart * whole)
+        related = abs(float(np.sum((right - left) * left))) / (share * float(np.sum(left**2)))
         if related <= UNRELATED:
             yield Fact(
                 "like-rounding",
                 f"the difference is irregular and {share:.1e} of the tensor, like a rounding to bfloat16",
             )
+
+
+def _share(left: Array, right: Array) -> float:
+    """The difference as a share of the left side."""
+    apart, whole = float(np.linalg.norm(right - left)), float(np.linalg.norm(left))
+    return apart / whole if whole else math.inf
 
 
 def width_of(view: View) -> int:
