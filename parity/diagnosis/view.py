@@ -148,8 +148,8 @@ class View:
             return 0.0
         if self.sides[0].size == 1 or self.first.index is None:
             return float(self.first.bound)
-        policies = [trace.header.policy for trace in self.pair.traces if trace.header]
-        unit = max((UNITS[policy] for policy in policies if policy in UNITS), default=0.0)
+        headers = [trace.header for trace in self.pair.traces if trace.header]
+        unit = max((UNITS.get(header.policy or "", 0.0) for header in headers), default=0.0)
         return unit * (1.0 if self.tensor == "logits" else ROUNDINGS)
 
     def batch(self, name: str) -> Array | None:
