@@ -139,6 +139,7 @@ KINDS: dict[str, str] = {
     "loss-of-every-position": "one side's loss counts positions without a label, on the same logits",
     "loss-of-bf16": "one side's loss is that of the same logits rounded to bfloat16",
     "loss-of-late-columns": "one side's loss looks for targets in a block of the vocabulary one column late",
+    "loss-with-a-term": "one side's gradient of the logits is that of a loss with another term",
     "loss-off": "one side's loss is not that of its logits and labels",
     # The residual stream, made again.
     "stream-factor": "what a layer adds to one side's stream is multiplied by a number",

@@ -322,6 +322,51 @@ def test_a_loss_is_made_again_from_its_logits(kind: str, tmp_path: Path):
     assert kinds & set(LOSS_MISTAKES) == {kind}
 
 
+def logits_gradient(
+    z: np.ndarray, targets: np.ndarray, *, smoothing: float = 0.0, z_loss: float = 0.0
+) -> np.ndarray:
+    """Of a mean over 7 tokens; by the formula of the paper that smoothed labels, and log(Z)² for the z-loss."""
+    p = np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
+    one = np.eye(VOCAB)[np.maximum(targets, 0)] * (1 - smoothing) + smoothing / VOCAB
+    extra = 2 * z_loss * np.log(np.exp(z).sum(axis=-1, keepdims=True)) * p
+    return np.where((targets != -100)[..., None], p - one + extra, 0.0) / 7
+
+
+def labels_after(labels: np.ndarray, places: int) -> np.ndarray:
+    return np.pad(labels[:, places:], ((0, 0), (0, places)), constant_values=-100)
+
+
+GRADIENT_MISTAKES = {
+    "loss-of-shift": lambda z, y: logits_gradient(z, labels_after(y, 2)),
+    "loss-of-unshifted": lambda z, y: logits_gradient(z, y),
+    "loss-of-every-position": lambda z, y: logits_gradient(
+        z, np.where(np.arange(16) < 15, np.maximum(labels_after(y, 1), 0), -100)
+    ),
+    "loss-with-a-term": lambda z, y: logits_gradient(z, labels_after(y, 1), smoothing=0.1),
+    "loss-with-a-term, z": lambda z, y: logits_gradient(z, labels_after(y, 1), z_loss=1e-3),
+    "none": lambda z, y: 1.5 * logits_gradient(z, labels_after(y, 1)),
+    "nothing known": lambda z, y: logits_gradient(z, labels_after(y, 1)) + noise(z.shape),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT_MISTAKES)
+def test_a_gradient_of_the_logits_is_made_again(name: str, tmp_path: Path):
+    """As the loss is; it may hide a mistake in its rounding that its gradient shows."""
+    logits = np.random.default_rng(9).standard_normal((4, 16, VOCAB))
+    labels = packed_and_padded().labels
+    points = lambda arrays: arrays | {"logits": logits}  # noqa: E731
+    right = logits_gradient(logits, labels_after(labels, 1))
+    wrong = GRADIENT_MISTAKES[name](logits, labels)
+    traces = (
+        leave(tmp_path / "a", activations=points, activation_gradients=lambda g: g | {"logits": right}),
+        leave(tmp_path / "b", activations=points, activation_gradients=lambda g: g | {"logits": wrong}),
+    )
+    pair = Pair(*traces)
+    kinds = set(seen(diagnose(compare(pair, ProofBounds(pair)), traces)))
+    known = {each.split(",")[0] for each in GRADIENT_MISTAKES if each.startswith("loss")}
+    assert kinds & known == ({name.split(",")[0]} & known)
+
+
 def attention_inputs(prefix: bool = False) -> list[Inputs]:
     random = np.random.default_rng(3)
     front = (random.standard_normal((2, KV, D)), random.standard_normal((2, KV, D))) if prefix else None

@@ -55,8 +55,8 @@ CAUSES = (
         sentence="the loss has another term: label smoothing, a z-loss, a cap of the logits",
         contract=SUM,
         phases=("loss", "activation_gradient"),
-        fits={"loss-off": 2, "logits-agree": 1},
-        needs=("loss-off|factor-by-token",),
+        fits={"loss-with-a-term": 6, "loss-off": 2, "logits-agree": 1},
+        needs=("loss-with-a-term|loss-off|factor-by-token",),
         excluded=(
             "loss-of-shift",
             "loss-of-unshifted",

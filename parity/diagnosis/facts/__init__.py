@@ -49,6 +49,7 @@ FINDERS: tuple[Callable[[View], Iterator[Fact]], ...] = (
     attention.swapped_prefix,
     stream.sums,
     loss.made_again,
+    loss.gradient_made_again,
     optimizer.norm,
     optimizer.clip,
     optimizer.rate,
