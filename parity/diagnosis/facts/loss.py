@@ -21,6 +21,8 @@ from trainspec.data import IGNORED
 EXPLAINS, MAX_ROUNDED = 0.02, 0.4
 # A sum of a few bfloat16 numbers has at most so many bits, in a float64 or float32 run.
 SUM_BITS = {8: 20, 4: 12}
+# At most so many elements of the logits' gradient are looked at.
+ELEMENTS = 2**22
 # Over how many ranks a vocabulary may be split.
 WAYS = (2, 4, 8)
 
@@ -65,17 +67,22 @@ def gradient_made_again(view: View) -> Iterator[Fact]:
     if inputs is None or view.sides is None or view.sides[0].ndim != 3:
         return
     scores, labels = inputs
-    sides = [side[:, side.shape[1] - labels.shape[1] :] for side in view.sides]
-    chances = [np.exp(own - own.max(axis=-1, keepdims=True)) for own in scores]
-    chances = [own / own.sum(axis=-1, keepdims=True) for own in chances]
-    shifted = _moved(labels, 1)
+    # Each position is by itself, so that some are enough.
+    at = np.linspace(0, labels.size - 1, min(labels.size, ELEMENTS // scores[0].shape[-1] + 1)).astype(int)
+    rows, columns = np.unravel_index(at, labels.shape)
+    sides = [side[rows, columns + side.shape[1] - labels.shape[1]] for side in view.sides]
+    chances = [_softmax(own[rows, columns]) for own in scores]
+    shifted = _moved(labels, 1)[rows, columns]
     rests = [_rest(side, [_gradient(own, shifted)])[0] for side, own in zip(sides, chances, strict=True)]
     worse = int(np.argmax(rests))
     if rests[1 - worse] > max(EXPLAINS * rests[worse], view.rounding):
         return  # neither is what the logits say
     near = max(EXPLAINS * rests[worse], min(view.rounding, MAX_ROUNDED * rests[worse]))
-    for kind, columns, words in _gradient_mistakes(scores[worse], chances[worse], labels):
-        rest, (_, *shares) = _rest(sides[worse], columns)
+    some = scores[worse][rows, columns]
+    top = some.max(axis=-1, keepdims=True)
+    totals = np.log(np.exp(some - top).sum(axis=-1, keepdims=True)) + top
+    for kind, parts, words in _gradient_mistakes(chances[worse], totals, labels, (rows, columns)):
+        rest, (_, *shares) = _rest(sides[worse], parts)
         if rest <= near and all(share > 0 for share in shares):
             shown = f" of {shares[0]:.3g}" if shares else ""
             yield Fact(kind, f"{NAMES[worse]}'s gradient of the logits is that of {words}{shown}")
@@ -83,28 +90,26 @@ def gradient_made_again(view: View) -> Iterator[Fact]:
 
 
 def _gradient_mistakes(
-    scores: Array, chances: Array, labels: Array
+    chances: Array, totals: Array, labels: Array, at: tuple[Array, Array]
 ) -> Iterator[tuple[str, list[Array], str]]:
-    """(kind, arrays whose sum the gradient is by some factors, words) of each known mistake."""
-    shifted = _moved(labels, 1)
-    right, counts = _gradient(chances, shifted), (shifted != IGNORED)[..., None]
-    yield "loss-of-shift", [_gradient(chances, _moved(labels, 2))], "labels shifted once more"
-    yield "loss-of-unshifted", [_gradient(chances, labels)], "labels that are not shifted"
-    every = np.where(shifted == IGNORED, 0, shifted)
-    every[:, -1] = IGNORED
+    """(kind, arrays whose sum the gradient is by some factors, words) of each known mistake.
+
+    `chances` are softmax(z) of the positions `at`, `totals` the logarithms of their denominators.
+    """
+    shifted = _moved(labels, 1)[at]
+    yield "loss-of-shift", [_gradient(chances, _moved(labels, 2)[at])], "labels shifted once more"
+    yield "loss-of-unshifted", [_gradient(chances, labels[at])], "labels that are not shifted"
+    every = _moved(np.where(labels == IGNORED, 0, labels), 1)[at]
     yield "loss-of-every-position", [_gradient(chances, every)], "every position, a label or not"
+    right, counts = _gradient(chances, shifted), (shifted != IGNORED)[:, None]
     flat = counts * (chances - 1.0 / chances.shape[-1]) - right
     yield "loss-with-a-term", [right, flat], "a loss with label smoothing"
-    total = np.log(np.exp(scores).sum(axis=-1, keepdims=True))
-    yield "loss-with-a-term", [right, counts * total * chances], "a loss with a z-loss"
+    yield "loss-with-a-term", [right, counts * totals * chances], "a loss with a z-loss"
     for ways in WAYS:
         if chances.shape[-1] % ways == 0:
             late = _gradient(chances, shifted, block=chances.shape[-1] // ways)
-            yield (
-                "loss-of-late-columns",
-                [late],
-                f"targets looked up one column late in all but the first of {ways} shards",
-            )
+            words = f"targets looked up one column late in all but the first of {ways} shards"
+            yield "loss-of-late-columns", [late], words
 
 
 def _inputs(view: View) -> tuple[list[Array], Array] | None:
@@ -123,28 +128,32 @@ def _moved(labels: Array, places: int) -> Array:
     return np.concatenate((labels[:, places:], ends), axis=1)
 
 
+def _softmax(scores: Array) -> Array:
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
 def _gradient(chances: Array, targets: Array, block: int | None = None) -> Array:
     """softmax - e, zero where there is no target. In blocks after the first a target is looked up a column late."""
-    at = targets != IGNORED
-    gradient = np.where(at[..., None], chances, 0.0)
-    rows, columns = np.nonzero(at)
-    wanted = targets[at]
+    rows = np.flatnonzero(targets != IGNORED)
+    wanted = targets[rows]
     column = wanted if block is None else wanted - wanted // block
     found = np.ones(len(wanted), bool) if block is None else column // block == wanted // block
-    gradient[rows[found], columns[found], column[found]] -= 1.0
+    gradient = np.zeros_like(chances)
+    gradient[rows] = chances[rows]
+    gradient[rows[found], column[found]] -= 1.0
     return gradient
 
 
-def _rest(side: Array, columns: list[Array]) -> tuple[float, list[float]]:
-    """What is left of an array when it is fitted by others, as a share of it; and the first's factor, of the others to the first's."""
-    matrix = np.stack([column.ravel() for column in columns], axis=1)
-    factors = np.linalg.lstsq(matrix.T @ matrix, matrix.T @ side.ravel(), rcond=None)[0]
+def _rest(side: Array, parts: list[Array]) -> tuple[float, list[float]]:
+    """What is left of an array when it is fitted by a sum of others, as a share of it; and the first's factor, the others' to it."""
+    squares = np.array([[np.sum(one * other) for other in parts] for one in parts])
+    factors = np.linalg.lstsq(squares, np.array([np.sum(one * side) for one in parts]), rcond=None)[0]
     size = float(np.linalg.norm(side))
-    rest = float(np.linalg.norm(side.ravel() - matrix @ factors)) / size if size else 0.0
-    return rest, [
-        float(factors[0]),
-        *(float(each / factors[0]) if factors[0] else 0.0 for each in factors[1:]),
-    ]
+    fitted = sum(factor * part for factor, part in zip(factors, parts, strict=True))
+    first = float(factors[0])
+    shares = [float(each) / first if first else 0.0 for each in factors[1:]]
+    return (float(np.linalg.norm(side - fitted)) / size if size else 0.0), [first, *shares]
 
 
 def _mistakes(scores: Array, labels: Array) -> Iterator[tuple[str, float, str]]:
