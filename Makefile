@@ -60,6 +60,7 @@ docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold resu
 	rm -rf build/tasks
 	$(BIN)/python benchmarks/tasks.py --page docs/tasks.md
 	$(BIN)/parity faults --precision fp64 --precision fp32 --precision bf16 --page docs/faults.md
+	$(BIN)/parity faults --of generation --page docs/faults-of-generation.md
 	$(BIN)/parity matrix
 	$(BIN)/parity matrix --families
 	$(BIN)/python -m trainspec.imports.page docs/migrate.md

@@ -113,7 +113,7 @@ class Outcome:
             "location": asdict(self.divergence.location) | {"error": self.divergence.error}
             if self.divergence
             else None,
-            "true": [asdict(where) for where in self.expected],
+            "expected_at": [asdict(where) for where in self.expected],
             "cause": self.fault.cause,
             "diagnosis": self.diagnosis.as_json() if self.diagnosis else None,
             "report": self.diagnosis.lines() if self.diagnosis else None,

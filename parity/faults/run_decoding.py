@@ -269,7 +269,7 @@ def _outcome(
 
 PAGE_HEAD = """# Faults of generation that must be caught
 
-Written by `parity faults --of generation --page FILE` from its results. Each fault is planted in one backend, as
+Written by `parity faults --of generation --page docs/faults-of-generation.md` from its results. Each fault is planted in one backend, as
 an edit of its source while it is loaded, and its responses are compared with the other backend's in fp64, as `parity generate`
 does. The judge must name the side, and the token where the fault shows first: the *first token*, which the pass over the prompts
 gives; the *second token*, the first that is decoded; a *draw* from log-probabilities that are right; or the *end* of a response. Two

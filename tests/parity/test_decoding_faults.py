@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from many import run_many
+from small import ROOT
 from test_faults import changed_by, source_of, undefined
 
 from parity.comparison.generations import Difference, GenerationComparison, ResponseComparison
@@ -15,6 +17,7 @@ from parity.faults import FAULTS as OF_TRAINING
 from parity.faults.decoding import FAULTS, SETUPS, DecodingFault
 from parity.faults.run import BACKENDS
 from parity.faults.run_decoding import (
+    PAGE_HEAD,
     DecodingOutcome,
     chosen_decoding,
     decoding_lines,
@@ -44,6 +47,15 @@ NO_RUN = replace(
 # A real mistake, said to show elsewhere.
 ELSEWHERE = replace(chosen_decoding(["temperature-applied-twice"])[0], name="elsewhere", stage="first token")
 RESPONSE = ResponseComparison(0, 3, (3, 3), None, ())
+
+
+def test_the_page_in_docs_is_of_these_faults():
+    """`parity faults --of generation --page docs/faults-of-generation.md` writes it; faults added since are missing."""
+    text = (ROOT / "docs/faults-of-generation.md").read_text(encoding="utf-8")
+    caught = re.findall(r"^\| (\S+) \| (jax|torch) \| caught \|", text, re.MULTILINE)
+    assert sorted(caught) == sorted((fault.name, b) for fault in FAULTS for b in fault.edits)
+    assert text.startswith(PAGE_HEAD)
+    assert " 0 not as expected." in text
 
 
 def test_the_registry_is_whole():

@@ -205,6 +205,27 @@ def test_only_what_is_said_to_be_below_a_bound_may_pass_there():
         assert (outcome.word, outcome.as_expected) == ("MISSED", False)
 
 
+def test_a_fault_may_show_later_where_rounding_hides_its_place():
+    [smoothing] = chosen(["label-smoothing"])
+    loss, gradient = Location(1, "loss", "loss_sum"), Location(1, "activation_gradient", "logits")
+    said = {where: Finding(where, 0.1, 0.01, 10.0) for where in (loss, gradient)}
+    words = {
+        (precision, where.phase): Outcome(smoothing, "jax", precision, finding).word
+        for precision in ("fp32", "bf16")
+        for where, finding in said.items()
+    }
+    assert words == {
+        ("fp32", "loss"): "caught",
+        ("fp32", "activation_gradient"): "MISPLACED",
+        ("bf16", "loss"): "caught",
+        ("bf16", "activation_gradient"): "caught",
+    }
+    assert Outcome(smoothing, "jax", "bf16", None).word == "MISSED"
+    assert (
+        Outcome(smoothing, "jax", "bf16", Finding(replace(loss, step=2), 0.1, 0.01, 10.0)).word == "MISPLACED"
+    )
+
+
 def test_a_fault_out_of_reach_in_fp32_is_not_planted_there():
     [fault] = chosen(["clip-by-local-norm"])
     assert [fault.applies(b, "fp64") for b in BACKENDS] == [True, True]

@@ -16,10 +16,12 @@ from parity.diagnosis.view import Array, View
 MAX_RESIDUAL, MAX_ROUNDED = 0.02, 0.1
 # Two ratios are called equal if they agree to this, or to how well the factor is known.
 SAME_RATIO = 1e-4
-FINEST_RATIO = 1e-9
+FINEST_RATIO, LOOSEST_RATIO = 1e-9, 0.02
 # Names are left out where so many of the counts and ratios would fit by chance.
 CHANCE = 0.1
 MOST_NAMES = 3
+# Slices count a whole number of times if they do to this.
+MAX_OFF_WHOLE = 0.05
 # How often a weight's rows may be split.
 WAYS = (2, 4, 8)
 # How many tensors are examined for a factor of their own.
@@ -34,7 +36,8 @@ def multiple(view: View) -> Iterator[Fact]:
     if found is None:
         return
     factor, residual = found
-    names, tried = _names(view, factor, max(FINEST_RATIO, min(4 * residual, SAME_RATIO), view.rounding))
+    tolerance = max(FINEST_RATIO, min(4 * residual, SAME_RATIO), min(view.rounding, LOOSEST_RATIO))
+    names, tried = _names(view, factor, tolerance)
     single = view.sides[0].size < 3  # any two numbers have a ratio
     if single and not names:
         return
@@ -65,7 +68,9 @@ def factor_of(left: Array, right: Array, *, rounding: float = 0.0) -> tuple[floa
 def _names(view: View, factor: float, tolerance: float) -> tuple[list[str], int]:
     """Every count or ratio that equals the factor, none where as many would by chance; and how many were tried."""
     counts = dict(view.counts) | _batch_counts(view) | _plan_counts(view)
-    tried = [(name, value) for name, value in _ratios(counts) if abs(value - 1.0) > SAME_RATIO]
+    tried = [
+        (name, value) for name, value in _ratios(counts) if abs(value - 1.0) > max(SAME_RATIO, tolerance)
+    ]
     near = sum(0.5 <= value / factor <= 2.0 for _, value in tried) if factor > 0 else 0
     fitting = [name for name, value in tried if math.isclose(factor, value, rel_tol=tolerance)]
     by_chance = near * 2 * tolerance / math.log(4.0)
@@ -181,10 +186,11 @@ def by_slice(view: View) -> Iterator[Fact]:
 
 
 def _several(factors: list[float], same: float) -> bool:
-    """Whether there are several factors, some zero, infinite or none perhaps."""
-    finite = [each for each in factors if math.isfinite(each)]
-    apart = max(finite) - min(finite) if finite else 0.0
-    return len(finite) < len(factors) or apart > same
+    """Whether factors differ by more than the share `same`. NaN, of examples without a gradient on either side, is none."""
+    known = [each for each in factors if not math.isnan(each)]
+    if not known or math.inf in known:
+        return len(set(known)) > 1
+    return max(known) - min(known) > same * max(abs(each) for each in known)
 
 
 def _same(view: View) -> float:
@@ -219,12 +225,15 @@ def _slices(view: View, rows: list[Array], factors: list[float]) -> Iterator[Fac
     for means in (expected, every):
         for turned in (counted, [1.0 / each for each in counted]):
             wanted = [m for m, f in zip(means, factors, strict=True) if not math.isnan(f)]
-            if np.allclose(turned, wanted, rtol=_same(view)):
+            if _several(wanted, _same(view)) and np.allclose(turned, wanted, rtol=_same(view)):
                 yield Fact(
                     "mean-of-slices",
                     f"factors {shown} are those of slices with {targets} targets, averaged each by itself",
                 )
                 return
     others = [max(each, 1 / each) for each in counted if abs(each - 1.0) > _same(view)]
-    if len(others) < len(counted) and all(abs(each / round(each) - 1.0) <= _same(view) for each in others):
+    near = [max(SAME_RATIO, min(view.rounding * each, MAX_OFF_WHOLE)) for each in others]
+    if len(others) < len(counted) and all(
+        each > 1.5 and abs(each - round(each)) <= off for each, off in zip(others, near, strict=True)
+    ):
         yield Fact("slice-doubled", f"the examples of a slice count more often: factors {shown}")
