@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from small import ROOT, write_tokenizer
+from transformers import AutoTokenizer
 
 from trainspec.data import IGNORED, Dataset, open_dataset
 from trainspec.errors import DataError
@@ -212,6 +213,20 @@ def test_a_killed_helper_ends_the_filling(tmp_path: Path, tokenizer: Path):
         [sys.executable, "-c", code, json.dumps(job)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )  # fmt: skip
     assert "a process that tokenises was killed" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("begins", ["worker.without_torch(); ", ""], ids=["as-the-worker", "control"])
+def test_the_worker_makes_the_same_tokens_without_torch(begins: str, tokenizer: Path):
+    code = (
+        f"import sys; from trainspec.text import worker; {begins}"
+        "from trainspec.text.fill import encoder_of; encoder = encoder_of(sys.argv[1], None, '2024-07-26', '')\n"
+        "print(sys.modules.get('torch') is not None, encoder.encode_plain('q a q'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tokenizer)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )  # fmt: skip
+    wanted = AutoTokenizer.from_pretrained(tokenizer)("q a q")["input_ids"]
+    assert done.stdout == f"{not begins} {wanted}\n"
 
 
 def test_a_template_that_refuses_a_record_is_a_bad_record(open_):
