@@ -18,7 +18,8 @@ from typing import Any, get_args
 
 from parity.faults import FAULTS
 from parity.faults.fault import Fault
-from parity.faults.run import BACKENDS, Outcome
+from parity.faults.outcome import Outcome
+from parity.faults.run import BACKENDS
 from trainspec.errors import UserError
 from trainspec.plans.plan import Backend, Policy
 

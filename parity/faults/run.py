@@ -5,27 +5,25 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from parity.comparison.compare import Finding, compare
+from parity.comparison.compare import compare
 from parity.comparison.estimated_bounds import EstimatedBounds
 from parity.comparison.pair import Pair
-from parity.comparison.phases import Location
 from parity.comparison.tolerance import Bounds, ProofBounds
-from parity.diagnosis import Diagnosis, counts_of, diagnose
+from parity.diagnosis import counts_of, diagnose
 from parity.faults import FAULTS, SHARED
 from parity.faults.fault import (
     RESUMED,
     RESUMED_AFTER,
     UNRECORDED,
     Fault,
-    Where,
     in_every_backend,
     setup_recipe,
 )
+from parity.faults.outcome import Outcome
 from parity.many import Series
 from parity.measure import Low, Replay, ReplaySettings, measured_bounds, num_summands
 from parity.runs.fixture import LORA, write_tiny
@@ -41,7 +39,6 @@ from trainspec.plans.plan import Backend, Policy
 from trainspec.recipe import Recipe
 from trainspec.trace import Trace
 
-Help = Literal["helpful", "silent", "misleading"]
 # Of two compared backends, the first one here is on the left.
 BACKENDS: tuple[Backend, ...] = tuple(backends.BACKENDS)
 # Nearly all of the time goes into compiling JAX's programs, each in one thread.
@@ -51,74 +48,6 @@ AT_ONCE = 2
 MEASURED: tuple[Low, ...] = ("bf16",)
 # The error of each failed run, by backend and fault.
 Crashes = dict[tuple[Backend, str], str]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one fault in one backend. `divergence` is the first one, None if the check passed."""
-
-    fault: Fault
-    backend: Backend
-    precision: Policy
-    divergence: Finding | None
-    crash: str | None = None
-    diagnosis: Diagnosis | None = None
-
-    @property
-    def said(self) -> Location | None:
-        """The location that the check names."""
-        return self.divergence.location if self.divergence else None
-
-    @property
-    def expected(self) -> tuple[Where, ...]:
-        """Where the check must say that it shows first, at one of them; empty if the check must pass."""
-        return self.fault.shows_in(self.precision)
-
-    @property
-    def as_expected(self) -> bool:
-        """Whether it was caught at the expected location, or rightly passed."""
-        if self.crash is not None:
-            return False
-        below = self.precision in self.fault.below_bound_in
-        if self.said is None or not self.expected:
-            return self.said is None and (not self.expected or below)
-        # A difference about as large as the bound may show first at a neighbour, or a step later.
-        near = below and self.said.phase in [where.phase for where in self.expected]
-        return near or any(where.matches(self.said) for where in self.expected)
-
-    @property
-    def word(self) -> str:
-        """`caught`, `passes` (as it must), `below bound`, or what is wrong."""
-        if self.crash is not None:
-            return "CRASHED"
-        if self.as_expected:
-            return "caught" if self.said else "below bound" if self.expected else "passes"
-        return "MISSED" if self.said is None else "MISPLACED" if self.expected else "FALSE ALARM"
-
-    @property
-    def help(self) -> Help | None:
-        """Whether the diagnosis helps; None where nothing was to be diagnosed.
-
-        `helpful`: the fault's cause is named, first or as what looks the same. `silent`: no cause is. `misleading`: others are.
-        """
-        if self.said is None or self.fault.cause is None:
-            return None
-        named = [cause.name for cause in self.diagnosis.alike] if self.diagnosis else []
-        return "helpful" if self.fault.cause in named else "misleading" if named else "silent"
-
-    def as_json(self) -> dict[str, Any]:
-        """Its entry in faults.json, besides the words of `parity.faults.results`."""
-        return {
-            "as_expected": self.as_expected,
-            "location": asdict(self.divergence.location) | {"error": self.divergence.error}
-            if self.divergence
-            else None,
-            "expected_at": [asdict(where) for where in self.expected],
-            "cause": self.fault.cause,
-            "diagnosis": self.diagnosis.as_json() if self.diagnosis else None,
-            "report": self.diagnosis.lines() if self.diagnosis else None,
-            "crash": self.crash,
-        }
 
 
 def chosen(names: Sequence[str]) -> tuple[Fault, ...]:

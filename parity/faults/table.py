@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from parity.faults import FAULTS
 from parity.faults.fault import SETUPS, Fault
+from parity.faults.outcome import Outcome
 from parity.faults.results import EXPECTED, Result, result_of
-from parity.faults.run import Outcome
 from parity.faults.shared import SharedFault
 from parity.report.markdown import table
 

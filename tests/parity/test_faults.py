@@ -26,8 +26,9 @@ from parity.diagnosis.causes import CAUSES
 from parity.faults import FAULTS, SHARED, Fault, Where
 from parity.faults import run as faults_run
 from parity.faults.fault import SETUPS, setup_recipe
+from parity.faults.outcome import Outcome
 from parity.faults.results import collected, result_of, store
-from parity.faults.run import BACKENDS, Outcome, chosen, clean_pair, home_of, run_faults, whole_trace
+from parity.faults.run import BACKENDS, chosen, clean_pair, home_of, run_faults, whole_trace
 from parity.faults.table import help_summary, page, result_lines
 from parity.faults.written_out import ADAMW_WRITTEN_OUT, ATTENTION_WRITTEN_OUT
 from parity.runs.edit import Edit, PlantError, edited
