@@ -90,7 +90,7 @@ def evaluated(make: Make, case: Case, out: Path) -> list[Command]:
     recipe = recipe_of(make, case, steps=1)
     heldout = recipe.data.model_copy(update={"heldout": str(HELDOUT)})
     recipe = recipe.model_copy(update={"data": heldout})
-    return [Command("train", recipe, out), Command("eval", recipe, out)]
+    return [Command("train", recipe, out), Command("eval", recipe, out, ("--loss-only",))]
 
 
 def run_cases(
