@@ -133,7 +133,8 @@ def _in_order(found: Mapping[tuple[str, str, str], Result]) -> Iterable[Result]:
     if missing or not precisions:
         shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         raise UserError(f"--from: no result of {len(missing)} of {len(wanted)} faults: {shown or 'any'}")
-    yield from (result for result in found.values() if not result.is_planted)
+    clean = [result for result in found.values() if not result.is_planted]
+    yield from (result for p in precisions for result in clean if result.precision == p)
     yield from (found[fault.name, b, p] for fault, b, p in wanted)
 
 
