@@ -56,6 +56,7 @@ def test_both_backends_generate_the_same_tokens(make_recipe, tmp_path: Path):
 
 
 MANY, TOKENS = 100, 64
+FAMILIES = ("plain", "tied", "qwen3", "qwen2", "mistral", "smollm3", "glm", "yarn-rope")
 DRAWN = {
     "drawn": ["--temperature", "1", "--seed", "3"],
     "filtered": ["--temperature", "0.9", "--top-k", "60", "--top-p", "0.95", "--seed", "3"],
@@ -119,6 +120,22 @@ def test_both_backends_draw_the_same_tokens_for_many_prompts(make_recipe, tmp_pa
         assert sum(a != b for a, b in zip(said["drawn"], said[name], strict=True)) > 90
     assert len({tuple(ids) for ids in said["drawn"]}) > 90
     assert max(map(len, said["drawn"])) == TOKENS
+
+
+@pytest.mark.full(minutes=8)
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_both_backends_say_the_same_of_every_family(
+    make_recipe, tmp_path: Path, prompts: Path, precision: str
+):
+    """Greedy; `tests/torchtrain/test_greedy.py` holds torchtrain's to transformers'."""
+    cases = {}
+    for variant in FAMILIES:
+        file = tmp_path / f"{variant}.yaml"
+        recipe = make_recipe(variant, precision={"policy": precision}, data={"sequence_tokens": 64})
+        file.write_text(recipe.to_yaml())
+        cases[variant] = [str(file), "--untrained"]
+    said = said_by_both(tmp_path, prompts, cases)
+    assert len({json.dumps(said[variant]) for variant in FAMILIES}) == len(FAMILIES)  # control
 
 
 @pytest.mark.full(minutes=6)
