@@ -19,7 +19,6 @@ from trainspec.parent import end_with
 def main() -> None:
     """Serve until the input ends. What libraries print, such as `Ignored unknown kwarg option`, is discarded."""
     end_with(int(sys.argv[1]))
-    without_torch()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
@@ -30,9 +29,19 @@ def main() -> None:
         os._exit(128 + signal.SIGINT)
 
 
-def without_torch() -> None:
-    """Have transformers do without torch, as where it is not installed: half of its time to import, and tokens need none of it."""
-    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  # as the documentation of `import` has it
+def import_transformers() -> None:
+    """Import it without torch, as where that is not installed: half of the time, and tokens need none of it.
+
+    It remembers that there is no torch. For others, such as datasets, there is again.
+    """
+    if "transformers" in sys.modules:
+        return
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that models cannot be used
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  # an import of it fails, as Python's reference has it
+    try:
+        import transformers.models.auto.tokenization_auto  # noqa: F401
+    finally:
+        del sys.modules["torch"]
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +61,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _do(request: dict[str, Any]) -> Any:
     # Imported with the first request, so that a failure to import is an answer, too.
+    import_transformers()
     from trainspec.text.fill import encoder_of, fill, identify, prompts_of
 
     match request["do"]:
