@@ -26,6 +26,7 @@ TORCH_WORLD = {"torch", "deepspeed", "peft", "transformers", "accelerate"}
 # the process of the backend that their name begins with (docs/decisions/0015).
 MAY_IMPORT = {
     "trainspec/text/encode.py": {"transformers"},
+    "trainspec/text/worker.py": {"transformers"},
     "parity/faults/substitutes/jax_*.py": {*JAX_WORLD, "jaxtrain"},
     "parity/faults/substitutes/torch_*.py": {*TORCH_WORLD, "torchtrain"},
 }
