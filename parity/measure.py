@@ -57,6 +57,7 @@ class Replay:
 
     def __init__(self, runs: Sequence[Path], settings: ReplaySettings, *, follows: bool = False) -> None:
         recipe, overrides, precision = settings.recipe, settings.overrides, settings.precision
+        self.settings = settings
         self._home, self._runs, self._draws = settings.out / "measured", runs, DRAWS[precision]
         self._failure: str | None = None
         shutil.rmtree(self._home, ignore_errors=True)

@@ -221,12 +221,12 @@ def _measured(
     """Every case's float64 reference and roundings, those of a set-up by the programs of the first."""
     found: dict[tuple[Backend, str], Replay] = {}
     by_setup: list[list[Replay]] = []
-    for setup, some in groupby(sorted(cases, key=lambda case: case[0].setup), key=lambda case: case[0].setup):
+    for _, some in groupby(sorted(cases, key=lambda case: case[0].setup), key=lambda case: case[0].setup):
         by_setup.append([])
         for fault, backend in some:
             if _why(fault, backend, crashes, out) is None:
                 runs = [trace for *_, trace in _sides(fault, backend, out)]
-                replay = Replay(runs, _settings(fault, backend, setup, out, precision))
+                replay = Replay(runs, _settings(fault, backend, out, precision))
                 found[backend, fault.name] = replay
                 by_setup[-1].append(replay)
     shares: list[list[list[Replay]]] = [[] for _ in range(min(AT_ONCE, cores()))]
@@ -244,12 +244,11 @@ def _replayed(groups: Sequence[Sequence[Replay]], home: Path) -> None:
         replay.ended(code, last)
 
 
-def _settings(fault: Fault, backend: Backend, setup: str, out: Path, precision: Low) -> ReplaySettings:
+def _settings(fault: Fault, backend: Backend, out: Path, precision: Low) -> ReplaySettings:
     """What is repeated: with activations, where the runs have them."""
-    recorded: Literal["all"] | None = None if setup in UNRECORDED else "all"
-    return ReplaySettings(
-        out / f"{setup}-{BACKENDS[0]}.yaml", (), precision, home_of(out, backend, fault), recorded
-    )
+    recorded: Literal["all"] | None = None if fault.setup in UNRECORDED else "all"
+    recipe = out / f"{fault.setup}-{BACKENDS[0]}.yaml"
+    return ReplaySettings(recipe, (), precision, home_of(out, backend, fault), recorded)
 
 
 def _judge(
@@ -267,7 +266,7 @@ def _judge(
     left, right = (Trace(trace) for *_, trace in _sides(fault, backend, out))
     pair = Pair(left, right)
     try:
-        bounds = _bounds(pair, fault, backend, recipes, out, replay)
+        bounds = _bounds(pair, recipes, replay)
     except UserError as error:
         return Outcome(fault, backend, precision, None, crash=str(error))
     comparison = compare(pair, bounds)
@@ -277,14 +276,12 @@ def _judge(
     return Outcome(fault, backend, precision, comparison.first_divergence, diagnosis=diagnosis)
 
 
-def _bounds(
-    pair: Pair, fault: Fault, backend: Backend, recipes: Sequence[Recipe], out: Path, replay: Replay | None
-) -> Bounds:
-    """Raises UserError where the reference failed."""
+def _bounds(pair: Pair, recipes: Sequence[Recipe], replay: Replay | None) -> Bounds:
+    """Those of the precision, measured where there is a replay. Raises UserError where the reference failed."""
     precision = recipes[0].precision.policy
     if precision == "fp64":
         return ProofBounds(pair)
     if replay is None:
         return EstimatedBounds(pair, precision, lora_scale=LORA.scale)
-    settings = _settings(fault, backend, fault.setup, out, precision)
-    return measured_bounds(pair, settings, summands=num_summands(recipes[0], recipes[1]), replay=replay)
+    summands = num_summands(recipes[0], recipes[1])
+    return measured_bounds(pair, replay.settings, summands=summands, replay=replay)

@@ -12,8 +12,10 @@ from parity.comparison.phases import WEIGHT_SHAPED
 from parity.diagnosis.fact import Fact
 from parity.diagnosis.view import Array, View
 
-# A factor explains a difference if the residual is below the first share of it; or the second, if rounding explains the residual.
-MAX_RESIDUAL, MAX_ROUNDED = 0.02, 0.1
+# Something explains a difference if what it leaves is below this share of it.
+MAX_RESIDUAL = 0.02
+# The share that rounding may leave of a difference that a factor explains.
+MAX_ROUNDED = 0.1
 # Two ratios are called equal if they agree to this, or to how well the factor is known.
 SAME_RATIO = 1e-4
 FINEST_RATIO, LOOSEST_RATIO = 1e-9, 0.02
@@ -61,8 +63,12 @@ def factor_of(left: Array, right: Array, *, rounding: float = 0.0) -> tuple[floa
         return None
     factor = top / bottom
     residual = float(np.linalg.norm(right - factor * left))
-    explained = max(MAX_RESIDUAL * apart, min(rounding * size, MAX_ROUNDED * apart))
-    return (factor, residual / size) if residual <= explained else None
+    return (factor, residual / size) if residual <= explained(apart, rounding * size, MAX_ROUNDED) else None
+
+
+def explained(apart: float, rounding: float, most: float) -> float:
+    """What may be left of a difference `apart` for it to be explained: a small share, or `rounding` up to the share `most`."""
+    return max(MAX_RESIDUAL * apart, min(rounding, most * apart))
 
 
 def _names(view: View, factor: float, tolerance: float) -> tuple[list[str], int]:

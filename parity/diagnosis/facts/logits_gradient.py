@@ -14,13 +14,13 @@ import numpy as np
 
 from parity.comparison.pair import NAMES, as_float64
 from parity.diagnosis.fact import Fact
-from parity.diagnosis.facts.loss import WAYS, logits_and_labels
+from parity.diagnosis.facts.factors import MAX_RESIDUAL, explained
+from parity.diagnosis.facts.loss import WAYS, late_columns, logits_and_labels
 from parity.diagnosis.view import Array, View
 from trainspec.data import IGNORED
 
-# A gradient is what it is made again as, if the two agree to the first share of what is to be explained; or the second, if rounding
-# explains the rest.
-EXPLAINS, MAX_ROUNDED = 0.02, 0.4
+# The share that rounding may leave of a difference of two gradients that a mistake explains.
+MAX_ROUNDED = 0.4
 # What the sum of softmax and target leaves in float64.
 FINEST = 1e-12
 # At most so many elements are looked at: positions are independent of each other.
@@ -40,14 +40,13 @@ def made_again(view: View) -> Iterator[Fact]:
     found = (
         logits_and_labels(view) if (view.phase, view.tensor) == ("activation_gradient", "logits") else None
     )
-    raw = view.raw
-    if found is None or view.sides is None or raw[0] is None or raw[1] is None or raw[0].ndim != 3:
+    if found is None or view.sides is None or view.sides[0].ndim != 3:
         return
     logits, labels = found
-    virtual = raw[0].shape[1] - labels.shape[1]
+    virtual = view.sides[0].shape[1] - labels.shape[1]
     left, right = (np.asarray(side[:, virtual:].any(axis=-1)) for side in view.sides)
     at = examples, positions = _some(left | right, ELEMENTS // logits[0].shape[-1])
-    sides = [as_float64(side[examples, virtual + positions]) for side in raw if side is not None]
+    sides = [side[examples, virtual + positions] for side in view.sides]
     scores = [as_float64(side[at]) for side in logits]
     if not all(side.any() for side in sides):
         return
@@ -56,9 +55,12 @@ def made_again(view: View) -> Iterator[Fact]:
         _fitted(side, [_gradient(_softmax(z), targets)])[0] for side, z in zip(sides, scores, strict=True)
     ]
     worse = int(np.argmax(residuals))
-    if residuals[1 - worse] > max(EXPLAINS * residuals[worse], view.rounding) or residuals[worse] <= FINEST:
+    if (
+        residuals[1 - worse] > max(MAX_RESIDUAL * residuals[worse], view.rounding)
+        or residuals[worse] <= FINEST
+    ):
         return  # neither is what the logits say, or both are
-    near = max(EXPLAINS * residuals[worse], min(view.rounding, MAX_ROUNDED * residuals[worse]))
+    near = explained(residuals[worse], view.rounding, MAX_ROUNDED)
     for mistake in _mistakes(scores[worse], labels, at):
         residual, (_, *sizes) = _fitted(sides[worse], mistake.terms)
         if residual <= near and all(size > 0 for size in sizes):
@@ -122,8 +124,7 @@ def _gradient(probabilities: Array, targets: Array, block: int | None = None) ->
     """softmax - e, zero where there is no target. In blocks after the first a target is looked up a column late."""
     positions = np.flatnonzero(targets != IGNORED)
     wanted = targets[positions]
-    column = wanted if block is None else wanted - wanted // block
-    is_found = np.ones(len(wanted), bool) if block is None else column // block == wanted // block
+    column, is_found = late_columns(wanted, block or probabilities.shape[-1])
     gradient = np.zeros_like(probabilities)
     gradient[positions] = probabilities[positions]
     gradient[positions[is_found], column[is_found]] -= 1.0

@@ -8,13 +8,13 @@ import numpy as np
 
 from parity.comparison.pair import NAMES, as_float64
 from parity.diagnosis.fact import Fact
+from parity.diagnosis.facts.factors import MAX_RESIDUAL, explained
 from parity.diagnosis.facts.numbers import short, width_of
 from parity.diagnosis.view import Array, View
 from trainspec.data import IGNORED
 
-# A loss is what it is made again as, if the two agree to the first share of what is to be explained; or the second, if rounding
-# explains the rest and no other mistake comes as near.
-EXPLAINS, MAX_ROUNDED = 0.02, 0.25
+# The share that rounding may leave of a difference of two losses that a mistake explains, if no other mistake comes as near.
+MAX_ROUNDED = 0.25
 # A sum of a few bfloat16 numbers has at most so many bits, in a float64 or float32 run.
 SUM_BITS = {8: 20, 4: 12}
 # Over how many ranks a vocabulary may be split.
@@ -32,11 +32,11 @@ def made_again(view: View) -> Iterator[Fact]:
     sums = view.pair.scalar(view.step, "loss_sum")
     off = [abs(each - wanted) for each in sums]
     worse = int(np.argmax(off))
-    if off[1 - worse] > EXPLAINS * off[worse] or not off[worse]:
+    exact = MAX_RESIDUAL * off[worse]
+    if off[1 - worse] > exact or not off[worse]:
         return  # neither is what the logits say
     name = NAMES[worse]
-    exact = EXPLAINS * off[worse]
-    rounded = max(exact, min(view.rounding * abs(wanted), MAX_ROUNDED * off[worse]))
+    rounded = explained(off[worse], view.rounding * abs(wanted), MAX_ROUNDED)
     apart = [(abs(sums[worse] - value), kind, words) for kind, value, words in _mistakes(scores, labels)]
     near = [each for each in apart if each[0] <= rounded]
     if near and (min(near)[0] <= exact or len({kind for _, kind, _ in near}) == 1):
@@ -98,10 +98,16 @@ def _loss(scores: Array, targets: Array, block: int | None = None) -> float:
     total = np.log(np.exp(rows - top[:, None]).sum(axis=-1)) + top
     if block is None:
         return float(np.sum(total - np.take_along_axis(rows, wanted[:, None], axis=-1)[:, 0]))
-    late = wanted // block
-    column = wanted - late
+    column, is_found = late_columns(wanted, block)
     found = np.take_along_axis(rows, column[:, None], axis=-1)[:, 0]
-    return float(np.sum(total - np.where(column // block == late, found, 0.0)))
+    return float(np.sum(total - np.where(is_found, found, 0.0)))
+
+
+def late_columns(targets: Array, block: int) -> tuple[Array, Array]:
+    """Where targets are looked up if each block of a vocabulary, after the first, is taken to begin a column late; and which are in their block."""
+    late = targets // block
+    column = targets - late
+    return column, column // block == late
 
 
 def bf16(array: Array) -> Array:
