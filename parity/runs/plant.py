@@ -36,6 +36,8 @@ CRASHED = 70
 LEADER_SECONDS = 10.0
 # Packages that are loaded anew for each case, as it may have edited them.
 OWN = ("trainspec", "jaxtrain", "torchtrain", "parity.faults.substitutes")
+# But for what holds the process that tokenises, which takes seconds to start, and the errors that it raises.
+KEPT = ("trainspec.text.process", "trainspec.errors")
 
 
 class _EditedLoader(SourceFileLoader):
@@ -66,6 +68,8 @@ class _EditedFinder(MetaPathFinder):
 @contextlib.contextmanager
 def planted(edits: Sequence[Edit]) -> Any:
     """Within it, modules of `OWN` are loaded anew with `edits` applied; afterwards they are forgotten."""
+    edited_of_kept = {edit.module for edit in edits} & set(KEPT)
+    assert not edited_of_kept, f"{edited_of_kept} are loaded once, and cannot be edited"
     _forget()
     finder = _EditedFinder(edits)
     sys.meta_path.insert(0, finder)
@@ -77,7 +81,8 @@ def planted(edits: Sequence[Edit]) -> Any:
 
 
 def _forget() -> None:
-    for name in [name for name in sys.modules if f"{name}.".startswith(tuple(f"{own}." for own in OWN))]:
+    own = tuple(f"{package}." for package in OWN)
+    for name in [name for name in sys.modules if f"{name}.".startswith(own) and name not in KEPT]:
         del sys.modules[name]
 
 

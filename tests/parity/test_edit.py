@@ -206,3 +206,27 @@ def test_a_substitute_is_new_for_every_case(tmp_path: Path):
     assert [end["out"] for end in ended[:3]] == ["1 2 2\n", "-1 -1 -1\n", "1 2 2\n"]
     assert [end["code"] for end in ended] == [None, None, None, 70]
     assert "trainspec.rng was not loaded, so nothing was planted" in ended[3]["err"]
+
+
+def test_one_process_tokenises_for_every_case_of_a_launch(tmp_path: Path):
+    """Its errors are still those that the modules of a later case know."""
+    program = tmp_path / "jaxtrain"
+    program.mkdir()
+    (program / "__init__.py").touch()
+    (program / "cli.py").write_text(
+        "from pathlib import Path\n"
+        "from trainspec.errors import UserError\n"
+        "from trainspec.text.process import ask\n"
+        "def main(argv):\n"
+        "    try: ask(do='identify', source='nowhere')\n"
+        "    except UserError: print(Path('/proc/thread-self/children').read_text())\n"
+    )
+    cases = [{"program": "jaxtrain", "argv": [], "edits": []}] * 3
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "parity.runs.plant", "cases.json", "results.jsonl"]
+    subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, check=True)
+    ended = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {end["code"] for end in ended} == {None}, ended
+    first = ended[0]["out"].split()
+    assert len(first) == 1
+    assert [end["out"].split() for end in ended] == [first] * 3
