@@ -58,7 +58,7 @@ docs: $(MODEL)/made-with.json ## measure the pages of docs/ again that hold resu
 	$(BIN)/python benchmarks/pipeline_schedules.py --page docs/pipeline.md
 	$(BIN)/python benchmarks/learning_curves.py --page docs/learning-curves.md
 	rm -rf build/tasks
-	$(BIN)/python benchmarks/tasks.py --page docs/tasks.md
+	$(BIN)/python benchmarks/tasks.py --steps 60 --page docs/tasks.md
 	$(BIN)/parity faults --precision fp64 --precision fp32 --precision bf16 --page docs/faults.md
 	$(BIN)/parity faults --of generation --page docs/faults-of-generation.md
 	$(BIN)/parity matrix

@@ -1,15 +1,18 @@
-"""Both backends say the same: greedy and drawn, whatever the batch, under several plans."""
+"""Both backends say the same: greedy and drawn, of every family and method, whatever the batch, under every kind of plan."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from many import run_many
+from method_sections import sections
 from small import QA
+
+from parity.runs.launch_many import Case, run_cases
+from trainspec.plans.plan import Backend
 
 SETTINGS = {
     "greedy": [],
@@ -56,18 +59,26 @@ def test_both_backends_generate_the_same_tokens(make_recipe, tmp_path: Path):
 
 
 MANY, TOKENS = 100, 64
-FAMILIES = ("plain", "tied", "qwen3", "qwen2", "mistral", "smollm3", "glm", "yarn-rope")
+VARIANTS = (
+    "plain",
+    "tied",
+    "qwen3",
+    "qwen2",
+    "mistral",
+    "smollm3",
+    "glm",
+    "chatglm2",
+    "llama3-rope",
+    "yarn-rope",
+)
 DRAWN = {
     "drawn": ["--temperature", "1", "--seed", "3"],
     "filtered": ["--temperature", "0.9", "--top-k", "60", "--top-p", "0.95", "--seed", "3"],
+    "penalised": ["--temperature", "1.2", "--min-p", "0.02", "--repetition-penalty", "1.2", "--seed", "3"],
     "another seed": ["--temperature", "1", "--seed", "4"],
 }
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": "all-linear"},
-    "dora": {"kind": "dora", "rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj", "down_proj"]},
-    "prefix": {"kind": "prefix", "virtual_tokens": 5},
-    "prompt": {"kind": "prompt", "virtual_tokens": 5},
-}
+# Those of the registry, so that a new one is here by itself; their dropout must not show.
+METHODS = {name: method for name, method in sections({}).items() if method["kind"] != "full"}
 
 
 @pytest.fixture
@@ -90,7 +101,7 @@ def said_by_both(
     for program, first in (("torchtrain", before), ("jaxtrain", ())):
         how = ["--file", str(prompts), "--max-tokens", str(TOKENS), "--batch", "25"]
         commands = [
-            ["generate", *words, "--out", str(directory / name), *how] for name, words in cases.items()
+            ["generate", "--out", str(directory / name), *how, *words] for name, words in cases.items()
         ]
         for case in run_many(program, [*first, *commands], directory / f"{program}-scratch"):
             assert case["code"] == 0, case
@@ -116,7 +127,7 @@ def test_both_backends_draw_the_same_tokens_for_many_prompts(make_recipe, tmp_pa
     file.write_text(make_recipe(precision={"policy": "fp64", "reduce": "fp64"}).to_yaml())
     cases = {name: [str(file), "--untrained", *words] for name, words in DRAWN.items()}
     said = said_by_both(tmp_path, prompts, cases)
-    for name in ("filtered", "another seed"):  # controls: the settings and the seed are read
+    for name in ("filtered", "penalised", "another seed"):  # controls: the settings and the seed are read
         assert sum(a != b for a, b in zip(said["drawn"], said[name], strict=True)) > 90
     assert len({tuple(ids) for ids in said["drawn"]}) > 90
     assert max(map(len, said["drawn"])) == TOKENS
@@ -129,23 +140,28 @@ def test_both_backends_say_the_same_of_every_family(
 ):
     """Greedy; `tests/torchtrain/test_greedy.py` holds torchtrain's to transformers'."""
     cases = {}
-    for variant in FAMILIES:
+    for variant in VARIANTS:
         file = tmp_path / f"{variant}.yaml"
         recipe = make_recipe(variant, precision={"policy": precision}, data={"sequence_tokens": 64})
         file.write_text(recipe.to_yaml())
         cases[variant] = [str(file), "--untrained"]
+    cases["alone"] = [*cases["plain"], "--batch", "1"]
     said = said_by_both(tmp_path, prompts, cases)
-    assert len({json.dumps(said[variant]) for variant in FAMILIES}) == len(FAMILIES)  # control
+    assert said["alone"] == said["plain"]
+    assert len({json.dumps(said[variant]) for variant in VARIANTS}) == len(VARIANTS)  # control
 
 
 @pytest.mark.full(minutes=6)
-def test_both_backends_say_the_same_with_a_trained_adapter(make_recipe, tmp_path: Path, prompts: Path):
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_both_backends_say_the_same_with_a_trained_adapter(
+    make_recipe, tmp_path: Path, prompts: Path, precision: str
+):
     """Greedy, of checkpoints that torchtrain wrote."""
     cases, trained = {}, []
     for kind, method in METHODS.items():
         file = tmp_path / f"{kind}.yaml"
-        precision = {"policy": "fp64", "reduce": "fp64"}
-        file.write_text(make_recipe(method=method, optimizer={"lr": 0.05}, precision=precision).to_yaml())
+        recipe = make_recipe(method=method, optimizer={"lr": 0.05}, precision={"policy": precision})
+        file.write_text(recipe.to_yaml())
         trained.append(["train", str(file), "--out", str(tmp_path / kind)])
         cases[kind] = [str(file)]
     cases["untrained"] = [cases["lora"][0], "--untrained"]
@@ -154,3 +170,41 @@ def test_both_backends_say_the_same_with_a_trained_adapter(make_recipe, tmp_path
         assert said[kind] != said["untrained"], kind
         assert max(map(len, said[kind])) == TOKENS
     assert len({json.dumps(said[kind]) for kind in METHODS}) == len(METHODS)
+
+
+# By name the plan, and its devices. A pipeline has no cache.
+PLANS = {
+    "one": ({}, 1),
+    "data": ({"data": 2}, 2),
+    "tensor": ({"tensor": 2}, 2),
+    "shards": ({"fsdp": 2, "shards": "params"}, 2),
+    "pipe": ({"pipe": 2, "microbatches": 2}, 2),
+}
+
+
+@pytest.mark.full(minutes=4)
+@pytest.mark.parametrize(("backend", "policy"), [("jax", "fp64"), ("torch", "fp32")])
+def test_every_plan_says_what_one_device_says(
+    make_recipe, tmp_path: Path, prompts: Path, backend: Backend, policy: str
+):  # DeepSpeed has no float64
+    """As commands, of checkpoints that were trained under the plan; with two processes the first alone prints and writes."""
+    cases, outs = [], {}
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(prompts.read_text(encoding="utf-8").splitlines()[:5]) + "\n", encoding="utf-8")
+    for name, (plan, devices) in PLANS.items():
+        file, outs[name] = tmp_path / f"{name}.yaml", tmp_path / name
+        recipe = make_recipe(
+            method=METHODS["prefix"], plan=plan, optimizer={"lr": 0.05}, precision={"policy": policy}
+        )
+        file.write_text(recipe.to_yaml())
+        words = [str(file), "--out", str(outs[name])]
+        answer = ["generate", *words, "--file", str(few), "--max-tokens", "24", "--batch", "4"]
+        cases += [Case(("train", *words), devices), Case(tuple(answer), devices)]
+    ended = run_cases(backend, cases, home=tmp_path / "launches")
+    assert not (wrong := [result.wrong for result in ended if result.wrong]), wrong
+    said = {name: (out / "generations.jsonl").read_text(encoding="utf-8") for name, out in outs.items()}
+    ids = {name: [json.loads(line)["ids"] for line in lines.splitlines()] for name, lines in said.items()}
+    assert len(ids["one"]) == 5
+    assert all(found == ids["one"] for found in ids.values()), ids
+    for result in ended[1::2]:
+        assert result.printed.count("wrote") == 1, result.printed

@@ -1,4 +1,4 @@
-"""The benchmark of the tasks: what it fails for, and what its page says of two backends that part."""
+"""The benchmark of the tasks: what it fails for, and what its page says, also of two backends that part."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def result(benchmark: Any, *, loss: float, chrf: float, ids: list[int]) -> Any:
     untrained = {"heldout_loss": 2.0, "chrf": 1.0}
     trained = {"heldout_loss": loss, "chrf": chrf, "step": 3}
     line = {"ids": ids, "untrained": {"ids": [1]}}
-    return benchmark.Result({"untrained": untrained, "trained": trained}, [line, line])
+    signatures = dict.fromkeys(untrained, "how")
+    figures = {"untrained": untrained, "trained": trained, "signatures": signatures}
+    return benchmark.Result(figures, [line, line])
 
 
 def test_a_figure_that_does_not_get_better_is_named(benchmark: Any):
@@ -41,6 +43,27 @@ def test_a_figure_that_does_not_get_better_is_named(benchmark: Any):
     assert benchmark.failures("translation", {"jaxtrain": good, "torchtrain": worse}) == [
         "translation on torch: heldout_loss was 2.00 and is 2.50", "translation on torch: chrf was 1.00 and is 1.00"
     ]  # fmt: skip
+
+
+def test_backends_that_part_are_named(benchmark: Any):
+    good = result(benchmark, loss=1.0, chrf=2.0, ids=[1])
+    rounded = result(benchmark, loss=1.0 + 1e-12, chrf=2.0, ids=[1])
+    assert benchmark.partings("translation", {"jaxtrain": good, "torchtrain": rounded}) == []
+    other = result(benchmark, loss=1.0 + 1e-8, chrf=2.0, ids=[2])
+    assert benchmark.partings("translation", {"jaxtrain": good, "torchtrain": other}) == [
+        "translation, trained: heldout_loss is 1.0 on JAX and 1.00000001 on torch",
+        "translation: 2 answers differ between the backends",
+    ]
+
+
+def test_the_page_says_what_the_benchmark_writes(benchmark: Any):
+    """But for its figures and samples, which runs have made."""
+    page = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    made = Namespace(precision="fp64", steps=60, examples=24, max_tokens=24)
+    assert page.startswith(benchmark.head(made) + "\n| task |")
+    assert page.endswith(benchmark.TAIL)
+    tasks = " --steps 60 --page docs/tasks.md"
+    assert f"benchmarks/tasks.py{tasks}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_a_run_that_was_measured_otherwise_is_not_taken(benchmark: Any, tmp_path: Path, monkeypatch):

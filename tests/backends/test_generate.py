@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from backend import PROGRAM, logits, main, next_logits, start_state, train
-from small import SMALL
+from small import QA, ROOT, SMALL
 from test_model import FP64, FULL, LORA
 
 from trainspec.generation.rows import batch_of
@@ -89,3 +93,65 @@ def test_what_cannot_be_generated_is_one_line(make_recipe, tmp_path: Path, capsy
     assert err.startswith(f"{PROGRAM}: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "run/generations.jsonl").exists()
+
+
+EMPTY = '{"instruction": " "}'
+LONG = json.dumps({"instruction": "word " * 500})
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (['{"instruction": "Why?"}', '{"instruction": '], ["line 2"]),
+        (['{"instruction": "Why?"}', "[1]", *["{}"] * 6], ["line 2", "line 6", "; and 2 more"]),
+        (['{"instruction": "Why?"}', EMPTY], ["line 2", "the prompt is empty"]),
+        (['{"instruction": "Why?"}', LONG], ["prompt 2 of", "has positions for 512"]),
+        ([], ["has no prompt", "give a record in each line"]),
+    ],
+    ids=["cut", "several", "empty", "long", "none"],
+)
+def test_a_file_that_cannot_be_answered_is_one_line(make_recipe, tmp_path: Path, capsys, lines, said):
+    """Before anything is generated: the first five bad lines are named, the rest counted."""
+    file, prompts = tmp_path / "r.yaml", tmp_path / "p.jsonl"
+    file.write_text(make_recipe().to_yaml())
+    prompts.write_text("".join(f"{line}\n" for line in lines))
+    command = ["generate", str(file), "--out", str(tmp_path / "run"), "--untrained", "--file", str(prompts)]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{PROGRAM}: ")
+    assert str(prompts) in err
+    assert all(part in err for part in said), err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run/generations.jsonl").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_ctrl_c_is_one_line_and_keeps_what_is_done(make_recipe, tmp_path: Path, command: str):
+    """As from a terminal: the process that tokenises is interrupted, too."""
+    file, out = tmp_path / "r.yaml", tmp_path / "run"
+    file.write_text(make_recipe(data={"heldout": str(QA)}).to_yaml())
+    prompts = ["--file", str(QA)] if command == "generate" else []
+    words = [command, str(file), "--out", str(out), "--untrained", *prompts, "--batch", "2"]
+    # A shell's background ignores an interruption, and so would what is started from there.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        [sys.executable, "-m", PROGRAM, *words],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as running:  # fmt: skip
+        signal.signal(signal.SIGINT, before)
+        try:
+            assert running.stdout is not None
+            begun = "4 of" if command == "generate" else "measuring"
+            assert any(begun in line for line in running.stdout)
+            os.killpg(running.pid, signal.SIGINT)
+            _, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 130, err
+    assert err.startswith(f"{PROGRAM}: interrupted")
+    assert err.count("\n") == 1
+    if command == "generate":
+        kept = generations(out)
+        assert 4 <= len(kept) < 1200
+        assert f"has the first {len(kept)} of 1200 responses" in err

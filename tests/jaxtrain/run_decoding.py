@@ -4,8 +4,8 @@
 
 A case with "stacked" has its layers in a scan, as where the devices are no CPU; one with "late" rotates each token one position
 late; of one with "factors" the program of a token is read. OUT has `NAME/cached` and `NAME/whole` [steps, B, vocab], `NAME/shard`,
-the shape of a device's keys, and `NAME/compiled`: how many programs a first batch, a second one of its shape, and one of another
-shape compiled. `NAME/products` [N, 2] are the shapes of what the products of two matrices in a program make.
+the shape of a device's keys, and `NAME/compiled` [3, 1 + steps]: how many programs were compiled when a batch began and with each token
+after it, of a first batch, a second one of its shape, and one of another shape. `NAME/products` [N, 2] are the shapes of what the products of two matrices in a program make.
 """
 
 import json
@@ -46,16 +46,18 @@ def run(recipe: Any, *, is_stacked: bool, is_late: bool, is_read: bool) -> dict[
     programs.is_apart = programs.is_apart and not is_stacked
     found: dict[str, Any] = {"compiled": []}
     for length in (70, 70, 90):
-        before = compiled
+        counts = [compiled]
         decoding = step.decoding(state, length=length)
         batch, last = batch_of(ROWS, limit=length, count=4)
         logits = [decoding.begin(batch, last)]
+        counts.append(compiled)
         for ids in np.array(ADDED, np.int32):
             if is_late:
                 cache = decoding._cache
                 decoding._cache = Cache(cache.kept, cache.tokens_B + 1)
             logits.append(decoding.extend(ids))
-        found["compiled"].append(compiled - before)
+            counts.append(compiled)
+        found["compiled"].append(np.diff(counts))
     if is_read:
         found["products"] = products(programs, decoding)
     kept = decoding._cache.kept

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import CACHE, write_tokenizer
+import yaml
+from jinja2 import Environment, StrictUndefined
+from small import CACHE, ROOT, write_tokenizer
 from transformers import AutoTokenizer
 
 from trainspec.data import IGNORED, open_dataset
 from trainspec.errors import DataError
 from trainspec.preview import preview
-from trainspec.recipe import Data
+from trainspec.recipe import Data, load_recipe
 from trainspec.runs.run import resolve
 from trainspec.text.store import Tokenizer, find_tokenizer
 
@@ -96,6 +98,26 @@ def test_a_prompt_is_what_training_has_before_the_first_target(
         first = int(np.flatnonzero(batch.labels[i] != IGNORED)[0])
         assert prompt["ids"] == batch.input_ids[i, :first].tolist()
         assert prompt["reference"] == records[i]["output"]
+
+
+def test_lm_eval_reads_the_prompts_that_are_trained(make_recipe):
+    """Its task file renders each record to our prompt, and its right choice is our reference."""
+    task = yaml.safe_load((ROOT / "configs/lm-eval/question_answering.yaml").read_text(encoding="utf-8"))
+    recipe = load_recipe(ROOT / "configs/question-answering.yaml")
+    [source] = task["dataset_kwargs"]["data_files"].values()
+    assert source == recipe.data.heldout
+    recipe = make_recipe(data={"task": recipe.data.task, "language": recipe.data.language})
+    tokenizer = find_tokenizer(recipe.data, resolve(recipe).directory, "")
+    made = tokenizer.prompts((), str(ROOT / source), recipe.data)["prompts"]
+    records = [json.loads(line) for line in (ROOT / source).read_text(encoding="utf-8").split("\n") if line]
+    # As lm-eval renders it.
+    text = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(task["doc_to_text"])
+    assert len(made) == len(records) > 100
+    for record, prompt in zip(records, made, strict=True):
+        whole = tokenizer.encode(text.render(record), CACHE)
+        assert whole == prompt["ids"]
+        assert record[task["doc_to_target"]] == prompt["reference"]
+        assert record[task["doc_to_choice"]] == [choice["text"] for choice in prompt["choices"]]
 
 
 def test_of_the_first_records_alone_prompts_are_made(make_recipe, tmp_path: Path):

@@ -184,15 +184,32 @@ def printed_by(*command: str) -> str:
     return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True).stdout
 
 
-def test_figures_of_translations_are_those_of_sacrebleu_on_the_written_file(evaluated, tmp_path: Path):
-    said = ["A sequence of items", "Items without any order.", "Keys and values."]
-    records = [{key: r[key] for key in ("instruction", "output")} for r in RECORDS]
-    _, _, out = evaluated(records, trained=said, task="translation")
+TRANSLATED = {
+    "en": (
+        ["Items in order.", "Items without order.", "Keys and their values."],
+        ["Items in an order", "Items without any order.", "Keys and values."],
+    ),
+    "zh": (
+        ["列表是有顺序的元素。", "集合里的元素没有顺序。", "字典有键和值。"],
+        ["列表是有次序的元素。", "集合的元素没有顺序。", "字典里有键。"],
+    ),
+}
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_figures_of_translations_are_those_of_sacrebleu_on_the_written_file(
+    evaluated, tmp_path: Path, language: str
+):
+    references, said = TRANSLATED[language]
+    records = [{"instruction": f"Translate {n}", "output": text} for n, text in enumerate(references)]
+    _, _, out = evaluated(records, trained=said, task="translation", language=language)
     figures, predictions = read(out)
+    assert [p["prediction"] for p in predictions] == said
     reference, hypothesis = columns(predictions, tmp_path)
+    words = ["-tok", "zh"] if language == "zh" else []
     told = json.loads(
         printed_by(
-            "sacrebleu", reference, "-i", hypothesis, "-m", "bleu", "chrf", "-w", "10", "--format", "json"
+            "sacrebleu", reference, "-i", hypothesis, "-m", "bleu", "chrf", "-w", "10", "--format", "json", *words
         )
     )
     assert [figures["trained"]["bleu"], figures["trained"]["chrf"]] == pytest.approx(

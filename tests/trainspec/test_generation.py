@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainspec.files.hf import end_tokens
 from trainspec.generation import loop
 from trainspec.generation.choice import TokenScore
 from trainspec.generation.generation import Generation, read_generations
@@ -17,7 +18,7 @@ from trainspec.generation.rows import batch_of
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import resolve
 
-EOS = 2
+BOS, EOS = 1, 2
 
 
 class Table:
@@ -122,3 +123,37 @@ def test_a_generation_is_read_as_it_was_written_whatever_its_text_has_in_it(end:
     path = tmp_path / "generations.jsonl"
     path.write_text("".join(f"{each.line()}\n" for each in made), encoding="utf-8")
     assert read_generations(path) == made
+
+
+def test_a_special_token_stops_where_it_is_named(generated):
+    """It is in no response's text, so that as a text it would never be found."""
+    [going] = generated([7, BOS, 8, EOS], "Why?")[0]
+    assert going.ids == (7, BOS, 8, EOS)
+    [stopped] = generated([7, BOS, 8, EOS], "Why?", stop=("<s>",))[0]
+    assert (stopped.ids, stopped.finish, stopped.text) == ((7, BOS), "stop", going.text[:1])
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, set()),
+        ({"config.json": 3}, {3}),
+        ({"config.json": [3, 4]}, {3, 4}),
+        ({"config.json": None}, set()),
+        ({"config.json": 3, "generation_config.json": [5, 6]}, {5, 6}),
+        ({"config.json": 3, "generation_config.json": None}, {3}),
+    ],
+)
+def test_a_model_s_files_say_where_responses_end(tmp_path: Path, files: dict, ends: set[int]):
+    for name, end in files.items():
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": end}))
+    assert end_tokens(tmp_path) == ends
+
+
+def test_an_end_token_of_the_model_s_files_ends_a_response(generated, model_dirs, tmp_path: Path):
+    (config := model_dirs["plain"] / "generation_config.json").write_text('{"eos_token_id": [9]}')
+    try:
+        [stopped] = generated([7, 9, 8, EOS], "Why?")[0]
+    finally:
+        config.unlink()
+    assert (stopped.ids, stopped.finish) == ((7, 9), "stop")

@@ -80,16 +80,18 @@ def questions_of(
     way_out: str,
     examples: int | None = None,
     needs_references: bool = True,
+    stop: Sequence[str] = (),
 ) -> Questions:
     """The first `examples` records of `data.heldout`, or all; training's own are left out alike.
 
     Raises DataError where one is malformed, has no response to compare with where that is needed, or has a token that the model has
-    not, and where no prompt fits. `way_out` is what the user can do instead of changing records.
+    not, and where no prompt fits. `way_out` is what the user can do instead of changing records. A text of `stop` ends a response
+    where it is a special token.
     """
     data, source = run.recipe.data, run.recipe.data.heldout
     if source is None:
         raise DataError("data.heldout: not given; it names the records to measure on")
-    answer = tokenizer.prompts((), source, data, as_trained=True, first=examples)
+    answer = tokenizer.prompts((), source, data, as_trained=True, first=examples, stop=stop)
     stops = frozenset(answer["stops"]) | end_tokens(run.directory)
     found = {record["number"]: record for record in answer["prompts"]}
     left_out = {record["number"]: record["why"] for record in answer["left_out"]}

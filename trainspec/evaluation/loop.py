@@ -91,6 +91,8 @@ def _questions(
             )
         return None
     way_out = "measure the loss alone with --loss-only"
-    questions = questions_of(run, tokenizer, way_out=way_out, examples=request.examples)
+    questions = questions_of(
+        run, tokenizer, way_out=way_out, examples=request.examples, stop=request.settings.stop
+    )
     task.score([Answer("", questions.asked[0].references)], language=run.recipe.data.language)
     return questions

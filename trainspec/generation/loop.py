@@ -32,9 +32,10 @@ def generate(
     """
     data = run.recipe.data
     tokenizer = find_tokenizer(data, run.directory, run.recipe.model.from_)
-    asked = tokenizer.prompts(request.texts, str(request.file) if request.file else None, data)
+    source = str(request.file) if request.file else None
+    asked = tokenizer.prompts(request.texts, source, data, stop=request.settings.stop)
     prompts = [Prompt(p["prompt"], tuple(p["ids"]), p["reference"]) for p in asked["prompts"]]
-    check_prompts(prompts, run, source=str(request.file) if request.file else None)
+    check_prompts(prompts, run, source=source)
     stops = frozenset(asked["stops"]) | end_tokens(run.directory)
     state, whose = newest_state(
         backend, run, out=request.trained_in, processes=processes, tokenizer_digest=tokenizer.digest

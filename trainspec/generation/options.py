@@ -73,7 +73,7 @@ def add_decoding(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end a response before this text; repeatable",
+        help="end a response before this text, or at this special token; repeatable",
     )
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="how many prompts at once (8)")
     parser.add_argument(

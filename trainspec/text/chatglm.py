@@ -92,6 +92,11 @@ class ChatGLMEncoder:
         """The ids that end a response."""
         return [self.eos]
 
+    def special_ids(self, texts: Sequence[str]) -> list[int]:
+        """The ids of those texts that are special tokens: what `said` leaves out."""
+        special = self._special | dict(self.special_tokens.values())
+        return [i for i in map(special.get, texts) if i is not None]
+
     def said(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens."""
         return self._pieces.decode([i for i in ids if i < len(self._pieces) and not self._is_mark(i)])

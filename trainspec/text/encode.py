@@ -196,6 +196,11 @@ class Encoder:
             pass
         return sorted(stops)
 
+    def special_ids(self, texts: Sequence[str]) -> list[int]:
+        """The ids of those texts that are special tokens: what `said` leaves out."""
+        special = {t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        return [special[text] for text in texts if text in special]
+
     def said(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -273,7 +273,8 @@ def _progress(source: str, batches: Iterable[tuple[int, _Tokenised]]) -> Iterato
 def prompts_of(job: dict[str, Any]) -> dict[str, Any]:
     """The prompts that a job asks for, the records that are left out, and the ids that end a response."""
     encoder = encoder_of(job["tokenizer"], job["chat_template"], job["date"], job["digest"])
-    return prompts(job, encoder, _reader(job)) | {"stops": encoder.stops}
+    stops = {*encoder.stops, *encoder.special_ids(job["stop"])}
+    return prompts(job, encoder, _reader(job)) | {"stops": sorted(stops)}
 
 
 def _reader(job: dict[str, Any]) -> Reader:

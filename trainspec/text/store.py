@@ -95,6 +95,7 @@ class Tokenizer:
         *,
         as_trained: bool = False,
         first: int | None = None,
+        stop: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The prompts of `texts`, or of a file's records or the `first` of them, as the data's task and template write them.
 
@@ -104,7 +105,8 @@ class Tokenizer:
         none), `references` (all that are right, the reference first) and `choices`, objects with `text`, `ids` (prompt, choice and
         end token as training has them) and `first`, the number of the first of `ids` that counts. `left_out` are the records that
         are no prompts, objects with `number` and `why`.
-        `records` is how many there are in all. `stops` are the ids that end a response. Raises DataError.
+        `records` is how many there are in all. `stops` are the ids that end a response, with those of `stop` that are special tokens.
+        Raises DataError.
         """
         return ask(
             do="prompts",
@@ -118,6 +120,7 @@ class Tokenizer:
             prompt=read_prompt(data),
             as_trained=as_trained,
             first=first,
+            stop=list(stop),
             bad_records=data.bad_records,
             chat_template=self.template,
             **self._asked,
