@@ -1,10 +1,12 @@
 """How fast both backends generate, with a cache of keys and values and by whole rows, beside transformers' `generate`.
 
-    python benchmarks/generation.py [--rows 1 8] [--policy fp32] [--rounds N] [--tokens N] [--tiny]
+    python benchmarks/generation.py [--model 28m] [--rows 1 8] [--policy fp32] [--rounds N] [--tokens N] [--tiny]
+    python benchmarks/generation.py --model 8b-widths --rows 1 32 --policy bf16          # on a GPU
 
-The 28 M model with random weights, prompts of 100 tokens, greedy, no token ends a row. The programs are all there and take turns of one
-batch of prompts: `÷ transformers` is a ratio within a round, by the wall and by core seconds, the median with the smallest and the largest.
-A turn has the pass over the prompts in it. `same tokens` says how many of the first row are those of transformers.
+Random weights, prompts of 100 tokens, greedy, no token ends a row. On a CPU the programs are all there and take turns of one batch of
+prompts; on a GPU they come one after another. `÷ transformers` is a ratio within a round, by the wall and by core seconds, the median
+with the smallest and the largest. A turn has the pass over the prompts in it. `same tokens` says how many of the first row are those of
+transformers. `peak GiB` is of host memory, on a GPU of transformers' and torchtrain's device memory.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_recipe import HOME, ROOT, Case, model_directory, sizes_of
+from bench_recipe import HOME, ROOT, Case, has_gpu, model_directory, sizes_of
 from numpy.typing import NDArray
 from turns import Launch, Measured, command_line, machine, measure
 
@@ -37,6 +39,7 @@ Generate = Callable[[NDArray[np.int32], int], NDArray[Any]]
 def main() -> None:
     """Measure every number of rows and print its table, or be one of the programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", choices=("28m", "8b-widths"), default="28m")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--policy", choices=("fp32", "bf16"), default="fp32")
@@ -45,14 +48,14 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model: only to see that everything runs")
     parser.add_argument("--as", dest="program", choices=PROGRAMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    model = "tiny" if arguments.tiny else "28m"
+    model = "tiny" if arguments.tiny else arguments.model
     if arguments.program:
         take_turns(arguments.program, model, arguments.policy, arguments.rows[0], arguments.tokens)
         return
     print(f"`{command_line()}`\n\n{machine()}\n", flush=True)
     for rows in arguments.rows:
         shared = ["--policy", arguments.policy, "--rows", f"{rows}", "--tokens", f"{arguments.tokens}"]
-        shared += ["--tiny"] if arguments.tiny else []
+        shared += ["--tiny"] if arguments.tiny else ["--model", model]
         launches = [
             Launch(
                 name,
@@ -66,7 +69,7 @@ def main() -> None:
             rounds=arguments.rounds,
             updates=1,
             warm_up=1,
-            at_once=True,
+            at_once=not has_gpu(),
             logs=HOME / f"generation-{rows}",
         )
         print(f"**{model}, {arguments.policy}, {rows} row(s), {arguments.tokens} tokens each**\n")
@@ -126,10 +129,17 @@ def take_turns(program: str, model: str, policy: str, rows: int, tokens: int) ->
         print(json.dumps(words), file=answers, flush=True)
         line = sys.stdin.readline().strip()
         if not line.isdecimal():
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            print(json.dumps({"ids": ids[0].tolist(), "peak_bytes": peak}), file=answers, flush=True)
+            print(json.dumps({"ids": ids[0].tolist(), "peak_bytes": _peak()}), file=answers, flush=True)
             return
         turns = int(line)
+
+
+def _peak() -> int:
+    """The device memory that torch has had, on a GPU with torch; else the host memory of this process."""
+    torch = sys.modules.get("torch")
+    if has_gpu() and torch is not None:
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def ours(program: str, model: str, policy: str) -> Generate:
@@ -137,7 +147,9 @@ def ours(program: str, model: str, policy: str) -> Generate:
     package = program.partition("-")[0]
     cluster: Any = importlib.import_module(f"{package}.cluster")
     step: Any = importlib.import_module(f"{package}.step")
-    state = step.init_state(cluster.start(load_recipe(Case(model, "full", policy).write(), [])))
+    # Fresh LoRA is the base, which in bf16 is then stored as it is computed with.
+    method = "lora" if model == "8b-widths" else "full"
+    state = step.init_state(cluster.start(load_recipe(Case(model, method, policy).write(), [])))
     has_cache = program == package
 
     def generate(prompts: NDArray[np.int32], tokens: int) -> NDArray[Any]:
@@ -163,16 +175,18 @@ def theirs(model: str, policy: str) -> Generate:
 
     dtype = torch.bfloat16 if policy == "bf16" else torch.float32
     directory: Path = model_directory(sizes_of(model))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    device = "cuda" if has_gpu() else "cpu"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    loaded = loaded.eval().to(device)
 
     def generate(prompts: NDArray[np.int32], tokens: int) -> NDArray[Any]:
         with torch.inference_mode():
             ids = loaded.generate(
-                torch.from_numpy(prompts).long(), do_sample=False, use_cache=True, pad_token_id=0,
+                torch.from_numpy(prompts).long().to(device), do_sample=False, use_cache=True, pad_token_id=0,
                 min_new_tokens=tokens, max_new_tokens=tokens,
-                attention_mask=torch.ones(prompts.shape, dtype=torch.long),
+                attention_mask=torch.ones(prompts.shape, dtype=torch.long, device=device),
             )  # fmt: skip
-        return ids[:, prompts.shape[1] :].numpy()
+        return ids[:, prompts.shape[1] :].cpu().numpy()
 
     return generate
 

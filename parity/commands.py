@@ -33,9 +33,11 @@ from parity.runs.programs import Launcher
 from parity.runs.progress import Progress
 from parity.runs.sides import Resumption, Side, parse_resumption, parse_side
 from parity.steps import SMALL_STEPS
+from trainspec.backends import BACKENDS as CAPABILITIES
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
 from trainspec.generation.request import prompt_file, settings
 from trainspec.plans.plan import Plan, Policy
+from trainspec.runs.run import Run, check_plan
 from trainspec.small import RECIPE_FILE, write_small_twin
 
 
@@ -85,9 +87,18 @@ def _generate(args: Namespace) -> int:
 def _small(args: Namespace, sides: tuple[Side, Side], directory: Path) -> tuple[Path, tuple[Side, Side]]:
     """The file of the recipe's small twin, and the sides: one that refuses the plan runs on one device. Prints all of it."""
     twin = write_small_twin(args.recipe, args.overrides, directory)
+    for side in sides:
+        _check_original(side, twin.original)
     print("\n".join([f"small twin of {args.recipe}, in {directory}", *twin.lines()]))
     left, right = (_able(side, twin.recipe.plan, args.precision) for side in sides)
     return directory / RECIPE_FILE, (left, right)
+
+
+def _check_original(side: Side, run: Run) -> None:
+    """Raises PlanError where the plan does not fit the model and the batch at their own sizes, whatever those of the twin are."""
+    policy = run.recipe.precision.policy
+    if not side.overrides and refusal(run.recipe.plan, policy, side.backend) is None:
+        check_plan(run, CAPABILITIES[side.backend])
 
 
 def _able(side: Side, plan: Plan, precision: Policy) -> Side:

@@ -19,6 +19,7 @@ from trainspec.model import ModelSpec
 from trainspec.plans.plan import MESH_AXES, Plan
 from trainspec.recipe import Batch, Recipe, load_recipe, recipe_from
 from trainspec.rope import rope_parameters
+from trainspec.runs.run import Run, run_of
 
 # The largest sizes of a twin. A head of 16 elements turns eight pairs, which reach from the fastest frequencies of a scaled
 # rotation to those that are scaled.
@@ -34,8 +35,9 @@ MODEL_DIRECTORY, RECIPE_FILE = "model", "recipe.yaml"
 
 @dataclass(frozen=True)
 class SmallTwin:
-    """A recipe, its model, and what was kept and changed to make them, a line each."""
+    """A recipe, its model, and what was kept and changed to make them, a line each; `original` is the run that it is a twin of."""
 
+    original: Run
     recipe: Recipe
     model: ModelSpec
     kept: tuple[str, ...]
@@ -55,7 +57,7 @@ def write_small_twin(path: Path, overrides: Sequence[str], directory: Path) -> S
     spec, source = resolve_config(recipe.model)
     model = directory / MODEL_DIRECTORY
     named = {override.partition("=")[0] for override in overrides}
-    twin = small_twin(recipe, spec, directory=str(model), fixed=named)
+    twin = small_twin(run_of(recipe, spec, source), directory=str(model), fixed=named)
     shutil.rmtree(model, ignore_errors=True)
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(config_of(twin.model), indent=2) + "\n", encoding="utf-8")
@@ -67,8 +69,9 @@ def write_small_twin(path: Path, overrides: Sequence[str], directory: Path) -> S
     return twin
 
 
-def small_twin(recipe: Recipe, spec: ModelSpec, *, directory: str, fixed: Collection[str] = ()) -> SmallTwin:
-    """The twin of a recipe whose model is `spec`; its own model will lie in `directory`. Settings in `fixed` stay."""
+def small_twin(original: Run, *, directory: str, fixed: Collection[str] = ()) -> SmallTwin:
+    """The twin of a run; its own model will lie in `directory`. Settings in `fixed` stay."""
+    recipe, spec = original.recipe, original.spec
     sizes = {f"plan.{name}": size for name, size in small_plan(recipe.plan).items()}
     plan = recipe.plan.model_copy(
         update={key.removeprefix("plan."): size for key, size in sizes.items() if key not in fixed}
@@ -94,7 +97,7 @@ def small_twin(recipe: Recipe, spec: ModelSpec, *, directory: str, fixed: Collec
             tree[section][name] = value
             changed.append(f"{key} {_shown(was)} -> {_shown(value)}")
     tree["model"] = {"from": directory, "weights": "random"}
-    return SmallTwin(recipe_from(tree), model, tuple(_kept(spec, recipe)), tuple(changed))
+    return SmallTwin(original, recipe_from(tree), model, tuple(_kept(spec, recipe)), tuple(changed))
 
 
 def small_model(spec: ModelSpec, plan: Plan, small: Plan) -> ModelSpec:
@@ -178,12 +181,17 @@ def _kept(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
     group = spec.heads // spec.kv_heads
     yield f"family {spec.family}"
     yield "one key/value head per query head" if group == 1 else "query heads share key/value heads"
+    heads_width = spec.heads * spec.head_dim
+    if heads_width != spec.embed:
+        yield f"heads together {'wider' if heads_width > spec.embed else 'narrower'} than the residual stream"
     yield "head tied to the embedding" if spec.tied_embeddings else "head of its own"
     biases = [
         name for name, is_there in (("attention", spec.attention_bias), ("mlp", spec.mlp_bias)) if is_there
     ]
     yield f"biases: {', '.join(biases) or 'none'}"
-    yield f"rotation: {rope_parameters(spec)['rope_type']}"
+    rotation = rope_parameters(spec)
+    numbers = [f"{name} {_shown(value)}" for name, value in rotation.items() if name != "rope_type"]
+    yield f"rotation: {rotation['rope_type']} ({', '.join(numbers)})"
     if spec.unrotated:
         yield "layers without rotation"
     if spec.window is not None:

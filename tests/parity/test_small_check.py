@@ -81,6 +81,23 @@ def test_every_shipped_recipe_of_several_devices_is_proven_by_its_small_twin(tmp
     assert "PASS" in capsys.readouterr().out
 
 
+def test_a_plan_that_the_model_itself_cannot_have_is_refused(tmp_path, model_dirs, capsys):
+    """Its twin could: two key/value heads are split over two devices, and not over four."""
+    file = recipe(tmp_path, model_dirs["plain"], "tiny", "tensor: 4")
+    arguments = [
+        "check",
+        file,
+        "--small",
+        "--out",
+        str(tmp_path / "out"),
+        "--set",
+        f"model.from={model_dirs['plain']}",
+    ]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("parity: plan.tensor=4 cannot split kv_heads=2 of ")
+    assert not list((tmp_path / "out").glob("*/run"))
+
+
 @pytest.mark.full
 def test_a_difference_is_found_in_a_small_twin(tmp_path, capsys):
     arguments = [

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from chatglm2 import CONFIG, GROUPS, HEADS, WIDTH
 from peft import LoraConfig, inject_adapter_in_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from small import write_tokenizer
@@ -29,6 +30,7 @@ from trainspec.data import IGNORED, open_dataset
 from trainspec.errors import RecipeError, WeightsError
 from trainspec.files.adapters import read_adapter, write_adapter
 from trainspec.files.model_config import read_model_spec
+from trainspec.imports.peft import DEFAULT_TARGETS, OTHER_TARGETS
 from trainspec.methods import DoRA, LoRA
 from trainspec.params import param_table
 from trainspec.runs.run import resolve
@@ -265,3 +267,9 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path):
     assert sum(p.size for p in LoRA(rank=3, targets=("query_key_value",)).table(spec)) == sum(
         t.numel() for t in adapter_of(model).values()
     )
+
+
+def test_an_import_takes_the_targets_that_peft_takes():
+    theirs = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert all(theirs[family] == DEFAULT_TARGETS for family in ("llama", "mistral", "qwen2", "qwen3"))
+    assert {name: theirs.get(name.replace("glm-4", "glm")) for name in OTHER_TARGETS} == OTHER_TARGETS

@@ -209,7 +209,18 @@ def test_figures_of_translations_are_those_of_sacrebleu_on_the_written_file(
     words = ["-tok", "zh"] if language == "zh" else []
     told = json.loads(
         printed_by(
-            "sacrebleu", reference, "-i", hypothesis, "-m", "bleu", "chrf", "-w", "10", "--format", "json", *words
+            "sacrebleu",
+            reference,
+            "-i",
+            hypothesis,
+            "-m",
+            "bleu",
+            "chrf",
+            "-w",
+            "10",
+            "--format",
+            "json",
+            *words,
         )
     )
     assert [figures["trained"]["bleu"], figures["trained"]["chrf"]] == pytest.approx(

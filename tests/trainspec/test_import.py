@@ -172,6 +172,9 @@ def recipe_of(
         ({"packing": True, "packing_strategy": "bfd_split"}, {"data.packing": True, "data.too_long": "split"}),
         ({"use_peft": True, "use_dora": True, "lora_r": 4}, {"method.kind": "dora", "method.rank": 4, "method.alpha": 32}),
         ({"lora_r": 4}, {"method.kind": "full"}),
+        ({"use_peft": True}, {"method.targets": ["q_proj", "v_proj"]}),
+        ({"use_peft": True, "model_name_or_path": "THUDM/chatglm2-6b"}, {"method.targets": ["query_key_value"]}),
+        ({"use_peft": True, "model_name_or_path": "THUDM/chatglm2-6b", "lora_target_modules": ["q_proj"]}, {"method.targets": ["q_proj"]}),
         ({"assistant_only_loss": False, "completion_only_loss": False}, {"data.loss_on": "all"}),
         ({"eval_strategy": "steps", "eval_steps": 0.25}, {"run.eval_every_steps": 3}),
     ],
@@ -228,6 +231,7 @@ def test_auto_is_what_the_trainer_says_and_another_value_is_refused(tmp_path: Pa
     [
         ({"peft_type": "LORA"}, {"method.rank": 8, "method.alpha": 8, "method.dropout": 0.0}),
         ({"peft_type": "LORA", "use_dora": True, "target_modules": "all-linear"}, {"method.kind": "dora", "method.targets": "all-linear"}),
+        ({"peft_type": "LORA", "base_model_name_or_path": "./chatglm2-6b"}, {"method.targets": ["query_key_value"]}),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 16},
          {"method.kind": "prefix", "method.virtual_tokens": 5, "method.projection": True, "method.hidden": 16}),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Say:"},
@@ -392,6 +396,7 @@ def test_what_a_file_says_of_several_settings(tmp_path: Path, text: str, options
         (CHATS.replace("role: from", "role: from, tools: calls"), ON_ONE, "give --set data.train=FILE"),
         (f"{AXOLOTL_LORA}lora_target_linear: true\nlora_target_modules: [lm_head]", ON_ONE, "lora_target_modules: targets beside every linear layer"),
         (f"{GOOD}lr_scheduler_type: cosine\nlr_scheduler_kwargs: {{min_lr: 1.0e-5}}", ON_ONE, "lr_scheduler_kwargs.min_lr: min_lr without"),
+        (f"{GOOD}use_peft: true", f"{ON_ONE} --set model.from=hub:HuggingFaceTB/SmolLM3-3B", "--their lora_target_modules=[q_proj,v_proj]"),
         (f"{GOOD}lr_scheduler_kwargs: {{min_lr_rate: 0.1}}", ON_ONE, "lr_scheduler_kwargs.min_lr_rate: min_lr without"),
     ],
 )  # fmt: skip

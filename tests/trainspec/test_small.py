@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,41 @@ def test_what_is_written_is_a_recipe_of_its_own(tmp_path, recipe):
     assert "plan.fsdp 8 -> 2" in twin.changed
     assert "run.eval_generations 3 -> 0" in twin.changed
     assert any("biases: attention, mlp" in line for line in twin.lines())
+
+
+@pytest.mark.parametrize(
+    ("preset", "kept"),
+    [
+        ("glm-4-9b", ["family glm", "biases: attention", "partial_rotary_factor 0.5"]),
+        ("smollm3-3b", ["layers without rotation", "head tied to the embedding", "rope_theta 5e+06"]),
+        ("qwen3-8b", ["family qwen3", "norm eps 1e-06", "biases: none", "head of its own"]),
+        ("qwen3-0.6b", ["heads together wider than the residual stream"]),
+        ("llama3.1-8b", ["rotation: llama3 (rope_theta 500000, factor 8, low_freq_factor 1, high_freq_factor 4"]),
+        ("llama2-7b", ["one key/value head per query head", "vocabulary of 32000"]),
+    ],
+)  # fmt: skip
+def test_what_is_kept_is_said(tmp_path, recipe, preset: str, kept: list[str]):
+    settings = [f"model.from=preset:{preset}", "model.weights=random", f"data.tokenizer={tmp_path}"]
+    said = write_small_twin(recipe, settings, tmp_path / "small").lines()[0]
+    assert said.startswith("kept: ")
+    assert all(part in said for part in kept), said
+
+
+def test_of_the_hub_no_weights_are_fetched(tmp_path, recipe, model_dirs, monkeypatch):
+    fetched = []
+
+    def snapshot(name: str, *, allow_patterns) -> str:
+        fetched.append(allow_patterns)
+        return str(model_dirs["bias"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    write_small_twin(recipe, ["model.from=hub:org/name"], tmp_path / "small")
+    patterns = [pattern for some in fetched for pattern in some]
+    assert any(fnmatch("config.json", pattern) for pattern in patterns)
+    weights = ("model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin")
+    assert not any(fnmatch(name, pattern) for name in weights for pattern in patterns)
+    resolve_model(load_recipe(recipe, ["model.from=hub:org/name"]).model)  # control: a run does
+    assert any(fnmatch("model.safetensors", pattern) for pattern in fetched[-1])
 
 
 def test_what_the_user_sets_stays(tmp_path, recipe):

@@ -27,8 +27,14 @@ MARKS = ("peft_type",)
 KINDS = {"LORA": "lora", "PROMPT_TUNING": "prompt", "P_TUNING": "ptuning", "PREFIX_TUNING": "prefix"}
 TYPE = "adapter_config.peft_type"
 # What PEFT adapts where no target is named (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`): llama, mistral, qwen2 and
-# qwen3 have these, and for other families that are here it stops.
+# qwen3 have these. Where a model's name has one of the following words it has others, or none: there it stops.
 DEFAULT_TARGETS = list(LoRA().targets)
+OTHER_TARGETS: dict[str, list[str] | None] = {"chatglm": ["query_key_value"], "smollm3": None, "glm-4": None}
+MODEL_NAMES = ("model_name_or_path", "adapter_config.base_model_name_or_path")
+TARGETS = ("adapter_config.target_modules", "lora_target_modules")
+TARGETS_RULE = (
+    "`method.targets`; where none is named, `query_key_value` of ChatGLM, and refused for SmolLM3 and GLM-4"
+)
 
 
 def kind(value: Any, case: Case) -> Outcome:
@@ -55,7 +61,17 @@ def targets(value: Any) -> Any:
 
 def target_modules(value: Any, case: Case) -> Outcome:
     """`method.targets`, with PEFT's own choice where there are none."""
-    return Translated({"method.targets": targets(value)})
+    if any(case.has(name) for name in TARGETS):
+        return Translated({"method.targets": targets(value)})
+    names = [case.choice("model.from", ""), *(case[name] for name in MODEL_NAMES)]
+    model = " ".join(str(name) for name in names if name).lower()
+    found = next((word for word in OTHER_TARGETS if word in model), None)
+    default = OTHER_TARGETS[found] if found else DEFAULT_TARGETS
+    if default is None:
+        name = TARGETS[0] if case.has("adapter_config") else TARGETS[1]
+        why = f"LoRA without targets, as PEFT has none for {found}"
+        return Refused(why, f"--their {name}=[q_proj,v_proj]")
+    return Translated({"method.targets": default})
 
 
 def start(value: Any, case: Case) -> Outcome:
@@ -109,7 +125,7 @@ SETTINGS = within(
         Setting("use_dora", Read(TYPE)),
         Setting(
             "target_modules",
-            By(target_modules, "`method.targets`", ("method.targets",)),
+            By(target_modules, TARGETS_RULE, ("method.targets",)),
             DEFAULT_TARGETS,
             "PEFT, by the model's type",
             _LORA,

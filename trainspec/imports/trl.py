@@ -54,9 +54,7 @@ def is_peft(case: Case) -> bool:
 
 def target_modules(value: Any, case: Case) -> Outcome:
     """A list of one element is taken for a pattern by ModelConfig, or for all-linear; a name means the same both ways."""
-    return Translated(
-        {"method.targets": peft.targets(value[0] if isinstance(value, list) and len(value) == 1 else value)}
-    )
+    return peft.target_modules(value[0] if isinstance(value, list) and len(value) == 1 else value, case)
 
 
 def data_set(value: Any, case: Case) -> Outcome:
@@ -131,7 +129,7 @@ METHOD = (
     Setting("lora_alpha", Same("method.alpha"), 32, _MODEL_CONFIG, is_peft),
     Setting("lora_dropout", Same("method.dropout"), 0.05, _MODEL_CONFIG, is_peft),
     Setting("use_rslora", Same("method.rslora"), False, _MODEL_CONFIG, is_peft),
-    Setting("lora_target_modules", By(target_modules, "`method.targets`", ("method.targets",)), peft.DEFAULT_TARGETS, "PEFT, by the model's type", is_peft),
+    Setting("lora_target_modules", By(target_modules, peft.TARGETS_RULE, ("method.targets",)), peft.DEFAULT_TARGETS, "PEFT, by the model's type", is_peft),
 )  # fmt: skip
 
 RECORDS_AND_LOSS = (
