@@ -184,10 +184,10 @@ def _cast(array: Array, name: str, dtype: np.dtype[Any]) -> Array:
 
 
 def _config(model: ModelSpec, source: Path | None, stored: Set[np.dtype[Any]]) -> dict[str, Any]:
-    """The model's own config.json, or a preset's made from its spec, with the stored type."""
+    """The model's own config.json, or a preset's made from its spec, with the stored type under the name that it has there."""
     config = exported_config(read_config(source), model) if source else config_of(model)
+    # Older programs, such as a model's own code, know the older name alone.
+    name = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
     # With several types, the base's config says which one the model is loaded in.
-    declared = config.get("dtype") or config.pop("torch_dtype", None)
-    config.pop("torch_dtype", None)
-    several = declared or str(max(stored, key=lambda dtype: dtype.itemsize))
-    return config | {"dtype": str(next(iter(stored))) if len(stored) == 1 else several}
+    several = config.get(name) or str(max(stored, key=lambda dtype: dtype.itemsize))
+    return config | {name: str(next(iter(stored))) if len(stored) == 1 else several}
