@@ -35,8 +35,19 @@ FAMILIES = {
     "glm": (GlmForCausalLM, GlmConfig, {"rms_norm_eps": 1.5625e-7}),
 }
 # Those whose head is the embedding.
-TIED = ("tied", "smollm3")
-SHAPES = ("tied", "untied", "own-head", "sharded", "stale-index", "bf16", "yarn", *FAMILIES)
+TIED = ("tied", "smollm3", "qwen3-tied-yarn")
+SHAPES = (
+    "tied",
+    "untied",
+    "own-head",
+    "sharded",
+    "stale-index",
+    "bf16",
+    "yarn",
+    *FAMILIES,
+    "qwen3-tied-yarn",
+    "glm-linear",
+)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -58,7 +69,7 @@ def small_model(family: str, *, seed: int = 0, **changes: object):
 
 def _drawn(model_class, config_class, seed: int, changes: dict[str, object]):
     sizes: dict[str, object] = {
-        "vocab_size": 320,
+        "vocab_size": 323,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -87,7 +98,9 @@ def make_model_shapes(root: Path) -> dict[str, Path]:
     small_llama(seed=3).save_pretrained(paths["own-head"])
     edit_config(paths["own-head"], tie_word_embeddings=True)
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}
-    small_llama(seed=4, rope_parameters=rope).save_pretrained(paths["sharded"], max_shard_size="40KB")
+    small_llama(seed=4, rope_parameters=rope, num_key_value_heads=4).save_pretrained(
+        paths["sharded"], max_shard_size="40KB"
+    )
     # Shards and index of an older model stayed behind beside the newer one's single file.
     small_llama(seed=5).save_pretrained(paths["stale-index"], max_shard_size="40KB")
     save_file(
@@ -121,6 +134,13 @@ def make_model_shapes(root: Path) -> dict[str, Path]:
         paths["smollm3"]
     )
     small_model("glm", seed=13, vocab_size=333, num_key_value_heads=1).save_pretrained(paths["glm"])
+    small_model(
+        "qwen3", seed=14, tie_word_embeddings=True, num_key_value_heads=4, rope_parameters=yarn
+    ).save_pretrained(paths["qwen3-tied-yarn"])
+    half = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    small_model("glm", seed=15, num_key_value_heads=2, rope_parameters=half).save_pretrained(
+        paths["glm-linear"]
+    )
     for path in paths.values():
         write_tokenizer(path)
     return paths

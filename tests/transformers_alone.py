@@ -1,8 +1,8 @@
 """Loss and gradients of chats by transformers alone: its tokenizer, its template, its mask, its model. Nothing of ours.
 
-    python tests/transformers_alone.py CHATS.jsonl OUT DIRECTORY ...     writes OUT/NAME-exact.npz and OUT/NAME-as-is.npz
+    python tests/transformers_alone.py CHATS.jsonl OUT DIRECTORY ...     writes OUT/NAME-KIND.npz for every kind
 
-`as-is` is transformers as it comes, in float64; `exact` has the two modules that it computes in float32 even then, the norm
+`fp32` is transformers as it comes, `as-is` the same in float64; `exact` has the two modules that it computes in float32 even then, the norm
 and the rotary tables, in float64.
 """
 
@@ -69,15 +69,15 @@ def inverse_frequencies(config):
     return plain
 
 
-def loss_and_gradients(directory, records, *, exact):
+def loss_and_gradients(directory, records, *, dtype, exact):
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
     if exact:
         for name, module in MODULES.items():
             getattr(module, f"{name}RMSNorm").forward = exact_norm
             getattr(module, f"{name}RotaryEmbedding").forward = exact_rotary
         model.model.rotary_emb.exact = inverse_frequencies(model.config)
-    total, tokens = 0.0, 0
+    total, tokens, longest = 0.0, 0, 0
     for record in records:
         said = tokenizer.apply_chat_template(
             record["messages"], tools=record.get("tools"), return_dict=True, return_assistant_tokens_mask=True
@@ -87,17 +87,19 @@ def loss_and_gradients(directory, records, *, exact):
         total = total + torch.nn.functional.cross_entropy(
             logits[mask[1:]], ids[0, 1:][mask[1:]], reduction="sum"
         )
-        tokens += int(mask[1:].sum())
+        tokens, longest = tokens + int(mask[1:].sum()), max(longest, len(mask))
     loss = total / tokens
     loss.backward()
     gradients = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
-    return {"loss": loss.detach().numpy(), "tokens": np.array(tokens), **gradients}
+    about = {"loss": loss.detach().numpy(), "tokens": np.array(tokens), "longest": np.array(longest)}
+    return about | gradients
 
 
 if __name__ == "__main__":
     chats, out, *directories = map(Path, sys.argv[1:])
     records = [json.loads(line) for line in chats.read_text(encoding="utf-8").splitlines()]
-    for name, exact in (("as-is", False), ("exact", True)):
+    kinds = {"fp32": (torch.float32, False), "as-is": (torch.float64, False), "exact": (torch.float64, True)}
+    for name, (dtype, exact) in kinds.items():
         for directory in directories:
-            found = loss_and_gradients(directory, records, exact=exact)
+            found = loss_and_gradients(directory, records, dtype=dtype, exact=exact)
             np.savez(out / f"{directory.name}-{name}.npz", **found)

@@ -23,7 +23,9 @@ def stored(directory: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("method", "words"), [(LORA, ["--merge"]), ({"kind": "full"}, ["--dtype", "float16"])], ids=["lora", "full"]
+    ("method", "words"),
+    [(LORA, ["--merge"]), ({"kind": "full"}, ["--dtype", "float16"])],
+    ids=["lora", "full"],
 )
 @pytest.mark.parametrize("rate", [1e-30, 1e-2])
 def test_what_is_exported_is_the_published_layout(
@@ -34,7 +36,10 @@ def test_what_is_exported_is_the_published_layout(
     chatglm2.write_published(base, dtype="float16", shards=3)
     write_tokenizer(base)
     recipe = make_recipe(
-        model={"from": str(base)}, method=method, optimizer={"lr": rate, "weight_decay": 0.1}, run={"steps": 1}
+        model={"from": str(base)},
+        method=method,
+        optimizer={"lr": rate, "weight_decay": 0.1},
+        run={"steps": 1},
     )
     file.write_text(recipe.to_yaml())
     assert main(["train", str(file), "--out", str(out)]) == 0

@@ -571,7 +571,7 @@ def test_exports_of_odd_configs_are_loaded_by_transformers(make_recipe: Make, tm
     """Nulls that transformers does not take, two thetas, a padding id without a row."""
     base = a_model(tmp_path / "base")
     edit_config(
-        base, attention_bias=None, mlp_bias=None, tie_word_embeddings=None, rope_theta=1e3, pad_token_id=320,
+        base, attention_bias=None, mlp_bias=None, tie_word_embeddings=None, rope_theta=1e3, pad_token_id=323,
         architectures=["LLaMAForCausalLM"],
     )  # fmt: skip
     assert len(model_notes(source_of(base), *resolve_model(source_of(base)))) == 2

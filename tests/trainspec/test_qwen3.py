@@ -32,7 +32,7 @@ def test_what_transformers_saves_is_read_and_written(tmp_path: Path):
         tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
     ).save_pretrained(tmp_path)
     spec = read_model_spec(tmp_path)
-    assert spec == replace(SPEC, name=tmp_path.name, max_positions=2048, init_std=0.02)
+    assert spec == replace(SPEC, name=tmp_path.name, vocab=323, max_positions=2048, init_std=0.02)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert config_notes(saved, where="x") == []
     assert exported_config(saved, spec) == saved
