@@ -123,6 +123,18 @@ def checked(
     )  # fmt: skip
 
 
+@pytest.mark.full(minutes=2)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", [PUBLISHED, TIED], ids=["published prefix", "one A"])
+def test_what_chatglm2_alone_has_is_within_measured_bounds(
+    make_recipe: Make, tmp_path: Path, method: dict[str, Any], precision: Policy
+):
+    verdict = checked(make_recipe, tmp_path, "jax", "torch", precision, method, family="chatglm2")
+    assert verdict.holds, verdict.lines(colour=False)
+    assert verdict.comparison.steps == 2
+    assert not verdict.comparison.unproven
+
+
 @pytest.mark.full
 def test_an_a_that_learns_of_queries_alone_is_seen(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

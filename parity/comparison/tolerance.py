@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.comparison.pair import Pair
+from parity.comparison.pair import Pair, as_float64
 from parity.comparison.phases import INITIAL_GROUPS, Location
 from trainspec.plans.plan import Policy
 
@@ -151,6 +151,10 @@ class ProofBounds:
     (1 - lr · decay, its product, the sum). These 6 u |weight| are added; they matter where an update is tiny beside its
     weight (decay alone, the start of a warm-up). A running statistic that has settled changes by little of itself, and
     the statistic of the batch is rounded at its own size: `STATISTIC_ROUNDINGS`.
+
+    An element whose gradient is rounding alone (a bias of keys that do not rotate, which adds the same to all scores of a query)
+    has an update of rounding too, and Adam's quotient makes that larger than 1e-9 of the others: such an element owes its update
+    to what it is made of, in the proportion in which the sides differ there (`_owed`).
     """
 
     def __init__(self, pair: Pair) -> None:
@@ -199,7 +203,27 @@ class ProofBounds:
         own = own + 2 * WEIGHT_ROUNDINGS * UNIT["fp64"] * np.maximum(*np.abs(weights))
         if location.phase == "change":
             own = own + STATISTIC_ROUNDINGS * UNIT["fp64"] * largest(*weights)
-        return Bound(own)
+            return Bound(own)
+        return Bound(own, self._owed(location, left, right))
+
+    def _owed(self, location: Location, left: Array, right: Array) -> Array:
+        """What each element of an update owes to differences of what it is made of: of moments, or else of gradient and slots.
+
+        The product of its size and their relative differences, at most all of it. Those have been judged before.
+        """
+        step, name = location.step, location.tensor
+        moments = [(phase, name) for phase in ("moment1", "moment2")]
+        slots = [("slot", slot) for slot in self._pair.names(step, "slot") if slot.partition("/")[2] == name]
+        has_moments = all(name in self._pair.names(step, phase) for phase, _ in moments)
+        apart = np.zeros(left.shape)
+        for group, tensor in moments if has_moments else [("gradient", name), *slots]:
+            one, other = self._pair.read(step, group, tensor)
+            if one is None or other is None or not one.shape == other.shape == left.shape:
+                continue
+            distance = np.abs(as_float64(one) - as_float64(other))
+            smaller = np.minimum(np.abs(as_float64(one)), np.abs(as_float64(other)))
+            apart += np.divide(distance, smaller, out=(distance > 0).astype(np.float64), where=smaller > 0)
+        return np.minimum(apart, 1.0) * (np.abs(left) + np.abs(right))
 
     def _tolerance(self, step: int, phase: str) -> float:
         made = step - self._pair.first_step + (phase not in BEFORE_RATE)

@@ -84,8 +84,11 @@ COARSE = ("zero2-2", "zero3-2", "tensor-2", "pipe-2-zero1-2-tensor-2")
 # sharded as a weight, split as a layer, over stages, and all three at once.
 FAMILY_METHODS = ("full", "lora", "prompt", "prefix")
 FAMILY_PLANS = ("one-device", "zero3-2", "tensor-2", "pipe-2", "pipe-2-zero1-2-tensor-2")
-# The same of a method that one family alone has: on one device, and split as a layer and as a weight on both backends.
-ONE_FAMILY_PLANS = (("one-device", "fp64"), ("tensor-2", "fp64"), ("zero3-2", "fp32"))
+# The same of a method that one family alone has: split in each way on both backends, and at both ends in bf16.
+ONE_FAMILY_PLANS = (
+    *(("one-device", "fp64"), ("tensor-2", "fp64"), ("zero3-2", "fp32"), ("pipe-2", "fp32")),
+    *(("one-device", "bf16"), ("pipe-2-zero1-2-tensor-2", "bf16")),
+)
 # bf16 with its usual sums in float32, and with sums in bfloat16: DeepSpeed's default, and what XLA does where weights are
 # cast before use.
 PRECISIONS: dict[str, Precision] = {
@@ -184,7 +187,7 @@ def cells() -> list[Cell]:
 def family_cells() -> list[Cell]:
     """Every other family in fp64; in fp32 where torch has no fp64, and in bf16 at both ends, with full training and LoRA.
 
-    ChatGLM2's layers are a GLM's: only its files differ, so that fp64 says it all, and its prefix as published: `OF_FAMILIES`.
+    ChatGLM2's layers are a GLM's: only its files differ, so that fp64 says it all, and what it alone has: `OF_FAMILIES`.
     """
     proofs = [
         Cell(f, a, "packed-2", p, "fp64")

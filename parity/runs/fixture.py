@@ -58,8 +58,12 @@ METHODS = EXAMPLES
 PUBLISHED_PREFIX = PrefixTuning(
     virtual_tokens=3, positions="from_zero", dropout=0.2, projection=True, projected="all_layers"
 )
+# LoRA of ChatGLM2's fused projection: queries, keys and values have one A.
+ONE_A = LoRA(rank=4, alpha=8.0, dropout=0.1, targets=("query_key_value", "dense_4h_to_h"))
 # What a family has beside `METHODS`, by its name and that of the method.
-OF_FAMILIES: dict[str, dict[str, PrefixTuning]] = {"chatglm2": {"published-prefix": PUBLISHED_PREFIX}}
+OF_FAMILIES: dict[str, dict[str, Method]] = {
+    "chatglm2": {"published-prefix": PUBLISHED_PREFIX, "one-a": ONE_A}
+}
 LORA = LoRA.examples()["lora"]
 
 _NUMBERS = (

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from synthetic import Q1, SHAPES, Sim, start, write
 
 from parity import read_results
@@ -106,6 +106,20 @@ def test_a_planted_mistake_fails_at_its_location(name, dtype, base, tmp_path):
     assert (first["phase"], first["step"]) == (phase, step), first
     assert tensor in (None, first["tensor"])
     assert set(SHAPES) | {"lr", "loss_sum", "input_ids", "labels", "clip_factor"} > {first["tensor"]}
+
+
+def test_an_element_whose_gradient_is_rounding_alone_is_no_difference(tmp_path):
+    """In float64, as of a bias of keys that do not rotate: Adam's quotient makes an update of the rounding. Its mistakes still show."""
+    noisy = Sim(noiseless_zero=True, noise=1e-15)
+    left, right = write(noisy, tmp_path / "a"), write(noisy.but(noise_seed=1), tmp_path / "b")
+    assert diff(left, right, tmp_path / "out")[1]["verdict"] == "pass"
+    tensors = [load_file(side / "step-000001.safetensors")[f"update/{Q1}"] for side in (left, right)]
+    assert (
+        abs(tensors[0] - tensors[1])[0, 0] > 2e-9 * abs(tensors[0]).max()
+    )  # more than the bound of the others
+    for mistake in ({"eps_inside": True}, {"no_decay": True}, {"lr_factor": 1 + 1e-6}, {"eps": 1.1e-8}):
+        wrong = write(noisy.but(noise_seed=1, **mistake), tmp_path / str(mistake))
+        assert diff(left, wrong, tmp_path / "out")[1]["first_divergence"]["phase"] in ("update", "lr")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -35,6 +35,7 @@ from parity.runs.fixture import FAMILIES, METHODS, OF_FAMILIES, VARIANTS, TinySe
 from parity.runs.plans import refusal
 from trainspec.errors import UserError
 from trainspec.families import FAMILIES as ALL_FAMILIES
+from trainspec.methods import LoRA, PrefixTuning
 from trainspec.plans.capabilities import check_fits
 from trainspec.plans.plan import Plan, Policy
 
@@ -104,8 +105,13 @@ def test_what_one_family_alone_has_is_run_on_one_device_and_sharded_on_both_back
             split = [c for c in run if PLANS[c.plan].devices > 1]
             assert split
             assert not any(map(refusals, split))
+            assert any(c.plan != "one-device" and c.policy == "bf16" for c in run)
     prefix = OF_FAMILIES["chatglm2"]["published-prefix"]
+    assert isinstance(prefix, PrefixTuning)
     assert (prefix.positions, prefix.projected, prefix.dropout > 0) == ("from_zero", "all_layers", True)
+    one_a = OF_FAMILIES["chatglm2"]["one-a"]
+    assert isinstance(one_a, LoRA)
+    assert one_a.published_targets(FAMILIES["chatglm2"])
 
 
 def test_what_was_not_run_or_failed_stands_out(tmp_path: Path):
