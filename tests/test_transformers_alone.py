@@ -49,31 +49,27 @@ def home(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     """Traces of both backends and what transformers finds, for every directory that a selected test asks for."""
     home = tmp_path_factory.mktemp("alone")
     asked = {"tied", *asked_for(request, "shape")}
-    fillings = dict.fromkeys(["left", *asked_for(request, "filled")])
+    runs = {filled: (filled, "fp64") for filled in ("left", *asked_for(request, "filled"))}
+    if any(item.name.startswith("test_in_fp32") for item in request.session.items):
+        runs["fp32"] = (FILLED_IN_FP32, "fp32")
     shapes = {name: path for name, path in make_model_shapes(home).items() if name in asked}
     records = [CONVERSATIONS[name] for name in CHATS]
     (home / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     recipes = {}
     for name, directory in shapes.items():
         (directory / "chat_template.jinja").write_text(TAGGED["qwen3"])
-        for filled in fillings:
+        for run, (filled, policy) in runs.items():
             data, batch = FILLED[filled]
             recipe = {
                 "model": {"from": str(directory)},
                 "method": {"kind": "full"},
                 "data": {"train": str(home / "chats.jsonl"), "cache": str(CACHE), **data},
                 "batch": batch,
-                "precision": {"policy": "fp64"},
+                "precision": {"policy": policy},
                 "run": {"steps": 1},
             }
-            recipes[f"{name}-{filled}"] = file = home / f"{name}-{filled}.yaml"
+            recipes[f"{name}-{run}"] = file = home / f"{name}-{run}.yaml"
             file.write_text(yaml.safe_dump(recipe))
-        recipe = recipe | {
-            "data": recipe["data"] | FILLED[FILLED_IN_FP32][0],
-            "batch": FILLED[FILLED_IN_FP32][1],
-        }
-        recipes[f"{name}-fp32"] = file = home / f"{name}-fp32.yaml"
-        file.write_text(yaml.safe_dump(recipe | {"precision": {"policy": "fp32"}}))
     script = [sys.executable, str(ROOT / "tests/transformers_alone.py"), str(home / "chats.jsonl"), str(home)]
     subprocess.run([*script, *map(str, shapes.values())], check=True, cwd=ROOT)
     commands = {name: ["train", str(file)] for name, file in recipes.items()}
@@ -102,9 +98,8 @@ def test_loss_and_gradients_are_those_of_transformers(
     check_beside_transformers(home / program / f"{shape}-{filled}", home / f"{shape}-{kind}.npz", kind)
 
 
-@pytest.mark.parametrize(
-    "shape", [FAST[0], *(pytest.param(s, marks=pytest.mark.full) for s in SHAPES if s != FAST[0])]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_in_fp32_they_are_those_of_transformers_in_float32(home: Path, program: str, shape: str):
     check_beside_transformers(home / program / f"{shape}-fp32", home / f"{shape}-fp32.npz", "fp32")
