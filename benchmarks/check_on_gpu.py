@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.comparison.compare import Comparison
-from parity.many import CheckRequest, make_runs
+from parity.judging.many import CheckRequest, make_runs
 from parity.report.verdict import explained
 from parity.runs.devices import REFERENCE_BACKEND, Placement, Program, look_for, placed
 from parity.runs.fixture import METHODS, TINY, TinySetup, write_tiny

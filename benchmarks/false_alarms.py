@@ -3,7 +3,7 @@
     python benchmarks/false_alarms.py --seed 1 --precision fp32 [--groups 5] [--each 12] [--purpose find|test] [--out DIR]
     python benchmarks/false_alarms.py --page docs/false-alarms.md [--out DIR]
 
-A case is a check of a few updates (`parity.many`), and one that fails is a false alarm. The cases of a group have one shape: a kind
+A case is a check of a few updates (`parity.judging.many`), and one that fails is a false alarm. The cases of a group have one shape: a kind
 of model, a method, a length, an accumulation and a seed, so that all of them use the same programs. They differ in the model's
 weights, those of `scripts/make_demo_model.py` after 0 to 200 steps (after 40, attention is still nearly uniform: there
 rounding is amplified the most), and in how rows are filled. Every case is judged a second time with thirty times its rounding,
@@ -40,7 +40,7 @@ from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
 from parity.comparison.tolerance import Bounds, CheckedPair
 from parity.faults.results import sources
-from parity.many import CheckRequest, RunPair, make_runs
+from parity.judging.many import CheckRequest, RunPair, make_runs
 from parity.runs.fixture import METHODS
 from parity.runs.sides import Side
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError

@@ -14,8 +14,9 @@ from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.diagnosis import Diagnosis, counts_of, diagnose
-from parity.judge import compare_sides, traces_of, write_report_of
-from parity.measure import Replay, ReplaySettings, measured_bounds, num_summands
+from parity.judging.judge import compare_sides, traces_of, write_report_of
+from parity.judging.measure import Replay, ReplaySettings, measured_bounds, num_summands
+from parity.judging.steps import DEFAULT_STEPS
 from parity.report.next import next_commands
 from parity.report.verdict import Verdict
 from parity.runs.devices import (
@@ -32,7 +33,6 @@ from parity.runs.programs import Launcher, Watcher
 from parity.runs.roundings import DRAWS
 from parity.runs.sides import NAMES, Resumption, Side, SideResult, SideTraining, as_options, resolved_recipe
 from parity.runs.work import REFERENCE, Size, Work, fit_at_once, size_of
-from parity.steps import DEFAULT_STEPS
 from trainspec.data import open_dataset
 from trainspec.errors import UserError
 from trainspec.plans.names import Backend, Device, Policy

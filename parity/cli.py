@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
+from parity.judging.steps import DEFAULT_STEPS
 from parity.matrix.pages import FAMILIES_PAGE, STATUS_PAGE
-from parity.steps import DEFAULT_STEPS
 from trainspec.command import ArgumentParser, add_recipe, directory, run_command
 from trainspec.generation.options import add_decoding, add_prompts
 from trainspec.plans.names import DEVICES, Backend, Policy

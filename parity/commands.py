@@ -24,6 +24,7 @@ from parity.faults.run_decoding import (
 )
 from parity.faults.table import help_summary, listed, listed_shared, page, result_lines, summary
 from parity.generate import PromptRequest, compare_responses
+from parity.judging.steps import SMALL_STEPS
 from parity.matrix.cells import run_matrix, select
 from parity.matrix.pages import FAMILIES_PAGE, STATUS_PAGE
 from parity.matrix.status import status_lines, write_json, write_status
@@ -32,7 +33,6 @@ from parity.runs.plans import refusal, runs_as
 from parity.runs.programs import Launcher
 from parity.runs.progress import Progress
 from parity.runs.sides import Resumption, Side, parse_resumption, parse_side
-from parity.steps import SMALL_STEPS
 from trainspec.backends import BACKENDS as CAPABILITIES
 from trainspec.errors import EXIT_DONE, EXIT_FAILED, UserError
 from trainspec.generation.request import prompt_file, settings

@@ -13,7 +13,7 @@ from parity.comparison.pair import Pair
 from parity.comparison.phases import INITIAL_GROUPS
 from parity.comparison.tolerance import Bounds, ProofBounds
 from parity.diagnosis import diagnose
-from parity.judge import compare_sides, traces_of, write_report_of
+from parity.judging.judge import compare_sides, traces_of, write_report_of
 from parity.report.verdict import Verdict
 from parity.runs.sides import NAMES, SideResult
 from trainspec.errors import UserError

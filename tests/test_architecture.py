@@ -438,3 +438,7 @@ def test_no_pickle_and_no_remote_code():
                 text = text.replace(safe, "")
             text = text.replace(READS_A_PICKLE.get(str(path.relative_to(ROOT)), "\0"), "")
             assert not re.search(r"\bpickle\b(?!=)|torch\.load\b|trust_remote_code", text), path
+
+
+def test_parity_is_rooms_and_few_modules_beside_them():
+    assert len(list((ROOT / "parity").glob("*.py"))) <= 9

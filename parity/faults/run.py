@@ -24,8 +24,8 @@ from parity.faults.fault import (
     setup_recipe,
 )
 from parity.faults.outcome import Outcome
-from parity.many import Series
-from parity.measure import Low, Replay, ReplaySettings, measured_bounds, num_summands
+from parity.judging.many import Series
+from parity.judging.measure import Low, Replay, ReplaySettings, measured_bounds, num_summands
 from parity.runs.fixture import LORA, write_tiny
 from parity.runs.join import join
 from parity.runs.launch_many import Case, run_cases, training

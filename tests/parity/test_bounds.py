@@ -25,8 +25,8 @@ from parity.comparison.measured_bounds import MeasuredBounds, Measurement, Summa
 from parity.comparison.pair import Pair
 from parity.comparison.phases import Location
 from parity.comparison.tolerance import DETERMINED, Bound, CheckedPair, ProofBounds, as_a_whole
-from parity.many import CheckRequest, RunPair, make_runs
-from parity.measure import ReplaySettings, measured_bounds, rule_of
+from parity.judging.many import CheckRequest, RunPair, make_runs
+from parity.judging.measure import ReplaySettings, measured_bounds, rule_of
 from parity.report.verdict import Verdict, explained
 from parity.runs.fixture import METHODS, TinySetup, write_tiny
 from parity.runs.replay import mean_squares
@@ -187,10 +187,12 @@ def test_every_other_method_keeps_its_distance(clean: Clean, method: str, precis
         # In some draws a ReLU flips: the bound before it is as large as the gradient, and the verdict says so.
         comparison = compare(pair, bounds)
         failing = [finding for finding in comparison.findings if not finding.holds]
-        assert all(str(finding.reason).startswith("nothing is proven") for finding in failing)
-        assert {finding.location.phase for finding in failing} <= {"gradient", "moment1", "moment2", "update"}
         assert 0.003 < comparison.worst["loss"].used < 0.4
-        return
+        if failing:
+            assert all(str(finding.reason).startswith("nothing is proven") for finding in failing)
+            phases = {finding.location.phase for finding in failing}
+            assert phases <= {"gradient", "moment1", "moment2", "update"}
+            return
     keeps_its_distance(pair, bounds, noise=0.001 if precision == "fp32" else 0.8)
 
 

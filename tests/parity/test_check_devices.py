@@ -11,7 +11,7 @@ from test_check import RECIPE, STAND_IN
 from parity.assertion import assert_parity
 from parity.cli import main
 from parity.comparison.estimated_bounds import EstimatedBounds
-from parity.measure import Replay, ReplaySettings
+from parity.judging.measure import Replay, ReplaySettings
 from parity.runs.devices import ON_CORES, Placement, Program, environment, placed
 from parity.runs.plans import runs_as
 from parity.runs.sides import Side, parse_side

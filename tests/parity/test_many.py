@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from parity.check import check
-from parity.many import CheckRequest, Series, make_runs
+from parity.judging.many import CheckRequest, Series, make_runs
 from parity.runs.fixture import TinySetup, write_tiny
 from parity.runs.programs import Launcher
 from parity.runs.series import SharedPrograms

@@ -11,7 +11,7 @@ import pytest
 from asked import asked_for
 from small import VARIANTS, recipe_maker
 
-from parity.many import CheckRequest, RunPair, make_runs
+from parity.judging.many import CheckRequest, RunPair, make_runs
 from parity.runs.fixture import METHODS
 from parity.runs.sides import Side
 from trainspec.methods import virtual_tokens

@@ -9,7 +9,7 @@ from recipes import RECIPES, name_of, offline
 from small import QA, ROOT
 
 from parity.cli import main
-from parity.many import CheckRequest, RunPair, make_runs
+from parity.judging.many import CheckRequest, RunPair, make_runs
 from parity.runs.sides import Side
 from trainspec.recipe import load_recipe
 from trainspec.small import RECIPE_FILE, write_small_twin

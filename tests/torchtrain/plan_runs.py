@@ -121,6 +121,10 @@ def traces(home: Path, case: Case) -> tuple[Path, Path]:
     return directory_of(home, case.alone) / "trace", directory_of(home, case) / "trace"
 
 
+# How `check` begins what it says; `check_resumed` says "restored".
+APART = "too far apart:"
+
+
 def check(
     left: Path,
     right: Path,
@@ -131,24 +135,25 @@ def check(
 ) -> None:
     losses = drift(left, right, "loss", steps=STEPS)
     bound = {"fp64": PROOF, "fp32": FP32_GRADIENT}.get(precision, bf16)
-    assert furthest(left, right, "gradient", step=1) <= bound
-    assert drift(left, right, "grad_norm", steps=1) <= bound
-    assert furthest(left, right, "moment1", step=1) <= bound  # of clipped gradients
+    assert furthest(left, right, "gradient", step=1) <= bound, f"{APART} gradient"
+    assert drift(left, right, "grad_norm", steps=1) <= bound, f"{APART} grad_norm"
+    assert furthest(left, right, "moment1", step=1) <= bound, f"{APART} moment1"  # of clipped gradients
     if precision == "fp64":
-        assert losses <= PROOF
-        assert drift(left, right, "grad_norm", steps=STEPS) <= PROOF
+        assert losses <= PROOF, f"{APART} loss"
+        assert drift(left, right, "grad_norm", steps=STEPS) <= PROOF, f"{APART} grad_norm"
         for step in range(1, STEPS + 1):
             for group in ("gradient", "update", "moment1", "moment2"):
-                assert furthest(left, right, group, step=step) <= PROOF, (group, step)
-        assert furthest(left, right, "activation", step=1) <= PROOF
-        assert furthest(left, right, "activation_gradient", step=1) <= PROOF
+                assert furthest(left, right, group, step=step) <= PROOF, f"{APART} {group} at {step}"
+        assert furthest(left, right, "activation", step=1) <= PROOF, f"{APART} activation"
+        backward = furthest(left, right, "activation_gradient", step=1)
+        assert backward <= PROOF, f"{APART} activation_gradient"
     elif precision == "fp32":
         for group in ("activation", "activation_gradient"):
             distance_of_group = furthest(left, right, group, step=1)
-            assert distance_of_group <= fp32_activation, (group, distance_of_group)
-        assert losses <= FP32_LOSS
+            assert distance_of_group <= fp32_activation, f"{APART} {group}: {distance_of_group}"
+        assert losses <= FP32_LOSS, f"{APART} loss"
     else:
-        assert losses <= BF16_LOSS
+        assert losses <= BF16_LOSS, f"{APART} loss"
         one, other = Trace(left), Trace(right)
         assert one.initial_names() == other.initial_names()
         for name in one.initial_names():  # masters are what the file says, not what bfloat16 makes of it

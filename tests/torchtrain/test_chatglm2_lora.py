@@ -28,9 +28,10 @@ from torchtrain.dropout import CounterDropout, DropoutPoint
 from torchtrain.step import init_state, train_step, weights_of
 from trainspec.data import IGNORED, open_dataset
 from trainspec.errors import RecipeError, WeightsError
+from trainspec.families import FAMILIES
 from trainspec.files.adapters import read_adapter, write_adapter
 from trainspec.files.model_config import read_model_spec
-from trainspec.imports.peft import DEFAULT_TARGETS, OTHER_TARGETS
+from trainspec.imports.peft import DEFAULT_TARGETS
 from trainspec.methods import DoRA, LoRA
 from trainspec.params import param_table
 from trainspec.runs.run import resolve
@@ -271,5 +272,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path):
 
 def test_an_import_takes_the_targets_that_peft_takes():
     theirs = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    assert all(theirs[family] == DEFAULT_TARGETS for family in ("llama", "mistral", "qwen2", "qwen3"))
-    assert {name: theirs.get(name.replace("glm-4", "glm")) for name in OTHER_TARGETS} == OTHER_TARGETS
+    ours = {family.model_type: family.peft_targets for family in FAMILIES.values()}
+    assert ours == {kind: theirs.get(kind) and tuple(theirs[kind]) for kind in ours}
+    assert theirs["llama"] == DEFAULT_TARGETS
+    assert None in ours.values()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from plan_cases import case
-from plan_runs import Make, check, recipe_of, run_cases, traces
+from plan_runs import APART, Make, check, recipe_of, run_cases, traces
 from ranks import furthest, run_all, traced
 from safetensors.numpy import load_file
 from torch import nn
@@ -191,5 +191,5 @@ def test_a_mistake_is_seen(launched: Path, fault: str):
     case, _, group = PLANTED[fault]
     left, right = traces(launched, case)[0], launched / fault / "trace"
     assert furthest(left, right, group, step=1) > 1e-2
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=APART):
         check(left, right, case.precision)

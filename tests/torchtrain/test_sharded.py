@@ -22,6 +22,7 @@ from plan_cases import (
     marked,
 )
 from plan_runs import (
+    APART,
     Make,
     check,
     check_evaluated,
@@ -209,12 +210,12 @@ def test_a_mistake_is_seen(few: Path, planted: Path, fault: str):
         assert drift(left, right, group, steps=1) > 1e-3
     else:
         assert furthest(left, right, group, step=1) > 1e-3
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=APART):
         check(left, right, case.precision)
 
 
 @pytest.mark.full(minutes=3)
 @pytest.mark.parametrize("fault", PLANTED_RESUMED)
 def test_a_mistake_in_what_is_restored_is_seen(few: Path, planted: Path, fault: str):
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"restored (moment1|weights)"):
         check_resumed(few, PLANTED_RESUMED[fault][0], planted / fault)

@@ -16,6 +16,7 @@ import torch
 from method_sections import ADDED
 from plan_cases import METHODS, MODELS, Case, case
 from plan_runs import (
+    APART,
     DORA_BF16_GRADIENT,
     DORA_FP32_ACTIVATION,
     Make,
@@ -168,7 +169,7 @@ def test_a_mistake_is_seen(planted: Path, fault: str):
     case, _, group = PLANTED[fault]
     left, right = traces(planted, case)[0], planted / fault / "trace"
     assert furthest(left, right, group, step=1) > 1e-2
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=APART):
         check(left, right, case.precision)
 
 

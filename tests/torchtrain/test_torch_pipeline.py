@@ -23,7 +23,17 @@ from plan_cases import (
     Case,
     Resumed,
 )
-from plan_runs import Make, check, check_evaluated, check_resumed, check_saved, recipe_of, run_cases, traces
+from plan_runs import (
+    APART,
+    Make,
+    check,
+    check_evaluated,
+    check_resumed,
+    check_saved,
+    recipe_of,
+    run_cases,
+    traces,
+)
 from ranks import furthest, run, run_all, traced
 
 from parity.runs.edit import Edit
@@ -202,5 +212,5 @@ def test_a_mistake_is_seen(few: Path, planted: Path, fault: str):
     case, _, group = PLANTED[fault]
     left, right = traces(few, case)[0], planted / fault / "trace"
     assert furthest(left, right, group, step=1) > 1e-2
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=APART):
         check(left, right, case.precision)

@@ -79,6 +79,7 @@ class ChatGLM2(Glm):
     model_type = "chatglm"
     architectures = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
     derived: ClassVar[tuple[str, ...]] = ("transformer.rotary_pos_emb.inv_freq",)
+    peft_targets: ClassVar[tuple[str, ...] | None] = ("query_key_value",)
     published_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "query_key_value": ("q_proj", "k_proj", "v_proj"),
         "dense": ("o_proj",),

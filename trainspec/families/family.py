@@ -45,6 +45,8 @@ class Family(ABC):
     derived: ClassVar[tuple[str, ...]] = ()
     # The linear modules of a layer by the names of its published code, each with the table's; of several an adapter has one A.
     published_modules: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # What PEFT adapts of it where no target is named (its table of defaults); None where PEFT has none, and stops.
+    peft_targets: ClassVar[tuple[str, ...] | None] = None
     # The modules of a layer, those that methods add, and the points of `points.LAYER_POINTS` that it has, in causal order:
     # a point comes after the modules that its value depends on.
     within_layer: ClassVar[tuple[str, ...]]

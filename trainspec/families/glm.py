@@ -35,6 +35,7 @@ class Glm(Llama):
     name = "glm"
     title = "GLM"
     model_type = "glm"
+    peft_targets: ClassVar[tuple[str, ...] | None] = None
     architectures = ("GlmForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
     heads_divide: ClassVar[bool] = False

@@ -45,6 +45,7 @@ class Llama(Family):
     name = "llama"
     title = "Llama"
     model_type = "llama"
+    peft_targets: ClassVar[tuple[str, ...] | None] = ("q_proj", "v_proj")
     # The second spelling is that of checkpoints converted before transformers 4.28.
     architectures = ("LlamaForCausalLM", "LLaMAForCausalLM")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"

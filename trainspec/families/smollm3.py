@@ -33,6 +33,7 @@ class SmolLM3(Llama):
     name = "smollm3"
     title = "SmolLM3"
     model_type = "smollm3"
+    peft_targets: ClassVar[tuple[str, ...] | None] = None
     architectures = ("SmolLM3ForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
     heads_divide: ClassVar[bool] = False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainspec.families import FAMILIES
+from trainspec.families.family import Family
 from trainspec.imports.settings import (
     By,
     Case,
@@ -26,14 +28,13 @@ MARKS = ("peft_type",)
 # PEFT's types -> kinds of ours.
 KINDS = {"LORA": "lora", "PROMPT_TUNING": "prompt", "P_TUNING": "ptuning", "PREFIX_TUNING": "prefix"}
 TYPE = "adapter_config.peft_type"
-# What PEFT adapts where no target is named (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`): llama, mistral, qwen2 and
-# qwen3 have these. Where a model's name has one of the following words it has others, or none: there it stops.
+# What PEFT adapts of most models where no target is named; of others a family says it.
 DEFAULT_TARGETS = list(LoRA().targets)
-OTHER_TARGETS: dict[str, list[str] | None] = {"chatglm": ["query_key_value"], "smollm3": None, "glm-4": None}
 MODEL_NAMES = ("model_name_or_path", "adapter_config.base_model_name_or_path")
 TARGETS = ("adapter_config.target_modules", "lora_target_modules")
 TARGETS_RULE = (
-    "`method.targets`; where none is named, `query_key_value` of ChatGLM, and refused for SmolLM3 and GLM-4"
+    "`method.targets`; where none is named, PEFT's for the family that the model's name says: `query_key_value` of ChatGLM2; "
+    "of SmolLM3 and GLM it has none, and they are asked for"
 )
 
 
@@ -64,14 +65,20 @@ def target_modules(value: Any, case: Case) -> Outcome:
     if any(case.has(name) for name in TARGETS):
         return Translated({"method.targets": targets(value)})
     names = [case.choice("model.from", ""), *(case[name] for name in MODEL_NAMES)]
-    model = " ".join(str(name) for name in names if name).lower()
-    found = next((word for word in OTHER_TARGETS if word in model), None)
-    default = OTHER_TARGETS[found] if found else DEFAULT_TARGETS
-    if default is None:
+    family = _family_of(" ".join(str(name) for name in names if name).lower())
+    if family is None:
+        return Translated({"method.targets": DEFAULT_TARGETS})
+    if family.peft_targets is None:
         name = TARGETS[0] if case.has("adapter_config") else TARGETS[1]
-        why = f"LoRA without targets, as PEFT has none for {found}"
-        return Refused(why, f"--their {name}=[q_proj,v_proj]")
-    return Translated({"method.targets": default})
+        why = f"LoRA without targets, as PEFT has none for {family.title}"
+        return Refused(why, f"--their {name}=[{','.join(DEFAULT_TARGETS)}]")
+    return Translated({"method.targets": list(family.peft_targets)})
+
+
+def _family_of(model: str) -> Family | None:
+    """The family whose type is in a model's name; of several (chatglm, glm) that with the longest."""
+    found = [family for family in FAMILIES.values() if family.model_type in model]
+    return max(found, key=lambda family: len(family.model_type), default=None)
 
 
 def start(value: Any, case: Case) -> Outcome:

@@ -18,8 +18,8 @@ from typing import TypeVar
 from parity.comparison.compare import Comparison
 from parity.comparison.pair import Pair
 from parity.comparison.tolerance import Bounds, ProofBounds
-from parity.judge import compare_sides
-from parity.measure import Low, Replay, ReplaySettings, measured_bounds, num_summands
+from parity.judging.judge import compare_sides
+from parity.judging.measure import Low, Replay, ReplaySettings, measured_bounds, num_summands
 from parity.runs.devices import ON_CORES, Placement
 from parity.runs.programs import Launcher
 from parity.runs.sides import NAMES, Side, SideResult, SideTraining
