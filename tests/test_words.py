@@ -29,11 +29,22 @@ RETIRED_NAMES = {
     "handed on (of a difference)": ("parity", r"handed"),
 }
 WRITTEN = [
-    path
-    for folder in ("trainspec", "jaxtrain", "torchtrain", "parity", "scripts", "benchmarks", "docs")
-    for path in sorted((ROOT / folder).rglob("*"))
-    # What the registry of faults says stands word for word in its page.
-    if path.suffix in (".py", ".md") and "faults" not in str(path) and path != GLOSSARY
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile")),
+    *(
+        path
+        for folder in (
+            "trainspec",
+            "jaxtrain",
+            "torchtrain",
+            "parity",
+            "scripts",
+            "benchmarks",
+            "docs",
+            "configs",
+        )
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".md", ".yaml") and path != GLOSSARY
+    ),
 ]
 
 

@@ -80,10 +80,11 @@ class Structure:
         unknown = sorted(name for name in names if name not in self._entries)
         if not unknown:
             return []
+        layers, embeddings = self.num_layers(unknown), [name for name in unknown if _is_embedding(name)]
         return [
             f"neither trace has a causal_order for {len(unknown)} of the weights, such as {unknown[0]}: they are compared by "
-            "the layer number in their names and alphabetically within a layer, so the first divergence shown may not be the "
-            "first in its layer"
+            f"the layer number in their names (of {layers or 'no'} layers; embeddings: {', '.join(embeddings) or 'none'}) and "
+            "alphabetically within a layer, so the first divergence shown may not be the first in its layer"
         ]
 
     def _layer(self, name: str) -> int | None:

@@ -70,7 +70,7 @@ def result_of(outcome: Outcome) -> Result:
 
 
 def entry_of(outcome: Outcome) -> dict[str, Any]:
-    """The entry of an outcome: the words of its result, and what is behind them."""
+    """The entry of an outcome: the words of its result, and what they are of."""
     return asdict(result_of(outcome)) | outcome.as_json()
 
 

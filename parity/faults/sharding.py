@@ -88,7 +88,7 @@ FAULTS = (
             )
         },
         setup="tensor",
-        note=f"each rank has its share of the gradient of the norm's output, and the sum is made behind the norm; {COMPILER}",
+        note=f"each rank has its share of the gradient of the norm's output, and the sum is made after the norm; {COMPILER}",
     ),
     Fault(
         name="head-norm-gradient-not-reduced",

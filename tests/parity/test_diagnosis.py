@@ -20,8 +20,10 @@ from parity.diagnosis.causes import CAUSES
 from parity.diagnosis.diagnosis import NAMED
 from parity.diagnosis.fact import KINDS, Fact
 from parity.diagnosis.facts import logits_gradient as logits_gradient_facts
+from parity.diagnosis.facts import settings as settings_facts
 from parity.diagnosis.facts.attention import Form, Inputs, _apply
 from trainspec.data import Batch
+from trainspec.methods import METHODS
 from trainspec.plans.plan import Policy
 from trainspec.recipe import Recipe
 from trainspec.trace import StepTrace, Trace, TraceWriter
@@ -671,6 +673,10 @@ def test_the_page_has_every_cause():
     page = (ROOT / "docs/diagnosis.md").read_text()
     rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| ([^|]+) \|", page, flags=re.M))
     assert rows == {name: cause.sentence.replace("|", "\\|") for name, cause in CAUSES.items()}
+
+
+def test_every_kind_of_method_has_a_fact():
+    assert set(settings_facts.METHODS) == set(METHODS)
 
 
 def test_a_kind_of_fact_that_is_not_listed_is_refused():

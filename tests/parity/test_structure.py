@@ -97,6 +97,9 @@ def test_foreign_names_are_ordered_by_what_they_show():
     assert structure.projection_before(FOREIGN[2]) is None
     (note,) = structure.notes(FOREIGN)
     assert "neither trace has a causal_order for 6 of the weights, such as lm_head.weight" in note
+    assert f"of 2 layers; embeddings: {FOREIGN[0]})" in note
+    (note,) = structure.notes(["first.query", "second.query"])  # what is not seen is said
+    assert "of no layers; embeddings: none)" in note
 
 
 def test_either_side_says_it_and_the_rest_comes_last():
