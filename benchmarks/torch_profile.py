@@ -49,12 +49,18 @@ def main() -> None:
             state = updated(state, dataset, arguments.updates)
         for name, total in seconds.items():
             print(f"{name:12} {1e3 * total / arguments.updates:10.1f} ms")
-        with profile(activities=list(ProfilerActivity)) as profiled:
+        with profile(activities=activities()) as profiled:
             updated(state, dataset, arguments.updates)
         for line in operators(profiled, arguments.updates, arguments.rows):
             print(line)
     finally:
         finish()
+
+
+def activities() -> list[ProfilerActivity]:
+    """What is recorded: the host, and the GPU where there is one."""
+    gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    return [ProfilerActivity.CPU, *gpu]
 
 
 def updated(state: State, dataset: Dataset, updates: int) -> State:

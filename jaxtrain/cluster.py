@@ -15,7 +15,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtrain import _jax
-from jaxtrain.allocator import keep_freed_memory
 from jaxtrain.compilation import use_cache
 from jaxtrain.precision import use_precision
 from trainspec.backends import BACKENDS
@@ -25,6 +24,7 @@ from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
 from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
+from trainspec.runs.allocator import keep_freed_memory
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run, resolve_on
 
@@ -79,7 +79,7 @@ def set_up(run: Run) -> None:
     _make_cpu_devices(devices, processes=processes)
     check_accelerators()
     if jax.default_backend() == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(in_one_arena=True)
     available = jax.device_count()
     if available < devices or (processes > 1 and available != devices):
         raise PlanError(

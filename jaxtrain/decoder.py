@@ -34,6 +34,8 @@ from jaxtrain.layers import (
 from jaxtrain.weights import is_stacked
 from trainspec.model import ModelSpec
 
+# The least width and the most layers of a model whose blocks a program for a CPU has one after the other.
+UNROLLED_WIDTH, UNROLLED_LAYERS = 512, 32
 # Keys [B, K, D, T] and values [B, K, T, D] of all layers, with the layers in front or apart.
 Kept = KeysValues | list[KeysValues]
 
@@ -48,6 +50,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: ModelSpec, *, remat: str, build: Build) -> None:
         self.spec, self.remat, self.build = spec, remat, build
+        # Whether the blocks stand one after the other in a program, and not in a loop: `is_worth_unrolling`.
+        self.unrolls = False
         self.prompt_encoder: Encoder | None = None
         # How many virtual tokens stand at the beginning of a row.
         self.prompt_tokens = 0
@@ -229,7 +233,7 @@ class Decoder(nnx.Module):
             return x_BSE, (recorded, seen if keeps_seen else None)
 
         if self.remat == "full":
-            block = jax.checkpoint(block, prevent_cse=False)
+            block = jax.checkpoint(block, prevent_cse=False)  # which holds in a loop alone
 
         def slot(x_BSE: Array, layer_in_slot: tuple[Any, Array]) -> tuple[Array, Any]:
             layer, is_layer = layer_in_slot
@@ -240,7 +244,8 @@ class Decoder(nnx.Module):
             probes = {name: probe for name, probe in probes.items() if is_stacked(name)}
         layers = (stacked, probes, virtual.prefix, is_rotated)
         if is_layer is None:
-            x_BSE, (recorded, seen) = lax.scan(block, x_BSE, layers)
+            unroll = self.unrolls and self.remat == "none"
+            x_BSE, (recorded, seen) = lax.scan(block, x_BSE, layers, unroll=True if unroll else 1)
         else:
             x_BSE, (recorded, seen) = lax.scan(slot, x_BSE, (layers, is_layer))
         return x_BSE, recorded, seen
@@ -249,6 +254,15 @@ class Decoder(nnx.Module):
         """Logits [B, T, vocab] from the last layer's output."""
         x_BSE = tap("norm", self.normed(x_BSE))
         return tap("logits", self.projected(x_BSE, point))
+
+
+def is_worth_unrolling(spec: ModelSpec, *, platform: str) -> bool:
+    """Whether a program should have a model's blocks one after the other.
+
+    In a loop a CPU copies each layer's weights out of their stack and what is kept of it into stacks, which takes a third of a
+    step in bfloat16. Without one it compiles longer for each layer: not for small models, whose steps are short, or many layers.
+    """
+    return platform == "cpu" and spec.embed >= UNROLLED_WIDTH and spec.layers <= UNROLLED_LAYERS
 
 
 def is_apart(stack: Any) -> bool:

@@ -63,6 +63,7 @@ class Program:
             remat=recipe.plan.remat,
             constrain=self.shardings.constrain,
             attend=over_one_token_too(self.attention.make(site)),
+            platform=self.shardings.platform,
         )
         self.constants = attach(model, spec, recipe.method, seed=recipe.run.seed, order=order)
         self._tied = tied(spec, recipe.method)

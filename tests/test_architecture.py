@@ -55,7 +55,7 @@ LAYERS = {
         ("feed", "storage", "weight_ops"),
         ("sharding",),
         ("cluster", "mesh", "weights", "optim", "loss", "dropout"),
-        ("precision", "rounding", "compilation", "allocator", "_jax"),
+        ("precision", "rounding", "compilation", "_jax"),
     ),
     "torchtrain": (
         ("cli",),

@@ -25,6 +25,7 @@ from trainspec.plans.accelerators import Devices, accelerators, hides_gpus
 from trainspec.plans.names import DeviceKind
 from trainspec.plans.plan import Plan
 from trainspec.recipe import Recipe
+from trainspec.runs.allocator import keep_freed_memory
 from trainspec.runs.processes import Processes
 from trainspec.runs.run import Run, resolve_on
 
@@ -100,6 +101,8 @@ def set_up(run: Run) -> None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         check_gpus(max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         torch.cuda.set_device(local_rank)
+    else:
+        keep_freed_memory(in_one_arena=False)
     if count > 1:
         _join()
     if _deepspeed.runs_on_deepspeed(recipe):
