@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from backend import NAME
 
+from trainspec.families import PRESETS
 from trainspec.runs.clock import Clock
 
 pytestmark = pytest.mark.skipif(NAME == "torch", reason="torch compiles nothing")
@@ -48,3 +49,13 @@ def test_what_is_compiled_is_told_while_somebody_listens():
     assert set(heard.of_which) == {"traced", "lowered", "compiled"}
     assert 0 < sum(heard.of_which.values()) <= heard.seconds
     assert not not_heard.of_which
+
+
+def test_layers_of_wide_models_alone_are_unrolled_on_a_cpu_alone():
+    from jaxtrain.decoder import is_worth_unrolling
+
+    wide = PRESETS["llama3.2-1b"]
+    assert is_worth_unrolling(wide, platform="cpu")
+    assert not is_worth_unrolling(wide, platform="tpu")
+    assert not is_worth_unrolling(PRESETS["tiny"], platform="cpu")
+    assert not is_worth_unrolling(PRESETS["llama2-70b"], platform="cpu")

@@ -2,6 +2,7 @@
 
     python tests/jaxtrain/run_plans.py CASES.json OUT.npz      CASES: {name: {"variant": ..., sections of a recipe ...}}
 
+A case with "unrolled" has its layers one after the other, as wide models have them on a CPU; `NAME/unrolled` counts the programs that do.
 A case with "keep" keeps that of its metrics in place of "activations". One with "first_plan" makes its first update under that plan, and resumes from the checkpoint under its own.
 
 OUT has `NAME/KIND/STEP/TENSOR` for losses, norms, gradients, updates and activations, and what was read of the start.
@@ -12,11 +13,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+from jax import lax
 from small import VARIANTS, recipe_maker, write_checkpoint
 
 from jaxtrain import cluster, step
+from jaxtrain.decoder import UNROLLED_WIDTH
 from trainspec.checkpoints import folders
 from trainspec.checkpoints.formats import Formats
 from trainspec.checkpoints.store import CheckpointStore, manifest_of
@@ -108,16 +112,29 @@ class Reading:
         return self.count
 
 
+def counted(scan: Any, unrolls: list[bool]) -> Any:
+    """`lax.scan`, which notes each call that leaves no loop."""
+
+    def called(*arguments: Any, **settings: Any) -> Any:
+        unrolls.extend([True] * (settings.get("unroll") is True))
+        return scan(*arguments, **settings)
+
+    return called
+
+
 def main() -> None:
     cases, out = map(Path, sys.argv[1:])
-    arrays = {}
+    arrays, unrolls = {}, []
+    lax.scan = counted(lax.scan, unrolls)
     for name, case in json.loads(cases.read_text()).items():
         sections = dict(case)
         first_plan, variant = sections.pop("first_plan", None), sections.pop("variant", "plain")
-        keep = sections.pop("keep", "activations")
+        keep, unrolled = sections.pop("keep", "activations"), sections.pop("unrolled", False)
         recipe = recipe_of(cases.parent, variant, sections)
         first = recipe_of(cases.parent, variant, sections | {"plan": first_plan}) if first_plan else recipe
-        for key, value in run(recipe, first, cases.parent / "runs" / name, keep).items():
+        with patch("jaxtrain.decoder.UNROLLED_WIDTH", 0 if unrolled else UNROLLED_WIDTH):
+            before, found = len(unrolls), run(recipe, first, cases.parent / "runs" / name, keep)
+        for key, value in (found | {"unrolled": len(unrolls) - before}).items():
             wide = np.asarray(value)
             arrays[f"{name}/{key}"] = wide if wide.dtype.kind in "fi" else wide.astype(np.float32)
     np.savez(out, **arrays)

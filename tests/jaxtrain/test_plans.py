@@ -35,7 +35,7 @@ PLANS = {
     **{f"fsdp4-tensor2-{s}": {"fsdp": 4, "tensor": 2, "shards": s} for s in SHARDS},
 }
 
-# Not of the fast tests.
+NAMED = ("lora", "lora-fsdp", "tied", "tied-mixed", "lora-unrolled", "tied-unrolled")
 
 
 def assert_equal(found: dict[str, dict[str, float]], bound: float) -> None:
@@ -55,6 +55,8 @@ def few(tmp_path_factory) -> Runs:
         "lora-fsdp": lora | {"plan": PLANS["fsdp8-params"]},
         "lora-tensor": lora | {"plan": PLANS["fsdp4-tensor2-optimizer"]},
         "lora-resumed": resumed,
+        "lora-unrolled": lora | {"unrolled": True},
+        "tied-unrolled": tied | {"plan": PLANS["mixed-params"], "unrolled": True},
         "lora-other": lora | {"method": adapters | {"dropout": 0.11}, "plan": {"data": 2}},
         "tied": tied,
         "tied-mixed": tied | {"plan": PLANS["mixed-params"] | {"remat": "full"}},
@@ -63,9 +65,16 @@ def few(tmp_path_factory) -> Runs:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["lora-tensor", "lora-fsdp", "lora-resumed", "tied-mixed"])
+@pytest.mark.parametrize(
+    "name", ["lora-tensor", "lora-fsdp", "lora-resumed", "tied-mixed", "lora-unrolled", "tied-unrolled"]
+)
 def test_a_plan_trains_as_one_device_does(few, name):
     assert_equal({name: worst(few.of(name), few.of(name.partition("-")[0]))}, ROUNDING)
+
+
+@pytest.mark.full
+def test_layers_are_unrolled_where_they_should_be(few):
+    assert {name for name in NAMED if few.of(name)["unrolled"]} == {"lora-unrolled", "tied-unrolled"}
 
 
 @pytest.mark.full
