@@ -2,9 +2,9 @@
 
     python benchmarks/compile_time.py [--layers 4 80] [--policy fp32] [--method full] [--rounds N]
 
-Layers are scanned, so the program is the same whatever their number, and so should be its compile time. Each number of layers
-has a process of its own in every round, without the compilation cache; no weights are made. The sizes are those of the
-28 M model.
+In a loop of layers the program is the same whatever their number, and so should be its compile time. On a CPU a model of this width and
+few layers has no loop (docs/decisions/0029). Each number of layers has a process of its own in every round, without the compilation
+cache; no weights are made. The sizes are those of the 28 M model.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def slot_bound(pair: Pair, location: Location, left: Array, right: Array, *, dri
 def update_bound(pair: Pair, location: Location, left: Array, right: Array) -> Bound:
     """The bound of an update under an unknown rule: see the module docstring."""
     step, name = location.step, location.tensor
-    slots = [slot for slot in sorted(pair.names(step, "slot")) if slot.partition("/")[2] == name]
+    slots = pair.slots(step, name)
     apart = _share(pair, step, "gradient", name) + sum(_share(pair, step, "slot", slot) for slot in slots)
     apart += sum(2 * stored_unit(pair, Location(step, "slot", slot)) for slot in slots)
     size = largest(left, right)

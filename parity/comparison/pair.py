@@ -98,6 +98,10 @@ class Pair:
             key.removeprefix(prefix) for keys in self.keys(step) for key in keys if key.startswith(prefix)
         }
 
+    def slots(self, step: int, name: str) -> list[str]:
+        """The optimizer's slots of a weight, sorted: what comes after `slot/` in their names."""
+        return sorted(slot for slot in self.names(step, "slot") if slot.partition("/")[2] == name)
+
     def forms(self, step: int, group: str, name: str) -> tuple[Form | None, Form | None]:
         """Type and shape of the two arrays of `group/name`, which are not read; None for a side that lacks it."""
         if step not in self._forms:

@@ -212,16 +212,16 @@ class ProofBounds:
         The product of its size and their relative differences, at most all of it. Those have been judged before.
         """
         step, name = location.step, location.tensor
-        moments = [(phase, name) for phase in ("moment1", "moment2")]
-        slots = [("slot", slot) for slot in self._pair.names(step, "slot") if slot.partition("/")[2] == name]
-        has_moments = all(name in self._pair.names(step, phase) for phase, _ in moments)
+        made_of = [("moment1", name), ("moment2", name)]
+        if not all(any(self._pair.forms(step, *each)) for each in made_of):
+            made_of = [("gradient", name), *(("slot", slot) for slot in self._pair.slots(step, name))]
         apart = np.zeros(left.shape)
-        for group, tensor in moments if has_moments else [("gradient", name), *slots]:
-            one, other = self._pair.read(step, group, tensor)
-            if one is None or other is None or not one.shape == other.shape == left.shape:
+        for group, tensor in made_of:
+            sides = self._pair.read(step, group, tensor)
+            if any(side is None or side.shape != left.shape for side in sides):
                 continue
-            distance = np.abs(as_float64(one) - as_float64(other))
-            smaller = np.minimum(np.abs(as_float64(one)), np.abs(as_float64(other)))
+            one, other = (as_float64(side) for side in sides if side is not None)
+            distance, smaller = np.abs(one - other), np.minimum(np.abs(one), np.abs(other))
             apart += np.divide(distance, smaller, out=(distance > 0).astype(np.float64), where=smaller > 0)
         return np.minimum(apart, 1.0) * (np.abs(left) + np.abs(right))
 

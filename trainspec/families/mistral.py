@@ -27,7 +27,6 @@ class Mistral(Llama):
     name = "mistral"
     title = "Mistral"
     model_type = "mistral"
-    peft_targets: ClassVar[tuple[str, ...] | None] = ("q_proj", "v_proj")
     architectures = ("MistralForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
     heads_divide: ClassVar[bool] = False

@@ -36,7 +36,6 @@ class Qwen2(Llama):
     name = "qwen2"
     title = "Qwen2"
     model_type = "qwen2"
-    peft_targets: ClassVar[tuple[str, ...] | None] = ("q_proj", "v_proj")
     architectures = ("Qwen2ForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
     heads_divide: ClassVar[bool] = False

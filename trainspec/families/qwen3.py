@@ -40,7 +40,6 @@ class Qwen3(Llama):
     name = "qwen3"
     title = "Qwen3"
     model_type = "qwen3"
-    peft_targets: ClassVar[tuple[str, ...] | None] = ("q_proj", "v_proj")
     architectures = ("Qwen3ForCausalLM",)
     fields: ClassVar[type[DecoderFields]] = _Fields
     heads_divide: ClassVar[bool] = False
